@@ -1,0 +1,37 @@
+"""The frozen model, shared by prefill and decode: loading, fingerprint, forward, tokenizer, sampling."""
+
+from prad.lm.batch import PackedBatch
+from prad.lm.errors import MissingSiteError, ModelError, ModelNotFoundError, UnsupportedModelError
+from prad.lm.fingerprint import Fingerprint
+from prad.lm.kv import KVLayout, KVTarget, LayerKV, PromptKV
+from prad.lm.model import LanguageModel
+from prad.lm.sampling import Draw, SampleKey, SamplingParams, sample
+from prad.lm.sites import Adaptation, Site, require_sites
+from prad.lm.source import DEFAULT_MODEL, resolve_model, served_name
+from prad.lm.tokenizer import TextStream, Tokenizer
+
+__all__ = [
+    "DEFAULT_MODEL",
+    "Adaptation",
+    "Draw",
+    "Fingerprint",
+    "KVLayout",
+    "KVTarget",
+    "LanguageModel",
+    "LayerKV",
+    "MissingSiteError",
+    "ModelError",
+    "ModelNotFoundError",
+    "PackedBatch",
+    "PromptKV",
+    "SampleKey",
+    "SamplingParams",
+    "Site",
+    "TextStream",
+    "Tokenizer",
+    "UnsupportedModelError",
+    "require_sites",
+    "resolve_model",
+    "sample",
+    "served_name",
+]

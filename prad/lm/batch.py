@@ -1,0 +1,45 @@
+"""The one input of a forward pass: several sequences packed end to end, nothing implicit."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from prad.lm.kv import KVTarget, LayerDone, PromptKV
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """Immutable input of one pass.
+
+    ids [T] and positions [T] (int64) of all new tokens; `lengths` how many of them each sequence has;
+    `kv` where keys and values go and what queries see; logit_rows [R] the rows whose logits are wanted.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    lengths: tuple[int, ...]
+    kv: KVTarget
+    logit_rows: Tensor
+
+    @classmethod
+    def of_sequences(
+        cls,
+        sequences: Sequence[Sequence[int]],
+        *,
+        device: torch.device | str = "cpu",
+        logit_rows: Sequence[int] | None = None,
+        layer_done: LayerDone | None = None,
+    ) -> "PackedBatch":
+        """Whole sequences from position 0; logits of each one's last token unless `logit_rows` says else."""
+        lengths = tuple(len(s) for s in sequences)
+        rows = [end - 1 for end in accumulate(lengths)] if logit_rows is None else logit_rows
+        return cls(
+            ids=torch.tensor([i for s in sequences for i in s], device=device),
+            positions=torch.cat([torch.arange(n, device=device) for n in lengths]),
+            lengths=lengths,
+            kv=PromptKV(lengths, layer_done),
+            logit_rows=torch.tensor(rows, device=device, dtype=torch.long),
+        )

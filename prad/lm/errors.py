@@ -1,0 +1,17 @@
+"""What can go wrong with a frozen model, before a request ever reaches it."""
+
+
+class ModelError(Exception):
+    """Base of everything `prad.lm` raises on purpose."""
+
+
+class ModelNotFoundError(ModelError):
+    """The named model is not a folder, a `.gguf` file, or a reachable Hugging Face id."""
+
+
+class UnsupportedModelError(ModelError):
+    """The model computes something that plain K and V per layer cannot express."""
+
+
+class MissingSiteError(ModelError):
+    """An adapter wants a site that this model family does not have."""

@@ -1,0 +1,48 @@
+"""Which model this is, exactly: both services compute it from the files and the hand-off compares it."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from prad.lm.errors import ModelNotFoundError
+from prad.lm.kv import KVLayout
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """Architecture (as an adapter must match it), SHA-256 of the weights, and the KV layout computed in."""
+
+    architecture: str
+    weights: str
+    layout: KVLayout
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over all parts; equal digests mean interchangeable KV caches."""
+        layers = [(la.heads, la.key_dim, la.value_dim) for la in self.layout.layers]
+        text = f"{self.architecture}\n{self.weights}\n{self.layout.dtype}\n{layers}"
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256 over every tensor's name, dtype, shape and bytes, in the order of names.
+
+    How the tensors are spread over files does not matter. Raises ModelNotFoundError if there are none.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelNotFoundError(f"{folder} holds no .safetensors file (pickled weights are never loaded)")
+    where: dict[str, Path] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            where.update(dict.fromkeys(opened.keys(), file))
+    digest = hashlib.sha256()
+    for name in sorted(where):
+        with safe_open(where[name], framework="pt") as opened:
+            tensor = opened.get_tensor(name)
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

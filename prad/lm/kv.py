@@ -1,0 +1,75 @@
+"""The KV cache as both services see it: what a layer stores, and where a forward pass puts it.
+
+A forward pass computes queries, keys and values for its new tokens and hands them to a `KVTarget`, which
+stores the keys and values and returns the attention output. `PromptKV` is the target of a prompt pass:
+every sequence attends to itself only. The decode service's paged target lives with its blocks.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from prad.lm.attention import causal_attention
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKV:
+    """What one layer stores per token: `heads` keys of `key_dim` and as many values of `value_dim`."""
+
+    heads: int
+    key_dim: int
+    value_dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayout:
+    """The adapter-independent KV spec of a model: one `LayerKV` per layer, one dtype."""
+
+    layers: tuple[LayerKV, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_token(self) -> int:
+        elements = sum(layer.heads * (layer.key_dim + layer.value_dim) for layer in self.layers)
+        return elements * self.dtype.itemsize
+
+
+class KVTarget(Protocol):
+    """Where a pass puts its keys and values, and what its queries see."""
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        """Store `key`, `value` of the pass's new tokens and attend.
+
+        query [T, heads, key_dim], key [T, kv_heads, key_dim], value [T, kv_heads, value_dim] (keys after
+        RoPE); `window`: how many latest positions a query sees, itself included. Returns
+        [T, heads, value_dim].
+        """
+        ...
+
+
+LayerDone = Callable[[int, Tensor, Tensor], None]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptKV:
+    """Target of a packed pass over whole sequences: block-diagonal causal attention by construction.
+
+    `lengths` are the sequences' token counts, in packed order. `layer_done` is called with
+    (layer, key [T, kv_heads, key_dim], value [T, kv_heads, value_dim]) while later layers are still to come:
+    the hand-off starts there.
+    """
+
+    lengths: tuple[int, ...]
+    layer_done: LayerDone | None = None
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        if self.layer_done is not None:
+            self.layer_done(layer, key, value)
+        return causal_attention(query, key, value, self.lengths, scale, window)

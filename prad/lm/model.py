@@ -1,0 +1,150 @@
+"""The frozen model: one forward over a packed batch, with taps at named sites.
+
+This is the generic implementation, over transformers' own modules: it serves every family whose layers have
+plain K and V.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.utils import logging as transformers_logging
+
+from prad.lm import attention
+from prad.lm.batch import PackedBatch
+from prad.lm.errors import ModelNotFoundError, UnsupportedModelError
+from prad.lm.fingerprint import Fingerprint, weights_digest
+from prad.lm.kv import KVLayout, LayerKV, PromptKV
+from prad.lm.sites import Adaptation, tapped
+
+logger = logging.getLogger(__name__)
+
+
+class LanguageModel:
+    """A frozen decoder-only model.
+
+    `module` is the transformers model underneath; `fingerprint` says exactly which model this is.
+    """
+
+    def __init__(self, module: nn.Module, weights: str) -> None:
+        self.module = module.eval().requires_grad_(False)
+        self.config = module.config
+        self.device: torch.device = module.device
+        self.dtype: torch.dtype = module.dtype
+        self.vocab_size: int = self.config.vocab_size
+        self.hidden_size: int = self.config.hidden_size
+        self.num_layers: int = self.config.num_hidden_layers
+        self.max_context: int = self.config.max_position_embeddings
+        self.fingerprint = Fingerprint(architecture(self.config), weights, self._probe())
+
+    @classmethod
+    def load(
+        cls, folder: Path, *, dtype: torch.dtype = torch.bfloat16, device: str = "cpu"
+    ) -> "LanguageModel":
+        """Maps the safetensors in `folder`; in the files' own dtype on CPU nothing is copied.
+
+        Raises ModelNotFoundError (no model there) or UnsupportedModelError (not plain K and V).
+        """
+        try:
+            config = AutoConfig.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            raise ModelNotFoundError(f"{folder} holds no model that can be read: {error}") from error
+        digest = weights_digest(folder)
+        with _no_load_bar():
+            module = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                attn_implementation=attention.NAME,
+                use_safetensors=True,
+            )
+        return cls(module.to(device), digest)
+
+    @property
+    def layout(self) -> KVLayout:
+        return self.fingerprint.layout
+
+    def stop_ids(self, folder: Path) -> frozenset[int]:
+        """The ids that end a sequence, as the model's generation config names them."""
+        try:
+            eos = GenerationConfig.from_pretrained(folder).eos_token_id
+        except OSError:
+            eos = self.config.eos_token_id
+        if eos is None:
+            return frozenset()
+        return frozenset(eos) if isinstance(eos, list) else frozenset({eos})
+
+    def forward(self, batch: PackedBatch, adaptation: Adaptation | None = None) -> Tensor:
+        """Logits [R, vocab] of `batch.logit_rows`; keys and values go to `batch.kv`.
+
+        Raises MissingSiteError if `adaptation` wants a site that the family does not have.
+        """
+        with tapped(self.module, self.config.model_type, adaptation):
+            output = self.module(
+                input_ids=batch.ids.unsqueeze(0),
+                position_ids=batch.positions.unsqueeze(0),
+                use_cache=False,
+                logits_to_keep=batch.logit_rows,
+                kv_target=batch.kv,
+            )
+        logits: Tensor = output.logits.squeeze(0)
+        return logits
+
+    def _probe(self) -> KVLayout:
+        """Runs one token to learn what each layer stores, and that each does store it."""
+        recorder = _Recorder()
+        batch = PackedBatch(
+            ids=torch.zeros(1, dtype=torch.long, device=self.device),
+            positions=torch.zeros(1, dtype=torch.long, device=self.device),
+            lengths=(1,),
+            kv=recorder,
+            logit_rows=torch.zeros(1, dtype=torch.long, device=self.device),
+        )
+        with torch.inference_mode():
+            self.forward(batch)
+        if sorted(recorder.layers) != list(range(self.num_layers)):
+            raise UnsupportedModelError(
+                f"{type(self.module).__name__} has {self.num_layers} layers, but plain K and V in "
+                f"{len(recorder.layers)}: latent, state-space and linear attention cannot be handed over"
+            )
+        return KVLayout(tuple(recorder.layers[i] for i in range(self.num_layers)), self.dtype)
+
+
+class _Recorder:
+    """A KV target that only notes the shapes."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, LayerKV] = {}
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        self.layers[layer] = LayerKV(key.shape[1], key.shape[2], value.shape[2])
+        return PromptKV((1,)).attend(layer, query, key, value, scale, window)
+
+
+def architecture(config: "AutoConfig") -> str:
+    """What an adapter's shapes depend on, as one readable line."""
+    return (
+        f"{config.model_type} layers={config.num_hidden_layers} hidden={config.hidden_size} "
+        f"heads={config.num_attention_heads}"
+        f"/{getattr(config, 'num_key_value_heads', None) or config.num_attention_heads} "
+        f"ffn={getattr(config, 'intermediate_size', None) or 4 * config.hidden_size} "
+        f"vocab={config.vocab_size}"
+    )
+
+
+@contextmanager
+def _no_load_bar() -> Iterator[None]:
+    """Mapping takes a moment; transformers' bar for it is noise in a service's log."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

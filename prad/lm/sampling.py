@@ -1,0 +1,134 @@
+"""All sampling of both services: the prompt pass draws the first token here, decode every later one.
+
+Random numbers belong to the request, not to the process: the number behind a draw is a hash of (seed,
+prompt index, choice, output index). A request therefore draws the same tokens alone, in any batch mix, and
+again after a replay elsewhere.
+"""
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are drawn and when a sequence ends.
+
+    temperature 0 is greedy (ties go to the lowest id). The filters apply to the distribution after
+    temperature, in the order min_p, top_k, top_p; top_k 0, top_p 1 and min_p 0 switch them off.
+    `stop_ids` end a sequence and are drawn only once `min_tokens` came before them. `logprobs`: how many
+    alternatives to report with each token (0: the token alone), None for no log-probabilities.
+    """
+
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int = 0
+    min_tokens: int = 0
+    stop_ids: frozenset[int] = field(default_factory=frozenset)
+    logprobs: int | None = None
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    def finish_reason(self, token: int, count: int) -> str | None:
+        """Why a sequence ends with `token` as its `count`-th output token: "stop", "length" or None."""
+        if token in self.stop_ids:
+            return "stop"
+        return "length" if count >= self.max_tokens else None
+
+
+class SampleKey(NamedTuple):
+    """Names one random number: which request, which of its prompts and choices, which output token."""
+
+    seed: int
+    prompt_index: int
+    choice: int
+    output_index: int
+
+    def uniform(self) -> float:
+        """A float in [0, 1) that depends on the key alone."""
+        seed = self.seed & (2**64 - 1)
+        packed = struct.pack("<QIIQ", seed, self.prompt_index, self.choice, self.output_index)
+        return float((int.from_bytes(blake2b(packed, digest_size=8).digest(), "little") >> 11) * 2.0**-53)
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One drawn token; log-probabilities are the plain model's, before temperature and filters."""
+
+    token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def sample(logits: Tensor, params: Sequence[SamplingParams], keys: Sequence[SampleKey]) -> list[Draw]:
+    """Draws one token per row of logits [B, vocab]; row i under params[i] and keys[i]."""
+    allowed = _without_early_stops(logits, params, keys)
+    tokens: list[int] = allowed.argmax(dim=-1).tolist()  # torch's argmax takes the lowest id of a tie
+    drawn = [i for i, p in enumerate(params) if not p.greedy]
+    if drawn:
+        chosen = _draw(allowed[drawn], [params[i] for i in drawn], [keys[i] for i in drawn])
+        for i, token in zip(drawn, chosen, strict=True):
+            tokens[i] = token
+    return [
+        Draw(token) if p.logprobs is None else _with_logprobs(row, token, p.logprobs)
+        for row, token, p in zip(logits, tokens, params, strict=True)
+    ]
+
+
+def _without_early_stops(
+    logits: Tensor, params: Sequence[SamplingParams], keys: Sequence[SampleKey]
+) -> Tensor:
+    banned = [
+        (row, token)
+        for row, (p, key) in enumerate(zip(params, keys, strict=True))
+        if key.output_index < p.min_tokens
+        for token in p.stop_ids
+    ]
+    if not banned:
+        return logits
+    rows, tokens = zip(*banned, strict=True)
+    masked = logits.clone()
+    masked[list(rows), list(tokens)] = float("-inf")
+    return masked
+
+
+def _draw(logits: Tensor, params: Sequence[SamplingParams], keys: Sequence[SampleKey]) -> list[int]:
+    """Inverse transform sampling: the first id at which the cumulated probability passes the key's number."""
+    temperature = torch.tensor([p.temperature for p in params], device=logits.device)
+    probs = torch.softmax(logits.float() / temperature[:, None], dim=-1)
+    for i, p in enumerate(params):
+        if p.min_p > 0:
+            probs[i].masked_fill_(probs[i] < p.min_p * probs[i].max(), 0.0)
+        if p.top_k > 0 or p.top_p < 1:
+            probs[i] = _nucleus(probs[i], p.top_k, p.top_p)
+    cumulated = probs.cumsum(dim=-1, dtype=torch.float64)
+    numbers = torch.tensor([k.uniform() for k in keys], dtype=torch.float64, device=logits.device)
+    targets = numbers * cumulated[:, -1]
+    return torch.searchsorted(cumulated, targets[:, None], right=True).squeeze(1).tolist()  # type: ignore[no-any-return]
+
+
+def _nucleus(probs: Tensor, top_k: int, top_p: float) -> Tensor:
+    """probs [vocab] with everything outside the top k, then outside the nucleus of mass top_p, set to 0."""
+    k = min(top_k, probs.numel()) if top_k > 0 else probs.numel()
+    kept, ids = torch.sort(probs, descending=True, stable=True)
+    kept, ids = kept[:k], ids[:k]
+    before = kept.cumsum(dim=-1, dtype=torch.float64) - kept
+    kept = torch.where(before < top_p * kept.sum(dtype=torch.float64), kept, 0.0)
+    return torch.zeros_like(probs).scatter_(0, ids, kept)
+
+
+def _with_logprobs(row: Tensor, token: int, count: int) -> Draw:
+    logprobs = torch.log_softmax(row.float(), dim=-1)
+    values, ids = logprobs.topk(count)
+    top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    return Draw(token, float(logprobs[token]), top)

@@ -1,0 +1,141 @@
+"""Named places in a layer where an adapter may act, and where each model family keeps them.
+
+The model knows the places, never the adapters: a pass receives one `Adaptation` and asks it at each site it
+names. The taps live for one pass only, so nothing stays behind on the frozen model.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from prad.lm.errors import MissingSiteError
+
+
+class Site(StrEnum):
+    Q = "q"
+    K = "k"
+    V = "v"
+    O = "o"  # noqa: E741 - the field's name for the output projection
+    GATE = "gate"
+    UP = "up"
+    DOWN_IN = "down_in"
+    FFN_IN = "ffn_in"
+    FFN_OUT = "ffn_out"
+
+
+class Adaptation(Protocol):
+    """What adapters do to one packed pass."""
+
+    @property
+    def sites(self) -> frozenset[Site]:
+        """The sites it wants to be asked at."""
+        ...
+
+    def apply(self, layer: int, site: Site, value: Tensor, source: Tensor) -> Tensor:
+        """The site's new value.
+
+        value [T, width]: what the frozen model has at the site; source [T, in_width]: the input of the
+        module that computed it (for DOWN_IN and FFN_IN the value itself). Never in place.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Tap:
+    """Where a site is: a module below the layer, its input or output, and which part of a fused output."""
+
+    path: str
+    is_input: bool = False
+    part: int = 0
+    parts: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Family:
+    layers: str
+    taps: dict[Site, _Tap]
+
+
+_LLAMA = _Family(
+    "model.layers",
+    {
+        Site.Q: _Tap("self_attn.q_proj"),
+        Site.K: _Tap("self_attn.k_proj"),
+        Site.V: _Tap("self_attn.v_proj"),
+        Site.O: _Tap("self_attn.o_proj"),
+        Site.GATE: _Tap("mlp.gate_proj"),
+        Site.UP: _Tap("mlp.up_proj"),
+        Site.DOWN_IN: _Tap("mlp.down_proj", is_input=True),
+        Site.FFN_IN: _Tap("mlp", is_input=True),
+        Site.FFN_OUT: _Tap("mlp"),
+    },
+)
+_GPT2 = _Family(
+    "transformer.h",
+    {
+        Site.Q: _Tap("attn.c_attn", part=0, parts=3),
+        Site.K: _Tap("attn.c_attn", part=1, parts=3),
+        Site.V: _Tap("attn.c_attn", part=2, parts=3),
+        Site.O: _Tap("attn.c_proj"),
+        Site.UP: _Tap("mlp.c_fc"),
+        Site.DOWN_IN: _Tap("mlp.c_proj", is_input=True),
+        Site.FFN_IN: _Tap("mlp", is_input=True),
+        Site.FFN_OUT: _Tap("mlp"),
+    },
+)
+_FAMILIES = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA, "gpt2": _GPT2}
+
+
+def require_sites(model_type: str, sites: frozenset[Site]) -> None:
+    """Raises MissingSiteError unless the family `model_type` has all of `sites`."""
+    family = _FAMILIES.get(model_type)
+    if family is None:
+        known = ", ".join(sorted(_FAMILIES))
+        raise MissingSiteError(f"adapters know no sites in a '{model_type}' model (families: {known})")
+    missing = sorted(sites - family.taps.keys())
+    if missing:
+        raise MissingSiteError(f"a '{model_type}' model has no site {', '.join(missing)}")
+
+
+@contextmanager
+def tapped(model: nn.Module, model_type: str, adaptation: Adaptation | None) -> Iterator[None]:
+    """Routes the model's values through `adaptation` at its sites, for the pass inside the `with`."""
+    if adaptation is None:
+        yield
+        return
+    require_sites(model_type, adaptation.sites)
+    family = _FAMILIES[model_type]
+    handles = []
+    try:
+        for index, layer in enumerate(model.get_submodule(family.layers).children()):
+            for site in sorted(adaptation.sites):
+                handles.append(_attach(layer, index, site, family.taps[site], adaptation))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _attach(layer: nn.Module, index: int, site: Site, tap: _Tap, adaptation: Adaptation) -> Any:
+    module = layer.get_submodule(tap.path)
+
+    def on_input(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        value = args[0].squeeze(0)
+        return (adaptation.apply(index, site, value, value).unsqueeze(0), *args[1:])
+
+    def on_output(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        source = args[0].squeeze(0)
+        if tap.parts == 1:
+            return adaptation.apply(index, site, output.squeeze(0), source).unsqueeze(0)
+        chunks = list(output.squeeze(0).chunk(tap.parts, dim=-1))
+        chunks[tap.part] = adaptation.apply(index, site, chunks[tap.part], source)
+        return torch.cat(chunks, dim=-1).unsqueeze(0)
+
+    if tap.is_input:
+        return module.register_forward_pre_hook(on_input)
+    return module.register_forward_hook(on_output)

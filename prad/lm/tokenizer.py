@@ -1,0 +1,89 @@
+"""Text to ids and back: only the HTTP side and training hold one; decode knows ids alone."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class Tokenizer:
+    """The model's tokenizer, with prompt and completion tokenised separately (DESIGN: the boundary)."""
+
+    def __init__(self, folder: Path) -> None:
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+
+    @property
+    def eos_id(self) -> int:
+        return int(self._tokenizer.eos_token_id)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._tokenizer.chat_template)
+
+    def __len__(self) -> int:
+        return len(self._tokenizer)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a prompt, with the special tokens that the model expects in front."""
+        return list(self._tokenizer(text).input_ids)
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """Ids of text that follows a prompt: no special tokens."""
+        return list(self._tokenizer(text, add_special_tokens=False).input_ids)
+
+    def encode_completion(self, text: str) -> list[int]:
+        """Ids of a training target: " " + text + EOS."""
+        return [*self.encode_continuation(" " + text), self.eos_id]
+
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Ids of a conversation under the model's chat template, ready for the assistant's turn."""
+        text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        return list(self._tokenizer(text, add_special_tokens=False).input_ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, special tokens left out."""
+        return str(
+            self._tokenizer.decode(
+                list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        )
+
+    def token_text(self, token: int) -> str:
+        """One token as text, special tokens included; for log-probabilities."""
+        return str(self._tokenizer.decode([token], clean_up_tokenization_spaces=False))
+
+    def stream(self) -> "TextStream":
+        return TextStream(self)
+
+
+class TextStream:
+    """Detokenises one sequence as it grows: never half a character, never a quadratic re-decode.
+
+    Only the last few tokens are decoded again at each step: those since the last point at which the text
+    ended in a whole character, with one finished group before them for context.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._context: list[int] = []
+        self._pending: list[int] = []
+
+    def push(self, token: int) -> str:
+        """The text that `token` completes; empty while a character is incomplete."""
+        self._pending.append(token)
+        before = self._tokenizer.decode(self._context)
+        now = self._tokenizer.decode(self._context + self._pending)
+        if now.endswith(_REPLACEMENT):
+            return ""
+        self._context, self._pending = self._pending, []
+        return now[len(before) :]
+
+    def flush(self) -> str:
+        """What is left at the end, replacement characters included."""
+        before = self._tokenizer.decode(self._context)
+        now = self._tokenizer.decode(self._context + self._pending)
+        self._pending = []
+        return now[len(before) :]

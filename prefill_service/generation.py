@@ -1,0 +1,68 @@
+"""What the HTTP face hands to the engine, and what comes back: the two sides share these types only."""
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Protocol
+
+from prad.artefact import Artefact
+from prad.lm import Draw, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class TaskVersion:
+    """An adapter version, as a request resolved it on admission and keeps it to its end."""
+
+    task: str
+    version: int
+    digest: str
+    artefact: Artefact
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}@{self.version}"
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRequest:
+    """One prompt of an HTTP request: (adapted prefix, plain continuation) and how to go on.
+
+    `choices` sequences start from the same KV cache; the prompt pass is paid once. `version` None is the
+    plain model.
+    """
+
+    request_id: str
+    version: TaskVersion | None
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    prompt_index: int = 0
+    choices: int = 1
+    continuation_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOut:
+    """One token of one choice. `index` counts output tokens from 0; `finish_reason` ends the choice.
+
+    finish_reason is "stop" (the token is one of the stop ids) or "length".
+    """
+
+    choice: int
+    index: int
+    draw: Draw
+    finish_reason: str | None = None
+
+
+class Engine(Protocol):
+    """Everything behind the HTTP face: queue, prompt pass, hand-off, tokens from decode."""
+
+    def generate(self, request: PromptRequest) -> AsyncGenerator[TokenOut, None]:
+        """Tokens of all choices, interleaved, each choice in order; ends when every choice has finished.
+
+        Closing the generator cancels the request and frees what it holds on both sides. Raises the errors
+        of `prefill_service.errors`.
+        """
+        ...
+
+    def cancel_choice(self, request_id: str, choice: int) -> None:
+        """Ends one choice early (a stop string was found); its further tokens are not delivered."""
+        ...
