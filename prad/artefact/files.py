@@ -1,0 +1,96 @@
+"""An adapter on disk: a folder of known files, checked without running or loading anything.
+
+    adapter_model.safetensors   the weights
+    prad.json                   method, base model, template, generation defaults, training record, licence
+    adapter_config.json         PEFT's own configuration, where PEFT has the method (optional)
+    README.md                   the card (optional)
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+
+from prad.artefact.schema import AdapterRecord
+
+WEIGHTS = "adapter_model.safetensors"
+RECORD = "prad.json"
+PEFT_CONFIG = "adapter_config.json"
+CARD = "README.md"
+REQUIRED_FILES = (WEIGHTS, RECORD)
+FILES = (*REQUIRED_FILES, PEFT_CONFIG, CARD)
+
+
+class ArtefactError(Exception):
+    """An adapter folder that cannot be used; the message says which file and what was expected."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Artefact:
+    """A checked adapter folder. `digest` is the SHA-256 over the names and contents of its files."""
+
+    folder: Path
+    record: AdapterRecord
+    tensors: dict[str, TensorInfo]
+    digest: str
+
+    @property
+    def weights(self) -> Path:
+        return self.folder / WEIGHTS
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return present_files(self.folder)
+
+
+def read_artefact(folder: Path) -> Artefact:
+    """Reads and checks an adapter folder. Raises ArtefactError."""
+    for name in REQUIRED_FILES:
+        if not (folder / name).is_file():
+            raise ArtefactError(f"{folder} holds no {name}")
+    try:
+        record = AdapterRecord.model_validate_json((folder / RECORD).read_bytes())
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()
+        )
+        raise ArtefactError(f"{RECORD}: {problems}") from error
+    return Artefact(folder, record, _tensors(folder / WEIGHTS), files_digest(folder))
+
+
+def write_record(folder: Path, record: AdapterRecord) -> None:
+    """Writes `prad.json` beside the weights."""
+    text = json.dumps(record.model_dump(mode="json"), indent=2, ensure_ascii=False)
+    (folder / RECORD).write_text(text + "\n", encoding="utf-8")
+
+
+def present_files(folder: Path) -> tuple[Path, ...]:
+    """The files of an adapter that are there, in the order the digest takes them."""
+    return tuple(path for name in sorted(FILES) if (path := folder / name).is_file())
+
+
+def files_digest(folder: Path) -> str:
+    """SHA-256 over "name sha256-of-contents" of every present file, in the order of names."""
+    digest = hashlib.sha256()
+    for path in present_files(folder):
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def _tensors(path: Path) -> dict[str, TensorInfo]:
+    try:
+        with safe_open(path, framework="np") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            return {n: TensorInfo(s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise ArtefactError(f"{path.name} is not a safetensors file: {error}") from error
