@@ -1,0 +1,103 @@
+"""Everything that can end a request early, as one tree; the HTTP face turns each into OpenAI's error shape.
+
+ServingError
+├── InvalidRequestError         400   what the client sent cannot be served
+│   └── PromptTooLongError      400   context_length_exceeded
+├── UnknownModelError           404   model_not_found
+├── RequestTooLargeError        413   request_too_large
+├── UnsupportedMediaTypeError   415   unsupported_media_type
+├── OverloadedError             429   overloaded, with Retry-After
+├── InternalError               500   internal_error; the cause is in the log, under the request's id
+├── NotReadyError               503   not_ready, with Retry-After
+├── DecodeUnavailableError      503   decode_unavailable, with Retry-After
+└── DeadlineError               504   deadline_exceeded
+"""
+
+from typing import ClassVar
+
+
+class ServingError(Exception):
+    """Base: an HTTP status, OpenAI's error type and code, a message for the client, and the field it is about.
+
+    `retry_after`: seconds after which it makes sense to try again; None says nothing about it.
+    """
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    default_code: ClassVar[str | None] = None
+    default_retry_after: ClassVar[float | None] = None
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code or self.default_code
+        self.retry_after = self.default_retry_after if retry_after is None else retry_after
+
+    def body(self) -> dict[str, dict[str, str | None]]:
+        """OpenAI's error object."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+
+class InvalidRequestError(ServingError):
+    status = 400
+    type = "invalid_request_error"
+
+
+class PromptTooLongError(InvalidRequestError):
+    default_code = "context_length_exceeded"
+
+
+class UnknownModelError(ServingError):
+    status = 404
+    type = "invalid_request_error"
+    default_code = "model_not_found"
+
+
+class RequestTooLargeError(ServingError):
+    status = 413
+    type = "invalid_request_error"
+    default_code = "request_too_large"
+
+
+class UnsupportedMediaTypeError(ServingError):
+    status = 415
+    type = "invalid_request_error"
+    default_code = "unsupported_media_type"
+
+
+class OverloadedError(ServingError):
+    """A queue is full: nothing was computed, the same request may succeed a little later."""
+
+    status = 429
+    type = "rate_limit_error"
+    default_code = "overloaded"
+    default_retry_after = 1.0
+
+
+class InternalError(ServingError):
+    default_code = "internal_error"
+
+
+class NotReadyError(ServingError):
+    status = 503
+    default_code = "not_ready"
+    default_retry_after = 2.0
+
+
+class DecodeUnavailableError(ServingError):
+    status = 503
+    default_code = "decode_unavailable"
+    default_retry_after = 1.0
+
+
+class DeadlineError(ServingError):
+    status = 504
+    default_code = "deadline_exceeded"
