@@ -1,0 +1,32 @@
+"""The PrAd methods: adapters that act on the prompt only, many at once in a packed pass."""
+
+from prad.adapters.adaptation import AdaptedSpan, PromptAdaptation
+from prad.adapters.adapter import (
+    METHODS,
+    Adapter,
+    find_method,
+    load_adapter,
+    new_adapter,
+    save_parameters,
+)
+from prad.adapters.errors import (
+    AdapterError,
+    BaseMismatchError,
+    ParameterMismatchError,
+    UnknownMethodError,
+)
+
+__all__ = [
+    "METHODS",
+    "AdaptedSpan",
+    "Adapter",
+    "AdapterError",
+    "BaseMismatchError",
+    "ParameterMismatchError",
+    "PromptAdaptation",
+    "UnknownMethodError",
+    "find_method",
+    "load_adapter",
+    "new_adapter",
+    "save_parameters",
+]

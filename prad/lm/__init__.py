@@ -1,5 +1,6 @@
 """The frozen model, shared by prefill and decode: loading, fingerprint, forward, tokenizer, sampling."""
 
+from prad.lm.attention import Ragged
 from prad.lm.batch import PackedBatch
 from prad.lm.errors import MissingSiteError, ModelError, ModelNotFoundError, UnsupportedModelError
 from prad.lm.fingerprint import Fingerprint
@@ -24,6 +25,7 @@ __all__ = [
     "ModelNotFoundError",
     "PackedBatch",
     "PromptKV",
+    "Ragged",
     "SampleKey",
     "SamplingParams",
     "Site",

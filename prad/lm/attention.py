@@ -6,6 +6,8 @@ other.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -17,35 +19,75 @@ from prad.lm.errors import UnsupportedModelError
 
 NAME = "prad_packed"
 
+_BUCKET = 32  # tokens; sequences whose lengths round up to the same multiple share an attention call
+
 _PLAIN_ARGUMENTS = frozenset(
     {"dropout", "position_ids", "use_cache", "is_causal", "output_attentions", "output_hidden_states"}
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Ragged:
+    """Geometry of packed sequences, computed once per pass and used by every layer.
+
+    Sequences of similar length share one padded attention call. buckets: for each call the packed row of
+    every padded place [sequences, longest] (padding repeats a sequence's last row); restore [T]: where each
+    packed row lies among all padded places.
+    """
+
+    buckets: tuple[Tensor, ...]
+    restore: Tensor
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> "Ragged":
+        starts = list(accumulate(lengths, initial=0))
+        alike: dict[int, list[int]] = {}
+        for sequence, length in enumerate(lengths):
+            alike.setdefault(-(-length // _BUCKET), []).append(sequence)
+        buckets, restore, place = [], [0] * starts[-1], 0
+        for sequences in alike.values():
+            longest = max(lengths[s] for s in sequences)
+            buckets.append(
+                [[starts[s] + min(i, lengths[s] - 1) for i in range(longest)] for s in sequences]
+            )
+            for s in sequences:
+                restore[starts[s] : starts[s + 1]] = range(place, place + lengths[s])
+                place += longest
+        return cls(
+            tuple(torch.tensor(b, device=device) for b in buckets), torch.tensor(restore, device=device)
+        )
+
+
 def causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], scale: float, window: int | None
+    query: Tensor, key: Tensor, value: Tensor, ragged: Ragged, scale: float, window: int | None
 ) -> Tensor:
     """Causal attention within each of several packed sequences.
 
-    query [T, heads, key_dim], key [T, kv_heads, key_dim], value [T, kv_heads, value_dim], sum(lengths) = T.
-    Returns [T, heads, value_dim].
+    query [T, heads, key_dim], key [T, kv_heads, key_dim], value [T, kv_heads, value_dim]. Returns
+    [T, heads, value_dim]. Padding lies behind a sequence's tokens, where causality hides it.
     """
+    dtype = query.dtype
+    if query.requires_grad and query.device.type == "cpu":
+        # torch's backward of CPU attention is several times slower in bf16 than in float32
+        query, key, value = query.float(), key.float(), value.float()
     groups = query.shape[1] // key.shape[1]
     if groups > 1:  # expanding first lets the CPU take its flash kernel, which knows no grouped heads
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     outputs = []
-    start = 0
-    for length in lengths:
-        q, k, v = (x[start : start + length].transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+    for rows in ragged.buckets:
+        length = rows.shape[1]
+        flat = rows.flatten()
+        q, k, v = (
+            x.index_select(0, flat).unflatten(0, rows.shape).transpose(1, 2) for x in (query, key, value)
+        )
         mask = None
         if window is not None and length > window:
             at = torch.arange(length, device=query.device)
             distance = at[:, None] - at[None, :]
             mask = (distance >= 0) & (distance < window)
         out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
-        outputs.append(out.squeeze(0).transpose(0, 1))
-        start += length
-    return torch.cat(outputs)
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs).index_select(0, ragged.restore).to(dtype)
 
 
 def decode_attention(

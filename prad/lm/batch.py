@@ -7,6 +7,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from prad.lm.attention import Ragged
 from prad.lm.kv import KVTarget, LayerDone, PromptKV
 
 
@@ -14,13 +15,12 @@ from prad.lm.kv import KVTarget, LayerDone, PromptKV
 class PackedBatch:
     """Immutable input of one pass.
 
-    ids [T] and positions [T] (int64) of all new tokens; `lengths` how many of them each sequence has;
-    `kv` where keys and values go and what queries see; logit_rows [R] the rows whose logits are wanted.
+    ids [T] and positions [T] (int64) of all new tokens, `kv` where their keys and values go and what their
+    queries see, logit_rows [R] the rows whose logits are wanted.
     """
 
     ids: Tensor
     positions: Tensor
-    lengths: tuple[int, ...]
     kv: KVTarget
     logit_rows: Tensor
 
@@ -39,7 +39,6 @@ class PackedBatch:
         return cls(
             ids=torch.tensor([i for s in sequences for i in s], device=device),
             positions=torch.cat([torch.arange(n, device=device) for n in lengths]),
-            lengths=lengths,
-            kv=PromptKV(lengths, layer_done),
+            kv=PromptKV(Ragged.of(lengths, device), layer_done),
             logit_rows=torch.tensor(rows, device=device, dtype=torch.long),
         )

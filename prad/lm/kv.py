@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from prad.lm.attention import causal_attention
+from prad.lm.attention import Ragged, causal_attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +59,11 @@ LayerDone = Callable[[int, Tensor, Tensor], None]
 class PromptKV:
     """Target of a packed pass over whole sequences: block-diagonal causal attention by construction.
 
-    `lengths` are the sequences' token counts, in packed order. `layer_done` is called with
-    (layer, key [T, kv_heads, key_dim], value [T, kv_heads, value_dim]) while later layers are still to come:
-    the hand-off starts there.
+    `layer_done` is called with (layer, key [T, kv_heads, key_dim], value [T, kv_heads, value_dim]) while
+    later layers are still to come: the hand-off starts there.
     """
 
-    lengths: tuple[int, ...]
+    ragged: Ragged
     layer_done: LayerDone | None = None
 
     def attend(
@@ -72,4 +71,4 @@ class PromptKV:
     ) -> Tensor:
         if self.layer_done is not None:
             self.layer_done(layer, key, value)
-        return causal_attention(query, key, value, self.lengths, scale, window)
+        return causal_attention(query, key, value, self.ragged, scale, window)

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from prad.lm import attention
+from prad.lm.attention import Ragged
 from prad.lm.batch import PackedBatch
 from prad.lm.errors import ModelNotFoundError, UnsupportedModelError
 from prad.lm.fingerprint import Fingerprint, weights_digest
@@ -100,7 +101,6 @@ class LanguageModel:
         batch = PackedBatch(
             ids=torch.zeros(1, dtype=torch.long, device=self.device),
             positions=torch.zeros(1, dtype=torch.long, device=self.device),
-            lengths=(1,),
             kv=recorder,
             logit_rows=torch.zeros(1, dtype=torch.long, device=self.device),
         )
@@ -124,7 +124,7 @@ class _Recorder:
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
     ) -> Tensor:
         self.layers[layer] = LayerKV(key.shape[1], key.shape[2], value.shape[2])
-        return PromptKV((1,)).attend(layer, query, key, value, scale, window)
+        return PromptKV(Ragged.of((1,), query.device)).attend(layer, query, key, value, scale, window)
 
 
 def architecture(config: "AutoConfig") -> str:

@@ -1,0 +1,121 @@
+"""One adapter in memory, and its way from and to an artefact's files."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+
+from prad.adapters.errors import (
+    AdapterError,
+    BaseMismatchError,
+    ParameterMismatchError,
+    UnknownMethodError,
+)
+from prad.adapters.method import Method, MethodConfig, ModelShape, Parameters
+from prad.adapters.parallel import ParallelAdapter
+from prad.artefact import WEIGHTS, Artefact
+from prad.lm import LanguageModel, Site, require_sites
+
+METHODS: dict[str, Method] = {method.name: method for method in (ParallelAdapter(),)}
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """A method, its configuration and its parameters [layers, ...] on the model's device and dtype.
+
+    Compared by identity: two loads of the same file are two adapters.
+    """
+
+    method: Method
+    config: MethodConfig
+    parameters: Parameters
+
+    @property
+    def sites(self) -> frozenset[Site]:
+        return self.method.sites(self.config)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(p.nbytes for p in self.parameters.values())
+
+
+def find_method(name: str) -> Method:
+    """Raises UnknownMethodError with the known names."""
+    if name not in METHODS:
+        raise UnknownMethodError(f"unknown method '{name}'; known: {', '.join(sorted(METHODS))}")
+    return METHODS[name]
+
+
+def new_adapter(method: Method, config: MethodConfig, model: LanguageModel, seed: int) -> Adapter:
+    """A fresh float32 adapter that leaves the model as it is. Raises MissingSiteError."""
+    require_sites(model.config.model_type, method.sites(config))
+    generator = torch.Generator().manual_seed(seed)
+    return Adapter(method, config, method.initialise(config, ModelShape.of(model), generator))
+
+
+def load_adapter(
+    artefact: Artefact, model: LanguageModel, *, allow_other_weights: bool = False
+) -> Adapter:
+    """Loads an artefact for `model`.
+
+    Raises BaseMismatchError, UnknownMethodError, ParameterMismatchError, or MissingSiteError.
+    """
+    record, fingerprint = artefact.record, model.fingerprint
+    if record.base.architecture != fingerprint.architecture:
+        raise BaseMismatchError(
+            f"trained for architecture [{record.base.architecture}], "
+            f"the model is [{fingerprint.architecture}]"
+        )
+    if record.base.weights != fingerprint.weights and not allow_other_weights:
+        raise BaseMismatchError(
+            f"trained on weights {record.base.weights[:12]} ({record.base.name}), "
+            f"the model's are {fingerprint.weights[:12]}"
+        )
+    method = find_method(record.method)
+    try:
+        config = method.config_type.model_validate(record.config)
+    except ValidationError as error:
+        raise AdapterError(f"configuration of {record.method}: {error}") from error
+    require_sites(model.config.model_type, method.sites(config))
+    shapes = method.shapes(config, ModelShape.of(model))
+    expected = {_file_name(i, n): s for i in range(model.num_layers) for n, s in shapes.items()}
+    _check_shapes(expected, {name: info.shape for name, info in artefact.tensors.items()})
+    tensors = load_file(artefact.weights)
+    return Adapter(
+        method,
+        config,
+        {
+            name: torch.stack([tensors[_file_name(i, name)] for i in range(model.num_layers)]).to(
+                device=model.device, dtype=model.dtype
+            )
+            for name in shapes
+        },
+    )
+
+
+def save_parameters(parameters: Parameters, folder: Path, dtype: torch.dtype) -> None:
+    """Writes the weights file of an artefact, one tensor per layer and parameter."""
+    layers = {
+        _file_name(i, name): part.to(dtype).contiguous()
+        for name, stacked in parameters.items()
+        for i, part in enumerate(stacked.detach().cpu().unbind(0))
+    }
+    save_file(layers, folder / WEIGHTS)
+
+
+def _file_name(layer: int, name: str) -> str:
+    return f"layers.{layer}.{name}"
+
+
+def _check_shapes(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+) -> None:
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise ParameterMismatchError(
+                f"tensor {name}: expected {expected.get(name, 'none')}, "
+                f"the file has {found.get(name, 'none')}"
+            )

@@ -1,0 +1,17 @@
+"""What can be wrong with an adapter for the model at hand."""
+
+
+class AdapterError(Exception):
+    """An adapter that cannot be used with this model; the message says what was found and expected."""
+
+
+class UnknownMethodError(AdapterError):
+    """The artefact names a method that this version does not have."""
+
+
+class BaseMismatchError(AdapterError):
+    """The adapter was trained on another architecture or other weights."""
+
+
+class ParameterMismatchError(AdapterError):
+    """The weights' names or shapes are not those of the method on this model."""

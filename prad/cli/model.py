@@ -1,0 +1,33 @@
+"""The model options that several commands share."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from prad.lm import LanguageModel, Tokenizer
+
+ModelOption = Annotated[
+    str,
+    typer.Option("--model", help="Folder, .gguf file, Hugging Face id, or the default model.", envvar="PRAD_MODEL"),
+]
+CacheOption = Annotated[
+    Path, typer.Option("--cache-dir", help="Where converted models are kept.", envvar="PRAD_CACHE_DIR")
+]
+DTypeOption = Annotated[str, typer.Option("--dtype", help="bfloat16 or float32.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
+DEFAULT_CACHE = Path("~/.cache/prad")
+
+
+def load_model(name: str, cache_dir: Path, dtype: str, device: str) -> "tuple[LanguageModel, Tokenizer]":
+    """Resolves and loads; torch and transformers are imported here, not at `--help`."""
+    import torch
+
+    from prad.lm import LanguageModel, Tokenizer, resolve_model
+
+    dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+    if dtype not in dtypes:
+        raise typer.BadParameter(f"expected bfloat16 or float32, got '{dtype}'", param_hint="--dtype")
+    folder = resolve_model(name, cache_dir)
+    return LanguageModel.load(folder, dtype=dtypes[dtype], device=device), Tokenizer(folder)

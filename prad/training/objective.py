@@ -1,0 +1,54 @@
+"""The training objective: one packed forward, the adapter on prompt rows only, loss on the completion."""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from prad.adapters import AdaptedSpan, Adapter, PromptAdaptation
+from prad.lm import LanguageModel, PackedBatch, PromptKV, Ragged
+
+
+class PromptTuning(nn.Module):
+    """Holds the trained parameters and nothing else: what is saved, resumed and stepped.
+
+    The frozen model is not a submodule; it computes in its own dtype, the parameters stay float32.
+    """
+
+    def __init__(self, model: LanguageModel, adapter: Adapter) -> None:
+        super().__init__()
+        self._frozen = (model,)  # a tuple, so that the module's own state is the adapter alone
+        self._template = adapter
+        self._names = {name.replace(".", "_"): name for name in adapter.parameters}
+        for attribute, name in self._names.items():
+            self.register_parameter(attribute, nn.Parameter(adapter.parameters[name]))
+
+    @property
+    def adapter(self) -> Adapter:
+        """The adapter in the frozen model's dtype; gradients flow to the float32 parameters."""
+        (model,) = self._frozen
+        parameters = {
+            name: getattr(self, attribute).to(model.dtype) for attribute, name in self._names.items()
+        }
+        return Adapter(self._template.method, self._template.config, parameters)
+
+    def forward(
+        self,
+        ids: Tensor,
+        lengths: Sequence[int],
+        prompt_lengths: Sequence[int],
+        label_rows: Tensor,
+        labels: Tensor,
+    ) -> dict[str, Tensor]:
+        """Mean cross entropy over labels [N]; the LM head is computed for label_rows [N] only."""
+        (model,) = self._frozen
+        positions = torch.cat([torch.arange(n, device=ids.device) for n in lengths])
+        kv = PromptKV(Ragged.of(lengths, ids.device))
+        batch = PackedBatch(ids, positions, kv, label_rows)
+        adapter = self.adapter
+        starts = accumulate(lengths[:-1], initial=0)
+        spans = [AdaptedSpan(adapter, s, n) for s, n in zip(starts, prompt_lengths, strict=True)]
+        logits = model.forward(batch, PromptAdaptation(spans, ids.device))
+        return {"loss": cross_entropy(logits.float(), labels)}
