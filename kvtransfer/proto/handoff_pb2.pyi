@@ -187,6 +187,7 @@ class Rejected(_message.Message):
         INVALID: _ClassVar[Rejected.Reason]
         DRAINING: _ClassVar[Rejected.Reason]
         UNSUPPORTED: _ClassVar[Rejected.Reason]
+        NOT_ATTACHED: _ClassVar[Rejected.Reason]
     REASON_UNSPECIFIED: Rejected.Reason
     FULL: Rejected.Reason
     TOO_LARGE: Rejected.Reason
@@ -195,6 +196,7 @@ class Rejected(_message.Message):
     INVALID: Rejected.Reason
     DRAINING: Rejected.Reason
     UNSUPPORTED: Rejected.Reason
+    NOT_ATTACHED: Rejected.Reason
     REASON_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     RETRY_AFTER_MS_FIELD_NUMBER: _ClassVar[int]
@@ -218,10 +220,12 @@ class TokenControl(_message.Message):
     def __init__(self, attach: _Optional[_Union[Attach, _Mapping]] = ..., acknowledge: _Optional[_Union[Acknowledge, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
 
 class Attach(_message.Message):
-    __slots__ = ("client_id",)
+    __slots__ = ("client_id", "received")
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
+    RECEIVED_FIELD_NUMBER: _ClassVar[int]
     client_id: str
-    def __init__(self, client_id: _Optional[str] = ...) -> None: ...
+    received: int
+    def __init__(self, client_id: _Optional[str] = ..., received: _Optional[int] = ...) -> None: ...
 
 class Acknowledge(_message.Message):
     __slots__ = ("frame",)
@@ -238,6 +242,20 @@ class Cancel(_message.Message):
     attempt: int
     choice: int
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., choice: _Optional[int] = ...) -> None: ...
+
+class TokenReply(_message.Message):
+    __slots__ = ("attached", "frame")
+    ATTACHED_FIELD_NUMBER: _ClassVar[int]
+    FRAME_FIELD_NUMBER: _ClassVar[int]
+    attached: Attached
+    frame: TokenFrame
+    def __init__(self, attached: _Optional[_Union[Attached, _Mapping]] = ..., frame: _Optional[_Union[TokenFrame, _Mapping]] = ...) -> None: ...
+
+class Attached(_message.Message):
+    __slots__ = ("session",)
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    session: str
+    def __init__(self, session: _Optional[str] = ...) -> None: ...
 
 class TokenFrame(_message.Message):
     __slots__ = ("frame", "events")

@@ -47,7 +47,7 @@ class DecodeStub:
         self.Tokens = channel.stream_stream(
                 '/prad.kvtransfer.v1.Decode/Tokens',
                 request_serializer=kvtransfer_dot_proto_dot_handoff__pb2.TokenControl.SerializeToString,
-                response_deserializer=kvtransfer_dot_proto_dot_handoff__pb2.TokenFrame.FromString,
+                response_deserializer=kvtransfer_dot_proto_dot_handoff__pb2.TokenReply.FromString,
                 _registered_method=True)
 
 
@@ -88,7 +88,7 @@ def add_DecodeServicer_to_server(servicer, server):
             'Tokens': grpc.stream_stream_rpc_method_handler(
                     servicer.Tokens,
                     request_deserializer=kvtransfer_dot_proto_dot_handoff__pb2.TokenControl.FromString,
-                    response_serializer=kvtransfer_dot_proto_dot_handoff__pb2.TokenFrame.SerializeToString,
+                    response_serializer=kvtransfer_dot_proto_dot_handoff__pb2.TokenReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -171,7 +171,7 @@ class Decode:
             target,
             '/prad.kvtransfer.v1.Decode/Tokens',
             kvtransfer_dot_proto_dot_handoff__pb2.TokenControl.SerializeToString,
-            kvtransfer_dot_proto_dot_handoff__pb2.TokenFrame.FromString,
+            kvtransfer_dot_proto_dot_handoff__pb2.TokenReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,168 @@
+"""Dataclasses to protobuf and back. KV bytes are `kv_frame.py`'s."""
+
+from kvtransfer.layout import ModelSpec
+from kvtransfer.messages import (
+    Cancel,
+    Description,
+    Open,
+    RequestState,
+    Sampling,
+    Token,
+    TokenEvent,
+    TokenFrame,
+)
+from kvtransfer.proto import handoff_pb2 as pb
+
+_SEED_MASK = 2**64 - 1
+
+
+def open_to_proto(request: Open) -> pb.Open:
+    return pb.Open(
+        request_id=request.request_id,
+        attempt=request.attempt,
+        client_id=request.client_id,
+        model=request.model.to_proto(),
+        kv_len=request.kv_len,
+        prompt_len=request.prompt_len,
+        next_position=request.next_position,
+        choices=request.choices,
+        prompt_index=request.prompt_index,
+        output_offset=request.output_offset,
+        sampling=sampling_to_proto(request.sampling),
+        prompt_ids=request.prompt_ids,
+        deadline_unix_ms=request.deadline_unix_ms,
+        state=[
+            pb.RequestState(site=s.site, layer=s.layer, dtype=s.dtype, shape=s.shape, data=s.data)
+            for s in request.state
+        ],
+    )
+
+
+def open_from_proto(message: pb.Open) -> Open:
+    """Raises ValueError if the model spec is none (unknown dtype, no layers)."""
+    return Open(
+        request_id=message.request_id,
+        attempt=message.attempt,
+        client_id=message.client_id,
+        model=ModelSpec.from_proto(message.model),
+        kv_len=message.kv_len,
+        prompt_len=message.prompt_len,
+        next_position=message.next_position,
+        choices=message.choices,
+        prompt_index=message.prompt_index,
+        output_offset=message.output_offset,
+        sampling=sampling_from_proto(message.sampling),
+        prompt_ids=tuple(message.prompt_ids),
+        deadline_unix_ms=message.deadline_unix_ms,
+        state=tuple(RequestState(s.site, s.layer, s.dtype, tuple(s.shape), s.data) for s in message.state),
+    )
+
+
+def sampling_to_proto(sampling: Sampling) -> pb.Sampling:
+    return pb.Sampling(
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        seed=sampling.seed & _SEED_MASK,  # keys use the same 64 bits: a negative seed draws the same
+        min_tokens=sampling.min_tokens,
+        stop_ids=sorted(sampling.stop_ids),
+        logprobs=sampling.logprobs,
+    )
+
+
+def sampling_from_proto(message: pb.Sampling) -> Sampling:
+    return Sampling(
+        max_tokens=message.max_tokens,
+        temperature=message.temperature,
+        top_p=message.top_p,
+        top_k=message.top_k,
+        min_p=message.min_p,
+        seed=message.seed,
+        min_tokens=message.min_tokens,
+        stop_ids=frozenset(message.stop_ids),
+        logprobs=message.logprobs if message.HasField("logprobs") else None,
+    )
+
+
+def token_to_proto(token: Token) -> pb.Token:
+    if token.logprob is None:
+        return pb.Token(id=token.id)
+    return pb.Token(
+        id=token.id,
+        logprob=token.logprob,
+        top_ids=[i for i, _ in token.top],
+        top_logprobs=[value for _, value in token.top],
+    )
+
+
+def token_from_proto(message: pb.Token) -> Token:
+    logprob = message.logprob if message.HasField("logprob") else None
+    return Token(message.id, logprob, tuple(zip(message.top_ids, message.top_logprobs, strict=False)))
+
+
+def frame_to_proto(frame: TokenFrame) -> pb.TokenReply:
+    events = [
+        pb.TokenEvent(
+            request_id=e.request_id,
+            attempt=e.attempt,
+            choice=e.choice,
+            index=e.index,
+            token=None if e.token is None else token_to_proto(e.token),
+            finish_reason=e.finish_reason or "",
+            error=e.error or "",
+        )
+        for e in frame.events
+    ]
+    return pb.TokenReply(frame=pb.TokenFrame(frame=frame.number, events=events))
+
+
+def frame_from_proto(message: pb.TokenFrame) -> TokenFrame:
+    events = tuple(
+        TokenEvent(
+            request_id=e.request_id,
+            attempt=e.attempt,
+            choice=e.choice,
+            index=e.index,
+            token=token_from_proto(e.token) if e.HasField("token") else None,
+            finish_reason=e.finish_reason or None,
+            error=e.error or None,
+        )
+        for e in message.events
+    )
+    return TokenFrame(message.frame, events)
+
+
+def cancel_to_proto(cancel: Cancel) -> pb.TokenControl:
+    message = pb.Cancel(request_id=cancel.request_id, attempt=cancel.attempt, choice=cancel.choice)
+    return pb.TokenControl(cancel=message)
+
+
+def cancel_from_proto(message: pb.Cancel) -> Cancel:
+    choice = message.choice if message.HasField("choice") else None
+    return Cancel(message.request_id, message.attempt, choice)
+
+
+def description_to_proto(description: Description) -> pb.Description:
+    return pb.Description(
+        model=description.model.to_proto(),
+        block_size=description.block_size,
+        total_blocks=description.total_blocks,
+        free_blocks=description.free_blocks,
+        max_sequences=description.max_sequences,
+        running_sequences=description.running_sequences,
+        instance=description.instance,
+    )
+
+
+def description_from_proto(message: pb.Description) -> Description:
+    return Description(
+        model=ModelSpec.from_proto(message.model),
+        block_size=message.block_size,
+        total_blocks=message.total_blocks,
+        free_blocks=message.free_blocks,
+        max_sequences=message.max_sequences,
+        running_sequences=message.running_sequences,
+        instance=message.instance,
+    )

@@ -1,0 +1,112 @@
+"""What prefill and decode tell each other, as frozen dataclasses; `codec.py` puts them on the wire."""
+
+from dataclasses import dataclass
+
+from kvtransfer.layout import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are drawn and when a sequence ends; the meaning is that of prad.lm.SamplingParams."""
+
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int = 0
+    min_tokens: int = 0
+    stop_ids: frozenset[int] = frozenset()
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestState:
+    """A tensor that acts on a request's generated tokens at a named site of a layer."""
+
+    site: str
+    layer: int
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """A request for room: everything decode must know before KV bytes move.
+
+    request_id names one prompt (an HTTP request with several prompts hands each over under its own id).
+    kv_len counts the tokens in the KV cache (virtual prefix, prompt, continuation), prompt_len the prompt's
+    alone; decode feeds the first token at position next_position. output_offset is the output index of
+    that first token. deadline_unix_ms: 0 is none.
+    """
+
+    request_id: str
+    client_id: str
+    model: ModelSpec
+    kv_len: int
+    prompt_len: int
+    next_position: int
+    sampling: Sampling
+    attempt: int = 1
+    choices: int = 1
+    prompt_index: int = 0
+    output_offset: int = 0
+    prompt_ids: tuple[int, ...] = ()
+    deadline_unix_ms: int = 0
+    state: tuple[RequestState, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A drawn token; log-probabilities are the plain model's. `top`: (id, log-probability), best first."""
+
+    id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One step of one sequence. `index` is the output index of `token`.
+
+    finish_reason ends the sequence: "stop" or "length" with a token; "deadline" or "error" without one.
+    """
+
+    request_id: str
+    attempt: int
+    choice: int
+    index: int
+    token: Token | None = None
+    finish_reason: str | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenFrame:
+    """All of a client's events of one decode step; `number` counts up by 1 from 1."""
+
+    number: int
+    events: tuple[TokenEvent, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """The client wants no more of a request's attempt: of one choice, or (None) of all."""
+
+    request_id: str
+    attempt: int
+    choice: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """Who a decode service is and how full it is; `instance` is new at every start of its process."""
+
+    model: ModelSpec
+    block_size: int
+    total_blocks: int
+    free_blocks: int
+    max_sequences: int
+    running_sequences: int
+    instance: str

@@ -1,0 +1,56 @@
+"""Limits and timeouts of the transfer; each part receives this one frozen object."""
+
+from dataclasses import dataclass
+
+_KEEPALIVE_TIMEOUT_MS = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class TransferSettings:
+    """Times in seconds, sizes in bytes.
+
+    A KV frame is sent when it has reached `frame_bytes`; `max_message_bytes` bounds every message on both
+    ends. `reattach_timeout_s` is how long a token stream tries to come back before its requests count as
+    lost; decode keeps a detached client's sequences a little longer than that.
+    """
+
+    describe_timeout_s: float = 5.0
+    open_timeout_s: float = 10.0
+    send_timeout_s: float = 30.0
+    commit_timeout_s: float = 10.0
+    abort_timeout_s: float = 2.0
+    attach_timeout_s: float = 5.0
+    reattach_timeout_s: float = 15.0
+    backoff_first_s: float = 0.05
+    backoff_max_s: float = 1.0
+    keepalive_s: float = 20.0
+    frame_bytes: int = 1 << 20
+    max_message_bytes: int = 16 << 20
+    acknowledge_every: int = 16
+
+    def channel_options(self) -> list[tuple[str, int]]:
+        """gRPC options of a client; the keepalive finds a peer that died without a word."""
+        return [
+            *_message_options(self.max_message_bytes),
+            ("grpc.keepalive_time_ms", int(self.keepalive_s * 1000)),
+            ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
+            ("grpc.http2.max_pings_without_data", 0),
+            # a decode service that came back is found within our own back-off, not gRPC's of two minutes
+            ("grpc.initial_reconnect_backoff_ms", int(self.backoff_first_s * 1000)),
+            ("grpc.min_reconnect_backoff_ms", int(self.backoff_first_s * 1000)),
+            ("grpc.max_reconnect_backoff_ms", int(self.backoff_max_s * 1000)),
+        ]
+
+    def server_options(self) -> list[tuple[str, int]]:
+        """gRPC options of a server: as large messages, and a port that is refused when it is taken."""
+        return [
+            *_message_options(self.max_message_bytes),
+            ("grpc.so_reuseport", 0),
+            ("grpc.keepalive_time_ms", int(self.keepalive_s * 1000)),
+            ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
+            ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+        ]
+
+
+def _message_options(limit: int) -> list[tuple[str, int]]:
+    return [("grpc.max_send_message_length", limit), ("grpc.max_receive_message_length", limit)]
