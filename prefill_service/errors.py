@@ -17,7 +17,7 @@ from typing import ClassVar
 
 
 class ServingError(Exception):
-    """Base: an HTTP status, OpenAI's error type and code, a message for the client, and the field it is about.
+    """Base: HTTP status, OpenAI's error type and code, a message for the client, the field it is about.
 
     `retry_after`: seconds after which it makes sense to try again; None says nothing about it.
     """

@@ -1,0 +1,104 @@
+"""From text or messages to prompt ids: the same ids that training saw.
+
+    completion, task         template(text), or the ids as given; `raw_prompt` leaves the template out
+    completion, plain model  text
+    chat, task               template(the user message): such an adapter has only ever seen single prompts, so
+                             other messages are refused rather than silently left out
+    chat, task trained on    the model's chat template over all messages, the last user message inside the
+    the chat template        artefact's template
+    chat, plain model        the model's chat template over all messages
+
+A completion of a task that was trained on the chat template is a conversation of one user message.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jinja2 import TemplateError
+
+from prad.artefact import AdapterRecord
+from prad.lm import Tokenizer
+from prefill_service.api.fields import PromptInput
+from prefill_service.api.schemas import Message
+from prefill_service.errors import InvalidRequestError
+
+ChatTurns = list[dict[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptEncoder:
+    """Tokenises prompts. Texts longer than `thread_chars` are tokenised in a thread, as others wait."""
+
+    tokenizer: Tokenizer
+    vocab_size: int
+    thread_chars: int
+
+    async def completion(
+        self, record: AdapterRecord | None, prompt: PromptInput, *, raw: bool
+    ) -> tuple[int, ...]:
+        """`record` None: the plain model. Raises InvalidRequestError."""
+        if not isinstance(prompt, str):
+            return self._checked(prompt)
+        if not prompt:
+            raise InvalidRequestError("the prompt is empty: expected at least one token", param="prompt")
+        if raw or record is None:
+            return await self._text(prompt)
+        if record.chat_template:
+            return await self._chat([{"role": "user", "content": record.wrap(prompt)}], "prompt")
+        return await self._text(record.wrap(prompt))
+
+    async def chat(
+        self, record: AdapterRecord | None, messages: Sequence[Message], *, raw: bool
+    ) -> tuple[int, ...]:
+        """`record` None: the plain model. Raises InvalidRequestError."""
+        last = messages[-1]
+        if last.role != "user":
+            raise InvalidRequestError(
+                f"the last message must be the user's, got role {last.role!r}: going on with a given answer "
+                "is not supported yet",
+                param="messages",
+            )
+        content = last.content if raw or record is None else record.wrap(last.content)
+        if record is None or record.chat_template:
+            turns = [{"role": m.template_role, "content": m.content} for m in messages[:-1]]
+            return await self._chat([*turns, {"role": "user", "content": content}], "messages")
+        if len(messages) > 1:
+            raise InvalidRequestError(
+                f"this task's adapter was trained on single prompts and cannot see a conversation: expected "
+                f"one user message, got {len(messages)} messages",
+                param="messages",
+                code="conversation_not_supported",
+            )
+        if not last.content:
+            raise InvalidRequestError("the message is empty", param="messages")
+        return await self._text(content)
+
+    def _checked(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        for token in ids:
+            if not 0 <= token < self.vocab_size:
+                raise InvalidRequestError(
+                    f"token id {token} is out of range: expected 0 to {self.vocab_size - 1}", param="prompt"
+                )
+        return ids
+
+    async def _text(self, text: str) -> tuple[int, ...]:
+        if len(text) <= self.thread_chars:
+            return tuple(self.tokenizer.encode_prompt(text))
+        return tuple(await asyncio.to_thread(self.tokenizer.encode_prompt, text))
+
+    async def _chat(self, turns: ChatTurns, param: str) -> tuple[int, ...]:
+        if not self.tokenizer.has_chat_template:
+            raise InvalidRequestError(
+                "this model has no chat template: send a prompt to /v1/completions",
+                param=param,
+                code="no_chat_template",
+            )
+        try:
+            if sum(len(turn["content"]) for turn in turns) <= self.thread_chars:
+                return tuple(self.tokenizer.encode_chat(turns))
+            return tuple(await asyncio.to_thread(self.tokenizer.encode_chat, turns))
+        except TemplateError as error:
+            raise InvalidRequestError(
+                f"the model's chat template refuses these messages: {error}", param=param
+            ) from error
