@@ -1,0 +1,134 @@
+"""What travels over the registry's HTTP API: shared by server and client. All times are UTC, ISO 8601."""
+
+from pydantic import BaseModel, ConfigDict
+
+from adapter_registry.versions import Event, State
+from prad.artefact import AdapterRecord, BaseModelRef
+
+
+class _Answer(BaseModel):
+    """Unknown fields are ignored, so that an older client reads a newer registry."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class _Command(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PushPath(_Command):
+    """Push from a folder on the registry's machine."""
+
+    path: str
+
+
+class Retire(_Command):
+    force: bool = False
+
+
+class Probe(_Command):
+    """A prefill replica's report on one version: loaded onto its model, one forward run."""
+
+    ok: bool
+    reason: str = ""
+    replica: str = ""
+
+
+class StoredFile(_Answer):
+    name: str
+    size: int
+
+
+class VersionRoute(_Answer):
+    """One version, as routing needs it."""
+
+    version: int
+    state: State
+    digest: str
+    method: str
+    base: BaseModelRef
+    pushed_at: str
+
+
+class TaskRoute(_Answer):
+    """`current` is what a plain `task` means; None: the task cannot answer."""
+
+    task: str
+    current: int | None
+    versions: tuple[VersionRoute, ...]
+
+
+class RoutingState(_Answer):
+    """Everything routing needs, at one revision."""
+
+    revision: int
+    tasks: tuple[TaskRoute, ...]
+
+
+class HistoryLine(_Answer):
+    revision: int
+    event: Event
+    before: State | None
+    after: State
+    current: int | None
+    at: str
+    replica: str
+    reason: str
+
+
+class VersionRecord(_Answer):
+    """Everything about one version. `reason` says why a probe failed; `current`: plain `task` means it."""
+
+    task: str
+    version: int
+    state: State
+    current: bool
+    digest: str
+    reason: str
+    pushed_at: str
+    record: AdapterRecord
+    files: tuple[StoredFile, ...]
+    tensors: int
+    tensor_bytes: int
+    history: tuple[HistoryLine, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}@{self.version}"
+
+
+class Pushed(VersionRecord):
+    """The answer to a push. `created` False: these very files were a version already."""
+
+    created: bool
+
+
+class Replica(_Answer):
+    """A prefill replica that follows the changes. `connected`: it waits now, or did a moment ago."""
+
+    name: str
+    connected: bool
+    last_seen: str
+
+
+class ReplicaList(_Answer):
+    replicas: tuple[Replica, ...]
+
+
+class ServerVersion(_Answer):
+    version: str
+    api: str = "v1"
+    max_upload_bytes: int
+
+
+class ErrorBody(_Answer):
+    """The shape that OpenAI's API gives its errors."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorReply(_Answer):
+    error: ErrorBody

@@ -1,0 +1,134 @@
+"""The files of adapters on the registry's disk: staged, checked, then moved to their digest.
+
+    <data>/staging/<random>/     being uploaded; emptied at every start
+    <data>/artefacts/<digest>/   complete, checked, on disk for good; a folder appears here by one rename
+
+A version enters the database only after its folder is here, so a kill at any moment leaves whole versions
+and, at worst, a folder that no version refers to: `sweep` removes those at the next start.
+"""
+
+import os
+import shutil
+import stat
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from adapter_registry.api import StoredFile
+from adapter_registry.errors import (
+    AdapterRefusedError,
+    StoredFilesDamagedError,
+    UploadTooLargeError,
+)
+from adapter_registry.store import StoredAdapter
+from prad.artefact import FILES, Artefact, ArtefactError, files_digest, read_artefact
+
+
+class ArtefactFolder:
+    """Raises OSError if `data` cannot be written."""
+
+    def __init__(self, data: Path) -> None:
+        self._staging = data / "staging"
+        self._artefacts = data / "artefacts"
+        self._lock = threading.Lock()
+        for folder in (self._staging, self._artefacts):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    @contextmanager
+    def stage(self) -> Iterator[Path]:
+        """An empty folder that is gone afterwards, unless `keep` has moved it."""
+        folder = Path(tempfile.mkdtemp(dir=self._staging))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def keep(self, staged: Path) -> StoredAdapter:
+        """Checks the staged files and moves them to their digest. Raises AdapterRefusedError."""
+        try:
+            artefact = read_artefact(staged)
+        except ArtefactError as error:
+            raise AdapterRefusedError(
+                str(error).replace(str(staged), "the adapter"), param="files"
+            ) from error
+        adapter = _describe(artefact)
+        _flush(staged)
+        with self._lock:
+            self._move(staged, self._artefacts / artefact.digest)
+        return adapter
+
+    def file(self, digest: str, name: str) -> Path:
+        """Where a file lies. `name` is one of the stored names. Raises StoredFilesDamagedError."""
+        path = self._artefacts / digest / name
+        if not path.is_file():
+            raise StoredFilesDamagedError(
+                f"{name} of adapter {digest} is gone from the registry's disk; push it again"
+            )
+        return path
+
+    def sweep(self, known: frozenset[str]) -> None:
+        """Removes what a killed registry left: half uploads, folders that no version refers to."""
+        for folder in self._staging.iterdir():
+            shutil.rmtree(folder, ignore_errors=True)
+        for folder in self._artefacts.iterdir():
+            if folder.name not in known:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _move(self, staged: Path, target: Path) -> None:
+        if target.exists():
+            if files_digest(target) == target.name:
+                return
+            # Damaged on disk; the same files arrived again, whole. The damaged ones go where they get swept.
+            target.rename(staged.with_name(f"{staged.name}.damaged"))
+        staged.rename(target)
+        _flush_entry(self._artefacts)
+
+
+def copy_local(source: Path, target: Path, limit: int) -> None:
+    """Copies the known files of a folder on this machine; others stay where they are.
+
+    Links are refused: the registry may be able to read what the person who pushes may not.
+    Raises AdapterRefusedError, UploadTooLargeError.
+    """
+    if not source.is_absolute():
+        raise AdapterRefusedError(f"path must be absolute, got {str(source)!r}", param="path")
+    total = 0
+    try:
+        for path in (source / name for name in FILES if os.path.lexists(source / name)):
+            status = path.lstat()
+            if not stat.S_ISREG(status.st_mode):
+                raise AdapterRefusedError(
+                    f"{path} is not a plain file; upload the files instead", param="path"
+                )
+            total += status.st_size
+            if total > limit:
+                raise UploadTooLargeError(
+                    f"{source} holds more than the limit of {limit} bytes", param="path"
+                )
+            shutil.copyfile(path, target / path.name, follow_symlinks=False)
+    except OSError as error:
+        raise AdapterRefusedError(f"cannot read {source}: {error.strerror}", param="path") from error
+
+
+def _describe(artefact: Artefact) -> StoredAdapter:
+    with artefact.weights.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")  # safetensors: length of the header, header, tensors
+    files = tuple(StoredFile(name=path.name, size=path.stat().st_size) for path in artefact.files)
+    weights = artefact.weights.stat().st_size - 8 - header
+    return StoredAdapter(artefact.digest, artefact.record, files, len(artefact.tensors), weights)
+
+
+def _flush(folder: Path) -> None:
+    for path in folder.iterdir():
+        _flush_entry(path)
+    _flush_entry(folder)
+
+
+def _flush_entry(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,104 @@
+"""The registry's requests as data: written once, sent by both clients of `client.py`."""
+
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import httpx
+from pydantic import BaseModel, ValidationError
+
+from adapter_registry import errors
+from adapter_registry.api import (
+    ErrorReply,
+    Probe,
+    ReplicaList,
+    Retire,
+    RoutingState,
+    TaskRoute,
+    VersionRecord,
+)
+from adapter_registry.names import check_task
+
+M = TypeVar("M", bound=BaseModel)
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[M]):
+    """One request, and the type of its answer. `wait` is how long the server may take on purpose."""
+
+    method: str
+    path: str
+    answer: type[M]
+    params: dict[str, Any] = field(default_factory=dict)
+    body: BaseModel | None = None
+    wait: float = 0.0
+
+    @property
+    def json(self) -> Any:
+        return None if self.body is None else self.body.model_dump()
+
+    def read(self, response: httpx.Response) -> M:
+        """Raises the error that the server named, RegistryUnreachableError if the answer is no registry's."""
+        check(response)
+        try:
+            return self.answer.model_validate_json(response.content)
+        except ValidationError as error:
+            raise _not_a_registry(response) from error
+
+
+def check(response: httpx.Response) -> None:
+    """Raises what the server refused, as the same class that the server raised."""
+    if response.is_success:
+        return
+    try:
+        body = ErrorReply.model_validate_json(response.content).error
+    except ValidationError as error:
+        raise _not_a_registry(response) from error
+    kinds = {kind.code: kind for kind in _kinds(errors.RegistryError)}
+    raise kinds.get(body.code or "", errors.RegistryError)(body.message, param=body.param)
+
+
+def version_path(task: str, version: int) -> str:
+    return f"/v1/tasks/{check_task(task)}/versions/{version}"
+
+
+def state() -> Call[RoutingState]:
+    return Call("GET", "/v1/state", RoutingState)
+
+
+def changes(after: int, wait: float, replica: str) -> Call[RoutingState]:
+    params = {"after": after, "wait": wait, "replica": replica}
+    return Call("GET", "/v1/changes", RoutingState, params, wait=wait)
+
+
+def replicas() -> Call[ReplicaList]:
+    return Call("GET", "/v1/replicas", ReplicaList)
+
+
+def task(name: str) -> Call[TaskRoute]:
+    return Call("GET", f"/v1/tasks/{check_task(name)}", TaskRoute)
+
+
+def version(task: str, number: int) -> Call[VersionRecord]:
+    return Call("GET", version_path(task, number), VersionRecord)
+
+
+def probe(task: str, number: int, report: Probe) -> Call[VersionRecord]:
+    return Call("POST", f"{version_path(task, number)}/probe", VersionRecord, body=report)
+
+
+def promote(task: str, number: int) -> Call[VersionRecord]:
+    return Call("POST", f"{version_path(task, number)}/promote", VersionRecord)
+
+
+def retire(task: str, number: int, *, force: bool) -> Call[VersionRecord]:
+    return Call("POST", f"{version_path(task, number)}/retire", VersionRecord, body=Retire(force=force))
+
+
+def _kinds(kind: type[errors.RegistryError]) -> list[type[errors.RegistryError]]:
+    return [kind, *(deeper for child in kind.__subclasses__() for deeper in _kinds(child))]
+
+
+def _not_a_registry(response: httpx.Response) -> errors.RegistryUnreachableError:
+    return errors.RegistryUnreachableError(
+        f"{response.request.url} answered with {response.status_code}, but not as an adapter registry does"
+    )

@@ -1,0 +1,106 @@
+"""Everything the registry refuses, as one tree: raised by the server's parts, raised again by the client.
+
+`code` travels in the error body, so that both ends speak of the same class. The table to HTTP statuses is
+in `replies.py`; the state machine raises `IllegalTransitionError`.
+"""
+
+from typing import ClassVar
+
+
+class RegistryError(Exception):
+    """Base of everything. `param` names the part of the request that is at fault, where one is."""
+
+    code: ClassVar[str] = "registry_error"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class InvalidRequestError(RegistryError):
+    """The request itself is malformed."""
+
+    code = "invalid_request"
+
+
+class InvalidTaskNameError(InvalidRequestError):
+    code = "invalid_task_name"
+
+
+class AdapterRefusedError(InvalidRequestError):
+    """The pushed files are no usable adapter; nothing was stored."""
+
+    code = "adapter_refused"
+
+
+class UploadTooLargeError(RegistryError):
+    code = "upload_too_large"
+
+
+class ForbiddenError(RegistryError):
+    """Local paths are switched off, or a web page of another origin asks for a change."""
+
+    code = "forbidden"
+
+
+class NotFoundError(RegistryError):
+    code = "not_found"
+
+
+class TaskNotFoundError(NotFoundError):
+    code = "task_not_found"
+
+
+class VersionNotFoundError(NotFoundError):
+    code = "version_not_found"
+
+
+class FileNotStoredError(NotFoundError):
+    code = "file_not_found"
+
+
+class ConflictError(RegistryError):
+    """The request is well formed but not possible in the present state."""
+
+    code = "conflict"
+
+
+class IllegalTransitionError(ConflictError):
+    """The version's state does not allow the event; the message names what would be legal."""
+
+    code = "illegal_transition"
+
+
+class CurrentVersionInUseError(ConflictError):
+    """Retiring the version that plain `task` means, while another could take over."""
+
+    code = "current_version_in_use"
+
+
+class TooManyWaitersError(RegistryError):
+    code = "too_many_waiters"
+
+
+class StoredFilesDamagedError(RegistryError):
+    """The registry's own files are gone, or no longer have the digest they were stored under."""
+
+    code = "stored_files_damaged"
+
+
+class DigestMismatchError(RegistryError):
+    """Client: the files that arrived are not the files of that digest. Never served."""
+
+    code = "digest_mismatch"
+
+
+class RegistryUnreachableError(RegistryError):
+    """Client: no answer, or none that can be read."""
+
+    code = "registry_unreachable"
+
+
+class CannotStartError(RegistryError):
+    """The port or the data folder is taken, or cannot be used."""
+
+    code = "cannot_start"

@@ -1,0 +1,47 @@
+"""Waiting, as an operator, until a prefill replica has probed a pushed version."""
+
+import time
+from collections.abc import Callable
+
+from adapter_registry.api import VersionRecord
+from adapter_registry.client import RegistryClient
+from adapter_registry.errors import RegistryError
+from adapter_registry.versions import State
+
+STEP_SECONDS = 2.0
+
+
+class NotProbedError(RegistryError):
+    """Nobody has probed the version so far; it stays pushed, and is probed when somebody can."""
+
+    code = "not_probed"
+
+
+def wait_probed(
+    client: RegistryClient,
+    task: str,
+    version: int,
+    *,
+    connect_seconds: float,
+    probe_seconds: float,
+    clock: Callable[[], float] = time.monotonic,
+) -> VersionRecord:
+    """The version once it is no longer `pushed`. Raises NotProbedError.
+
+    Gives up after `connect_seconds` if no prefill replica follows the registry, and after `probe_seconds`
+    if one does but reports nothing.
+    """
+    start = clock()
+    while True:
+        revision = client.state().revision
+        record = client.version(task, version)
+        if record.state is not State.PUSHED:
+            return record
+        waited = clock() - start
+        if waited >= connect_seconds and not any(r.connected for r in client.replicas().replicas):
+            raise NotProbedError(
+                "no prefill service is connected to this registry (start one: prad serve, or prad prefill)"
+            )
+        if waited >= probe_seconds:
+            raise NotProbedError(f"no prefill service has reported on it for {probe_seconds:.0f} s")
+        client.changes(revision, min(STEP_SECONDS, connect_seconds))

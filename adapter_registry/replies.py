@@ -1,0 +1,69 @@
+"""Errors as HTTP: one table from the tree in `errors.py` to statuses, one shape of body for everything."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from types import MappingProxyType
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from adapter_registry import errors
+from adapter_registry.api import ErrorBody, ErrorReply
+from adapter_registry.metrics import Metrics
+
+STATUS: Mapping[type[errors.RegistryError], int] = MappingProxyType(
+    {
+        errors.InvalidRequestError: 400,
+        errors.ForbiddenError: 403,
+        errors.NotFoundError: 404,
+        errors.ConflictError: 409,
+        errors.UploadTooLargeError: 413,
+        errors.TooManyWaitersError: 503,
+        errors.StoredFilesDamagedError: 500,
+        errors.RegistryError: 500,
+    }
+)
+
+
+def status_of(error: errors.RegistryError) -> int:
+    """The status of the nearest ancestor in the table."""
+    return next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
+
+
+def install(app: FastAPI, metrics: Metrics) -> None:
+    """Every failure of `app` is answered in the one shape."""
+
+    def reply(status: int, message: str, code: str, param: str | None = None) -> JSONResponse:
+        metrics.error(code)
+        kind = "server_error" if status >= 500 else "invalid_request_error"
+        body = ErrorReply(error=ErrorBody(message=message, type=kind, param=param, code=code))
+        return JSONResponse(body.model_dump(), status)
+
+    async def ours(_: Request, error: errors.RegistryError) -> JSONResponse:
+        return reply(status_of(error), error.message, error.code, error.param)
+
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        problems = error.errors()
+        message = "; ".join(f"{_place(p['loc'])}: {p['msg']}" for p in problems)
+        return reply(400, message, errors.InvalidRequestError.code, _place(problems[0]["loc"]))
+
+    async def http(_: Request, error: HTTPException) -> JSONResponse:
+        code = HTTPStatus(error.status_code).name.lower()
+        return reply(error.status_code, str(error.detail), code)
+
+    async def unexpected(request: Request, error: Exception) -> JSONResponse:
+        logging.getLogger(__name__).error("%s %s failed", request.method, request.url.path, exc_info=error)
+        return reply(500, "the registry failed; its log says why", "internal_error")
+
+    app.exception_handler(errors.RegistryError)(ours)
+    app.exception_handler(RequestValidationError)(invalid)
+    app.exception_handler(HTTPException)(http)
+    app.exception_handler(Exception)(unexpected)
+
+
+def _place(location: Sequence[int | str]) -> str:
+    """ "body.force" from ("body", "force"); a broken JSON body has only its offset."""
+    return ".".join(str(part) for part in location)

@@ -1,0 +1,63 @@
+"""Reading the SQLite store: rows become the types of `api.py`."""
+
+import json
+import sqlite3
+
+from adapter_registry.api import HistoryLine, StoredFile, TaskRoute, VersionRecord, VersionRoute
+from adapter_registry.errors import TaskNotFoundError
+from adapter_registry.routing import TaskView
+from adapter_registry.versions import State
+from prad.artefact import AdapterRecord, BaseModelRef
+
+ROUTES = """
+    SELECT t.task, t.current, v.version, v.state, v.digest, v.pushed_at, a.method, a.base
+    FROM tasks t JOIN versions v USING (task) JOIN adapters a USING (digest)
+"""
+
+
+def no_task(task: str) -> TaskNotFoundError:
+    return TaskNotFoundError(f"there is no task {task!r}", param="task")
+
+
+def revision(db: sqlite3.Connection) -> int:
+    return int(db.execute("SELECT coalesce(max(revision), 0) FROM history").fetchone()[0])
+
+
+def view(db: sqlite3.Connection, task: str) -> TaskView:
+    rows = db.execute("SELECT version, state FROM versions WHERE task = ?", (task,)).fetchall()
+    if not rows:
+        raise no_task(task)
+    current = db.execute("SELECT current FROM tasks WHERE task = ?", (task,)).fetchone()[0]
+    return TaskView(task, current, {row["version"]: State(row["state"]) for row in rows})
+
+
+def task_route(rows: list[sqlite3.Row]) -> TaskRoute:
+    versions = (
+        VersionRoute(
+            version=row["version"],
+            state=State(row["state"]),
+            digest=row["digest"],
+            method=row["method"],
+            base=BaseModelRef.model_validate_json(row["base"]),
+            pushed_at=row["pushed_at"],
+        )
+        for row in rows
+    )
+    return TaskRoute(task=rows[0]["task"], current=rows[0]["current"], versions=tuple(versions))
+
+
+def version_record(row: sqlite3.Row, current: bool, history: list[sqlite3.Row]) -> VersionRecord:
+    return VersionRecord(
+        task=row["task"],
+        version=row["version"],
+        state=State(row["state"]),
+        current=current,
+        digest=row["digest"],
+        reason=row["reason"],
+        pushed_at=row["pushed_at"],
+        record=AdapterRecord.model_validate_json(row["record"]),
+        files=tuple(StoredFile(**file) for file in json.loads(row["files"])),
+        tensors=row["tensors"],
+        tensor_bytes=row["tensor_bytes"],
+        history=tuple(HistoryLine.model_validate(dict(line)) for line in history),
+    )

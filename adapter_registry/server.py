@@ -1,0 +1,120 @@
+"""The registry as a running server: data folder locked, socket bound, routes served, drained, closed."""
+
+import asyncio
+import errno
+import socket
+
+import uvicorn
+from filelock import FileLock, Timeout
+
+from adapter_registry.app import create_app
+from adapter_registry.artefacts import ArtefactFolder
+from adapter_registry.changes import ChangeFeed
+from adapter_registry.errors import CannotStartError
+from adapter_registry.metrics import Metrics
+from adapter_registry.registry import Registry
+from adapter_registry.replicas import Replicas
+from adapter_registry.settings import RegistrySettings
+from adapter_registry.sqlite import SqliteStore
+
+
+def run(settings: RegistrySettings) -> None:
+    """Serves until SIGINT or SIGTERM. Raises CannotStartError."""
+    RegistryServer(settings).run()
+
+
+class RegistryServer:
+    """Opens data folder and port at once, so that whoever starts it knows `url`, or the reason why not.
+
+    `run` blocks (from any thread; signals are caught in the main thread only) and closes everything at its
+    end; `stop` ends it from elsewhere. Raises CannotStartError.
+    """
+
+    def __init__(self, settings: RegistrySettings) -> None:
+        self._settings = settings
+        self._lock = _lock(settings)
+        try:
+            self._socket = _bind(settings.host, settings.port)
+            try:
+                self._store = SqliteStore(settings.folder / "registry.sqlite3")
+            except CannotStartError:
+                self._socket.close()
+                raise
+        except CannotStartError:
+            self._lock.release()
+            raise
+        self._files = ArtefactFolder(settings.folder)
+        self._files.sweep(self._store.digests())
+        self._feed = ChangeFeed(self._store.revision(), settings.max_waiters)
+        registry = Registry(self._store, self._files, self._feed, Replicas(), Metrics())
+        config = uvicorn.Config(
+            create_app(registry, settings),
+            log_level=settings.log_level,
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=settings.shutdown_seconds,
+        )
+        self._server = _DrainingServer(config, self._feed)
+
+    @property
+    def url(self) -> str:
+        host, port = self._socket.getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def run(self) -> None:
+        try:
+            asyncio.run(self._server.serve(sockets=[self._socket]))
+        finally:
+            self._store.close()
+            self._socket.close()
+            self._lock.release()
+
+    def stop(self) -> None:
+        self._server.should_exit = True
+
+
+class _DrainingServer(uvicorn.Server):
+    """Before uvicorn waits for open requests to end, those that wait for changes are sent home."""
+
+    def __init__(self, config: uvicorn.Config, feed: ChangeFeed) -> None:
+        super().__init__(config)
+        self._feed = feed
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await self._feed.close()
+        await super().shutdown(sockets)
+
+
+def _lock(settings: RegistrySettings) -> FileLock:
+    folder = settings.folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / "registry.lock", thread_local=False)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise CannotStartError(
+            f"another registry uses {folder}; stop it, or choose another data_dir"
+        ) from None
+    except OSError as error:
+        raise CannotStartError(f"cannot use the data folder {folder}: {error.strerror}") from error
+    return lock
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        bound = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:
+        raise CannotStartError(f"cannot listen on {host!r}: {error.strerror}") from error
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+        bound.listen(1024)
+    except OSError as error:
+        bound.close()
+        if error.errno == errno.EADDRINUSE:
+            raise CannotStartError(
+                f"port {port} on {host} is taken; choose another (PRAD_REGISTRY_PORT), or stop what uses it"
+            ) from error
+        raise CannotStartError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+    return bound

@@ -1,0 +1,47 @@
+"""The registry's settings, read once at start: arguments, then PRAD_REGISTRY_* variables, then defaults."""
+
+import ipaddress
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+MIB = 1 << 20
+
+
+class RegistrySettings(BaseSettings):
+    """`allow_local_paths`: may a push name a folder on the registry's machine? None: if bound to loopback."""
+
+    model_config = SettingsConfigDict(env_prefix="PRAD_REGISTRY_", extra="forbid", frozen=True)
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8001
+    data_dir: Path = Path("~/.local/share/prad/registry")
+    max_upload_mib: Annotated[int, Field(ge=1)] = 512
+    allow_local_paths: bool | None = None
+    max_wait_seconds: Annotated[float, Field(gt=0)] = 30.0
+    max_waiters: Annotated[int, Field(ge=1)] = 256
+    shutdown_seconds: Annotated[int, Field(ge=1)] = 10
+    log_level: str = "info"
+
+    @property
+    def folder(self) -> Path:
+        return self.data_dir.expanduser().absolute()
+
+    @property
+    def max_upload_bytes(self) -> int:
+        return self.max_upload_mib * MIB
+
+    @property
+    def local_paths_allowed(self) -> bool:
+        return _is_loopback(self.host) if self.allow_local_paths is None else self.allow_local_paths
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,171 @@
+"""The store in one SQLite file: one connection, one lock, every method one transaction."""
+
+import json
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from itertools import groupby
+from pathlib import Path
+
+from adapter_registry import rows, schema
+from adapter_registry.api import RoutingState, TaskRoute, VersionRecord
+from adapter_registry.errors import CannotStartError, VersionNotFoundError
+from adapter_registry.routing import Change, plan
+from adapter_registry.store import StoredAdapter
+from adapter_registry.versions import Event, State
+
+_HISTORY = """
+    INSERT INTO history (task, version, event, before, after, current, at, replica, reason)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
+"""
+
+
+def utc_now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+class SqliteStore:
+    """Implements `store.Store`. Raises CannotStartError if `path` cannot be used."""
+
+    def __init__(self, path: Path, *, now: Callable[[], str] = utc_now) -> None:
+        self._now = now
+        self._lock = threading.Lock()
+        try:
+            self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        except sqlite3.Error as error:
+            raise CannotStartError(f"cannot open {path}: {error}") from error
+        self._connection.row_factory = sqlite3.Row
+        try:
+            schema.prepare(self._connection)
+        except sqlite3.Error as error:
+            self.close()
+            raise CannotStartError(f"cannot use {path}: {error}") from error
+        except CannotStartError:
+            self.close()
+            raise
+
+    def push(self, task: str, adapter: StoredAdapter) -> tuple[int, bool]:
+        with self._transaction("IMMEDIATE") as db:
+            db.execute("INSERT OR IGNORE INTO tasks (task, current) VALUES (?, NULL)", (task,))
+            known = db.execute(
+                "SELECT max(version) FROM versions WHERE task = ? AND digest = ? AND state != ?",
+                (task, adapter.digest, State.RETIRED),
+            ).fetchone()[0]
+            if known is not None:
+                self._write(db, task, plan(rows.view(db, task), known, Event.PUSH))
+                return int(known), False
+            number = (
+                1
+                + db.execute(
+                    "SELECT coalesce(max(version), 0) FROM versions WHERE task = ?", (task,)
+                ).fetchone()[0]
+            )
+            _insert_adapter(db, adapter)
+            now = self._now()
+            db.execute(
+                "INSERT INTO versions VALUES (?, ?, ?, ?, '', ?)",
+                (task, number, adapter.digest, State.PUSHED, now),
+            )
+            current = rows.view(db, task).current
+            db.execute(_HISTORY, (task, number, Event.PUSH, None, State.PUSHED, current, now, "", ""))
+            return int(number), True
+
+    def apply(
+        self,
+        task: str,
+        version: int,
+        event: Event,
+        *,
+        force: bool = False,
+        replica: str = "",
+        reason: str = "",
+    ) -> None:
+        with self._transaction("IMMEDIATE") as db:
+            changes = plan(rows.view(db, task), version, event, force=force)
+            self._write(db, task, changes, replica=replica, reason=reason)
+
+    def revision(self) -> int:
+        with self._transaction() as db:
+            return rows.revision(db)
+
+    def state(self) -> RoutingState:
+        with self._transaction() as db:
+            found = db.execute(f"{rows.ROUTES} ORDER BY t.task, v.version").fetchall()
+            revision = rows.revision(db)
+        tasks = (rows.task_route(list(group)) for _, group in groupby(found, key=lambda row: row["task"]))
+        return RoutingState(revision=revision, tasks=tuple(tasks))
+
+    def task(self, task: str) -> TaskRoute:
+        with self._transaction() as db:
+            found = db.execute(f"{rows.ROUTES} WHERE t.task = ? ORDER BY v.version", (task,)).fetchall()
+        if not found:
+            raise rows.no_task(task)
+        return rows.task_route(found)
+
+    def version(self, task: str, version: int) -> VersionRecord:
+        with self._transaction() as db:
+            view = rows.view(db, task)
+            if version not in view.states:
+                raise VersionNotFoundError(f"{task} has no version {version}", param="version")
+            row = db.execute(
+                "SELECT * FROM versions JOIN adapters USING (digest) WHERE task = ? AND version = ?",
+                (task, version),
+            ).fetchone()
+            history = db.execute(
+                "SELECT * FROM history WHERE task = ? AND version = ? ORDER BY revision", (task, version)
+            ).fetchall()
+        return rows.version_record(row, view.current == version, history)
+
+    def digests(self) -> frozenset[str]:
+        with self._transaction() as db:
+            return frozenset(row[0] for row in db.execute("SELECT digest FROM adapters"))
+
+    def close(self) -> None:
+        with self._lock:
+            self._connection.close()
+
+    @contextmanager
+    def _transaction(self, kind: str = "DEFERRED") -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            self._connection.execute(f"BEGIN {kind}")
+            try:
+                yield self._connection
+            except BaseException:
+                self._connection.execute("ROLLBACK")
+                raise
+            self._connection.execute("COMMIT")
+
+    def _write(
+        self,
+        db: sqlite3.Connection,
+        task: str,
+        changes: tuple[Change, ...],
+        *,
+        replica: str = "",
+        reason: str = "",
+    ) -> None:
+        for change in changes:
+            db.execute(
+                "UPDATE versions SET state = ?, reason = ? WHERE task = ? AND version = ?",
+                (change.after, reason, task, change.version),
+            )
+            db.execute("UPDATE tasks SET current = ? WHERE task = ?", (change.current, task))
+            moved = (change.event, change.before, change.after, change.current)
+            db.execute(_HISTORY, (task, change.version, *moved, self._now(), replica, reason))
+
+
+def _insert_adapter(db: sqlite3.Connection, adapter: StoredAdapter) -> None:
+    db.execute(
+        "INSERT OR IGNORE INTO adapters VALUES (?, ?, ?, ?, ?, ?, ?)",
+        (
+            adapter.digest,
+            adapter.record.method,
+            adapter.record.base.model_dump_json(),
+            adapter.record.model_dump_json(),
+            json.dumps([file.model_dump() for file in adapter.files]),
+            adapter.tensors,
+            adapter.tensor_bytes,
+        ),
+    )

@@ -1,0 +1,68 @@
+"""What the registry needs from a database: the cut behind which SQLite stands (`sqlite.py`).
+
+Every method is one transaction, is called from worker threads, and leaves the store as it was if it raises.
+The files of an adapter lie elsewhere (`artefacts.py`), and are there before `push` is called.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from adapter_registry.api import RoutingState, StoredFile, TaskRoute, VersionRecord
+from adapter_registry.versions import Event
+from prad.artefact import AdapterRecord
+
+
+@dataclass(frozen=True, slots=True)
+class StoredAdapter:
+    """A checked adapter whose files are stored under their digest."""
+
+    digest: str
+    record: AdapterRecord
+    files: tuple[StoredFile, ...]
+    tensors: int
+    tensor_bytes: int
+
+
+class Store(Protocol):
+    """Tasks, versions, history. `revision` grows with every change and never goes back."""
+
+    def push(self, task: str, adapter: StoredAdapter) -> tuple[int, bool]:
+        """The version number of these files, and whether it is new.
+
+        Files that already are a version of this task, not retired, get that one's number.
+        """
+        ...
+
+    def apply(
+        self,
+        task: str,
+        version: int,
+        event: Event,
+        *,
+        force: bool = False,
+        replica: str = "",
+        reason: str = "",
+    ) -> None:
+        """Makes the changes that `routing.plan` says.
+
+        Raises TaskNotFoundError, VersionNotFoundError, IllegalTransitionError, CurrentVersionInUseError.
+        """
+        ...
+
+    def revision(self) -> int: ...
+
+    def state(self) -> RoutingState: ...
+
+    def task(self, task: str) -> TaskRoute:
+        """Raises TaskNotFoundError."""
+        ...
+
+    def version(self, task: str, version: int) -> VersionRecord:
+        """Raises TaskNotFoundError, VersionNotFoundError."""
+        ...
+
+    def digests(self) -> frozenset[str]:
+        """Of every adapter that any version refers to."""
+        ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,92 @@
+"""The life of an adapter version, as a table: no database, no HTTP.
+
+                 probe_ok               promote                 retire
+       pushed ────────────▶ verified ────────────▶ routable ────────────▶ retired
+        │  ▲                 (task@N answers)       (may be current)          ▲
+        │  └── push ──┐                                                       │
+        └──────────▶ failed ──────────────────────────────────────────────────┘
+         probe_failed                      retire (from any state)
+
+Probing again never takes a version away from traffic: once verified, another replica's `probe_failed` is
+refused (that replica is at fault, not the version). A failed version is probed again when the same files
+are pushed again.
+"""
+
+from collections.abc import Mapping
+from enum import StrEnum
+from types import MappingProxyType
+
+from adapter_registry.errors import IllegalTransitionError
+
+
+class State(StrEnum):
+    """Where a version stands."""
+
+    PUSHED = "pushed"
+    VERIFIED = "verified"
+    FAILED = "failed"
+    ROUTABLE = "routable"
+    RETIRED = "retired"
+
+    @property
+    def answers(self) -> bool:
+        """Whether a new request for an explicit `task@N` may use it."""
+        return self in (State.VERIFIED, State.ROUTABLE)
+
+
+class Event(StrEnum):
+    """What moves a version on."""
+
+    PUSH = "push"
+    PROBE_OK = "probe_ok"
+    PROBE_FAILED = "probe_failed"
+    PROMOTE = "promote"
+    RETIRE = "retire"
+
+
+TRANSITIONS: Mapping[State, Mapping[Event, State]] = MappingProxyType(
+    {
+        State.PUSHED: {
+            Event.PUSH: State.PUSHED,
+            Event.PROBE_OK: State.VERIFIED,
+            Event.PROBE_FAILED: State.FAILED,
+            Event.RETIRE: State.RETIRED,
+        },
+        State.FAILED: {
+            Event.PUSH: State.PUSHED,
+            Event.PROBE_OK: State.VERIFIED,
+            Event.PROBE_FAILED: State.FAILED,
+            Event.RETIRE: State.RETIRED,
+        },
+        State.VERIFIED: {
+            Event.PUSH: State.VERIFIED,
+            Event.PROBE_OK: State.VERIFIED,
+            Event.PROMOTE: State.ROUTABLE,
+            Event.RETIRE: State.RETIRED,
+        },
+        State.ROUTABLE: {
+            Event.PUSH: State.ROUTABLE,
+            Event.PROBE_OK: State.ROUTABLE,
+            Event.PROMOTE: State.ROUTABLE,
+            Event.RETIRE: State.RETIRED,
+        },
+        State.RETIRED: {Event.RETIRE: State.RETIRED},
+    }
+)
+
+_ADVICE = {
+    (State.PUSHED, Event.PROMOTE): "no prefill service has verified it yet: wait until one has probed it",
+    (State.FAILED, Event.PROMOTE): "its probe failed: push repaired files, or the same again for a new probe",
+    (State.RETIRED, Event.PROMOTE): "push its files again: that makes a new version",
+}
+
+
+def after(name: str, state: State, event: Event) -> State:
+    """The state of version `name` (`task@N`) after `event`. Raises IllegalTransitionError."""
+    legal = TRANSITIONS[state]
+    if event in legal:
+        return legal[event]
+    advice = _ADVICE.get((state, event)) or f"legal now: {', '.join(sorted(legal))}"
+    raise IllegalTransitionError(
+        f"{name} is {state}, which does not allow {event} ({advice})", param="version"
+    )

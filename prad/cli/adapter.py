@@ -1,0 +1,292 @@
+"""`prad adapter ...`: versions pushed, promoted and retired while traffic runs, over the registry's API."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.table import Table
+from rich.text import Text
+
+from adapter_registry.api import Pushed, TaskRoute, VersionRecord
+from adapter_registry.client import RegistryClient
+from adapter_registry.errors import RegistryError, RegistryUnreachableError
+from adapter_registry.names import parse_name
+from adapter_registry.probing import NotProbedError, wait_probed
+from adapter_registry.versions import State
+from prad.artefact import ArtefactError, read_artefact
+
+DEFAULT_REGISTRY = "http://127.0.0.1:8001"
+
+STYLES = {
+    State.PUSHED: "yellow",
+    State.VERIFIED: "cyan",
+    State.FAILED: "red",
+    State.ROUTABLE: "green",
+    State.RETIRED: "dim",
+}
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help="Push adapter versions, look at them, promote and retire them, while traffic runs.",
+)
+
+Registry = Annotated[
+    str, typer.Option("--registry", envvar="PRAD_REGISTRY_URL", help="URL of the adapter registry.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Version = Annotated[str, typer.Argument(metavar="TASK@N", help="Task and version, e.g. support@2.")]
+
+
+@app.command(
+    epilog="Examples:\n\n[bold]prad adapter push runs/support --task support[/bold]\n\n"
+    "[bold]prad adapter push runs/support --task support --promote[/bold]"
+)
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder with prad.json and the weights.")],
+    task: Annotated[str, typer.Option(help="The task that it becomes a version of.")],
+    promote: Annotated[
+        bool, typer.Option("--promote", help="Once verified, make it what plain TASK means.")
+    ] = False,
+    wait: Annotated[bool, typer.Option(help="Wait until a prefill service has verified it.")] = True,
+    connect_timeout: Annotated[
+        float, typer.Option(min=0, help="Seconds to wait for any prefill service.")
+    ] = 15.0,
+    timeout: Annotated[float, typer.Option(min=0, help="Seconds to wait for its verdict.")] = 120.0,
+    registry: Registry = DEFAULT_REGISTRY,
+) -> None:
+    """Upload an adapter as the next version of a task, and wait until it is verified.
+
+    The same files again are the same version. A task's first version answers as soon as it is verified;
+    later ones wait for [bold]promote[/bold].
+    """
+    if promote and not wait:
+        raise typer.BadParameter("--promote needs to wait until the version is verified; drop --no-wait")
+    with _talking(registry) as client:
+        pushed = _upload(client, folder, task)
+        verb = "pushed" if pushed.created else "is there already, with these files"
+        print(f"{pushed.name} {verb} ({pushed.record.method}, digest {pushed.digest[:12]}, {pushed.state})")
+        if not wait:
+            print(f"Its state: prad adapter show {pushed.name}")
+            return
+        record = _wait(client, pushed, connect_timeout, timeout)
+        if promote and not record.current:
+            record = client.promote(record.task, record.version)
+        _say_next(record)
+
+
+@app.command("list", epilog="Example: [bold]prad adapter list --json[/bold]")
+def list_(as_json: Json = False, registry: Registry = DEFAULT_REGISTRY) -> None:
+    """All tasks: the current version of each, and its other versions."""
+    with _talking(registry) as client:
+        state = client.state()
+    if as_json:
+        _print_json(state.model_dump(mode="json"))
+    elif not state.tasks:
+        print("No adapters yet. Push one: prad adapter push DIR --task NAME")
+    else:
+        table = Table("task", "current", "versions", "method", "base model", box=None, header_style="bold")
+        for task in state.tasks:
+            newest = task.versions[-1]
+            current = "-" if task.current is None else f"{task.task}@{task.current}"
+            table.add_row(
+                task.task, current, _states(task), _literal(newest.method), _literal(newest.base.name)
+            )
+        _print_table(table)
+
+
+@app.command(
+    epilog="Examples:\n\n[bold]prad adapter show support[/bold]\n\n[bold]prad adapter show support@2[/bold]"
+)
+def show(
+    name: Annotated[str, typer.Argument(metavar="TASK[@N]", help="A task, or one version of it.")],
+    as_json: Json = False,
+    registry: Registry = DEFAULT_REGISTRY,
+) -> None:
+    """A task's versions, or everything about one version."""
+    with _talking(registry) as client:
+        task, number = parse_name(name)
+        shown: TaskRoute | VersionRecord
+        shown = client.task(task) if number is None else client.version(task, number)
+    if as_json:
+        _print_json(shown.model_dump(mode="json"))
+    elif isinstance(shown, VersionRecord):
+        _show_version(shown)
+    else:
+        _show_task(shown)
+
+
+@app.command(epilog="Example: [bold]prad adapter promote support@2[/bold]")
+def promote(name: Version, registry: Registry = DEFAULT_REGISTRY) -> None:
+    """Make a verified version what plain TASK means. The earlier one still answers to its TASK@N."""
+    with _talking(registry) as client:
+        record = client.promote(*_version(name))
+    print(f"{record.name} is now what plain {record.task!r} means")
+
+
+@app.command(epilog="Example: [bold]prad adapter retire support@1[/bold]")
+def retire(
+    name: Version,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also the current version; the latest other routable takes over.")
+    ] = False,
+    registry: Registry = DEFAULT_REGISTRY,
+) -> None:
+    """No new requests for a version; running ones keep it. The current version needs an heir or --force."""
+    with _talking(registry) as client:
+        record = client.retire(*_version(name), force=force)
+        current = client.task(record.task).current
+    print(f"{record.name} is retired; running requests keep it")
+    if current is None:
+        print(f"{record.task!r} has no current version now: requests for it are refused")
+    else:
+        print(f"plain {record.task!r} means {record.task}@{current}")
+
+
+@contextmanager
+def _talking(url: str) -> Iterator[RegistryClient]:
+    """A client; whatever the registry refuses becomes one line on stderr and exit code 1."""
+    try:
+        with RegistryClient(url) as client:
+            yield client
+    except RegistryUnreachableError as error:
+        _fail(f"{error}. Start one with: prad serve, or prad registry; or name another with --registry URL")
+    except RegistryError as error:
+        _fail(error.message)
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    raise typer.Exit(1)
+
+
+def _print_table(table: Table) -> None:
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)  # a pipe has no edge at which to cut digests and names
+    console.print(table)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _version(name: str) -> tuple[str, int]:
+    task, number = parse_name(name)
+    if number is None:
+        _fail(f"which version of {task!r}? Say {task}@N; prad adapter show {task} lists them")
+    return task, number
+
+
+def _upload(client: RegistryClient, folder: Path, task: str) -> Pushed:
+    try:
+        files = read_artefact(folder).files
+    except ArtefactError as error:
+        _fail(f"{error}. An adapter folder is what prad train --out writes")
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with ExitStack() as opened:
+        progress = opened.enter_context(Progress(*columns, console=_progress_console(), transient=True))
+        parts: list[tuple[str, IO[bytes]]] = []
+        for path in files:
+            file = opened.enter_context(progress.open(path, "rb", description=path.name))
+            parts.append((path.name, file))
+        return client.push(task, parts)
+
+
+def _progress_console() -> Console:
+    """Bars and spinners go to a terminal's stderr; a pipe gets none of them."""
+    console = Console(stderr=True)
+    console.quiet = not console.is_terminal
+    return console
+
+
+def _wait(
+    client: RegistryClient, pushed: Pushed, connect_seconds: float, probe_seconds: float
+) -> VersionRecord:
+    try:
+        with _progress_console().status(f"waiting until a prefill service has verified {pushed.name}"):
+            record = wait_probed(
+                client,
+                pushed.task,
+                pushed.version,
+                connect_seconds=connect_seconds,
+                probe_seconds=probe_seconds,
+            )
+    except NotProbedError as error:
+        _fail(f"{error}; {pushed.name} is stored, and answers as soon as one has verified it")
+    if record.state is State.FAILED:
+        _fail(f"{record.name} failed on the model: {record.reason or 'no reason given'}")
+    if record.state is State.RETIRED:
+        _fail(f"{record.name} was retired meanwhile")
+    return record
+
+
+def _say_next(record: VersionRecord) -> None:
+    model = record.task if record.current else record.name
+    if record.current:
+        print(f"{record.name} is verified, and what plain {record.task!r} means. Try it:")
+    else:
+        print(f"{record.name} is verified, and answers as {record.name!r}. Try it:")
+    body = json.dumps({"model": model, "prompt": "..."})
+    print(f"  curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '{body}'")
+    if not record.current:
+        print(f"Then make it what plain {record.task!r} means:\n  prad adapter promote {record.name}")
+
+
+def _states(task: TaskRoute) -> str:
+    return ", ".join(
+        f"[{STYLES[version.state]}]@{version.version} {version.state}[/]" for version in task.versions
+    )
+
+
+def _show_task(task: TaskRoute) -> None:
+    table = Table(
+        "version", "state", "method", "base model", "pushed", "digest", box=None, header_style="bold"
+    )
+    for version in task.versions:
+        mark = " (current)" if version.version == task.current else ""
+        state = f"[{STYLES[version.state]}]{version.state}[/]{mark}"
+        name = f"{task.task}@{version.version}"
+        pushed = version.pushed_at[:19].replace("T", " ")
+        known = (_literal(version.method), _literal(version.base.name))
+        table.add_row(name, state, *known, pushed, version.digest[:12])
+    _print_table(table)
+
+
+def _show_version(record: VersionRecord) -> None:
+    table = Table(box=None, show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    rows = {
+        "version": record.name + (" (current)" if record.current else ""),
+        "state": f"{record.state}: {record.reason}" if record.reason else str(record.state),
+        "digest": record.digest,
+        "method": record.record.method,
+        "base model": f"{record.record.base.name} ({record.record.base.architecture})",
+        "template": record.record.template,
+        "tensors": f"{record.tensors}, {record.tensor_bytes / 1e6:.2f} MB",
+        "files": ", ".join(f"{file.name} ({file.size} B)" for file in record.files),
+        "licence": record.record.licence or "-",
+        "description": record.record.description or "-",
+        "pushed": record.pushed_at,
+    }
+    for key, value in rows.items():
+        table.add_row(key, _literal(value))
+    for line in record.history:
+        who = f" by {line.replica}" if line.replica else ""
+        why = f": {line.reason}" if line.reason else ""
+        table.add_row(
+            f"revision {line.revision}", _literal(f"{line.at}  {line.event} → {line.after}{who}{why}")
+        )
+    _print_table(table)
+
+
+def _literal(text: str) -> Text:
+    """Text from outside, in which brackets are no markup."""
+    return Text(text)

@@ -1,0 +1,92 @@
+"""A real registry on a free port, adapters to push, and a prefill replica that only reports."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from adapter_registry.api import Pushed
+from adapter_registry.client import RegistryClient
+from adapter_registry.server import RegistryServer
+from adapter_registry.settings import RegistrySettings
+from prad.artefact import WEIGHTS, AdapterRecord, BaseModelRef, read_artefact, write_record
+
+
+@dataclass(frozen=True)
+class Running:
+    """A registry that serves, and a bare HTTP client for what no client of ours would send."""
+
+    url: str
+    http: httpx.Client
+    client: RegistryClient
+    data: Path
+
+    def push(self, folder: Path, task: str = "support") -> Pushed:
+        with ExitStack() as opened:
+            paths = read_artefact(folder).files
+            return self.client.push(task, [(p.name, opened.enter_context(p.open("rb"))) for p in paths])
+
+    def probe(self, name: str, *, ok: bool = True, reason: str = "") -> httpx.Response:
+        task, _, number = name.partition("@")
+        body = {"ok": ok, "reason": reason, "replica": "prefill-1"}
+        return self.http.post(f"/v1/tasks/{task}/versions/{number}/probe", json=body)
+
+    def verified(self, folder: Path, task: str = "support") -> str:
+        """Pushes and reports a good probe; the name of the version."""
+        name = self.push(folder, task).name
+        assert self.probe(name).status_code == 200
+        return name
+
+
+@contextmanager
+def _serving(settings: RegistrySettings) -> Iterator[Running]:
+    server = RegistryServer(settings)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        with httpx.Client(base_url=server.url, timeout=30) as http, RegistryClient(server.url) as client:
+            yield Running(server.url, http, client, settings.folder)
+    finally:
+        server.stop()
+        thread.join()
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path) -> Path:
+    return tmp_path / "registry"
+
+
+@pytest.fixture
+def serving() -> Callable[[RegistrySettings], AbstractContextManager[Running]]:
+    """For tests that start registries of their own."""
+    return _serving
+
+
+@pytest.fixture
+def registry(data_dir: Path) -> Iterator[Running]:
+    with _serving(
+        RegistrySettings(port=0, data_dir=data_dir, max_upload_mib=1, log_level="warning")
+    ) as running:
+        yield running
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Callable[..., Path]:
+    """adapter(seed) writes a valid adapter folder; another seed, another digest."""
+
+    def write(seed: int = 0, *, values: int = 64) -> Path:
+        folder = tmp_path / f"adapter-{seed}-{values}"
+        folder.mkdir(exist_ok=True)
+        weights = np.random.default_rng(seed).standard_normal((values, 4)).astype(np.float32)
+        save_file({"layers.0.down": weights}, folder / WEIGHTS)
+        base = BaseModelRef(name="tiny", architecture="llama-test", weights="0" * 64)
+        write_record(folder, AdapterRecord(method="pa", config={"rank": 4}, base=base, licence="MIT"))
+        return folder
+
+    return write

@@ -1,0 +1,145 @@
+"""`prad adapter ...` against a real registry, with a prefill that reports in the background."""
+
+import json
+import threading
+
+import pytest
+from typer.testing import CliRunner
+
+from prad.cli.adapter import app
+
+
+@pytest.fixture
+def prad(registry):
+    def run(*arguments: str):
+        return CliRunner().invoke(app, [*arguments, "--registry", registry.url])
+
+    return run
+
+
+@pytest.fixture
+def prefill(registry):
+    """prefill(ok=..., reason=...) starts a replica that reports this on every pushed version."""
+    stopped = threading.Event()
+    threads = []
+
+    def follow(ok, reason):
+        revision = -1
+        while not stopped.is_set():
+            params = {"after": revision, "wait": 0.2, "replica": "prefill-1"}
+            response = registry.http.get("/v1/changes", params=params)
+            if response.status_code == 204:
+                continue
+            state = response.json()
+            revision = state["revision"]
+            for task in state["tasks"]:
+                for version in task["versions"]:
+                    if version["state"] == "pushed":
+                        registry.probe(f"{task['task']}@{version['version']}", ok=ok, reason=reason)
+
+    def start(ok=True, reason=""):
+        threads.append(threading.Thread(target=follow, args=(ok, reason)))
+        threads[-1].start()
+
+    yield start
+    stopped.set()
+    for thread in threads:
+        thread.join()
+
+
+def failed(result, *says: str) -> None:
+    """One line on stderr, exit code 1, no traceback."""
+    assert result.exit_code == 1, result.output
+    assert result.stderr.startswith("error: ")
+    assert len(result.stderr.strip().splitlines()) == 1
+    for words in says:
+        assert words in result.stderr
+
+
+def test_push_waits_and_says_what_next(prad, prefill, adapter):
+    prefill()
+    first = prad("push", str(adapter(1)), "--task", "support")
+    assert first.exit_code == 0, first.output
+    assert "support@1 pushed" in first.stdout
+    assert '"model": "support"' in first.stdout
+    second = prad("push", str(adapter(2)), "--task", "support")
+    assert '"model": "support@2"' in second.stdout
+    assert "prad adapter promote support@2" in second.stdout
+    third = prad("push", str(adapter(3)), "--task", "support", "--promote")
+    assert "support@3 is verified, and what plain 'support' means" in third.stdout
+    again = prad("push", str(adapter(3)), "--task", "support")
+    assert (again.exit_code, "support@3 is there already" in again.stdout) == (0, True)
+
+
+def test_push_prints_why_a_version_failed(prad, prefill, adapter):
+    prefill(ok=False, reason="other base model [weights]")
+    failed(
+        prad("push", str(adapter(1)), "--task", "support"), "support@1 failed", "other base model [weights]"
+    )
+
+
+def test_push_without_a_prefill_says_so(prad, adapter):
+    result = prad("push", str(adapter(1)), "--task", "support", "--connect-timeout", "0.1")
+    failed(result, "no prefill service is connected", "prad serve")
+    assert "support@1 is stored" in result.stderr
+
+
+def test_push_with_a_silent_prefill_gives_up(prad, registry, adapter):
+    registry.verified(adapter(1))  # heard of a moment ago
+    result = prad("push", str(adapter(2)), "--task", "support", "--connect-timeout", "0", "--timeout", "0")
+    failed(result, "no prefill service has reported on it")
+
+
+def test_push_without_waiting(prad, adapter):
+    result = prad("push", str(adapter(1)), "--task", "support", "--no-wait")
+    assert (result.exit_code, "prad adapter show support@1" in result.stdout) == (0, True)
+    assert prad("push", str(adapter(1)), "--task", "support", "--no-wait", "--promote").exit_code == 2
+
+
+def test_push_of_what_is_no_adapter(prad, adapter, tmp_path):
+    failed(prad("push", str(tmp_path / "nowhere"), "--task", "support"), "holds no adapter_model.safetensors")
+    failed(prad("push", str(adapter(1)), "--task", "Support"), "is no task name")
+    failed(prad("push", str(adapter(1, values=100_000)), "--task", "support"), "larger than the limit")
+
+
+def test_list_and_show(prad, registry, adapter):
+    assert "prad adapter push" in prad("list").stdout
+    registry.verified(adapter(1))
+    registry.push(adapter(2))
+    listed = prad("list").stdout
+    assert "support@1" in listed
+    assert "@2 pushed" in listed
+    shown = prad("show", "support").stdout
+    assert "routable (current)" in shown
+    digest = registry.client.version("support", 2).digest
+    assert digest in prad("show", "support@2").stdout
+    assert "probe_ok → verified by prefill-1" in prad("show", "support@1").stdout
+    assert json.loads(prad("list", "--json").stdout)["tasks"][0]["current"] == 1
+    assert len(json.loads(prad("show", "support", "--json").stdout)["versions"]) == 2
+    assert json.loads(prad("show", "support@2", "--json").stdout)["record"]["licence"] == "MIT"
+
+
+def test_promote_and_retire(prad, registry, adapter):
+    registry.verified(adapter(1))
+    registry.verified(adapter(2))
+    assert "support@2 is now what plain 'support' means" in prad("promote", "support@2").stdout
+    failed(prad("retire", "support@2"), "promote another first")
+    assert "plain 'support' means support@1" in prad("retire", "support@2", "--force").stdout
+    assert "has no current version now" in prad("retire", "support@1").stdout
+
+
+def test_errors_are_one_line(prad):
+    failed(prad("show", "nobody"), "there is no task 'nobody'")
+    failed(prad("promote", "support"), "Say support@N")
+    failed(prad("retire", "support@x"), "after '@' comes a version number")
+    for url in ("http://127.0.0.1:1", "nonsense", "http://[", ""):
+        failed(
+            CliRunner().invoke(app, ["list", "--registry", url]), "no adapter registry answers", "prad serve"
+        )
+
+
+@pytest.mark.parametrize("command", [[], ["push"], ["list"], ["show"], ["promote"], ["retire"]])
+def test_help_has_examples(command):
+    result = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "120"})
+    assert result.exit_code == 0
+    assert not command or "Example" in result.stdout

@@ -1,0 +1,77 @@
+"""Errors in one shape, service endpoints, and the long poll."""
+
+import threading
+
+import pytest
+
+from adapter_registry.client import RegistryClient
+from adapter_registry.settings import RegistrySettings
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/nowhere", 404),
+        ("DELETE", "/v1/state", 405),
+        ("GET", "/v1/tasks/x/versions/none", 400),
+        ("GET", "/v1/tasks/x/versions/0", 400),
+        ("GET", "/v1/changes", 400),
+        ("POST", "/v1/tasks/x/versions/1/probe", 400),
+        ("POST", "/v1/tasks/x/versions/1/promote", 404),
+    ],
+)
+def test_every_error_has_one_shape(registry, method, path, status):
+    response = registry.http.request(method, path)
+    assert response.status_code == status
+    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_service_endpoints(registry, adapter):
+    registry.verified(adapter(1))
+    assert registry.http.get("/health").json() == {"status": "ok"}
+    assert registry.http.get("/ready").json() == {"status": "ready", "revision": 3}
+    assert registry.http.get("/version").json()["api"] == "v1"
+    page = registry.http.get("/metrics").text
+    assert 'prad_registry_versions{state="routable"} 1.0' in page
+    assert 'prad_registry_pushes_total{outcome="created"} 1.0' in page
+
+
+def test_changes_answer_at_once_when_there_are_some(registry, adapter):
+    registry.push(adapter(1))
+    assert registry.client.changes(0).revision == 1
+    # Another revision, not only a later one: the data of a registry can be gone.
+    assert registry.client.changes(57).revision == 1
+
+
+def test_changes_are_none_when_nothing_happens(registry):
+    assert registry.client.changes(0, 0.05) is None
+
+
+def test_a_waiter_is_woken_by_a_push(registry, adapter):
+    answers = []
+    waiter = threading.Thread(target=lambda: answers.append(registry.client.changes(0, 20)))
+    waiter.start()
+    while "prad_registry_waiters 1.0" not in registry.http.get("/metrics").text:
+        pass
+    registry.push(adapter(1))
+    waiter.join()
+    assert answers[0].tasks[0].versions[0].state == "pushed"
+
+
+def test_waiters_are_bounded_and_sent_home_at_the_end(data_dir, serving):
+    settings = RegistrySettings(port=0, data_dir=data_dir, max_waiters=1, log_level="warning")
+    answers = []
+
+    def wait(url):
+        with RegistryClient(url) as client:
+            answers.append(client.changes(0, 30))
+
+    with serving(settings) as registry:
+        waiter = threading.Thread(target=wait, args=(registry.url,))
+        waiter.start()
+        while "prad_registry_waiters 1.0" not in registry.http.get("/metrics").text:
+            pass
+        refused = registry.http.get("/v1/changes", params={"after": 0})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "too_many_waiters")
+    waiter.join()
+    assert answers == [None]

@@ -1,0 +1,142 @@
+"""What is no adapter is refused with a reason, and nothing of it is stored."""
+
+import json
+
+import httpx
+import pytest
+
+PUSH = "/v1/tasks/support/versions"
+
+
+@pytest.fixture
+def files(adapter):
+    """The files of a good adapter, to be spoilt."""
+    return {path.name: path.read_bytes() for path in sorted(adapter(1).iterdir())}
+
+
+def refused(registry, response: httpx.Response, status: int, code: str, says: str) -> None:
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["code"] == code
+    assert says in error["message"]
+    assert registry.client.state().revision == 0
+    assert list((registry.data / "artefacts").iterdir()) == []
+    assert list((registry.data / "staging").iterdir()) == []
+
+
+def upload(registry, parts, task="support"):
+    return registry.http.post(f"/v1/tasks/{task}/versions", files=[("files", part) for part in parts])
+
+
+@pytest.mark.parametrize("missing", ["prad.json", "adapter_model.safetensors"])
+def test_a_missing_file(registry, files, missing):
+    del files[missing]
+    response = upload(registry, files.items())
+    refused(registry, response, 400, "adapter_refused", f"the adapter holds no {missing}")
+
+
+def test_garbage_weights(registry, files):
+    files["adapter_model.safetensors"] = b"\xff" * 100
+    refused(registry, upload(registry, files.items()), 400, "adapter_refused", "not a safetensors file")
+
+
+def test_truncated_weights(registry, files):
+    files["adapter_model.safetensors"] = files["adapter_model.safetensors"][:-1]
+    refused(registry, upload(registry, files.items()), 400, "adapter_refused", "not a safetensors file")
+
+
+def test_a_bad_record(registry, files):
+    record = json.loads(files["prad.json"])
+    files["prad.json"] = json.dumps({**record, "template": "no prompt"}).encode()
+    refused(registry, upload(registry, files.items()), 400, "adapter_refused", "prad.json: template")
+    files["prad.json"] = b"{"
+    refused(registry, upload(registry, files.items()), 400, "adapter_refused", "prad.json")
+
+
+@pytest.mark.parametrize(
+    "name", ["evil.py", "../prad.json", "/etc/passwd", "..", "prad.json/../../x", "PRAD.JSON", "prad.json\0"]
+)
+def test_other_file_names(registry, files, name):
+    response = upload(registry, [*files.items(), (name, b"x")])
+    assert response.status_code == 400
+    assert registry.client.state().revision == 0
+    assert not (registry.data / "artefacts" / "prad.json").exists()
+    assert list((registry.data / "staging").iterdir()) == []
+
+
+def test_a_file_twice(registry, files):
+    parts = [*files.items(), ("prad.json", files["prad.json"])]
+    refused(registry, upload(registry, parts), 400, "adapter_refused", "prad.json was sent twice")
+
+
+def test_a_field_that_is_no_file(registry, files):
+    parts = [("files", part) for part in files.items()]
+    response = registry.http.post(PUSH, files=parts, data={"comment": "hello"})
+    refused(registry, response, 400, "invalid_request", "'comment' is not a file")
+
+
+def test_too_large(registry, adapter):
+    folder = adapter(1, values=100_000)
+    parts = [(path.name, path.read_bytes()) for path in folder.iterdir()]
+    refused(registry, upload(registry, parts), 413, "upload_too_large", "larger than the limit")
+    response = registry.http.post(PUSH, json={"path": str(folder)})
+    refused(registry, response, 413, "upload_too_large", "limit")
+
+
+def test_too_large_without_a_length(registry):
+    def endless():
+        for _ in range(100):
+            yield b"x" * 65536
+
+    headers = {"content-type": "multipart/form-data; boundary=b"}
+    response = registry.http.post(PUSH, content=endless(), headers=headers)
+    assert response.status_code in (400, 413)
+    assert registry.client.state().revision == 0
+
+
+@pytest.mark.parametrize("body", ["{", "[]", '{"path": 3}', '{"path": "/x", "more": 1}', ""])
+def test_bad_json(registry, body):
+    response = registry.http.post(PUSH, content=body, headers={"content-type": "application/json"})
+    refused(registry, response, 400, "invalid_request", "expected")
+
+
+def test_neither_files_nor_json(registry):
+    response = registry.http.post(PUSH, content=b"x", headers={"content-type": "text/plain"})
+    refused(registry, response, 400, "invalid_request", "multipart/form-data")
+    response = registry.http.post(PUSH, content=b"x", headers={"content-type": "multipart/form-data"})
+    assert response.status_code == 400
+    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize("task", ["Support", "a@1", "-a", "a" * 65, "a b", "%2e%2e"])
+def test_bad_task_names(registry, files, task):
+    response = upload(registry, files.items(), task)
+    assert response.status_code in (400, 404)
+    assert registry.client.state().revision == 0
+
+
+def test_from_a_local_folder(registry, adapter):
+    folder = adapter(1)
+    (folder / "notes.txt").write_text("stays where it is")
+    response = registry.http.post(PUSH, json={"path": str(folder)})
+    assert response.status_code == 201
+    stored = registry.data / "artefacts" / response.json()["digest"]
+    assert {path.name for path in stored.iterdir()} == {"prad.json", "adapter_model.safetensors"}
+
+
+def test_bad_local_folders(registry, adapter, tmp_path):
+    response = registry.http.post(PUSH, json={"path": "relative"})
+    refused(registry, response, 400, "adapter_refused", "must be absolute")
+    response = registry.http.post(PUSH, json={"path": str(tmp_path / "nowhere")})
+    refused(registry, response, 400, "adapter_refused", "holds no adapter_model.safetensors")
+    folder = adapter(1)
+    (folder / "README.md").symlink_to("/etc/hostname")
+    response = registry.http.post(PUSH, json={"path": str(folder)})
+    refused(registry, response, 400, "adapter_refused", "not a plain file")
+
+
+def test_a_web_page_of_another_origin_changes_nothing(registry, files):
+    parts = [("files", part) for part in files.items()]
+    response = registry.http.post(PUSH, files=parts, headers={"origin": "https://evil.example"})
+    refused(registry, response, 403, "forbidden", "evil.example")
