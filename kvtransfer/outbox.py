@@ -8,7 +8,7 @@ import asyncio
 from collections import deque
 from collections.abc import Iterable
 
-from kvtransfer.errors import FencedError, ProtocolError
+from kvtransfer.errors import FencedError, ProtocolError, TransferError
 from kvtransfer.messages import TokenEvent, TokenFrame
 
 
@@ -24,10 +24,6 @@ class Outbox:
     @property
     def full(self) -> bool:
         return len(self._frames) >= self._max_frames
-
-    @property
-    def attached(self) -> bool:
-        return self._attachment is not None
 
     @property
     def flushed(self) -> bool:
@@ -55,20 +51,26 @@ class Outbox:
         Raises ProtocolError for a frame that never was.
         """
         self.acknowledge(received)
-        if self._attachment is not None:
-            self._attachment.supersede()
+        self.fail(FencedError("a newer token stream of this client has taken over"))
         self._attachment = Attachment(self, received)
         return self._attachment
 
-    def detach(self, attachment: "Attachment") -> None:
-        """The stream is gone; no effect if a newer one has taken over."""
-        if self._attachment is attachment:
-            self._attachment = None
+    def detach(self, attachment: "Attachment") -> bool:
+        """The stream is gone; False, and no effect, if a newer one has taken over."""
+        if self._attachment is not attachment:
+            return False
+        self._attachment = None
+        return True
 
     def close(self) -> None:
         """Lets the attached stream end after the frames that are there."""
         if self._attachment is not None:
             self._attachment.close()
+
+    def fail(self, error: TransferError) -> None:
+        """Ends the attached stream, if there is one, with `error`, at once."""
+        if self._attachment is not None:
+            self._attachment.fail(error)
 
     def after(self, number: int) -> TokenFrame | None:
         """The frame after `number`, if there is one."""
@@ -86,15 +88,15 @@ class Attachment:
         self.taken = received
         self._outbox = outbox
         self._changed = asyncio.Event()
-        self._superseded = False
+        self._failure: TransferError | None = None
         self._closed = False
 
     async def next(self) -> TokenFrame | None:
         """The next frame, as soon as there is one; None at the end.
 
-        Raises FencedError when a newer stream of the same client has taken over.
+        Raises what the stream was failed with: FencedError when a newer stream of the client took over.
         """
-        while not self._superseded:
+        while self._failure is None:
             frame = self._outbox.after(self.taken)
             if frame is not None:
                 self.taken = frame.number
@@ -103,13 +105,13 @@ class Attachment:
                 return None
             self._changed.clear()
             await self._changed.wait()
-        raise FencedError("a newer token stream of this client has taken over")
+        raise self._failure
 
     def wake(self) -> None:
         self._changed.set()
 
-    def supersede(self) -> None:
-        self._superseded = True
+    def fail(self, error: TransferError) -> None:
+        self._failure = error
         self.wake()
 
     def close(self) -> None:

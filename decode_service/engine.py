@@ -1,0 +1,215 @@
+"""Continuous batching in one thread: schedule -> run -> deliver.
+
+Sequences join and leave between steps; a step is one forward pass and one call of the sampler for all.
+"""
+
+import logging
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import torch
+
+from decode_service.paged_kv import PagedKV, Pools
+from decode_service.protocol import Deliver, EngineStatus
+from decode_service.reservation import PagedReservation
+from decode_service.scheduler import Plan, Scheduler
+from decode_service.sequences import Ended, FinishReason, HandOffId, Reserved, Running, SequenceId
+from decode_service.validation import Limits
+from kvtransfer import Cancel, Open, Token, TokenEvent
+from prad.lm import Draw, LanguageModel, PackedBatch, SampleKey, SamplingParams, sample
+
+logger = logging.getLogger(__name__)
+
+Observe = Callable[[float, int], None]
+"""Takes a step's seconds and its number of tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """A sequence's outcome of a step."""
+
+    sequence: Running
+    draw: Draw
+
+
+class PagedEngine:
+    """The decode engine over prad.lm and paged KV."""
+
+    def __init__(
+        self, model: LanguageModel, pools: Pools, scheduler: Scheduler, deliver: Deliver, observe: Observe
+    ) -> None:
+        self._model = model
+        self._limits = Limits(model.max_context, model.vocab_size)
+        self._pools = pools
+        self._scheduler = scheduler
+        self._deliver = deliver
+        self._observe = observe
+        self._changed = threading.Condition()  # guards the scheduler; never held during a pass
+        self._stopping = False
+        self._thread = threading.Thread(target=self._loop, name="decode-engine", daemon=True)
+
+    # ---- the loop, in its own thread
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Finishes the step in flight and what must still be told; waits for the thread."""
+        with self._wake():
+            self._stopping = True
+        self._thread.join()
+
+    def step(self) -> None:
+        with self._changed:
+            plan = self._scheduler.schedule(time.time_ns() // 1_000_000)
+        started = time.perf_counter()
+        outcomes = self._run(plan.batch) if plan.batch else []
+        self._finish(plan, outcomes)
+        if plan.batch:
+            self._observe(time.perf_counter() - started, len(outcomes))
+
+    def _loop(self) -> None:
+        with torch.inference_mode():
+            while self._work_comes():
+                self.step()
+
+    def _work_comes(self) -> bool:
+        """Waits, passively, for work; False when the engine stops and nothing is left to tell."""
+        with self._changed:
+            while not self._scheduler.has_work and not self._stopping:
+                self._changed.wait()
+            return self._scheduler.has_work
+
+    def _run(self, batch: Sequence[Running]) -> list[_Drawn | Ended]:
+        try:
+            return self._forward(batch)
+        except Exception as error:  # whatever it was: these sequences end, the service goes on
+            logger.exception("a decode step of %d sequences failed", len(batch))
+            return [Ended(s, FinishReason.ERROR, f"the decode step failed: {error}") for s in batch]
+
+    def _forward(self, batch: Sequence[Running]) -> list[_Drawn | Ended]:
+        device = self._model.device
+        logits = self._model.forward(
+            PackedBatch(
+                ids=torch.tensor([s.token for s in batch], device=device),
+                positions=torch.tensor([s.position for s in batch], device=device),
+                kv=PagedKV(self._pools, batch),
+                logit_rows=torch.arange(len(batch), device=device),
+            )
+        )
+        # NaN or infinity in a sequence's hidden state reaches all of its logits: one column tells
+        sound = torch.isfinite(logits[:, 0]).tolist()
+        rows = [i for i, ok in enumerate(sound) if ok]
+        if len(rows) < len(batch):
+            logits = logits[rows]
+        kept = [batch[i] for i in rows]
+        draws = sample(logits, [s.params for s in kept], [_key(s) for s in kept]) if kept else []
+        broken = [s for s, ok in zip(batch, sound, strict=True) if not ok]
+        return [
+            *(_Drawn(s, draw) for s, draw in zip(kept, draws, strict=True)),
+            *(Ended(s, FinishReason.ERROR, "the logits are not finite") for s in broken),
+        ]
+
+    def _finish(self, plan: Plan, outcomes: Sequence[_Drawn | Ended]) -> None:
+        """Books the step and delivers its events, one message per client."""
+        events: defaultdict[str, list[TokenEvent]] = defaultdict(list)
+        for ended in plan.ended:
+            events[ended.sequence.request.client_id].append(_ended_event(ended))
+        with self._changed:
+            for outcome in outcomes:
+                sequence = outcome.sequence
+                if self._scheduler.runs(sequence):  # or it was cancelled during the pass
+                    events[sequence.request.client_id].append(self._book(outcome))
+        if events:
+            self._deliver(events)
+
+    def _book(self, outcome: _Drawn | Ended) -> TokenEvent:
+        sequence = outcome.sequence
+        if isinstance(outcome, Ended):
+            self._scheduler.finish(sequence)
+            return _ended_event(outcome)
+        draw = outcome.draw
+        sequence.advance(draw.token)
+        reason = sequence.params.finish_reason(draw.token, sequence.index + 1)
+        if reason is not None:
+            self._scheduler.finish(sequence)
+        return _event(sequence, Token(draw.token, draw.logprob, draw.top), reason)
+
+    # ---- what the service asks, in the service's thread
+
+    def admit(self, request: Open) -> PagedReservation:
+        self._limits.check(request)
+        with self._changed:
+            reserved = self._scheduler.reserve(request)
+        return PagedReservation(self, self._pools, self._model.vocab_size, reserved)
+
+    def holds(self, reserved: Reserved) -> bool:
+        with self._changed:
+            return self._scheduler.holds(reserved)
+
+    def begin(self, reserved: Reserved, first_tokens: Sequence[Token]) -> None:
+        """The reservation's KV is complete: it runs, but for choices that their first token ends."""
+        request = reserved.request
+        params = SamplingParams(**asdict(request.sampling))
+        sequences = [
+            Running(
+                id=SequenceId(reserved.id, choice),
+                request=request,
+                params=params,
+                blocks=reserved.blocks[choice],
+                token=token.id,
+                index=request.output_offset,
+                position=request.next_position,
+                kv_len=request.kv_len,
+            )
+            for choice, token in enumerate(first_tokens)
+            if params.finish_reason(token.id, request.output_offset + 1) is None
+        ]
+        with self._wake():
+            self._scheduler.start(reserved, sequences)
+
+    def release(self, reserved: Reserved) -> None:
+        with self._changed:
+            self._scheduler.release(reserved)
+
+    def cancel(self, cancel: Cancel) -> None:
+        with self._wake():
+            self._scheduler.cancel(HandOffId(cancel.request_id, cancel.attempt), cancel.choice)
+
+    def cancel_client(self, client_id: str) -> None:
+        with self._wake():
+            self._scheduler.cancel_client(client_id)
+
+    def end_all(self, message: str) -> None:
+        with self._wake():
+            self._scheduler.end_all(message)
+
+    def status(self) -> EngineStatus:
+        with self._changed:
+            return self._scheduler.status()
+
+    @contextmanager
+    def _wake(self) -> Iterator[None]:
+        with self._changed:
+            yield
+            self._changed.notify()
+
+
+def _key(sequence: Running) -> SampleKey:
+    """The random number of the token that this step draws."""
+    request = sequence.request
+    return SampleKey(request.sampling.seed, request.prompt_index, sequence.id.choice, sequence.index + 1)
+
+
+def _event(sequence: Running, token: Token | None, reason: str | None, error: str = "") -> TokenEvent:
+    (request_id, attempt), choice = sequence.id
+    index = sequence.index if token is not None else sequence.index + 1
+    return TokenEvent(request_id, attempt, choice, index, token, reason, error or None)
+
+
+def _ended_event(ended: Ended) -> TokenEvent:
+    return _event(ended.sequence, None, ended.reason.value, ended.message)

@@ -1,0 +1,143 @@
+"""The KV cache in blocks: pools, the hand-off's way in, and one decode step's view of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from decode_service.sequences import Running
+from prad.lm import KVLayout
+from prad.lm.attention import decode_attention
+
+
+class Pools:
+    """Per layer one pool of keys [blocks, block_size, kv_heads, key_dim] and one of values, zeroed.
+
+    Whatever a sequence's last block holds behind its end is multiplied with attention weight 0, and 0 times
+    NaN is NaN: so a block is zeroed before its first token is written, and a broken adapter's NaN stay
+    within its own request.
+    """
+
+    def __init__(self, layout: KVLayout, num_blocks: int, block_size: int, device: str) -> None:
+        self.layout = layout
+        self.block_size = block_size
+        self.device = device
+        shape = (num_blocks, block_size)
+        self.keys = [
+            torch.zeros(*shape, la.heads, la.key_dim, dtype=layout.dtype, device=device)
+            for la in layout.layers
+        ]
+        self.values = [
+            torch.zeros(*shape, la.heads, la.value_dim, dtype=layout.dtype, device=device)
+            for la in layout.layers
+        ]
+
+    def clear(self, blocks: Sequence[int]) -> None:
+        """Zeroes blocks, in all layers."""
+        index = torch.tensor(blocks, device=self.device)
+        for pool in (*self.keys, *self.values):
+            pool.index_fill_(0, index, 0)
+
+    def slots(self, blocks: Sequence[int], tokens: int) -> Tensor:
+        """Where a block table's first `tokens` tokens lie among all slots of a pool; [tokens]."""
+        table = torch.tensor(blocks, device=self.device)
+        at = torch.arange(tokens, device=self.device)
+        return table[at // self.block_size] * self.block_size + at % self.block_size
+
+    def write(self, layer: int, slots: Tensor, key: memoryview, value: memoryview) -> None:
+        """Stores raw keys [tokens, kv_heads, key_dim] and values at the first of `slots`."""
+        for pool, data in ((self.keys[layer], key), (self.values[layer], value)):
+            rows = torch.frombuffer(data, dtype=self.layout.dtype).view(-1, *pool.shape[2:])
+            pool.flatten(0, 1).index_copy_(0, slots[: len(rows)], rows.to(pool.device))
+
+
+def blocks_in(layout: KVLayout, block_size: int, mib: int) -> int:
+    """How many blocks of `block_size` tokens fit into `mib` MiB."""
+    return (mib << 20) // (layout.bytes_per_token * block_size)
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Sequences of similar length, which share one padded context: rows [n] of the batch (None: all of it),
+    block table [n, blocks], context lengths [n]."""
+
+    rows: Tensor | None
+    table: Tensor
+    lengths: Tensor
+
+
+class PagedKV:
+    """prad.lm's KVTarget for one decode step: one new token per sequence, in the order of the batch.
+
+    All index tensors are made here, once per step, not per layer.
+    """
+
+    def __init__(self, pools: Pools, batch: Sequence[Running]) -> None:
+        self._pools = pools
+        size, device = pools.block_size, pools.device
+        tails = [(s.blocks[s.kv_len // size], s.kv_len % size) for s in batch]
+        self._slots = torch.tensor([block * size + at for block, at in tails], device=device)
+        fresh = [block for block, at in tails if at == 0]
+        self._fresh = torch.tensor(fresh, device=device) if fresh else None
+        self._groups = [self._group(batch, rows) for rows in _alike([s.kv_len // size + 1 for s in batch])]
+
+    def _group(self, batch: Sequence[Running], rows: Sequence[int]) -> _Group:
+        size, device = self._pools.block_size, self._pools.device
+        width = max(batch[r].kv_len for r in rows) // size + 1
+        table = []
+        for row in rows:
+            used = batch[row].blocks[: batch[row].kv_len // size + 1]
+            # padded with a block of its own: a neighbour's NaN must not come in even with weight 0
+            table.append(used + used[-1:] * (width - len(used)))
+        return _Group(
+            rows=None if len(rows) == len(batch) else torch.tensor(rows, device=device),
+            table=torch.tensor(table, device=device),
+            lengths=torch.tensor([batch[r].kv_len + 1 for r in rows], device=device),
+        )
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        """query [B, heads, key_dim], key and value [B, kv_heads, dim]; returns [B, heads, value_dim]."""
+        pools = self._pools.keys[layer], self._pools.values[layer]
+        for pool, new in zip(pools, (key, value), strict=True):
+            if self._fresh is not None:
+                pool.index_fill_(0, self._fresh, 0)
+            pool.flatten(0, 1).index_copy_(0, self._slots, new)
+        if len(self._groups) == 1 and self._groups[0].rows is None:
+            return _attend(self._groups[0], query, *pools, scale, window)
+        out = query.new_empty(*query.shape[:2], value.shape[-1])
+        for group in self._groups:
+            assert group.rows is not None
+            part = _attend(group, query.index_select(0, group.rows), *pools, scale, window)
+            out.index_copy_(0, group.rows, part)
+        return out
+
+
+def _attend(
+    group: _Group, query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None
+) -> Tensor:
+    key, value = (_gather(pool, group.table) for pool in (keys, values))
+    return decode_attention(query, key, value, group.lengths, scale, window)
+
+
+def _gather(pool: Tensor, table: Tensor) -> Tensor:
+    """pool [blocks, block_size, heads, dim] by table [n, m] -> [n, m * block_size, heads, dim]."""
+    return pool.index_select(0, table.flatten()).view(table.shape[0], -1, *pool.shape[2:])
+
+
+def _alike(widths: Sequence[int]) -> list[list[int]]:
+    """Rows grouped so that padding to the widest of a group at most doubles any row; in batch order within.
+
+    Without this one long sequence would make everybody's gather as long as its own.
+    """
+    groups: list[list[int]] = []
+    widest = 0
+    for row in sorted(range(len(widths)), key=lambda r: -widths[r]):
+        if groups and 2 * widths[row] >= widest:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+            widest = widths[row]
+    return [sorted(group) for group in groups] if len(groups) > 1 else [list(range(len(widths)))]

@@ -1,0 +1,58 @@
+"""Room in the paged engine for one hand-off: where its KV bytes go until it runs."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from decode_service.paged_kv import Pools
+from decode_service.sequences import Reserved
+from kvtransfer import FencedError, ProtocolError, Token
+
+
+class _Owner(Protocol):
+    """The part of the engine that a reservation needs."""
+
+    def holds(self, reserved: Reserved) -> bool: ...
+    def begin(self, reserved: Reserved, first_tokens: Sequence[Token]) -> None: ...
+    def release(self, reserved: Reserved) -> None: ...
+
+
+class PagedReservation:
+    """As protocol.Reservation. Lives in the service's thread, where alone reservations are taken away: so a
+    write never reaches blocks that are already someone else's."""
+
+    def __init__(self, owner: _Owner, pools: Pools, vocab_size: int, reserved: Reserved) -> None:
+        self._owner = owner
+        self._pools = pools
+        self._vocab_size = vocab_size
+        self._reserved = reserved
+        kv_len, size = reserved.request.kv_len, pools.block_size
+        # every choice has its own copy of the prompt's KV: [kv_len] each
+        self._slots = [pools.slots(table, kv_len) for table in reserved.blocks]
+        if kv_len % size:
+            pools.clear([table[kv_len // size] for table in reserved.blocks])
+
+    @property
+    def blocks(self) -> int:
+        return sum(len(table) for table in self._reserved.blocks)
+
+    def write(self, layer: int, first_token: int, key: memoryview, value: memoryview) -> None:
+        self._require_held()
+        for slots in self._slots:
+            self._pools.write(layer, slots[first_token:], key, value)
+
+    def commit(self, first_tokens: Sequence[Token]) -> None:
+        self._require_held()
+        outside = [t.id for t in first_tokens if t.id >= self._vocab_size]
+        if outside:
+            raise ProtocolError(f"first tokens {outside} are outside the vocabulary")
+        self._owner.begin(self._reserved, first_tokens)
+
+    def release(self) -> None:
+        self._owner.release(self._reserved)
+
+    def _require_held(self) -> None:
+        if not self._owner.holds(self._reserved):
+            request = self._reserved.request
+            raise FencedError(
+                f"attempt {request.attempt} of {request.request_id} was taken over or cancelled"
+            )

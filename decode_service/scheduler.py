@@ -1,0 +1,187 @@
+"""Who is in, who runs the next step, whose blocks become free: pure policy over plain data.
+
+Decode reserves a sequence's whole life at first, so everything that runs fits, and every running sequence
+takes part in every step.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from decode_service.blocks import BlockAllocator
+from decode_service.protocol import EngineStatus
+from decode_service.sequences import Ended, FinishReason, HandOffId, Reserved, Running
+from kvtransfer import Open, RejectedError, RejectReason
+
+_REMEMBERED_REQUESTS = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One step: who runs, and who ended since the last one and must be told."""
+
+    batch: tuple[Running, ...]
+    ended: tuple[Ended, ...]
+
+
+class Scheduler:
+    """Owns the blocks. Not thread-safe: the engine calls it under its lock.
+
+    A running sequence's blocks become free only in `schedule` or `finish`, between two steps: a step in
+    flight still writes to them.
+    """
+
+    def __init__(self, blocks: BlockAllocator, max_sequences: int, retry_after_s: float = 0.0) -> None:
+        self._blocks = blocks
+        self._max_sequences = max_sequences
+        self._retry_after_s = retry_after_s
+        self._reserved: dict[HandOffId, Reserved] = {}
+        self._running: dict[HandOffId, dict[int, Running]] = {}
+        self._leaving: list[Running] = []
+        self._ended: list[Ended] = []
+        self._attempts: OrderedDict[str, int] = OrderedDict()  # the highest seen, of the latest requests
+
+    def status(self) -> EngineStatus:
+        return EngineStatus(
+            block_size=self._blocks.block_size,
+            total_blocks=self._blocks.total,
+            free_blocks=self._blocks.free_count,
+            max_sequences=self._max_sequences,
+            running_sequences=self.running_count,
+            sequences=self.sequence_count,
+        )
+
+    @property
+    def running_count(self) -> int:
+        return sum(len(choices) for choices in self._running.values())
+
+    @property
+    def sequence_count(self) -> int:
+        """Running and reserved."""
+        return self.running_count + sum(len(r.blocks) for r in self._reserved.values())
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._running or self._leaving or self._ended)
+
+    def reserve(self, request: Open) -> Reserved:
+        """Blocks for the whole life of all choices; fences lower attempts of the request.
+
+        Raises RejectedError: FENCED, TOO_LARGE (never fits) or FULL (with a retry hint).
+        """
+        self._fence(request)
+        # the last token is drawn, but never fed
+        tokens = request.kv_len + request.sampling.max_tokens - request.output_offset - 1
+        each = self._blocks.blocks_for(tokens)
+        needed = each * request.choices
+        if needed > self._blocks.total or request.choices > self._max_sequences:
+            raise RejectedError(
+                RejectReason.TOO_LARGE,
+                f"{request.choices} sequences of {tokens} tokens need {needed} blocks; there are "
+                f"{self._blocks.total} blocks for {self._max_sequences} sequences",
+            )
+        taken = None
+        if self.sequence_count + request.choices <= self._max_sequences:
+            taken = self._blocks.allocate(needed)
+        if taken is None:
+            raise RejectedError(
+                RejectReason.FULL,
+                f"{needed} blocks and {request.choices} sequences wanted, {self._blocks.free_count} blocks "
+                f"and {self._max_sequences - self.sequence_count} sequences free",
+                self._retry_after_s,
+            )
+        tables = tuple(taken[c * each : (c + 1) * each] for c in range(request.choices))
+        reserved = Reserved(request, tables)
+        self._reserved[reserved.id] = reserved
+        return reserved
+
+    def holds(self, reserved: Reserved) -> bool:
+        """Whether the reservation still stands."""
+        return self._reserved.get(reserved.id) is reserved
+
+    def release(self, reserved: Reserved) -> None:
+        """Gives a reservation back; no effect if it does not stand any more."""
+        if self.holds(reserved):
+            del self._reserved[reserved.id]
+            for table in reserved.blocks:
+                self._blocks.free(table)
+
+    def start(self, reserved: Reserved, sequences: Sequence[Running]) -> None:
+        """The reservation becomes running sequences; blocks of choices that do not run become free."""
+        assert self.holds(reserved), "a reservation is started that does not stand"
+        del self._reserved[reserved.id]
+        starting = {s.id.choice: s for s in sequences}
+        for choice, table in enumerate(reserved.blocks):
+            if choice not in starting:
+                self._blocks.free(table)
+        if starting:
+            self._running[reserved.id] = starting
+
+    def schedule(self, now_unix_ms: int) -> Plan:
+        """The next step; frees what left since the last one."""
+        for hand_off, choices in list(self._running.items()):
+            deadline = next(iter(choices.values())).request.deadline_unix_ms
+            if 0 < deadline <= now_unix_ms:
+                self._end(hand_off, FinishReason.DEADLINE)
+        for sequence in self._leaving:
+            self._blocks.free(sequence.blocks)
+        self._leaving.clear()
+        ended, self._ended = tuple(self._ended), []
+        return Plan(tuple(s for choices in self._running.values() for s in choices.values()), ended)
+
+    def runs(self, sequence: Running) -> bool:
+        """Whether nobody cancelled it meanwhile."""
+        return self._running.get(sequence.id.hand_off, {}).get(sequence.id.choice) is sequence
+
+    def finish(self, sequence: Running) -> None:
+        """A running sequence is over, between two steps: its blocks are free at once."""
+        self._remove(sequence)
+        self._blocks.free(sequence.blocks)
+
+    def cancel(self, hand_off: HandOffId, choice: int | None = None) -> None:
+        """Ends running sequences (None: all choices) without a word; no effect on unknown ones."""
+        for sequence in list(self._running.get(hand_off, {}).values()):
+            if choice in (None, sequence.id.choice):
+                self._remove(sequence)
+                self._leaving.append(sequence)
+
+    def cancel_client(self, client_id: str) -> None:
+        """Ends everything of a client, reservations included, without a word."""
+        for reserved in [r for r in self._reserved.values() if r.request.client_id == client_id]:
+            self.release(reserved)
+        for hand_off, choices in list(self._running.items()):
+            if next(iter(choices.values())).request.client_id == client_id:
+                self.cancel(hand_off)
+
+    def end_all(self, message: str) -> None:
+        """Ends everything with an error that is told."""
+        for reserved in list(self._reserved.values()):
+            self.release(reserved)
+        for hand_off in list(self._running):
+            self._end(hand_off, FinishReason.ERROR, message)
+
+    def _fence(self, request: Open) -> None:
+        known = self._attempts.get(request.request_id, 0)
+        if request.attempt <= known:
+            raise RejectedError(
+                RejectReason.FENCED,
+                f"attempt {known} of {request.request_id} is known, not {request.attempt}",
+            )
+        self._attempts[request.request_id] = request.attempt
+        self._attempts.move_to_end(request.request_id)
+        if len(self._attempts) > _REMEMBERED_REQUESTS:
+            self._attempts.popitem(last=False)
+        lower = HandOffId(request.request_id, known)
+        if lower in self._reserved:
+            self.release(self._reserved[lower])
+        self._end(lower, FinishReason.ERROR, f"fenced by attempt {request.attempt}")
+
+    def _end(self, hand_off: HandOffId, reason: FinishReason, message: str = "") -> None:
+        self._ended += [Ended(s, reason, message) for s in self._running.get(hand_off, {}).values()]
+        self.cancel(hand_off)
+
+    def _remove(self, sequence: Running) -> None:
+        choices = self._running[sequence.id.hand_off]
+        del choices[sequence.id.choice]
+        if not choices:
+            del self._running[sequence.id.hand_off]

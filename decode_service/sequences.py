@@ -1,0 +1,82 @@
+"""The life of a sequence, a type per state: reserved -> running -> ended.
+
+Pure data: neither torch nor gRPC.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, NamedTuple
+
+from kvtransfer import Open
+
+if TYPE_CHECKING:  # the type alone: at run time it would bring torch along
+    from prad.lm import SamplingParams
+
+
+class HandOffId(NamedTuple):
+    """One attempt of one request."""
+
+    request_id: str
+    attempt: int
+
+
+class SequenceId(NamedTuple):
+    """One choice of it."""
+
+    hand_off: HandOffId
+    choice: int
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+    DEADLINE = "deadline"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    """Blocks wait for KV bytes: blocks[choice] is that choice's block table."""
+
+    request: Open
+    blocks: tuple[tuple[int, ...], ...]
+
+    @property
+    def id(self) -> HandOffId:
+        return HandOffId(self.request.request_id, self.request.attempt)
+
+
+@dataclass(slots=True)
+class Running:
+    """A sequence between two steps.
+
+    The next step feeds `token` (output index `index`) at `position` and stores its keys and values as the
+    `kv_len`-th token of `blocks`. With virtual prefix tokens kv_len runs ahead of position.
+    """
+
+    id: SequenceId
+    request: Open
+    params: SamplingParams
+    blocks: tuple[int, ...]
+    token: int
+    index: int
+    position: int
+    kv_len: int
+
+    def advance(self, token: int) -> None:
+        """A step is done and drew `token`."""
+        self.token = token
+        self.index += 1
+        self.position += 1
+        self.kv_len += 1
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A sequence that ended without a further token, and why."""
+
+    sequence: Running
+    reason: FinishReason
+    message: str = ""

@@ -1,0 +1,55 @@
+"""Whether an Open makes sense for this model, before anything is reserved; pure."""
+
+import math
+from dataclasses import dataclass
+
+from kvtransfer import Open, RejectedError, RejectReason, Sampling
+
+_LARGEST_REQUEST = 1 << 20  # tokens or choices: far beyond any real one, keeps all arithmetic harmless
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the model can take: positions 0 .. max_context - 1 and ids 0 .. vocab_size - 1."""
+
+    max_context: int
+    vocab_size: int
+
+    def check(self, request: Open) -> None:
+        """Raises RejectedError: UNSUPPORTED for request state, INVALID with what is wrong otherwise."""
+        if request.state:
+            raise RejectedError(RejectReason.UNSUPPORTED, "request state is not implemented")
+        sampling = request.sampling
+        self._check_sampling(sampling)
+        remaining = sampling.max_tokens - request.output_offset - 1
+        last = request.next_position + remaining - 1
+        for wrong, message in (
+            (remaining < 1, f"nothing to decode: max_tokens {sampling.max_tokens}, first token's index "
+                            f"{request.output_offset}"),
+            (request.prompt_len < 1, "prompt_len must be at least 1"),
+            (request.prompt_len > request.kv_len, f"prompt_len is over kv_len {request.kv_len}"),
+            (request.next_position < 1, "next_position must be at least 1"),
+            (last >= self.max_context, f"the sequence reaches position {last}, the model's context ends at "
+                                       f"{self.max_context - 1}"),
+            (max(request.kv_len, request.choices) > _LARGEST_REQUEST, "kv_len or choices is absurd"),
+            (any(i >= self.vocab_size for i in request.prompt_ids), "a prompt id is outside the vocabulary"),
+        ):  # fmt: skip
+            if wrong:
+                raise RejectedError(RejectReason.INVALID, message)
+
+    def _check_sampling(self, sampling: Sampling) -> None:
+        temperature, top_p, min_p = sampling.temperature, sampling.top_p, sampling.min_p
+        for wrong, message in (
+            (sampling.max_tokens > _LARGEST_REQUEST, f"max_tokens {sampling.max_tokens} is absurd"),
+            (not (math.isfinite(temperature) and temperature >= 0), f"temperature {temperature}"),
+            (not 0 < top_p <= 1, f"top_p {top_p} is not in (0, 1]"),
+            (not 0 <= min_p <= 1, f"min_p {min_p} is not in [0, 1]"),
+            (any(i >= self.vocab_size for i in sampling.stop_ids), "a stop id is outside the vocabulary"),
+            ((sampling.logprobs or 0) > self.vocab_size, f"logprobs {sampling.logprobs}"),
+            (self._all_stop(sampling), "every id of the vocabulary is a stop id, but min_tokens is not 0"),
+        ):
+            if wrong:
+                raise RejectedError(RejectReason.INVALID, message)
+
+    def _all_stop(self, sampling: Sampling) -> bool:
+        return sampling.min_tokens > 0 and len(sampling.stop_ids) >= self.vocab_size

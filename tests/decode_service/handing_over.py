@@ -1,0 +1,185 @@
+"""Tiny random models, and a stand-in for the prefill service: a real prompt pass, a real hand-off."""
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from decode_service import DecodeServer, DecodeSettings, model_spec
+from kvtransfer import DecodeClient, HandOff, Open, Sampling, Token, TokenEvent, TokenStream, TransferSettings
+from prad.lm import LanguageModel, PackedBatch
+from prad.lm.attention import NAME
+
+VOCAB = 97
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """A prompt pass's outcome: per layer keys and values [tokens, kv_heads, dim], logits [vocab]."""
+
+    ids: tuple[int, ...]
+    layers: list[tuple[torch.Tensor, torch.Tensor]]
+    logits: torch.Tensor
+
+
+def prompt_pass(model: LanguageModel, ids: Sequence[int]) -> Prompted:
+    layers: list[tuple[torch.Tensor, torch.Tensor]] = []
+    batch = PackedBatch.of_sequences([ids], layer_done=lambda _, k, v: layers.append((k, v)))
+    with torch.inference_mode():
+        logits = model.forward(batch)[0]
+    return Prompted(tuple(ids), layers, logits)
+
+
+def all_logits(model: LanguageModel, ids: Sequence[int]) -> torch.Tensor:
+    """The monolithic pass: logits [tokens, vocab]."""
+    with torch.inference_mode():
+        return model.forward(PackedBatch.of_sequences([ids], logit_rows=range(len(ids))))
+
+
+def raw(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.contiguous().clone().view(torch.uint8).numpy())
+
+
+@dataclass
+class Collected:
+    """What came back for each (request_id, choice), and every frame's number."""
+
+    events: dict[tuple[str, int], list[TokenEvent]] = field(default_factory=dict)
+    numbers: list[int] = field(default_factory=list)
+    changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+
+    async def read(self, stream: TokenStream) -> None:
+        async for frame in stream:
+            async with self.changed:
+                self.numbers.append(frame.number)
+                for event in frame.events:
+                    self.events.setdefault((event.request_id, event.choice), []).append(event)
+                self.changed.notify_all()
+
+    async def until(self, request_id: str, choice: int = 0, count: int | None = None) -> list[TokenEvent]:
+        """A sequence's events, once it has finished (or has `count` of them)."""
+
+        def there() -> bool:
+            events = self.events.get((request_id, choice), [])
+            return bool(events) and (
+                events[-1].finish_reason is not None or (count is not None and len(events) >= count)
+            )
+
+        async with self.changed:
+            await self.changed.wait_for(there)
+        return self.events[request_id, choice]
+
+
+class Prefill:
+    """One client of a decode service."""
+
+    def __init__(self, model: LanguageModel, client: DecodeClient, stream: TokenStream) -> None:
+        self.model = model
+        self.client = client
+        self.stream = stream
+        self.got = Collected()
+        self._names = (f"r{i}" for i in itertools.count())
+
+    def request(self, kv_len: int, sampling: Sampling, **more: object) -> Open:
+        values = {
+            "request_id": next(self._names),
+            "client_id": self.stream.client_id,
+            "model": model_spec(self.model),
+            "kv_len": kv_len,
+            "prompt_len": kv_len,
+            "next_position": kv_len,
+            "sampling": sampling,
+        }
+        return Open(**(values | more))  # type: ignore[arg-type]
+
+    async def send(self, hand_off: HandOff, prompted: Prompted) -> None:
+        for layer, (key, value) in enumerate(prompted.layers):
+            await hand_off.send(layer, raw(key), raw(value))
+
+    async def hand_over(
+        self, ids: Sequence[int], sampling: Sampling, first: Sequence[int] | None = None, **more: object
+    ) -> tuple[Open, list[int]]:
+        """Prompt pass and hand-off; the greedy token is first unless `first` says else."""
+        request = self.request(len(ids), sampling, **more)
+        async with await self.client.open(request) as hand_off:
+            prompted = prompt_pass(self.model, ids)
+            await self.send(hand_off, prompted)
+            tokens = list(first or [int(prompted.logits.argmax())] * request.choices)
+            await hand_off.commit([Token(t) for t in tokens])
+        return request, tokens
+
+    async def generate(self, ids: Sequence[int], sampling: Sampling, **more: object) -> list[int]:
+        """All output tokens of choice 0."""
+        request, first = await self.hand_over(ids, sampling, **more)
+        events = await self.got.until(request.request_id)
+        return [first[0], *(e.token.id for e in events if e.token is not None)]
+
+
+def quick(**changes: object) -> TransferSettings:
+    return TransferSettings(**({"backoff_max_s": 0.1, "acknowledge_every": 3} | changes))  # type: ignore[arg-type]
+
+
+def decode_settings(**changes: object) -> DecodeSettings:
+    return DecodeSettings(**({"port": 0, "kv_cache_mib": 1, "drain_s": 0} | changes))  # type: ignore[arg-type]
+
+
+@asynccontextmanager
+async def prefilling(
+    model: LanguageModel, port: int, client_id: str = "prefill", settings: TransferSettings | None = None
+) -> AsyncIterator[Prefill]:
+    async with (
+        DecodeClient(f"127.0.0.1:{port}", settings or quick()) as client,
+        await client.attach(client_id) as stream,
+    ):
+        prefill = Prefill(model, client, stream)
+        reader = asyncio.create_task(prefill.got.read(stream))
+        try:
+            yield prefill
+        finally:
+            reader.cancel()
+            await asyncio.gather(reader, return_exceptions=True)
+
+
+async def all_free(server: DecodeServer) -> None:
+    """Waits until nothing is reserved and nothing runs; then every block must be free."""
+    while (s := server.engine.status()).sequences or s.free_blocks != s.total_blocks:  # noqa: ASYNC110
+        await asyncio.sleep(0.005)
+
+
+def llama() -> LanguageModel:
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=160,
+        initializer_range=0.2,
+        attn_implementation=NAME,
+    )
+    return LanguageModel(LlamaForCausalLM(config), "llama")
+
+
+def gpt2() -> LanguageModel:
+    torch.manual_seed(2)
+    config = GPT2Config(
+        vocab_size=VOCAB,
+        n_positions=160,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        initializer_range=0.2,
+        attn_implementation=NAME,
+    )
+    return LanguageModel(GPT2LMHeadModel(config), "gpt2")
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    generator = torch.Generator().manual_seed(1000 * seed + length)
+    return torch.randint(0, VOCAB, (length,), generator=generator).tolist()

@@ -1,0 +1,119 @@
+"""The oracle: prefill, hand-off and paged decode give what one pass over [prompt, output] gives."""
+
+import asyncio
+
+import pytest
+import torch
+from handing_over import Prefill, all_free, all_logits, decode_settings, prefilling, prompt
+
+from decode_service import DecodeServer, serving
+from kvtransfer import Sampling
+from prad.lm import LanguageModel
+
+
+def require_greedy(model: LanguageModel, ids: list[int], output: list[int]) -> None:
+    logits = all_logits(model, [*ids, *output])[len(ids) - 1 : -1]
+    best = logits.max(dim=-1).values
+    chosen = logits[torch.arange(len(output)), torch.tensor(output)]
+    scale = logits.max() - logits.min()
+    assert ((best - chosen) <= 1e-4 * scale).all()
+
+
+@pytest.mark.parametrize("kv_len", [1, 15, 16, 17, 31, 33])
+async def test_at_block_edges(each_model: LanguageModel, kv_len: int) -> None:
+    ids = prompt(kv_len)
+    async with (
+        serving(decode_settings(), each_model) as server,
+        prefilling(each_model, server.port) as client,
+    ):
+        output = await client.generate(ids, Sampling(max_tokens=20))
+        await all_free(server)
+    assert len(output) == 20
+    require_greedy(each_model, ids, output)
+
+
+async def test_logprobs_are_the_reference(prefill: Prefill, model: LanguageModel) -> None:
+    ids = prompt(17)
+    request, first = await prefill.hand_over(ids, Sampling(max_tokens=24, logprobs=3))
+    events = await prefill.got.until(request.request_id)
+    output = [first[0], *(e.token.id for e in events if e.token)]
+    expected = all_logits(model, [*ids, *output]).log_softmax(dim=-1)[len(ids) : -1]
+    assert [e.index for e in events] == list(range(1, 24))
+    for event, row in zip(events, expected, strict=True):
+        assert event.token is not None
+        assert event.token.logprob == pytest.approx(float(row[event.token.id]), abs=1e-4)
+        values, _ = row.topk(3)
+        assert [v for _, v in event.token.top] == pytest.approx(values.tolist(), abs=1e-4)
+
+
+async def test_mixed_lengths_that_join_at_different_times(prefill: Prefill, model: LanguageModel) -> None:
+    async def one(length: int) -> None:
+        ids = prompt(length, seed=5)
+        output = await prefill.generate(ids, Sampling(max_tokens=10 + length % 23))
+        assert len(output) == 10 + length % 23
+        require_greedy(model, ids, output)
+
+    async def later(length: int, after: int) -> None:
+        while len(prefill.got.numbers) < after:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        await one(length)
+
+    await asyncio.gather(one(3), one(90), later(16, 2), later(40, 4), later(17, 8), later(120, 9))
+
+
+async def test_sampled_alone_equals_sampled_in_a_mix(prefill: Prefill) -> None:
+    def sampling(seed: int) -> Sampling:
+        return Sampling(max_tokens=16, temperature=1.0, top_p=0.9, top_k=40, seed=seed)
+
+    alone = [await prefill.generate(prompt(9 + 7 * i), sampling(i), prompt_index=i) for i in range(6)]
+    mixed = await asyncio.gather(
+        *(prefill.generate(prompt(9 + 7 * i), sampling(i), prompt_index=i) for i in range(6))
+    )
+    assert mixed == alone
+    assert len({tuple(output) for output in alone}) == 6
+
+
+async def test_choices_share_a_prompt_and_differ(prefill: Prefill, server: DecodeServer) -> None:
+    sampling = Sampling(max_tokens=12, temperature=1.2, seed=3)
+    ids = prompt(19)
+    request, first = await prefill.hand_over(ids, sampling, first=[5, 6, 5], choices=3)
+    together = [
+        [e.token.id for e in await prefill.got.until(request.request_id, c) if e.token] for c in range(3)
+    ]
+    assert [len(output) for output in together] == [11, 11, 11]
+    assert together[0] != together[2]  # the same first token, another choice's random numbers
+    alone = await prefill.generate(ids, sampling, first=[first[0]])
+    assert alone[1:] == together[0]
+    await all_free(server)
+
+
+async def test_a_choice_whose_first_token_stops_does_not_run(prefill: Prefill, server: DecodeServer) -> None:
+    sampling = Sampling(max_tokens=4, stop_ids=frozenset({7}), min_tokens=4)
+    request, _ = await prefill.hand_over(prompt(5), sampling, first=[7, 8], choices=2)
+    assert len(await prefill.got.until(request.request_id, 1)) == 3
+    assert (request.request_id, 0) not in prefill.got.events
+    await all_free(server)
+
+
+async def test_stop_ids_end_a_sequence(prefill: Prefill) -> None:
+    plain = await prefill.generate(prompt(12), Sampling(max_tokens=16))
+    stop = plain[9]
+    request, first = await prefill.hand_over(
+        prompt(12), Sampling(max_tokens=16, stop_ids=frozenset({stop}), min_tokens=0)
+    )
+    if first[0] == stop:
+        pytest.skip("the first token ends it")
+    events = await prefill.got.until(request.request_id)
+    assert [e.token.id for e in events if e.token] == plain[1 : plain.index(stop) + 1]
+    assert events[-1].finish_reason == "stop"
+
+
+async def test_a_replay_goes_on_with_the_same_random_numbers(prefill: Prefill) -> None:
+    sampling = Sampling(max_tokens=14, temperature=1.0, seed=11)
+    ids = prompt(21)
+    whole = await prefill.generate(ids, sampling)
+    # 5 tokens were sent; the 6th is the replay's first
+    again = await prefill.generate(
+        [*ids, *whole[:5]], sampling, first=[whole[5]], prompt_len=21, output_offset=5
+    )
+    assert again == whole[5:]
