@@ -56,9 +56,7 @@ def new_adapter(method: Method, config: MethodConfig, model: LanguageModel, seed
     return Adapter(method, config, method.initialise(config, ModelShape.of(model), generator))
 
 
-def load_adapter(
-    artefact: Artefact, model: LanguageModel, *, allow_other_weights: bool = False
-) -> Adapter:
+def load_adapter(artefact: Artefact, model: LanguageModel, *, allow_other_weights: bool = False) -> Adapter:
     """Loads an artefact for `model`.
 
     Raises BaseMismatchError, UnknownMethodError, ParameterMismatchError, or MissingSiteError.
@@ -110,9 +108,7 @@ def _file_name(layer: int, name: str) -> str:
     return f"layers.{layer}.{name}"
 
 
-def _check_shapes(
-    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
-) -> None:
+def _check_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise ParameterMismatchError(

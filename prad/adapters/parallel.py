@@ -36,9 +36,7 @@ class ParallelAdapter(Method):
         }
         return shapes | ({"ffn.bias": (config.r,)} if config.bias else {})
 
-    def initialise(
-        self, config: ParallelConfig, model: ModelShape, generator: torch.Generator
-    ) -> Parameters:
+    def initialise(self, config: ParallelConfig, model: ModelShape, generator: torch.Generator) -> Parameters:
         fresh = {
             name: torch.zeros(model.layers, *shape) for name, shape in self.shapes(config, model).items()
         }

@@ -32,7 +32,9 @@ class AdaptedRows:
         if len(per_adapter) == 1:
             return cls(rows, None, None)
         longest = max(len(own) for own in per_adapter)
-        padded, slots, start = [], [], 0
+        padded: list[list[int]] = []
+        slots: list[int] = []
+        start = 0
         for adapter, own in enumerate(per_adapter):
             padded.append([start + min(i, len(own) - 1) for i in range(longest)])
             slots.extend(adapter * longest + i for i in range(len(own)))

@@ -1,9 +1,9 @@
 """An adapter on disk: a folder of known files, checked without running or loading anything.
 
-    adapter_model.safetensors   the weights
-    prad.json                   method, base model, template, generation defaults, training record, licence
-    adapter_config.json         PEFT's own configuration, where PEFT has the method (optional)
-    README.md                   the card (optional)
+adapter_model.safetensors   the weights
+prad.json                   method, base model, template, generation defaults, training record, licence
+adapter_config.json         PEFT's own configuration, where PEFT has the method (optional)
+README.md                   the card (optional)
 """
 
 import hashlib
@@ -60,9 +60,7 @@ def read_artefact(folder: Path) -> Artefact:
     try:
         record = AdapterRecord.model_validate_json((folder / RECORD).read_bytes())
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()
-        )
+        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
         raise ArtefactError(f"{RECORD}: {problems}") from error
     return Artefact(folder, record, _tensors(folder / WEIGHTS), files_digest(folder))
 

@@ -5,7 +5,7 @@ import sys
 import typer
 
 from prad import __version__
-from prad.cli import adapter, evaluate, serve, train
+from prad.cli import adapter, evaluate, serve, services, train
 
 app = typer.Typer(
     name="prad",
@@ -14,13 +14,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command("serve")(serve.serve_command)
+for name, command in services.COMMANDS.items():
+    app.command(name, context_settings=services.PASS_ARGUMENTS, add_help_option=False)(command)
 app.add_typer(adapter.app, name="adapter")
 app.command("train")(train.train_command)
 app.command("eval")(evaluate.eval_command)
-app.command("serve")(serve.serve_command)
-app.command("prefill")(serve.prefill_command)
-app.command("decode")(serve.decode_command)
-app.command("registry")(serve.registry_command)
 
 
 @app.command("version")
@@ -30,13 +29,15 @@ def version_command() -> None:
 
 
 def main() -> None:
-    """Console script: known errors become one line on stderr, Ctrl-C exits quietly."""
-    from prad.cli.errors import known_errors
-
+    """Console script: what a person can mend becomes one line on stderr, Ctrl-C exits quietly."""
     try:
         app()
-    except known_errors() as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
-        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        from prad.cli.errors import known_errors
+
+        if not isinstance(error, known_errors()):
+            raise
+        typer.secho(f"error: {error}", fg="red", err=True)
+        sys.exit(1)

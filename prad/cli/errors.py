@@ -1,11 +1,19 @@
 """Which exceptions are a person's to mend, and so are shown as one line instead of a traceback."""
 
+import sys
+
+_ROOTS = {
+    "prad.adapters.errors": "AdapterError",
+    "prad.artefact.files": "ArtefactError",
+    "prad.lm.errors": "ModelError",
+    "prad.training.data": "DataError",
+    "prad.cli.stack": "StackError",
+    "decode_service.errors": "CannotStartError",
+    "prefill_service.server": "CannotStartError",
+    "adapter_registry.errors": "RegistryError",
+}
+
 
 def known_errors() -> tuple[type[Exception], ...]:
-    """The roots of our exception trees; imported late, for they pull in torch."""
-    from prad.adapters import AdapterError
-    from prad.artefact import ArtefactError
-    from prad.lm import ModelError
-    from prad.training.data import DataError
-
-    return (AdapterError, ArtefactError, ModelError, DataError)
+    """The roots of our exception trees, as far as their modules were imported: others cannot have risen."""
+    return tuple(getattr(sys.modules[m], name) for m, name in _ROOTS.items() if m in sys.modules)

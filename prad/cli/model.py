@@ -10,7 +10,9 @@ if TYPE_CHECKING:
 
 ModelOption = Annotated[
     str,
-    typer.Option("--model", help="Folder, .gguf file, Hugging Face id, or the default model.", envvar="PRAD_MODEL"),
+    typer.Option(
+        "--model", help="Folder, .gguf file, Hugging Face id, or the default model.", envvar="PRAD_MODEL"
+    ),
 ]
 CacheOption = Annotated[
     Path, typer.Option("--cache-dir", help="Where converted models are kept.", envvar="PRAD_CACHE_DIR")

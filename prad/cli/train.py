@@ -43,7 +43,6 @@ def train_command(
 
     Example:  prad train --task sentiment --data data/sentiment --out adapters/sentiment --epochs 2
     """
-    from prad.artefact import GenerationDefaults
     from prad.training.train import TrainSettings, train
 
     language_model, tokenizer = load_model(model, cache_dir, dtype, device)
@@ -63,7 +62,7 @@ def train_command(
             learning_rate=lr,
             seed=seed,
             eval_every=eval_every,
-            generation=GenerationDefaults(temperature=0.0, max_tokens=max_tokens),
+            max_tokens=max_tokens,
             licence=licence,
             description=description,
             resume=resume,
@@ -71,8 +70,8 @@ def train_command(
     )
     outcome = record.training
     typer.echo(
-        f"{out}: {outcome['steps']} steps in {outcome['seconds']} s, {outcome['tokens_per_second']} tokens/s, "
-        f"validation loss {outcome['validation_loss']}\n"
+        f"{out}: {outcome['steps']} steps in {outcome['seconds']} s, "
+        f"{outcome['tokens_per_second']} tokens/s, validation loss {outcome['validation_loss']}\n"
         f"next:  prad eval --adapter {out} --data {data / 'test.jsonl'}\n"
         f"       prad adapter push {out} --task {task}"
     )

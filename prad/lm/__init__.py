@@ -4,6 +4,7 @@ from prad.lm.attention import Ragged
 from prad.lm.batch import PackedBatch
 from prad.lm.errors import MissingSiteError, ModelError, ModelNotFoundError, UnsupportedModelError
 from prad.lm.fingerprint import Fingerprint
+from prad.lm.generation import generate
 from prad.lm.kv import KVLayout, KVTarget, LayerKV, PromptKV
 from prad.lm.model import LanguageModel
 from prad.lm.sampling import Draw, SampleKey, SamplingParams, sample
@@ -32,6 +33,7 @@ __all__ = [
     "TextStream",
     "Tokenizer",
     "UnsupportedModelError",
+    "generate",
     "require_sites",
     "resolve_model",
     "sample",

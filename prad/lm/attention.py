@@ -47,9 +47,7 @@ class Ragged:
         buckets, restore, place = [], [0] * starts[-1], 0
         for sequences in alike.values():
             longest = max(lengths[s] for s in sequences)
-            buckets.append(
-                [[starts[s] + min(i, lengths[s] - 1) for i in range(longest)] for s in sequences]
-            )
+            buckets.append([[starts[s] + min(i, lengths[s] - 1) for i in range(longest)] for s in sequences])
             for s in sequences:
                 restore[starts[s] : starts[s + 1]] = range(place, place + lengths[s])
                 place += longest
@@ -78,7 +76,8 @@ def causal_attention(
         length = rows.shape[1]
         flat = rows.flatten()
         q, k, v = (
-            x.index_select(0, flat).unflatten(0, rows.shape).transpose(1, 2) for x in (query, key, value)
+            x.index_select(0, flat).view(*rows.shape, *x.shape[1:]).transpose(1, 2)
+            for x in (query, key, value)
         )
         mask = None
         if window is not None and length > window:
@@ -127,7 +126,7 @@ def _attention(
     sliding_window: int | None = None,
     **extra: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: query [1, heads, T, key_dim], key and value [1, kv_heads, T, dim]."""
+    """transformers' interface: query [1, heads, T, key_dim], key and value [1, kv_heads, T, dim]."""
     unknown = sorted(k for k, v in extra.items() if v is not None and k not in _PLAIN_ARGUMENTS)
     if unknown or attention_mask is not None:
         what = ", ".join(unknown) or "a mask of its own"

@@ -4,10 +4,11 @@ This is the generic implementation, over transformers' own modules: it serves ev
 plain K and V.
 """
 
-import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,6 @@ from prad.lm.fingerprint import Fingerprint, weights_digest
 from prad.lm.kv import KVLayout, LayerKV, PromptKV
 from prad.lm.sites import Adaptation, tapped
 
-logger = logging.getLogger(__name__)
-
 
 class LanguageModel:
     """A frozen decoder-only model.
@@ -31,15 +30,16 @@ class LanguageModel:
     `module` is the transformers model underneath; `fingerprint` says exactly which model this is.
     """
 
-    def __init__(self, module: nn.Module, weights: str) -> None:
-        self.module = module.eval().requires_grad_(False)
-        self.config = module.config
+    def __init__(self, module: Any, weights: str) -> None:
+        self.module: nn.Module = module.eval().requires_grad_(False)
+        self.config: Any = module.config
         self.device: torch.device = module.device
         self.dtype: torch.dtype = module.dtype
         self.vocab_size: int = self.config.vocab_size
         self.hidden_size: int = self.config.hidden_size
         self.num_layers: int = self.config.num_hidden_layers
         self.max_context: int = self.config.max_position_embeddings
+        self._one_pass = threading.Lock()
         self.fingerprint = Fingerprint(architecture(self.config), weights, self._probe())
 
     @classmethod
@@ -82,9 +82,10 @@ class LanguageModel:
     def forward(self, batch: PackedBatch, adaptation: Adaptation | None = None) -> Tensor:
         """Logits [R, vocab] of `batch.logit_rows`; keys and values go to `batch.kv`.
 
-        Raises MissingSiteError if `adaptation` wants a site that the family does not have.
+        One pass at a time: a second thread waits, so that taps never meet another pass's rows. Raises
+        MissingSiteError if `adaptation` wants a site that the family does not have.
         """
-        with tapped(self.module, self.config.model_type, adaptation):
+        with self._one_pass, tapped(self.module, self.config.model_type, adaptation):
             output = self.module(
                 input_ids=batch.ids.unsqueeze(0),
                 position_ids=batch.positions.unsqueeze(0),
@@ -127,7 +128,7 @@ class _Recorder:
         return PromptKV(Ragged.of((1,), query.device)).attend(layer, query, key, value, scale, window)
 
 
-def architecture(config: "AutoConfig") -> str:
+def architecture(config: Any) -> str:
     """What an adapter's shapes depend on, as one readable line."""
     return (
         f"{config.model_type} layers={config.num_hidden_layers} hidden={config.hidden_size} "

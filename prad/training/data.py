@@ -89,7 +89,9 @@ def collate(examples: Sequence[TokenisedExample]) -> dict[str, Any]:
     those of the rows in label_rows [N], one before each label. The last id of an example is only predicted.
     """
     ids: list[int] = []
-    lengths, prompt_lengths, rows = [], [], []
+    lengths: list[int] = []
+    prompt_lengths: list[int] = []
+    rows: list[int] = []
     for example in examples:
         start, prompt = len(ids), len(example.prompt)
         tokens = example.prompt + example.completion[:-1]

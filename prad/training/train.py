@@ -43,13 +43,16 @@ class TrainSettings:
     eval_examples: int = 200
     max_prompt: int = 512
     max_completion: int = 256
-    generation: GenerationDefaults = GenerationDefaults(temperature=0.0, max_tokens=64)
+    max_tokens: int = 64
+    """The artefact's generation default, with temperature 0."""
     licence: str = ""
     description: str = ""
     resume: bool = False
 
 
-def train(model: LanguageModel, tokenizer: Tokenizer, base_name: str, settings: TrainSettings) -> AdapterRecord:
+def train(
+    model: LanguageModel, tokenizer: Tokenizer, base_name: str, settings: TrainSettings
+) -> AdapterRecord:
     """Trains on `data`/train.jsonl, keeps the checkpoint with the least loss on `data`/validation.jsonl,
     and writes the artefact to `out`. With `resume` it goes on from the last checkpoint below `out`.
 
@@ -110,7 +113,7 @@ def _record(
             architecture=model.fingerprint.architecture,
             weights=model.fingerprint.weights,
         ),
-        generation=settings.generation,
+        generation=GenerationDefaults(temperature=0.0, max_tokens=settings.max_tokens),
         licence=settings.licence,
         description=settings.description,
         training={

@@ -35,7 +35,9 @@ def _parsed(body: bytes) -> Any:
     try:
         data = json.loads(body.decode(), parse_constant=_refuse_constant)
         if b"\\u" in body:
-            json.dumps(data, ensure_ascii=False).encode()  # half a surrogate pair is no text
+            json.dumps(data, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError("a text holds half a surrogate pair", code="invalid_json") from error
     except (ValueError, RecursionError) as error:
         raise InvalidRequestError(f"the body is not valid JSON: {error}", code="invalid_json") from error
     return data

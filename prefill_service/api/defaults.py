@@ -1,4 +1,4 @@
-"""The values that take effect, each from the first that names it: request, artefact, the API's own default."""
+"""The values that take effect, each from the first that names it: request, artefact, the API's own."""
 
 import secrets
 from dataclasses import dataclass

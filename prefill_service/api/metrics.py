@@ -1,4 +1,4 @@
-"""What Prometheus sees of the HTTP face. Labels are routes, statuses, existing tasks: never a client's text."""
+"""What Prometheus sees of the HTTP face. Labels are routes, statuses, known tasks: never a client's text."""
 
 import time
 

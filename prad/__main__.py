@@ -1,0 +1,5 @@
+"""`python -m prad`: the command `prad`."""
+
+from prad.cli.app import main
+
+main()

@@ -1,0 +1,120 @@
+"""`prad serve`: registry, decode and prefill on this machine, and what to type next."""
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from prad.cli.model import DEFAULT_CACHE, CacheOption, DeviceOption, DTypeOption, ModelOption
+
+_START_S = 300.0  # the first start converts or fetches the model
+
+
+def serve_command(
+    adapters: Annotated[
+        Path | None,
+        typer.Option(help="Folder of adapter folders; each is pushed as a task of its name.", exists=True),
+    ] = None,
+    model: ModelOption = "smollm2-135m",
+    model_name: Annotated[str | None, typer.Option(help="The plain model's id in the API.")] = None,
+    port: Annotated[int, typer.Option(help="The API's port.")] = 8000,
+    registry_port: Annotated[int, typer.Option(help="The adapter registry's port.")] = 8001,
+    decode_port: Annotated[int, typer.Option(help="The decode service's port.")] = 50051,
+    data_dir: Annotated[
+        Path, typer.Option(help="Where the registry keeps adapters, and the logs.", envvar="PRAD_DATA_DIR")
+    ] = Path("~/.local/share/prad"),
+    cache_dir: CacheOption = DEFAULT_CACHE,
+    dtype: DTypeOption = "bfloat16",
+    device: DeviceOption = "cpu",
+) -> None:
+    """Run everything on this machine, with nothing else installed.
+
+    Example:  prad serve --adapters examples/adapters
+    """
+    from rich.console import Console
+
+    from prad.cli.stack import Stack, answers
+
+    console = Console(stderr=True)
+    data_dir = data_dir.expanduser()
+    api, registry = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{registry_port}"
+    shared = ["--model", model, "--cache-dir", str(cache_dir), "--dtype", dtype, "--device", device]
+    named = [] if model_name is None else ["--model-name", model_name]
+    decode = ["--decode", f"127.0.0.1:{decode_port}"]
+    logs = data_dir / "logs"
+    with _stopped_by_signals(), Stack(logs) as stack:
+        with console.status("starting the registry"):
+            stack.start("registry", ["--port", str(registry_port), "--data-dir", str(data_dir / "registry")])
+            stack.start("decode", [*shared, "--port", str(decode_port)])
+            stack.start("prefill", [*shared, *named, *decode, "--registry", registry, "--port", str(port)])
+            stack.wait_until(lambda: answers(f"{registry}/ready"), 30.0, "starting the registry")
+        tasks = _push_all(adapters, registry) if adapters is not None else []
+        with console.status("loading the model (the first start converts it: about a minute)"):
+            stack.wait_until(lambda: answers(f"{api}/ready"), _START_S, "starting")
+        with console.status("verifying the adapters"):
+            stack.wait_until(
+                lambda: all(answers(f"{api}/v1/models/{task}") for task in tasks),
+                60.0,
+                "verifying the adapters",
+            )
+        _say_what_next(console.print, api, registry, tasks, logs)
+        stack.watch()
+
+
+def _push_all(folder: Path, registry: str) -> list[str]:
+    """Pushes every adapter folder below `folder`; known ones stay what they are. Returns the task names."""
+    from contextlib import ExitStack
+
+    from adapter_registry.client import RegistryClient
+    from prad.artefact import read_artefact
+
+    tasks = []
+    with RegistryClient(registry) as client:
+        for path in sorted(p for p in folder.iterdir() if p.is_dir()):
+            with ExitStack() as opened:
+                files = [(f.name, opened.enter_context(f.open("rb"))) for f in read_artefact(path).files]
+                client.push(path.name, files)
+            tasks.append(path.name)
+    return tasks
+
+
+def _say_what_next(say: Callable[..., None], api: str, registry: str, tasks: list[str], logs: Path) -> None:
+    shown = ", ".join(tasks) or "none yet: prad adapter push DIR --task NAME"
+    say(f"\n[bold green]ready[/]  API {api}   registry {registry}   logs {logs}")
+    say(f"tasks  {shown}\n\n[bold]try[/]")
+    for task, prompt in _EXAMPLES.items():
+        if task in tasks:
+            say(_curl(api, f'{{"task":"{task}","prompt":"{prompt}"}}'), markup=False, soft_wrap=True)
+    say(
+        _curl(api, '{"prompt":"The capital of France is","stream":true}', "-N "), markup=False, soft_wrap=True
+    )
+    say("\nCtrl-C stops everything")
+
+
+_EXAMPLES = {
+    "e2e": "name[The Eagle], eatType[coffee shop], food[Japanese], "
+    "priceRange[less than £20], near[Burger King]",
+    "sentiment": "a gripping , beautifully acted film",
+}
+
+
+def _curl(api: str, body: str, flags: str = "") -> str:
+    return f"  curl {flags}{api}/v1/completions -H 'content-type: application/json' -d '{body}'"
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """SIGTERM ends the command as Ctrl-C does: through the `with`, so that the children stop."""
+
+    def interrupt(_: int, __: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,100 @@
+"""The whole stack as child processes of one command: started, watched, stopped together."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import httpx
+
+_POLL_S = 0.1
+_STOP_S = 40.0
+_LOG_LINES = 12
+
+
+class StackError(Exception):
+    """A part of the stack did not start, or ended by itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """One child: `prad NAME ARGUMENTS`, its output in `log`."""
+
+    name: str
+    process: "subprocess.Popen[bytes]"
+    log: Path
+
+    def check(self) -> None:
+        """Raises StackError with the end of the log if the process has ended."""
+        if self.process.poll() is not None:
+            lines = self.log.read_text(errors="replace").splitlines()[-_LOG_LINES:]
+            tail = "\n".join(f"  {line}" for line in lines)
+            raise StackError(f"{self.name} ended with status {self.process.returncode}:\n{tail}")
+
+
+class Stack:
+    """Use it in a `with`: leaving stops the children, the last started first."""
+
+    def __init__(self, logs: Path) -> None:
+        self._logs = logs
+        self._services: list[Service] = []
+
+    def __enter__(self) -> Self:
+        self._logs.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for service in reversed(self._services):
+            service.process.terminate()
+            try:
+                service.process.wait(_STOP_S)
+            except subprocess.TimeoutExpired:
+                service.process.kill()
+                service.process.wait()
+
+    def start(self, name: str, arguments: Sequence[str]) -> None:
+        """Starts `prad NAME ARGUMENTS` in a session of its own: Ctrl-C reaches it through us, in order."""
+        log = self._logs / f"{name}.log"
+        # threads that wait for work must not spin: the services share the cores
+        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "prad", name, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
+        self._services.append(Service(name, process, log))
+
+    def wait_until(self, ready: Callable[[], bool], timeout_s: float, what: str) -> None:
+        """Waits until `ready()`. Raises StackError if a child ends, or after `timeout_s`."""
+        deadline = time.monotonic() + timeout_s
+        while not ready():
+            self.check()
+            if time.monotonic() > deadline:
+                raise StackError(f"{what} took longer than {timeout_s:g} s; the logs are in {self._logs}")
+            time.sleep(_POLL_S)
+
+    def watch(self) -> None:
+        """Returns never; raises StackError when a child ends by itself."""
+        while True:
+            self.check()
+            time.sleep(_POLL_S * 5)
+
+    def check(self) -> None:
+        for service in self._services:
+            service.check()
+
+
+def answers(url: str) -> bool:
+    """Whether a GET of `url` answers 200."""
+    try:
+        return httpx.get(url, timeout=5.0).status_code == httpx.codes.OK
+    except httpx.TransportError:
+        return False

@@ -1,0 +1,84 @@
+"""Generation without services: one batch, prompt pass and decoding in one process.
+
+Evaluation uses it; so does whoever wants the split in one page: the prompts run with an adaptation, every
+later token without.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from prad.lm.attention import decode_attention
+from prad.lm.batch import PackedBatch
+from prad.lm.kv import KVLayout
+from prad.lm.model import LanguageModel
+from prad.lm.sampling import SampleKey, SamplingParams, sample
+from prad.lm.sites import Adaptation
+
+
+class _PaddedKV:
+    """A KV target for decode steps: per layer [B, longest, kv_heads, dim], filled by the prompt pass."""
+
+    def __init__(self, layout: KVLayout, lengths: Sequence[int], longest: int, device: torch.device) -> None:
+        size = (len(lengths), longest)
+        self._keys, self._values = (
+            [
+                torch.zeros(*size, la.heads, dim, dtype=layout.dtype, device=device)
+                for la, dim in ((la, getattr(la, name)) for la in layout.layers)
+            ]
+            for name in ("key_dim", "value_dim")
+        )
+        self._prompts = lengths
+        self.lengths = torch.tensor(lengths, device=device)
+
+    def fill(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """The prompt pass's `layer_done`: packed [T, kv_heads, dim] goes to each sequence's row."""
+        for row, (k, v) in enumerate(
+            zip(key.split(self._prompts), value.split(self._prompts), strict=True)  # type: ignore[no-untyped-call]
+        ):
+            self._keys[layer][row, : len(k)] = k
+            self._values[layer][row, : len(v)] = v
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        keys, values = self._keys[layer], self._values[layer]
+        rows = torch.arange(len(keys), device=keys.device)
+        keys[rows, self.lengths], values[rows, self.lengths] = key, value
+        return decode_attention(query, keys, values, self.lengths + 1, scale, window)
+
+
+def generate(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
+    adapt: Callable[[Sequence[int]], Adaptation] | None = None,
+) -> list[list[int]]:
+    """Output ids of every prompt, the stop id left out.
+
+    `adapt` makes the prompt pass's adaptation from the prompt lengths; None is the plain model.
+    """
+    lengths = [len(p) for p in prompts]
+    kv = _PaddedKV(model.layout, lengths, max(lengths) + params.max_tokens, model.device)
+    batch = PackedBatch.of_sequences(prompts, device=model.device, layer_done=kv.fill)
+    every = torch.arange(len(prompts), device=model.device)
+    outputs: list[list[int]] = [[] for _ in prompts]
+    running = set(range(len(prompts)))
+    with torch.inference_mode():
+        logits = model.forward(batch, adapt(lengths) if adapt is not None else None)
+        for step in range(params.max_tokens):
+            keys = [SampleKey(params.seed, i, 0, step) for i in range(len(prompts))]
+            tokens = [d.token for d in sample(logits, [params] * len(prompts), keys)]
+            for row in list(running):
+                reason = params.finish_reason(tokens[row], step + 1)
+                if reason != "stop":
+                    outputs[row].append(tokens[row])
+                if reason is not None:
+                    running.discard(row)
+            if not running:
+                break
+            ids = torch.tensor(tokens, device=model.device)
+            logits = model.forward(PackedBatch(ids, kv.lengths, kv, every))
+            kv.lengths = kv.lengths + 1
+    return outputs

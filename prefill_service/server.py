@@ -1,0 +1,107 @@
+"""The prefill service as a process: load, follow the registry, connect to decode, serve HTTP, drain, stop."""
+
+import asyncio
+import logging
+import socket
+import uuid
+from dataclasses import dataclass
+
+import torch
+import uvicorn
+from prometheus_client import CollectorRegistry
+
+from adapter_registry.client import AsyncRegistryClient
+from kvtransfer.client import DecodeClient
+from prad.adapters import Adapter, load_adapter
+from prad.artefact import Artefact
+from prad.lm import LanguageModel, SamplingParams, Tokenizer, resolve_model
+from prefill_service.api.app import create_app
+from prefill_service.api.protocols import ModelInfo
+from prefill_service.catalogue import TaskCatalogue
+from prefill_service.engine import PrefillEngine
+from prefill_service.follower import RegistryFollower
+from prefill_service.generation import PromptRequest
+from prefill_service.metrics import EngineMetrics
+from prefill_service.prompt_pass import PassItem
+from prefill_service.residents import Residents
+from prefill_service.settings import PrefillSettings
+
+_DRAIN_S = 30
+_PROBE = PromptRequest("probe", None, prompt_ids=(0, 1, 2), sampling=SamplingParams(max_tokens=1))
+
+
+class CannotStartError(Exception):
+    """The service cannot start as it is set up; the message names what to change."""
+
+
+def run(settings: PrefillSettings) -> None:
+    """Serves until SIGINT or SIGTERM. Raises CannotStartError or ModelError."""
+    logging.basicConfig(level="INFO", format="%(asctime)s prefill %(levelname)s %(message)s")
+    logging.getLogger("httpx").setLevel("WARNING")
+    listening = _bind(settings.host, settings.port)
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    folder = resolve_model(settings.model, settings.cache_dir)
+    model = LanguageModel.load(folder, dtype=getattr(torch, settings.dtype), device=settings.device)
+    info = ModelInfo(model.fingerprint.digest, model.max_context, model.vocab_size, model.stop_ids(folder))
+    asyncio.run(_serve(settings, listening, model, Tokenizer(folder), info))
+
+
+async def _serve(
+    settings: PrefillSettings,
+    listening: socket.socket,
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    info: ModelInfo,
+) -> None:
+    def load(artefact: Artefact) -> Adapter:
+        return load_adapter(artefact, model, allow_other_weights=settings.allow_other_weights)
+
+    replica = f"{socket.gethostname()}-{uuid.uuid4().hex[:6]}"
+    cache_dir = settings.cache_dir.expanduser()
+    async with (
+        DecodeClient(settings.decode) as decode,
+        AsyncRegistryClient(settings.registry, cache_dir=cache_dir, replica=replica) as registry,
+    ):
+        residents = Residents(load, settings.adapters_mib * 2**20)
+        engine = PrefillEngine(model, residents, decode, settings)
+
+        async def probe(artefact: Artefact) -> None:
+            await engine.probe(PassItem(_PROBE, await asyncio.to_thread(load, artefact)))
+
+        catalogue = TaskCatalogue(settings.base_name)
+        follower = RegistryFollower(registry, catalogue, probe)
+        metrics = CollectorRegistry()
+        metrics.register(EngineMetrics(engine, residents))
+        readiness = _Readiness(engine, follower)
+        app = create_app(engine, catalogue, readiness, tokenizer, info, registry=metrics)
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False, timeout_graceful_shutdown=_DRAIN_S
+        )
+        async with asyncio.TaskGroup() as tasks:
+            background = [tasks.create_task(engine.run()), tasks.create_task(follower.run())]
+            await uvicorn.Server(config).serve(sockets=[listening])
+            for task in background:
+                task.cancel()
+
+
+@dataclass(frozen=True, slots=True)
+class _Readiness:
+    engine: PrefillEngine
+    follower: RegistryFollower
+
+    def reasons(self) -> list[str]:
+        return [t for t in (self.engine.trouble, self.follower.trouble) if t is not None]
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listening = socket.socket(family, socket.SOCK_STREAM)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+    except OSError as error:
+        raise CannotStartError(
+            f"cannot listen on {host}:{port} ({error.strerror}); choose another --port, or stop what uses it"
+        ) from error
+    return listening

@@ -1,0 +1,62 @@
+"""Between our types and the hand-off's: the one place where prad.lm meets kvtransfer on the prefill side."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvtransfer.layout import LayerSpec, ModelSpec
+from kvtransfer.messages import Open, Sampling, Token, TokenEvent
+from prad.lm import Draw, Fingerprint, SamplingParams
+from prefill_service.generation import PromptRequest, TokenOut
+
+
+def model_spec(fingerprint: Fingerprint) -> ModelSpec:
+    layers = tuple(LayerSpec(la.heads, la.key_dim, la.value_dim) for la in fingerprint.layout.layers)
+    return ModelSpec(fingerprint.digest, str(fingerprint.layout.dtype).removeprefix("torch."), layers)
+
+
+def open_message(request: PromptRequest, client_id: str, model: ModelSpec) -> Open:
+    cached = len(request.prompt_ids) + len(request.continuation_ids)
+    return Open(
+        request_id=request.request_id,
+        client_id=client_id,
+        model=model,
+        kv_len=cached,
+        prompt_len=len(request.prompt_ids),
+        next_position=cached,
+        sampling=_sampling(request.sampling),
+        choices=request.choices,
+        prompt_index=request.prompt_index,
+    )
+
+
+def token(draw: Draw) -> Token:
+    return Token(draw.token, draw.logprob, draw.top)
+
+
+def token_out(event: TokenEvent) -> TokenOut:
+    """Of an event that carries a token."""
+    assert event.token is not None
+    drawn = Draw(event.token.id, event.token.logprob, event.token.top)
+    return TokenOut(event.choice, event.index, drawn, event.finish_reason)
+
+
+def raw_rows(packed: Tensor, start: int, length: int) -> memoryview:
+    """The bytes of rows [start, start + length) of packed [T, heads, dim], contiguous on the CPU; no copy."""
+    rows: Any = packed[start : start + length].view(torch.uint8).numpy()
+    return memoryview(rows).cast("B")
+
+
+def _sampling(params: SamplingParams) -> Sampling:
+    return Sampling(
+        max_tokens=params.max_tokens,
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=params.top_k,
+        min_p=params.min_p,
+        seed=params.seed,
+        min_tokens=params.min_tokens,
+        stop_ids=params.stop_ids,
+        logprobs=params.logprobs,
+    )
