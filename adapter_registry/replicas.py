@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 
 from adapter_registry.api import Replica
 
-GRACE_SECONDS = 5.0
-"""A replica is between two polls, or loads a version, for no longer than this without being missed."""
+GRACE_SECONDS = 30.0
+"""A replica may be between two polls, loading a version, for so long without being missed."""
 
 MAX_REMEMBERED = 1024
 

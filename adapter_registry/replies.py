@@ -1,6 +1,5 @@
 """Errors as HTTP: one table from the tree in `errors.py` to statuses, one shape of body for everything."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from types import MappingProxyType
@@ -54,8 +53,7 @@ def install(app: FastAPI, metrics: Metrics) -> None:
         code = HTTPStatus(error.status_code).name.lower()
         return reply(error.status_code, str(error.detail), code)
 
-    async def unexpected(request: Request, error: Exception) -> JSONResponse:
-        logging.getLogger(__name__).error("%s %s failed", request.method, request.url.path, exc_info=error)
+    async def unexpected(_: Request, __: Exception) -> JSONResponse:  # the server logs the traceback itself
         return reply(500, "the registry failed; its log says why", "internal_error")
 
     app.exception_handler(errors.RegistryError)(ours)

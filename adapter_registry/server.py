@@ -2,7 +2,10 @@
 
 import asyncio
 import errno
+import logging
+import signal
 import socket
+from types import FrameType
 
 import uvicorn
 from filelock import FileLock, Timeout
@@ -62,6 +65,10 @@ class RegistryServer:
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def run(self) -> None:
+        # uvicorn is silent about a socket that it was given; this is the logger that it configures.
+        logging.getLogger("uvicorn.error").info(
+            "Adapter registry on %s, data in %s", self.url, self._settings.folder
+        )
         try:
             asyncio.run(self._server.serve(sockets=[self._socket]))
         finally:
@@ -74,11 +81,19 @@ class RegistryServer:
 
 
 class _DrainingServer(uvicorn.Server):
-    """Before uvicorn waits for open requests to end, those that wait for changes are sent home."""
+    """Before uvicorn waits for open requests to end, those that wait for changes are sent home.
+
+    A signal ends `serve` and is then done with: uvicorn would raise it again, and the process would die
+    of it before the database is closed.
+    """
 
     def __init__(self, config: uvicorn.Config, feed: ChangeFeed) -> None:
         super().__init__(config)
         self._feed = feed
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await self._feed.close()

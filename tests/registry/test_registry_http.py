@@ -26,6 +26,13 @@ def test_every_error_has_one_shape(registry, method, path, status):
     assert set(response.json()["error"]) == {"message", "type", "param", "code"}
 
 
+def test_a_failure_of_its_own_has_that_shape_too(registry, adapter):
+    folder = adapter(1)
+    (registry.data / "staging").rmdir()
+    response = registry.http.post("/v1/tasks/x/versions", json={"path": str(folder)})
+    assert (response.status_code, response.json()["error"]["code"]) == (500, "internal_error")
+
+
 def test_service_endpoints(registry, adapter):
     registry.verified(adapter(1))
     assert registry.http.get("/health").json() == {"status": "ok"}
