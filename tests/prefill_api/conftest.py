@@ -1,0 +1,230 @@
+"""A tiny tokenizer, a tiny random model, and an engine that runs it without caches: the HTTP face is real."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from fastapi import FastAPI
+from tokenizers import Tokenizer as Bpe
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+from prad.artefact import AdapterRecord, Artefact, BaseModelRef, GenerationDefaults
+from prad.lm import Draw, LanguageModel, PackedBatch, SampleKey, Tokenizer, attention, sample
+from prefill_service.api import ApiLimits, ModelInfo, TaskEntry, create_app
+from prefill_service.errors import UnknownModelError
+from prefill_service.generation import Engine, PromptRequest, TaskVersion, TokenOut
+
+EOS = "<|end|>"
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'system' and not loop.first %}"
+    "{{ raise_exception('a system message comes first') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
+)
+CORPUS = [
+    "the restaurant by the river serves food and the food is good",
+    "name[The Eagle], eatType[coffee shop] END of the text, user assistant system",
+    "Hello world, hello there: one two three four five",
+]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    bpe = Bpe(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=[EOS])
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, chat_template=CHAT_TEMPLATE)
+    folder: Path = tmp_path_factory.mktemp("tokenizer")
+    fast.save_pretrained(folder)
+    return Tokenizer(folder)
+
+
+@pytest.fixture(scope="session")
+def language_model(tokenizer: Tokenizer) -> LanguageModel:
+    torch.manual_seed(5)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+        initializer_range=0.4,
+    )
+    module = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention.NAME)
+    return LanguageModel(module, "tiny")
+
+
+@dataclass
+class WatchedEngine:
+    """What tests want to know of an engine, and where they make it wait or fail."""
+
+    requests: list[PromptRequest] = field(default_factory=list)
+    open: set[str] = field(default_factory=set)
+    cancelled: set[tuple[str, int]] = field(default_factory=set)
+    fail_at: int | None = None
+    error: Exception | None = None
+    pause_at: int | None = None
+    resume: asyncio.Event = field(default_factory=asyncio.Event)
+    paused: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(0))
+    all_closed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def next_tokens(self, request: PromptRequest, outputs: Sequence[list[int]], step: int) -> list[Draw]:
+        raise NotImplementedError
+
+    async def generate(self, request: PromptRequest) -> AsyncGenerator[TokenOut, None]:
+        self.requests.append(request)
+        self.open.add(request.request_id)
+        try:
+            outputs: list[list[int]] = [[] for _ in range(request.choices)]
+            running = set(range(request.choices))
+            step = 0
+            while running:
+                await asyncio.sleep(0)
+                if self.error is not None and self.fail_at == step:
+                    raise self.error
+                if self.pause_at == step:
+                    self.paused.release()
+                    await self.resume.wait()
+                draws = self.next_tokens(request, outputs, step)
+                for choice in sorted(running):
+                    outputs[choice].append(draws[choice].token)
+                    reason = request.sampling.finish_reason(draws[choice].token, step + 1)
+                    yield TokenOut(choice, step, draws[choice], reason)
+                    if reason is not None or (request.request_id, choice) in self.cancelled:
+                        running.discard(choice)
+                step += 1
+        finally:
+            self.open.discard(request.request_id)
+            if not self.open:
+                self.all_closed.set()
+
+    def cancel_choice(self, request_id: str, choice: int) -> None:
+        self.cancelled.add((request_id, choice))
+
+
+@dataclass
+class ModelEngine(WatchedEngine):
+    """The real model, computed anew from the first token at every step; no adapters."""
+
+    model: LanguageModel | None = None
+
+    def next_tokens(self, request: PromptRequest, outputs: Sequence[list[int]], step: int) -> list[Draw]:
+        assert self.model is not None
+        batch = PackedBatch.of_sequences([[*request.prompt_ids, *output] for output in outputs])
+        keys = [
+            SampleKey(request.sampling.seed, request.prompt_index, choice, step)
+            for choice in range(request.choices)
+        ]
+        with torch.inference_mode():
+            return sample(self.model.forward(batch), [request.sampling] * request.choices, keys)
+
+
+@dataclass
+class ScriptedEngine(WatchedEngine):
+    """Says what it is told to, then ends the sequence."""
+
+    script: list[int] = field(default_factory=list)
+    eos: int = 0
+
+    def next_tokens(self, request: PromptRequest, outputs: Sequence[list[int]], step: int) -> list[Draw]:
+        token = self.script[step] if step < len(self.script) else self.eos
+        return [Draw(token, -0.5, ((token, -0.5),))] * request.choices
+
+
+class Tasks:
+    """A catalogue of fixed tasks; version 2 is current everywhere."""
+
+    base_name = "tiny/model"
+
+    def __init__(self, records: dict[str, AdapterRecord]) -> None:
+        self._versions = {
+            (task, number): TaskVersion(
+                task,
+                number,
+                f"{task}-{number}-digest",
+                Artefact(Path(task), record, {}, f"{task}-{number}-digest"),
+            )
+            for task, record in records.items()
+            for number in (1, 2)
+        }
+        self._names = sorted(records)
+
+    def resolve(self, task: str, version: int | None) -> TaskVersion:
+        found = self._versions.get((task, version or 2))
+        if found is None:
+            raise UnknownModelError(f"unknown task {task!r}; known are {', '.join(self._names)}")
+        return found
+
+    def tasks(self) -> list[TaskEntry]:
+        return [TaskEntry(name, self.resolve(name, None), (1, 2)) for name in self._names]
+
+
+@dataclass
+class Ready:
+    missing: list[str] = field(default_factory=list)
+
+    def reasons(self) -> list[str]:
+        return self.missing
+
+
+def record(**fields: object) -> AdapterRecord:
+    base = BaseModelRef(name="tiny/model", architecture="llama", weights="tiny")
+    return AdapterRecord.model_validate({"method": "pa", "config": {}, "base": base, **fields}, context=None)
+
+
+@pytest.fixture(scope="session")
+def catalogue() -> Tasks:
+    return Tasks(
+        {
+            "plain": record(template="{prompt}"),
+            "e2e": record(
+                template="#INPUT: {prompt} #OUTPUT:",
+                generation=GenerationDefaults(temperature=0.0, max_tokens=7, stop=("END",)),
+            ),
+            "talk": record(template="Q: {prompt}", chat_template=True),
+            "virtual": record(template="{prompt}", virtual_tokens=20),
+        }
+    )
+
+
+@pytest.fixture
+def ready() -> Ready:
+    return Ready()
+
+
+AppOf = Callable[[Engine], FastAPI]
+
+
+@pytest.fixture
+def app_of(tokenizer: Tokenizer, language_model: LanguageModel, catalogue: Tasks, ready: Ready) -> AppOf:
+    info = ModelInfo("0123456789abcdef", language_model.max_context, len(tokenizer), frozenset())
+    limits = ApiLimits(max_body_bytes=20_000, max_prompts=4, max_choices=8, chat_tokens=12)
+    return lambda engine: create_app(engine, catalogue, ready, tokenizer, info, limits)
+
+
+@pytest.fixture
+def engine(language_model: LanguageModel) -> ModelEngine:
+    return ModelEngine(model=language_model)
+
+
+@pytest.fixture
+async def client(app_of: AppOf, engine: ModelEngine) -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(app_of(engine))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as opened:
+        yield opened
+
+
+@pytest.fixture
+def scripted(tokenizer: Tokenizer) -> Callable[[str], ScriptedEngine]:
+    return lambda text: ScriptedEngine(script=tokenizer.encode_continuation(text), eos=tokenizer.eos_id)

@@ -1,0 +1,54 @@
+"""The model list, and what operators ask."""
+
+from typing import Any
+
+import httpx
+
+
+async def test_models_are_the_base_and_every_task(client: httpx.AsyncClient) -> None:
+    models = (await client.get("/v1/models")).json()
+    assert models["object"] == "list"
+    base, *tasks = models["data"]
+    assert (base["id"], base["parent"], base["max_model_len"]) == ("tiny/model", None, 128)
+    assert [task["id"] for task in tasks] == ["e2e", "plain", "talk", "virtual"]
+    e2e = tasks[0]
+    assert (e2e["root"], e2e["parent"]) == ("e2e-2-digest", "tiny/model")
+    assert (e2e["prad"]["version"], e2e["prad"]["versions"]) == (2, [1, 2])
+
+
+async def test_one_model_is_found_by_any_of_its_names(client: httpx.AsyncClient) -> None:
+    assert (await client.get("/v1/models/tiny/model")).json()["id"] == "tiny/model"
+    assert (await client.get("/v1/models/e2e")).json()["root"] == "e2e-2-digest"
+    assert (await client.get("/v1/models/e2e@1")).json()["root"] == "e2e-1-digest"
+    missing = await client.get("/v1/models/nope")
+    assert (missing.status_code, missing.json()["error"]["code"]) == (404, "model_not_found")
+
+
+async def test_health_readiness_and_version(client: httpx.AsyncClient, ready: Any) -> None:
+    assert (await client.get("/health")).json() == {"status": "ok"}
+    assert (await client.get("/ready")).status_code == 200
+    ready.missing.append("no decode service")
+    refused = await client.get("/ready")
+    assert (refused.status_code, refused.json()["reasons"]) == (503, ["no decode service"])
+    assert (await client.get("/health")).status_code == 200
+    assert (await client.get("/version")).json()["model_fingerprint"] == "0123456789abcdef"
+
+
+async def test_metrics_count_by_task_and_not_by_what_clients_write(client: httpx.AsyncClient) -> None:
+    answer = await client.post("/v1/completions", json={"prompt": "a", "task": "e2e", "max_tokens": 3})
+    await client.post("/v1/completions", json={"prompt": "a", "task": "made-up"})
+    await client.get("/made-up")
+    usage = answer.json()["usage"]
+    text = (await client.get("/metrics")).text
+    assert f'prad_completion_tokens_total{{task="e2e"}} {usage["completion_tokens"]}.0' in text
+    assert f'prad_prompt_tokens_total{{task="e2e"}} {usage["prompt_tokens"]}.0' in text
+    assert 'prad_http_requests_total{route="/v1/completions",status="404",task=""} 1.0' in text
+    assert 'prad_time_to_first_token_seconds_count{route="/v1/completions"} 1.0' in text
+    assert "made-up" not in text
+
+
+async def test_the_api_describes_itself(client: httpx.AsyncClient) -> None:
+    described = (await client.get("/openapi.json")).json()
+    schemas = described["components"]["schemas"]
+    assert "truncate_prompt_tokens" in schemas["CompletionRequest"]["properties"]
+    assert "messages" in schemas["ChatRequest"]["properties"]

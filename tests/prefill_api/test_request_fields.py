@@ -1,0 +1,171 @@
+"""What a client may send: neutral values are taken, everything else is refused by name."""
+
+from typing import Any
+
+import pytest
+
+from prad.artefact import GenerationDefaults
+from prefill_service.api.budget import fit
+from prefill_service.api.defaults import effective
+from prefill_service.api.schemas import ChatRequest, CompletionRequest
+from prefill_service.api.validation import validate
+from prefill_service.errors import InvalidRequestError, PromptTooLongError
+
+USER = [{"role": "user", "content": "hi"}]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "echo": False, "suffix": None},
+        {"best_of": 1},
+        {"best_of": 3, "n": 3},
+        {"user": "me", "metadata": {"a": "b"}, "store": False},
+        {"temperature": None, "n": None, "stop": None, "stream": None, "max_tokens": None},
+        {"response_format": {"type": "text"}},
+        {"top_k": -1},
+    ],
+)
+def test_neutral_values_of_missing_features_are_taken(fields: dict[str, Any]) -> None:
+    validate(CompletionRequest, {"prompt": "x", **fields})
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"frequency_penalty": 0.5}, "frequency_penalty", "'frequency_penalty' is not supported yet"),
+        ({"frequency_penalty": False}, "frequency_penalty", "not supported yet"),
+        ({"best_of": 3, "n": 2}, "best_of", "'best_of' is not supported yet"),
+        ({"echo": True}, "echo", "'echo' is not supported yet (only false is accepted)"),
+        ({"suffix": "end"}, "suffix", "'suffix' is not supported yet"),
+        ({"logit_bias": {"5": 1}}, "logit_bias", "not supported yet"),
+        ({"store": True}, "store", "'store' is not supported yet"),
+        ({"foo": 1}, "foo", "unknown field 'foo'"),
+        ({"n": "5"}, "n", 'got "5"'),
+        ({"n": True}, "n", "got true"),
+        ({"n": 17}, "n", "less than or equal to 16, got 17"),
+        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1, got 0"),
+        ({"max_tokens": 5.0}, "max_tokens", "valid integer, got 5.0"),
+        ({"temperature": "1"}, "temperature", 'valid number, got "1"'),
+        ({"temperature": 2.1}, "temperature", "less than or equal to 2"),
+        ({"temperature": float("inf")}, "temperature", "got Infinity"),
+        ({"top_p": 0}, "top_p", "greater than 0"),
+        ({"top_k": -2}, "top_k", "0 or -1"),
+        ({"top_k": True}, "top_k", "got true"),
+        ({"seed": 2**63}, "seed", "less than"),
+        ({"stop": ""}, "stop", "non-empty"),
+        ({"stop": ["a"] * 17}, "stop", "up to 16"),
+        ({"logprobs": True}, "logprobs", "valid integer"),
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "at least 1"),
+        ({"stream_options": {"include_usage": True}}, None, "needs 'stream'"),
+        ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x", "unknown field"),
+        ({"prompt": []}, "prompt", "expected a text"),
+        ({"prompt": ["a", 1]}, "prompt", "all texts"),
+        ({"prompt": [[1, "a"]]}, "prompt", "whole numbers"),
+        ({"prompt": [True]}, "prompt", "all texts"),
+    ],
+)
+def test_refusals_name_the_field(fields: dict[str, Any], param: str | None, message: str) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        validate(CompletionRequest, {"prompt": "x", **fields})
+    assert refused.value.param == param
+    assert message in refused.value.message
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"tools": [{"type": "function"}]}, "tools", "'tools' is not supported yet"),
+        ({"functions": [{}]}, "functions", "not supported yet"),
+        (
+            {"response_format": {"type": "json_object"}},
+            "response_format",
+            'only {"type": "text"} is accepted',
+        ),
+        ({"top_logprobs": 2}, None, "needs 'logprobs'"),
+        ({"logprobs": 2}, "logprobs", "valid boolean"),
+        ({"max_tokens": 1, "max_completion_tokens": 2}, None, "disagree"),
+        ({"messages": []}, "messages", "at least 1"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "'system'"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages.0.content", "expected a text"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            "messages.0.content",
+            "only text",
+        ),
+        ({"messages": [{**USER[0], "name": "bob"}]}, "messages.0.name", "'name' is not supported yet"),
+        ({"prompt": "x"}, "prompt", "unknown field"),
+    ],
+)
+def test_chat_refusals_name_the_field(fields: dict[str, Any], param: str | None, message: str) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        validate(ChatRequest, {"messages": USER, **fields})
+    assert refused.value.param == param
+    assert message in refused.value.message
+
+
+def test_several_problems_come_together() -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        validate(CompletionRequest, {"n": 0, "foo": 1})
+    assert refused.value.message.count(";") == 2
+
+
+def test_text_parts_are_joined_and_answers_can_be_sent_back() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    answer = {"role": "assistant", "content": "c", "tool_calls": [], "refusal": None}
+    request = validate(ChatRequest, {"messages": [{"role": "user", "content": parts}, answer]})
+    assert [m.content for m in request.messages] == ["ab", "c"]
+
+
+def test_values_resolve_request_then_artefact_then_api() -> None:
+    artefact = GenerationDefaults(temperature=0.5, top_k=7, max_tokens=9, stop=("x",))
+    silent = effective(validate(CompletionRequest, {"prompt": "p"}), artefact, 16)
+    assert (silent.temperature, silent.top_k, silent.top_p, silent.min_p) == (0.5, 7, 1.0, 0.0)
+    assert (silent.max_tokens, silent.stop) == (9, ("x",))
+    assert 0 <= silent.seed < 2**63
+    spoken = {"prompt": "p", "temperature": 0, "top_k": 0, "max_tokens": 3, "stop": [], "seed": -5}
+    loud = effective(validate(CompletionRequest, spoken), artefact, 16)
+    assert (loud.temperature, loud.top_k, loud.max_tokens, loud.stop, loud.seed) == (0.0, 0, 3, (), -5)
+    plain = effective(validate(CompletionRequest, {"prompt": "p"}), GenerationDefaults(), 16)
+    assert (plain.temperature, plain.max_tokens, plain.stop) == (1.0, 16, ())
+
+
+def fitted(length: int, **options: Any) -> tuple[int, int]:
+    values = {"capacity": 10, "requested": None, "default": 4, "min_tokens": 0, "truncate": None, **options}
+    ids, max_tokens = fit(tuple(range(length)), **values)
+    assert ids == tuple(range(length))[length - len(ids) :]  # the last ones stay
+    return len(ids), max_tokens
+
+
+def test_prompt_and_output_share_the_context() -> None:
+    assert fitted(3) == (3, 4)
+    assert fitted(8) == (8, 2)  # a default is clipped
+    assert fitted(8, requested=2) == (8, 2)
+    assert fitted(9) == (9, 1)
+    assert fitted(20, truncate=5) == (5, 4)
+    assert fitted(3, truncate=5) == (3, 4)
+    assert fitted(20, truncate=-1, requested=3) == (7, 3)
+    assert fitted(20, truncate=-1) == (6, 4)
+    assert fitted(20, truncate=-1, default=100) == (5, 5)
+
+
+@pytest.mark.parametrize(
+    ("length", "options", "numbers"),
+    [
+        (8, {"requested": 3}, ("10", "11", "8", "3")),
+        (10, {}, ("10", "11", "at least 1")),
+        (20, {"truncate": 8, "requested": 3}, ("11", "8")),
+        (5, {"truncate": -1, "requested": 10}, ("15", "5", "10")),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_numbers(
+    length: int, options: dict[str, Any], numbers: tuple[str, ...]
+) -> None:
+    with pytest.raises(PromptTooLongError) as refused:
+        fitted(length, **options)
+    assert all(number in refused.value.message for number in numbers)
+
+
+def test_min_tokens_must_be_reachable() -> None:
+    with pytest.raises(InvalidRequestError, match="min_tokens"):
+        fitted(3, requested=2, min_tokens=3)
