@@ -1,5 +1,6 @@
 """From a validated request to what the engine gets: the version is resolved and the seed drawn here, once."""
 
+import asyncio
 import time
 import uuid
 from collections.abc import Sequence
@@ -85,7 +86,10 @@ class Admission:
                 param="n",
             )
         record, raw = _record(target), bool(request.raw_prompt)
-        prompts = [await self._encoder.completion(record, prompt, raw=raw) for prompt in request.prompt]
+        prompts = []
+        for prompt in request.prompt:
+            prompts.append(await self._encoder.completion(record, prompt, raw=raw))
+            await asyncio.sleep(0)  # a long list must not keep the event loop from other requests
         return self._admitted("cmpl", request, target, prompts, self._limits.completion_tokens)
 
     async def chat(self, request: ChatRequest, target: Target) -> Admitted:

@@ -3,8 +3,9 @@
 import json
 from typing import Any, NoReturn
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
+from prefill_service.api.disconnect import ClientGoneError
 from prefill_service.errors import InvalidRequestError, RequestTooLargeError, UnsupportedMediaTypeError
 
 
@@ -24,10 +25,13 @@ async def _read(request: Request, max_bytes: int) -> bytes:
     if announced.isdecimal() and int(announced) > max_bytes:
         raise _too_large(max_bytes)
     body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > max_bytes:
-            raise _too_large(max_bytes)
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > max_bytes:
+                raise _too_large(max_bytes)
+    except ClientDisconnect as error:
+        raise ClientGoneError from error
     return bytes(body)
 
 

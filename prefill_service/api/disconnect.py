@@ -36,8 +36,6 @@ async def while_connected(receive: Receive) -> AsyncGenerator[None, None]:
     watcher = asyncio.create_task(watch())
     try:
         yield
-        if gone:  # the block ended in the same turn: let the cancellation arrive here
-            await asyncio.sleep(0)
     except asyncio.CancelledError:
         if gone and task.uncancel() == 0:
             raise ClientGoneError from None

@@ -1,5 +1,6 @@
 """The one table from what went wrong to what the client reads: always OpenAI's error object."""
 
+import logging
 import math
 from http import HTTPStatus
 
@@ -7,7 +8,10 @@ from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
-from prefill_service.errors import ServingError
+from prefill_service.api.record import record_of
+from prefill_service.errors import InternalError, ServingError
+
+logger = logging.getLogger(__name__)
 
 
 def add_failure_handlers(app: FastAPI) -> None:
@@ -18,6 +22,8 @@ def add_failure_handlers(app: FastAPI) -> None:
 
 async def _serving_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServingError)
+    if isinstance(error, InternalError):
+        logger.error("request %s failed", record_of(request).id, exc_info=error)
     headers = {}
     if error.retry_after is not None:
         headers["retry-after"] = str(math.ceil(error.retry_after))

@@ -7,6 +7,8 @@ from functools import lru_cache
 from prad.lm import Draw, Tokenizer
 
 REMEMBERED_TOKENS = 65_536
+LOWEST = -9999.0
+"""Stands for minus infinity, which JSON does not have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +29,8 @@ class TokenScorer:
 
     def score(self, draw: Draw, offset: int) -> TokenScore:
         assert draw.logprob is not None
-        top = tuple((self._name(token), logprob) for token, logprob in draw.top)
-        return TokenScore(self._name(draw.token), draw.logprob, top, offset)
+        top = tuple((self._name(token), max(logprob, LOWEST)) for token, logprob in draw.top)
+        return TokenScore(self._name(draw.token), max(draw.logprob, LOWEST), top, offset)
 
 
 def completion_logprobs(scores: Sequence[TokenScore]) -> dict[str, object]:

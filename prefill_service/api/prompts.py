@@ -75,11 +75,11 @@ class PromptEncoder:
         return await self._text(content)
 
     def _checked(self, ids: tuple[int, ...]) -> tuple[int, ...]:
-        for token in ids:
-            if not 0 <= token < self.vocab_size:
-                raise InvalidRequestError(
-                    f"token id {token} is out of range: expected 0 to {self.vocab_size - 1}", param="prompt"
-                )
+        if ids and not (min(ids) >= 0 and max(ids) < self.vocab_size):
+            wrong = next(token for token in ids if not 0 <= token < self.vocab_size)
+            raise InvalidRequestError(
+                f"token id {wrong} is out of range: expected 0 to {self.vocab_size - 1}", param="prompt"
+            )
         return ids
 
     async def _text(self, text: str) -> tuple[int, ...]:

@@ -70,4 +70,4 @@ class ApiLimits:
     max_choices: int = 256
     completion_tokens: int = 16
     chat_tokens: int = 1024
-    thread_chars: int = 16_384
+    thread_chars: int = 4096

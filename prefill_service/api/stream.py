@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 DONE = b"data: [DONE]\n\n"
 
+_dumps = json.JSONEncoder(separators=(",", ":")).encode  # json.dumps would make a new encoder per token
+
 
 class ChunkWriter:
     """Writes chunks; what they share is serialised once.
@@ -105,8 +107,9 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
 
     def _failed(self, error: Exception) -> bytes:
-        if not isinstance(error, ServingError):
+        if not isinstance(error, ServingError) or isinstance(error, InternalError):
             logger.error("request %s failed in mid-stream", self._record.id, exc_info=error)
+        if not isinstance(error, ServingError):
             error = InternalError(f"internal error; the log has it under {self._record.id}")
         self._record.status = error.status
         return _event(error.body())
@@ -114,7 +117,3 @@ class EventStream(Response):
 
 def _event(data: Mapping[str, object]) -> bytes:
     return f"data: {_dumps(data)}\n\n".encode()
-
-
-def _dumps(data: object) -> str:
-    return json.dumps(data, separators=(",", ":"))

@@ -30,6 +30,8 @@ class StopScanner:
 
     def feed(self, text: str) -> tuple[str, bool]:
         """The text that is settled now, and whether a stop text ended it."""
+        if not self._stops:
+            return text, False
         held = self._held + text
         found = [(at + len(stop), at) for stop in self._stops if (at := held.find(stop)) >= 0]
         if found:

@@ -9,6 +9,7 @@ import httpx
 import pytest
 import torch
 from fastapi import FastAPI
+from starlette.types import Message
 from tokenizers import Tokenizer as Bpe
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
@@ -74,6 +75,7 @@ class WatchedEngine:
     cancelled: set[tuple[str, int]] = field(default_factory=set)
     fail_at: int | None = None
     error: Exception | None = None
+    end_at: int | None = None
     pause_at: int | None = None
     resume: asyncio.Event = field(default_factory=asyncio.Event)
     paused: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(0))
@@ -93,6 +95,8 @@ class WatchedEngine:
                 await asyncio.sleep(0)
                 if self.error is not None and self.fail_at == step:
                     raise self.error
+                if self.end_at == step:
+                    return
                 if self.pause_at == step:
                     self.paused.release()
                     await self.resume.wait()
@@ -181,6 +185,47 @@ class Ready:
 def record(**fields: object) -> AdapterRecord:
     base = BaseModelRef(name="tiny/model", architecture="llama", weights="tiny")
     return AdapterRecord.model_validate({"method": "pa", "config": {}, "base": base, **fields}, context=None)
+
+
+def drive(app: FastAPI, path: str, messages: list[Message], leave: asyncio.Event) -> "Driven":
+    """POSTs JSON by hand: `messages` of the body are received, then the connection closes with `leave`."""
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        if messages:
+            return messages.pop(0)
+        await leave.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json")],
+        "client": ("test", 1),
+        "server": ("test", 80),
+        "root_path": "",
+    }
+    return Driven(asyncio.ensure_future(app(scope, receive, send)), sent)
+
+
+@dataclass
+class Driven:
+    serving: "asyncio.Future[None]"
+    sent: list[Message]
+
+
+@pytest.fixture(name="drive")
+def drive_fixture() -> Callable[..., Driven]:
+    return drive
 
 
 @pytest.fixture(scope="session")

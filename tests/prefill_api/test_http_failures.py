@@ -2,11 +2,12 @@
 
 import asyncio
 import json
+import re
 from typing import Any
 
 import httpx
 import pytest
-from starlette.types import Message
+from fastapi import FastAPI
 
 from prefill_service.errors import (
     DeadlineError,
@@ -126,46 +127,62 @@ async def test_nothing_is_served_before_ready(client: httpx.AsyncClient, ready: 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("pause_at", [0, 4])
 async def test_a_client_that_leaves_frees_everything(
-    app_of: Any, engine: Any, prompts: list[str], stream: bool, pause_at: int
+    app_of: Any, engine: Any, drive: Any, prompts: list[str], stream: bool, pause_at: int
 ) -> None:
     """The app is driven by hand: the connection closes while the engine is waiting."""
     engine.pause_at = pause_at
     body = json.dumps({**BODY, "prompt": prompts, "stream": stream, "logprobs": 0}).encode()
     leave = asyncio.Event()
-    incoming: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-    sent: list[Message] = []
-
-    async def receive() -> Message:
-        if incoming:
-            return incoming.pop()
-        await leave.wait()
-        return {"type": "http.disconnect"}
-
-    async def send(message: Message) -> None:
-        sent.append(message)
-
-    scope = {
-        "type": "http",
-        "asgi": {"version": "3.0", "spec_version": "2.3"},
-        "http_version": "1.1",
-        "method": "POST",
-        "scheme": "http",
-        "path": URL,
-        "raw_path": URL.encode(),
-        "query_string": b"",
-        "headers": [(b"content-type", b"application/json")],
-        "client": ("test", 1),
-        "server": ("test", 80),
-        "root_path": "",
-    }
     app = app_of(engine)
-    serving = asyncio.create_task(app(scope, receive, send))
+    driven = drive(app, URL, [{"type": "http.request", "body": body, "more_body": False}], leave)
     for _ in prompts:
         await engine.paused.acquire()
+    assert len(engine.open) == len(prompts)
     leave.set()
-    await serving
+    await driven.serving
     assert not engine.open
-    assert bool(sent) == (stream and pause_at > 0)
-    assert all(message.get("more_body", True) for message in sent)
+    assert bool(driven.sent) == (stream and pause_at > 0)
+    assert all(message.get("more_body", True) for message in driven.sent)
+    assert await statuses(app) == {"499"}
+
+
+async def test_a_client_that_leaves_in_its_own_body_is_no_error(
+    app_of: Any, engine: Any, drive: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    leave = asyncio.Event()
+    leave.set()
+    app = app_of(engine)
+    driven = drive(app, URL, [{"type": "http.request", "body": b"{", "more_body": True}], leave)
+    await driven.serving
+    assert not driven.sent
+    assert not caplog.records
+    assert await statuses(app) == {"499"}
+
+
+async def test_a_cancelled_server_task_stays_cancelled(app_of: Any, engine: Any, drive: Any) -> None:
+    engine.pause_at = 2
+    body = json.dumps(BODY).encode()
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
+    driven = drive(app_of(engine), URL, messages, asyncio.Event())
+    await engine.paused.acquire()
+    driven.serving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await driven.serving
+    assert not engine.open
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_engine_that_ends_too_early_is_an_error(
+    client: httpx.AsyncClient, engine: Any, caplog: pytest.LogCaptureFixture, stream: bool
+) -> None:
+    engine.end_at = 3
+    response = await client.post(URL, json={**BODY, "stream": stream, "logprobs": 0})
+    assert response.status_code == (200 if stream else 500)
+    assert '"code":"internal_error"' in response.text
+    assert response.headers["x-request-id"] in caplog.text
+
+
+async def statuses(app: FastAPI) -> set[str]:
+    """The statuses that the metrics have counted."""
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
-        assert 'status="499"' in (await client.get("/metrics")).text
+        return set(re.findall(r'requests_total{.*status="(\d+)"', (await client.get("/metrics")).text))
