@@ -66,11 +66,12 @@ class PagedEngine:
     def step(self) -> None:
         with self._changed:
             plan = self._scheduler.schedule(time.time_ns() // 1_000_000)
-        started = time.perf_counter()
-        outcomes = self._run(plan.batch) if plan.batch else []
-        self._finish(plan, outcomes)
+        outcomes: list[_Drawn | Ended] = []
         if plan.batch:
+            started = time.perf_counter()
+            outcomes = self._run(plan.batch)
             self._observe(time.perf_counter() - started, len(outcomes))
+        self._finish(plan, outcomes)
 
     def _loop(self) -> None:
         with torch.inference_mode():

@@ -39,7 +39,7 @@ class Scheduler:
         self._running: dict[HandOffId, dict[int, Running]] = {}
         self._leaving: list[Running] = []
         self._ended: list[Ended] = []
-        self._attempts: OrderedDict[str, int] = OrderedDict()  # the highest seen, of the latest requests
+        self._attempts: OrderedDict[str, int] = OrderedDict()  # the highest let in, of the latest requests
 
     def status(self) -> EngineStatus:
         return EngineStatus(
@@ -90,6 +90,7 @@ class Scheduler:
                 f"and {self._max_sequences - self.sequence_count} sequences free",
                 self._retry_after_s,
             )
+        self._remember(request.request_id, request.attempt)
         tables = tuple(taken[c * each : (c + 1) * each] for c in range(request.choices))
         reserved = Reserved(request, tables)
         self._reserved[reserved.id] = reserved
@@ -167,14 +168,17 @@ class Scheduler:
                 RejectReason.FENCED,
                 f"attempt {known} of {request.request_id} is known, not {request.attempt}",
             )
-        self._attempts[request.request_id] = request.attempt
-        self._attempts.move_to_end(request.request_id)
-        if len(self._attempts) > _REMEMBERED_REQUESTS:
-            self._attempts.popitem(last=False)
+        self._remember(request.request_id, request.attempt - 1)  # if it is refused, it may try again
         lower = HandOffId(request.request_id, known)
         if lower in self._reserved:
             self.release(self._reserved[lower])
         self._end(lower, FinishReason.ERROR, f"fenced by attempt {request.attempt}")
+
+    def _remember(self, request_id: str, attempt: int) -> None:
+        self._attempts[request_id] = attempt
+        self._attempts.move_to_end(request_id)
+        if len(self._attempts) > _REMEMBERED_REQUESTS:
+            self._attempts.popitem(last=False)
 
     def _end(self, hand_off: HandOffId, reason: FinishReason, message: str = "") -> None:
         self._ended += [Ended(s, reason, message) for s in self._running.get(hand_off, {}).values()]

@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 
-from decode_service.protocol import DecodeEngine
+from decode_service.protocol import DecodeEngine, Reservation
 from decode_service.sessions import Sessions
 from kvtransfer import (
     Description,
@@ -26,7 +26,7 @@ from kvtransfer.outbox import Attachment
 from kvtransfer.proto import handoff_pb2 as pb
 from kvtransfer.proto.handoff_pb2_grpc import DecodeServicer
 from kvtransfer.receiver import Committed, Receiver, Receiving, read_open
-from kvtransfer.status import status_of
+from kvtransfer.status import failure_to_proto, status_of
 
 logger = logging.getLogger(__name__)
 
@@ -72,14 +72,23 @@ class DecodeService(DecodeServicer):
                 return
             try:
                 await context.write(pb.HandOffReply(accepted=pb.Accepted(reserved_blocks=reservation.blocks)))
-                receiver = Receiver(request, reservation)
-                while isinstance(receiver.state, Receiving):
-                    receiver.receive(await self._read(context))
-                if isinstance(receiver.state, Committed):
-                    reservation.commit(receiver.state.first_tokens)
-                    await context.write(pb.HandOffReply(committed=pb.Committed()))
+                await self._receive(context, request, reservation)
+            except TransferError as error:
+                reservation.release()
+                logger.info("hand-off %s fails: %s", request.request_id, error)
+                await context.write(failure_to_proto(error))
+                while await self._next(context) is not None:
+                    pass  # see the proto: prefill hangs up when it has read why
             finally:
                 reservation.release()
+
+    async def _receive(self, context: Any, request: Open, reservation: Reservation) -> None:
+        receiver = Receiver(request, reservation)
+        while isinstance(receiver.state, Receiving):
+            receiver.receive(await self._read(context))
+        if isinstance(receiver.state, Committed):
+            reservation.commit(receiver.state.first_tokens)
+            await context.write(pb.HandOffReply(committed=pb.Committed()))
 
     async def Tokens(self, _: object, context: Any) -> None:  # noqa: N802
         async with _told(context):
@@ -115,14 +124,19 @@ class DecodeService(DecodeServicer):
 
     async def _read(self, context: Any) -> pb.HandOffFrame:
         """The next frame of a hand-off. Raises TimedOutError or LostError if none comes."""
+        frame = await self._next(context)
+        if frame is None:
+            raise LostError("the hand-off ended without Commit or Abort")
+        return frame
+
+    async def _next(self, context: Any) -> pb.HandOffFrame | None:
+        """The next frame, None at the end. Raises TimedOutError."""
         try:
             async with asyncio.timeout(self._idle_s):
                 frame = await context.read()
         except TimeoutError as error:
             raise TimedOutError(f"the hand-off was silent for {self._idle_s} s") from error
-        if frame is grpc.aio.EOF:
-            raise LostError("the hand-off ended without Commit or Abort")
-        return frame  # type: ignore[no-any-return]
+        return None if frame is grpc.aio.EOF else frame
 
     def _admissible(self, frame: pb.HandOffFrame) -> Open:
         request = read_open(frame, self._model)

@@ -2,18 +2,25 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, Self
 
 import grpc
 
 from kvtransfer import codec, kv_frame
-from kvtransfer.errors import LostError, ProtocolError, RejectedError, RejectReason, TimedOutError
+from kvtransfer.errors import (
+    LostError,
+    ProtocolError,
+    RejectedError,
+    RejectReason,
+    TimedOutError,
+    TransferError,
+)
 from kvtransfer.kv_frame import KVBytes
 from kvtransfer.messages import Open, Token
 from kvtransfer.proto import handoff_pb2 as pb
 from kvtransfer.settings import TransferSettings
-from kvtransfer.status import error_of
+from kvtransfer.status import error_of, failure_from_proto
 
 
 class HandOff:
@@ -26,6 +33,9 @@ class HandOff:
     def __init__(self, call: Any, request: Open, settings: TransferSettings) -> None:
         self.request = request
         self._call = call
+        # decode may say at any time that it failed
+        self._answer = asyncio.create_task(_answer(call))
+        self._answer.add_done_callback(lambda task: task.cancelled() or task.exception())
         self._settings = settings
         self._pending = _Pending(0, 0, 0)
         self._sent_bytes = 0
@@ -78,27 +88,24 @@ class HandOff:
         commit = pb.Commit(
             first_tokens=[codec.token_to_proto(t) for t in first_tokens], total_bytes=self._sent_bytes
         )
-        async with translated(self._call, self._settings.commit_timeout_s, "Commit"):
+        async with self._unless_failed(self._settings.commit_timeout_s, "Commit"):
             await self._call.write(pb.HandOffFrame(commit=commit))
-            reply = await read(self._call)
-            if reply.WhichOneof("reply") != "committed":
-                raise ProtocolError(f"decode answered Commit with {reply.WhichOneof('reply')}")
-            await self._call.done_writing()
+            await self._answer
             self._over = True
+            await self._call.done_writing()
 
     async def abort(self, reason: str) -> None:
         """Gives the request up; decode has freed its blocks when this returns. Never raises for a peer that
         is gone; no effect after `commit` or an error."""
-        if self._over or self._call.done():
+        if self._over:
             return
         self._over = True
-        try:
-            async with translated(self._call, self._settings.abort_timeout_s, "Abort"):
+        with suppress(TransferError):
+            async with self._unless_failed(self._settings.abort_timeout_s, "Abort"):
                 await self._call.write(pb.HandOffFrame(abort=pb.Abort(reason=reason)))
                 await self._call.done_writing()
-                await self._call.code()
-        except LostError:
-            self._call.cancel()
+                await self._answer  # decode ends the stream when the blocks are free
+        self._call.cancel()
 
     async def _flush(self) -> None:
         pending = self._pending
@@ -106,9 +113,26 @@ class HandOff:
             return
         self._pending = _Pending(0, 0, 0)
         frame = kv_frame.encode(pending.first_layer, pending.layers, pending.first_token, pending.token_count)
-        async with translated(self._call, self._settings.send_timeout_s, "a KV frame"):
+        async with self._unless_failed(self._settings.send_timeout_s, "a KV frame"):
             await self._call.write(pb.HandOffFrame(kv=frame))
         self._sent_bytes += pending.bytes
+
+    @asynccontextmanager
+    async def _unless_failed(self, timeout_s: float, what: str) -> AsyncIterator[None]:
+        """What decode has said about the hand-off comes before what gRPC says about the stream."""
+        try:
+            if self._answer.done():
+                self._answer.result()
+            async with translated(self._call, timeout_s, what):
+                yield
+        except LostError as error:
+            self._over = True
+            told = self._answer.exception() if self._answer.done() and not self._answer.cancelled() else None
+            raise (told or error) from error
+        except TransferError:
+            self._over = True
+            self._call.cancel()
+            raise
 
 
 class _Pending:
@@ -146,6 +170,17 @@ async def open_hand_off(call: Any, request: Open, settings: TransferSettings) ->
     return HandOff(call, request, settings)
 
 
+async def _answer(call: Any) -> None:
+    """Returns when decode has committed; raises what it says has failed, or that the stream has ended."""
+    async with translated(call, None, "an answer"):
+        reply = await read(call)
+    kind = reply.WhichOneof("reply")
+    if kind == "failed":
+        raise failure_from_proto(reply.failed)
+    if kind != "committed":
+        raise ProtocolError(f"decode answered a hand-off with {kind}")
+
+
 async def read(call: Any) -> Any:
     """The next message of a stream. Raises the error behind its status if it has ended, LostError if it
     ended in order where a message was due."""
@@ -170,6 +205,13 @@ async def translated(call: Any, timeout_s: float | None, what: str) -> AsyncIter
         raise error_of(error.code(), error.details()) from error
     except asyncio.InvalidStateError as error:  # grpc.aio's word for writing to a stream that has ended
         raise error_of(await call.code(), await call.details()) from error
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if call.cancelled() and task is not None and not task.cancelling():
+            # grpc.aio's word for a call that someone else here has cancelled; this task itself goes on
+            raise LostError(f"the stream was closed before {what}") from error
+        call.cancel()
+        raise
     except BaseException:
         call.cancel()
         raise

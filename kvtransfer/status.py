@@ -12,6 +12,7 @@ from kvtransfer.errors import (
     TimedOutError,
     TransferError,
 )
+from kvtransfer.proto import handoff_pb2 as pb
 
 _TABLE: dict[type[TransferError], grpc.StatusCode] = {
     CorruptError: grpc.StatusCode.DATA_LOSS,
@@ -21,6 +22,7 @@ _TABLE: dict[type[TransferError], grpc.StatusCode] = {
     LostError: grpc.StatusCode.UNAVAILABLE,
 }
 _ERRORS = {code: error for error, code in _TABLE.items()}
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
 def status_of(error: TransferError) -> Any:
@@ -34,3 +36,12 @@ def error_of(code: Any, details: str | None) -> TransferError:
     if kind is None:
         return LostError(f"the stream ended with {code.name}: {details or 'no details'}")
     return kind(details or code.name)
+
+
+def failure_to_proto(error: TransferError) -> pb.HandOffReply:
+    """`error` as the answer to a hand-off that was accepted."""
+    return pb.HandOffReply(failed=pb.Failed(status=status_of(error).value[0], message=str(error)))
+
+
+def failure_from_proto(message: pb.Failed) -> TransferError:
+    return error_of(_CODES.get(message.status, grpc.StatusCode.UNKNOWN), message.message)

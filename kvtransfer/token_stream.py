@@ -32,6 +32,7 @@ class TokenStream:
         self._call: Any = None
         self._session = ""
         self._received = 0
+        self._closed = False
         self._done = 0
         self._acknowledged = 0
         # a cancel is idempotent, and a connection may break with it on the way: the latest are said again
@@ -54,7 +55,9 @@ class TokenStream:
                 message = await self._read()
             except _GoneError:
                 raise
-            except LostError:
+            except LostError as error:
+                if self._closed:
+                    raise _GoneError("this stream was closed") from error
                 await self._reattach()
                 continue
             frame = codec.frame_from_proto(message.frame)
@@ -74,10 +77,13 @@ class TokenStream:
 
     async def close(self) -> None:
         """Ends the stream; decode cancels what still runs for this client a while later."""
+        self._closed = True
         await self._hang_up()
 
     async def attach(self) -> None:
         """Connects. Raises LostError (not there, or the session is a new one) or TimedOutError."""
+        if self._closed:
+            raise _GoneError("this stream was closed")
         await self._hang_up()
         call = self._stub.Tokens()
         attach = pb.Attach(client_id=self.client_id, received=self._received)

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -82,7 +83,7 @@ class Prefill:
         self.client = client
         self.stream = stream
         self.got = Collected()
-        self._names = (f"r{i}" for i in itertools.count())
+        self._names = (f"{stream.client_id}-{i}" for i in itertools.count())
 
     def request(self, kv_len: int, sampling: Sampling, **more: object) -> Open:
         values = {
@@ -142,6 +143,53 @@ async def prefilling(
         finally:
             reader.cancel()
             await asyncio.gather(reader, return_exceptions=True)
+
+
+class Proxy:
+    """A TCP connection in two halves, so that a test can cut it."""
+
+    def __init__(self) -> None:
+        self.port = 0
+        self._writers: list[asyncio.StreamWriter] = []
+        self._target = 0
+
+    @asynccontextmanager
+    async def to(self, target: int) -> AsyncIterator["Proxy"]:
+        self._target = target
+        server = await asyncio.start_server(self._connect, "127.0.0.1", 0)
+        self.port = server.sockets[0].getsockname()[1]
+        try:
+            yield self
+        finally:
+            server.close()
+            self.cut()
+
+    def cut(self) -> None:
+        for writer in self._writers:
+            writer.transport.abort()
+        self._writers.clear()
+
+    async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._target)
+        self._writers += [writer, far_writer]
+        await asyncio.gather(_pump(reader, far_writer), _pump(far_reader, writer))
+
+
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    try:
+        while data := await reader.read(1 << 16):
+            writer.write(data)
+            await writer.drain()
+    except ConnectionError:
+        pass
+    finally:
+        writer.close()
+
+
+def unused_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 async def all_free(server: DecodeServer) -> None:

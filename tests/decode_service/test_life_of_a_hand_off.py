@@ -1,0 +1,288 @@
+"""Everything that ends a request early, and everything that is refused: afterwards all blocks are free."""
+
+import asyncio
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from handing_over import Prefill, all_free, decode_settings, prefilling, prompt, prompt_pass, raw
+
+from decode_service import DecodeServer, model_spec, serving
+from kvtransfer import (
+    CorruptError,
+    FencedError,
+    LostError,
+    ProtocolError,
+    RejectedError,
+    RejectReason,
+    RequestState,
+    Sampling,
+    Token,
+    kv_frame,
+)
+from prad.lm import LanguageModel
+
+LONG = Sampling(max_tokens=100)
+SHORT = Sampling(max_tokens=8)
+
+
+async def test_describe(prefill: Prefill, server: DecodeServer, model: LanguageModel) -> None:
+    described = await prefill.client.describe()
+    assert described.model == model_spec(model)
+    assert described.free_blocks == described.total_blocks == server.engine.status().total_blocks
+    assert described.instance
+
+
+async def test_room_is_reserved_before_bytes_move(prefill: Prefill, server: DecodeServer) -> None:
+    before = server.engine.status().free_blocks
+    async with await prefill.client.open(prefill.request(17, LONG, choices=2)):
+        # 17 + 100 - 1 tokens of 16 in a block, twice
+        assert server.engine.status().free_blocks == before - 16
+    await all_free(server)
+
+
+async def test_abort_frees(prefill: Prefill, server: DecodeServer) -> None:
+    hand_off = await prefill.client.open(prefill.request(17, LONG))
+    await prefill.send(hand_off, prompt_pass(prefill.model, prompt(17)))
+    await hand_off.abort("the first token ended it")
+    await hand_off.abort("twice is once")
+    assert server.engine.status().sequences == 0
+    await all_free(server)
+
+
+async def test_a_prefill_that_dies_frees(model: LanguageModel, server: DecodeServer) -> None:
+    async with prefilling(model, server.port) as dying:
+        await dying.client.open(dying.request(17, LONG))
+        await dying.client.close()
+        await all_free(server)
+
+
+async def test_cancel_in_mid_stream_frees(prefill: Prefill, server: DecodeServer) -> None:
+    request, _ = await prefill.hand_over(prompt(20), LONG, choices=2)
+    other, _ = await prefill.hand_over(prompt(9), LONG)
+    await prefill.got.until(request.request_id, count=3)
+    prefill.stream.cancel(request.request_id, request.attempt)
+    await prefill.got.until(other.request_id)  # the neighbour is not disturbed
+    assert len(prefill.got.events[request.request_id, 0]) < 99
+    await all_free(server)
+
+
+async def test_cancel_one_choice(prefill: Prefill, server: DecodeServer) -> None:
+    request, _ = await prefill.hand_over(prompt(20), LONG, choices=2)
+    prefill.stream.cancel(request.request_id, request.attempt, 0)
+    assert len(await prefill.got.until(request.request_id, 1)) == 99
+    assert len(prefill.got.events.get((request.request_id, 0), [])) < 99
+    await all_free(server)
+
+
+async def test_a_deadline_ends_it(prefill: Prefill, server: DecodeServer) -> None:
+    request, _ = await prefill.hand_over(prompt(20), LONG, deadline_unix_ms=1)
+    (event,) = await prefill.got.until(request.request_id)
+    assert (event.finish_reason, event.token, event.index) == ("deadline", None, 1)
+    await all_free(server)
+
+
+async def test_a_full_decoder_rejects_with_a_hint(model: LanguageModel) -> None:
+    settings = decode_settings(max_sequences=2, retry_after_s=0.25)
+    async with serving(settings, model) as server, prefilling(model, server.port) as client:
+        async with await client.client.open(client.request(5, SHORT, choices=2)):
+            with pytest.raises(RejectedError, match="sequences free") as caught:
+                await client.client.open(client.request(5, SHORT))
+            assert (caught.value.reason, caught.value.retry_after_s) == (RejectReason.FULL, 0.25)
+        assert len(await client.generate(prompt(5), SHORT)) == 8
+        with pytest.raises(RejectedError) as caught:
+            await client.client.open(client.request(5, SHORT, choices=3))
+        assert caught.value.reason is RejectReason.TOO_LARGE
+        await all_free(server)
+
+
+async def test_full_blocks_reject_and_later_fit(model: LanguageModel) -> None:
+    async with serving(decode_settings(), model) as server, prefilling(model, server.port) as client:
+        total = server.engine.status().total_blocks
+        choices = total // 7  # each takes 7 of the blocks: 10 + 100 - 1 tokens
+        async with await client.client.open(client.request(10, LONG, choices=choices)):
+            with pytest.raises(RejectedError, match="blocks and") as caught:
+                await client.client.open(client.request(10, LONG))
+            assert caught.value.reason is RejectReason.FULL
+        assert len(await client.generate(prompt(10), LONG)) == 100
+
+
+async def test_another_model_is_refused(prefill: Prefill) -> None:
+    spec = model_spec(prefill.model)
+    for wrong in (
+        replace(spec, fingerprint="other"),
+        replace(spec, dtype="bfloat16"),
+        replace(spec, layers=spec.layers[:-1]),
+        replace(spec, layers=(replace(spec.layers[0], key_dim=4), *spec.layers[1:])),
+    ):
+        with pytest.raises(RejectedError) as caught:
+            await prefill.client.open(prefill.request(5, SHORT, model=wrong))
+        assert caught.value.reason is RejectReason.WRONG_MODEL
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"kv_len": 0, "prompt_len": 0}, "kv_len"),
+        ({"request_id": ""}, "request_id"),
+        ({"attempt": 0}, "attempt"),
+        ({"choices": 0}, "choices"),
+        ({"choices": 2**32 - 1}, "absurd"),
+        ({"prompt_len": 6}, "prompt_len"),
+        ({"next_position": 0}, "next_position"),
+        ({"next_position": 160}, "context ends at 159"),
+        ({"next_position": 154}, "reaches position 160"),
+        ({"output_offset": 7}, "nothing to decode"),
+        ({"prompt_ids": (97,)}, "prompt id"),
+        ({"sampling": replace(SHORT, stop_ids=frozenset({97}))}, "stop id"),
+        ({"sampling": replace(SHORT, temperature=float("nan"))}, "temperature"),
+        ({"sampling": replace(SHORT, temperature=-1.0)}, "temperature"),
+        ({"sampling": replace(SHORT, top_p=0.0)}, "top_p"),
+        ({"sampling": replace(SHORT, min_p=1.5)}, "min_p"),
+        ({"sampling": replace(SHORT, logprobs=98)}, "logprobs"),
+        ({"sampling": Sampling(max_tokens=2**32 - 1)}, "absurd"),
+    ],
+)
+async def test_nonsense_is_refused(prefill: Prefill, wrong: dict[str, object], message: str) -> None:
+    with pytest.raises(RejectedError, match=message) as caught:
+        await prefill.client.open(prefill.request(**({"kv_len": 5, "sampling": SHORT} | wrong)))  # type: ignore[arg-type]
+    assert caught.value.reason is RejectReason.INVALID
+
+
+async def test_request_state_is_unsupported(prefill: Prefill) -> None:
+    state = RequestState("ffn_in", 0, "float32", (32,), bytes(128))
+    with pytest.raises(RejectedError) as caught:
+        await prefill.client.open(prefill.request(5, SHORT, state=(state,)))
+    assert caught.value.reason is RejectReason.UNSUPPORTED
+
+
+async def test_who_is_not_attached_is_refused(prefill: Prefill) -> None:
+    with pytest.raises(RejectedError) as caught:
+        await prefill.client.open(prefill.request(5, SHORT, client_id="stranger"))
+    assert caught.value.reason is RejectReason.NOT_ATTACHED
+
+
+async def test_a_lower_or_equal_attempt_is_fenced(prefill: Prefill, server: DecodeServer) -> None:
+    async with await prefill.client.open(prefill.request(5, SHORT, request_id="x", attempt=3)):
+        for attempt in (1, 2, 3):
+            with pytest.raises(RejectedError) as caught:
+                await prefill.client.open(prefill.request(5, SHORT, request_id="x", attempt=attempt))
+            assert caught.value.reason is RejectReason.FENCED
+    await all_free(server)
+
+
+async def test_a_higher_attempt_ends_a_running_lower_one(prefill: Prefill, server: DecodeServer) -> None:
+    await prefill.hand_over(prompt(20), LONG, request_id="x")
+    async with await prefill.client.open(prefill.request(5, SHORT, request_id="x", attempt=2)):
+        event = (await prefill.got.until("x"))[-1]
+        assert (event.attempt, event.finish_reason, event.error) == (1, "error", "fenced by attempt 2")
+    await all_free(server)
+
+
+async def test_a_higher_attempt_takes_the_room_of_a_lower_one(prefill: Prefill, server: DecodeServer) -> None:
+    late = await prefill.client.open(prefill.request(5, SHORT, request_id="x"))
+    output = await prefill.generate(prompt(5), SHORT, request_id="x", attempt=2)
+    await prefill.send(late, prompt_pass(prefill.model, prompt(5)))  # into a frame that is not yet sent
+    with pytest.raises(FencedError):
+        await late.commit([Token(1)])
+    assert output == await prefill.generate(prompt(5), SHORT)
+    await all_free(server)
+
+
+async def test_a_broken_hand_off_tells_what_was_wrong(prefill: Prefill, server: DecodeServer) -> None:
+    prompted = prompt_pass(prefill.model, prompt(5))
+    incomplete = await prefill.client.open(prefill.request(6, SHORT))
+    await prefill.send(incomplete, prompted)
+    with pytest.raises(ProtocolError, match="5 of 6 tokens of layer 0"):
+        await incomplete.commit([Token(1)])
+    outside = await prefill.client.open(prefill.request(5, SHORT))
+    await prefill.send(outside, prompted)
+    with pytest.raises(ProtocolError, match="outside the vocabulary"):
+        await outside.commit([Token(97)])
+    with pytest.raises(ValueError, match="bytes per token"):
+        await outside.send(0, bytes(3), bytes(3))
+    await all_free(server)
+
+
+async def test_corruption_is_told(
+    prefill: Prefill, server: DecodeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hand_off = await prefill.client.open(prefill.request(5, SHORT))
+    await prefill.send(hand_off, prompt_pass(prefill.model, prompt(5)))
+    encode = kv_frame.encode
+
+    def flipped(*arguments: Any) -> Any:
+        frame = encode(*arguments)
+        frame.data = bytes([frame.data[0] ^ 1]) + frame.data[1:]
+        return frame
+
+    monkeypatch.setattr(kv_frame, "encode", flipped)
+    with pytest.raises(CorruptError, match="checksum"):
+        await hand_off.commit([Token(1)])
+    await all_free(server)
+
+
+async def test_a_silent_hand_off_gives_its_room_back(model: LanguageModel) -> None:
+    async with (
+        serving(decode_settings(hand_off_idle_s=0.05), model) as server,
+        prefilling(model, server.port) as client,
+    ):
+        hand_off = await client.client.open(client.request(5, SHORT))
+        await all_free(server)
+        with pytest.raises(LostError):
+            await hand_off.commit([Token(1)])
+
+
+async def test_a_step_that_raises_ends_its_sequences_only(
+    prefill: Prefill, server: DecodeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def explode(*_: object) -> None:
+        raise RuntimeError("boom")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(prefill.model, "forward", explode)
+        request = prefill.request(5, SHORT)
+        hand_off = await prefill.client.open(request)
+        patched.undo()
+        prompted = prompt_pass(prefill.model, prompt(5))
+        patched.setattr(prefill.model, "forward", explode)
+        await prefill.send(hand_off, prompted)
+        await hand_off.commit([Token(1)])
+        (event,) = await prefill.got.until(request.request_id)
+    assert event.finish_reason == "error"
+    assert "boom" in (event.error or "")
+    assert len(await prefill.generate(prompt(5), SHORT)) == 8
+    await all_free(server)
+
+
+async def test_nan_stays_with_its_own_request(prefill: Prefill, server: DecodeServer) -> None:
+    alone = await prefill.generate(prompt(30), LONG)
+
+    async def broken() -> None:
+        request = prefill.request(3, LONG)
+        hand_off = await prefill.client.open(request)
+        for layer, (key, value) in enumerate(prompt_pass(prefill.model, prompt(3)).layers):
+            await hand_off.send(layer, raw(key * float("nan")), raw(value * float("nan")))
+        await hand_off.commit([Token(1)])
+        (event,) = await prefill.got.until(request.request_id)
+        assert "not finite" in (event.error or "")
+
+    together = await asyncio.gather(prefill.generate(prompt(30), LONG), broken(), broken())
+    assert together[0] == alone
+    # and whoever gets the blocks next finds none of it
+    assert await prefill.generate(prompt(30), LONG) == alone
+    await all_free(server)
+
+
+async def test_virtual_prefix_tokens_shift_no_position(prefill: Prefill, model: LanguageModel) -> None:
+    """kv_len runs ahead of next_position: a KV cache twice as long as the prompt is accepted as it is."""
+    prompted = prompt_pass(model, prompt(8))
+    request = prefill.request(16, SHORT, prompt_len=8, next_position=8)
+    hand_off = await prefill.client.open(request)
+    for layer, (key, value) in enumerate(prompted.layers):
+        await hand_off.send(layer, raw(key), raw(value))
+        await hand_off.send(layer, raw(key), raw(value), first_token=8)
+    await hand_off.commit([Token(int(prompted.logits.argmax()))])
+    # every prompt token twice with equal keys: attention over the prompt is as if it stood there once, but
+    # for the generated tokens' share; so the events must come, and in order
+    assert [e.index for e in await prefill.got.until(request.request_id)] == list(range(1, 8))

@@ -1,0 +1,193 @@
+"""The way back: streams that break, clients that vanish, services that stop."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+from grpc.aio import insecure_channel
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from handing_over import (
+    Prefill,
+    Proxy,
+    all_free,
+    decode_settings,
+    llama,
+    prefilling,
+    prompt,
+    quick,
+    unused_port,
+)
+
+from decode_service import BindError, CacheTooSmallError, DecodeServer, serving
+from kvtransfer import FencedError, LostError, RejectedError, RejectReason, Sampling, Token
+from prad.lm import LanguageModel
+
+LONG = Sampling(max_tokens=120)
+
+
+@pytest.fixture
+async def wire(server: DecodeServer) -> AsyncIterator[Proxy]:
+    async with Proxy().to(server.port) as proxy:
+        yield proxy
+
+
+async def test_reattaching_loses_and_repeats_nothing(
+    model: LanguageModel, server: DecodeServer, wire: Proxy
+) -> None:
+    async with prefilling(model, wire.port) as prefill:
+        requests = [(await prefill.hand_over(prompt(9 + i), LONG))[0] for i in range(3)]
+        for count in (5, 20, 50):
+            await prefill.got.until(requests[0].request_id, count=count)
+            wire.cut()
+        for request in requests:
+            events = await prefill.got.until(request.request_id)
+            assert [e.index for e in events] == list(range(1, 120))
+        assert prefill.got.numbers == list(range(1, len(prefill.got.numbers) + 1))
+        await all_free(server)
+
+
+async def test_a_cancel_survives_a_broken_connection(
+    model: LanguageModel, server: DecodeServer, wire: Proxy
+) -> None:
+    async with prefilling(model, wire.port) as prefill:
+        request, _ = await prefill.hand_over(prompt(9), LONG)
+        await prefill.got.until(request.request_id, count=2)
+        wire.cut()
+        prefill.stream.cancel(request.request_id, request.attempt)
+        await all_free(server)
+
+
+async def test_a_hand_off_on_a_broken_connection_is_lost(
+    model: LanguageModel, server: DecodeServer, wire: Proxy
+) -> None:
+    async with prefilling(model, wire.port) as prefill:
+        hand_off = await prefill.client.open(prefill.request(9, LONG))
+        wire.cut()
+        with pytest.raises(LostError):
+            await hand_off.commit([Token(1)])
+        await all_free(server)
+
+
+async def test_closing_a_stream_tells_its_reader(prefill: Prefill) -> None:
+    stream = await prefill.client.attach("other")
+    reader = asyncio.create_task(anext(aiter(stream)))
+    await asyncio.sleep(0)
+    await stream.close()
+    with pytest.raises(LostError, match="closed"):
+        await reader
+
+
+async def test_a_client_that_vanishes_frees_its_sequences(model: LanguageModel) -> None:
+    async with (
+        serving(decode_settings(detach_s=0.05), model) as server,
+        prefilling(model, server.port, "staying") as staying,
+    ):
+        async with prefilling(model, server.port, "vanishing") as vanishing:
+            await vanishing.hand_over(prompt(9), LONG)
+            await vanishing.client.open(vanishing.request(9, LONG))
+            request, _ = await staying.hand_over(prompt(9), LONG)
+        assert len(await staying.got.until(request.request_id)) == 119
+        await all_free(server)
+
+
+async def test_a_client_that_takes_no_frames_is_given_up(model: LanguageModel) -> None:
+    async with (
+        serving(decode_settings(outbox_frames=10), model) as server,
+        prefilling(model, server.port, settings=quick(acknowledge_every=1000)) as client,
+    ):
+        request, _ = await client.hand_over(prompt(9), LONG)
+        await all_free(server)
+        assert len(client.got.events[request.request_id, 0]) <= 10
+
+
+async def test_a_newer_stream_of_a_client_takes_over(model: LanguageModel, server: DecodeServer) -> None:
+    async with prefilling(model, server.port, "same") as first:
+        async with prefilling(model, server.port, "same") as second:
+            request, _ = await second.hand_over(prompt(9), Sampling(max_tokens=9))
+            assert len(await second.got.until(request.request_id)) == 8
+        with pytest.raises(FencedError):
+            await anext(aiter(first.stream))
+
+
+async def test_a_restarted_service_is_noticed(model: LanguageModel) -> None:
+    async with serving(decode_settings(), model) as server:
+        port = server.port
+        client = prefilling(model, port)
+        prefill = await client.__aenter__()
+    with pytest.raises(LostError):
+        async for _ in prefill.stream:
+            pass
+    async with serving(decode_settings(port=port), model):
+        with pytest.raises(LostError, match="given up"):
+            await prefill.stream.attach()
+    await client.__aexit__(None, None, None)
+
+
+async def test_shutdown_tells_who_still_runs(model: LanguageModel) -> None:
+    async with serving(decode_settings(), model) as server:
+        client = prefilling(model, server.port)
+        prefill = await client.__aenter__()
+        request, _ = await prefill.hand_over(prompt(9), LONG)
+    event = (await prefill.got.until(request.request_id))[-1]
+    assert (event.finish_reason, event.error) == ("error", "decode is shutting down")
+    await client.__aexit__(None, None, None)
+
+
+async def test_drain_admits_nothing_and_finishes_the_rest(model: LanguageModel) -> None:
+    async with serving(decode_settings(drain_s=60), model) as server:
+        client = prefilling(model, server.port)
+        prefill = await client.__aenter__()
+        request, _ = await prefill.hand_over(prompt(9), LONG)
+        stopping = asyncio.create_task(server.stop())
+        assert await until_rejected(prefill) is RejectReason.DRAINING
+        events = await prefill.got.until(request.request_id)
+        assert len(events) == 119
+        assert events[-1].finish_reason == "length"
+        await stopping
+        await client.__aexit__(None, None, None)
+
+
+async def until_rejected(prefill: Prefill) -> RejectReason:
+    try:
+        while True:
+            await (await prefill.client.open(prefill.request(9, LONG))).abort("not yet draining")
+    except RejectedError as rejected:
+        return rejected.reason
+
+
+async def test_health_is_serving(server: DecodeServer) -> None:
+    async with insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        for service in ("", "prad.kvtransfer.v1.Decode"):
+            reply = await stub.Check(health_pb2.HealthCheckRequest(service=service))
+            assert reply.status == health_pb2.HealthCheckResponse.SERVING
+
+
+async def test_a_taken_port_is_a_clear_error(server: DecodeServer, model: LanguageModel) -> None:
+    with pytest.raises(BindError, match=str(server.port)):
+        async with serving(decode_settings(port=server.port), model):
+            pass
+
+
+async def test_a_cache_without_room_is_a_clear_error() -> None:
+    with pytest.raises(CacheTooSmallError, match="1 MiB"):
+        async with serving(decode_settings(block_size=1 << 16), llama()):
+            pass
+
+
+async def test_metrics(model: LanguageModel) -> None:
+    port = unused_port()
+    async with (
+        serving(decode_settings(metrics_port=port), model) as server,
+        prefilling(model, server.port) as client,
+    ):
+        await client.generate(prompt(9), Sampling(max_tokens=9))
+        await all_free(server)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET /metrics HTTP/1.0\r\n\r\n")
+        text = (await reader.read()).decode()
+        writer.close()
+        await writer.wait_closed()
+    assert "prad_decode_tokens_total 8.0" in text
+    assert "prad_decode_running_sequences 0.0" in text
+    assert "prad_decode_step_seconds_bucket" in text
