@@ -60,7 +60,15 @@ async def test_messages_that_cannot_be_served_are_refused(
 
 async def test_an_answer_and_its_logprobs(client: httpx.AsyncClient) -> None:
     body = (
-        await chat(client, USER, max_completion_tokens=5, temperature=0, logprobs=True, top_logprobs=3)
+        await chat(
+            client,
+            USER,
+            max_completion_tokens=5,
+            ignore_eos=True,
+            logprobs=True,
+            top_logprobs=3,
+            temperature=0,
+        )
     ).json()
     assert (body["object"], body["id"][:9]) == ("chat.completion", "chatcmpl-")
     (choice,) = body["choices"]

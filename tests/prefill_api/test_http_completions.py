@@ -30,7 +30,7 @@ async def complete(client: httpx.AsyncClient, **body: Any) -> dict[str, Any]:
 async def test_an_answer_carries_everything(client: httpx.AsyncClient, engine: Any) -> None:
     response = await client.post(
         "/v1/completions",
-        json={"prompt": PROMPT, "task": "e2e", "seed": 3, "max_tokens": 5, "stop": "zzz"},
+        json={"prompt": PROMPT, "task": "e2e", "seed": 3, "max_tokens": 5, "stop": "zzz", "ignore_eos": True},
         headers={"x-request-id": "mine-1"},
     )
     body = response.json()
@@ -82,7 +82,14 @@ async def test_prompt_ids_are_those_of_training(
 async def test_a_stream_says_what_the_whole_answer_says(
     client: httpx.AsyncClient, scored: int | None
 ) -> None:
-    body = {"prompt": [PROMPT, "hello world"], "n": 2, "seed": 11, "max_tokens": 9, "logprobs": scored}
+    body = {
+        "prompt": [PROMPT, "hello world"],
+        "n": 2,
+        "seed": 11,
+        "max_tokens": 9,
+        "logprobs": scored,
+        "ignore_eos": True,
+    }
     whole = (await client.post("/v1/completions", json=body)).json()
     streamed = await client.post(
         "/v1/completions", json={**body, "stream": True, "stream_options": {"include_usage": True}}
@@ -106,17 +113,19 @@ async def test_a_stream_says_what_the_whole_answer_says(
 
 
 async def test_choices_are_numbered_by_prompt_and_drawn_apart(client: httpx.AsyncClient, engine: Any) -> None:
-    body = await complete(client, prompt=[PROMPT, PROMPT], n=3, seed=1, max_tokens=8)
+    body = await complete(client, prompt=[PROMPT, PROMPT], n=3, seed=1, max_tokens=8, ignore_eos=True)
     assert [choice["index"] for choice in body["choices"]] == list(range(6))
     assert len({choice["text"] for choice in body["choices"]}) > 1
     assert len({request.request_id for request in engine.requests}) == 2
     assert body["usage"]["completion_tokens"] == 48
-    again = await complete(client, prompt=[PROMPT, PROMPT], n=3, seed=1, max_tokens=8)
+    again = await complete(client, prompt=[PROMPT, PROMPT], n=3, seed=1, max_tokens=8, ignore_eos=True)
     assert [c["text"] for c in again["choices"]] == [c["text"] for c in body["choices"]]
 
 
 async def test_logprobs_have_the_legacy_form(client: httpx.AsyncClient) -> None:
-    logprobs = (await complete(client, max_tokens=6, temperature=0, logprobs=2))["choices"][0]["logprobs"]
+    logprobs = (await complete(client, max_tokens=6, temperature=0, logprobs=2, ignore_eos=True))["choices"][
+        0
+    ]["logprobs"]
     assert {len(values) for values in logprobs.values()} == {6}
     for token, logprob, top in zip(
         logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True

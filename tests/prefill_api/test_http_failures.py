@@ -16,7 +16,7 @@ from prefill_service.errors import (
     ServingError,
 )
 
-BODY = {"prompt": "the food", "max_tokens": 8}
+BODY = {"prompt": "the food", "max_tokens": 8, "seed": 1, "ignore_eos": True}
 URL = "/v1/completions"
 JSON = {"content-type": "application/json"}
 

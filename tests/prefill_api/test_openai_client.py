@@ -26,11 +26,15 @@ async def official(app_of: Any, engine: Any) -> AsyncIterator[openai.AsyncOpenAI
 
 
 async def test_completions_chat_streams_and_errors(official: openai.AsyncOpenAI) -> None:
-    whole = await official.completions.create(model="e2e", prompt="the food", max_tokens=6, logprobs=1)
+    whole = await official.completions.create(
+        model="e2e", prompt="the food", max_tokens=6, logprobs=1, extra_body={"ignore_eos": True}
+    )
     assert whole.usage is not None
     assert whole.usage.completion_tokens == 6
     assert whole.choices[0].logprobs is not None
-    stream = await official.completions.create(model="e2e", prompt="the food", max_tokens=6, stream=True)
+    stream = await official.completions.create(
+        model="e2e", prompt="the food", max_tokens=6, stream=True, extra_body={"ignore_eos": True}
+    )
     assert "".join([chunk.choices[0].text async for chunk in stream]) == whole.choices[0].text
 
     messages: Any = [{"role": "user", "content": "hello"}]
@@ -64,7 +68,13 @@ async def test_closing_the_connection_ends_the_request(
 ) -> None:
     engine.pause_at = 3
     call = official.completions.create(
-        model="plain", prompt="x", max_tokens=8, stream=stream, logprobs=0, timeout=None
+        model="plain",
+        prompt="x",
+        max_tokens=8,
+        stream=stream,
+        logprobs=0,
+        timeout=None,
+        extra_body={"ignore_eos": True},
     )
     if stream:
         chunks = await call
