@@ -274,8 +274,8 @@ async def test_nan_stays_with_its_own_request(prefill: Prefill, server: DecodeSe
     await all_free(server)
 
 
-async def test_virtual_prefix_tokens_shift_no_position(prefill: Prefill, model: LanguageModel) -> None:
-    """kv_len runs ahead of next_position: a KV cache twice as long as the prompt is accepted as it is."""
+async def test_a_kv_cache_longer_than_its_positions_is_taken(prefill: Prefill, model: LanguageModel) -> None:
+    """kv_len may run ahead of next_position; output indices count on as ever."""
     prompted = prompt_pass(model, prompt(8))
     request = prefill.request(16, SHORT, prompt_len=8, next_position=8)
     hand_off = await prefill.client.open(request)
@@ -283,6 +283,4 @@ async def test_virtual_prefix_tokens_shift_no_position(prefill: Prefill, model: 
         await hand_off.send(layer, raw(key), raw(value))
         await hand_off.send(layer, raw(key), raw(value), first_token=8)
     await hand_off.commit([Token(int(prompted.logits.argmax()))])
-    # every prompt token twice with equal keys: attention over the prompt is as if it stood there once, but
-    # for the generated tokens' share; so the events must come, and in order
     assert [e.index for e in await prefill.got.until(request.request_id)] == list(range(1, 8))
