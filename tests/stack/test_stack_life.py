@@ -1,0 +1,224 @@
+"""The running stack from outside: errors, cancelled streams, new versions under traffic, lost services."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+from conftest import RunningStack, random_artefact, running_stack
+
+from adapter_registry.client import RegistryClient
+from adapter_registry.versions import State
+from kvtransfer.proto import handoff_pb2 as pb
+from kvtransfer.proto.handoff_pb2_grpc import DecodeStub
+from prad.cli.stack import answers
+from prad.lm import LanguageModel
+
+PROMPT = [5, 17, 40, 3, 99, 23]
+
+
+@pytest.fixture(scope="module")
+def running(
+    tiny_model: Callable[[str], Path],
+    load_tiny: Callable[[str], LanguageModel],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[RunningStack]:
+    root = tmp_path_factory.mktemp("life")
+    random_artefact(root / "adapters" / "red", load_tiny("llama"), 1)
+    with running_stack(tiny_model("llama"), root / "adapters", root, kv_cache_mib=1) as stack:
+        yield stack
+
+
+def complete(running: RunningStack, **body: Any) -> dict[str, Any]:
+    response = running.api.post("/v1/completions", json={"prompt": PROMPT, "ignore_eos": True} | body)
+    assert response.status_code == 200, response.text
+    return response.json()  # type: ignore[no-any-return]
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Waits for something that must come; the test's own time-out ends a wait in vain."""
+    while not condition():
+        time.sleep(0.02)
+
+
+def blocks(running: RunningStack) -> tuple[int, int]:
+    """(free, total) at decode."""
+    with grpc.insecure_channel(running.decode) as channel:
+        description = DecodeStub(channel).Describe(pb.DescribeRequest())  # type: ignore[no-untyped-call]
+    return description.free_blocks, description.total_blocks
+
+
+def all_free(running: RunningStack) -> bool:
+    free, total = blocks(running)
+    return free == total and "prad_prefill_live_prompts 0.0" in running.api.get("/metrics").text
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "words"),
+    [
+        ({"prompt": PROMPT, "task": "blue"}, 404, ["blue", "red"]),
+        ({"prompt": PROMPT, "model": "red@7"}, 404, ["red@7", "red@1"]),
+        ({"prompt": [1] * 600}, 400, ["512", "600"]),
+        ({"prompt": []}, 400, ["prompt"]),
+        ({"prompt": ""}, 400, ["prompt"]),
+        ({"prompt": [5, 120]}, 400, ["120", "119"]),
+        ({"prompt": PROMPT, "frequency_penalty": 1}, 400, ["frequency_penalty", "not supported"]),
+        ({"prompt": PROMPT, "wings": 2}, 400, ["wings"]),
+        ({"prompt": PROMPT, "temperature": "hot"}, 400, ["temperature"]),
+    ],
+)
+def test_bad_requests_are_named(
+    running: RunningStack, body: dict[str, Any], status: int, words: list[str]
+) -> None:
+    response = running.api.post("/v1/completions", json=body)
+    assert response.status_code == status
+    message = response.json()["error"]["message"]
+    assert all(word in message for word in words), message
+
+
+def test_bad_json_is_named(running: RunningStack) -> None:
+    response = running.api.post(
+        "/v1/completions", content=b'{"prompt": ', headers={"content-type": "application/json"}
+    )
+    assert response.status_code == 400
+    assert "JSON" in response.json()["error"]["message"]
+
+
+def test_a_request_that_never_fits_at_decode_is_refused(running: RunningStack) -> None:
+    response = running.api.post(
+        "/v1/completions", json={"prompt": PROMPT, "n": 16, "max_tokens": 500, "ignore_eos": True}
+    )
+    assert response.status_code == 400, response.text[:300]
+    assert "blocks" in response.json()["error"]["message"]
+
+
+def test_more_requests_than_decode_has_room_for_are_all_answered(running: RunningStack) -> None:
+    free, _ = blocks(running)
+    answers_: list[dict[str, Any]] = []
+    needed = 2 * (free * 16) // 400
+    threads = [
+        threading.Thread(target=lambda: answers_.append(complete(running, max_tokens=390)))
+        for _ in range(needed)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [a["usage"]["completion_tokens"] for a in answers_] == [390] * needed
+    until(lambda: all_free(running))
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_closed_connection_frees_both_sides(running: RunningStack, stream: bool) -> None:
+    body = {"prompt": PROMPT, "task": "red", "max_tokens": 450, "ignore_eos": True, "stream": True}
+    if stream:
+        with running.api.stream("POST", "/v1/completions", json=body) as response:
+            lines = (line for line in response.iter_lines() if line)
+            assert next(lines).startswith("data: ")
+            free, total = blocks(running)
+            assert free < total
+    else:
+        with pytest.raises(Exception, match="timed out"):
+            running.api.post("/v1/completions", json=body | {"stream": False, "n": 4}, timeout=0.2)
+    until(lambda: all_free(running))
+
+
+def test_a_stop_string_ends_the_choice_and_frees_it(running: RunningStack) -> None:
+    whole = complete(running, task="red", max_tokens=60, temperature=0)["choices"][0]["text"].split()
+    stop = whole[5]
+    first = whole.index(stop)
+    cut = complete(running, task="red", max_tokens=60, temperature=0, stop=[stop])["choices"][0]
+    assert cut["text"].split() == whole[:first]
+    assert cut["finish_reason"] == "stop"
+    until(lambda: all_free(running))
+
+
+def test_a_new_version_arrives_under_traffic(
+    running: RunningStack, load_tiny: Callable[[str], LanguageModel], tmp_path: Path
+) -> None:
+    old = complete(running, task="red", max_tokens=400, temperature=0)
+    assert old["prad"]["version"] == 1
+    artefact = random_artefact(tmp_path / "red2", load_tiny("llama"), 2)
+    before = threading.Event()
+    during: list[str] = []
+
+    def read() -> None:
+        body = {"prompt": PROMPT, "task": "red", "max_tokens": 400, "temperature": 0, "ignore_eos": True}
+        with running.api.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
+            for line in response.iter_lines():
+                if line.startswith("data: {"):
+                    during.append(json.loads(line.removeprefix("data: "))["choices"][0]["text"])
+                    before.set()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    before.wait()
+    with RegistryClient(running.registry) as registry:
+        files = [(f.name, f.open("rb")) for f in artefact.files]
+        pushed = registry.push("red", files)
+        for _, file in files:
+            file.close()
+        until(lambda: registry.version("red", pushed.version).state is State.VERIFIED)
+        assert complete(running, task="red", max_tokens=4)["prad"]["version"] == 1
+        until(lambda: running.api.get("/v1/models/red").json()["prad"]["versions"] == [1, 2])
+        explicit = complete(running, model="red@2", max_tokens=400, temperature=0)
+        assert (explicit["prad"]["version"], explicit["prad"]["digest"]) == (2, artefact.digest)
+        registry.promote("red", 2)
+        until(lambda: running.api.get("/v1/models/red").json()["prad"]["version"] == 2)
+    new = complete(running, task="red", max_tokens=400, temperature=0)
+    assert new["choices"][0]["text"] == explicit["choices"][0]["text"] != old["choices"][0]["text"]
+    reader.join()
+    assert "".join(during) == old["choices"][0]["text"]
+
+
+def test_a_bad_version_fails_its_probe_and_changes_nothing(
+    running: RunningStack, load_tiny: Callable[[str], LanguageModel], tmp_path: Path
+) -> None:
+    artefact = random_artefact(tmp_path / "gpt2", load_tiny("gpt2"), 3)  # another architecture
+    with RegistryClient(running.registry) as registry:
+        files = [(f.name, f.open("rb")) for f in artefact.files]
+        pushed = registry.push("green", files)
+        for _, file in files:
+            file.close()
+        until(lambda: registry.version("green", pushed.version).state is State.FAILED)
+        assert "architecture" in registry.version("green", pushed.version).reason
+    response = running.api.post("/v1/completions", json={"prompt": PROMPT, "task": "green"})
+    assert response.status_code == 404
+
+
+def test_a_killed_decode_service_ends_its_streams_and_comes_back(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with running_stack(tiny_model("gpt2"), None, tmp_path) as running:
+        body = {"prompt": PROMPT, "max_tokens": 500, "ignore_eos": True, "stream": True}
+        with running.api.stream("POST", "/v1/completions", json=body) as response:
+            lines = (line for line in response.iter_lines() if line)
+            next(lines)
+            running.stack.kill("decode")
+            events = list(lines)
+        assert events[-1] == "data: [DONE]"
+        assert json.loads(events[-2].removeprefix("data: "))["error"]["code"] == "decode_unavailable"
+        refused = running.api.post("/v1/completions", json={"prompt": PROMPT})
+        assert refused.status_code == 503
+        running.restart_decode()
+        until(lambda: answers(f"{running.api.base_url}/ready"))
+        assert complete(running, max_tokens=20)["usage"]["completion_tokens"] == 20
+
+
+def test_another_model_at_decode_is_noticed(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    with running_stack(tiny_model("llama"), None, tmp_path, decode_model=tiny_model("mistral")) as running:
+        url = f"{running.api.base_url}/ready"
+
+        def reasons() -> list[str]:
+            try:
+                return httpx.get(url).json()["reasons"]  # type: ignore[no-any-return]
+            except httpx.TransportError:
+                return []
+
+        until(lambda: any("another model" in reason for reason in reasons()))
+        assert running.api.post("/v1/completions", json={"prompt": PROMPT}).status_code == 503
