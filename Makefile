@@ -30,7 +30,6 @@ proto: $(VENV)/.tested ## generate the gRPC stubs again
 	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. $(PROTO)
 
 bench: $(VENV)/.tested ## measure, side by side, into bench/results/
-	$(BIN)/python -m bench.decode
 	$(BIN)/python -m bench.tasks
 
 clean: ## remove the virtual environment and caches (not the converted model)

@@ -10,8 +10,6 @@ from typing import IO, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-from rich.table import Table
-from rich.text import Text
 
 from adapter_registry.api import Pushed, TaskRoute, VersionRecord
 from adapter_registry.client import RegistryClient
@@ -20,16 +18,9 @@ from adapter_registry.names import parse_name
 from adapter_registry.probing import NotProbedError, wait_probed
 from adapter_registry.versions import State
 from prad.artefact import ArtefactError, read_artefact
+from prad.cli.tables import show_task, show_tasks, show_version
 
 DEFAULT_REGISTRY = "http://127.0.0.1:8001"
-
-STYLES = {
-    State.PUSHED: "yellow",
-    State.VERIFIED: "cyan",
-    State.FAILED: "red",
-    State.ROUTABLE: "green",
-    State.RETIRED: "dim",
-}
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -91,14 +82,7 @@ def list_(as_json: Json = False, registry: Registry = DEFAULT_REGISTRY) -> None:
     elif not state.tasks:
         print("No adapters yet. Push one: prad adapter push DIR --task NAME")
     else:
-        table = Table("task", "current", "versions", "method", "base model", box=None, header_style="bold")
-        for task in state.tasks:
-            newest = task.versions[-1]
-            current = "-" if task.current is None else f"{task.task}@{task.current}"
-            table.add_row(
-                task.task, current, _states(task), _literal(newest.method), _literal(newest.base.name)
-            )
-        _print_table(table)
+        show_tasks(state.tasks)
 
 
 @app.command(
@@ -117,9 +101,9 @@ def show(
     if as_json:
         _print_json(shown.model_dump(mode="json"))
     elif isinstance(shown, VersionRecord):
-        _show_version(shown)
+        show_version(shown)
     else:
-        _show_task(shown)
+        show_task(shown)
 
 
 @app.command(epilog="Example: [bold]prad adapter promote support@2[/bold]")
@@ -164,13 +148,6 @@ def _talking(url: str) -> Iterator[RegistryClient]:
 def _fail(message: str) -> NoReturn:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     raise typer.Exit(1)
-
-
-def _print_table(table: Table) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)  # a pipe has no edge at which to cut digests and names
-    console.print(table)
 
 
 def _print_json(value: Any) -> None:
@@ -237,56 +214,3 @@ def _say_next(record: VersionRecord) -> None:
     print(f"  curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '{body}'")
     if not record.current:
         print(f"Then make it what plain {record.task!r} means:\n  prad adapter promote {record.name}")
-
-
-def _states(task: TaskRoute) -> str:
-    return ", ".join(
-        f"[{STYLES[version.state]}]@{version.version} {version.state}[/]" for version in task.versions
-    )
-
-
-def _show_task(task: TaskRoute) -> None:
-    table = Table(
-        "version", "state", "method", "base model", "pushed", "digest", box=None, header_style="bold"
-    )
-    for version in task.versions:
-        mark = " (current)" if version.version == task.current else ""
-        state = f"[{STYLES[version.state]}]{version.state}[/]{mark}"
-        name = f"{task.task}@{version.version}"
-        pushed = version.pushed_at[:19].replace("T", " ")
-        known = (_literal(version.method), _literal(version.base.name))
-        table.add_row(name, state, *known, pushed, version.digest[:12])
-    _print_table(table)
-
-
-def _show_version(record: VersionRecord) -> None:
-    table = Table(box=None, show_header=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    rows = {
-        "version": record.name + (" (current)" if record.current else ""),
-        "state": f"{record.state}: {record.reason}" if record.reason else str(record.state),
-        "digest": record.digest,
-        "method": record.record.method,
-        "base model": f"{record.record.base.name} ({record.record.base.architecture})",
-        "template": record.record.template,
-        "tensors": f"{record.tensors}, {record.tensor_bytes / 1e6:.2f} MB",
-        "files": ", ".join(f"{file.name} ({file.size} B)" for file in record.files),
-        "licence": record.record.licence or "-",
-        "description": record.record.description or "-",
-        "pushed": record.pushed_at,
-    }
-    for key, value in rows.items():
-        table.add_row(key, _literal(value))
-    for line in record.history:
-        who = f" by {line.replica}" if line.replica else ""
-        why = f": {line.reason}" if line.reason else ""
-        table.add_row(
-            f"revision {line.revision}", _literal(f"{line.at}  {line.event} → {line.after}{who}{why}")
-        )
-    _print_table(table)
-
-
-def _literal(text: str) -> Text:
-    """Text from outside, in which brackets are no markup."""
-    return Text(text)

@@ -119,6 +119,8 @@ def _record(
         training={
             "data": settings.data.name,
             "epochs": settings.epochs,
+            "max_steps": settings.max_steps,
+            "eval_every": settings.eval_every,
             "batch": settings.batch,
             "learning_rate": settings.learning_rate,
             "warmup_ratio": settings.warmup_ratio,

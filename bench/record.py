@@ -1,0 +1,47 @@
+"""Where and with what a figure was measured, and where results go."""
+
+import json
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+_PACKAGES = ("torch", "transformers", "grpcio", "fastapi")
+
+
+def write_result(name: str, figures: dict[str, Any]) -> Path:
+    """Writes bench/results/<name>.json: the figures, and what they depend on."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"setting": setting()} | figures, indent=2, ensure_ascii=False) + "\n")
+    return path
+
+
+def setting() -> dict[str, Any]:
+    return {
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain") else ""),
+        "cpu": _cpu(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in _PACKAGES},
+    }
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    flags = next((line.split(":")[1].split() for line in lines if line.startswith("flags")), [])
+    notable = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags]
+    return f"{len(names)} x {names[0] if names else platform.processor()} ({' '.join(notable)})"
