@@ -11,19 +11,30 @@ MIB = 1 << 20
 
 
 class RegistrySettings(BaseSettings):
-    """`allow_local_paths`: may a push name a folder on the registry's machine? None: if bound to loopback."""
+    """Keyword arguments, flags of `prad registry`, or PRAD_REGISTRY_* in the environment."""
 
-    model_config = SettingsConfigDict(env_prefix="PRAD_REGISTRY_", extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix="PRAD_REGISTRY_", extra="forbid", frozen=True, use_attribute_docstrings=True
+    )
 
     host: str = "127.0.0.1"
+    """Address that the registry listens on."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8001
+    """Port that the registry listens on."""
     data_dir: Path = Path("~/.local/share/prad/registry")
+    """Where versions and their files are kept."""
     max_upload_mib: Annotated[int, Field(ge=1)] = 512
+    """Largest adapter that can be pushed."""
     allow_local_paths: bool | None = None
+    """May a push name a folder on the registry's machine? If not given: when bound to loopback."""
     max_wait_seconds: Annotated[float, Field(gt=0)] = 30.0
+    """Longest wait for changes in one request."""
     max_waiters: Annotated[int, Field(ge=1)] = 256
+    """Requests that may wait for changes at once."""
     shutdown_seconds: Annotated[int, Field(ge=1)] = 10
+    """How long open requests may take when the registry stops."""
     log_level: str = "info"
+    """debug, info, warning or error."""
 
     @property
     def folder(self) -> Path:

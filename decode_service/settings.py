@@ -10,30 +10,44 @@ from prad.lm import DEFAULT_MODEL
 
 
 class DecodeSettings(BaseSettings):
-    """From keyword arguments or PRAD_DECODE_* in the environment; unknown arguments are refused.
+    """Keyword arguments, flags of `prad decode`, or PRAD_DECODE_* in the environment. Times in seconds."""
 
-    Times in seconds. `threads` None leaves torch's default; `metrics_port` None exports no metrics;
-    `detach_s` is how long a client without a token stream keeps its sequences.
-    """
-
-    model_config = SettingsConfigDict(env_prefix="PRAD_DECODE_", frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(
+        env_prefix="PRAD_DECODE_", frozen=True, extra="forbid", use_attribute_docstrings=True
+    )
 
     host: str = "127.0.0.1"
+    """Address that the gRPC server listens on."""
     port: int = Field(default=50051, ge=0, le=65535)
+    """Port that the gRPC server listens on."""
     metrics_port: int | None = Field(default=None, ge=0, le=65535)
+    """Port of /metrics; none if not given."""
 
     model: str = DEFAULT_MODEL
+    """Folder, .gguf file, Hugging Face id, or the default model."""
     cache_dir: Path = Path("~/.cache/prad")
+    """Where converted models are kept."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """What the model computes in; prefill must use the same."""
     device: str = "cpu"
+    """cpu or cuda."""
     threads: int | None = Field(default=None, ge=1)
+    """Computing threads; torch's default if not given."""
 
     kv_cache_mib: int = Field(default=512, ge=1)
+    """Memory of the KV cache."""
     block_size: int = Field(default=16, ge=1)
+    """Tokens of one KV block."""
     max_sequences: int = Field(default=256, ge=1)
+    """Sequences that decode together."""
 
     retry_after_s: float = Field(default=0.2, ge=0)
+    """Hint that a full service gives."""
     hand_off_idle_s: float = Field(default=60.0, gt=0)
+    """A hand-off that says nothing for so long gives its room back."""
     detach_s: float = Field(default=30.0, gt=0)
+    """How long a client without a token stream keeps its sequences."""
     outbox_frames: int = Field(default=4096, ge=1)
+    """Frames kept for a client that does not take them."""
     drain_s: float = Field(default=30.0, ge=0)
+    """How long running sequences may go on when the service stops."""

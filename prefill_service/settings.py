@@ -12,26 +12,40 @@ from prad.lm import DEFAULT_MODEL, served_name
 class PrefillSettings(BaseSettings):
     """Read once at the start; parts receive only their slice."""
 
-    model_config = SettingsConfigDict(env_prefix="PRAD_PREFILL_", frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(
+        env_prefix="PRAD_PREFILL_", frozen=True, extra="forbid", use_attribute_docstrings=True
+    )
 
     host: str = "127.0.0.1"
+    """Address that the API listens on."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """Port that the API listens on."""
     decode: str = "127.0.0.1:50051"
+    """The decode service, host:port."""
     registry: str = "http://127.0.0.1:8001"
+    """The adapter registry's URL."""
 
     model: str = DEFAULT_MODEL
+    """Folder, .gguf file, Hugging Face id, or the default model."""
     model_name: str | None = None
-    """The plain model's id in the API; None takes it from `model`."""
+    """The plain model's id in the API; taken from the model's name if not given."""
     cache_dir: Path = Path("~/.cache/prad")
+    """Where converted models and fetched adapters are kept."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """What the model computes in; decode must use the same."""
     device: str = "cpu"
+    """cpu or cuda."""
     threads: Annotated[int, Field(ge=1)] | None = None
+    """Computing threads; torch's default if not given."""
 
     pass_tokens: Annotated[int, Field(ge=1)] = 4096
     """Prompt tokens of one packed pass; a longer prompt gets a pass of its own."""
     pass_prompts: Annotated[int, Field(ge=1)] = 64
+    """Prompts of one packed pass."""
     max_waiting: Annotated[int, Field(ge=1)] = 1024
+    """Prompts in the queue; further ones are refused."""
     queue_timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds that a prompt waits for room at decode."""
 
     adapters_mib: Annotated[int, Field(ge=1)] = 1024
     """Memory for resident adapters; least recently used ones leave first."""
