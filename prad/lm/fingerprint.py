@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from prad.lm.errors import ModelNotFoundError
 from prad.lm.kv import KVLayout
@@ -30,15 +30,19 @@ class Fingerprint:
 def weights_digest(folder: Path) -> str:
     """SHA-256 over every tensor's name, dtype, shape and bytes, in the order of names.
 
-    How the tensors are spread over files does not matter. Raises ModelNotFoundError if there are none.
+    How the tensors are spread over files does not matter. Raises ModelNotFoundError if there are none, or a
+    file is cut off.
     """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ModelNotFoundError(f"{folder} holds no .safetensors file (pickled weights are never loaded)")
     where: dict[str, Path] = {}
     for file in files:
-        with safe_open(file, framework="pt") as opened:
-            where.update(dict.fromkeys(opened.keys(), file))
+        try:
+            with safe_open(file, framework="pt") as opened:
+                where.update(dict.fromkeys(opened.keys(), file))
+        except SafetensorError as error:
+            raise ModelNotFoundError(f"{file} is not a whole safetensors file: {error}") from error
     digest = hashlib.sha256()
     for name in sorted(where):
         with safe_open(where[name], framework="pt") as opened:

@@ -8,13 +8,16 @@ from filelock import FileLock
 from gguf import GGUFReader
 from tokenizers import pre_tokenizers
 
+from prad.lm.errors import ModelNotFoundError
+
 _FORMAT = 1  # raise it when the conversion changes, so that old folders are not used again
 
 
 def convert_gguf(path: Path, cache_dir: Path) -> Path:
     """The folder under `cache_dir` that holds `path` as safetensors; converts when it is not there yet.
 
-    Processes that start together wait for one conversion. The folder appears whole or not at all.
+    Processes that start together wait for one conversion. The folder appears whole or not at all. Raises
+    ModelNotFoundError if the file is not what its ending says.
     """
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -24,7 +27,10 @@ def convert_gguf(path: Path, cache_dir: Path) -> Path:
         if not folder.is_dir():
             partial = folder.with_name(folder.name + ".partial")
             shutil.rmtree(partial, ignore_errors=True)
-            _convert(path, partial)
+            try:
+                _convert(path, partial)
+            except ValueError as error:  # also transformers' word for an architecture it cannot convert
+                raise ModelNotFoundError(f"{path} cannot be converted: {error}") from error
             partial.rename(folder)
     return folder
 

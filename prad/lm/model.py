@@ -58,13 +58,16 @@ class LanguageModel:
         require_servable(config)
         digest = weights_digest(folder)
         with _no_load_bar():
-            module = AutoModelForCausalLM.from_pretrained(
+            module, report = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
                 dtype=dtype,
                 attn_implementation=attention.NAME,
                 use_safetensors=True,
+                output_loading_info=True,
             )
+        if report["missing_keys"]:  # transformers would go on with random numbers
+            raise ModelNotFoundError(f"{folder} lacks weights: {', '.join(sorted(report['missing_keys']))}")
         return cls(module.to(device), digest)
 
     @property

@@ -129,6 +129,10 @@ def _nucleus(probs: Tensor, top_k: int, top_p: float) -> Tensor:
 
 def _with_logprobs(row: Tensor, token: int, count: int) -> Draw:
     logprobs = torch.log_softmax(row.float(), dim=-1)
-    values, ids = logprobs.topk(count)
-    top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-    return Draw(token, float(logprobs[token]), top)
+    if count == 0:
+        return Draw(token, float(logprobs[token]))
+    # topk breaks ties as it likes: of those equal to the last one the lowest ids are reported, as drawn
+    least = logprobs.topk(count).values[-1]
+    best = (logprobs >= least).nonzero().squeeze(1)
+    top = sorted(zip(best.tolist(), logprobs[best].tolist(), strict=True), key=lambda t: (-t[1], t[0]))
+    return Draw(token, float(logprobs[token]), tuple(top[:count]))

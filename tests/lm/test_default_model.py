@@ -1,0 +1,77 @@
+"""The default model as it is converted: its tokenizer's rule for digits, and no second conversion."""
+
+from pathlib import Path
+
+import pytest
+
+from prad.lm import DEFAULT_MODEL, Tokenizer, gguf, resolve_model
+
+CACHE = Path("~/.cache/prad")
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    return resolve_model(DEFAULT_MODEL, CACHE)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: Path) -> Tokenizer:
+    return Tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a 12", ["a", " ", "1", "2"]),
+        ("a  12", ["a", "  ", "1", "2"]),
+        ("less than £20", ["less", " than", " £", "2", "0"]),
+        ("x3 y", ["x", "3", " y"]),
+        ("two  words", ["two", " ", " words"]),
+        ("1999", ["1", "9", "9", "9"]),
+    ],
+)
+def test_digits_are_split_off_first(text: str, expected: list[str], tokenizer: Tokenizer) -> None:
+    """GPT-2's rule alone would keep " 12" together and leave one of two spaces in front of it."""
+    assert [tokenizer.decode([i]) for i in tokenizer.encode_continuation(text)] == expected
+
+
+def test_prompts_get_no_special_tokens(tokenizer: Tokenizer) -> None:
+    assert tokenizer.encode_prompt("Hello") == tokenizer.encode_continuation("Hello")
+    assert tokenizer.decode(tokenizer.encode_prompt("Hello, £2  3!")) == "Hello, £2  3!"
+
+
+def test_the_chat_template_is_there(tokenizer: Tokenizer) -> None:
+    assert tokenizer.has_chat_template
+    text = tokenizer.token_text(tokenizer.encode_chat([{"role": "user", "content": "Hi"}])[0])
+    assert text == "<|im_start|>"
+
+
+def test_a_second_start_converts_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def convert(*_: object) -> None:
+        raise AssertionError("converted again")
+
+    monkeypatch.setattr(gguf, "_convert", convert)
+    before = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
+    assert resolve_model(DEFAULT_MODEL, CACHE) == folder
+    assert {p.name: p.stat().st_mtime_ns for p in folder.iterdir()} == before
+    assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= before.keys()
+
+
+def test_an_interrupted_conversion_is_started_afresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, calls = tmp_path / "some.gguf", []
+    source.write_bytes(b"GGUF")
+
+    def convert(path: Path, folder: Path) -> None:
+        calls.append(folder)
+        folder.mkdir()
+        (folder / f"part{len(calls)}").write_text("")
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(gguf, "_convert", convert)
+    with pytest.raises(KeyboardInterrupt):
+        resolve_model(str(source), tmp_path / "cache")
+    folder = resolve_model(str(source), tmp_path / "cache")
+    assert [p.name for p in folder.iterdir()] == ["part2"]
+    assert resolve_model(str(source), tmp_path / "cache") == folder
+    assert len(calls) == 2
