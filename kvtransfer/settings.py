@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 _KEEPALIVE_TIMEOUT_MS = 10_000
+_CONNECT_TIMEOUT_MS = 1_000  # gRPC takes the shortest back-off as the shortest connect timeout as well
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +38,10 @@ class TransferSettings:
             ("grpc.http2.max_pings_without_data", 0),
             # a decode service that came back is found within our own back-off, not gRPC's of two minutes
             ("grpc.initial_reconnect_backoff_ms", int(self.backoff_first_s * 1000)),
-            ("grpc.min_reconnect_backoff_ms", int(self.backoff_first_s * 1000)),
+            ("grpc.min_reconnect_backoff_ms", _CONNECT_TIMEOUT_MS),
             ("grpc.max_reconnect_backoff_ms", int(self.backoff_max_s * 1000)),
+            # a container that was started anew has a new address behind its name
+            ("grpc.dns_min_time_between_resolutions_ms", 1_000),
         ]
 
     def server_options(self) -> list[tuple[str, int]]:

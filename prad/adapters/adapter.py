@@ -102,6 +102,7 @@ def save_parameters(parameters: Parameters, folder: Path, dtype: torch.dtype) ->
         for i, part in enumerate(stacked.detach().cpu().unbind(0))
     }
     save_file(layers, folder / WEIGHTS)
+    (folder / WEIGHTS).chmod(0o644)  # safetensors makes files that only their owner may read
 
 
 def _file_name(layer: int, name: str) -> str:
