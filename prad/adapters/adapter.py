@@ -5,11 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from prad.adapters.errors import (
-    AdapterError,
     BaseMismatchError,
     ParameterMismatchError,
     UnknownMethodError,
@@ -18,6 +16,8 @@ from prad.adapters.method import Method, MethodConfig, ModelShape, Parameters
 from prad.adapters.parallel import ParallelAdapter
 from prad.artefact import WEIGHTS, Artefact
 from prad.lm import LanguageModel, Site, require_sites
+
+_DTYPES = ("F32", "F16", "BF16")
 
 METHODS: dict[str, Method] = {method.name: method for method in (ParallelAdapter(),)}
 
@@ -59,7 +59,7 @@ def new_adapter(method: Method, config: MethodConfig, model: LanguageModel, seed
 def load_adapter(artefact: Artefact, model: LanguageModel, *, allow_other_weights: bool = False) -> Adapter:
     """Loads an artefact for `model`.
 
-    Raises BaseMismatchError, UnknownMethodError, ParameterMismatchError, or MissingSiteError.
+    Raises AdapterError (the configuration), BaseMismatchError, UnknownMethodError, ParameterMismatchError, or MissingSiteError.
     """
     record, fingerprint = artefact.record, model.fingerprint
     if record.base.architecture != fingerprint.architecture:
@@ -73,15 +73,17 @@ def load_adapter(artefact: Artefact, model: LanguageModel, *, allow_other_weight
             f"the model's are {fingerprint.weights[:12]}"
         )
     method = find_method(record.method)
-    try:
-        config = method.config_type.model_validate(record.config)
-    except ValidationError as error:
-        raise AdapterError(f"configuration of {record.method}: {error}") from error
+    config = method.configure(record.config)
     require_sites(model.config.model_type, method.sites(config))
     shapes = method.shapes(config, ModelShape.of(model))
     expected = {_file_name(i, n): s for i in range(model.num_layers) for n, s in shapes.items()}
+    for name, info in artefact.tensors.items():
+        if info.dtype not in _DTYPES:
+            known = ", ".join(_DTYPES)
+            raise ParameterMismatchError(f"tensor {name}: expected one of {known}, the file has {info.dtype}")
     _check_shapes(expected, {name: info.shape for name, info in artefact.tensors.items()})
     tensors = load_file(artefact.weights)
+    _check_numbers(tensors)
     return Adapter(
         method,
         config,
@@ -116,3 +118,9 @@ def _check_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, t
                 f"tensor {name}: expected {expected.get(name, 'none')}, "
                 f"the file has {found.get(name, 'none')}"
             )
+
+
+def _check_numbers(tensors: Mapping[str, torch.Tensor]) -> None:
+    for name, tensor in sorted(tensors.items()):
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise ParameterMismatchError(f"tensor {name}: expected finite floating-point numbers")

@@ -114,7 +114,9 @@ def _draw(logits: Tensor, params: Sequence[SamplingParams], keys: Sequence[Sampl
     cumulated = probs.cumsum(dim=-1, dtype=torch.float64)
     numbers = torch.tensor([k.uniform() for k in keys], dtype=torch.float64, device=logits.device)
     targets = numbers * cumulated[:, -1]
-    return torch.searchsorted(cumulated, targets[:, None], right=True).squeeze(1).tolist()
+    chosen = torch.searchsorted(cumulated, targets[:, None], right=True).squeeze(1)
+    # a row of NaN is its own request's trouble: no id beyond the vocabulary may reach the batch
+    return chosen.clamp(max=logits.shape[-1] - 1).tolist()
 
 
 def _nucleus(probs: Tensor, top_k: int, top_p: float) -> Tensor:

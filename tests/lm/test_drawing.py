@@ -203,3 +203,16 @@ def test_the_last_token_can_be_drawn_and_none_beyond(monkeypatch: pytest.MonkeyP
     assert sample(flat, [params], [SampleKey(0, 0, 0, 0)])[0].token == VOCAB - 1
     flat[0, 30:] = -1e9  # probability exactly zero behind the last possible token
     assert sample(flat, [params], [SampleKey(0, 0, 0, 0)])[0].token == 29
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_broken_row_is_its_own_trouble(bad: float) -> None:
+    """Logits that are no numbers give some id of the vocabulary, and leave the neighbours alone."""
+    rows = logits(6, rows=3)
+    rows[1] = bad
+    keys = [SampleKey(0, 0, 0, i) for i in range(3)]
+    for params in (*FILTERS, SamplingParams(1)):
+        tokens = [d.token for d in sample(rows, [params] * 3, keys)]
+        assert 0 <= tokens[1] < VOCAB
+        alone = [sample(rows[i : i + 1], [params], [keys[i]])[0].token for i in (0, 2)]
+        assert [tokens[0], tokens[2]] == alone

@@ -90,7 +90,7 @@ def test_weights_that_are_cut_off_are_refused(tiny_model: Callable[[str], Path],
     (tmp_path / "config.json").write_bytes((tiny_model("llama") / "config.json").read_bytes())
     whole = (tiny_model("llama") / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ModelNotFoundError, match="model.safetensors"):
+    with pytest.raises(ModelNotFoundError, match=r"model\.safetensors"):
         LanguageModel.load(tmp_path)
 
 
@@ -135,7 +135,7 @@ def test_a_missing_gguf_file_is_said_clearly(tmp_path: Path) -> None:
 
 def test_a_gguf_file_that_is_none_is_said_clearly(tmp_path: Path) -> None:
     (tmp_path / "junk.gguf").write_bytes(b"junk" * 100)
-    with pytest.raises(ModelNotFoundError, match="junk.gguf"):
+    with pytest.raises(ModelNotFoundError, match=r"junk\.gguf"):
         resolve_model(str(tmp_path / "junk.gguf"), tmp_path / "cache")
 
 

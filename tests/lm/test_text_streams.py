@@ -1,7 +1,5 @@
 """Detokenising token by token: whole characters only, and in the end exactly the full decode."""
 
-from pathlib import Path
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
