@@ -1,0 +1,234 @@
+"""`train` on a toy task: it learns, the frozen weights stay, the same seed gives the same adapter, and a
+killed run goes on where it was."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Trainer
+
+from prad.adapters import Adapter, find_method, load_adapter, new_adapter
+from prad.artefact import WEIGHTS, AdapterRecord, BaseModelRef, read_artefact
+from prad.lm import LanguageModel, Tokenizer
+from prad.training.data import DataError, collate, read_examples, tokenise
+from prad.training.evaluate import evaluate
+from prad.training.objective import PromptTuning
+from prad.training.train import CHECKPOINTS, TrainSettings, train
+
+YES, NO = "t50", "t60"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Whether a prompt of three words ends in t1 or t2."""
+    folder = tmp_path_factory.mktemp("data")
+    generator = torch.Generator().manual_seed(0)
+    for name, count in (("train", 256), ("validation", 32), ("test", 64)):
+        lines = []
+        for first, second, last in torch.randint(0, 1000, (count, 3), generator=generator).tolist():
+            words = f"t{3 + first % 30} t{3 + second % 30} t{1 + last % 2}"
+            answer = YES if last % 2 else NO
+            lines.append(json.dumps({"prompt": words, "completion": answer, "label": answer}))
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def settings(data: Path, out: Path, **more: Any) -> TrainSettings:
+    defaults: dict[str, Any] = {
+        "config": {"r": 8},
+        "batch": 16,
+        "learning_rate": 1e-2,
+        "eval_every": 20,
+        "template": "{prompt}",
+    }
+    return TrainSettings(data=data, out=out, **defaults | more)
+
+
+def frozen_digest(model: LanguageModel) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.module.state_dict().items()):
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def validation_loss(model: LanguageModel, tokenizer: Tokenizer, data: Path, adapter: Adapter | None) -> float:
+    """`adapter` None: a fresh one, which is the plain model."""
+    method = find_method("prad-pa")
+    chosen = adapter or new_adapter(method, method.config_type(), model, seed=0)
+    base = BaseModelRef(name="", architecture="", weights="")
+    record = AdapterRecord(method="prad-pa", config={}, base=base, template="{prompt}")
+    examples = read_examples(data / "validation.jsonl")
+    batch = collate(tokenise(examples, tokenizer, record, max_prompt=512, max_completion=256))
+    with torch.no_grad():
+        return float(PromptTuning(model, chosen)(**batch)["loss"])
+
+
+def test_it_learns_and_the_frozen_weights_stay(
+    data: Path, tiny_model: Callable[[str], Path], load_tiny: Callable[[str], LanguageModel], tmp_path: Path
+) -> None:
+    model, tokenizer = load_tiny("llama"), Tokenizer(tiny_model("llama"))
+    before = frozen_digest(model)
+    fresh = validation_loss(model, tokenizer, data, adapter=None)
+    record = train(
+        model, tokenizer, "tiny", settings(data, tmp_path, max_steps=100, max_tokens=1, licence="MIT")
+    )
+    assert frozen_digest(model) == before
+    assert not any(p.requires_grad for p in model.module.parameters())
+
+    artefact = read_artefact(tmp_path)
+    assert artefact.record == record
+    assert (record.licence, record.training["steps"], record.training["examples"]) == ("MIT", 100, 256)
+    assert record.base.weights == model.fingerprint.weights
+    assert {p.name for p in tmp_path.iterdir()} == {"prad.json", WEIGHTS}
+    scores = {}
+    for name, adapter in (("adapter", load_adapter(artefact, model)), ("plain", None)):
+        result = evaluate(
+            model, tokenizer, record, adapter, data / "test.jsonl", stop_ids=frozenset({tokenizer.eos_id})
+        )
+        assert len(result.answers) == result.examples == 64
+        scores[name] = result.scores["accuracy"]
+    assert scores["adapter"] > 95
+    assert scores["plain"] < 60
+    learnt = validation_loss(model, tokenizer, data, load_adapter(artefact, model))
+    assert learnt == pytest.approx(record.training["validation_loss"], rel=1e-3)
+    assert learnt < 0.7 * fresh, "what is left is the end of the answer, which the plain model decides"
+
+
+def test_seeds(
+    data: Path, tiny_model: Callable[[str], Path], load_tiny: Callable[[str], LanguageModel], tmp_path: Path
+) -> None:
+    model, tokenizer = load_tiny("gpt2"), Tokenizer(tiny_model("gpt2"))
+
+    def weights(out: str, seed: int) -> str:
+        train(model, tokenizer, "tiny", settings(data, tmp_path / out, max_steps=6, eval_every=3, seed=seed))
+        return hashlib.sha256((tmp_path / out / WEIGHTS).read_bytes()).hexdigest()
+
+    assert weights("one", 1) == weights("again", 1)
+    assert weights("one more", 2) != weights("two", 1)
+
+
+@pytest.mark.parametrize("eval_every", [1000, 4])
+def test_a_run_shorter_than_the_first_evaluation_is_saved(
+    eval_every: int,
+    data: Path,
+    tiny_model: Callable[[str], Path],
+    load_tiny: Callable[[str], LanguageModel],
+    tmp_path: Path,
+) -> None:
+    """Three steps, evaluated at the end; or six, of which the last two come after the last evaluation."""
+    model, tokenizer = load_tiny("llama"), Tokenizer(tiny_model("llama"))
+    steps = 3 if eval_every == 1000 else 6
+    record = train(model, tokenizer, "tiny", settings(data, tmp_path, max_steps=steps, eval_every=eval_every))
+    assert record.training["steps"] == steps
+    method = find_method("prad-pa")
+    fresh = new_adapter(method, method.config_type.model_validate({"r": 8}), model, 0)
+    trained = load_adapter(read_artefact(tmp_path), model)
+    assert not torch.equal(trained.parameters["ffn.up"], fresh.parameters["ffn.up"])
+
+
+def test_the_checkpoint_with_the_least_validation_loss_is_kept(
+    data: Path,
+    tiny_model: Callable[[str], Path],
+    load_tiny: Callable[[str], LanguageModel],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, tokenizer = load_tiny("llama"), Tokenizer(tiny_model("llama"))
+    losses: list[float] = []
+    states: list[torch.Tensor] = []
+    original = Trainer.evaluate
+
+    def noted(self: Trainer, *args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics = original(self, *args, **kwargs)
+        metrics["eval_loss"] = [3.0, 1.0, 2.0, 4.0][len(losses)]  # the second is the best
+        losses.append(metrics["eval_loss"])
+        states.append(self.model.ffn_up.detach().clone())
+        return metrics
+
+    monkeypatch.setattr(Trainer, "evaluate", noted)
+    record = train(model, tokenizer, "tiny", settings(data, tmp_path, max_steps=8, eval_every=2))
+    kept = load_file(tmp_path / WEIGHTS)["layers.0.ffn.up"]
+    assert len(states) == 4
+    assert torch.equal(kept, states[1][0])
+    assert record.training["validation_loss"] == 1.0
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(
+    data: Path,
+    tiny_model: Callable[[str], Path],
+    load_tiny: Callable[[str], LanguageModel],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out, steps = tmp_path / "killed", 400
+    command = [sys.executable, "-m", "prad", "train", "--task", "toy", "--data", str(data), "--out", str(out)]
+    command += ["--model", str(tiny_model("llama")), "--dtype", "float32", "--r", "8", "--lr", "0.01"]
+    command += ["--max-steps", str(steps), "--eval-every", "10"]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    try:
+        while not list(out.glob(f"{CHECKPOINTS}/checkpoint-*/trainer_state.json")):
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.02)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (out / WEIGHTS).exists(), "it was killed in mid-run"
+    complete = [int(p.parent.name.split("-")[1]) for p in out.glob(f"{CHECKPOINTS}/*/trainer_state.json")]
+    (out / CHECKPOINTS / "checkpoint-399").mkdir()  # killed while writing one
+    (out / CHECKPOINTS / "checkpoint-399" / "model.safetensors").write_bytes(b"half")
+
+    resumed: list[str] = []
+    original = Trainer.train
+
+    def noted(self: Trainer, resume_from_checkpoint: str | None = None) -> Any:
+        resumed.append(Path(str(resume_from_checkpoint)).name)
+        return original(self, resume_from_checkpoint=resume_from_checkpoint)
+
+    monkeypatch.setattr(Trainer, "train", noted)
+    model, tokenizer = load_tiny("llama"), Tokenizer(tiny_model("llama"))
+    end = max(complete) + 20
+    same = settings(data, out, max_steps=end, eval_every=10, resume=True)
+    record = train(model, tokenizer, "tiny", same)
+    assert resumed == [f"checkpoint-{max(complete)}"]
+    assert record.training["steps"] == end
+    assert not (out / CHECKPOINTS).exists()
+    read_artefact(out)
+
+
+def test_a_resumed_run_ends_as_the_uninterrupted_one(
+    data: Path,
+    tiny_model: Callable[[str], Path],
+    load_tiny: Callable[[str], LanguageModel],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, tokenizer = load_tiny("llama"), Tokenizer(tiny_model("llama"))
+    train(model, tokenizer, "tiny", settings(data, tmp_path / "whole", max_steps=24, eval_every=6))
+
+    original = Trainer.evaluate
+
+    def interrupted(self: Trainer, *args: Any, **kwargs: Any) -> dict[str, float]:
+        if self.state.global_step == 18:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    out = tmp_path / "twice"
+    monkeypatch.setattr(Trainer, "evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, tokenizer, "tiny", settings(data, out, max_steps=24, eval_every=6))
+    with pytest.raises(DataError, match=f"{out / CHECKPOINTS} holds checkpoints .* --resume"):
+        train(model, tokenizer, "tiny", settings(data, out, max_steps=24, eval_every=6))
+    monkeypatch.setattr(Trainer, "evaluate", original)
+    train(model, tokenizer, "tiny", settings(data, out, max_steps=24, eval_every=6, resume=True))
+    assert (out / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()

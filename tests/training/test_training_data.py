@@ -1,0 +1,134 @@
+"""Data files: what is read, and that a bad line is named by file and number; ids as serving computes them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from prad.artefact import AdapterRecord, BaseModelRef
+from prad.lm import DEFAULT_MODEL, Tokenizer, resolve_model
+from prad.training.data import DataError, TokenisedExample, collate, read_examples, tokenise
+from prefill_service.api.prompts import PromptEncoder
+
+GOOD = '{"prompt": "a film", "completion": "positive"}'
+RECORD = AdapterRecord(
+    method="prad-pa", config={}, base=BaseModelRef(name="m", architecture="a", weights="w")
+)
+TEXTS = [
+    "name[The Eagle], eatType[coffee shop], priceRange[less than £20], near[Burger King]",
+    "a gripping , beautifully acted film",
+    "in  1999   there were  3 films",
+    " a space in front and one behind ",
+    "tabs\tand\nnew\n\nlines",
+    "naïve café — 漢字 🎉👩‍👩‍👧",
+    "#OUTPUT: {prompt} <|im_end|> inside",
+    "7",
+]
+
+
+def write(path: Path, *lines: str | bytes) -> Path:
+    path.write_bytes(b"\n".join(x if isinstance(x, bytes) else x.encode() for x in lines) + b"\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("", "line: "),
+        ("not json", "line: "),
+        ("[1]", "line: "),
+        ('{"prompt": "x"}', "completion: Field required"),
+        ('{"completion": "x"}', "prompt: Field required"),
+        ('{"prompt": 3, "completion": "x"}', "prompt: Input should be a valid string"),
+        ('{"prompt": "x", "completion": null}', "completion: Input should be a valid string"),
+        ('{"prompt": "", "completion": "x"}', "prompt: String should have at least 1 character"),
+        ('{"prompt": "x", "completion": "y", "references": "y"}', "references: "),
+        (b'{"prompt": "\xff", "completion": "y"}', "line: "),
+    ],
+)
+def test_a_bad_line_is_named(line: str | bytes, complaint: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "train.jsonl", GOOD, GOOD, line, GOOD)
+    with pytest.raises(DataError) as caught:
+        read_examples(path)
+    said = str(caught.value)
+    assert said.startswith(f"{path}:3: ")
+    assert complaint in said
+    assert "\n" not in said
+
+
+def test_a_missing_or_empty_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=f"cannot read {tmp_path / 'none'}: No such file"):
+        read_examples(tmp_path / "none")
+    (tmp_path / "empty").write_text("")
+    with pytest.raises(DataError, match=f"{tmp_path / 'empty'} holds no examples"):
+        read_examples(tmp_path / "empty")
+    with pytest.raises(DataError, match=f"cannot read {tmp_path}"):
+        read_examples(tmp_path)
+
+
+def test_every_line_is_read_whatever_its_text_holds(tmp_path: Path) -> None:
+    r"""Unicode knows many line ends; in JSONL only \n is one."""
+    texts = [*TEXTS, "a\u2028b", "a\x85b", "a\x1eb\x0bc", "\r"]
+    lines = [json.dumps({"prompt": t, "completion": t, "other": 1}, ensure_ascii=False) for t in texts]
+    path = tmp_path / "train.jsonl"
+    path.write_bytes("\r\n".join(lines).encode())
+    examples = read_examples(path)
+    assert [e.prompt for e in examples] == [e.completion for e in examples] == texts
+    assert [e.prompt for e in read_examples(path, limit=3)] == texts[:3]
+
+
+def test_a_line_behind_the_limit_is_not_looked_at(tmp_path: Path) -> None:
+    assert len(read_examples(write(tmp_path / "f", GOOD, GOOD, "junk"), limit=2)) == 2
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer(resolve_model(DEFAULT_MODEL, Path("~/.cache/prad")))
+
+
+@pytest.mark.parametrize("template", ["#INPUT: {prompt} #OUTPUT:", "{prompt}", "Review ({prompt}):\n"])
+async def test_training_sees_the_prompt_ids_that_serving_computes(
+    template: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    record = RECORD.model_copy(update={"template": template})
+    lines = [json.dumps({"prompt": t, "completion": "x"}) for t in TEXTS]
+    examples = read_examples(write(tmp_path / "train.jsonl", *lines))
+    trained = tokenise(examples, tokenizer, record, max_prompt=512, max_completion=64)
+    for thread_chars in (0, 10_000):
+        serving = PromptEncoder(tokenizer, len(tokenizer), thread_chars)
+        for text, example in zip(TEXTS, trained, strict=True):
+            assert example.prompt == await serving.completion(record, text, raw=False)
+    assert trained[0].prompt != await serving.completion(record, TEXTS[0], raw=True) or template == "{prompt}"
+
+
+def test_what_is_learnt_decodes_to_what_serving_answers(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """completion = " " + text + EOS, tokenised alone; the answer is the decoded text without that space."""
+    lines = [json.dumps({"prompt": "x", "completion": t}) for t in TEXTS]
+    examples = read_examples(write(tmp_path / "train.jsonl", *lines))
+    for text, example in zip(
+        TEXTS, tokenise(examples, tokenizer, RECORD, max_prompt=512, max_completion=512), strict=True
+    ):
+        *ids, end = example.completion
+        assert end == tokenizer.eos_id
+        if "<|im_end|>" not in text:  # a special token in the data is one, and leaves no text
+            assert tokenizer.decode(ids) == " " + text
+
+
+def test_long_prompts_keep_their_end_and_long_completions_their_beginning(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    examples = read_examples(
+        write(tmp_path / "f", json.dumps({"prompt": "word " * 50, "completion": "c " * 50}))
+    )
+    (whole,) = tokenise(examples, tokenizer, RECORD, max_prompt=512, max_completion=512)
+    (cut,) = tokenise(examples, tokenizer, RECORD, max_prompt=10, max_completion=7)
+    assert cut == TokenisedExample(whole.prompt[-10:], whole.completion[:7])
+
+
+def test_collating_packs_end_to_end() -> None:
+    batch = collate([TokenisedExample((1, 2, 3), (4, 9)), TokenisedExample((5,), (6, 7, 9))])
+    assert batch["ids"].tolist() == [1, 2, 3, 4, 5, 6, 7]
+    assert batch["lengths"] == [4, 3]
+    assert batch["prompt_lengths"] == [3, 1]
+    assert batch["label_rows"].tolist() == [2, 3, 4, 5, 6]
+    assert batch["labels"].tolist() == [4, 9, 6, 7, 9]
