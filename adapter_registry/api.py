@@ -1,9 +1,14 @@
 """What travels over the registry's HTTP API: shared by server and client. All times are UTC, ISO 8601."""
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, StringConstraints
 
 from adapter_registry.versions import Event, State
 from prad.artefact import AdapterRecord, BaseModelRef
+
+Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+"""SHA-256 in hexadecimal; also the name of a folder, so nothing else may pass."""
 
 
 class _Answer(BaseModel):
@@ -44,7 +49,7 @@ class VersionRoute(_Answer):
 
     version: int
     state: State
-    digest: str
+    digest: Digest
     method: str
     base: BaseModelRef
     pushed_at: str
@@ -83,7 +88,7 @@ class VersionRecord(_Answer):
     version: int
     state: State
     current: bool
-    digest: str
+    digest: Digest
     reason: str
     pushed_at: str
     record: AdapterRecord

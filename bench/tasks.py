@@ -44,8 +44,9 @@ def main() -> None:
             where = ["--decode", f"127.0.0.1:{DECODE}", "--registry", registry]
             stack.start("prefill", [*where, "--port", str(API)])
             stack.wait_until(lambda: answers(f"{registry}/ready"), 60, "the registry")
-            tasks = push_all(root / "adapters", registry)
             stack.wait_until(lambda: answers(f"http://127.0.0.1:{API}/ready"), 120, "prefill")
+            push_all(root / "adapters", registry)
+            tasks = sorted(path.name for path in (root / "adapters").iterdir())
             listed = [f"http://127.0.0.1:{API}/v1/models/{task}" for task in tasks]
             stack.wait_until(lambda: all(map(answers, listed)), 300, "the adapters")
             figures = asyncio.run(_measure(tasks, arguments))

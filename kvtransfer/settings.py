@@ -40,6 +40,7 @@ class TransferSettings:
             ("grpc.initial_reconnect_backoff_ms", int(self.backoff_first_s * 1000)),
             ("grpc.min_reconnect_backoff_ms", _CONNECT_TIMEOUT_MS),
             ("grpc.max_reconnect_backoff_ms", int(self.backoff_max_s * 1000)),
+            ("grpc.enable_http_proxy", 0),
             # a container that was started anew has a new address behind its name
             ("grpc.dns_min_time_between_resolutions_ms", 1_000),
         ]

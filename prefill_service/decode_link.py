@@ -12,6 +12,7 @@ from kvtransfer.messages import TokenEvent
 from kvtransfer.sender import HandOff
 from kvtransfer.token_stream import TokenStream
 from prefill_service.errors import (
+    DeadlineError,
     DecodeUnavailableError,
     InternalError,
     InvalidRequestError,
@@ -62,7 +63,7 @@ class DecodeLink:
         while True:
             try:
                 await self._receive()
-            except (TransferError, DecodeUnavailableError) as error:
+            except (TransferError, DecodeUnavailableError, ValueError) as error:
                 self._trouble = f"the decode service at {self._client.address}: {error}"
                 if self._stream is not None:
                     logger.warning("lost %s", self._trouble)
@@ -70,7 +71,7 @@ class DecodeLink:
                     self._on_lost(self._trouble)
             await asyncio.sleep(_RETRY_S)
 
-    async def open(self, request: PromptRequest) -> HandOff:
+    async def open(self, request: PromptRequest, deadline_unix_ms: int) -> HandOff:
         """Reserves room for a request.
 
         Raises NoRoomError (try later), InvalidRequestError (never fits) or DecodeUnavailableError.
@@ -78,7 +79,9 @@ class DecodeLink:
         if self._stream is None:
             raise DecodeUnavailableError(self._trouble)
         try:
-            return await self._client.open(open_message(request, self._stream.client_id, self._model))
+            client_id = self._stream.client_id
+            message = open_message(request, client_id, self._model, deadline_unix_ms)
+            return await self._client.open(message)
         except RejectedError as error:
             if error.reason in _PERMANENT:
                 raise InvalidRequestError(f"the decode service refuses it: {error.message}") from error
@@ -112,4 +115,6 @@ class DecodeLink:
 
 def event_error(event: TokenEvent) -> ServingError:
     """The error behind an event that ends a sequence without a token."""
+    if event.finish_reason == "deadline":
+        return DeadlineError("the request took longer than it may")
     return InternalError(f"decoding ended: {event.error or event.finish_reason}")

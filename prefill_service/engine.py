@@ -16,9 +16,11 @@ from itertools import accumulate
 from kvtransfer.client import DecodeClient
 from kvtransfer.messages import TokenEvent
 from kvtransfer.sender import HandOff
+from prad.adapters import AdapterError
 from prad.lm import LanguageModel
 from prefill_service.decode_link import DecodeLink, NoRoomError, event_error
 from prefill_service.errors import (
+    DeadlineError,
     DecodeUnavailableError,
     InternalError,
     OverloadedError,
@@ -47,6 +49,7 @@ class PrefillEngine:
         self._model = model
         self._residents = residents
         self._queue_timeout = settings.queue_timeout_s
+        self._request_timeout = settings.request_timeout_s
         self._scheduler: PromptScheduler[Job] = PromptScheduler(
             pass_tokens=settings.pass_tokens,
             pass_prompts=settings.pass_prompts,
@@ -84,19 +87,24 @@ class PrefillEngine:
 
     async def generate(self, request: PromptRequest) -> AsyncGenerator[TokenOut, None]:
         """See `Engine.generate`."""
-        if self._scheduler.full:
-            raise OverloadedError(f"{len(self._scheduler)} prompts are waiting already")
         if self._link.trouble is not None:
             raise DecodeUnavailableError(self._link.trouble)
         version = request.version
         async with nullcontext() if version is None else self._residents.pinned(version.artefact) as adapter:
-            job = Job(PassItem(request, adapter), time.monotonic())
+            if self._scheduler.full:
+                raise OverloadedError(f"{len(self._scheduler)} prompts are waiting already")
+            now = time.monotonic()
+            job = Job(PassItem(request, adapter), now, now + self._request_timeout)
             self._live[request.request_id] = job
             self._scheduler.add(Waiting(job, len(job.item.ids)))
             self._arrived.set()
             try:
                 # the adapter stays pinned until the first token: after the prompt pass nobody needs it
-                output = await job.outputs.get()
+                async with asyncio.timeout(self._request_timeout):
+                    output = await job.outputs.get()
+            except TimeoutError:
+                self._release(job)
+                raise DeadlineError(f"no token within {self._request_timeout:g} s") from None
             except BaseException:
                 self._release(job)
                 raise
@@ -125,9 +133,14 @@ class PrefillEngine:
             self._link.cancel(request_id, choice)
 
     async def probe(self, item: PassItem) -> None:
-        """Runs one prompt through the model without handing it over. Raises what the forward raises."""
+        """Runs one prompt through the model without handing it over.
+
+        Raises AdapterError if its logits are not finite, or what the forward raises.
+        """
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._computing, run_prompt_pass, self._model, [item])
+        (draws,) = await loop.run_in_executor(self._computing, run_prompt_pass, self._model, [item])
+        if draws is None:
+            raise AdapterError("with this adapter the logits are not finite")
 
     # ---- the loop ------------------------------------------------------------------------------------
 
@@ -140,33 +153,41 @@ class PrefillEngine:
     async def _schedule(self) -> Scheduled:
         await self._wait_for_work()
         batch = self._scheduler.next_batch(time.monotonic())
-        opened = await asyncio.gather(*(self._open(waiting) for waiting in batch))
+        opened = await asyncio.gather(*(self._open(waiting.job) for waiting in batch))
         scheduled: Scheduled = []
-        for waiting, hand_off in zip(reversed(batch), reversed(opened), strict=True):
-            if isinstance(hand_off, Waiting):
-                self._scheduler.put_back(hand_off)
-            elif waiting.job.stage is Stage.QUEUED:
-                waiting.job.stage = Stage.PREFILLING
-                scheduled.append((waiting.job, hand_off))
-            elif hand_off is not None:  # the client left while room was being reserved
-                await hand_off.abort("cancelled")
-        scheduled.reverse()
+        put_back: list[Waiting[Job]] = []
+        for waiting, room in zip(batch, opened, strict=True):
+            job = waiting.job
+            if isinstance(room, NoRoomError) or put_back:  # whoever came later waits behind the first refused
+                if isinstance(room, HandOff):
+                    await room.abort("an earlier prompt goes first")
+                if job.stage is Stage.QUEUED:
+                    hint = room.retry_after if isinstance(room, NoRoomError) else 0.0
+                    put_back.append(Waiting(job, waiting.tokens, time.monotonic() + hint))
+            elif job.stage is Stage.QUEUED:
+                job.stage = Stage.PREFILLING
+                scheduled.append((job, room))
+            elif room is not None:  # the client left while room was being reserved
+                await room.abort("cancelled")
+        for waiting in reversed(put_back):
+            self._scheduler.put_back(waiting)
         return scheduled
 
-    async def _open(self, waiting: Waiting[Job]) -> HandOff | Waiting[Job] | None:
-        """The hand-off; None if none is needed or the job has ended; Waiting if there is no room yet."""
-        job = waiting.job
+    async def _open(self, job: Job) -> HandOff | NoRoomError | None:
+        """The hand-off; None if none is needed or the job has ended; NoRoomError if it has to wait."""
         if job.stage is not Stage.QUEUED or not job.needs_decode:
             return None
         try:
-            return await self._link.open(job.request)
+            return await self._link.open(job.request, job.deadline_unix_ms)
         except NoRoomError as full:
-            now = time.monotonic()
-            if now - job.enqueued < self._queue_timeout:
-                return Waiting(job, waiting.tokens, now + full.retry_after)
+            if time.monotonic() - job.enqueued < self._queue_timeout:
+                return full
             job.fail(OverloadedError(f"no room for this request within {self._queue_timeout:g} s"))
         except ServingError as error:
             job.fail(error)
+        except Exception:
+            logger.exception("opening the hand-off of %s failed", job.request.request_id)
+            job.fail(InternalError("the hand-off could not be opened; the server's log says why"))
         return None
 
     async def _run(self, scheduled: Scheduled) -> None:

@@ -4,38 +4,37 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
-from adapter_registry.api import RoutingState, TaskRoute, VersionRoute
-from adapter_registry.client import AsyncRegistryClient
+from adapter_registry.api import RoutingState, VersionRoute
+from adapter_registry.client import DEFAULT_WAIT, AsyncRegistryClient
 from adapter_registry.errors import RegistryError, RegistryUnreachableError
 from adapter_registry.versions import State
-from prad.adapters import AdapterError
-from prad.artefact import Artefact, ArtefactError
-from prad.lm import ModelError
+from prad.artefact import Artefact
 from prefill_service.catalogue import TaskCatalogue, TaskVersions
 from prefill_service.generation import TaskVersion
 
 logger = logging.getLogger(__name__)
 
 _RETRY_S = 0.5
+_AGAIN_S = 5.0
 
 Probe = Callable[[Artefact], Awaitable[None]]
 
 
 class RegistryFollower:
-    """`probe` runs an artefact on the model, or raises AdapterError, ArtefactError or ModelError."""
+    """`probe` runs an artefact on the model; whatever it raises fails the version."""
 
     def __init__(self, client: AsyncRegistryClient, catalogue: TaskCatalogue, probe: Probe) -> None:
         self._client = client
         self._catalogue = catalogue
         self._probe = probe
         self._known: dict[tuple[str, int], TaskVersion] = {}
-        self._revision: int | None = None
-        self._settled = False
+        self._state: RoutingState | None = None
+        self._complete = True
 
     @property
     def trouble(self) -> str | None:
         """Why no task can be served yet; None once the registry has answered."""
-        return "the adapter registry has not answered yet" if self._revision is None else None
+        return "the adapter registry has not answered yet" if self._state is None else None
 
     async def run(self) -> None:
         """Follows until cancelled. While the registry is away, the tasks known last go on being served."""
@@ -43,57 +42,58 @@ class RegistryFollower:
         while True:
             try:
                 state = await self._next_state()
-                away = away and state is None
-                if state is not None:
-                    self._settled = await self._adopt(state)
-                    self._revision = state.revision
+                self._complete = await self._adopt(state)
+                self._state = state
+                away = False
             except RegistryUnreachableError as error:
                 if not away:
                     logger.warning("%s; new versions are not seen until it is back", error)
-                away, self._settled = True, False
-            except RegistryError as error:
-                logger.error("the adapter registry refused: %s", error)
-                self._settled = False
-            if not self._settled:
+                away = True
+                await asyncio.sleep(_RETRY_S)
+            except Exception:  # whatever it was: the tasks known last go on being served
+                logger.exception("following the adapter registry failed")
                 await asyncio.sleep(_RETRY_S)
 
-    async def _next_state(self) -> RoutingState | None:
-        if self._revision is None or not self._settled:
+    async def _next_state(self) -> RoutingState:
+        """Waits for a change; what could not be had the last time is tried again sooner."""
+        if self._state is None:
             return await self._client.state()
-        return await self._client.changes(self._revision)
+        wait = DEFAULT_WAIT if self._complete else _AGAIN_S
+        return await self._client.changes(self._state.revision, wait) or self._state
 
     async def _adopt(self, state: RoutingState) -> bool:
-        """Serves what answers in `state` and probes what is new; says whether all of it could be had."""
+        """Serves what answers in `state`, and probes one version that is new: its report is a change, with
+        which the next one's turn comes. Says whether everything could be had."""
         complete = True
+        known = {}
         tasks = {}
         for route in state.tasks:
-            complete &= await self._learn(route)
-            versions = {
-                v.version: self._known[route.task, v.version]
-                for v in route.versions
-                if v.state.answers and (route.task, v.version) in self._known
-            }
+            versions = {}
+            for version in route.versions:
+                if version.state.answers:
+                    found = await self._learn(route.task, version)
+                    complete &= found is not None
+                    if found is not None:
+                        versions[version.version] = known[route.task, version.version] = found
             if versions:
                 tasks[route.task] = TaskVersions(route.current, versions)
+        self._known = known
         self._catalogue.replace(tasks)
         for route in state.tasks:
             for version in route.versions:
                 if version.state is State.PUSHED:
-                    complete &= await self._verify(route.task, version)
+                    if await self._verify(route.task, version):
+                        return complete
+                    complete = False
         return complete
 
-    async def _learn(self, route: TaskRoute) -> bool:
-        """Fetches the route's answering versions that are not here yet."""
-        complete = True
-        for version in route.versions:
-            key = (route.task, version.version)
-            if version.state.answers and key not in self._known:
-                artefact = await self._fetch(route.task, version)
-                if artefact is None:
-                    complete = False
-                else:
-                    self._known[key] = TaskVersion(*key, version.digest, artefact)
-        return complete
+    async def _learn(self, task: str, version: VersionRoute) -> TaskVersion | None:
+        """The version with its files, fetched if these are not here yet."""
+        known = self._known.get((task, version.version))
+        if known is not None and known.digest == version.digest:
+            return known
+        artefact = await self._fetch(task, version)
+        return None if artefact is None else TaskVersion(task, version.version, version.digest, artefact)
 
     async def _verify(self, task: str, version: VersionRoute) -> bool:
         """Loads and runs a pushed version, and reports how that went; False if its files cannot be had."""
@@ -103,7 +103,7 @@ class RegistryFollower:
         reason = ""
         try:
             await self._probe(artefact)
-        except (AdapterError, ArtefactError, ModelError) as error:
+        except Exception as error:  # the files are anybody's: no way to fail may end the service
             reason = str(error) or type(error).__name__
         logger.info("probed %s@%d: %s", task, version.version, reason or "ok")
         try:
@@ -115,11 +115,11 @@ class RegistryFollower:
         return True
 
     async def _fetch(self, task: str, version: VersionRoute) -> Artefact | None:
-        """None, and a line in the log, if the registry cannot give the files of the version's digest."""
+        """None, and a line in the log, if the files of the version's digest cannot be had."""
         try:
             return await self._client.fetch(task, version.version, version.digest)
         except RegistryUnreachableError:
             raise
-        except RegistryError as error:
-            logger.error("%s@%d cannot be served: %s", task, version.version, error)
+        except (RegistryError, OSError) as error:
+            logger.error("%s@%d cannot be had: %s", task, version.version, error)
             return None

@@ -27,7 +27,8 @@ class PromptRequest:
     """One prompt of an HTTP request: (adapted prefix, plain continuation) and how to go on.
 
     `choices` sequences start from the same KV cache; the prompt pass is paid once. `version` None is the
-    plain model.
+    plain model. `output_offset`: output tokens that the client has already (a replay's continuation); the
+    next one draws under that index, and `sampling.max_tokens` counts them.
     """
 
     request_id: str
@@ -37,6 +38,7 @@ class PromptRequest:
     prompt_index: int = 0
     choices: int = 1
     continuation_ids: tuple[int, ...] = ()
+    output_offset: int = 0
 
 
 @dataclass(frozen=True, slots=True)

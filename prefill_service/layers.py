@@ -24,14 +24,14 @@ class PassLayers:
         self._layers: list[asyncio.Future[tuple[Tensor, Tensor]]] = [
             loop.create_future() for _ in range(num_layers)
         ]
-        self._draws: asyncio.Future[dict[PassItem, list[Draw]]] = loop.create_future()
+        self._draws: asyncio.Future[dict[PassItem, list[Draw] | None]] = loop.create_future()
 
     def put(self, layer: int, key: Tensor, value: Tensor) -> None:
         """key, value [T, kv_heads, dim] of the whole pass; brought to the CPU, each sequence in one piece."""
         pair = key.cpu().contiguous(), value.cpu().contiguous()
         self._loop.call_soon_threadsafe(_settle, self._layers[layer], pair)
 
-    def finish(self, items: Sequence[PassItem], draws: Sequence[list[Draw]]) -> None:
+    def finish(self, items: Sequence[PassItem], draws: Sequence[list[Draw] | None]) -> None:
         self._loop.call_soon_threadsafe(_settle, self._draws, dict(zip(items, draws, strict=True)))
 
     def fail(self) -> None:
@@ -46,7 +46,7 @@ class PassLayers:
             key, value = await asyncio.shield(future)
             yield layer, raw_rows(key, start, length), raw_rows(value, start, length)
 
-    async def draws(self, item: PassItem) -> list[Draw]:
+    async def draws(self, item: PassItem) -> list[Draw] | None:
         return (await asyncio.shield(self._draws))[item]
 
 

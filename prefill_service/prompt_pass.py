@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from prad.adapters import AdaptedSpan, Adapter, PromptAdaptation
+from prad.adapters import Adapter, PromptAdaptation
 from prad.lm import Draw, LanguageModel, PackedBatch, SampleKey, sample
 from prad.lm.kv import LayerDone
 from prefill_service.generation import PromptRequest
@@ -27,28 +26,33 @@ class PassItem:
 
 def run_prompt_pass(
     model: LanguageModel, items: Sequence[PassItem], layer_done: LayerDone | None = None
-) -> list[list[Draw]]:
+) -> list[list[Draw] | None]:
     """Runs all items in one forward; returns each one's first tokens, one per choice.
 
+    None for an item whose logits are not finite: a broken adapter spoils its own request only.
     `layer_done` gets every layer's keys and values [T, kv_heads, dim], items packed in order.
     """
     sequences = [item.ids for item in items]
-    starts = accumulate((len(s) for s in sequences[:-1]), initial=0)
-    spans = [
-        AdaptedSpan(item.adapter, start, len(item.request.prompt_ids))
-        for item, start in zip(items, starts, strict=True)
-        if item.adapter is not None
-    ]
+    adaptation = PromptAdaptation.of_prompts(
+        [item.adapter for item in items],
+        [len(s) for s in sequences],
+        [len(item.request.prompt_ids) for item in items],
+        model.device,
+    )
     batch = PackedBatch.of_sequences(sequences, device=model.device, layer_done=layer_done)
     with torch.inference_mode():
-        logits = model.forward(batch, PromptAdaptation(spans, model.device) if spans else None)
-        return _first_tokens(logits, [item.request for item in items])
+        logits = model.forward(batch, adaptation)
+        sound = torch.isfinite(logits).all(dim=-1).tolist()
+        return [
+            _first_tokens(row, item.request) if ok else None
+            for row, item, ok in zip(logits, items, sound, strict=True)
+        ]
 
 
-def _first_tokens(logits: Tensor, requests: Sequence[PromptRequest]) -> list[list[Draw]]:
-    """logits [prompts, vocab]: every choice of a prompt draws from the same row, under its own key."""
-    rows = [row for row, r in enumerate(requests) for _ in range(r.choices)]
-    params = [requests[row].sampling for row in rows]
-    keys = [SampleKey(r.sampling.seed, r.prompt_index, c, 0) for r in requests for c in range(r.choices)]
-    draws = iter(sample(logits[rows], params, keys))
-    return [[next(draws) for _ in range(r.choices)] for r in requests]
+def _first_tokens(row: Tensor, request: PromptRequest) -> list[Draw]:
+    """row [vocab]: every choice draws from it, under its own key."""
+    keys = [
+        SampleKey(request.sampling.seed, request.prompt_index, choice, request.output_offset)
+        for choice in range(request.choices)
+    ]
+    return sample(row.expand(len(keys), -1), [request.sampling] * len(keys), keys)

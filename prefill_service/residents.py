@@ -2,34 +2,43 @@
 ones leave first."""
 
 import asyncio
+import logging
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from prad.adapters import Adapter, AdapterError
-from prad.artefact import Artefact, ArtefactError
+from prad.adapters import Adapter
+from prad.artefact import Artefact
 from prefill_service.errors import InternalError, OverloadedError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class _Resident:
-    adapter: Adapter
+    """loaded: done once the adapter is in memory; nbytes: what it takes, reserved before it is loaded."""
+
+    loaded: "asyncio.Future[Adapter]"
+    nbytes: int
     pins: int = 0
 
 
 class Residents:
-    """Bounded by `capacity` bytes. Keyed by digest: versions with the same files share one adapter."""
+    """Bounded by `capacity` bytes. Keyed by digest: versions with the same files share one adapter.
 
-    def __init__(self, load: Callable[[Artefact], Adapter], capacity: int) -> None:
+    `itemsize`: bytes of a parameter in memory.
+    """
+
+    def __init__(self, load: Callable[[Artefact], Adapter], capacity: int, itemsize: int) -> None:
         self._load = load
         self._capacity = capacity
+        self._itemsize = itemsize
         self._residents: OrderedDict[str, _Resident] = OrderedDict()
-        self._loading: dict[str, asyncio.Lock] = {}
 
     @property
     def nbytes(self) -> int:
-        return sum(r.adapter.nbytes for r in self._residents.values())
+        return sum(r.nbytes for r in self._residents.values())
 
     def __len__(self) -> int:
         return len(self._residents)
@@ -40,33 +49,34 @@ class Residents:
 
         Raises OverloadedError if pinned adapters leave no room, InternalError if the files do not load.
         """
-        resident = await self._resident(artefact)
+        resident = self._residents.get(artefact.digest) or self._start_loading(artefact)
+        self._residents.move_to_end(artefact.digest)
         resident.pins += 1
         try:
-            yield resident.adapter
+            yield await asyncio.shield(resident.loaded)
         finally:
             resident.pins -= 1
 
-    async def _resident(self, artefact: Artefact) -> _Resident:
-        digest = artefact.digest
-        async with self._loading.setdefault(digest, asyncio.Lock()):
-            found = self._residents.get(digest)
-            if found is None:
-                try:
-                    adapter = await asyncio.to_thread(self._load, artefact)
-                except (AdapterError, ArtefactError, OSError) as error:
-                    raise InternalError(f"the adapter {digest[:12]} does not load: {error}") from error
-                self._make_room(adapter.nbytes)
-                found = self._residents[digest] = _Resident(adapter)
-            self._residents.move_to_end(digest)
-            return found
+    def _start_loading(self, artefact: Artefact) -> _Resident:
+        nbytes = artefact.parameters * self._itemsize
+        self._make_room(nbytes)
+        loading = asyncio.create_task(self._load_one(artefact))
+        resident = self._residents[artefact.digest] = _Resident(loading, nbytes)
+        return resident
+
+    async def _load_one(self, artefact: Artefact) -> Adapter:
+        try:
+            return await asyncio.to_thread(self._load, artefact)
+        except Exception as error:
+            logger.exception("the adapter %s does not load", artefact.digest)
+            del self._residents[artefact.digest]
+            raise InternalError(f"the adapter {artefact.digest[:12]} does not load: {error}") from error
 
     def _make_room(self, nbytes: int) -> None:
         for digest, resident in list(self._residents.items()):
             if self.nbytes + nbytes <= self._capacity:
                 return
-            if resident.pins == 0:
+            if resident.pins == 0 and resident.loaded.done():
                 del self._residents[digest]
-                self._loading.pop(digest, None)
         if self._residents and self.nbytes + nbytes > self._capacity:
             raise OverloadedError("all resident adapters are in use; try again, or raise adapters_mib")

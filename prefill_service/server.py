@@ -2,9 +2,11 @@
 
 import asyncio
 import logging
+import signal
 import socket
 import uuid
 from dataclasses import dataclass
+from types import FrameType
 
 import torch
 import uvicorn
@@ -63,7 +65,7 @@ async def _serve(
         DecodeClient(settings.decode) as decode,
         AsyncRegistryClient(settings.registry, cache_dir=cache_dir, replica=replica) as registry,
     ):
-        residents = Residents(load, settings.adapters_mib * 2**20)
+        residents = Residents(load, settings.adapters_mib * 2**20, model.dtype.itemsize)
         engine = PrefillEngine(model, residents, decode, settings)
 
         async def probe(artefact: Artefact) -> None:
@@ -80,9 +82,17 @@ async def _serve(
         )
         async with asyncio.TaskGroup() as tasks:
             background = [tasks.create_task(engine.run()), tasks.create_task(follower.run())]
-            await uvicorn.Server(config).serve(sockets=[listening])
+            await _Server(config).serve(sockets=[listening])
             for task in background:
                 task.cancel()
+
+
+class _Server(uvicorn.Server):
+    """A signal ends `serve` and is then done with: uvicorn would raise it again before the rest is closed."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +105,13 @@ class _Readiness:
 
 
 def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listening = socket.socket(family, socket.SOCK_STREAM)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
     except OSError as error:
+        listening.close()
         raise CannotStartError(
             f"cannot listen on {host}:{port} ({error.strerror}); choose another --port, or stop what uses it"
         ) from error

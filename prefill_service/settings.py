@@ -46,6 +46,8 @@ class PrefillSettings(BaseSettings):
     """Prompts in the queue; further ones are refused."""
     queue_timeout_s: Annotated[float, Field(gt=0)] = 60.0
     """Seconds that a prompt waits for room at decode."""
+    request_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds from arrival to last token; a request that takes longer ends with an error."""
 
     adapters_mib: Annotated[int, Field(ge=1)] = 1024
     """Memory for resident adapters; least recently used ones leave first."""

@@ -16,7 +16,7 @@ def model_spec(fingerprint: Fingerprint) -> ModelSpec:
     return ModelSpec(fingerprint.digest, str(fingerprint.layout.dtype).removeprefix("torch."), layers)
 
 
-def open_message(request: PromptRequest, client_id: str, model: ModelSpec) -> Open:
+def open_message(request: PromptRequest, client_id: str, model: ModelSpec, deadline_unix_ms: int) -> Open:
     cached = len(request.prompt_ids) + len(request.continuation_ids)
     return Open(
         request_id=request.request_id,
@@ -28,6 +28,8 @@ def open_message(request: PromptRequest, client_id: str, model: ModelSpec) -> Op
         sampling=_sampling(request.sampling),
         choices=request.choices,
         prompt_index=request.prompt_index,
+        output_offset=request.output_offset,
+        deadline_unix_ms=deadline_unix_ms,
     )
 
 

@@ -158,10 +158,11 @@ def running_stack(
         where = ["--decode", f"127.0.0.1:{decode_port}", "--registry", registry, "--port", str(api_port)]
         stack.start("prefill", [*common, "--model", str(model), *where])
         stack.wait_until(lambda: answers(f"{registry}/ready"), 60, "the registry")
-        tasks = push_all(adapters, registry) if adapters is not None else []
         if decode_model is None:
             stack.wait_until(lambda: answers(f"{api}/ready"), 120, "prefill")
-            listed = [f"{api}/v1/models/{task}" for task in tasks]
+        if adapters is not None:
+            assert push_all(adapters, registry) == {}
+            listed = [f"{api}/v1/models/{path.name}" for path in adapters.iterdir()]
             stack.wait_until(lambda: all(map(answers, listed)), 60, "the adapters")
         with httpx.Client(base_url=api, timeout=60) as client:
             yield RunningStack(client, registry, f"127.0.0.1:{decode_port}", stack, start_decode)

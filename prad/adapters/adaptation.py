@@ -1,6 +1,7 @@
 """All adapters of one packed prompt pass, as the forward asks for them."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -31,19 +32,36 @@ class PromptAdaptation:
         for adapter in own_spans:
             shapes = tuple((name, p.shape) for name, p in sorted(adapter.parameters.items()))
             alike.setdefault((adapter.method.name, shapes), []).append(adapter)
-        self._groups = [
-            Group(
+        self._by_site: dict[Site, list[Group]] = {}
+        for adapters in alike.values():
+            group = Group(
                 adapters[0].method,
                 tuple(a.config for a in adapters),
                 tuple(a.parameters for a in adapters),
                 AdaptedRows.of_spans([own_spans[a] for a in adapters], device),
             )
-            for adapters in alike.values()
-        ]
-        self._by_site: dict[Site, list[Group]] = {}
-        for group in self._groups:
-            for site in group.method.sites(group.configs[0]):
+            for site in adapters[0].sites:
                 self._by_site.setdefault(site, []).append(group)
+
+    @classmethod
+    def of_prompts(
+        cls,
+        adapters: Sequence[Adapter | None],
+        lengths: Sequence[int],
+        prompt_lengths: Sequence[int],
+        device: torch.device | str,
+    ) -> "PromptAdaptation | None":
+        """For packed sequences of `lengths`, of which the first `prompt_lengths` rows are adapted.
+
+        None if no sequence has an adapter.
+        """
+        starts = accumulate(lengths[:-1], initial=0)
+        spans = [
+            AdaptedSpan(adapter, start, prompt)
+            for adapter, start, prompt in zip(adapters, starts, prompt_lengths, strict=True)
+            if adapter is not None
+        ]
+        return cls(spans, device) if spans else None
 
     @property
     def sites(self) -> frozenset[Site]:

@@ -59,7 +59,8 @@ def new_adapter(method: Method, config: MethodConfig, model: LanguageModel, seed
 def load_adapter(artefact: Artefact, model: LanguageModel, *, allow_other_weights: bool = False) -> Adapter:
     """Loads an artefact for `model`.
 
-    Raises AdapterError (the configuration), BaseMismatchError, UnknownMethodError, ParameterMismatchError, or MissingSiteError.
+    Raises AdapterError (its configuration), BaseMismatchError, UnknownMethodError, ParameterMismatchError,
+    or MissingSiteError.
     """
     record, fingerprint = artefact.record, model.fingerprint
     if record.base.architecture != fingerprint.architecture:

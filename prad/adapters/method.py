@@ -5,13 +5,15 @@ many adapters at once. Training uses the very same contribution, with one adapte
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
+from prad.adapters.errors import AdapterError
 from prad.adapters.rows import AdaptedRows
 from prad.lm import LanguageModel, Site
 
@@ -50,10 +52,15 @@ class Group:
     rows: AdaptedRows
 
     def stacked(self, name: str, layer: int) -> Tensor:
-        """One layer's parameter of all adapters: [adapters, ...]."""
+        """One layer's parameter for every chunk of rows: [chunks, ...]."""
         if len(self.parameters) == 1:
             return self.parameters[0][name][layer].unsqueeze(0)
-        return torch.stack([p[name][layer] for p in self.parameters])
+        layers = [p[name][layer] for p in self.parameters]
+        return torch.stack([layers[adapter] for adapter in self.rows.chunks])
+
+    def per_chunk(self, values: Sequence[float], like: Tensor) -> Tensor:
+        """One number per adapter, spread over chunks: [chunks, 1, 1] in the dtype of `like`."""
+        return like.new_tensor([values[adapter] for adapter in self.rows.chunks]).view(-1, 1, 1)
 
 
 class Method(ABC):
@@ -61,6 +68,14 @@ class Method(ABC):
 
     name: ClassVar[str]
     config_type: ClassVar[type[MethodConfig]]
+
+    def configure(self, fields: Mapping[str, Any]) -> Any:
+        """The method's configuration out of plain fields. Raises AdapterError."""
+        try:
+            return self.config_type.model_validate(fields)
+        except ValidationError as error:
+            problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            raise AdapterError(f"configuration of {self.name}: {problems}") from error
 
     @abstractmethod
     def sites(self, config: Any) -> frozenset[Site]:

@@ -46,11 +46,11 @@ class ParallelAdapter(Method):
 
     def contribute(self, group: Group, layer: int, site: Site, value: Tensor, source: Tensor) -> Tensor:
         rows = group.rows
-        hidden = torch.bmm(rows.pack(source), group.stacked("ffn.down", layer))  # [A, longest, r]
+        hidden = torch.bmm(rows.pack(source), group.stacked("ffn.down", layer))  # [chunks, longest, r]
         if group.configs[0].bias:
             hidden = hidden + group.stacked("ffn.bias", layer).unsqueeze(1)
-        packed = torch.bmm(hidden.relu(), group.stacked("ffn.up", layer))  # [A, longest, hidden]
+        packed = torch.bmm(hidden.relu(), group.stacked("ffn.up", layer))  # [chunks, longest, hidden]
         scales = [config.scale for config in group.configs]
         if any(scale != 1.0 for scale in scales):
-            packed = packed * packed.new_tensor(scales).view(-1, 1, 1)
+            packed = packed * group.per_chunk(scales, packed)
         return value.index_add(0, rows.rows, rows.unpack(packed))

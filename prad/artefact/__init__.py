@@ -12,6 +12,7 @@ from prad.artefact.files import (
 )
 from prad.artefact.schema import (
     DEFAULT_TEMPLATE,
+    PROMPT_FIELD,
     AdapterRecord,
     BaseModelRef,
     GenerationDefaults,
@@ -20,6 +21,7 @@ from prad.artefact.schema import (
 __all__ = [
     "DEFAULT_TEMPLATE",
     "FILES",
+    "PROMPT_FIELD",
     "WEIGHTS",
     "AdapterRecord",
     "Artefact",

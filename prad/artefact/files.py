@@ -8,6 +8,7 @@ README.md                   the card (optional)
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +47,11 @@ class Artefact:
     @property
     def weights(self) -> Path:
         return self.folder / WEIGHTS
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the weights are."""
+        return sum(math.prod(info.shape) for info in self.tensors.values())
 
     @property
     def files(self) -> tuple[Path, ...]:

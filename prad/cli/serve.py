@@ -37,7 +37,7 @@ def serve_command(
     """
     from rich.console import Console
 
-    from prad.cli.stack import Stack, answers
+    from prad.cli.stack import Stack, answers, require_free
 
     console = Console(stderr=True)
     data_dir = data_dir.expanduser()
@@ -46,40 +46,61 @@ def serve_command(
     named = [] if model_name is None else ["--model-name", model_name]
     decode = ["--decode", f"127.0.0.1:{decode_port}"]
     logs = data_dir / "logs"
+    for wanted in (port, registry_port, decode_port):
+        require_free(wanted)
     with _stopped_by_signals(), Stack(logs) as stack:
         with console.status("starting the registry"):
             stack.start("registry", ["--port", str(registry_port), "--data-dir", str(data_dir / "registry")])
             stack.start("decode", [*shared, "--port", str(decode_port)])
             stack.start("prefill", [*shared, *named, *decode, "--registry", registry, "--port", str(port)])
             stack.wait_until(lambda: answers(f"{registry}/ready"), 30.0, "starting the registry")
-        tasks = push_all(adapters, registry) if adapters is not None else []
         with console.status("loading the model (the first start converts it: about a minute)"):
             stack.wait_until(lambda: answers(f"{api}/ready"), _START_S, "starting")
         with console.status("verifying the adapters"):
-            stack.wait_until(
-                lambda: all(answers(f"{api}/v1/models/{task}") for task in tasks),
-                60.0,
-                "verifying the adapters",
-            )
+            failed = {} if adapters is None else push_all(adapters, registry)
+            tasks = _current_tasks(registry)
+            listed = [f"{api}/v1/models/{task}" for task in tasks]
+            stack.wait_until(lambda: all(map(answers, listed)), 60.0, "loading the adapters")
+        for name, reason in failed.items():
+            console.print(f"[red]{name} cannot be served:[/] {reason}")
         _say_what_next(console.print, api, registry, tasks, logs)
         stack.watch()
 
 
-def push_all(folder: Path, registry: str) -> list[str]:
-    """Pushes every adapter folder below `folder`; known ones stay what they are. Returns the task names."""
+def push_all(folder: Path, registry: str) -> dict[str, str]:
+    """Pushes every folder below `folder` as a version of the task of its name, and waits for its probe.
+
+    Files that were a version once stay what they are, retired ones too. Returns, for each version that
+    failed its probe, the reason.
+    """
     from contextlib import ExitStack
 
     from adapter_registry.client import RegistryClient
+    from adapter_registry.probing import wait_probed
+    from adapter_registry.versions import State
     from prad.artefact import read_artefact
 
-    tasks = []
+    failed = {}
     with RegistryClient(registry) as client:
+        known = {(t.task, v.digest) for t in client.state().tasks for v in t.versions}
         for path in sorted(p for p in folder.iterdir() if p.is_dir()):
+            artefact = read_artefact(path)
+            if (path.name, artefact.digest) in known:
+                continue
             with ExitStack() as opened:
-                files = [(f.name, opened.enter_context(f.open("rb"))) for f in read_artefact(path).files]
-                client.push(path.name, files)
-            tasks.append(path.name)
-    return tasks
+                files = [(f.name, opened.enter_context(f.open("rb"))) for f in artefact.files]
+                pushed = client.push(path.name, files)
+            seen = wait_probed(client, path.name, pushed.version, connect_seconds=60, probe_seconds=60)
+            if seen.state is State.FAILED:
+                failed[seen.name] = seen.reason
+    return failed
+
+
+def _current_tasks(registry: str) -> list[str]:
+    from adapter_registry.client import RegistryClient
+
+    with RegistryClient(registry) as client:
+        return [task.task for task in client.state().tasks if task.current is not None]
 
 
 def _say_what_next(say: Callable[..., None], api: str, registry: str, tasks: list[str], logs: Path) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -102,9 +103,19 @@ class Stack:
             service.check()
 
 
+def require_free(port: int) -> None:
+    """Raises StackError if something listens on the port of this machine already."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise StackError(f"port {port} is taken; stop what uses it, or choose another") from error
+
+
 def answers(url: str) -> bool:
     """Whether a GET of `url` answers 200."""
     try:
-        return httpx.get(url, timeout=5.0).status_code == httpx.codes.OK
+        return httpx.get(url, timeout=5.0, trust_env=False).status_code == httpx.codes.OK
     except httpx.TransportError:
         return False

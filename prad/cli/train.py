@@ -43,13 +43,14 @@ def train_command(
 
     Example:  prad train --task sentiment --data data/sentiment --out adapters/sentiment --epochs 2
     """
+    from prad.lm import served_name
     from prad.training.train import TrainSettings, train
 
     language_model, tokenizer = load_model(model, cache_dir, dtype, device)
     record = train(
         language_model,
         tokenizer,
-        model,
+        served_name(model),
         TrainSettings(
             data=data,
             out=out,

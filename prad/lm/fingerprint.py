@@ -1,8 +1,10 @@
 """Which model this is, exactly: both services compute it from the files and the hand-off compares it."""
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -10,21 +12,33 @@ from safetensors import SafetensorError, safe_open
 from prad.lm.errors import ModelNotFoundError
 from prad.lm.kv import KVLayout
 
+_IRRELEVANT = frozenset(
+    {"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "id2label", "label2id"}
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """Architecture (as an adapter must match it), SHA-256 of the weights, and the KV layout computed in."""
+    """Architecture (as an adapter must match it), SHA-256 of the weights, SHA-256 of every other setting that
+    the forward depends on, and the KV layout computed in."""
 
     architecture: str
     weights: str
+    config: str
     layout: KVLayout
 
     @property
     def digest(self) -> str:
         """SHA-256 over all parts; equal digests mean interchangeable KV caches."""
         layers = [(la.heads, la.key_dim, la.value_dim) for la in self.layout.layers]
-        text = f"{self.architecture}\n{self.weights}\n{self.layout.dtype}\n{layers}"
+        text = f"{self.architecture}\n{self.weights}\n{self.config}\n{self.layout.dtype}\n{layers}"
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def config_digest(config: Any) -> str:
+    """SHA-256 over a transformers configuration, without what does not change the forward."""
+    settings = {k: v for k, v in config.to_dict().items() if k not in _IRRELEVANT and not k.startswith("_")}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def weights_digest(folder: Path) -> str:

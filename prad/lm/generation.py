@@ -53,7 +53,7 @@ def generate(
     model: LanguageModel,
     prompts: Sequence[Sequence[int]],
     params: SamplingParams,
-    adapt: Callable[[Sequence[int]], Adaptation] | None = None,
+    adapt: Callable[[Sequence[int]], Adaptation | None] | None = None,
 ) -> list[list[int]]:
     """Output ids of every prompt, the stop id left out.
 

@@ -19,7 +19,7 @@ from prad.lm import attention
 from prad.lm.attention import Ragged
 from prad.lm.batch import PackedBatch
 from prad.lm.errors import ModelNotFoundError, UnsupportedModelError
-from prad.lm.fingerprint import Fingerprint, weights_digest
+from prad.lm.fingerprint import Fingerprint, config_digest, weights_digest
 from prad.lm.kv import KVLayout, LayerKV, PromptKV
 from prad.lm.sites import Adaptation, tapped
 from prad.lm.support import max_context, require_servable
@@ -41,7 +41,8 @@ class LanguageModel:
         self.num_layers: int = self.config.num_hidden_layers
         self.max_context = max_context(self.config)
         self._one_pass = threading.Lock()
-        self.fingerprint = Fingerprint(architecture(self.config), weights, self._probe())
+        settings = config_digest(self.config)
+        self.fingerprint = Fingerprint(architecture(self.config), weights, settings, self._probe())
 
     @classmethod
     def load(
@@ -52,7 +53,7 @@ class LanguageModel:
         Raises ModelNotFoundError (no model there) or UnsupportedModelError (not plain K and V).
         """
         try:
-            config = AutoConfig.from_pretrained(folder)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ModelNotFoundError(f"{folder} holds no model that can be read: {error}") from error
         require_servable(config)
@@ -64,6 +65,7 @@ class LanguageModel:
                 dtype=dtype,
                 attn_implementation=attention.NAME,
                 use_safetensors=True,
+                trust_remote_code=False,
                 output_loading_info=True,
             )
         if report["missing_keys"]:  # transformers would go on with random numbers

@@ -1,6 +1,6 @@
 """From a model's name to a folder of safetensors that any number of processes map.
 
-A name is a folder, a `.gguf` file, the default model's name, or a Hugging Face id, tried in this order.
+A name is the default model's, a folder, a `.gguf` file, or a Hugging Face id, tried in this order.
 """
 
 import importlib.util
@@ -19,6 +19,8 @@ def resolve_model(name: str, cache_dir: Path) -> Path:
 
     Raises ModelNotFoundError with what was tried.
     """
+    if name == DEFAULT_MODEL:
+        return convert_gguf(_default_gguf(), cache_dir)
     path = Path(name).expanduser()
     if path.is_dir():
         return path
@@ -26,8 +28,6 @@ def resolve_model(name: str, cache_dir: Path) -> Path:
         if not path.is_file():
             raise ModelNotFoundError(f"there is no file {path}")
         return convert_gguf(path, cache_dir)
-    if name == DEFAULT_MODEL:
-        return convert_gguf(_default_gguf(), cache_dir)
     return _from_hub(name)
 
 

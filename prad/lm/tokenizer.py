@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from prad.lm.errors import UnsupportedModelError
+
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _MOST_PENDING = 8
 """Tokens after which bytes that still make no character never will: one takes at most four."""
@@ -15,10 +17,13 @@ class Tokenizer:
     """The model's tokenizer, with prompt and completion tokenised separately (DESIGN: the boundary)."""
 
     def __init__(self, folder: Path) -> None:
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
     @property
     def eos_id(self) -> int:
+        """Raises UnsupportedModelError if there is none."""
+        if self._tokenizer.eos_token_id is None:
+            raise UnsupportedModelError("the tokenizer names no end-of-sequence token")
         return int(self._tokenizer.eos_token_id)
 
     @property

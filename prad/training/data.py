@@ -1,13 +1,13 @@
 """From JSONL to packed training batches; the prompt ids are those that serving computes."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from prad.artefact import AdapterRecord
@@ -23,7 +23,7 @@ class Example(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
-    prompt: str
+    prompt: Annotated[str, Field(min_length=1)]
     completion: str
     label: str | None = None
     references: list[str] | None = None
@@ -43,21 +43,26 @@ class TokenisedExample:
 
 def read_examples(path: Path, limit: int | None = None) -> list[Example]:
     """Reads {"prompt", "completion"} lines. Raises DataError."""
+    examples = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with path.open("rb") as lines:  # bytes: a line ends at \n alone, not at every separator of Unicode
+            for number, line in enumerate(islice(lines, limit), start=1):
+                try:
+                    examples.append(Example.model_validate_json(line))
+                except ValidationError as error:
+                    problems = "; ".join(f"{_where(e['loc'])}: {e['msg']}" for e in error.errors())
+                    raise DataError(
+                        f'{path}:{number}: expected {{"prompt": text, "completion": text}}: {problems}'
+                    ) from error
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
-    examples = []
-    for number, line in enumerate(lines[:limit], start=1):
-        try:
-            examples.append(Example.model_validate(json.loads(line)))
-        except (ValidationError, ValueError) as error:
-            raise DataError(
-                f'{path}:{number}: expected {{"prompt": text, "completion": text}}: {error}'
-            ) from error
     if not examples:
         raise DataError(f"{path} holds no examples")
     return examples
+
+
+def _where(location: tuple[int | str, ...]) -> str:
+    return ".".join(map(str, location)) or "line"
 
 
 def tokenise(
@@ -71,15 +76,18 @@ def tokenise(
     """Prompt inside the template, completion as " " + text + EOS, each tokenised alone.
 
     Longer prompts keep their last `max_prompt` ids, as `truncate_prompt_tokens` does in serving; longer
-    completions lose their end, EOS included.
+    completions lose their end, EOS included. Raises DataError for a prompt without ids.
     """
-    return [
-        TokenisedExample(
-            tuple(tokenizer.encode_prompt(record.wrap(e.prompt))[-max_prompt:]),
-            tuple(tokenizer.encode_completion(e.completion)[:max_completion]),
-        )
-        for e in examples
-    ]
+    tokenised = []
+    for number, example in enumerate(examples, start=1):
+        prompt = tokenizer.encode_prompt(record.wrap(example.prompt))[-max_prompt:]
+        if not prompt:
+            raise DataError(
+                f"example {number} has an empty prompt: there is nothing for an adapter to act on"
+            )
+        completion = tokenizer.encode_completion(example.completion)[:max_completion]
+        tokenised.append(TokenisedExample(tuple(prompt), tuple(completion)))
+    return tokenised
 
 
 def collate(examples: Sequence[TokenisedExample]) -> dict[str, Any]:

@@ -1,15 +1,14 @@
 """`prad eval`: an adapter's answers on a file of examples, scored as the file allows."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from rich.progress import track
 from sacrebleu.metrics.bleu import BLEU
 
-from prad.adapters import AdaptedSpan, Adapter, PromptAdaptation
+from prad.adapters import Adapter, AdapterError, PromptAdaptation
 from prad.artefact import AdapterRecord
 from prad.lm import LanguageModel, SamplingParams, Tokenizer, generate
 from prad.training.data import Example, read_examples
@@ -37,27 +36,32 @@ def evaluate(
 ) -> Evaluation:
     """Greedy answers to the prompts of `data` inside the record's template; adapter None: the plain model.
 
-    Scores: accuracy where examples have labels, BLEU over all references otherwise, exact match always.
-    Raises DataError.
+    Answers are what serving gives: one leading space and what follows a stop string are left out. Prompts
+    keep their last ids, as in training. Scores: accuracy where all examples have labels, else BLEU over all
+    references and exact match. Raises DataError, or AdapterError for a chat template.
     """
+    if record.chat_template:
+        raise AdapterError("an adapter trained on the chat template can be served, but not evaluated yet")
     examples = read_examples(data, limit)
     params = SamplingParams(max_tokens=record.generation.max_tokens or 64, stop_ids=stop_ids)
+    longest = model.max_context - params.max_tokens
+
+    def adapt(lengths: Sequence[int]) -> PromptAdaptation | None:
+        return PromptAdaptation.of_prompts([adapter] * len(lengths), lengths, lengths, model.device)
+
     answers: list[str] = []
     for start in track(range(0, len(examples), batch), description="evaluating", transient=True):
-        prompts = [tokenizer.encode_prompt(record.wrap(e.prompt)) for e in examples[start : start + batch]]
-        adapt = None if adapter is None else _over_prompts(adapter, model)
+        some = examples[start : start + batch]
+        prompts = [tokenizer.encode_prompt(record.wrap(e.prompt))[-longest:] for e in some]
         outputs = generate(model, prompts, params, adapt)
-        answers.extend(tokenizer.decode(ids).strip() for ids in outputs)
+        answers.extend(_settle(tokenizer.decode(ids), record.generation.stop) for ids in outputs)
     return Evaluation(len(examples), _score(examples, answers), tuple(answers))
 
 
-def _over_prompts(adapter: Adapter, model: LanguageModel) -> Callable[[Sequence[int]], PromptAdaptation]:
-    def adapt(lengths: Sequence[int]) -> PromptAdaptation:
-        starts = accumulate(lengths[:-1], initial=0)
-        spans = [AdaptedSpan(adapter, s, n) for s, n in zip(starts, lengths, strict=True)]
-        return PromptAdaptation(spans, model.device)
-
-    return adapt
+def _settle(text: str, stop: Sequence[str]) -> str:
+    for string in stop:
+        text = text.split(string, 1)[0]
+    return text.removeprefix(" ")
 
 
 def _score(examples: Sequence[Example], answers: Sequence[str]) -> dict[str, float]:

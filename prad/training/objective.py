@@ -1,13 +1,12 @@
 """The training objective: one packed forward, the adapter on prompt rows only, loss on the completion."""
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from prad.adapters import AdaptedSpan, Adapter, PromptAdaptation
+from prad.adapters import Adapter, PromptAdaptation
 from prad.lm import LanguageModel, PackedBatch, PromptKV, Ragged
 
 
@@ -45,10 +44,8 @@ class PromptTuning(nn.Module):
         """Mean cross entropy over labels [N]; the LM head is computed for label_rows [N] only."""
         (model,) = self._frozen
         positions = torch.cat([torch.arange(n, device=ids.device) for n in lengths])
-        kv = PromptKV(Ragged.of(lengths, ids.device))
-        batch = PackedBatch(ids, positions, kv, label_rows)
-        adapter = self.adapter
-        starts = accumulate(lengths[:-1], initial=0)
-        spans = [AdaptedSpan(adapter, s, n) for s, n in zip(starts, prompt_lengths, strict=True)]
-        logits = model.forward(batch, PromptAdaptation(spans, ids.device))
+        batch = PackedBatch(ids, positions, PromptKV(Ragged.of(lengths, ids.device)), label_rows)
+        adapters = [self.adapter] * len(lengths)
+        adaptation = PromptAdaptation.of_prompts(adapters, lengths, prompt_lengths, ids.device)
+        logits = model.forward(batch, adaptation)
         return {"loss": cross_entropy(logits.float(), labels)}

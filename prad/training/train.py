@@ -12,9 +12,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from prad import __version__
 from prad.adapters import find_method, new_adapter, save_parameters
-from prad.artefact import AdapterRecord, BaseModelRef, GenerationDefaults, write_record
+from prad.artefact import PROMPT_FIELD, AdapterRecord, BaseModelRef, GenerationDefaults, write_record
 from prad.lm import LanguageModel, Tokenizer
-from prad.training.data import collate, read_examples, tokenise
+from prad.training.data import DataError, collate, read_examples, tokenise
 from prad.training.objective import PromptTuning
 
 CHECKPOINTS = "checkpoints"
@@ -59,7 +59,7 @@ def train(
     Raises DataError, AdapterError or MissingSiteError.
     """
     method = find_method(settings.method)
-    config = method.config_type.model_validate(settings.config)
+    config = method.configure(settings.config)
     module = PromptTuning(model, new_adapter(method, config, model, settings.seed)).to(model.device)
     record = _record(model, base_name, settings, config.model_dump())
     limits = {"max_prompt": settings.max_prompt, "max_completion": settings.max_completion}
@@ -72,10 +72,8 @@ def train(
         eval_dataset=tokenise(validation, tokenizer, record, **limits),
         data_collator=collate,
     )
-    checkpoints = settings.out / CHECKPOINTS
-    last = get_last_checkpoint(str(checkpoints)) if settings.resume and checkpoints.is_dir() else None
     started = time.monotonic()
-    result = trainer.train(resume_from_checkpoint=last)
+    result = trainer.train(resume_from_checkpoint=_last_checkpoint(settings))
     seconds = time.monotonic() - started
 
     save_parameters(module.adapter.parameters, settings.out, model.dtype)
@@ -93,8 +91,20 @@ def train(
     }
     record = record.model_copy(update={"training": record.training | outcome})
     write_record(settings.out, record)
-    shutil.rmtree(checkpoints)
+    shutil.rmtree(settings.out / CHECKPOINTS)
     return record
+
+
+def _last_checkpoint(settings: TrainSettings) -> str | None:
+    """Raises DataError if checkpoints of an earlier run would be mixed with those of this one."""
+    folder = settings.out / CHECKPOINTS
+    for unfinished in folder.glob("checkpoint-*"):  # Trainer writes the state last
+        if not (unfinished / "trainer_state.json").is_file():
+            shutil.rmtree(unfinished)
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if last is not None and not settings.resume:
+        raise DataError(f"{folder} holds checkpoints of an earlier run; go on with --resume, or remove it")
+    return last
 
 
 def _tokens(examples: list[Any]) -> int:
@@ -105,6 +115,8 @@ def _record(
     model: LanguageModel, base_name: str, settings: TrainSettings, config: dict[str, Any]
 ) -> AdapterRecord:
     fields: dict[str, Any] = {} if settings.template is None else {"template": settings.template}
+    if settings.template is not None and settings.template.count(PROMPT_FIELD) != 1:
+        raise DataError(f"a template holds {PROMPT_FIELD} exactly once, got {settings.template!r}")
     return AdapterRecord(
         method=settings.method,
         config=config,

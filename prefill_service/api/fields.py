@@ -63,7 +63,7 @@ def _content(value: Any) -> str:
 def _top_k(value: Any) -> int | None:
     if value is None:
         return None
-    if type(value) is not int or value < -1:
+    if type(value) is not int or not -1 <= value < 2**31:
         raise expected("a whole number of at least 1, or 0 or -1 to switch it off", value)
     return max(value, 0)
 
