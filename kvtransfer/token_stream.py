@@ -31,6 +31,7 @@ class TokenStream:
         self._settings = settings
         self._call: Any = None
         self._session = ""
+        self._connected = False
         self._received = 0
         self._closed = False
         self._done = 0
@@ -40,6 +41,11 @@ class TokenStream:
         self._said: deque[Cancel] = deque(maxlen=_REMEMBERED_CANCELS)
         self._to_say = asyncio.Event()
         self._speaker: asyncio.Task[None] | None = None
+
+    @property
+    def connected(self) -> bool:
+        """False while a broken connection is being made again."""
+        return self._connected
 
     async def __aenter__(self) -> Self:
         return self
@@ -58,6 +64,7 @@ class TokenStream:
             except LostError as error:
                 if self._closed:
                     raise _GoneError("this stream was closed") from error
+                self._connected = False
                 await self._reattach()
                 continue
             frame = codec.frame_from_proto(message.frame)
@@ -95,6 +102,7 @@ class TokenStream:
             call.cancel()
             raise _GoneError("decode has given up this client's sequences")
         self._session, self._call = session, call
+        self._connected = True
         self._acknowledged = self._received
         self._cancels.extendleft(reversed(self._said))
         self._said.clear()

@@ -56,7 +56,13 @@ class DecodeLink:
     @property
     def trouble(self) -> str | None:
         """Why nothing can be handed over now; None if it can."""
-        return None if self._stream is not None else self._trouble
+        if self._stream is None:
+            return self._trouble
+        return (
+            None
+            if self._stream.connected
+            else f"reconnecting to the decode service at {self._client.address}"
+        )
 
     async def run(self) -> None:
         """Attaches, receives, and attaches anew after a loss, until cancelled."""

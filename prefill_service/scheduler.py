@@ -40,7 +40,7 @@ class PromptScheduler(Generic[T]):
         self._queue.appendleft(waiting)
 
     def remove(self, job: T) -> None:
-        self._queue = deque(w for w in self._queue if w.job is not job)
+        self._queue = deque(w for w in self._queue if w.job != job)
 
     def next_due(self) -> float | None:
         """When the head of the queue may run; None if nothing waits."""

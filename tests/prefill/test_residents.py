@@ -1,0 +1,76 @@
+"""The adapters in memory: shared, bounded, least recently used out first, pinned ones never."""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import random_artefact
+
+from prad.adapters import Adapter, load_adapter
+from prad.artefact import Artefact
+from prad.lm import LanguageModel
+from prefill_service.errors import InternalError, OverloadedError
+from prefill_service.residents import Residents
+
+
+class Loader:
+    def __init__(self, model: LanguageModel) -> None:
+        self._model = model
+        self.loaded: list[str] = []
+
+    def __call__(self, artefact: Artefact) -> Adapter:
+        self.loaded.append(artefact.digest)
+        return load_adapter(artefact, self._model)
+
+
+@pytest.fixture
+def setting(load_tiny: Callable[[str], LanguageModel], tmp_path: Path) -> tuple[Loader, list[Artefact]]:
+    model = load_tiny("llama")
+    return Loader(model), [random_artefact(tmp_path / str(i), model, i) for i in range(3)]
+
+
+async def use(residents: Residents, artefact: Artefact) -> None:
+    async with residents.pinned(artefact) as adapter:
+        assert adapter.nbytes == artefact.parameters * 4
+
+
+async def test_concurrent_users_share_one_load(setting: tuple[Loader, list[Artefact]]) -> None:
+    loader, (red, *_) = setting
+    residents = Residents(loader, 1 << 30, 4)
+    await asyncio.gather(*(use(residents, red) for _ in range(5)))
+    assert loader.loaded == [red.digest]
+    assert (len(residents), residents.nbytes) == (1, red.parameters * 4)
+
+
+async def test_the_least_recently_used_leaves(setting: tuple[Loader, list[Artefact]]) -> None:
+    loader, (red, green, blue) = setting
+    residents = Residents(loader, 2 * red.parameters * 4, 4)
+    for artefact in (red, green, red, blue, red, green):
+        await use(residents, artefact)
+    assert loader.loaded == [red.digest, green.digest, blue.digest, green.digest]
+
+
+async def test_pinned_adapters_stay_and_a_newcomer_is_told(
+    setting: tuple[Loader, list[Artefact]],
+) -> None:
+    loader, (red, green, _) = setting
+    residents = Residents(loader, red.parameters * 4, 4)
+    async with residents.pinned(red):
+        with pytest.raises(OverloadedError):
+            await use(residents, green)
+        await use(residents, red)
+    await use(residents, green)
+    assert loader.loaded == [red.digest, green.digest]
+
+
+async def test_files_that_do_not_load_are_an_error_each_time(
+    setting: tuple[Loader, list[Artefact]],
+) -> None:
+    loader, (red, *_) = setting
+    residents = Residents(loader, 1 << 30, 4)
+    red.weights.unlink()
+    for _ in range(2):
+        with pytest.raises(InternalError, match="does not load"):
+            await use(residents, red)
+    assert (len(residents), residents.nbytes) == (0, 0)
