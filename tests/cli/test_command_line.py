@@ -1,0 +1,102 @@
+"""What the command says: help, mistakes in one line, no traceback for what a person can mend."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from prad import __version__
+from prad.lm import LanguageModel
+from tests.conftest import random_artefact
+
+ENVIRONMENT = os.environ | {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb", "HF_HUB_OFFLINE": "1"}
+
+
+def prad(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "prad", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+
+
+def one_line(text: str) -> str:
+    """The only line of what was said; a traceback would be many."""
+    (line,) = [line for line in text.splitlines() if line.strip()]
+    return line
+
+
+@pytest.mark.parametrize(
+    ("command", "mentioned"),
+    [
+        ((), ["serve", "prefill", "decode", "registry", "adapter", "train", "eval"]),
+        (("serve",), ["prad serve --adapters examples/adapters", "--port", "--registry-port", "--data-dir"]),
+        (
+            ("train",),
+            ["prad train --task sentiment --data", "--eval-every", "--resume", "--seed", "--template"],
+        ),
+        (("decode",), ["PRAD_DECODE_", "--kv-cache-mib", "--block-size", "--max-sequences", "--port"]),
+        (("registry",), ["PRAD_REGISTRY_", "--data-dir", "--port"]),
+        (("eval",), ["prad eval --adapter", "--data"]),
+        (("adapter",), ["push", "promote", "retire"]),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, tuple) else "",
+)
+def test_help(command: tuple[str, ...], mentioned: list[str]) -> None:
+    ended = prad(*command, "--help")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    for word in mentioned:
+        assert word in ended.stdout
+
+
+def test_version() -> None:
+    assert prad("version").stdout.strip() == __version__
+
+
+def test_an_unknown_flag_of_a_service_is_named() -> None:
+    ended = prad("registry", "--no-such-flag", "3")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.splitlines()[-1].startswith("prad registry: error: unrecognized arguments: --no-such")
+
+
+@pytest.mark.parametrize("command", ["serve", "train", "eval"])
+def test_an_unknown_flag_of_a_command_is_named(command: str) -> None:
+    ended = prad(command, "--no-such-flag", "3")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert "No such option: --no-such-flag" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_wrong_values_are_one_line_each() -> None:
+    ended = prad("registry", "--port", "many", "--max-upload-mib", "-1")
+    assert ended.returncode == 2
+    port, upload = ended.stderr.splitlines()
+    assert port.startswith("error: --port: ")
+    assert "'many'" in port
+    assert upload.startswith("error: --max-upload-mib: ")
+
+
+def test_a_missing_model_is_one_line(tmp_path: Path) -> None:
+    where = ["--port", "0", "--cache-dir", tmp_path]
+    ended = prad("decode", *where, "--model", "no-such-org/no-such-model")
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1].startswith("error: 'no-such-org/no-such-model' is not a folder")
+    assert "Traceback" not in ended.stderr
+
+
+def test_mistakes_of_train_and_eval_are_one_line(
+    tiny_model: Callable[[str], Path], load_tiny: Callable[[str], LanguageModel], tmp_path: Path
+) -> None:
+    model = ["--model", str(tiny_model("llama")), "--dtype", "float32"]
+    (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "t1", "completion": "t2"}) + "\n{}\n")
+    (tmp_path / "validation.jsonl").write_text("")
+    ended = prad("train", "--task", "t", "--data", tmp_path, "--out", tmp_path / "out", *model)
+    assert ended.returncode == 1
+    assert one_line(ended.stderr).startswith(f"error: {tmp_path / 'train.jsonl'}:2: expected")
+
+    artefact = random_artefact(tmp_path / "adapter", load_tiny("gpt2"), seed=1)
+    ended = prad("eval", "--adapter", artefact.folder, "--data", tmp_path / "train.jsonl", *model)
+    assert ended.returncode == 1
+    assert "trained for architecture [gpt2" in one_line(ended.stderr)
+    assert not (tmp_path / "out").exists()

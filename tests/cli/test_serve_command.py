@@ -1,0 +1,134 @@
+"""`prad serve` as a person runs it: it tells what is wrong, and leaves nothing behind however it ends."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from prad.cli.stack import answers
+from tests.conftest import free_ports
+
+SERVICES = ("registry", "decode", "prefill")
+
+
+@dataclass(frozen=True)
+class Command:
+    """`prad serve`, and what it has said to stderr."""
+
+    process: "subprocess.Popen[bytes]"
+    log: Path
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text()
+
+
+@contextmanager
+def serving(model: Path, root: Path, api: int, registry: int, decode: int) -> Iterator[Command]:
+    """Fails if the command leaves a child behind, however it ends."""
+    ports = ["--port", str(api), "--registry-port", str(registry), "--decode-port", str(decode)]
+    kept = ["--data-dir", str(root / "data"), "--cache-dir", str(root / "cache")]
+    command = [sys.executable, "-m", "prad", "serve", "--model", str(model), "--dtype", "float32"]
+    with (root / "stderr").open("wb") as stderr:
+        process = subprocess.Popen(
+            [*command, *ports, *kept],
+            stderr=stderr,
+            env=os.environ | {"COLUMNS": "200", "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
+    try:
+        yield Command(process, root / "stderr")
+        process.wait()
+        assert children(root) == {}, "children were left behind"
+    finally:
+        process.kill()
+        process.wait()
+        for child in children(root).values():
+            child.kill()
+
+
+def children(root: Path) -> dict[str, psutil.Process]:
+    """The running services of this test by name, known by their folders; orphans included."""
+    found = {}
+    for process in psutil.process_iter(["cmdline", "status"]):
+        words = process.info["cmdline"] or []
+        if any(str(root) in word for word in words) and process.info["status"] != psutil.STATUS_ZOMBIE:
+            found |= {name: process for name in SERVICES if name in words}
+    return found
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Waits for something that must come; the test's own time-out ends a wait in vain."""
+    while not condition():
+        time.sleep(0.02)
+
+
+def alive(process: psutil.Process) -> bool:
+    return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+
+
+@pytest.fixture
+def model(tiny_model: Callable[[str], Path]) -> Path:
+    return tiny_model("llama")
+
+
+def test_ctrl_c_stops_the_last_started_first(model: Path, tmp_path: Path) -> None:
+    api, *others = free_ports(3)
+    with serving(model, tmp_path, api, *others) as serve:
+        until(lambda: serve.process.poll() is not None or "Ctrl-C stops everything" in serve.said)
+        assert serve.process.poll() is None, serve.said
+        assert f"http://127.0.0.1:{api}" in serve.said
+        assert answers(f"http://127.0.0.1:{api}/ready")
+        running = children(tmp_path)
+        assert set(running) == set(SERVICES)
+        serve.process.send_signal(signal.SIGINT)
+        while any(map(alive, running.values())):
+            registry, decode = alive(running["registry"]), alive(running["decode"])
+            # asked after the two above: whoever lives now lived then
+            assert registry or not alive(running["decode"]), "the registry ended before decode"
+            assert decode or not alive(running["prefill"]), "decode ended before prefill"
+            time.sleep(0.01)
+        assert serve.process.wait() == 130
+        assert "Traceback" not in serve.said
+
+
+def test_sigterm_while_it_starts(model: Path, tmp_path: Path) -> None:
+    with serving(model, tmp_path, *free_ports(3)) as serve:
+        until(lambda: len(children(tmp_path)) == 3)
+        serve.process.send_signal(signal.SIGTERM)
+        # met in certain imports, the interrupt makes Python die of SIGINT itself; shells show 130 for both
+        assert serve.process.wait() in (130, -signal.SIGINT)
+        assert "Traceback" not in serve.said
+
+
+def test_a_second_ctrl_c_kills_whoever_hangs(model: Path, tmp_path: Path) -> None:
+    with serving(model, tmp_path, *free_ports(3)) as serve:
+        until(lambda: len(children(tmp_path)) == 3)
+        children(tmp_path)["prefill"].suspend()  # it cannot heed the request to stop
+        serve.process.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            serve.process.wait(1)
+        serve.process.send_signal(signal.SIGINT)
+        assert serve.process.wait() == 130
+        assert "Traceback" not in serve.said
+
+
+@pytest.mark.parametrize("taken", [0, 2], ids=["the API's port", "decode's port"])
+def test_a_taken_port_is_said_clearly(taken: int, model: Path, tmp_path: Path) -> None:
+    ports = free_ports(3)
+    with (
+        socket.create_server(("127.0.0.1", ports[taken])),
+        serving(model, tmp_path, *ports) as serve,
+    ):
+        assert serve.process.wait() == 1
+        assert str(ports[taken]) in serve.said
+        assert "Traceback" not in serve.said
