@@ -130,9 +130,9 @@ def test_greedy_ties_take_the_lowest_id(dtype: torch.dtype) -> None:
     assert [d.token for d in drawn] == [17, 49_998, 0]
 
 
-@pytest.mark.parametrize("filters", [{"top_k": 2}, {"top_p": 0.3}])
+@pytest.mark.parametrize("filters", [{"top_k": 2}, {"top_p": 0.3}, {"top_p": 0.5}])
 def test_ties_at_the_edge_of_a_filter_keep_the_lowest_ids(filters: dict[str, float]) -> None:
-    row = torch.full((1, 6), -20.0)
+    row = torch.full((1, 6), float("-inf"))
     row[0, [1, 3, 4, 5]] = 2.0  # a quarter each
     params = SamplingParams(1, temperature=1.0, **filters)
     keys = [SampleKey(0, 0, 0, i) for i in range(300)]

@@ -1,12 +1,15 @@
 """The digest says which weights these are, however they are spread over files."""
 
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from prad.lm import KVLayout, LayerKV, ModelNotFoundError
+from prad.lm import KVLayout, LanguageModel, LayerKV, ModelNotFoundError
 from prad.lm.fingerprint import Fingerprint, weights_digest
 
 WEIGHTS = {"a.weight": torch.arange(6.0).view(2, 3), "b.weight": torch.ones(4), "c.bias": torch.zeros(3)}
@@ -60,15 +63,43 @@ def test_pickled_weights_are_refused(tmp_path: Path) -> None:
         weights_digest(tmp_path)
 
 
-def test_the_layout_and_its_dtype_are_part_of_it() -> None:
+def test_every_part_counts() -> None:
     layer = LayerKV(2, 8, 8)
+    layout = KVLayout((layer, layer), torch.float32)
     prints = [
-        Fingerprint("llama", "w", KVLayout((layer, layer), torch.float32)),
-        Fingerprint("llama", "w", KVLayout((layer, layer), torch.bfloat16)),
-        Fingerprint("llama", "w", KVLayout((layer,), torch.float32)),
-        Fingerprint("llama", "w", KVLayout((layer, LayerKV(2, 8, 4)), torch.float32)),
-        Fingerprint("llama", "v", KVLayout((layer, layer), torch.float32)),
-        Fingerprint("gpt2", "w", KVLayout((layer, layer), torch.float32)),
+        Fingerprint("llama", "w", "c", layout),
+        Fingerprint("gpt2", "w", "c", layout),
+        Fingerprint("llama", "v", "c", layout),
+        Fingerprint("llama", "w", "d", layout),
+        Fingerprint("llama", "w", "c", KVLayout((layer, layer), torch.bfloat16)),
+        Fingerprint("llama", "w", "c", KVLayout((layer,), torch.float32)),
+        Fingerprint("llama", "w", "c", KVLayout((layer, LayerKV(2, 8, 4)), torch.float32)),
     ]
     assert len({p.digest for p in prints}) == len(prints)
-    assert prints[0].digest == Fingerprint("llama", "w", KVLayout((layer, layer), torch.float32)).digest
+    assert prints[0].digest == Fingerprint("llama", "w", "c", layout).digest
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "matters"),
+    [
+        ("rms_norm_eps", 1e-3, True),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": 5e5}, True),
+        ("hidden_act", "gelu", True),
+        ("transformers_version", "5.0.0", False),
+        ("dtype", "bfloat16", False),
+        ("architectures", ["Other"], False),
+    ],
+)
+def test_settings_count_where_the_forward_depends_on_them(
+    setting: str, value: object, matters: bool, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """The same weights under another setting are another model."""
+    shutil.copytree(tiny_model("llama"), tmp_path / "copy")
+    path = tmp_path / "copy" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {setting: value}))
+    one, other = (
+        LanguageModel.load(folder, dtype=torch.float32).fingerprint
+        for folder in (tiny_model("llama"), tmp_path / "copy")
+    )
+    assert one.weights == other.weights
+    assert (one.digest != other.digest) is matters
