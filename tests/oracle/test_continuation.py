@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_artefact
-from reference import Fault, Reference
 
 from prad.adapters import load_adapter
 from prad.lm import LanguageModel, SamplingParams
 from prefill_service.generation import PromptRequest
 from prefill_service.prompt_pass import PassItem, run_prompt_pass
+from tests.conftest import random_artefact
+from tests.oracle.reference import Fault, Reference
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

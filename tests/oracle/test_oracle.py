@@ -11,11 +11,11 @@ from typing import Any
 
 import httpx
 import pytest
-from comparing import OracleMismatchError, Served, body, check, served
-from conftest import random_artefact, running_stack
-from reference import Fault, Reference
 
 from prad.lm import LanguageModel
+from tests.conftest import random_artefact, running_stack
+from tests.oracle.comparing import OracleMismatchError, Served, body, check, served
+from tests.oracle.reference import Fault, Reference
 
 TASKS = {"red": 8, "green": 8, "blue": 12}  # rank: adapters of one and of several shapes share a pass
 PROMPT_LENGTHS = (1, 2, 15, 16, 17, 31, 33, 47)

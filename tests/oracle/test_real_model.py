@@ -4,12 +4,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from comparing import CLEAR, TOLERANCE
-from conftest import running_stack
-from reference import Reference
 
 from prad.artefact import read_artefact
 from prad.lm import DEFAULT_MODEL, Tokenizer, resolve_model
+from tests.conftest import running_stack
+from tests.oracle.comparing import CLEAR, TOLERANCE
+from tests.oracle.reference import Reference
 
 ADAPTERS = Path(__file__).parents[2] / "examples" / "adapters"
 STEPS = 32

@@ -5,13 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import random_artefact
 
 from prad.adapters import Adapter, load_adapter
 from prad.artefact import Artefact
 from prad.lm import LanguageModel
 from prefill_service.errors import InternalError, OverloadedError
 from prefill_service.residents import Residents
+from tests.conftest import random_artefact
 
 
 class Loader:

@@ -15,11 +15,11 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import free_ports
-from reference import Reference
 
 from prad.artefact import read_artefact
 from prad.lm import DEFAULT_MODEL, Tokenizer, resolve_model
+from tests.conftest import free_ports
+from tests.oracle.reference import Reference
 
 BF16_TOLERANCE = 0.5
 """Logits: how far below the reference's maximum a served token may lie."""

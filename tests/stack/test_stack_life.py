@@ -10,7 +10,6 @@ from typing import Any
 import grpc
 import httpx
 import pytest
-from conftest import RunningStack, random_artefact, running_stack
 
 from adapter_registry.client import RegistryClient
 from adapter_registry.versions import State
@@ -18,6 +17,7 @@ from kvtransfer.proto import handoff_pb2 as pb
 from kvtransfer.proto.handoff_pb2_grpc import DecodeStub
 from prad.cli.stack import answers
 from prad.lm import LanguageModel
+from tests.conftest import RunningStack, random_artefact, running_stack
 
 PROMPT = [5, 17, 40, 3, 99, 23]
 
