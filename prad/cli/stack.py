@@ -2,13 +2,15 @@
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Self
 
 import httpx
@@ -65,7 +67,7 @@ class Stack:
         log = self._logs / f"{name}.log"
         # threads that wait for work must not spin: the services share the cores
         environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
-        with log.open("wb") as file:
+        with log.open("wb") as file, _signals_later():
             process = subprocess.Popen(
                 [sys.executable, "-m", "prad", name, *arguments],
                 stdin=subprocess.DEVNULL,
@@ -74,7 +76,7 @@ class Stack:
                 env=environment,
                 start_new_session=True,
             )
-        self._services.append(Service(name, process, log))
+            self._services.append(Service(name, process, log))
 
     def kill(self, name: str) -> None:
         """Ends a child at once, without a chance to tidy up, and watches it no longer."""
@@ -101,6 +103,24 @@ class Stack:
     def check(self) -> None:
         for service in self._services:
             service.check()
+
+
+@contextlib.contextmanager
+def _signals_later() -> Iterator[None]:
+    """Signals that arrive inside are raised behind it: no child is started without being known."""
+    arrived: list[int] = []
+
+    def note(number: int, _: FrameType | None) -> None:
+        arrived.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for arrived_number in arrived:
+            signal.raise_signal(arrived_number)
 
 
 def require_free(port: int) -> None:
