@@ -44,7 +44,14 @@ CONFIGS: dict[str, Any] = {
         bos_token_id=None,
     ),
     "gpt2": lambda: GPT2Config(
-        vocab_size=VOCAB, n_embd=48, n_layer=4, n_head=4, n_positions=512, eos_token_id=EOS, bos_token_id=None
+        vocab_size=VOCAB,
+        n_embd=48,
+        n_layer=4,
+        n_head=4,
+        n_positions=512,
+        eos_token_id=EOS,
+        bos_token_id=None,
+        tie_word_embeddings=False,
     ),
     "mistral": lambda: MistralConfig(
         vocab_size=VOCAB,
