@@ -77,7 +77,7 @@ class DecodeLink:
                     self._on_lost(self._trouble)
             await asyncio.sleep(_RETRY_S)
 
-    async def open(self, request: PromptRequest, deadline_unix_ms: int) -> HandOff:
+    async def open(self, request: PromptRequest, attempt: int, deadline_unix_ms: int) -> HandOff:
         """Reserves room for a request.
 
         Raises NoRoomError (try later), InvalidRequestError (never fits) or DecodeUnavailableError.
@@ -86,7 +86,7 @@ class DecodeLink:
             raise DecodeUnavailableError(self._trouble)
         try:
             client_id = self._stream.client_id
-            message = open_message(request, client_id, self._model, deadline_unix_ms)
+            message = open_message(request, client_id, self._model, attempt, deadline_unix_ms)
             return await self._client.open(message)
         except RejectedError as error:
             if error.reason in _PERMANENT:
@@ -99,10 +99,10 @@ class DecodeLink:
         except TransferError as error:
             raise InternalError(f"the hand-off failed: {error}") from error
 
-    def cancel(self, request_id: str, choice: int | None = None) -> None:
+    def cancel(self, request_id: str, attempt: int, choice: int | None = None) -> None:
         """Ends a handed-over request, or one choice of it."""
         if self._stream is not None:
-            self._stream.cancel(request_id, 1, choice)
+            self._stream.cancel(request_id, attempt, choice)
 
     async def _receive(self) -> None:
         description = await self._client.describe()

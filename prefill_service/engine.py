@@ -130,7 +130,7 @@ class PrefillEngine:
             return
         job.running.discard(choice)
         if job.stage is Stage.DECODING:
-            self._link.cancel(request_id, choice)
+            self._link.cancel(request_id, job.attempt, choice)
 
     async def probe(self, item: PassItem) -> None:
         """Runs one prompt through the model without handing it over.
@@ -161,6 +161,7 @@ class PrefillEngine:
             if isinstance(room, NoRoomError) or put_back:  # whoever came later waits behind the first refused
                 if isinstance(room, HandOff):
                     await room.abort("an earlier prompt goes first")
+                    job.attempt += 1
                 if job.stage is Stage.QUEUED:
                     hint = room.retry_after if isinstance(room, NoRoomError) else 0.0
                     put_back.append(Waiting(job, waiting.tokens, time.monotonic() + hint))
@@ -178,7 +179,7 @@ class PrefillEngine:
         if job.stage is not Stage.QUEUED or not job.needs_decode:
             return None
         try:
-            return await self._link.open(job.request, job.deadline_unix_ms)
+            return await self._link.open(job.request, job.attempt, job.deadline_unix_ms)
         except NoRoomError as full:
             if time.monotonic() - job.enqueued < self._queue_timeout:
                 return full
@@ -237,7 +238,7 @@ class PrefillEngine:
         if job is None or job.stage is Stage.FINISHED:
             return
         if event.token is None:
-            self._link.cancel(event.request_id)
+            self._link.cancel(event.request_id, event.attempt)
             job.fail(event_error(event))
         else:
             job.outputs.put_nowait(token_out(event))
@@ -254,5 +255,5 @@ class PrefillEngine:
         if job.stage is Stage.QUEUED:
             self._scheduler.remove(job)
         elif job.stage is Stage.DECODING:
-            self._link.cancel(job.request.request_id)
+            self._link.cancel(job.request.request_id, job.attempt)
         job.stage = Stage.FINISHED

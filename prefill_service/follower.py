@@ -102,6 +102,8 @@ class RegistryFollower:
             return False
         reason = ""
         try:
+            if task == self._catalogue.base_name:
+                raise ValueError(f"'{task}' is the plain model's name here; push it as another task")
             await self._probe(artefact)
         except Exception as error:  # the files are anybody's: no way to fail may end the service
             reason = str(error) or type(error).__name__

@@ -32,12 +32,13 @@ class Job:
     """A prompt in the engine. `outputs` carries its tokens, or the error that ends it, to the HTTP side.
 
     `enqueued` and `deadline` are in the time of `time.monotonic`; `running` are the choices that have neither
-    finished nor been cancelled.
+    finished nor been cancelled. `attempt` counts the hand-offs: one that was given up is never opened again.
     """
 
     item: PassItem
     enqueued: float
     deadline: float
+    attempt: int = 1
     stage: Stage = Stage.QUEUED
     outputs: "asyncio.Queue[TokenOut | ServingError]" = field(default_factory=asyncio.Queue)
     running: set[int] = field(init=False)
@@ -70,7 +71,7 @@ async def hand_over(job: Job, hand_off: HandOff, layers: PassLayers, start: int,
     `start`: the job's first row in the pass. The first tokens reach the client as soon as they are drawn;
     what the client cancelled before decode had confirmed is cancelled there afterwards.
     """
-    request_id = job.request.request_id
+    request_id, attempt = job.request.request_id, job.attempt
     try:
         async with hand_off:
             async for layer, key, value in layers.rows(start, len(job.item.ids)):
@@ -83,19 +84,19 @@ async def hand_over(job: Job, hand_off: HandOff, layers: PassLayers, start: int,
             await hand_off.commit([token(d) for d in draws or ()])
     except TransferError as error:
         job.fail(DecodeUnavailableError(f"the hand-off to the decode service broke off: {error}"))
-        link.cancel(request_id)  # decode may have it all the same
+        link.cancel(request_id, attempt)  # decode may have it all the same
         return
     except Exception:
         logger.exception("the hand-off of %s failed", request_id)
         job.fail(InternalError("the hand-off failed; the server's log says why"))
-        link.cancel(request_id)
+        link.cancel(request_id, attempt)
         return
     if job.stage is Stage.FINISHED:
-        link.cancel(request_id)
+        link.cancel(request_id, attempt)
         return
     job.stage = Stage.DECODING
     for choice in set(range(job.request.choices)) - job.running:
-        link.cancel(request_id, choice)
+        link.cancel(request_id, attempt, choice)
 
 
 def deliver_first_tokens(job: Job, draws: list[Draw] | None) -> bool:

@@ -16,11 +16,14 @@ def model_spec(fingerprint: Fingerprint) -> ModelSpec:
     return ModelSpec(fingerprint.digest, str(fingerprint.layout.dtype).removeprefix("torch."), layers)
 
 
-def open_message(request: PromptRequest, client_id: str, model: ModelSpec, deadline_unix_ms: int) -> Open:
+def open_message(
+    request: PromptRequest, client_id: str, model: ModelSpec, attempt: int, deadline_unix_ms: int
+) -> Open:
     cached = len(request.prompt_ids) + len(request.continuation_ids)
     return Open(
         request_id=request.request_id,
         client_id=client_id,
+        attempt=attempt,
         model=model,
         kv_len=cached,
         prompt_len=len(request.prompt_ids),

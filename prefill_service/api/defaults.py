@@ -65,7 +65,7 @@ def effective(request: GenerationRequest, artefact: GenerationDefaults, max_toke
         min_p=_first(request.min_p, artefact.min_p, 0.0),
         max_tokens=_first(request.output_limit, artefact.max_tokens, max_tokens),
         stop=_first(request.stop, None, artefact.stop),
-        seed=secrets.randbits(63) if request.seed is None else request.seed,
+        seed=secrets.randbits(53) if request.seed is None else request.seed,
         min_tokens=request.min_tokens or 0,
         ignore_eos=bool(request.ignore_eos),
         alternatives=request.alternatives,

@@ -113,6 +113,22 @@ def test_more_requests_than_decode_has_room_for_are_all_answered(running: Runnin
     until(lambda: all_free(running))
 
 
+def test_a_small_request_behind_a_refused_large_one_is_answered(running: RunningStack) -> None:
+    large = {"max_tokens": 400, "n": 4}  # decode has room for one of these at a time
+    done: list[dict[str, Any]] = []
+    threads = [
+        threading.Thread(target=lambda b=body: done.append(complete(running, **b)))
+        for body in (large, large, large, {"max_tokens": 4}, {"max_tokens": 4, "task": "red"})
+    ]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.05)
+    for thread in threads:
+        thread.join()
+    assert sorted(a["usage"]["completion_tokens"] for a in done) == [4, 4, 1600, 1600, 1600]
+    until(lambda: all_free(running))
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_closed_connection_frees_both_sides(running: RunningStack, stream: bool) -> None:
     body = {"prompt": PROMPT, "task": "red", "max_tokens": 450, "ignore_eos": True, "stream": True}
