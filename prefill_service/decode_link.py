@@ -90,7 +90,11 @@ class DecodeLink:
             return await self._client.open(message)
         except RejectedError as error:
             if error.reason in _PERMANENT:
-                raise InvalidRequestError(f"the decode service refuses it: {error.message}") from error
+                advice = "; lower n or max_tokens" if error.reason is RejectReason.TOO_LARGE else ""
+                raise InvalidRequestError(
+                    f"the decode service refuses it: {error.message}{advice}",
+                    param="max_tokens" if advice else None,
+                ) from error
             if error.reason in (RejectReason.FULL, RejectReason.DRAINING):
                 raise NoRoomError(error.retry_after_s) from error
             raise DecodeUnavailableError(f"the decode service refuses: {error}") from error

@@ -29,11 +29,14 @@ def fit(
         raise InvalidRequestError("the prompt is empty: expected at least one token", param="prompt")
     room = capacity - len(ids)
     if room < (requested or 1):
+        if room > 0:
+            advice, param = f"max_tokens is at most {room} with this prompt", "max_tokens"
+        else:
+            advice, param = "shorten the prompt or send 'truncate_prompt_tokens'", "prompt"
         raise PromptTooLongError(
             f"the context holds {capacity} tokens, but {len(ids) + (requested or 1)} were asked for: "
-            f"{len(ids)} in the prompt and {requested or 'at least 1'} for the output; shorten one "
-            f"of them or send 'truncate_prompt_tokens'",
-            param="prompt",
+            f"{len(ids)} in the prompt and {requested or 'at least 1'} for the output; {advice}",
+            param=param,
         )
     max_tokens = min(default, room) if requested is None else requested
     if min_tokens > max_tokens:
