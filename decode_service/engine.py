@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from decode_service.paged_kv import PagedKV, Pools
 from decode_service.protocol import Deliver, EngineStatus
 from decode_service.reservation import PagedReservation
 from decode_service.scheduler import Plan, Scheduler
@@ -21,6 +20,7 @@ from decode_service.sequences import Ended, FinishReason, HandOffId, Reserved, R
 from decode_service.validation import Limits
 from kvtransfer import Cancel, Open, Token, TokenEvent
 from prad.lm import Draw, LanguageModel, PackedBatch, SampleKey, SamplingParams, sample
+from prad.lm.paged import PagedKV, Pools
 
 logger = logging.getLogger(__name__)
 

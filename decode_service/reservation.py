@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Protocol
 
-from decode_service.paged_kv import Pools
 from decode_service.sequences import Reserved
 from kvtransfer import FencedError, ProtocolError, Token
+from prad.lm.paged import Pools
 
 
 class _Owner(Protocol):

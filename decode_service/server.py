@@ -16,7 +16,6 @@ from decode_service.blocks import BlockAllocator
 from decode_service.engine import PagedEngine
 from decode_service.errors import BindError, CacheTooSmallError
 from decode_service.metrics import Metrics, served
-from decode_service.paged_kv import Pools, blocks_in
 from decode_service.scheduler import Scheduler
 from decode_service.service import DecodeService
 from decode_service.sessions import Sessions
@@ -25,6 +24,7 @@ from kvtransfer import LayerSpec, ModelSpec, TransferSettings
 from kvtransfer.proto import handoff_pb2 as pb
 from kvtransfer.proto.handoff_pb2_grpc import add_DecodeServicer_to_server
 from prad.lm import LanguageModel, resolve_model
+from prad.lm.paged import Pools, blocks_in
 
 logger = logging.getLogger(__name__)
 

@@ -1,14 +1,23 @@
-"""The KV cache in blocks: pools, the hand-off's way in, and one decode step's view of them."""
+"""The KV cache in blocks: pools, the way in for raw bytes, and one decode step's view of them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from decode_service.sequences import Running
-from prad.lm import KVLayout
 from prad.lm.attention import decode_attention
+from prad.lm.kv import KVLayout
+
+
+class PagedSequence(Protocol):
+    """What a decode step must know of a sequence: its block table, and how many tokens it has stored."""
+
+    @property
+    def blocks(self) -> Sequence[int]: ...
+    @property
+    def kv_len(self) -> int: ...
 
 
 class Pools:
@@ -68,12 +77,12 @@ class _Group:
 
 
 class PagedKV:
-    """prad.lm's KVTarget for one decode step: one new token per sequence, in the order of the batch.
+    """The KVTarget of one decode step: one new token per sequence, in the order of the batch.
 
     All index tensors are made here, once per step, not per layer.
     """
 
-    def __init__(self, pools: Pools, batch: Sequence[Running]) -> None:
+    def __init__(self, pools: Pools, batch: Sequence[PagedSequence]) -> None:
         self._pools = pools
         size, device = pools.block_size, pools.device
         tails = [(s.blocks[s.kv_len // size], s.kv_len % size) for s in batch]
@@ -82,12 +91,12 @@ class PagedKV:
         self._fresh = torch.tensor(fresh, device=device) if fresh else None
         self._groups = [self._group(batch, rows) for rows in _alike([s.kv_len // size + 1 for s in batch])]
 
-    def _group(self, batch: Sequence[Running], rows: Sequence[int]) -> _Group:
+    def _group(self, batch: Sequence[PagedSequence], rows: Sequence[int]) -> _Group:
         size, device = self._pools.block_size, self._pools.device
         width = max(batch[r].kv_len for r in rows) // size + 1
         table = []
         for row in rows:
-            used = batch[row].blocks[: batch[row].kv_len // size + 1]
+            used = list(batch[row].blocks[: batch[row].kv_len // size + 1])
             # padded with a block of its own: a neighbour's NaN must not come in even with weight 0
             table.append(used + used[-1:] * (width - len(used)))
         return _Group(
