@@ -20,7 +20,7 @@ from decode_service.sequences import Ended, FinishReason, HandOffId, Reserved, R
 from decode_service.validation import Limits
 from kvtransfer import Cancel, Open, Token, TokenEvent
 from prad.lm import Draw, LanguageModel, PackedBatch, SampleKey, SamplingParams, sample
-from prad.lm.paged import PagedKV, Pools
+from prad.lm.paged import Pools
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ class PagedEngine:
             PackedBatch(
                 ids=torch.tensor([s.token for s in batch], device=device),
                 positions=torch.tensor([s.position for s in batch], device=device),
-                kv=PagedKV(self._pools, batch),
+                kv=self._pools.step(batch),
                 logit_rows=torch.arange(len(batch), device=device),
             )
         )
@@ -108,7 +108,9 @@ class PagedEngine:
         if len(rows) < len(batch):
             logits = logits[rows]
         kept = [batch[i] for i in rows]
-        draws = sample(logits, [s.params for s in kept], [_key(s) for s in kept]) if kept else []
+        draws = []
+        if kept:
+            draws = sample(logits, [s.params for s in kept], [_key(s) for s in kept], self._model.argmax)
         broken = [s for s, ok in zip(batch, sound, strict=True) if not ok]
         return [
             *(_Drawn(s, draw) for s, draw in zip(kept, draws, strict=True)),

@@ -23,7 +23,8 @@ from decode_service.settings import DecodeSettings
 from kvtransfer import LayerSpec, ModelSpec, TransferSettings
 from kvtransfer.proto import handoff_pb2 as pb
 from kvtransfer.proto.handoff_pb2_grpc import add_DecodeServicer_to_server
-from prad.lm import LanguageModel, resolve_model
+from prad.lm import LanguageModel, UnsupportedModelError, resolve_model
+from prad.lm.kernels import load_kernels
 from prad.lm.paged import Pools, blocks_in
 
 logger = logging.getLogger(__name__)
@@ -81,7 +82,13 @@ async def serving(
 def load(settings: DecodeSettings) -> LanguageModel:
     """The settings' model. Raises prad.lm's ModelError."""
     folder = resolve_model(settings.model, settings.cache_dir)
-    return LanguageModel.load(folder, dtype=getattr(torch, settings.dtype), device=settings.device)
+    model = LanguageModel.load(folder, dtype=getattr(torch, settings.dtype), device=settings.device)
+    kernels = load_kernels(settings.kernels, settings.cache_dir, settings.device)
+    if kernels is not None:
+        model.accelerate(kernels, settings.weights)
+    elif settings.weights != "full":
+        raise UnsupportedModelError(f"{settings.weights} weights need the kernels, and these are not in use")
+    return model
 
 
 class DecodeServer:
@@ -103,7 +110,7 @@ class DecodeServer:
         scheduler = Scheduler(
             BlockAllocator(num_blocks, settings.block_size), settings.max_sequences, settings.retry_after_s
         )
-        pools = Pools(model.layout, num_blocks, settings.block_size, settings.device)
+        pools = Pools(model.layout, num_blocks, settings.block_size, settings.device, model.kernels)
         self._metrics = Metrics()
         self._metrics_server = ExitStack()
         self._sessions = Sessions(

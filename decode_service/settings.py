@@ -7,6 +7,7 @@ from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from prad.lm import DEFAULT_MODEL
+from prad.lm.kernels import Choice, Precision
 
 
 class DecodeSettings(BaseSettings):
@@ -33,6 +34,10 @@ class DecodeSettings(BaseSettings):
     """cpu or cuda."""
     threads: int | None = Field(default=None, ge=1)
     """Computing threads; torch's default if not given."""
+    kernels: Choice = "auto"
+    """Own kernels where a C++ compiler can build them (auto), own kernels or an error (native), or torch."""
+    weights: Precision = "full"
+    """full: the model's own; int8: linear layers rounded to 8 bits, faster for few sequences."""
 
     kv_cache_mib: int = Field(default=512, ge=1)
     """Memory of the KV cache."""

@@ -44,15 +44,15 @@ def run_prompt_pass(
         logits = model.forward(batch, adaptation)
         sound = torch.isfinite(logits).all(dim=-1).tolist()
         return [
-            _first_tokens(row, item.request) if ok else None
+            _first_tokens(model, row, item.request) if ok else None
             for row, item, ok in zip(logits, items, sound, strict=True)
         ]
 
 
-def _first_tokens(row: Tensor, request: PromptRequest) -> list[Draw]:
+def _first_tokens(model: LanguageModel, row: Tensor, request: PromptRequest) -> list[Draw]:
     """row [vocab]: every choice draws from it, under its own key."""
     keys = [
         SampleKey(request.sampling.seed, request.prompt_index, choice, request.output_offset)
         for choice in range(request.choices)
     ]
-    return sample(row.expand(len(keys), -1), [request.sampling] * len(keys), keys)
+    return sample(row.expand(len(keys), -1), [request.sampling] * len(keys), keys, model.argmax)

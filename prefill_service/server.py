@@ -17,6 +17,7 @@ from kvtransfer.client import DecodeClient
 from prad.adapters import Adapter, load_adapter
 from prad.artefact import Artefact
 from prad.lm import LanguageModel, SamplingParams, Tokenizer, resolve_model
+from prad.lm.kernels import load_kernels
 from prefill_service.api.app import create_app
 from prefill_service.api.protocols import ModelInfo
 from prefill_service.catalogue import TaskCatalogue
@@ -45,6 +46,9 @@ def run(settings: PrefillSettings) -> None:
         torch.set_num_threads(settings.threads)
     folder = resolve_model(settings.model, settings.cache_dir)
     model = LanguageModel.load(folder, dtype=getattr(torch, settings.dtype), device=settings.device)
+    kernels = load_kernels(settings.kernels, settings.cache_dir, settings.device)
+    if kernels is not None:
+        model.accelerate(kernels)
     info = ModelInfo(model.fingerprint.digest, model.max_context, model.vocab_size, model.stop_ids(folder))
     asyncio.run(_serve(settings, listening, model, Tokenizer(folder), info))
 

@@ -7,6 +7,7 @@ from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from prad.lm import DEFAULT_MODEL, served_name
+from prad.lm.kernels import Choice
 
 
 class PrefillSettings(BaseSettings):
@@ -37,6 +38,8 @@ class PrefillSettings(BaseSettings):
     """cpu or cuda."""
     threads: Annotated[int, Field(ge=1)] | None = None
     """Computing threads; torch's default if not given."""
+    kernels: Choice = "auto"
+    """Own kernels where a C++ compiler can build them (auto), own kernels or an error (native), or torch."""
 
     pass_tokens: Annotated[int, Field(ge=1)] = 4096
     """Prompt tokens of one packed pass; a longer prompt gets a pass of its own."""

@@ -25,6 +25,8 @@ from prad.artefact import AdapterRecord, Artefact, BaseModelRef, read_artefact, 
 from prad.cli.serve import push_all
 from prad.cli.stack import Stack, answers
 from prad.lm import LanguageModel
+from prad.lm.kernels import Kernels, load_kernels
+from prad.lm.kernels.build import built
 
 torch.set_num_threads(1)  # tiny models: threads that wait for each other cost more than they do
 
@@ -68,6 +70,9 @@ CONFIGS: dict[str, Any] = {
 }
 
 
+KERNEL_CACHE = Path("~/.cache/prad")
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Makes (once) a model folder of a family: random float32 weights, one token per word "t<id>"."""
@@ -101,6 +106,14 @@ def _word_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = TokenizerFile(models.WordLevel(words, unk_token="t0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="t0")
+
+
+@pytest.fixture(scope="session")
+def kernels() -> Kernels:
+    """Needs a C++ compiler."""
+    found = load_kernels("native", KERNEL_CACHE, "cpu")
+    assert found is not None
+    return found
 
 
 @pytest.fixture(scope="session")
@@ -145,7 +158,13 @@ class RunningStack:
 
 @contextmanager
 def running_stack(
-    model: Path, adapters: Path | None, root: Path, *, decode_model: Path | None = None, **decode: Any
+    model: Path,
+    adapters: Path | None,
+    root: Path,
+    *,
+    decode_model: Path | None = None,
+    kernels: str = "native",
+    **decode: Any,
 ) -> Iterator[RunningStack]:
     """The real processes on free ports, in float32.
 
@@ -154,7 +173,10 @@ def running_stack(
     """
     api_port, registry_port, decode_port = free_ports(3)
     api, registry = f"http://127.0.0.1:{api_port}", f"http://127.0.0.1:{registry_port}"
+    (root / "cache").mkdir()
+    (root / "cache" / "kernels").symlink_to(built(KERNEL_CACHE).parent)  # compiled once for all tests
     common = ["--dtype", "float32", "--cache-dir", str(root / "cache"), "--threads", "1"]
+    common += ["--kernels", kernels]
     extra = [part for name, value in decode.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     with Stack(root / "logs") as stack:
 

@@ -1,7 +1,7 @@
 """The frozen model: one forward over a packed batch, with taps at named sites.
 
-This is the generic implementation, over transformers' own modules: it serves every family whose layers have
-plain K and V.
+Two implementations under the same oracle: the generic one here, over transformers' own modules, serves every
+family whose layers have plain K and V; the fused one (fused.py) the Llama family and GPT-2 on a CPU.
 """
 
 import threading
@@ -20,8 +20,11 @@ from prad.lm.attention import Ragged
 from prad.lm.batch import PackedBatch
 from prad.lm.errors import ModelNotFoundError, UnsupportedModelError
 from prad.lm.fingerprint import Fingerprint, config_digest, weights_digest
+from prad.lm.fused import FusedModel, fuse
+from prad.lm.kernels import Kernels, Precision
 from prad.lm.kv import KVLayout, LayerKV, PromptKV
-from prad.lm.sites import Adaptation, tapped
+from prad.lm.sampling import lowest_argmax
+from prad.lm.sites import Adaptation, require_sites, tapped
 from prad.lm.support import max_context, require_servable
 
 
@@ -40,6 +43,8 @@ class LanguageModel:
         self.hidden_size: int = self.config.hidden_size
         self.num_layers: int = self.config.num_hidden_layers
         self.max_context = max_context(self.config)
+        self.kernels: Kernels | None = None
+        self._fused: FusedModel | None = None
         self._one_pass = threading.Lock()
         settings = config_digest(self.config)
         self.fingerprint = Fingerprint(architecture(self.config), weights, settings, self._probe())
@@ -72,6 +77,26 @@ class LanguageModel:
             raise ModelNotFoundError(f"{folder} lacks weights: {', '.join(sorted(report['missing_keys']))}")
         return cls(module.to(device), digest)
 
+    def accelerate(self, kernels: Kernels, precision: Precision = "full") -> None:
+        """From now on passes without gradients compute with `kernels` where the model's family allows it.
+
+        precision int8 rounds the weights of the linear layers to 8 bits; UnsupportedModelError if that
+        cannot be had for this model.
+        """
+        with torch.no_grad():
+            self._fused = fuse(self.module, kernels, precision)
+        if self._fused is None and precision != "full":
+            raise UnsupportedModelError(
+                f"{precision} weights are for bfloat16 models of the Llama family and GPT-2 on a CPU, "
+                f"not for {type(self.module).__name__} in {self.dtype} on {self.device}"
+            )
+        self.kernels = kernels
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether the fused forward serves it."""
+        return self._fused is not None
+
     @property
     def layout(self) -> KVLayout:
         return self.fingerprint.layout
@@ -92,6 +117,11 @@ class LanguageModel:
         One pass at a time: a second thread waits, so that taps never meet another pass's rows. Raises
         MissingSiteError if `adaptation` wants a site that the family does not have.
         """
+        if self._fused is not None and not torch.is_grad_enabled() and self._fused.takes(len(batch.ids)):
+            if adaptation is not None:
+                require_sites(self.config.model_type, adaptation.sites)
+            with self._one_pass:
+                return self._fused.forward(batch, adaptation)
         with self._one_pass, tapped(self.module, self.config.model_type, adaptation):
             output = self.module(
                 input_ids=batch.ids.unsqueeze(0),
@@ -102,6 +132,12 @@ class LanguageModel:
             )
         logits: Tensor = output.logits.squeeze(0)
         return logits
+
+    def argmax(self, logits: Tensor) -> list[int]:
+        """The lowest id of each row's largest logit; logits [R, vocab] as `forward` returns them."""
+        if self.kernels is not None and logits.is_contiguous():
+            return self.kernels.argmax(logits)
+        return lowest_argmax(logits)
 
     def _probe(self) -> KVLayout:
         """Runs one token to learn what each layer stores, and that each does store it."""

@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from prad.lm.attention import decode_attention
-from prad.lm.kv import KVLayout
+from prad.lm.kernels import Kernels
+from prad.lm.kv import KVLayout, KVTarget
 
 
 class PagedSequence(Protocol):
@@ -28,8 +30,16 @@ class Pools:
     within its own request.
     """
 
-    def __init__(self, layout: KVLayout, num_blocks: int, block_size: int, device: str) -> None:
+    def __init__(
+        self,
+        layout: KVLayout,
+        num_blocks: int,
+        block_size: int,
+        device: str,
+        kernels: Kernels | None = None,
+    ) -> None:
         self.layout = layout
+        self._kernels = kernels
         self.block_size = block_size
         self.device = device
         shape = (num_blocks, block_size)
@@ -41,6 +51,12 @@ class Pools:
             torch.zeros(*shape, la.heads, la.value_dim, dtype=layout.dtype, device=device)
             for la in layout.layers
         ]
+
+    def step(self, batch: Sequence[PagedSequence]) -> KVTarget:
+        """The KV target of one decode step: one new token per sequence, in the order of the batch."""
+        if self._kernels is not None:
+            return _KernelStep(self, self._kernels, batch)
+        return _TorchStep(self, batch)
 
     def clear(self, blocks: Sequence[int]) -> None:
         """Zeroes blocks, in all layers."""
@@ -76,8 +92,31 @@ class _Group:
     lengths: Tensor
 
 
-class PagedKV:
-    """The KVTarget of one decode step: one new token per sequence, in the order of the batch.
+class _KernelStep:
+    """Attention over the blocks where they lie; nothing is copied."""
+
+    def __init__(self, pools: Pools, kernels: Kernels, batch: Sequence[PagedSequence]) -> None:
+        self._pools = pools
+        self._kernels = kernels
+        used = [s.kv_len // pools.block_size + 1 for s in batch]
+        table = np.zeros((len(batch), max(used)), dtype=np.int64)
+        for row, sequence, count in zip(table, batch, used, strict=True):
+            row[:count] = sequence.blocks[:count]
+        self._table = torch.from_numpy(table)
+        self._lengths = torch.tensor([s.kv_len + 1 for s in batch])
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        """query [B, heads, key_dim], key and value [B, kv_heads, dim]; returns [B, heads, value_dim]."""
+        pools = self._pools.keys[layer], self._pools.values[layer]
+        return self._kernels.paged_attention(
+            query, key, value, pools, self._table, self._lengths, scale, window
+        )
+
+
+class _TorchStep:
+    """The same on any device: every group of sequences gathers its context.
 
     All index tensors are made here, once per step, not per layer.
     """

@@ -6,7 +6,7 @@ again after a replay elsewhere.
 """
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import NamedTuple
@@ -70,10 +70,21 @@ class Draw:
     top: tuple[tuple[int, float], ...] = ()
 
 
-def sample(logits: Tensor, params: Sequence[SamplingParams], keys: Sequence[SampleKey]) -> list[Draw]:
+def lowest_argmax(logits: Tensor) -> list[int]:
+    """The lowest id of each row's largest logit."""
+    ids: list[int] = logits.argmax(dim=-1).tolist()  # torch's argmax takes the lowest id of a tie
+    return ids
+
+
+def sample(
+    logits: Tensor,
+    params: Sequence[SamplingParams],
+    keys: Sequence[SampleKey],
+    argmax: Callable[[Tensor], list[int]] = lowest_argmax,
+) -> list[Draw]:
     """Draws one token per row of logits [B, vocab]; row i under params[i] and keys[i]."""
     allowed = _without_early_stops(logits, params, keys)
-    tokens: list[int] = allowed.argmax(dim=-1).tolist()  # torch's argmax takes the lowest id of a tie
+    tokens = argmax(allowed)
     drawn = [i for i, p in enumerate(params) if not p.greedy]
     if drawn:
         chosen = _draw(allowed[drawn], [params[i] for i in drawn], [keys[i] for i in drawn])

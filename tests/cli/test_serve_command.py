@@ -19,6 +19,8 @@ from tests.conftest import free_ports
 
 SERVICES = ("registry", "decode", "prefill")
 
+TORCH = {"PRAD_PREFILL_KERNELS": "torch", "PRAD_DECODE_KERNELS": "torch"}  # nothing is compiled here
+
 INTERRUPTED = (130, -signal.SIGINT)
 """How Ctrl-C ends the command: met in certain imports, the interrupt makes Python die of SIGINT itself.
 Shells show 130 for both."""
@@ -46,7 +48,7 @@ def serving(model: Path, root: Path, api: int, registry: int, decode: int) -> It
         process = subprocess.Popen(
             [*command, *ports, *kept],
             stderr=stderr,
-            env=os.environ | {"COLUMNS": "200", "OMP_NUM_THREADS": "1"},
+            env=os.environ | {"COLUMNS": "200", "OMP_NUM_THREADS": "1"} | TORCH,
             start_new_session=True,
         )
     try:

@@ -52,7 +52,16 @@ class Case:
         return check(answer, self.reference.logits(prompt, answer.tokens, adapter, fault, neighbour))
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2", "mistral"])
+CASES = [
+    ("llama", "native"),
+    ("gpt2", "native"),
+    ("mistral", "native"),
+    ("llama", "torch"),
+    ("mistral", "torch"),
+]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=" on ".join)
 def case(
     request: pytest.FixtureRequest,
     tiny_model: Callable[[str], Path],
@@ -60,10 +69,11 @@ def case(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Case]:
     root = tmp_path_factory.mktemp("stack")
-    model = tiny_model(request.param)
+    family, kernels = request.param
+    model = tiny_model(family)
     for seed, (task, r) in enumerate(TASKS.items()):
-        random_artefact(root / "adapters" / task, load_tiny(request.param), seed, r=r)
-    with running_stack(model, root / "adapters", root) as running:
+        random_artefact(root / "adapters" / task, load_tiny(family), seed, r=r)
+    with running_stack(model, root / "adapters", root, kernels=kernels) as running:
         yield Case(running.api, root / "adapters", Reference(model))
 
 

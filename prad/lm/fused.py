@@ -1,0 +1,307 @@
+"""The fused forward of the Llama family and GPT-2: packed weights, q/k/v and gate/up in one product each.
+
+Computes what prad.lm.model's generic forward does, over the same batch and with the same adapter sites; the
+residual stream stays in float32. Needs the kernels of prad.lm.kernels.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prad.lm.batch import PackedBatch
+from prad.lm.kernels import Activation, Kernels, Out, PackedLinear, Precision, fits
+from prad.lm.sites import Adaptation, Site
+
+_ACTIVATIONS = {
+    "silu": Activation.SILU,
+    "gelu_new": Activation.GELU_TANH,
+    "gelu_pytorch_tanh": Activation.GELU_TANH,
+    "relu": Activation.RELU,
+}
+_FEW_ROWS = 64
+_PLAIN_ROPE = {"default", "linear", "llama3", "yarn"}  # the others change with the longest sequence of a pass
+
+
+@dataclass(frozen=True, slots=True)
+class _Norm:
+    """RMSNorm, or LayerNorm if it has a bias; float32."""
+
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+
+    @classmethod
+    def of(cls, module: Any) -> "_Norm":
+        bias = getattr(module, "bias", None)
+        eps = module.variance_epsilon if bias is None else module.eps
+        return cls(module.weight.float(), None if bias is None else bias.float(), eps)
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    attention_norm: _Norm
+    qkv: PackedLinear
+    o: PackedLinear
+    ffn_norm: _Norm
+    up: PackedLinear  # gate and up side by side where there is a gate
+    down: PackedLinear
+    qk_norm: tuple[_Norm, _Norm] | None
+    scale: float
+    window: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    gated: bool
+    activation: Activation
+
+
+@dataclass(frozen=True, slots=True)
+class FusedModel:
+    """The whole model in packed form. Make it with `fuse`."""
+
+    shape: _Shape
+    embedding: Tensor
+    position_embedding: Tensor | None
+    rotary: nn.Module | None
+    layers: tuple[_Layer, ...]
+    last_norm: _Norm
+    head: PackedLinear
+    kernels: Kernels
+
+    def takes(self, rows: int) -> bool:
+        """Whether the kernels are the faster way for so many rows: large products want matrix registers."""
+        return rows <= _FEW_ROWS or self.kernels.has_amx or self.embedding.dtype is torch.float32
+
+    def forward(self, batch: PackedBatch, adaptation: Adaptation | None) -> Tensor:
+        """Logits [R, vocab] of `batch.logit_rows`."""
+        dtype, rows = self.embedding.dtype, len(batch.ids)
+        x = self.embedding.index_select(0, batch.ids).float()
+        if self.position_embedding is not None:
+            x += self.position_embedding.index_select(0, batch.positions)
+        cosine_sine = self._angles(batch.positions)
+        sites = frozenset() if adaptation is None else adaptation.sites
+        normed = torch.empty(rows, x.shape[1], dtype=dtype)
+        for index, layer in enumerate(self.layers):
+            tap = _tap(adaptation, index, sites)
+            self._norm(layer.attention_norm, x, normed)
+            q, k, v = self._project(layer, normed, cosine_sine, tap)
+            attended = batch.kv.attend(index, q, k, v, layer.scale, layer.window).reshape(rows, -1)
+            self._add(layer.o, attended, x, tap(Site.O), attended)
+            self._norm(layer.ffn_norm, x, normed)
+            source = normed if (at_input := tap(Site.FFN_IN)) is None else at_input(normed, normed)
+            inner = self._inner(layer, source, tap)
+            if (at_inner := tap(Site.DOWN_IN)) is not None:
+                inner = at_inner(inner, inner)
+            self._add(layer.down, inner, x, tap(Site.FFN_OUT), source)
+        wanted = x.index_select(0, batch.logit_rows)
+        last = torch.empty(wanted.shape, dtype=dtype)
+        self._norm(self.last_norm, wanted, last)
+        logits = torch.empty(len(wanted), self.head.out_features, dtype=dtype)
+        self.kernels.linear(self.head, last, logits, Out.STORE)
+        return logits
+
+    def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+        if self.rotary is None:
+            return None
+        cosine, sine = self.rotary(torch.empty(1, dtype=torch.float32), positions[None])
+        return cosine[0].contiguous(), sine[0].contiguous()
+
+    def _norm(self, norm: _Norm, x: Tensor, out: Tensor) -> None:
+        self.kernels.norm(x, norm.weight, norm.bias, norm.bias is not None, norm.eps, out)
+
+    def _project(
+        self,
+        layer: _Layer,
+        source: Tensor,
+        cosine_sine: tuple[Tensor, Tensor] | None,
+        tap: "_Tap",
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q [T, heads, dim], k and v [T, kv_heads, dim], after RoPE; the memory stays theirs."""
+        shape = self.shape
+        qkv = source.new_empty(len(source), layer.qkv.out_features)
+        heads = (shape.heads, shape.kv_heads, shape.kv_heads)
+        self.kernels.linear(layer.qkv, source, qkv, Out.STORE)
+        parts = qkv.split([n * shape.head_dim for n in heads], dim=1)  # type: ignore[no-untyped-call]
+        for site, part in zip((Site.Q, Site.K, Site.V), parts, strict=True):
+            if (adapt := tap(site)) is not None:
+                part.copy_(adapt(part.contiguous(), source))
+        if cosine_sine is not None:
+            norms = None if layer.qk_norm is None else (layer.qk_norm[0].weight, layer.qk_norm[1].weight)
+            eps = 0.0 if layer.qk_norm is None else layer.qk_norm[0].eps
+            turning = shape.heads + shape.kv_heads
+            self.kernels.rotate(qkv, turning, shape.heads, shape.head_dim, *cosine_sine, norms, eps)
+        q, k, v = (part.view(len(qkv), n, shape.head_dim) for part, n in zip(parts, heads, strict=True))
+        return q, k, v
+
+    def _inner(self, layer: _Layer, source: Tensor, tap: "_Tap") -> Tensor:
+        """The FFN's inner states [T, ffn]: act(gate) * up, or act(up)."""
+        shape, activation = self.shape, self.shape.activation
+        gate_tap, up_tap = tap(Site.GATE), tap(Site.UP)
+        inner = source.new_empty(len(source), shape.ffn)
+        if gate_tap is None and up_tap is None:
+            self.kernels.linear(layer.up, source, inner, Out.GATED if shape.gated else Out.STORE, activation)
+            return inner
+        both = source.new_empty(len(source), layer.up.out_features)
+        self.kernels.linear(layer.up, source, both, Out.STORE)
+        parts = both.split(shape.ffn, dim=1)  # type: ignore[no-untyped-call]
+        parts = [
+            part if adapt is None else adapt(part.contiguous(), source)
+            for part, adapt in zip(parts, (gate_tap, up_tap) if shape.gated else (up_tap,), strict=True)
+        ]
+        acted = _ON_TORCH[activation](parts[0].float())
+        return (acted * parts[1].float() if shape.gated else acted).to(source.dtype)
+
+    def _add(
+        self, linear: PackedLinear, inputs: Tensor, x: Tensor, adapt: "_Adapt | None", source: Tensor
+    ) -> None:
+        """x += linear(inputs), adapted."""
+        if adapt is None:
+            self.kernels.linear(linear, inputs, x, Out.ADD)
+            return
+        plain = inputs.new_empty(x.shape)
+        self.kernels.linear(linear, inputs, plain, Out.STORE)
+        x += adapt(plain, source)
+
+
+_Adapt = Callable[[Tensor, Tensor], Tensor]
+"""Takes a site's value and source as `Adaptation.apply` does."""
+_Tap = Callable[[Site], _Adapt | None]
+
+_ON_TORCH: dict[Activation, Callable[[Tensor], Tensor]] = {
+    Activation.SILU: nn.functional.silu,
+    Activation.GELU_TANH: lambda x: nn.functional.gelu(x, approximate="tanh"),
+    Activation.RELU: nn.functional.relu,
+}
+
+
+def _tap(adaptation: Adaptation | None, layer: int, sites: frozenset[Site]) -> _Tap:
+    def at(site: Site) -> _Adapt | None:
+        if adaptation is None or site not in sites:
+            return None
+        return lambda value, source: adaptation.apply(layer, site, value, source)
+
+    return at
+
+
+def fuse(module: Any, kernels: Kernels, precision: Precision) -> FusedModel | None:
+    """The fused form of a transformers model on the CPU; None if its family or sizes are not covered."""
+    make = {"llama": _llama, "mistral": _llama, "qwen2": _llama, "qwen3": _llama, "gpt2": _gpt2}
+    family = make.get(module.config.model_type)
+    if family is None or module.device.type != "cpu":
+        return None
+    if module.dtype not in ((torch.bfloat16,) if precision == "int8" else (torch.bfloat16, torch.float32)):
+        return None
+    if not fits([p.T if _is_conv(m) else p for m, p in _linear_weights(module)]):
+        return None
+    return family(module, kernels, precision)
+
+
+def _llama(module: Any, kernels: Kernels, precision: Precision) -> FusedModel | None:
+    config, model = module.config, module.model
+    head_dim = model.layers[0].self_attn.head_dim
+    rope = getattr(config, "rope_parameters", None) or {}
+    if config.hidden_act not in _ACTIVATIONS or rope.get("rope_type") not in _PLAIN_ROPE:
+        return None
+    if model.rotary_emb.inv_freq.numel() * 2 != head_dim:
+        return None
+
+    def layer(index: int) -> _Layer:
+        block = model.layers[index]
+        attention, ffn = block.self_attn, block.mlp
+        normed = hasattr(attention, "q_norm")
+        window = getattr(attention, "sliding_window", None)
+        if config.model_type == "mistral":
+            window = config.sliding_window
+        return _Layer(
+            _Norm.of(block.input_layernorm),
+            _packed([attention.q_proj, attention.k_proj, attention.v_proj], precision),
+            _packed([attention.o_proj], precision),
+            _Norm.of(block.post_attention_layernorm),
+            _packed([ffn.gate_proj, ffn.up_proj], precision, paired=True),
+            _packed([ffn.down_proj], precision),
+            (_Norm.of(attention.q_norm), _Norm.of(attention.k_norm)) if normed else None,
+            attention.scaling,
+            window,
+        )
+
+    kv_heads = config.num_key_value_heads
+    return FusedModel(
+        _Shape(
+            config.num_attention_heads,
+            kv_heads,
+            head_dim,
+            config.intermediate_size,
+            True,
+            _ACTIVATIONS[config.hidden_act],
+        ),
+        model.embed_tokens.weight,
+        None,
+        model.rotary_emb,
+        tuple(map(layer, range(config.num_hidden_layers))),
+        _Norm.of(model.norm),
+        _packed([module.lm_head], precision),
+        kernels,
+    )
+
+
+def _gpt2(module: Any, kernels: Kernels, precision: Precision) -> FusedModel | None:
+    config, model = module.config, module.transformer
+    if config.activation_function not in _ACTIVATIONS or config.add_cross_attention:
+        return None
+
+    def layer(block: Any) -> _Layer:
+        return _Layer(
+            _Norm.of(block.ln_1),
+            _packed([block.attn.c_attn], precision),
+            _packed([block.attn.c_proj], precision),
+            _Norm.of(block.ln_2),
+            _packed([block.mlp.c_fc], precision),
+            _packed([block.mlp.c_proj], precision),
+            None,
+            block.attn.scaling,
+            None,
+        )
+
+    heads = config.num_attention_heads
+    ffn = config.n_inner or 4 * config.hidden_size
+    return FusedModel(
+        _Shape(
+            heads, heads, config.hidden_size // heads, ffn, False, _ACTIVATIONS[config.activation_function]
+        ),
+        model.wte.weight,
+        model.wpe.weight,
+        None,
+        tuple(map(layer, model.h)),
+        _Norm.of(model.ln_f),
+        _packed([module.lm_head], precision),
+        kernels,
+    )
+
+
+def _packed(modules: list[Any], precision: Precision, paired: bool = False) -> PackedLinear:
+    """Several projections of the same input as one."""
+    weights = [m.weight.T if _is_conv(m) else m.weight for m in modules]
+    biases = [m.bias for m in modules if m.bias is not None]
+    bias = None
+    if biases:
+        bias = torch.cat(
+            [w.new_zeros(len(w)) if m.bias is None else m.bias for m, w in zip(modules, weights, strict=True)]
+        )
+    return PackedLinear.of(torch.cat(weights), bias, precision=precision, paired=paired)
+
+
+def _is_conv(module: Any) -> bool:
+    """GPT-2 keeps its weights [in, out]."""
+    return type(module).__name__ == "Conv1D"
+
+
+def _linear_weights(module: nn.Module) -> list[tuple[nn.Module, Any]]:
+    return [(m, m.weight) for m in module.modules() if isinstance(m, nn.Linear) or _is_conv(m)]

@@ -1,0 +1,42 @@
+"""Faster arithmetic for the CPU, where a C++ compiler is at hand; without one everything works on torch."""
+
+import logging
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from prad.lm.kernels.build import BuildError, built
+from prad.lm.kernels.library import Activation, Kernels, Out
+from prad.lm.kernels.packed import PackedLinear, Precision, fits
+
+logger = logging.getLogger(__name__)
+
+Choice = Literal["auto", "native", "torch"]
+"""Kernels where they can be built, kernels or an error, or no kernels."""
+
+
+def load_kernels(choice: Choice, cache_dir: Path, device: str) -> Kernels | None:
+    """The kernels, with as many threads as torch has; None if torch is to compute. Raises BuildError."""
+    if choice == "torch" or (choice == "auto" and device != "cpu"):
+        return None
+    try:
+        return Kernels(built(cache_dir), torch.get_num_threads())
+    except BuildError as error:
+        if choice == "native":
+            raise
+        logger.warning("torch computes, several times slower than the kernels would: %s", error)
+        return None
+
+
+__all__ = [
+    "Activation",
+    "BuildError",
+    "Choice",
+    "Kernels",
+    "Out",
+    "PackedLinear",
+    "Precision",
+    "fits",
+    "load_kernels",
+]

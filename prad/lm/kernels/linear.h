@@ -1,0 +1,326 @@
+// y = x W^T over packed weights. One panel holds 16 output columns:
+//   float     [in][16]
+//   bfloat16  [in / 32][16 pairs][16 columns][2]: 1 KiB tiles that AMX loads as they are
+//   int8      the same order, 512 bytes a tile, and one scale per column
+// Small batches read each panel once from memory, which is all that counts there; large ones are blocked.
+#pragma once
+#include <algorithm>
+#include <type_traits>
+
+#include "pool.h"
+#include "vec.h"
+#ifdef __AMX_BF16__
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+enum class Weights : int32_t { f32 = 0, bf16 = 1, int8 = 2 };
+enum class Out : int32_t {
+  store = 0,  // out[row][column] = act(y), in the activations' type
+  add = 1,    // out[row][column] += y, float
+  gated = 2,  // panels alternate between gate and up: out[row][column] = act(gate) * up
+};
+
+struct Linear {
+  const void* panels;
+  const float* scales;  // int8 only
+  const float* bias;    // or null; in the order of the panels' columns
+  int64_t in, out;      // out: valid columns
+  int32_t weights, paired;
+};
+
+constexpr int kColumns = 16, kDepth = 32, kRows = 64;
+constexpr int kAhead = 8;  // tiles
+
+inline int64_t panel_elements(const Linear& w) { return w.in * kColumns; }
+
+// ---- up to 64 rows by one panel into c[64][16]
+
+inline void multiply_plain(const float* x, int64_t stride, int rows, const float* panel, int64_t in, float* c) {
+  for (int first = 0; first < rows; first += 8) {
+    int count = std::min(8, rows - first);
+    v16 acc[8] = {};
+    for (int64_t k = 0; k < in; k++) {
+      v16 w = load(panel + k * kColumns);
+      for (int r = 0; r < count; r++) acc[r] += x[(first + r) * stride + k] * w;
+    }
+    for (int r = 0; r < count; r++) store(c + (first + r) * kColumns, acc[r]);
+  }
+}
+
+inline void pair(const bf16* at, v16& even, v16& odd) {
+  u16x both = *reinterpret_cast<const u16x*>(at);
+  u16x low = both << 16, high = both & 0xffff0000u;
+  even = (v16)low;
+  odd = (v16)high;
+}
+inline void pair(const int8_t* at, v16& even, v16& odd) {
+  i16x both = __builtin_convertvector(*reinterpret_cast<const h16x*>(at), i16x);
+  even = __builtin_convertvector((both << 24) >> 24, v16);
+  odd = __builtin_convertvector((both << 16) >> 24, v16);
+}
+
+template <class W>
+void multiply_plain(const bf16* x, int64_t stride, int rows, const W* panel, int64_t in, float* c) {
+  for (int first = 0; first < rows; first += 8) {
+    int count = std::min(8, rows - first);
+    v16 acc[8] = {};
+    for (int64_t k = 0; k < in; k += 2) {
+      v16 even, odd;
+      pair(panel + k * kColumns, even, odd);
+      for (int r = 0; r < count; r++) {
+        const bf16* at = x + (first + r) * stride + k;
+        acc[r] += to_float(at[0]) * even + to_float(at[1]) * odd;
+      }
+    }
+    for (int r = 0; r < count; r++) store(c + (first + r) * kColumns, acc[r]);
+  }
+}
+
+#ifdef __AMX_BF16__
+inline bool allow_amx() {  // Linux gives the tiles' registers to whoever asks
+  static const bool allowed = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+  return allowed;
+}
+
+// Tiles 0-3 hold results, 4 and 5 rows (5 the last, maybe shorter, ones), 6 and 7 weights.
+inline void configure_tiles(int row_tiles, int last_rows) {
+  alignas(64) struct {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t bytes[16] = {};
+    uint8_t rows[16] = {};
+  } config;
+  for (int tile = 0; tile < 8; tile++) {
+    config.bytes[tile] = 64;
+    config.rows[tile] = 16;
+  }
+  if (row_tiles > 0) config.rows[row_tiles - 1] = config.rows[5] = last_rows;
+  _tile_loadconfig(&config);
+}
+
+inline const bf16* tile_of(const bf16* panel, int64_t k, bf16*) { return panel + k * 512; }
+inline const bf16* tile_of(const int8_t* panel, int64_t k, bf16* room) {
+  const __m128i* from = reinterpret_cast<const __m128i*>(panel + k * 512);
+  for (int i = 0; i < 32; i += 2) {  // eight bits are exact in bfloat16
+    __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from + i)));
+    __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from + i + 1)));
+    _mm512_store_si512(room + i * 16, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+  }
+  asm volatile("" ::: "memory");  // GCC does not know that a tile load reads memory
+  return room;
+}
+
+// Panels come from memory in order; asking early keeps the memory busy while tiles multiply.
+template <class W>
+inline void fetch_ahead(const W* panel, int64_t k) {
+  const char* at = reinterpret_cast<const char*>(panel + (k + kAhead) * 512);
+  for (size_t line = 0; line < 512 * sizeof(W); line += 64) _mm_prefetch(at + line, _MM_HINT_T0);
+}
+
+template <int kTiles, class W>
+void multiply_amx(const bf16* x, int64_t stride, const W* panel, int64_t in, float* c) {
+  alignas(64) bf16 room[512];
+  _tile_zero(0);
+  if (kTiles > 1) _tile_zero(1);
+  if (kTiles > 2) _tile_zero(2);
+  if (kTiles > 3) _tile_zero(3);
+  for (int64_t k = 0; k < in / kDepth; k++) {
+    const bf16* at = x + k * kDepth;
+    fetch_ahead(panel, k);
+    _tile_loadd(6, tile_of(panel, k, room), 64);
+    if (kTiles > 1) {
+      _tile_loadd(4, at, stride * 2);
+      _tile_dpbf16ps(0, 4, 6);
+    }
+    if (kTiles > 2) {
+      _tile_loadd(7, at + 16 * stride, stride * 2);
+      _tile_dpbf16ps(1, 7, 6);
+    }
+    if (kTiles > 3) {
+      _tile_loadd(4, at + 32 * stride, stride * 2);
+      _tile_dpbf16ps(2, 4, 6);
+    }
+    _tile_loadd(5, at + (kTiles - 1) * 16 * stride, stride * 2);
+    if constexpr (kTiles == 1) _tile_dpbf16ps(0, 5, 6);
+    if constexpr (kTiles == 2) _tile_dpbf16ps(1, 5, 6);
+    if constexpr (kTiles == 3) _tile_dpbf16ps(2, 5, 6);
+    if constexpr (kTiles == 4) _tile_dpbf16ps(3, 5, 6);
+  }
+  _tile_stored(0, c, 64);
+  if (kTiles > 1) _tile_stored(1, c + 256, 64);
+  if (kTiles > 2) _tile_stored(2, c + 512, 64);
+  if (kTiles > 3) _tile_stored(3, c + 768, 64);
+}
+
+// 32 rows by two panels into c[2][32][16]; all tiles full. kFirst: the panels come from memory.
+template <bool kFirst, class W>
+void multiply_amx_square(const bf16* x, int64_t stride, const W* panel, int64_t panel_size, int64_t in, float* c) {
+  alignas(64) bf16 room[2][512];
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t k = 0; k < in / kDepth; k++) {
+    if (kFirst) {
+      fetch_ahead(panel, k);
+      fetch_ahead(panel + panel_size, k);
+    }
+    _tile_loadd(4, x + k * kDepth, stride * 2);
+    _tile_loadd(6, tile_of(panel, k, room[0]), 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(5, x + k * kDepth + 16 * stride, stride * 2);
+    _tile_dpbf16ps(1, 5, 6);
+    _tile_loadd(7, tile_of(panel + panel_size, k, room[1]), 64);
+    _tile_dpbf16ps(2, 4, 7);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, c, 64);
+  _tile_stored(1, c + 256, 64);
+  _tile_stored(2, c + 512, 64);
+  _tile_stored(3, c + 768, 64);
+}
+
+template <class W>
+void multiply(const bf16* x, int64_t stride, int rows, const W* panel, int64_t in, float* c) {
+  if (!allow_amx()) return multiply_plain(x, stride, rows, panel, in, c);
+  switch ((rows + 15) / 16) {
+    case 1:
+      return multiply_amx<1>(x, stride, panel, in, c);
+    case 2:
+      return multiply_amx<2>(x, stride, panel, in, c);
+    case 3:
+      return multiply_amx<3>(x, stride, panel, in, c);
+    default:
+      return multiply_amx<4>(x, stride, panel, in, c);
+  }
+}
+inline void begin_rows(int rows) {
+  if (allow_amx()) configure_tiles((rows + 15) / 16, (rows - 1) % 16 + 1);
+}
+inline void end_rows() {
+  if (allow_amx()) _tile_release();
+}
+#else
+inline bool allow_amx() { return false; }
+template <class W>
+void multiply(const bf16* x, int64_t stride, int rows, const W* panel, int64_t in, float* c) {
+  multiply_plain(x, stride, rows, panel, in, c);
+}
+inline void begin_rows(int) {}
+inline void end_rows() {}
+#endif
+inline void multiply(const float* x, int64_t stride, int rows, const float* panel, int64_t in, float* c) {
+  multiply_plain(x, stride, rows, panel, in, c);
+}
+
+// ---- what becomes of the products
+
+template <class T>
+struct Sink {
+  const Linear& w;
+  Out mode;
+  Activation act;
+  void* out;
+  int64_t stride;
+
+  // c[rows][16] of `panel`; in gated mode `up` holds the next panel's.
+  void take(int64_t panel, int64_t first_row, int rows, const float* c, const float* up) const {
+    if (mode == Out::add) return write<Out::add, Activation::none>(panel, first_row, rows, c, up);
+    if (mode == Out::gated && act == Activation::silu)
+      return write<Out::gated, Activation::silu>(panel, first_row, rows, c, up);
+    if (mode == Out::gated && act == Activation::relu)
+      return write<Out::gated, Activation::relu>(panel, first_row, rows, c, up);
+    if (mode == Out::gated) return write<Out::gated, Activation::gelu_tanh>(panel, first_row, rows, c, up);
+    if (act == Activation::none) return write<Out::store, Activation::none>(panel, first_row, rows, c, up);
+    if (act == Activation::silu) return write<Out::store, Activation::silu>(panel, first_row, rows, c, up);
+    if (act == Activation::relu) return write<Out::store, Activation::relu>(panel, first_row, rows, c, up);
+    return write<Out::store, Activation::gelu_tanh>(panel, first_row, rows, c, up);
+  }
+
+ private:
+  template <Out kMode, Activation kAct>
+  void write(int64_t panel, int64_t first_row, int rows, const float* c, const float* up) const {
+    int64_t column = (w.paired ? panel / 2 : panel) * kColumns;
+    int64_t limit = w.paired ? w.out / 2 : w.out;
+    int valid = static_cast<int>(std::min<int64_t>(kColumns, limit - column));
+    if (w.paired && kMode != Out::gated && panel % 2) column += w.out / 2;  // the second half of the result
+    v16 scale = w.scales ? load(w.scales + panel * kColumns) : splat(1);
+    v16 bias = w.bias ? load(w.bias + panel * kColumns) : splat(0), up_scale = scale, up_bias = bias;
+    if (kMode == Out::gated) {
+      if (w.scales) up_scale = load(w.scales + (panel + 1) * kColumns);
+      if (w.bias) up_bias = load(w.bias + (panel + 1) * kColumns);
+    }
+    using Result = std::conditional_t<kMode == Out::add, float, T>;
+    Result* x = static_cast<Result*>(out) + first_row * stride + column;
+    for (int r = 0; r < rows; r++, x += stride) {
+      v16 y = activate<kAct>(load(c + r * kColumns) * scale + bias);
+      if (kMode == Out::gated) y *= load(up + r * kColumns) * up_scale + up_bias;
+      if (kMode == Out::add && valid == kColumns) y += load(x);
+      if (valid == kColumns) {
+        store(x, y);
+      } else {
+        for (int i = 0; i < valid; i++) x[i] = from_float<Result>(kMode == Out::add ? to_float(x[i]) + y[i] : y[i]);
+      }
+    }
+  }
+};
+
+template <class T, class W>
+void linear(Pool& pool, const Linear& w, const T* x, int64_t rows, int64_t stride, const Sink<T>& sink) {
+  int64_t width = w.paired ? (w.out / 2 + kColumns - 1) / kColumns * 2 : (w.out + kColumns - 1) / kColumns;
+  const W* panels = static_cast<const W*>(w.panels);
+  int64_t size = panel_elements(w);
+  int64_t step = 4, columns = (width + step - 1) / step;  // panels of an item: even, so that pairs stay together
+  int64_t block = rows <= kRows ? kRows : 256, blocks = (rows + block - 1) / block;
+  if (rows > kRows) {
+    step = 24;
+    columns = (width + step - 1) / step;
+  }
+  pool.run(blocks * columns, [&](int64_t item) {
+    int64_t row = item / columns * block, end = std::min(rows, row + block);
+    int64_t first = item % columns * step, last = std::min(width, first + step);
+    alignas(64) float c[2 * kRows * kColumns];
+#ifdef __AMX_BF16__
+    if constexpr (sizeof(T) == 2) {
+      if (rows >= 32 && allow_amx()) {
+        configure_tiles(0, 0);
+        int64_t full = row + (end - row) / 32 * 32;
+        for (int64_t p = first; p + 1 < last; p += 2)
+          for (int64_t r = row; r < full; r += 32) {
+            const W* panel = panels + p * size;
+            if (r == row) multiply_amx_square<true>(x + r * stride, stride, panel, size, w.in, c);
+            else multiply_amx_square<false>(x + r * stride, stride, panel, size, w.in, c);
+            sink.take(p, r, 32, c, c + 512);
+            if (sink.mode != Out::gated) sink.take(p + 1, r, 32, c + 512, nullptr);
+          }
+        end_rows();
+        if ((last - first) % 2) {  // a panel without a neighbour
+          for (int64_t r = row; r < full; r += kRows) {
+            int count = static_cast<int>(std::min<int64_t>(kRows, full - r));
+            begin_rows(count);
+            multiply(x + r * stride, stride, count, panels + (last - 1) * size, w.in, c);
+            end_rows();
+            sink.take(last - 1, r, count, c, nullptr);
+          }
+        }
+        row = full;
+      }
+    }
+#endif
+    for (; row < end; row += kRows) {
+      int count = static_cast<int>(std::min<int64_t>(kRows, end - row));
+      if (sizeof(T) == 2) begin_rows(count);
+      for (int64_t p = first; p < last; p++) {
+        multiply(x + row * stride, stride, count, panels + p * size, w.in, c);
+        if (sink.mode == Out::gated) {
+          multiply(x + row * stride, stride, count, panels + (p + 1) * size, w.in, c + kRows * kColumns);
+          sink.take(p++, row, count, c, c + kRows * kColumns);
+        } else {
+          sink.take(p, row, count, c, nullptr);
+        }
+      }
+      if (sizeof(T) == 2) end_rows();
+    }
+  });
+}

@@ -1,0 +1,92 @@
+// What happens to each row on its own: norms, rotary positions, the largest logit.
+#pragma once
+#include "pool.h"
+#include "vec.h"
+
+constexpr int64_t kRowsPerItem = 8;
+
+template <class Body>
+void each_row(Pool& pool, int64_t rows, const Body& body) {
+  pool.run((rows + kRowsPerItem - 1) / kRowsPerItem, [&](int64_t item) {
+    int64_t end = std::min(rows, (item + 1) * kRowsPerItem);
+    for (int64_t row = item * kRowsPerItem; row < end; row++) body(row);
+  });
+}
+
+// RMSNorm without `center`, LayerNorm with it (then with bias). x float [rows, width] -> out [rows, width].
+template <class T>
+void norm(Pool& pool, const float* x, int64_t rows, int64_t width, const float* weight, const float* bias,
+          bool center, float epsilon, T* out) {
+  each_row(pool, rows, [&](int64_t row) {
+    const float* from = x + row * width;
+    T* to = out + row * width;
+    int64_t whole = width / 16 * 16;
+    float middle = 0;
+    if (center) {
+      v16 total = {};
+      for (int64_t i = 0; i < whole; i += 16) total += load(from + i);
+      middle = sum(total);
+      for (int64_t i = whole; i < width; i++) middle += from[i];
+      middle /= width;
+    }
+    v16 squares = {};
+    for (int64_t i = 0; i < whole; i += 16) {
+      v16 d = load(from + i) - middle;
+      squares += d * d;
+    }
+    float square = sum(squares);
+    for (int64_t i = whole; i < width; i++) square += (from[i] - middle) * (from[i] - middle);
+    float scale = 1.0f / std::sqrt(square / width + epsilon);
+    for (int64_t i = 0; i < whole; i += 16) {
+      v16 y = (load(from + i) - middle) * scale * load(weight + i);
+      store(to + i, bias ? y + load(bias + i) : y);
+    }
+    for (int64_t i = whole; i < width; i++)
+      to[i] = from_float<T>((from[i] - middle) * scale * weight[i] + (bias ? bias[i] : 0.0f));
+  });
+}
+
+// Rotates `heads` heads of `dim` at the start of each row in place, halves against halves; cosine and sine
+// float [rows, dim]. q_norm and k_norm [dim], if given, are RMSNorms of the first `queries` heads and the rest.
+template <class T>
+void rotate(Pool& pool, T* x, int64_t rows, int64_t stride, int64_t heads, int64_t queries, int64_t dim,
+            const float* cosine, const float* sine, const float* q_norm, const float* k_norm, float epsilon) {
+  each_row(pool, rows, [&](int64_t row) {
+    const float *c = cosine + row * dim, *s = sine + row * dim;
+    float head[512];
+    for (int64_t h = 0; h < heads; h++) {
+      T* at = x + row * stride + h * dim;
+      for (int64_t i = 0; i < dim; i++) head[i] = to_float(at[i]);
+      if (const float* weight = h < queries ? q_norm : k_norm) {
+        float square = 0;
+        for (int64_t i = 0; i < dim; i++) square += head[i] * head[i];
+        float scale = 1.0f / std::sqrt(square / dim + epsilon);
+        for (int64_t i = 0; i < dim; i++) head[i] *= scale * weight[i];
+      }
+      int64_t half = dim / 2;
+      for (int64_t i = 0; i < half; i++) {
+        at[i] = from_float<T>(head[i] * c[i] - head[i + half] * s[i]);
+        at[i + half] = from_float<T>(head[i + half] * c[i + half] + head[i] * s[i + half]);
+      }
+    }
+  });
+}
+
+// The first place of each row's largest value.
+template <class T>
+void argmax(Pool& pool, const T* x, int64_t rows, int64_t width, int64_t* out) {
+  pool.run(rows, [&](int64_t row) {
+    const T* at = x + row * width;
+    int64_t whole = width / 16 * 16;
+    v16 best = splat(-INFINITY);
+    for (int64_t i = 0; i < whole; i += 16) best = larger(load(at + i), best);
+    float most = largest(best);
+    for (int64_t i = whole; i < width; i++) most = std::max(most, to_float(at[i]));
+    out[row] = 0;
+    for (int64_t i = 0; i < width; i++)
+      if (to_float(at[i]) == most) {
+        out[row] = i;
+        break;
+      }
+  });
+}

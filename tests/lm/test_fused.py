@@ -1,0 +1,149 @@
+"""The fused forward equals the generic one: every family it covers, adapted or plain, prompts and steps."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tiny import SIZES, packed_logits, save_random, some_ids
+
+from prad.lm import LanguageModel, PackedBatch, Site, UnsupportedModelError
+from prad.lm.kernels import Kernels
+from prad.lm.paged import Pools
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
+    "llama3 rope": (
+        "LlamaConfig",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 10_000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            }
+        },
+    ),
+    "mistral": ("MistralConfig", {"sliding_window": 8}),
+    "qwen2": ("Qwen2Config", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}),
+    "qwen3": ("Qwen3Config", {"head_dim": 16}),
+    "gpt2": ("GPT2Config", {"scale_attn_by_inverse_layer_idx": True, "n_inner": 80}),
+    "tied": ("LlamaConfig", {"tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh"}),
+}
+LENGTHS = (33, 1, 64, 31, 2, 65)
+TOLERANCE = 1e-4  # of the logit range
+
+
+class Everywhere:
+    """Adapts every site that a family has, half of the rows only."""
+
+    def __init__(self, sites: frozenset[Site]) -> None:
+        self.sites = sites
+
+    def apply(self, layer: int, site: Site, value: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        mixed = value + 0.1 * source.mean(dim=1, keepdim=True) * (1 + layer + len(site.value) / 7)
+        return torch.cat((mixed[: len(value) // 2], value[len(value) // 2 :]))
+
+
+def models(family: str, folder: Path, kernels: Kernels) -> tuple[LanguageModel, LanguageModel]:
+    """Generic and fused."""
+    name, special = FAMILIES[family]
+    save_random(getattr(transformers, name)(**SIZES | special), folder)
+    generic, fused = (LanguageModel.load(folder, dtype=torch.float32) for _ in range(2))
+    fused.accelerate(kernels)
+    assert fused.is_fused
+    return generic, fused
+
+
+def assert_equal(ours: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(
+        ours, expected, rtol=0, atol=TOLERANCE * float(expected.max() - expected.min())
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts(family: str, tmp_path: Path, kernels: Kernels) -> None:
+    generic, fused = models(family, tmp_path, kernels)
+    sequences = [some_ids(length, seed) for seed, length in enumerate(LENGTHS)]
+    for ours, expected in zip(
+        packed_logits(fused, sequences), packed_logits(generic, sequences), strict=True
+    ):
+        assert_equal(ours, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("site", Site)
+def test_adapted_prompts(family: str, site: Site, tmp_path: Path, kernels: Kernels) -> None:
+    generic, fused = models(family, tmp_path, kernels)
+    if family == "gpt2" and site is Site.GATE:
+        with pytest.raises(Exception, match="no site gate"):
+            fused.forward(PackedBatch.of_sequences([[1]]), Everywhere(frozenset({site})))
+        return
+    batch = [some_ids(length, seed) for seed, length in enumerate(LENGTHS)]
+    with torch.inference_mode():
+        plain = generic.forward(PackedBatch.of_sequences(batch))
+        ours, expected = (
+            model.forward(PackedBatch.of_sequences(batch), Everywhere(frozenset({site})))
+            for model in (fused, generic)
+        )
+    assert not torch.allclose(expected, plain), "the adaptation changes nothing"
+    assert_equal(ours, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decode_steps(family: str, tmp_path: Path, kernels: Kernels) -> None:
+    generic, fused = models(family, tmp_path, kernels)
+    prompts = [some_ids(length, seed) for seed, length in enumerate(LENGTHS)]
+    steps = []
+    for model in (generic, fused):
+        pools = Pools(model.layout, 60, 16, "cpu", model.kernels)
+        batch: list[Any] = [
+            SimpleNamespace(blocks=list(range(10 * i, 10 * i + 10)), kv_len=n) for i, n in enumerate(LENGTHS)
+        ]
+        slots = [pools.slots(s.blocks, s.kv_len) for s in batch]
+
+        def keep(
+            layer: int, key: torch.Tensor, value: torch.Tensor, pools: Pools = pools, slots: Any = slots
+        ) -> None:
+            pools.keys[layer].flatten(0, 1)[torch.cat(slots)] = key
+            pools.values[layer].flatten(0, 1)[torch.cat(slots)] = value
+
+        logits = []
+        with torch.inference_mode():
+            model.forward(PackedBatch.of_sequences(prompts, layer_done=keep))
+            for step in range(3):
+                ids = torch.tensor([5 + step + i for i in range(len(batch))])
+                positions = torch.tensor([s.kv_len for s in batch])
+                every = torch.arange(len(batch))
+                logits.append(model.forward(PackedBatch(ids, positions, pools.step(batch), every)))
+                for sequence in batch:
+                    sequence.kv_len += 1
+        steps.append(torch.stack(logits))
+    assert_equal(steps[1], steps[0])
+
+
+def test_eight_bits_are_near_and_not_equal(tmp_path: Path, kernels: Kernels) -> None:
+    config = transformers.LlamaConfig(**SIZES | {"hidden_size": 64, "num_attention_heads": 4})
+    save_random(config, tmp_path)
+    full, rounded = (LanguageModel.load(tmp_path, dtype=torch.bfloat16) for _ in range(2))
+    full.accelerate(kernels)
+    rounded.accelerate(kernels, "int8")
+    (a,), (b,) = (packed_logits(model, [some_ids(40, 0)]) for model in (full, rounded))
+    difference = float((a.float() - b.float()).abs().max())
+    assert 0 < difference < 0.15 * float(a.max() - a.min())
+
+
+def test_what_cannot_be_rounded_is_refused(
+    load_tiny: Callable[[str], LanguageModel], tmp_path: Path, kernels: Kernels
+) -> None:
+    save_random(transformers.GPTNeoXConfig(**SIZES), tmp_path)
+    model = LanguageModel.load(tmp_path, dtype=torch.bfloat16)
+    with pytest.raises(UnsupportedModelError, match="int8 weights are for"):
+        model.accelerate(kernels, "int8")
+    model.accelerate(kernels)  # its attention and argmax only
+    assert not model.is_fused

@@ -1,0 +1,199 @@
+"""Every kernel against the same computation written out in torch, around the edges of tiles and blocks."""
+
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu, layer_norm, relu, silu
+
+from prad.lm import KVLayout, LayerKV
+from prad.lm.kernels import Activation, BuildError, Kernels, Out, PackedLinear, load_kernels
+from prad.lm.kernels.build import built
+from prad.lm.paged import Pools
+
+ROWS = (1, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 100, 257)
+SIZES = ((48, 64), (50, 96), (96, 32), (720, 160))  # columns: whole panels or not, an odd number of them
+DTYPES = {torch.float32: 1e-5, torch.bfloat16: 8e-3}  # tolerance, of the largest result
+ACTIVATIONS = {
+    Activation.NONE: lambda x: x,
+    Activation.SILU: silu,
+    Activation.GELU_TANH: lambda x: gelu(x, approximate="tanh"),
+    Activation.RELU: relu,
+}
+
+
+def assert_near(ours: Tensor, expected: Tensor, tolerance: float) -> None:
+    torch.testing.assert_close(
+        ours.float(), expected.float(), rtol=0, atol=tolerance * float(expected.abs().max())
+    )
+
+
+def some(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("columns", "depth"), SIZES)
+@pytest.mark.parametrize("rows", ROWS)
+def test_linear(kernels: Kernels, dtype: torch.dtype, columns: int, depth: int, rows: int) -> None:
+    x, weight, bias = some(rows, depth, dtype=dtype), some(columns, depth, dtype=dtype, seed=1), some(columns)
+    expected = x.float() @ weight.float().T + bias
+    packed = PackedLinear.of(weight, bias)
+    out = torch.full((rows + 1, columns), 7.0, dtype=dtype)
+    kernels.linear(packed, x, out[:rows], Out.STORE)
+    assert_near(out[:rows], expected, DTYPES[dtype])
+    assert (out[rows] == 7).all(), "a row beyond the batch was written"
+    summed = some(rows, columns, seed=2)
+    before = summed.clone()
+    kernels.linear(packed, x, summed, Out.ADD)
+    assert_near(summed, before + expected, 1e-5)  # products of bfloat16 are exact in float32
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", Activation)
+@pytest.mark.parametrize("rows", [3, 32, 65])
+def test_gated_linear(kernels: Kernels, dtype: torch.dtype, activation: Activation, rows: int) -> None:
+    x, weight, bias = some(rows, 64, dtype=dtype), some(2 * 40, 64, dtype=dtype, seed=1), some(80)
+    gate, up = (x.float() @ weight.float().T + bias).chunk(2, dim=1)
+    packed = PackedLinear.of(weight, bias, paired=True)
+    both = torch.empty(rows, 80, dtype=dtype)
+    kernels.linear(packed, x, both, Out.STORE)
+    assert_near(both, torch.cat((gate, up), dim=1), DTYPES[dtype])
+    if activation is not Activation.NONE:
+        inner = torch.empty(rows, 40, dtype=dtype)
+        kernels.linear(packed, x, inner, Out.GATED, activation)
+        assert_near(inner, ACTIVATIONS[activation](gate) * up, DTYPES[dtype])
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_linear_with_eight_bits(kernels: Kernels, rows: int) -> None:
+    x, weight = some(rows, 96, dtype=torch.bfloat16), some(80, 96, dtype=torch.bfloat16, seed=1)
+    scale = weight.float().abs().amax(dim=1, keepdim=True) / 127
+    rounded = (weight.float() / scale).round() * scale
+    out = torch.zeros(rows, 80)
+    kernels.linear(PackedLinear.of(weight, precision="int8"), x, out, Out.ADD)
+    assert_near(out, x.float() @ rounded.T, 1e-5)
+    assert not torch.allclose(out, x.float() @ weight.float().T, atol=1e-3), "nothing was rounded"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [48, 64, 100])
+def test_norms(kernels: Kernels, dtype: torch.dtype, width: int) -> None:
+    x, weight, bias = 3 * some(19, width) + 1, some(width, seed=1), some(width, seed=2)
+    out = torch.empty(19, width, dtype=dtype)
+    kernels.norm(x, weight, None, False, 1e-5, out)
+    assert_near(out, x * (x.square().mean(1, keepdim=True) + 1e-5).rsqrt() * weight, DTYPES[dtype])
+    kernels.norm(x, weight, bias, True, 1e-5, out)
+    assert_near(out, layer_norm(x, (width,), weight, bias, 1e-5), DTYPES[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normed", [False, True])
+def test_rotation(kernels: Kernels, dtype: torch.dtype, normed: bool) -> None:
+    heads, queries, dim, rows = 5, 3, 8, 21
+    x = some(rows, (heads + 2) * dim, dtype=dtype)
+    angles = some(rows, dim // 2, seed=1).repeat(1, 2)
+    cosine, sine = angles.cos(), angles.sin()
+    norms = (some(dim, seed=2), some(dim, seed=3)) if normed else None
+    expected = x.float().view(rows, heads + 2, dim).clone()
+    turned = expected[:, :heads]
+    if norms is not None:
+        weights = torch.stack([norms[0]] * queries + [norms[1]] * (heads - queries))
+        turned = turned * (turned.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weights
+    half = torch.cat((-turned[..., dim // 2 :], turned[..., : dim // 2]), dim=-1)
+    expected[:, :heads] = turned * cosine[:, None] + half * sine[:, None]
+    kernels.rotate(x, heads, queries, dim, cosine, sine, norms, 1e-6)
+    assert_near(x, expected.flatten(1), DTYPES[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_argmax_takes_the_lowest_of_a_tie(kernels: Kernels, dtype: torch.dtype) -> None:
+    logits = some(4, 50, dtype=dtype)
+    logits[1, [7, 33, 49]] = 9.0
+    logits[2, [48, 49]] = 9.0
+    logits[3] = float("-inf")
+    assert kernels.argmax(logits) == [int(logits[0].argmax()), 7, 48, 0]
+
+
+LENGTHS = (1, 2, 15, 16, 17, 31, 32, 33, 100)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 5, 16, 40])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "key_dim", "value_dim"),
+    [(9, 3, 64, 64), (4, 4, 16, 16), (8, 1, 8, 8), (10, 2, 80, 80), (6, 2, 24, 12)],
+)
+@pytest.mark.parametrize("block_size", [16, 5])
+def test_paged_attention(
+    kernels: Kernels,
+    dtype: torch.dtype,
+    window: int | None,
+    heads: int,
+    kv_heads: int,
+    key_dim: int,
+    value_dim: int,
+    block_size: int,
+) -> None:
+    """Equals torch's gathered attention, whatever lies in the rest of the blocks."""
+    layout = KVLayout((LayerKV(kv_heads, key_dim, value_dim),), dtype)
+    blocks = iter(torch.randperm(200, generator=torch.Generator().manual_seed(0)).tolist())
+    batch: list[Any] = [
+        SimpleNamespace(blocks=[next(blocks) for _ in range(n // block_size + 1)], kv_len=n - 1)
+        for n in LENGTHS
+    ]
+    results = []
+    for own in (None, kernels):
+        pools = Pools(layout, 200, block_size, "cpu", own)
+        pools.keys[0].copy_(some(*pools.keys[0].shape, seed=1))
+        pools.values[0].copy_(some(*pools.values[0].shape, seed=2))
+        if own is not None:
+            _spoil_what_is_not_written(pools, batch)
+        step = pools.step(batch)
+        query, key, value = (
+            some(len(batch), n, dim, dtype=dtype, seed=seed)
+            for seed, (n, dim) in enumerate(((heads, key_dim), (kv_heads, key_dim), (kv_heads, value_dim)))
+        )
+        results.append(step.attend(0, query, key, value, 0.3, window))
+    assert_near(results[1], results[0], 4 * DTYPES[dtype])
+
+
+def _spoil_what_is_not_written(pools: Pools, batch: list[Any]) -> None:
+    written = torch.zeros(pools.keys[0].shape[:2], dtype=torch.bool)
+    for sequence in batch:
+        for token in range(sequence.kv_len):
+            written[sequence.blocks[token // pools.block_size], token % pools.block_size] = True
+    for pool in (pools.keys[0], pools.values[0]):
+        pool[~written] = float("nan")
+
+
+def test_one_thread_equals_two(kernels: Kernels, tmp_path: Path) -> None:
+    x, packed = some(70, 64), PackedLinear.of(some(480, 64, seed=1))
+    results = []
+    for threads in (1, 2, 3):
+        out = torch.empty(70, 480)
+        Kernels(built(Path("~/.cache/prad")), threads).linear(packed, x, out, Out.STORE)
+        results.append(out)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_without_a_compiler_torch_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
+    assert load_kernels("auto", tmp_path, "cpu") is None
+    with pytest.raises(BuildError, match="did not build"):
+        load_kernels("native", tmp_path, "cpu")
+
+
+def test_a_compiler_that_refuses_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refusing = tmp_path / "cxx"
+    refusing.write_text("#!/bin/sh\necho 'error: no such standard' >&2\nexit 1\n")
+    refusing.chmod(0o755)
+    assert subprocess.run([refusing], capture_output=True).returncode == 1
+    monkeypatch.setenv("CXX", str(refusing))
+    with pytest.raises(BuildError, match="no such standard"):
+        load_kernels("native", tmp_path, "cpu")
