@@ -6,20 +6,21 @@ x is the FFN's input after its norm. Wu starts at zero.
 """
 
 import math
-from typing import Annotated
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from prad.adapters.method import Group, Method, MethodConfig, ModelShape, Parameters
+from prad.adapters.method import Group, LowRankConfig, Method, ModelShape, Parameters
 from prad.lm import Site
 
 
-class ParallelConfig(MethodConfig):
-    r: Annotated[int, Field(ge=1)] = 32
+class ParallelConfig(LowRankConfig):
     scale: float = 1.0
     bias: bool = True
+
+    @property
+    def factor(self) -> float:
+        return self.scale
 
 
 class ParallelAdapter(Method):
@@ -44,13 +45,10 @@ class ParallelAdapter(Method):
         fresh["ffn.down"].uniform_(-bound, bound, generator=generator)
         return fresh
 
-    def contribute(self, group: Group, layer: int, site: Site, value: Tensor, source: Tensor) -> Tensor:
-        rows = group.rows
-        hidden = torch.bmm(rows.pack(source), group.stacked("ffn.down", layer))  # [chunks, longest, r]
-        if group.configs[0].bias:
-            hidden = hidden + group.stacked("ffn.bias", layer).unsqueeze(1)
-        packed = torch.bmm(hidden.relu(), group.stacked("ffn.up", layer))  # [chunks, longest, hidden]
-        scales = [config.scale for config in group.configs]
-        if any(scale != 1.0 for scale in scales):
-            packed = packed * group.per_chunk(scales, packed)
-        return value.index_add(0, rows.rows, rows.unpack(packed))
+    def contribute(self, group: Group, layer: int, site: Site, value: Tensor, source: Tensor) -> None:
+        for segment in group.segments:
+            hidden = source[segment.rows] @ group.joined(segment, "ffn.down", layer, dim=1)  # [rows, ranks]
+            if group.configs[0].bias:
+                hidden = hidden.add_(group.joined(segment, "ffn.bias", layer))
+            hidden = segment.keep_own(hidden).relu_()
+            segment.add_product(value, hidden, group.joined(segment, "ffn.up", layer))
