@@ -135,7 +135,10 @@ def random_artefact(
     adapter = new_adapter(adapter_method, settings, model, seed)
     generator = torch.Generator().manual_seed(seed)
     for parameter in adapter.parameters.values():
-        parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
+        if parameter.dim() == 2 and parameter.any():  # a factor that starts at one, or at a norm
+            parameter.mul_(1 + 0.3 * torch.randn(parameter.shape, generator=generator))
+        else:
+            parameter.normal_(0.0, 0.3, generator=generator)
     save_parameters(adapter.parameters, folder, torch.float32)
     base = BaseModelRef(
         name="tiny", architecture=model.fingerprint.architecture, weights=model.fingerprint.weights

@@ -8,20 +8,27 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from prad.adapters.bitfit import BitFit
+from prad.adapters.dora import DoRA
 from prad.adapters.errors import (
     BaseMismatchError,
     ParameterMismatchError,
     UnknownMethodError,
 )
+from prad.adapters.ia3 import IA3
 from prad.adapters.lora import LoRA
-from prad.adapters.method import LayerParameters, Method, MethodConfig, ModelShape, Parameters
+from prad.adapters.method import FrozenModel, LayerParameters, Method, MethodConfig, Parameters
 from prad.adapters.parallel import ParallelAdapter
+from prad.adapters.sequential import SequentialAdapter
 from prad.artefact import WEIGHTS, Artefact
 from prad.lm import LanguageModel, Site, require_sites
 
 _DTYPES = ("F32", "F16", "BF16")
 
-METHODS: dict[str, Method] = {method.name: method for method in (ParallelAdapter(), LoRA())}
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (ParallelAdapter(), SequentialAdapter(), LoRA(), DoRA(), IA3(), BitFit())
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +66,7 @@ def new_adapter(method: Method, config: MethodConfig, model: LanguageModel, seed
     """A fresh float32 adapter that leaves the model as it is. Raises MissingSiteError."""
     require_sites(model.config.model_type, method.sites(config))
     generator = torch.Generator().manual_seed(seed)
-    return Adapter(method, config, method.initialise(config, ModelShape(model), generator))
+    return Adapter(method, config, method.initialise(config, FrozenModel(model), generator))
 
 
 def load_adapter(artefact: Artefact, model: LanguageModel, *, allow_other_weights: bool = False) -> Adapter:
@@ -82,7 +89,7 @@ def load_adapter(artefact: Artefact, model: LanguageModel, *, allow_other_weight
     method = find_method(record.method)
     config = method.configure(record.config)
     require_sites(model.config.model_type, method.sites(config))
-    shapes = method.shapes(config, ModelShape(model))
+    shapes = method.shapes(config, FrozenModel(model))
     expected = {_file_name(i, n): s for i in range(model.num_layers) for n, s in shapes.items()}
     for name, info in artefact.tensors.items():
         if info.dtype not in _DTYPES:
@@ -91,13 +98,20 @@ def load_adapter(artefact: Artefact, model: LanguageModel, *, allow_other_weight
     _check_shapes(expected, {name: info.shape for name, info in artefact.tensors.items()})
     tensors = load_file(artefact.weights)
     parameters = {
-        name: torch.stack([tensors[_file_name(i, name)] for i in range(model.num_layers)]).to(
-            device=model.device, dtype=model.dtype
-        )
+        name: torch.stack([tensors[_file_name(i, name)] for i in range(model.num_layers)]).to(model.device)
         for name in shapes
     }
-    _check_numbers(parameters)
-    return Adapter(method, config, parameters)
+    adapter = prepared(Adapter(method, config, parameters), model)
+    _check_numbers(adapter.parameters)
+    return adapter
+
+
+def prepared(adapter: Adapter, model: LanguageModel) -> Adapter:
+    """The adapter as a pass applies it: its method's derived parameters in the model's dtype."""
+    parameters = adapter.method.prepare(adapter.config, adapter.parameters, FrozenModel(model))
+    return Adapter(
+        adapter.method, adapter.config, {name: p.to(model.dtype) for name, p in parameters.items()}
+    )
 
 
 def save_parameters(parameters: Parameters, folder: Path, dtype: torch.dtype) -> None:

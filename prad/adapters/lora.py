@@ -2,8 +2,9 @@
 
     [x', y'] = [x, y] W0ᵀ + [s · x Aᵀ Bᵀ, 0]      s = alpha / r, or alpha / √r (rank-stabilised)
 
-x is the projection's own input. B starts at zero. Names, shapes and defaults are PEFT's: `lora_A` [r, in],
-`lora_B` [out, r]. A fused projection (GPT-2's c_attn) is adapted in its part.
+x is the projection's own input. B starts at zero. Names and shapes are PEFT's: `lora_A` [r, in], `lora_B`
+[out, r]. A fused projection (GPT-2's c_attn) is adapted in its part. PrAd-LoRA-FFN is this method with the
+targets gate, up and down.
 """
 
 import math
@@ -13,10 +14,16 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from prad.adapters.method import Group, LowRankConfig, Method, ModelShape, Parameters
+from prad.adapters.method import FrozenModel, Group, LowRankConfig, Method, Parameters
 from prad.lm import Site
 
 PROJECTIONS = (Site.Q, Site.K, Site.V, Site.O, Site.GATE, Site.UP, Site.DOWN)
+
+
+def some_projections(targets: tuple[Site, ...]) -> tuple[Site, ...]:
+    if not targets or len(set(targets)) < len(targets) or not set(targets) <= set(PROJECTIONS):
+        raise ValueError(f"expected some of {', '.join(PROJECTIONS)}, each once")
+    return targets
 
 
 class LoRAConfig(LowRankConfig):
@@ -25,12 +32,7 @@ class LoRAConfig(LowRankConfig):
     rslora: bool = False
     targets: tuple[Site, ...] = (Site.Q, Site.V)
 
-    @field_validator("targets")
-    @classmethod
-    def _some_projections(cls, targets: tuple[Site, ...]) -> tuple[Site, ...]:
-        if not targets or len(set(targets)) < len(targets) or not set(targets) <= set(PROJECTIONS):
-            raise ValueError(f"expected some of {', '.join(PROJECTIONS)}, each once")
-        return targets
+    _targets = field_validator("targets")(some_projections)
 
     @property
     def factor(self) -> float:
@@ -44,14 +46,14 @@ class LoRA(Method):
     def sites(self, config: LoRAConfig) -> frozenset[Site]:
         return frozenset(config.targets)
 
-    def shapes(self, config: LoRAConfig, model: ModelShape) -> dict[str, tuple[int, ...]]:
+    def shapes(self, config: LoRAConfig, model: FrozenModel) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {}
         for site in config.targets:
-            width_in, width_out = model.projection(site)
+            width_in, width_out = model.width(site)
             shapes |= {f"{site}.lora_A": (config.r, width_in), f"{site}.lora_B": (width_out, config.r)}
         return shapes
 
-    def initialise(self, config: LoRAConfig, model: ModelShape, generator: torch.Generator) -> Parameters:
+    def initialise(self, config: LoRAConfig, model: FrozenModel, generator: torch.Generator) -> Parameters:
         fresh = {
             name: torch.zeros(model.layers, *shape) for name, shape in self.shapes(config, model).items()
         }

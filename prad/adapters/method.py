@@ -16,7 +16,7 @@ from torch import Tensor
 
 from prad.adapters.errors import AdapterError
 from prad.adapters.segments import Segment, Span, cut
-from prad.lm import LanguageModel, Site, site_weight
+from prad.lm import LanguageModel, Site, projection
 
 Parameters = dict[str, Tensor]
 """A method's parameters by name; each has the layers as its first dimension."""
@@ -42,8 +42,8 @@ class LowRankConfig(MethodConfig):
 
 
 @dataclass(frozen=True, slots=True)
-class ModelShape:
-    """The sizes of a model that parameter shapes depend on."""
+class FrozenModel:
+    """What of a model an adapter's parameters depend on: its sizes, and its projections."""
 
     model: LanguageModel
 
@@ -55,10 +55,14 @@ class ModelShape:
     def hidden(self) -> int:
         return self.model.hidden_size
 
-    def projection(self, site: Site) -> tuple[int, int]:
+    def projection(self, site: Site, layer: int = 0) -> tuple[Tensor, Tensor | None]:
+        """Frozen weight [out, in] and bias [out]. Raises MissingSiteError."""
+        return projection(self.model.module, self.model.config.model_type, layer, site)
+
+    def width(self, site: Site) -> tuple[int, int]:
         """(in, out) of the projection whose output is `site`. Raises MissingSiteError."""
-        weight = site_weight(self.model.module, self.model.config.model_type, 0, site)
-        return weight.shape[1], weight.shape[0]
+        width_out, width_in = self.projection(site)[0].shape
+        return width_in, width_out
 
 
 @dataclass(frozen=True)
@@ -106,12 +110,17 @@ class Method(ABC):
         """The sites that the contribution acts on."""
 
     @abstractmethod
-    def shapes(self, config: Any, model: ModelShape) -> dict[str, tuple[int, ...]]:
+    def shapes(self, config: Any, model: FrozenModel) -> dict[str, tuple[int, ...]]:
         """Parameter names and shapes, without the leading dimension of layers."""
 
     @abstractmethod
-    def initialise(self, config: Any, model: ModelShape, generator: torch.Generator) -> Parameters:
+    def initialise(self, config: Any, model: FrozenModel, generator: torch.Generator) -> Parameters:
         """Fresh float32 parameters [layers, ...] with which the adapted model equals the plain one."""
+
+    def prepare(self, config: Any, parameters: Parameters, model: FrozenModel) -> Parameters:
+        """What `contribute` works with, derived from the stored parameters: once on load, in training at
+        each step, with gradients."""
+        return parameters
 
     @abstractmethod
     def contribute(self, group: Group, layer: int, site: Site, value: Tensor, source: Tensor) -> None:

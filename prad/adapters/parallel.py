@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from prad.adapters.method import Group, LowRankConfig, Method, ModelShape, Parameters
+from prad.adapters.method import FrozenModel, Group, LowRankConfig, Method, Parameters
 from prad.lm import Site
 
 
@@ -30,14 +30,16 @@ class ParallelAdapter(Method):
     def sites(self, config: ParallelConfig) -> frozenset[Site]:
         return frozenset({Site.FFN_OUT})
 
-    def shapes(self, config: ParallelConfig, model: ModelShape) -> dict[str, tuple[int, ...]]:
+    def shapes(self, config: ParallelConfig, model: FrozenModel) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {
             "ffn.down": (model.hidden, config.r),
             "ffn.up": (config.r, model.hidden),
         }
         return shapes | ({"ffn.bias": (config.r,)} if config.bias else {})
 
-    def initialise(self, config: ParallelConfig, model: ModelShape, generator: torch.Generator) -> Parameters:
+    def initialise(
+        self, config: ParallelConfig, model: FrozenModel, generator: torch.Generator
+    ) -> Parameters:
         fresh = {
             name: torch.zeros(model.layers, *shape) for name, shape in self.shapes(config, model).items()
         }

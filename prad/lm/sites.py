@@ -105,8 +105,8 @@ def require_sites(model_type: str, sites: frozenset[Site]) -> None:
         raise MissingSiteError(f"a '{model_type}' model has no site {', '.join(missing)}")
 
 
-def site_weight(model: nn.Module, model_type: str, layer: int, site: Site) -> Tensor:
-    """The frozen weight [out, in] of the projection whose output is `site`: a view, never a copy.
+def projection(model: nn.Module, model_type: str, layer: int, site: Site) -> tuple[Tensor, Tensor | None]:
+    """Frozen weight [out, in] and bias [out] of the projection whose output is `site`: views, no copies.
 
     Raises MissingSiteError if the family does not have the site, or no projection computes it.
     """
@@ -114,12 +114,13 @@ def site_weight(model: nn.Module, model_type: str, layer: int, site: Site) -> Te
     family = _FAMILIES[model_type]
     tap = family.taps[site]
     module = model.get_submodule(f"{family.layers}.{layer}.{tap.path}")
-    weight = getattr(module, "weight", None)
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     if tap.is_input or not isinstance(weight, Tensor):
         raise MissingSiteError(f"{site} is not the output of a projection")
     if not isinstance(module, nn.Linear):  # GPT-2's Conv1D keeps [in, out]
         weight = weight.T
-    return weight.chunk(tap.parts)[tap.part]
+    own_bias = bias.chunk(tap.parts)[tap.part] if isinstance(bias, Tensor) else None
+    return weight.chunk(tap.parts)[tap.part], own_bias
 
 
 @contextmanager

@@ -59,7 +59,51 @@ def _lora(config: dict[str, Any], _: nn.Module, w: Weights) -> Iterator[tuple[st
         yield site, lambda x, y, a=a, b=b: y + scale * (x @ a.T) @ b.T
 
 
+def _sequential(config: dict[str, Any], _: nn.Module, w: Weights) -> Iterator[tuple[str, Formula]]:
+    def formula(x: Tensor, y: Tensor) -> Tensor:
+        return y + config["scale"] * torch.relu(y @ w["ffn.down"] + w["ffn.bias"]) @ w["ffn.up"]
+
+    yield "ffn", formula
+
+
+def _dora(config: dict[str, Any], layer: nn.Module, w: Weights) -> Iterator[tuple[str, Formula]]:
+    """The merged weight V / ‖V‖ · m with V = W0 + s B A."""
+    for site in config["targets"]:
+        frozen, bias = _frozen(layer, site)
+        scale = config["alpha"] / (config["r"] ** 0.5 if config["rslora"] else config["r"])
+        merged = frozen + scale * w[f"{site}.lora_B"] @ w[f"{site}.lora_A"]
+        norms = merged.square().sum(1).sqrt()
+        merged = merged / norms[:, None] * w[f"{site}.lora_magnitude_vector"][:, None]
+        yield site, lambda x, y, merged=merged, bias=bias: x @ merged.T + bias
+
+
+def _ia3(_: dict[str, Any], layer: nn.Module, w: Weights) -> Iterator[tuple[str, Formula]]:
+    for site in ("k", "v"):
+        yield site, lambda x, y, factor=w[f"{site}.ia3_l"]: y * factor
+    frozen, bias = _frozen(layer, "down")
+    yield "down", lambda x, y: (x * w["down_in.ia3_l"]) @ frozen.T + bias
+
+
+def _bitfit(config: dict[str, Any], _: nn.Module, w: Weights) -> Iterator[tuple[str, Formula]]:
+    for site in config["targets"]:
+        yield site, lambda x, y, change=w[f"{site}.bias"]: y + change
+
+
+def _frozen(layer: nn.Module, site: str) -> tuple[Tensor, Tensor]:
+    """The projection's weight [out, in], and its bias or zeros [out]."""
+    module, part, parts = _place(layer, site)
+    stored = module.weight.detach()
+    assert isinstance(stored, Tensor)
+    weight = (stored if isinstance(module, nn.Linear) else stored.T).chunk(parts)[part]
+    bias = module.bias.detach().chunk(parts)[part] if isinstance(module.bias, Tensor) else torch.zeros(1)
+    return weight, bias
+
+
 _METHODS: dict[str, Callable[..., Iterator[tuple[str, Formula]]]] = {
     "prad-pa": _parallel,
+    "prad-sa": _sequential,
     "prad-lora": _lora,
+    "prad-dora": _dora,
+    "prad-ia3": _ia3,
+    "prad-bitfit": _bitfit,
 }

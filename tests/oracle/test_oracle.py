@@ -21,9 +21,16 @@ TASKS: dict[str, tuple[str, dict[str, Any]]] = {  # methods and ranks that share
     "pa": ("prad-pa", {"r": 8}),
     "pa-scaled": ("prad-pa", {"r": 12, "scale": 0.5}),
     "lora": ("prad-lora", {"r": 4, "alpha": 6}),
-    "lora-all": ("prad-lora", {"r": 6, "rslora": True, "targets": ["q", "k", "v", "o", "up", "down"]}),
+    "lora-all": (
+        "prad-lora",
+        {"r": 6, "alpha": 2, "rslora": True, "targets": ["q", "k", "v", "o", "up", "down"]},
+    ),
+    "sa": ("prad-sa", {"r": 5}),
+    "dora": ("prad-dora", {"r": 4, "targets": ["q", "v", "down"]}),
+    "ia3": ("prad-ia3", {}),
+    "bitfit": ("prad-bitfit", {}),
 }
-PROMPT_LENGTHS = (1, 2, 15, 16, 17, 31, 33, 47, 24, 5)
+PROMPT_LENGTHS = (1, 2, 15, 16, 17, 31, 33, 47, 24, 5, 12)
 STEPS = 20
 
 
