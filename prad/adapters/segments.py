@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 _RANK = 64  # ranks joined in a segment; more columns cost more work, fewer cost more calls
+_GAP = 64  # rows of nobody that a segment may cross; touching them in vain costs less than another call
 
 
 class Span(NamedTuple):
@@ -61,7 +62,8 @@ def cut(
     members: set[int] = set()
     for span in spans:
         joined = members | {span.adapter}
-        if segments and (joined == members or sum(ranks[a] for a in joined) <= _RANK):
+        near = bool(segments) and span.start - segments[-1][-1].stop <= _GAP
+        if near and (joined == members or sum(ranks[a] for a in joined) <= _RANK):
             segments[-1].append(span)
             members = joined
         else:

@@ -20,7 +20,7 @@ def train_command(
         ),
     ],
     out: Annotated[Path, typer.Option(help="Where the adapter folder goes.")],
-    method: Annotated[str, typer.Option(help="prad-pa, prad-lora")] = "prad-pa",
+    method: Annotated[str, typer.Option(help="prad-pa, -sa, -lora, -dora, -ia3 or -bitfit.")] = "prad-pa",
     r: Annotated[
         int | None, typer.Option(help="Bottleneck width or rank; the method's default if left out.", min=1)
     ] = None,
@@ -55,6 +55,7 @@ def train_command(
     from prad.lm import served_name
     from prad.training.train import TrainSettings, train
 
+    fields = _fields(config)
     language_model, tokenizer = load_model(model, cache_dir, dtype, device)
     record = train(
         language_model,
@@ -64,7 +65,7 @@ def train_command(
             data=data,
             out=out,
             method=method,
-            config=_fields(config) | ({} if r is None else {"r": r}),
+            config=fields | ({} if r is None else {"r": r}),
             template=template,
             epochs=epochs,
             max_steps=max_steps,

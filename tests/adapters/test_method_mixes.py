@@ -91,18 +91,19 @@ def test_a_part_of_a_fused_output_is_changed_in_place() -> None:
 
 
 def test_segments_cover_neighbours_up_to_a_rank_and_never_split_a_span() -> None:
-    spans = [Span(0, 5, 0), Span(5, 9, 1), Span(9, 10, 0), Span(12, 20, 2), Span(20, 25, 3)]
+    spans = [Span(0, 5, 0), Span(5, 9, 1), Span(9, 10, 0), Span(12, 20, 2), Span(20, 25, 3), Span(90, 91, 3)]
     segments = cut(spans, ranks=[32, 32, 8, 100], factors=[1.0, 1.0, 1.0, 0.5], device="cpu")
     assert [(s.rows.start, s.rows.stop, s.adapters) for s in segments] == [
         (0, 10, (0, 1)),
         (12, 20, (2,)),
         (20, 25, (3,)),
+        (90, 91, (3,)),  # too far away
     ]
     (mixed, *alone) = segments
     assert mixed.foreign is not None
     assert mixed.foreign.sum(1).tolist() == [32] * 10
-    assert [s.foreign for s in alone] == [None, None]
-    assert [s.factor for s in segments] == [1.0, 1.0, 0.5]
+    assert [s.foreign for s in alone] == [None] * 3
+    assert [s.factor for s in segments] == [1.0, 1.0, 0.5, 0.5]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
