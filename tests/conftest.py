@@ -128,20 +128,36 @@ def load_tiny(tiny_model: Callable[[str], Path]) -> Callable[[str], LanguageMode
     return load
 
 
-def random_artefact(folder: Path, model: LanguageModel, seed: int, *, r: int = 8, **record: Any) -> Artefact:
-    """An adapter folder whose every parameter has weight, large enough to change what the model says."""
+def random_artefact(
+    folder: Path,
+    model: LanguageModel,
+    seed: int,
+    *,
+    method: str = "prad-pa",
+    r: int = 8,
+    config: dict[str, Any] | None = None,
+    **record: Any,
+) -> Artefact:
+    """An adapter folder whose every parameter has weight, large enough to change what the model says.
+
+    `config`: the method's settings; {"r": r} if left out.
+    """
     folder.mkdir(parents=True)
-    method = find_method("prad-pa")
-    config = method.config_type.model_validate({"r": r})
-    adapter = new_adapter(method, config, model, seed)
+    adapter_method = find_method(method)
+    settings = adapter_method.configure({"r": r} if config is None else config)
+    adapter = new_adapter(adapter_method, settings, model, seed)
     generator = torch.Generator().manual_seed(seed)
     for parameter in adapter.parameters.values():
-        parameter.normal_(0.0, 0.3, generator=generator)
+        if parameter.dim() == 2 and parameter.any():  # a factor that starts at one, or at a norm
+            parameter.mul_(1 + 0.3 * torch.randn(parameter.shape, generator=generator))
+        else:
+            parameter.normal_(0.0, 0.3, generator=generator)
     save_parameters(adapter.parameters, folder, torch.float32)
     base = BaseModelRef(
         name="tiny", architecture=model.fingerprint.architecture, weights=model.fingerprint.weights
     )
-    write_record(folder, AdapterRecord(method="prad-pa", config=config.model_dump(), base=base, **record))
+    fields = settings.model_dump(mode="json")
+    write_record(folder, AdapterRecord(method=method, config=fields, base=base, **record))
     return read_artefact(folder)
 
 

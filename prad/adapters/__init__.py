@@ -7,6 +7,7 @@ from prad.adapters.adapter import (
     find_method,
     load_adapter,
     new_adapter,
+    prepared,
     save_parameters,
 )
 from prad.adapters.errors import (
@@ -28,5 +29,6 @@ __all__ = [
     "find_method",
     "load_adapter",
     "new_adapter",
+    "prepared",
     "save_parameters",
 ]

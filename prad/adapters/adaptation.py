@@ -9,7 +9,7 @@ from torch import Tensor
 
 from prad.adapters.adapter import Adapter
 from prad.adapters.method import Group
-from prad.adapters.rows import AdaptedRows
+from prad.adapters.segments import Span
 from prad.lm import Site
 
 
@@ -25,22 +25,24 @@ class PromptAdaptation:
     """Implements `prad.lm.Adaptation` for any mix of adapters; adapters that fit are applied together."""
 
     def __init__(self, spans: Sequence[AdaptedSpan], device: torch.device | str) -> None:
-        own_spans: dict[Adapter, list[tuple[int, int]]] = {}
-        for span in spans:
-            own_spans.setdefault(span.adapter, []).append((span.start, span.length))
-        alike: dict[object, list[Adapter]] = {}
-        for adapter in own_spans:
-            shapes = tuple((name, p.shape) for name, p in sorted(adapter.parameters.items()))
-            alike.setdefault((adapter.method.name, shapes), []).append(adapter)
+        alike: dict[tuple[str, frozenset[str]], dict[Adapter, int]] = {}  # numbered in order
+        rows: dict[tuple[str, frozenset[str]], list[Span]] = {}
+        for span in sorted(spans, key=lambda span: span.start):
+            key = (span.adapter.method.name, frozenset(span.adapter.parameters))
+            numbers = alike.setdefault(key, {})
+            number = numbers.setdefault(span.adapter, len(numbers))
+            rows.setdefault(key, []).append(Span(span.start, span.start + span.length, number))
         self._by_site: dict[Site, list[Group]] = {}
-        for adapters in alike.values():
+        for key, adapters in alike.items():
+            first = next(iter(adapters))
             group = Group(
-                adapters[0].method,
+                first.method,
                 tuple(a.config for a in adapters),
-                tuple(a.parameters for a in adapters),
-                AdaptedRows.of_spans([own_spans[a] for a in adapters], device),
+                tuple(a.per_layer for a in adapters),
+                tuple(rows[key]),
+                device,
             )
-            for site in adapters[0].sites:
+            for site in first.sites:
                 self._by_site.setdefault(site, []).append(group)
 
     @classmethod
@@ -59,7 +61,7 @@ class PromptAdaptation:
         spans = [
             AdaptedSpan(adapter, start, prompt)
             for adapter, start, prompt in zip(adapters, starts, prompt_lengths, strict=True)
-            if adapter is not None
+            if adapter is not None and prompt > 0
         ]
         return cls(spans, device) if spans else None
 
@@ -67,7 +69,6 @@ class PromptAdaptation:
     def sites(self) -> frozenset[Site]:
         return frozenset(self._by_site)
 
-    def apply(self, layer: int, site: Site, value: Tensor, source: Tensor) -> Tensor:
+    def apply(self, layer: int, site: Site, value: Tensor, source: Tensor) -> None:
         for group in self._by_site[site]:
-            value = group.method.contribute(group, layer, site, value, source)
-        return value
+            group.method.contribute(group, layer, site, value, source)

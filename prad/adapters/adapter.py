@@ -2,24 +2,33 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from prad.adapters.bitfit import BitFit
+from prad.adapters.dora import DoRA
 from prad.adapters.errors import (
     BaseMismatchError,
     ParameterMismatchError,
     UnknownMethodError,
 )
-from prad.adapters.method import Method, MethodConfig, ModelShape, Parameters
+from prad.adapters.ia3 import IA3
+from prad.adapters.lora import LoRA
+from prad.adapters.method import FrozenModel, LayerParameters, Method, MethodConfig, Parameters
 from prad.adapters.parallel import ParallelAdapter
+from prad.adapters.sequential import SequentialAdapter
 from prad.artefact import WEIGHTS, Artefact
 from prad.lm import LanguageModel, Site, require_sites
 
 _DTYPES = ("F32", "F16", "BF16")
 
-METHODS: dict[str, Method] = {method.name: method for method in (ParallelAdapter(),)}
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (ParallelAdapter(), SequentialAdapter(), LoRA(), DoRA(), IA3(), BitFit())
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +46,10 @@ class Adapter:
     def sites(self) -> frozenset[Site]:
         return self.method.sites(self.config)
 
+    @cached_property
+    def per_layer(self) -> LayerParameters:
+        return {name: stacked.unbind(0) for name, stacked in self.parameters.items()}
+
     @property
     def nbytes(self) -> int:
         return sum(p.nbytes for p in self.parameters.values())
@@ -53,7 +66,7 @@ def new_adapter(method: Method, config: MethodConfig, model: LanguageModel, seed
     """A fresh float32 adapter that leaves the model as it is. Raises MissingSiteError."""
     require_sites(model.config.model_type, method.sites(config))
     generator = torch.Generator().manual_seed(seed)
-    return Adapter(method, config, method.initialise(config, ModelShape.of(model), generator))
+    return Adapter(method, config, method.initialise(config, FrozenModel(model), generator))
 
 
 def load_adapter(artefact: Artefact, model: LanguageModel, *, allow_other_weights: bool = False) -> Adapter:
@@ -76,7 +89,7 @@ def load_adapter(artefact: Artefact, model: LanguageModel, *, allow_other_weight
     method = find_method(record.method)
     config = method.configure(record.config)
     require_sites(model.config.model_type, method.sites(config))
-    shapes = method.shapes(config, ModelShape.of(model))
+    shapes = method.shapes(config, FrozenModel(model))
     expected = {_file_name(i, n): s for i in range(model.num_layers) for n, s in shapes.items()}
     for name, info in artefact.tensors.items():
         if info.dtype not in _DTYPES:
@@ -84,16 +97,20 @@ def load_adapter(artefact: Artefact, model: LanguageModel, *, allow_other_weight
             raise ParameterMismatchError(f"tensor {name}: expected one of {known}, the file has {info.dtype}")
     _check_shapes(expected, {name: info.shape for name, info in artefact.tensors.items()})
     tensors = load_file(artefact.weights)
-    _check_numbers(tensors)
+    parameters = {
+        name: torch.stack([tensors[_file_name(i, name)] for i in range(model.num_layers)]).to(model.device)
+        for name in shapes
+    }
+    adapter = prepared(Adapter(method, config, parameters), model)
+    _check_numbers(adapter.parameters)
+    return adapter
+
+
+def prepared(adapter: Adapter, model: LanguageModel) -> Adapter:
+    """The adapter as a pass applies it: its method's derived parameters in the model's dtype."""
+    parameters = adapter.method.prepare(adapter.config, adapter.parameters, FrozenModel(model))
     return Adapter(
-        method,
-        config,
-        {
-            name: torch.stack([tensors[_file_name(i, name)] for i in range(model.num_layers)]).to(
-                device=model.device, dtype=model.dtype
-            )
-            for name in shapes
-        },
+        adapter.method, adapter.config, {name: p.to(model.dtype) for name, p in parameters.items()}
     )
 
 
@@ -121,7 +138,11 @@ def _check_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, t
             )
 
 
-def _check_numbers(tensors: Mapping[str, torch.Tensor]) -> None:
-    for name, tensor in sorted(tensors.items()):
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
-            raise ParameterMismatchError(f"tensor {name}: expected finite floating-point numbers")
+def _check_numbers(parameters: Parameters) -> None:
+    """In the model's dtype: what is finite in a file may not be so there."""
+    for name, stacked in parameters.items():
+        for layer, parameter in enumerate(stacked):
+            if not parameter.isfinite().all():
+                raise ParameterMismatchError(
+                    f"tensor {_file_name(layer, name)}: expected finite numbers in {stacked.dtype}"
+                )

@@ -5,20 +5,24 @@ many adapters at once. Training uses the very same contribution, with one adapte
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import cached_property
+from typing import Annotated, Any, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from prad.adapters.errors import AdapterError
-from prad.adapters.rows import AdaptedRows
-from prad.lm import LanguageModel, Site
+from prad.adapters.segments import Segment, Span, cut
+from prad.lm import LanguageModel, Site, projection
 
 Parameters = dict[str, Tensor]
 """A method's parameters by name; each has the layers as its first dimension."""
+
+LayerParameters = dict[str, tuple[Tensor, ...]]
+"""The same, each as one tensor per layer."""
 
 
 class MethodConfig(BaseModel):
@@ -27,40 +31,64 @@ class MethodConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-@dataclass(frozen=True, slots=True)
-class ModelShape:
-    """The sizes of a model that parameter shapes depend on."""
+class LowRankConfig(MethodConfig):
+    """Of a method that adds factor · f(x down) up, with f(0) = 0: its adapters share `Group.segments`."""
 
-    layers: int
-    hidden: int
+    r: Annotated[int, Field(ge=1)] = 32
 
-    @classmethod
-    def of(cls, model: LanguageModel) -> "ModelShape":
-        return cls(model.num_layers, model.hidden_size)
+    @property
+    def factor(self) -> float:
+        return 1.0
 
 
 @dataclass(frozen=True, slots=True)
+class FrozenModel:
+    """What of a model an adapter's parameters depend on: its sizes, and its projections."""
+
+    model: LanguageModel
+
+    @property
+    def layers(self) -> int:
+        return self.model.num_layers
+
+    @property
+    def hidden(self) -> int:
+        return self.model.hidden_size
+
+    def projection(self, site: Site, layer: int = 0) -> tuple[Tensor, Tensor | None]:
+        """Frozen weight [out, in] and bias [out]. Raises MissingSiteError."""
+        return projection(self.model.module, self.model.config.model_type, layer, site)
+
+    def width(self, site: Site) -> tuple[int, int]:
+        """(in, out) of the projection whose output is `site`. Raises MissingSiteError."""
+        width_out, width_in = self.projection(site)[0].shape
+        return width_in, width_out
+
+
+@dataclass(frozen=True)
 class Group:
-    """Adapters of one method and one set of parameter shapes that share a packed pass.
+    """Adapters of one method with the same parameter names that share a packed pass.
 
-    configs and parameters are those of the distinct adapters, in the order of `rows`.
+    configs and parameters (by name, one tensor per layer) are those of the distinct adapters; spans say
+    which rows each adapts, in the order of rows.
     """
 
     method: "Method"
     configs: tuple[Any, ...]
-    parameters: tuple[Parameters, ...]
-    rows: AdaptedRows
+    parameters: tuple[LayerParameters, ...]
+    spans: tuple[Span, ...]
+    device: torch.device | str
 
-    def stacked(self, name: str, layer: int) -> Tensor:
-        """One layer's parameter for every chunk of rows: [chunks, ...]."""
-        if len(self.parameters) == 1:
-            return self.parameters[0][name][layer].unsqueeze(0)
-        layers = [p[name][layer] for p in self.parameters]
-        return torch.stack([layers[adapter] for adapter in self.rows.chunks])
+    @cached_property
+    def segments(self) -> tuple[Segment, ...]:
+        """For methods with a `LowRankConfig`; computed once per pass."""
+        factors = [config.factor for config in self.configs]
+        return cut(self.spans, [config.r for config in self.configs], factors, self.device)
 
-    def per_chunk(self, values: Sequence[float], like: Tensor) -> Tensor:
-        """One number per adapter, spread over chunks: [chunks, 1, 1] in the dtype of `like`."""
-        return like.new_tensor([values[adapter] for adapter in self.rows.chunks]).view(-1, 1, 1)
+    def joined(self, segment: Segment, name: str, layer: int, dim: int = 0) -> Tensor:
+        """One layer's parameter of a segment's adapters, joined along the dimension that is the rank."""
+        parts = [self.parameters[adapter][name][layer] for adapter in segment.adapters]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 class Method(ABC):
@@ -82,13 +110,18 @@ class Method(ABC):
         """The sites that the contribution acts on."""
 
     @abstractmethod
-    def shapes(self, config: Any, model: ModelShape) -> dict[str, tuple[int, ...]]:
+    def shapes(self, config: Any, model: FrozenModel) -> dict[str, tuple[int, ...]]:
         """Parameter names and shapes, without the leading dimension of layers."""
 
     @abstractmethod
-    def initialise(self, config: Any, model: ModelShape, generator: torch.Generator) -> Parameters:
+    def initialise(self, config: Any, model: FrozenModel, generator: torch.Generator) -> Parameters:
         """Fresh float32 parameters [layers, ...] with which the adapted model equals the plain one."""
 
+    def prepare(self, config: Any, parameters: Parameters, model: FrozenModel) -> Parameters:
+        """What `contribute` works with, derived from the stored parameters: once on load, in training at
+        each step, with gradients."""
+        return parameters
+
     @abstractmethod
-    def contribute(self, group: Group, layer: int, site: Site, value: Tensor, source: Tensor) -> Tensor:
-        """The site's value [T, width] with the group's contribution in its rows; source [T, in_width]."""
+    def contribute(self, group: Group, layer: int, site: Site, value: Tensor, source: Tensor) -> None:
+        """Puts the group's contribution into its rows of value [T, width]; source [T, in_width]."""

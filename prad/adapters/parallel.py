@@ -6,20 +6,21 @@ x is the FFN's input after its norm. Wu starts at zero.
 """
 
 import math
-from typing import Annotated
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from prad.adapters.method import Group, Method, MethodConfig, ModelShape, Parameters
+from prad.adapters.method import FrozenModel, Group, LowRankConfig, Method, Parameters
 from prad.lm import Site
 
 
-class ParallelConfig(MethodConfig):
-    r: Annotated[int, Field(ge=1)] = 32
+class ParallelConfig(LowRankConfig):
     scale: float = 1.0
     bias: bool = True
+
+    @property
+    def factor(self) -> float:
+        return self.scale
 
 
 class ParallelAdapter(Method):
@@ -29,14 +30,16 @@ class ParallelAdapter(Method):
     def sites(self, config: ParallelConfig) -> frozenset[Site]:
         return frozenset({Site.FFN_OUT})
 
-    def shapes(self, config: ParallelConfig, model: ModelShape) -> dict[str, tuple[int, ...]]:
+    def shapes(self, config: ParallelConfig, model: FrozenModel) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {
             "ffn.down": (model.hidden, config.r),
             "ffn.up": (config.r, model.hidden),
         }
         return shapes | ({"ffn.bias": (config.r,)} if config.bias else {})
 
-    def initialise(self, config: ParallelConfig, model: ModelShape, generator: torch.Generator) -> Parameters:
+    def initialise(
+        self, config: ParallelConfig, model: FrozenModel, generator: torch.Generator
+    ) -> Parameters:
         fresh = {
             name: torch.zeros(model.layers, *shape) for name, shape in self.shapes(config, model).items()
         }
@@ -44,13 +47,10 @@ class ParallelAdapter(Method):
         fresh["ffn.down"].uniform_(-bound, bound, generator=generator)
         return fresh
 
-    def contribute(self, group: Group, layer: int, site: Site, value: Tensor, source: Tensor) -> Tensor:
-        rows = group.rows
-        hidden = torch.bmm(rows.pack(source), group.stacked("ffn.down", layer))  # [chunks, longest, r]
-        if group.configs[0].bias:
-            hidden = hidden + group.stacked("ffn.bias", layer).unsqueeze(1)
-        packed = torch.bmm(hidden.relu(), group.stacked("ffn.up", layer))  # [chunks, longest, hidden]
-        scales = [config.scale for config in group.configs]
-        if any(scale != 1.0 for scale in scales):
-            packed = packed * group.per_chunk(scales, packed)
-        return value.index_add(0, rows.rows, rows.unpack(packed))
+    def contribute(self, group: Group, layer: int, site: Site, value: Tensor, source: Tensor) -> None:
+        for segment in group.segments:
+            hidden = source[segment.rows] @ group.joined(segment, "ffn.down", layer, dim=1)  # [rows, ranks]
+            if group.configs[0].bias:
+                hidden = hidden.add_(group.joined(segment, "ffn.bias", layer))
+            hidden = segment.keep_own(hidden).relu_()
+            segment.add_product(value, hidden, group.joined(segment, "ffn.up", layer))

@@ -1,7 +1,8 @@
 """`prad train`: examples in, adapter folder out."""
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,8 +20,16 @@ def train_command(
         ),
     ],
     out: Annotated[Path, typer.Option(help="Where the adapter folder goes.")],
-    method: Annotated[str, typer.Option(help="prad-pa")] = "prad-pa",
-    r: Annotated[int, typer.Option(help="Bottleneck width.", min=1)] = 32,
+    method: Annotated[str, typer.Option(help="prad-pa, -sa, -lora, -dora, -ia3 or -bitfit.")] = "prad-pa",
+    r: Annotated[
+        int | None, typer.Option(help="Bottleneck width or rank; the method's default if left out.", min=1)
+    ] = None,
+    config: Annotated[
+        str,
+        typer.Option(
+            help='The method\'s other settings as JSON: \'{"targets": ["q", "k", "v", "o"], "alpha": 32}\'.',
+        ),
+    ] = "{}",
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
     max_steps: Annotated[int, typer.Option(help="Stop after this many steps (-1: by epochs).")] = -1,
     batch: Annotated[int, typer.Option(help="Examples per step.", min=1)] = 16,
@@ -46,6 +55,7 @@ def train_command(
     from prad.lm import served_name
     from prad.training.train import TrainSettings, train
 
+    fields = _fields(config)
     language_model, tokenizer = load_model(model, cache_dir, dtype, device)
     record = train(
         language_model,
@@ -55,7 +65,7 @@ def train_command(
             data=data,
             out=out,
             method=method,
-            config={"r": r},
+            config=fields | ({} if r is None else {"r": r}),
             template=template,
             epochs=epochs,
             max_steps=max_steps,
@@ -76,3 +86,13 @@ def train_command(
         f"next:  prad eval --adapter {out} --data {data / 'test.jsonl'}\n"
         f"       prad adapter push {out} --task {task}"
     )
+
+
+def _fields(config: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(config)
+    except json.JSONDecodeError as error:
+        raise typer.BadParameter(f"--config is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise typer.BadParameter(f"--config expects a JSON object, got {config}")
+    return fields

@@ -6,6 +6,7 @@ residual stream stays in float32. Needs the kernels of prad.lm.kernels.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -87,20 +88,18 @@ class FusedModel:
         if self.position_embedding is not None:
             x += self.position_embedding.index_select(0, batch.positions)
         cosine_sine = self._angles(batch.positions)
-        sites = frozenset() if adaptation is None else adaptation.sites
         normed = torch.empty(rows, x.shape[1], dtype=dtype)
         for index, layer in enumerate(self.layers):
-            tap = _tap(adaptation, index, sites)
+            tap = _tap(adaptation, index)
             self._norm(layer.attention_norm, x, normed)
             q, k, v = self._project(layer, normed, cosine_sine, tap)
             attended = batch.kv.attend(index, q, k, v, layer.scale, layer.window).reshape(rows, -1)
-            self._add(layer.o, attended, x, tap(Site.O), attended)
+            self._add(layer.o, attended, x, [(tap(Site.O), attended)])
             self._norm(layer.ffn_norm, x, normed)
-            source = normed if (at_input := tap(Site.FFN_IN)) is None else at_input(normed, normed)
-            inner = self._inner(layer, source, tap)
-            if (at_inner := tap(Site.DOWN_IN)) is not None:
-                inner = at_inner(inner, inner)
-            self._add(layer.down, inner, x, tap(Site.FFN_OUT), source)
+            _adapt(tap(Site.FFN_IN), normed, normed)
+            inner = self._inner(layer, normed, tap)
+            _adapt(tap(Site.DOWN_IN), inner, inner)
+            self._add(layer.down, inner, x, [(tap(Site.DOWN), inner), (tap(Site.FFN_OUT), normed)])
         wanted = x.index_select(0, batch.logit_rows)
         last = torch.empty(wanted.shape, dtype=dtype)
         self._norm(self.last_norm, wanted, last)
@@ -131,8 +130,7 @@ class FusedModel:
         self.kernels.linear(layer.qkv, source, qkv, Out.STORE)
         parts = qkv.split([n * shape.head_dim for n in heads], dim=1)  # type: ignore[no-untyped-call]
         for site, part in zip((Site.Q, Site.K, Site.V), parts, strict=True):
-            if (adapt := tap(site)) is not None:
-                part.copy_(adapt(part.contiguous(), source))
+            _adapt(tap(site), part, source)
         if cosine_sine is not None:
             norms = None if layer.qk_norm is None else (layer.qk_norm[0].weight, layer.qk_norm[1].weight)
             eps = 0.0 if layer.qk_norm is None else layer.qk_norm[0].eps
@@ -152,43 +150,49 @@ class FusedModel:
         both = source.new_empty(len(source), layer.up.out_features)
         self.kernels.linear(layer.up, source, both, Out.STORE)
         parts = both.split(shape.ffn, dim=1)  # type: ignore[no-untyped-call]
-        parts = [
-            part if adapt is None else adapt(part.contiguous(), source)
-            for part, adapt in zip(parts, (gate_tap, up_tap) if shape.gated else (up_tap,), strict=True)
-        ]
+        for adapt, part in zip((gate_tap, up_tap) if shape.gated else (up_tap,), parts, strict=True):
+            _adapt(adapt, part, source)
         acted = _ON_TORCH[activation](parts[0].float())
         return (acted * parts[1].float() if shape.gated else acted).to(source.dtype)
 
     def _add(
-        self, linear: PackedLinear, inputs: Tensor, x: Tensor, adapt: "_Adapt | None", source: Tensor
+        self, linear: PackedLinear, inputs: Tensor, x: Tensor, taps: list[tuple["_Adapt | None", Tensor]]
     ) -> None:
-        """x += linear(inputs), adapted."""
-        if adapt is None:
+        """x += linear(inputs), adapted by each of `taps` with its source."""
+        if all(adapt is None for adapt, _ in taps):
             self.kernels.linear(linear, inputs, x, Out.ADD)
             return
         plain = inputs.new_empty(x.shape)
         self.kernels.linear(linear, inputs, plain, Out.STORE)
-        x += adapt(plain, source)
+        for adapt, source in taps:
+            _adapt(adapt, plain, source)
+        x += plain
 
 
-_Adapt = Callable[[Tensor, Tensor], Tensor]
-"""Takes a site's value and source as `Adaptation.apply` does."""
+_Adapt = Callable[[Tensor, Tensor], None]
+"""Changes a site's value in place, given its source, as `Adaptation.apply` does."""
 _Tap = Callable[[Site], _Adapt | None]
+
+
+def _tap(adaptation: Adaptation | None, layer: int) -> _Tap:
+    def at(site: Site) -> _Adapt | None:
+        if adaptation is None or site not in adaptation.sites:
+            return None
+        return partial(adaptation.apply, layer, site)
+
+    return at
+
+
+def _adapt(adapt: _Adapt | None, value: Tensor, source: Tensor) -> None:
+    if adapt is not None:
+        adapt(value, source)
+
 
 _ON_TORCH: dict[Activation, Callable[[Tensor], Tensor]] = {
     Activation.SILU: nn.functional.silu,
     Activation.GELU_TANH: lambda x: nn.functional.gelu(x, approximate="tanh"),
     Activation.RELU: nn.functional.relu,
 }
-
-
-def _tap(adaptation: Adaptation | None, layer: int, sites: frozenset[Site]) -> _Tap:
-    def at(site: Site) -> _Adapt | None:
-        if adaptation is None or site not in sites:
-            return None
-        return lambda value, source: adaptation.apply(layer, site, value, source)
-
-    return at
 
 
 def fuse(module: Any, kernels: Kernels, precision: Precision) -> FusedModel | None:

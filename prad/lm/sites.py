@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from prad.lm.errors import MissingSiteError
@@ -23,6 +22,7 @@ class Site(StrEnum):
     O = "o"  # noqa: E741 - the field's name for the output projection
     GATE = "gate"
     UP = "up"
+    DOWN = "down"
     DOWN_IN = "down_in"
     FFN_IN = "ffn_in"
     FFN_OUT = "ffn_out"
@@ -36,11 +36,12 @@ class Adaptation(Protocol):
         """The sites it wants to be asked at."""
         ...
 
-    def apply(self, layer: int, site: Site, value: Tensor, source: Tensor) -> Tensor:
-        """The site's new value.
+    def apply(self, layer: int, site: Site, value: Tensor, source: Tensor) -> None:
+        """Changes the site's value in place: a copy per site and layer would cost more than the adapters.
 
-        value [T, width]: what the frozen model has at the site; source [T, in_width]: the input of the
-        module that computed it (for DOWN_IN and FFN_IN the value itself). Never in place.
+        value [T, width]: what the frozen model has at the site, the pass's own tensor or a part of its
+        columns; source [T, in_width]: the input of the module that computed it (for DOWN_IN and FFN_IN
+        the value itself).
         """
         ...
 
@@ -70,6 +71,7 @@ _LLAMA = _Family(
         Site.O: _Tap("self_attn.o_proj"),
         Site.GATE: _Tap("mlp.gate_proj"),
         Site.UP: _Tap("mlp.up_proj"),
+        Site.DOWN: _Tap("mlp.down_proj"),
         Site.DOWN_IN: _Tap("mlp.down_proj", is_input=True),
         Site.FFN_IN: _Tap("mlp", is_input=True),
         Site.FFN_OUT: _Tap("mlp"),
@@ -83,6 +85,7 @@ _GPT2 = _Family(
         Site.V: _Tap("attn.c_attn", part=2, parts=3),
         Site.O: _Tap("attn.c_proj"),
         Site.UP: _Tap("mlp.c_fc"),
+        Site.DOWN: _Tap("mlp.c_proj"),
         Site.DOWN_IN: _Tap("mlp.c_proj", is_input=True),
         Site.FFN_IN: _Tap("mlp", is_input=True),
         Site.FFN_OUT: _Tap("mlp"),
@@ -100,6 +103,24 @@ def require_sites(model_type: str, sites: frozenset[Site]) -> None:
     missing = sorted(sites - family.taps.keys())
     if missing:
         raise MissingSiteError(f"a '{model_type}' model has no site {', '.join(missing)}")
+
+
+def projection(model: nn.Module, model_type: str, layer: int, site: Site) -> tuple[Tensor, Tensor | None]:
+    """Frozen weight [out, in] and bias [out] of the projection whose output is `site`: views, no copies.
+
+    Raises MissingSiteError if the family does not have the site, or no projection computes it.
+    """
+    require_sites(model_type, frozenset({site}))
+    family = _FAMILIES[model_type]
+    tap = family.taps[site]
+    module = model.get_submodule(f"{family.layers}.{layer}.{tap.path}")
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    if tap.is_input or not isinstance(weight, Tensor):
+        raise MissingSiteError(f"{site} is not the output of a projection")
+    if not isinstance(module, nn.Linear):  # GPT-2's Conv1D keeps [in, out]
+        weight = weight.T
+    own_bias = bias.chunk(tap.parts)[tap.part] if isinstance(bias, Tensor) else None
+    return weight.chunk(tap.parts)[tap.part], own_bias
 
 
 @contextmanager
@@ -124,17 +145,14 @@ def tapped(model: nn.Module, model_type: str, adaptation: Adaptation | None) -> 
 def _attach(layer: nn.Module, index: int, site: Site, tap: _Tap, adaptation: Adaptation) -> Any:
     module = layer.get_submodule(tap.path)
 
-    def on_input(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def on_input(_: nn.Module, args: tuple[Any, ...]) -> None:
         value = args[0].squeeze(0)
-        return (adaptation.apply(index, site, value, value).unsqueeze(0), *args[1:])
+        adaptation.apply(index, site, value, value)
 
-    def on_output(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        source = args[0].squeeze(0)
-        if tap.parts == 1:
-            return adaptation.apply(index, site, output.squeeze(0), source).unsqueeze(0)
-        chunks = list(output.squeeze(0).chunk(tap.parts, dim=-1))
-        chunks[tap.part] = adaptation.apply(index, site, chunks[tap.part], source)
-        return torch.cat(chunks, dim=-1).unsqueeze(0)
+    def on_output(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        width = output.shape[-1] // tap.parts
+        value = output.squeeze(0).narrow(-1, tap.part * width, width)
+        adaptation.apply(index, site, value, args[0].squeeze(0))
 
     if tap.is_input:
         return module.register_forward_pre_hook(on_input)

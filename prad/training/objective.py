@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from prad.adapters import Adapter, PromptAdaptation
+from prad.adapters import Adapter, PromptAdaptation, prepared
 from prad.lm import LanguageModel, PackedBatch, PromptKV, Ragged
 
 
@@ -26,11 +26,8 @@ class PromptTuning(nn.Module):
 
     @property
     def adapter(self) -> Adapter:
-        """The adapter in the frozen model's dtype; gradients flow to the float32 parameters."""
-        (model,) = self._frozen
-        parameters = {
-            name: getattr(self, attribute).to(model.dtype) for attribute, name in self._names.items()
-        }
+        """The adapter being trained, in float32."""
+        parameters = {name: getattr(self, attribute) for attribute, name in self._names.items()}
         return Adapter(self._template.method, self._template.config, parameters)
 
     def forward(
@@ -45,7 +42,7 @@ class PromptTuning(nn.Module):
         (model,) = self._frozen
         positions = torch.cat([torch.arange(n, device=ids.device) for n in lengths])
         batch = PackedBatch(ids, positions, PromptKV(Ragged.of(lengths, ids.device)), label_rows)
-        adapters = [self.adapter] * len(lengths)
+        adapters = [prepared(self.adapter, model)] * len(lengths)
         adaptation = PromptAdaptation.of_prompts(adapters, lengths, prompt_lengths, ids.device)
         logits = model.forward(batch, adaptation)
         return {"loss": cross_entropy(logits.float(), labels)}

@@ -61,7 +61,7 @@ def train(
     method = find_method(settings.method)
     config = method.configure(settings.config)
     module = PromptTuning(model, new_adapter(method, config, model, settings.seed)).to(model.device)
-    record = _record(model, base_name, settings, config.model_dump())
+    record = _record(model, base_name, settings, config.model_dump(mode="json"))
     limits = {"max_prompt": settings.max_prompt, "max_completion": settings.max_completion}
     training = tokenise(read_examples(settings.data / "train.jsonl"), tokenizer, record, **limits)
     validation = read_examples(settings.data / "validation.jsonl", settings.eval_examples)

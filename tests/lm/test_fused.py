@@ -45,9 +45,9 @@ class Everywhere:
     def __init__(self, sites: frozenset[Site]) -> None:
         self.sites = sites
 
-    def apply(self, layer: int, site: Site, value: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-        mixed = value + 0.1 * source.mean(dim=1, keepdim=True) * (1 + layer + len(site.value) / 7)
-        return torch.cat((mixed[: len(value) // 2], value[len(value) // 2 :]))
+    def apply(self, layer: int, site: Site, value: torch.Tensor, source: torch.Tensor) -> None:
+        half = len(value) // 2
+        value[:half] += 0.1 * source[:half].mean(dim=1, keepdim=True) * (1 + layer + len(site.value) / 7)
 
 
 def models(family: str, folder: Path, kernels: Kernels) -> tuple[LanguageModel, LanguageModel]:

@@ -5,6 +5,7 @@ None of our forward, attention, adapters or sampling is used here. Each `Fault` 
 could be wrong; the reference under a fault is what such a server would say.
 """
 
+import json
 from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
+
+from tests.oracle.formulas import Change, changes
 
 
 class Fault(Enum):
@@ -88,23 +91,26 @@ class Reference:
 
     @contextmanager
     def _adapted(self, folder: Path | None, adapted: int) -> Any:
-        """FFN([x, y]) + [ReLU(x Wd + b) Wu, 0] with x the first `adapted` positions."""
+        """The artefact's method, in the first `adapted` positions and nowhere else."""
         with ExitStack() as hooks:
             if folder is not None:
                 stored = load_file(folder / "adapter_model.safetensors")
-                weights = {name: tensor.float() for name, tensor in stored.items()}
+                record = json.loads((folder / "prad.json").read_text())
                 for i, layer in enumerate(self.layers):
-                    hook = layer.mlp.register_forward_hook(_parallel(weights, i, adapted))
-                    hooks.callback(hook.remove)
+                    prefix = f"layers.{i}."
+                    weights = {n.removeprefix(prefix): t.float() for n, t in stored.items() if prefix in n}
+                    for change in changes(record["method"], record["config"], layer, weights):
+                        hook = change.module.register_forward_hook(_masked(change, adapted))
+                        hooks.callback(hook.remove)
             yield
 
 
-def _parallel(weights: dict[str, Tensor], layer: int, adapted: int) -> Any:
-    down, bias, up = (weights[f"layers.{layer}.ffn.{name}"] for name in ("down", "bias", "up"))
-
+def _masked(change: Change, adapted: int) -> Any:
     def hook(_: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        x = args[0]  # [1, tokens, hidden]
-        mask = (torch.arange(x.shape[1]) < adapted).to(x.dtype)[:, None]
-        return output + mask * (torch.relu(x @ down + bias) @ up)
+        width = output.shape[-1] // change.parts
+        columns = slice(change.part * width, (change.part + 1) * width)
+        changed = output.clone()  # [1, tokens, width]
+        changed[0, :adapted, columns] = change.formula(args[0][0, :adapted], output[0, :adapted, columns])
+        return changed
 
     return hook

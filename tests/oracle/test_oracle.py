@@ -17,8 +17,20 @@ from tests.conftest import random_artefact, running_stack
 from tests.oracle.comparing import OracleMismatchError, Served, body, check, served
 from tests.oracle.reference import Fault, Reference
 
-TASKS = {"red": 8, "green": 8, "blue": 12}  # rank: adapters of one and of several shapes share a pass
-PROMPT_LENGTHS = (1, 2, 15, 16, 17, 31, 33, 47)
+TASKS: dict[str, tuple[str, dict[str, Any]]] = {  # methods and ranks that share a pass
+    "pa": ("prad-pa", {"r": 8}),
+    "pa-scaled": ("prad-pa", {"r": 12, "scale": 0.5}),
+    "lora": ("prad-lora", {"r": 4, "alpha": 6}),
+    "lora-all": (
+        "prad-lora",
+        {"r": 6, "alpha": 2, "rslora": True, "targets": ["q", "k", "v", "o", "up", "down"]},
+    ),
+    "sa": ("prad-sa", {"r": 5}),
+    "dora": ("prad-dora", {"r": 4, "targets": ["q", "v", "down"]}),
+    "ia3": ("prad-ia3", {}),
+    "bitfit": ("prad-bitfit", {}),
+}
+PROMPT_LENGTHS = (1, 2, 15, 16, 17, 31, 33, 47, 24, 5, 12)
 STEPS = 20
 
 
@@ -71,8 +83,8 @@ def case(
     root = tmp_path_factory.mktemp("stack")
     family, kernels = request.param
     model = tiny_model(family)
-    for seed, (task, r) in enumerate(TASKS.items()):
-        random_artefact(root / "adapters" / task, load_tiny(family), seed, r=r)
+    for seed, (task, (method, config)) in enumerate(TASKS.items()):
+        random_artefact(root / "adapters" / task, load_tiny(family), seed, method=method, config=config)
     with running_stack(model, root / "adapters", root, kernels=kernels) as running:
         yield Case(running.api, root / "adapters", Reference(model))
 
@@ -90,19 +102,20 @@ def test_mixed_tasks_at_once_equal_the_reference(case: Case) -> None:
 
 def test_prompts_of_one_request_equal_the_reference(case: Case) -> None:
     prompts = [prompt for _, prompt in case.prompts()]
-    request = body([], "red", STEPS) | {"prompt": prompts}
+    request = body([], "pa", STEPS) | {"prompt": prompts}
     response = case.client.post("/v1/completions", json=request)
     for choice, prompt in enumerate(prompts):
-        case.check(served(response, choice), prompt, "red")
+        case.check(served(response, choice), prompt, "pa")
 
 
 @pytest.mark.parametrize("fault", Fault)
-def test_the_oracle_fails_under(case: Case, fault: Fault) -> None:
+@pytest.mark.parametrize("task", TASKS)
+def test_the_oracle_fails_under(case: Case, task: str, fault: Fault) -> None:
     prompt = case.prompts()[4][1]
-    answer = case.ask(prompt, "red")
-    case.check(answer, prompt, "red")
+    answer = case.ask(prompt, task)
+    case.check(answer, prompt, task)
     with pytest.raises(OracleMismatchError):
-        case.check(answer, prompt, "red", fault)
+        case.check(answer, prompt, task, fault)
 
 
 def test_seeded_sampling_is_the_same_alone_and_in_a_mix(case: Case) -> None:

@@ -1,0 +1,70 @@
+"""PrAd-LoRA: a low-rank change of chosen projections (Hu et al. 2022), on the prompt only.
+
+    [x', y'] = [x, y] W0ᵀ + [s · x Aᵀ Bᵀ, 0]      s = alpha / r, or alpha / √r (rank-stabilised)
+
+x is the projection's own input. B starts at zero. Names and shapes are PEFT's: `lora_A` [r, in], `lora_B`
+[out, r]. A fused projection (GPT-2's c_attn) is adapted in its part. PrAd-LoRA-FFN is this method with the
+targets gate, up and down.
+"""
+
+import math
+from typing import Annotated
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from prad.adapters.method import FrozenModel, Group, LowRankConfig, Method, Parameters
+from prad.lm import Site
+
+PROJECTIONS = (Site.Q, Site.K, Site.V, Site.O, Site.GATE, Site.UP, Site.DOWN)
+
+
+def some_projections(targets: tuple[Site, ...]) -> tuple[Site, ...]:
+    if not targets or len(set(targets)) < len(targets) or not set(targets) <= set(PROJECTIONS):
+        raise ValueError(f"expected some of {', '.join(PROJECTIONS)}, each once")
+    return targets
+
+
+class LoRAConfig(LowRankConfig):
+    r: Annotated[int, Field(ge=1)] = 16
+    alpha: float = 16.0
+    rslora: bool = False
+    targets: tuple[Site, ...] = (Site.Q, Site.V)
+
+    _targets = field_validator("targets")(some_projections)
+
+    @property
+    def factor(self) -> float:
+        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
+
+
+class LoRA(Method):
+    name = "prad-lora"
+    config_type = LoRAConfig
+
+    def sites(self, config: LoRAConfig) -> frozenset[Site]:
+        return frozenset(config.targets)
+
+    def shapes(self, config: LoRAConfig, model: FrozenModel) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {}
+        for site in config.targets:
+            width_in, width_out = model.width(site)
+            shapes |= {f"{site}.lora_A": (config.r, width_in), f"{site}.lora_B": (width_out, config.r)}
+        return shapes
+
+    def initialise(self, config: LoRAConfig, model: FrozenModel, generator: torch.Generator) -> Parameters:
+        fresh = {
+            name: torch.zeros(model.layers, *shape) for name, shape in self.shapes(config, model).items()
+        }
+        for site in config.targets:
+            down = fresh[f"{site}.lora_A"]
+            bound = 1 / math.sqrt(down.shape[-1])
+            down.uniform_(-bound, bound, generator=generator)
+        return fresh
+
+    def contribute(self, group: Group, layer: int, site: Site, value: Tensor, source: Tensor) -> None:
+        for segment in group.segments:
+            down = group.joined(segment, f"{site}.lora_A", layer)  # [ranks, in]
+            up = group.joined(segment, f"{site}.lora_B", layer, dim=1)  # [out, ranks]
+            segment.add_product(value, segment.keep_own(source[segment.rows] @ down.T), up.T)
