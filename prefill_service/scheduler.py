@@ -130,7 +130,7 @@ class PromptScheduler(Generic[T]):
             else:
                 chunks.append(self._chunk(started, counts[prompt]))
         self._pass = chunks
-        return chunks
+        return list(chunks)
 
     def put_back(self, chunk: Chunk[T], not_before: float = 0.0) -> None:
         """The chunk does not run. A prompt that it would have started waits again, in its place; one
