@@ -238,7 +238,7 @@ class PrefillEngine:
         return None
 
     async def _run(self, chunks: list[Chunk[Job]]) -> None:
-        while len(self._sending) > 1:  # at most two passes' KV is in memory besides the one that computes
+        while len(self._sending) > 1:  # at most two passes' KV is in memory: one goes out, one computes
             for sent in self._sending.popleft():
                 await sent.wait()
         loop = asyncio.get_running_loop()
