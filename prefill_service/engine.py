@@ -8,12 +8,9 @@ deliver    first tokens to the client and, with Commit, to decode; later ones co
 import asyncio
 import logging
 import time
-from collections import deque
 from collections.abc import AsyncGenerator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
-from itertools import accumulate
 
 from kvtransfer.client import DecodeClient
 from kvtransfer.messages import TokenEvent
@@ -22,6 +19,7 @@ from prad.adapters import AdapterError
 from prad.lm import LanguageModel
 from prad.lm.paged import Pools, blocks_in
 from prefill_service.blocks import PromptBlocks
+from prefill_service.chunks import Chunk, PrefixLookups, Waiting
 from prefill_service.decode_link import DecodeLink, NoRoomError, event_error
 from prefill_service.errors import (
     DeadlineError,
@@ -31,13 +29,12 @@ from prefill_service.errors import (
     ServingError,
 )
 from prefill_service.generation import PromptRequest, TokenOut
-from prefill_service.hand_over import CachedPiece, ComputedPiece, HandOver
+from prefill_service.hand_over import CachedPiece, HandOver
 from prefill_service.job import Job, Stage, deliver_first_tokens
-from prefill_service.layers import PassLayers
-from prefill_service.priority import step_back
-from prefill_service.prompt_pass import PassChunk, PassItem, run_prompt_pass
+from prefill_service.passes import PassRunner
+from prefill_service.prompt_pass import PassItem
 from prefill_service.residents import Residents
-from prefill_service.scheduler import Chunk, PrefixLookups, PromptScheduler, Waiting
+from prefill_service.scheduler import PromptScheduler
 from prefill_service.settings import PrefillSettings
 from prefill_service.wire import model_spec, token_out
 
@@ -52,7 +49,6 @@ class PrefillEngine:
     def __init__(
         self, model: LanguageModel, residents: Residents, client: DecodeClient, settings: PrefillSettings
     ) -> None:
-        self._model = model
         self._residents = residents
         self._queue_timeout = settings.queue_timeout_s
         self._request_timeout = settings.request_timeout_s
@@ -62,6 +58,7 @@ class PrefillEngine:
             blocks_in(model.layout, size, mib) for mib in (settings.chunked_kv_mib, settings.prefix_cache_mib)
         )
         self._pools = Pools(model.layout, working + kept, size, str(model.device))
+        self._passes = PassRunner(model, self._pools, settings.nice)
         self.blocks = PromptBlocks(working=working, kept=kept, block_size=size)
         self._scheduler: PromptScheduler[Job] = PromptScheduler(
             self.blocks,
@@ -72,11 +69,7 @@ class PrefillEngine:
         self._link = DecodeLink(client, model_spec(model.fingerprint), self._on_event, self._on_lost)
         self._live: dict[str, Job] = {}
         self._arrived = asyncio.Event()
-        self._computing = ThreadPoolExecutor(
-            max_workers=1, thread_name_prefix="prompt-pass", initializer=step_back, initargs=(settings.nice,)
-        )
         self._hand_overs: dict[Job, HandOver] = {}
-        self._sending: deque[list[asyncio.Event]] = deque()
 
     @property
     def trouble(self) -> str | None:
@@ -105,7 +98,7 @@ class PrefillEngine:
                 tasks.create_task(self._link.run())
                 tasks.create_task(self._loop())
         finally:
-            self._computing.shutdown(wait=False, cancel_futures=True)
+            self._passes.close()
 
     async def generate(self, request: PromptRequest) -> AsyncGenerator[TokenOut, None]:
         """See `Engine.generate`."""
@@ -160,11 +153,7 @@ class PrefillEngine:
 
         Raises AdapterError if its logits are not finite, or what the forward raises.
         """
-        loop = asyncio.get_running_loop()
-        first = await loop.run_in_executor(
-            self._computing, run_prompt_pass, self._model, self._pools, [PassChunk.whole(item)]
-        )
-        if first[item] is None:
+        if await self._passes.probe(item) is None:
             raise AdapterError("with this adapter the logits are not finite")
 
     # ---- the loop ------------------------------------------------------------------------------------
@@ -238,42 +227,18 @@ class PrefillEngine:
         return None
 
     async def _run(self, chunks: list[Chunk[Job]]) -> None:
-        while len(self._sending) > 1:  # at most two passes' KV is in memory: one goes out, one computes
-            for sent in self._sending.popleft():
-                await sent.wait()
-        loop = asyncio.get_running_loop()
-        layers = PassLayers(self._model.num_layers, loop)
-        self._sending.append(self._send(chunks, layers))
-        packed = [PassChunk(c.job.item, c.start, c.end, c.prompt.table, c.stored) for c in chunks]
         try:
-            draws = await loop.run_in_executor(
-                self._computing, run_prompt_pass, self._model, self._pools, packed, layers.put
-            )
+            draws = await self._passes.run(chunks, self._hand_overs)
         except Exception:
             logger.exception("a prompt pass of %d prompts failed", len(chunks))
             self._scheduler.failed()
-            layers.fail()
             for chunk in chunks:
                 chunk.job.fail(InternalError("the prompt pass failed; the server's log says why"))
             return
         self._scheduler.computed()
-        layers.finish(draws)
         for chunk in chunks:
             if chunk.is_last and not chunk.job.needs_decode:
                 deliver_first_tokens(chunk.job, draws[chunk.job.item])
-
-    def _send(self, chunks: list[Chunk[Job]], layers: PassLayers) -> list[asyncio.Event]:
-        """Lets the hand-overs send the chunks as their layers come; each event says that one has gone."""
-        events = []
-        starts = accumulate((chunk.end - chunk.start for chunk in chunks[:-1]), initial=0)
-        for chunk, start in zip(chunks, starts, strict=True):
-            if (hand_over := self._hand_overs.get(chunk.job)) is not None:
-                sent = asyncio.Event()
-                count = chunk.end - chunk.start
-                piece = ComputedPiece(layers, start, count, chunk.start, chunk.is_last)
-                hand_over.send(piece, sent.set)
-                events.append(sent)
-        return events
 
     async def _wait_for_work(self) -> None:
         """Returns when the head of the queue may run."""

@@ -5,74 +5,12 @@ tokens left, so that short ones pass long ones. What a prompt has computed so fa
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from prefill_service.blocks import PromptBlocks
+from prefill_service.chunks import Chunk, PrefixLookups, Started, Waiting
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Waiting(Generic[T]):
-    """A prompt in the queue: its token count, the keys of its blocks that may be shared, and the time before
-    which decode has no room for it."""
-
-    job: T
-    tokens: int
-    keys: tuple[bytes, ...] = ()
-    not_before: float = 0.0
-
-
-@dataclass(slots=True, eq=False)
-class Started(Generic[T]):
-    """A prompt of which `done` tokens have their KV, the first `cached` of them from earlier prompts.
-
-    `table`: its blocks; they hold all of it while it is computed in chunks, and its shareable part otherwise.
-    """
-
-    waiting: Waiting[T]
-    table: tuple[int, ...]
-    cached: int
-    done: int
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk(Generic[T]):
-    """Tokens start .. end of a prompt, for one pass; `stored` of them go to the prompt's blocks."""
-
-    prompt: Started[T]
-    start: int
-    end: int
-    stored: int
-
-    @property
-    def job(self) -> T:
-        return self.prompt.waiting.job
-
-    @property
-    def is_first(self) -> bool:
-        return self.start == self.prompt.cached
-
-    @property
-    def is_last(self) -> bool:
-        return self.end == self.prompt.waiting.tokens
-
-
-@dataclass(slots=True)
-class PrefixLookups:
-    """Since the start: prompts looked up, their tokens, and what of both was found."""
-
-    prompts: int = 0
-    tokens: int = 0
-    hits: int = 0
-    hit_tokens: int = 0
-
-    def count(self, tokens: int, cached: int) -> None:
-        self.prompts += 1
-        self.tokens += tokens
-        self.hits += cached > 0
-        self.hit_tokens += cached
 
 
 class PromptScheduler(Generic[T]):
@@ -103,7 +41,7 @@ class PromptScheduler(Generic[T]):
     def remove(self, job: T) -> None:
         """Forgets a job; what it uses in a pass under way is given back when that ends."""
         for prompt in self._prompts:
-            if _job(prompt) == job:
+            if prompt.job == job:
                 self._prompts.remove(prompt)
                 if isinstance(prompt, Started) and not self._in_pass(prompt):
                     self.blocks.unpin(prompt.table)
@@ -232,7 +170,3 @@ class PromptScheduler(Generic[T]):
 
     def _in_pass(self, prompt: Started[T]) -> bool:
         return any(chunk.prompt is prompt for chunk in self._pass)
-
-
-def _job(prompt: Waiting[T] | Started[T]) -> T:
-    return prompt.waiting.job if isinstance(prompt, Started) else prompt.job

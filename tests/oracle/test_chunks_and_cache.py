@@ -15,9 +15,10 @@ from prad.lm import LanguageModel, PackedBatch, SamplingParams
 from prad.lm.paged import Pools
 from prefill_service import prompt_pass
 from prefill_service.blocks import PromptBlocks, block_keys
+from prefill_service.chunks import Waiting
 from prefill_service.generation import PromptRequest, TaskVersion
 from prefill_service.prompt_pass import FirstTokens, PassChunk, PassItem, run_prompt_pass
-from prefill_service.scheduler import PromptScheduler, Waiting
+from prefill_service.scheduler import PromptScheduler
 from tests.conftest import VOCAB, random_artefact
 from tests.oracle.comparing import TOP, OracleMismatchError, Served, check
 from tests.oracle.reference import Reference

@@ -5,7 +5,8 @@ from collections import Counter
 import pytest
 
 from prefill_service.blocks import PromptBlocks, block_keys
-from prefill_service.scheduler import Chunk, PromptScheduler, Waiting
+from prefill_service.chunks import Chunk, Waiting
+from prefill_service.scheduler import PromptScheduler
 
 SIZE = 4
 
