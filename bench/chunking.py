@@ -32,6 +32,7 @@ from prad.lm import DEFAULT_MODEL
 
 SMOKE = {"long": 300, "streams": 2, "rounds": 1, "instruction": 48, "repeats": 2, "undisturbed": 8}
 
+_STREAM = 2000  # tokens; a stream is closed before it ends
 _REGISTRY, _DECODE, _PREFILL = 18101, 18151, 18110
 _NO_CHUNKS = ["--pass-tokens", "65536", "--chunked-kv-mib", "0"]
 _NO_CACHE = ["--prefix-cache-mib", "0"]
@@ -66,7 +67,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, Stack(Path(folder) / "logs") as stack:
         registry = f"http://127.0.0.1:{_REGISTRY}"
         stack.start("registry", ["--port", str(_REGISTRY), "--data-dir", str(Path(folder) / "registry")])
-        stack.start("decode", ["--port", str(_DECODE), "--model", arguments.model])
+        room = ["--kv-cache-mib", "2048"]  # for all streams' reserved lengths and the long prompt
+        stack.start("decode", ["--port", str(_DECODE), "--model", arguments.model, *room])
         where = ["--decode", f"127.0.0.1:{_DECODE}", "--registry", registry, "--model", arguments.model]
         for name, flags in variants.items():
             stack.start("prefill", [*where, "--port", str(ports[name]), *flags])
@@ -106,7 +108,7 @@ class _Client:
     async def long_prompt(self, arguments: argparse.Namespace) -> dict[str, list[float]]:
         """Seconds: of the streams' tokens before and meanwhile, and to the first tokens of the prompts."""
         times: list[list[float]] = [[] for _ in range(arguments.streams)]
-        running = [asyncio.create_task(self._stream(_ids(arguments.short), 4000, each)) for each in times]
+        running = [asyncio.create_task(self._stream(_ids(arguments.short), _STREAM, each)) for each in times]
         await self.first_token(_ids(arguments.short))  # behind the streams' prompts: they all run now
         started = time.perf_counter()
         await self._stream(_ids(arguments.short), arguments.undisturbed, [])
