@@ -1,6 +1,6 @@
 """The engine behind the HTTP face: schedule -> run -> deliver.
 
-schedule   take prompts off the queue, reserve room for each at decode (Open)
+schedule   choose the chunks of the next pass, reserve room at decode for prompts that begin (Open)
 run        one packed prompt pass in the computing thread; its layers go out while it runs
 deliver    first tokens to the client and, with Commit, to decode; later ones come from decode
 """
@@ -9,15 +9,17 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from itertools import accumulate
+from functools import partial
 
 from kvtransfer.client import DecodeClient
 from kvtransfer.messages import TokenEvent
 from kvtransfer.sender import HandOff
 from prad.adapters import AdapterError
 from prad.lm import LanguageModel
+from prad.lm.paged import Pools, blocks_in
+from prefill_service.blocks import PromptBlocks
+from prefill_service.chunks import Chunk, PrefixLookups, Waiting
 from prefill_service.decode_link import DecodeLink, NoRoomError, event_error
 from prefill_service.errors import (
     DeadlineError,
@@ -27,17 +29,18 @@ from prefill_service.errors import (
     ServingError,
 )
 from prefill_service.generation import PromptRequest, TokenOut
-from prefill_service.job import Job, Stage, deliver_first_tokens, hand_over
-from prefill_service.layers import PassLayers
-from prefill_service.prompt_pass import PassItem, run_prompt_pass
+from prefill_service.hand_over import CachedPiece, HandOver
+from prefill_service.job import Job, Stage, deliver_first_tokens
+from prefill_service.passes import PassRunner
+from prefill_service.prompt_pass import PassItem
 from prefill_service.residents import Residents
-from prefill_service.scheduler import PromptScheduler, Waiting
+from prefill_service.scheduler import PromptScheduler
 from prefill_service.settings import PrefillSettings
 from prefill_service.wire import model_spec, token_out
 
 logger = logging.getLogger(__name__)
 
-Scheduled = list[tuple[Job, HandOff | None]]
+_BLOCKS_PINNED_S = 0.002
 
 
 class PrefillEngine:
@@ -46,11 +49,19 @@ class PrefillEngine:
     def __init__(
         self, model: LanguageModel, residents: Residents, client: DecodeClient, settings: PrefillSettings
     ) -> None:
-        self._model = model
         self._residents = residents
         self._queue_timeout = settings.queue_timeout_s
         self._request_timeout = settings.request_timeout_s
+        self._yield_s = settings.yield_s
+        size = settings.block_size
+        working, kept = (
+            blocks_in(model.layout, size, mib) for mib in (settings.chunked_kv_mib, settings.prefix_cache_mib)
+        )
+        self._pools = Pools(model.layout, working + kept, size, str(model.device))
+        self._passes = PassRunner(model, self._pools, settings.nice)
+        self.blocks = PromptBlocks(working=working, kept=kept, block_size=size)
         self._scheduler: PromptScheduler[Job] = PromptScheduler(
+            self.blocks,
             pass_tokens=settings.pass_tokens,
             pass_prompts=settings.pass_prompts,
             max_waiting=settings.max_waiting,
@@ -58,8 +69,7 @@ class PrefillEngine:
         self._link = DecodeLink(client, model_spec(model.fingerprint), self._on_event, self._on_lost)
         self._live: dict[str, Job] = {}
         self._arrived = asyncio.Event()
-        self._computing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prompt-pass")
-        self._hand_overs: set[asyncio.Task[None]] = set()
+        self._hand_overs: dict[Job, HandOver] = {}
 
     @property
     def trouble(self) -> str | None:
@@ -70,6 +80,11 @@ class PrefillEngine:
     def waiting(self) -> int:
         """Prompts in the queue."""
         return len(self._scheduler)
+
+    @property
+    def lookups(self) -> PrefixLookups:
+        """What the prefix cache was good for."""
+        return self._scheduler.lookups
 
     @property
     def live(self) -> int:
@@ -83,7 +98,7 @@ class PrefillEngine:
                 tasks.create_task(self._link.run())
                 tasks.create_task(self._loop())
         finally:
-            self._computing.shutdown(wait=False, cancel_futures=True)
+            self._passes.close()
 
     async def generate(self, request: PromptRequest) -> AsyncGenerator[TokenOut, None]:
         """See `Engine.generate`."""
@@ -96,7 +111,8 @@ class PrefillEngine:
             now = time.monotonic()
             job = Job(PassItem(request, adapter), now, now + self._request_timeout)
             self._live[request.request_id] = job
-            self._scheduler.add(Waiting(job, len(job.item.ids)))
+            keys = job.item.keys(self.blocks.block_size) if self.blocks.caching else ()
+            self._scheduler.add(Waiting(job, len(job.item.ids), keys))
             self._arrived.set()
             try:
                 # the adapter stays pinned until the first token: after the prompt pass nobody needs it
@@ -137,42 +153,61 @@ class PrefillEngine:
 
         Raises AdapterError if its logits are not finite, or what the forward raises.
         """
-        loop = asyncio.get_running_loop()
-        (draws,) = await loop.run_in_executor(self._computing, run_prompt_pass, self._model, [item])
-        if draws is None:
+        if await self._passes.probe(item) is None:
             raise AdapterError("with this adapter the logits are not finite")
 
     # ---- the loop ------------------------------------------------------------------------------------
 
     async def _loop(self) -> None:
         while True:
-            scheduled = await self._schedule()
-            if scheduled:
-                await self._run(scheduled)
+            chunks = await self._schedule()
+            if chunks:
+                await self._run(chunks)
+                if self._yield_s and any(job.stage is Stage.DECODING for job in self._live.values()):
+                    await asyncio.sleep(self._yield_s)
 
-    async def _schedule(self) -> Scheduled:
+    async def _schedule(self) -> list[Chunk[Job]]:
         await self._wait_for_work()
-        batch = self._scheduler.next_batch(time.monotonic())
-        opened = await asyncio.gather(*(self._open(waiting.job) for waiting in batch))
-        scheduled: Scheduled = []
-        put_back: list[Waiting[Job]] = []
-        for waiting, room in zip(batch, opened, strict=True):
-            job = waiting.job
-            if isinstance(room, NoRoomError) or put_back:  # whoever came later waits behind the first refused
+        chunks = self._scheduler.next_pass(time.monotonic())
+        if not chunks:  # the oldest prompt waits for blocks that are still being sent
+            await asyncio.sleep(_BLOCKS_PINNED_S)
+        opened = await asyncio.gather(*(self._open(chunk.job) for chunk in chunks))
+        scheduled: list[Chunk[Job]] = []
+        refused = False
+        for chunk, room in zip(chunks, opened, strict=True):
+            job = chunk.job
+            if job.stage is Stage.FINISHED:  # the client left meanwhile, or decode refused for good
                 if isinstance(room, HandOff):
+                    await room.abort("cancelled")
+                self._scheduler.remove(job)
+                self._scheduler.put_back(chunk)
+            elif isinstance(room, NoRoomError):
+                refused = True
+                self._scheduler.put_back(chunk, time.monotonic() + room.retry_after)
+            elif refused and chunk.is_first:  # whoever came later waits behind the first refused
+                if room is not None:
                     await room.abort("an earlier prompt goes first")
                     job.attempt += 1
-                if job.stage is Stage.QUEUED:
-                    hint = room.retry_after if isinstance(room, NoRoomError) else 0.0
-                    put_back.append(Waiting(job, waiting.tokens, time.monotonic() + hint))
-            elif job.stage is Stage.QUEUED:
-                job.stage = Stage.PREFILLING
-                scheduled.append((job, room))
-            elif room is not None:  # the client left while room was being reserved
-                await room.abort("cancelled")
-        for waiting in reversed(put_back):
-            self._scheduler.put_back(waiting)
+                self._scheduler.put_back(chunk)
+            else:
+                if chunk.is_first:
+                    self._begin(chunk, room)
+                scheduled.append(chunk)
         return scheduled
+
+    def _begin(self, chunk: Chunk[Job], room: HandOff | None) -> None:
+        """The prompt has room at decode, or needs none. Its cached blocks go out first."""
+        job = chunk.job
+        job.stage = Stage.PREFILLING
+        job.cached = chunk.prompt.cached
+        if room is None:
+            return
+        hand_over = self._hand_overs[job] = HandOver(job, room, self._link)
+        hand_over.task.add_done_callback(lambda _: self._hand_overs.pop(job))
+        if job.cached:
+            blocks = chunk.prompt.table[: job.cached // self.blocks.block_size]
+            self.blocks.pin(blocks)
+            hand_over.send(CachedPiece(self._pools, blocks), partial(self.blocks.unpin, blocks))
 
     async def _open(self, job: Job) -> HandOff | NoRoomError | None:
         """The hand-off; None if none is needed or the job has ended; NoRoomError if it has to wait."""
@@ -191,32 +226,19 @@ class PrefillEngine:
             job.fail(InternalError("the hand-off could not be opened; the server's log says why"))
         return None
 
-    async def _run(self, scheduled: Scheduled) -> None:
-        if self._hand_overs:  # at most two passes' KV caches are in memory
-            await asyncio.wait(self._hand_overs)
-        loop = asyncio.get_running_loop()
-        layers = PassLayers(self._model.num_layers, loop)
-        items = [job.item for job, _ in scheduled]
-        starts = accumulate((len(item.ids) for item in items[:-1]), initial=0)
-        for (job, hand_off), start in zip(scheduled, starts, strict=True):
-            if hand_off is not None:
-                task = asyncio.create_task(hand_over(job, hand_off, layers, start, self._link))
-                self._hand_overs.add(task)
-                task.add_done_callback(self._hand_overs.discard)
+    async def _run(self, chunks: list[Chunk[Job]]) -> None:
         try:
-            draws = await loop.run_in_executor(
-                self._computing, run_prompt_pass, self._model, items, layers.put
-            )
+            draws = await self._passes.run(chunks, self._hand_overs)
         except Exception:
-            logger.exception("a prompt pass of %d prompts failed", len(items))
-            layers.fail()
-            for job, _ in scheduled:
-                job.fail(InternalError("the prompt pass failed; the server's log says why"))
+            logger.exception("a prompt pass of %d prompts failed", len(chunks))
+            self._scheduler.failed()
+            for chunk in chunks:
+                chunk.job.fail(InternalError("the prompt pass failed; the server's log says why"))
             return
-        layers.finish(items, draws)
-        for (job, hand_off), first in zip(scheduled, draws, strict=True):
-            if hand_off is None:
-                deliver_first_tokens(job, first)
+        self._scheduler.computed()
+        for chunk in chunks:
+            if chunk.is_last and not chunk.job.needs_decode:
+                deliver_first_tokens(chunk.job, draws[chunk.job.item])
 
     async def _wait_for_work(self) -> None:
         """Returns when the head of the queue may run."""
@@ -252,8 +274,9 @@ class PrefillEngine:
         """Forgets a job, whatever stage it is in, and frees what it holds on both sides."""
         if self._live.get(job.request.request_id) is job:
             del self._live[job.request.request_id]
-        if job.stage is Stage.QUEUED:
-            self._scheduler.remove(job)
-        elif job.stage is Stage.DECODING:
+        if job.stage is Stage.DECODING:
             self._link.cancel(job.request.request_id, job.attempt)
+        self._scheduler.remove(job)
         job.stage = Stage.FINISHED
+        if (hand_over := self._hand_overs.get(job)) is not None:
+            hand_over.give_up()

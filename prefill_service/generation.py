@@ -45,13 +45,15 @@ class PromptRequest:
 class TokenOut:
     """One token of one choice. `index` counts output tokens from 0; `finish_reason` ends the choice.
 
-    finish_reason is "stop" (the token is one of the stop ids) or "length".
+    finish_reason is "stop" (the token is one of the stop ids) or "length". cached_tokens: of the prompt's
+    tokens, how many were not computed but taken from the prefix cache; told with its very first token only.
     """
 
     choice: int
     index: int
     draw: Draw
     finish_reason: str | None = None
+    cached_tokens: int = 0
 
 
 class Engine(Protocol):

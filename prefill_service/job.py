@@ -1,22 +1,14 @@
 """One prompt on its way through the engine, and the stages it passes."""
 
 import asyncio
-import logging
 import time
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from kvtransfer.errors import TransferError
-from kvtransfer.sender import HandOff
 from prad.lm import Draw
-from prefill_service.decode_link import DecodeLink
-from prefill_service.errors import DecodeUnavailableError, InternalError, ServingError
+from prefill_service.errors import InternalError, ServingError
 from prefill_service.generation import PromptRequest, TokenOut
-from prefill_service.layers import PassLayers
 from prefill_service.prompt_pass import PassItem
-from prefill_service.wire import token
-
-logger = logging.getLogger(__name__)
 
 
 class Stage(StrEnum):
@@ -33,12 +25,14 @@ class Job:
 
     `enqueued` and `deadline` are in the time of `time.monotonic`; `running` are the choices that have neither
     finished nor been cancelled. `attempt` counts the hand-offs: one that was given up is never opened again.
+    `cached`: how many of its tokens came from the prefix cache.
     """
 
     item: PassItem
     enqueued: float
     deadline: float
     attempt: int = 1
+    cached: int = 0
     stage: Stage = Stage.QUEUED
     outputs: "asyncio.Queue[TokenOut | ServingError]" = field(default_factory=asyncio.Queue)
     running: set[int] = field(init=False)
@@ -65,40 +59,6 @@ class Job:
             self.outputs.put_nowait(error)
 
 
-async def hand_over(job: Job, hand_off: HandOff, layers: PassLayers, start: int, link: DecodeLink) -> None:
-    """Sends the job's rows of every layer as they come, then the first tokens, or aborts.
-
-    `start`: the job's first row in the pass. The first tokens reach the client as soon as they are drawn;
-    what the client cancelled before decode had confirmed is cancelled there afterwards.
-    """
-    request_id, attempt = job.request.request_id, job.attempt
-    try:
-        async with hand_off:
-            async for layer, key, value in layers.rows(start, len(job.item.ids)):
-                if job.stage is Stage.FINISHED:
-                    return
-                await hand_off.send(layer, key, value)
-            draws = await layers.draws(job.item)
-            if not deliver_first_tokens(job, draws):
-                return
-            await hand_off.commit([token(d) for d in draws or ()])
-    except TransferError as error:
-        job.fail(DecodeUnavailableError(f"the hand-off to the decode service broke off: {error}"))
-        link.cancel(request_id, attempt)  # decode may have it all the same
-        return
-    except Exception:
-        logger.exception("the hand-off of %s failed", request_id)
-        job.fail(InternalError("the hand-off failed; the server's log says why"))
-        link.cancel(request_id, attempt)
-        return
-    if job.stage is Stage.FINISHED:
-        link.cancel(request_id, attempt)
-        return
-    job.stage = Stage.DECODING
-    for choice in set(range(job.request.choices)) - job.running:
-        link.cancel(request_id, attempt, choice)
-
-
 def deliver_first_tokens(job: Job, draws: list[Draw] | None) -> bool:
     """Hands the first tokens to the HTTP side; says whether any choice goes on."""
     if job.stage is Stage.FINISHED:
@@ -111,5 +71,6 @@ def deliver_first_tokens(job: Job, draws: list[Draw] | None) -> bool:
     goes_on = None in reasons
     job.stage = Stage.COMMITTING if goes_on else Stage.FINISHED
     for choice, (draw, reason) in enumerate(zip(draws, reasons, strict=True)):
-        job.outputs.put_nowait(TokenOut(choice, index, draw, reason))
+        cached = min(job.cached, len(job.request.prompt_ids)) if choice == 0 else 0
+        job.outputs.put_nowait(TokenOut(choice, index, draw, reason, cached))
     return goes_on

@@ -1,13 +1,13 @@
 """Where the computing thread leaves a pass's layers, and the hand-offs pick up their rows."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from typing import TypeVar
 
 from torch import Tensor
 
 from prad.lm import Draw
-from prefill_service.prompt_pass import PassItem
+from prefill_service.prompt_pass import FirstTokens, PassItem
 from prefill_service.wire import raw_rows
 
 T = TypeVar("T")
@@ -16,7 +16,7 @@ T = TypeVar("T")
 class PassLayers:
     """One pass's keys and values, layer by layer while later layers still compute, then its first tokens.
 
-    The methods `put` and `finish` are called from the computing thread, all others in the event loop.
+    `put` is called from the computing thread, all others in the event loop.
     """
 
     def __init__(self, num_layers: int, loop: asyncio.AbstractEventLoop) -> None:
@@ -24,15 +24,15 @@ class PassLayers:
         self._layers: list[asyncio.Future[tuple[Tensor, Tensor]]] = [
             loop.create_future() for _ in range(num_layers)
         ]
-        self._draws: asyncio.Future[dict[PassItem, list[Draw] | None]] = loop.create_future()
+        self._draws: asyncio.Future[FirstTokens] = loop.create_future()
 
     def put(self, layer: int, key: Tensor, value: Tensor) -> None:
         """key, value [T, kv_heads, dim] of the whole pass; brought to the CPU, each sequence in one piece."""
         pair = key.cpu().contiguous(), value.cpu().contiguous()
         self._loop.call_soon_threadsafe(_settle, self._layers[layer], pair)
 
-    def finish(self, items: Sequence[PassItem], draws: Sequence[list[Draw] | None]) -> None:
-        self._loop.call_soon_threadsafe(_settle, self._draws, dict(zip(items, draws, strict=True)))
+    def finish(self, draws: FirstTokens) -> None:
+        _settle(self._draws, draws)
 
     def fail(self) -> None:
         """The pass broke off: whoever waits is cancelled."""

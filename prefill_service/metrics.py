@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from prefill_service.engine import PrefillEngine
@@ -28,4 +28,22 @@ class EngineMetrics(Collector):
         )
         yield GaugeMetricFamily(
             "prad_prefill_resident_adapter_bytes", "Memory that they take.", value=self._residents.nbytes
+        )
+        yield from self._prefix_cache()
+
+    def _prefix_cache(self) -> Iterable[Metric]:
+        lookups, blocks = self._engine.lookups, self._engine.blocks
+        for name, text, value in (
+            ("prompts", "Prompts looked up in the prefix cache.", lookups.prompts),
+            ("hits", "Prompts that began with cached blocks.", lookups.hits),
+            ("looked_up_tokens", "Tokens of the prompts looked up.", lookups.tokens),
+            ("hit_tokens", "Tokens of these that were not computed again.", lookups.hit_tokens),
+        ):
+            yield CounterMetricFamily(f"prad_prefill_prefix_{name}", text, value=value)
+        cached = blocks.known * blocks.block_size
+        yield GaugeMetricFamily(
+            "prad_prefill_cached_tokens", "Tokens that the prefix cache holds now.", value=cached
+        )
+        yield GaugeMetricFamily(
+            "prad_prefill_prompt_blocks_in_use", "Blocks of prompts under way.", value=blocks.in_use
         )

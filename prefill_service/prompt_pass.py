@@ -1,52 +1,103 @@
 """One packed prompt pass of many tasks: adapters on prompt rows, the plain model everywhere else."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from prad.adapters import Adapter, PromptAdaptation
-from prad.lm import Draw, LanguageModel, PackedBatch, SampleKey, sample
+from prad.lm import Draw, LanguageModel, SampleKey, sample
+from prad.lm.chunked import SequenceChunk, chunked_batch
 from prad.lm.kv import LayerDone
+from prad.lm.paged import Pools
+from prefill_service.blocks import block_keys
 from prefill_service.generation import PromptRequest
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PassItem:
-    """A prompt of the pass, with its adapter in memory (None: the plain model). Compared by identity."""
+    """A prompt, with its adapter in memory (None: the plain model). Compared by identity."""
 
     request: PromptRequest
     adapter: Adapter | None
+    ids: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ids", self.request.prompt_ids + self.request.continuation_ids)
+
+    def keys(self, block_size: int) -> tuple[bytes, ...]:
+        """Of the blocks that other requests may share: wholly adapted ones, or the plain model's."""
+        if self.adapter is None:
+            return block_keys(None, 0, self.ids, block_size)
+        version = self.request.version
+        assert version is not None
+        virtual_tokens = version.artefact.record.virtual_tokens
+        return block_keys(version.digest, virtual_tokens, self.request.prompt_ids, block_size)
+
+
+@dataclass(frozen=True, slots=True)
+class PassChunk:
+    """Tokens start .. end of an item. The KV before them lies in the blocks of `table`; that of the first
+    `stored` of them goes there."""
+
+    item: PassItem
+    start: int
+    end: int
+    table: tuple[int, ...] = ()
+    stored: int = 0
+
+    @classmethod
+    def whole(cls, item: PassItem) -> "PassChunk":
+        return cls(item, 0, len(item.ids))
 
     @property
-    def ids(self) -> tuple[int, ...]:
-        return self.request.prompt_ids + self.request.continuation_ids
+    def is_last(self) -> bool:
+        return self.end == len(self.item.ids)
+
+    @property
+    def adapted(self) -> int:
+        """How many of its tokens, from the first on, are the adapter's: those of the prompt."""
+        if self.item.adapter is None:
+            return 0
+        return max(0, min(self.end, len(self.item.request.prompt_ids)) - self.start)
+
+
+FirstTokens = dict[PassItem, list[Draw] | None]
+"""Of every item whose last token was computed: its first tokens, one per choice. None if its logits are not
+finite: a broken adapter spoils its own request only."""
 
 
 def run_prompt_pass(
-    model: LanguageModel, items: Sequence[PassItem], layer_done: LayerDone | None = None
-) -> list[list[Draw] | None]:
-    """Runs all items in one forward; returns each one's first tokens, one per choice.
+    model: LanguageModel, pools: Pools, chunks: Sequence[PassChunk], layer_done: LayerDone | None = None
+) -> FirstTokens:
+    """Runs all chunks in one forward.
 
-    None for an item whose logits are not finite: a broken adapter spoils its own request only.
-    `layer_done` gets every layer's keys and values [T, kv_heads, dim], items packed in order.
+    `layer_done` gets every layer's keys and values [T, kv_heads, dim], chunks packed in order.
     """
-    sequences = [item.ids for item in items]
+    lengths = [chunk.end - chunk.start for chunk in chunks]
     adaptation = PromptAdaptation.of_prompts(
-        [item.adapter for item in items],
-        [len(s) for s in sequences],
-        [len(item.request.prompt_ids) for item in items],
+        [chunk.item.adapter if chunk.adapted else None for chunk in chunks],
+        lengths,
+        [chunk.adapted for chunk in chunks],
         model.device,
     )
-    batch = PackedBatch.of_sequences(sequences, device=model.device, layer_done=layer_done)
+    last_rows = [row - 1 for row in accumulate(lengths)]
+    batch = chunked_batch(
+        [SequenceChunk(c.item.ids[c.start : c.end], c.start, c.table, c.stored) for c in chunks],
+        pools,
+        logit_rows=[row for row, chunk in zip(last_rows, chunks, strict=True) if chunk.is_last],
+        layer_done=layer_done,
+    )
+    items = [chunk.item for chunk in chunks if chunk.is_last]
     with torch.inference_mode():
         logits = model.forward(batch, adaptation)
         sound = torch.isfinite(logits).all(dim=-1).tolist()
-        return [
-            _first_tokens(model, row, item.request) if ok else None
+        return {
+            item: _first_tokens(model, row, item.request) if ok else None
             for row, item, ok in zip(logits, items, sound, strict=True)
-        ]
+        }
 
 
 def _first_tokens(model: LanguageModel, row: Tensor, request: PromptRequest) -> list[Draw]:

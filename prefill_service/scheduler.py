@@ -1,63 +1,172 @@
-"""Which waiting prompts share the next pass. Pure: plain data in, plain data out."""
+"""Which parts of which prompts share the next pass. Pure: plain data in, plain data out.
 
-from collections import deque
-from dataclasses import dataclass
+Half of a pass belongs to the oldest prompt, so that none starves; the rest goes to prompts with the fewest
+tokens left, so that short ones pass long ones. What a prompt has computed so far lies in its blocks.
+"""
+
+from collections.abc import Collection, Sequence
 from typing import Generic, TypeVar
+
+from prefill_service.blocks import PromptBlocks
+from prefill_service.chunks import Chunk, PrefixLookups, Started, Waiting
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class Waiting(Generic[T]):
-    """A prompt in the queue: its token count, and the time before which decode has no room for it."""
-
-    job: T
-    tokens: int
-    not_before: float = 0.0
-
-
 class PromptScheduler(Generic[T]):
-    """First come, first served, under a token budget per pass."""
+    """Owns the blocks. After `next_pass` come `put_back` for what cannot run, then `computed` or `failed`."""
 
-    def __init__(self, *, pass_tokens: int, pass_prompts: int, max_waiting: int) -> None:
+    def __init__(
+        self, blocks: PromptBlocks, *, pass_tokens: int, pass_prompts: int, max_waiting: int
+    ) -> None:
+        self.blocks = blocks
+        self.lookups = PrefixLookups()
         self._pass_tokens = pass_tokens
         self._pass_prompts = pass_prompts
         self._max_waiting = max_waiting
-        self._queue: deque[Waiting[T]] = deque()
+        self._prompts: list[Waiting[T] | Started[T]] = []  # in order of arrival
+        self._pass: list[Chunk[T]] = []
 
     def __len__(self) -> int:
-        return len(self._queue)
+        """Prompts that nothing has been computed of."""
+        return sum(isinstance(p, Waiting) for p in self._prompts)
 
     @property
     def full(self) -> bool:
-        return len(self._queue) >= self._max_waiting
+        return len(self) >= self._max_waiting
 
     def add(self, waiting: Waiting[T]) -> None:
-        self._queue.append(waiting)
-
-    def put_back(self, waiting: Waiting[T]) -> None:
-        """To the front again: decode had no room for it."""
-        self._queue.appendleft(waiting)
+        self._prompts.append(waiting)
 
     def remove(self, job: T) -> None:
-        self._queue = deque(w for w in self._queue if w.job != job)
+        """Forgets a job; what it uses in a pass under way is given back when that ends."""
+        for prompt in self._prompts:
+            if prompt.job == job:
+                self._prompts.remove(prompt)
+                if isinstance(prompt, Started) and not self._in_pass(prompt):
+                    self.blocks.unpin(prompt.table)
+                return
 
     def next_due(self) -> float | None:
-        """When the head of the queue may run; None if nothing waits."""
-        return self._queue[0].not_before if self._queue else None
+        """When there is something to compute; None if there are no prompts."""
+        if any(isinstance(p, Started) for p in self._prompts):
+            return 0.0
+        first = next(iter(self._prompts), None)
+        return first.not_before if isinstance(first, Waiting) else None
 
-    def next_batch(self, now: float) -> list[Waiting[T]]:
-        """Takes the prompts of the next pass off the queue.
+    def next_pass(self, now: float) -> list[Chunk[T]]:
+        """The chunks of the next pass, in order of arrival; prompts not seen before are started."""
+        runnable = self._runnable(now)
+        if not runnable:
+            return []
+        counts = self._shares(runnable)
+        chunks, may_cut = [], True
+        for prompt in (p for p in runnable if p in counts):
+            started = prompt if isinstance(prompt, Started) else self._start(prompt, counts[prompt], may_cut)
+            if started is None:
+                may_cut = False  # the blocks that it waits for must not go to later ones
+            else:
+                chunks.append(self._chunk(started, counts[prompt]))
+        self._pass = chunks
+        return list(chunks)
 
-        The head goes first even if it alone exceeds the budget. While the head waits for decode to have
-        room, nothing overtakes it.
-        """
-        batch: list[Waiting[T]] = []
-        budget = self._pass_tokens
-        while self._queue and len(batch) < self._pass_prompts:
-            head = self._queue[0]
-            if head.not_before > now or (batch and head.tokens > budget):
-                break
-            batch.append(self._queue.popleft())
-            budget -= head.tokens
-        return batch
+    def put_back(self, chunk: Chunk[T], not_before: float = 0.0) -> None:
+        """The chunk does not run. A prompt that it would have started waits again, in its place; one
+        whose job was removed is done with."""
+        prompt, waiting = chunk.prompt, chunk.prompt.waiting
+        self._pass.remove(chunk)
+        self.blocks.unpin(prompt.table)
+        if prompt in self._prompts:
+            assert chunk.is_first
+            again = Waiting(waiting.job, waiting.tokens, waiting.keys, not_before)
+            self._prompts[self._prompts.index(prompt)] = again
+
+    def computed(self) -> None:
+        """The pass is over: full blocks are found by later prompts from now on, finished prompts leave."""
+        for chunk in self._pass:
+            prompt = chunk.prompt
+            prompt.done = chunk.end
+            if chunk.is_first and self.blocks.caching:
+                self.lookups.count(prompt.waiting.tokens, prompt.cached)
+            size = self.blocks.block_size
+            full = min((chunk.start + chunk.stored) // size, len(prompt.waiting.keys))
+            for block, key in zip(prompt.table[:full], prompt.waiting.keys, strict=False):
+                self.blocks.publish(block, key)
+        self._end_pass([chunk.prompt for chunk in self._pass if chunk.is_last])
+
+    def failed(self) -> None:
+        """The pass broke off: its prompts leave, nothing of it is kept."""
+        self._end_pass([chunk.prompt for chunk in self._pass])
+
+    def _end_pass(self, leaving: Collection[Started[T]]) -> None:
+        ran, self._pass = self._pass, []
+        self._prompts = [p for p in self._prompts if p not in leaving]
+        for chunk in ran:
+            if chunk.prompt not in self._prompts:
+                self.blocks.unpin(chunk.prompt.table)
+
+    def _runnable(self, now: float) -> list[Waiting[T] | Started[T]]:
+        """Prompts under way, and waiting ones up to the first that decode has no room for."""
+        runnable: list[Waiting[T] | Started[T]] = []
+        refused = False
+        for prompt in self._prompts:
+            if isinstance(prompt, Waiting):
+                refused = refused or prompt.not_before > now
+                if refused:
+                    continue
+            runnable.append(prompt)
+        return runnable
+
+    def _shares(self, runnable: Sequence[Waiting[T] | Started[T]]) -> dict[Waiting[T] | Started[T], int]:
+        """How many tokens of which prompts go into the pass."""
+        left = {prompt: self._left(prompt) for prompt in runnable}
+        oldest = runnable[0]
+        share = left[oldest] if self._uncuttable(oldest) else (self._pass_tokens + 1) // 2
+        shares = {oldest: min(left[oldest], share)}
+        budget = self._pass_tokens - shares[oldest]
+        for prompt in sorted(runnable, key=lambda p: left[p] - shares.get(p, 0)):
+            had = shares.get(prompt, 0)
+            more = min(left[prompt] - had, budget)
+            if more <= 0 or (not had and len(shares) == self._pass_prompts):
+                continue
+            if had + more == left[prompt] or not self._uncuttable(prompt):
+                shares[prompt] = had + more
+                budget -= more
+        return shares
+
+    def _found(self, waiting: Waiting[T]) -> tuple[int, ...]:
+        """Its cached blocks; the last token is computed always, because its logits are wanted."""
+        return self.blocks.find(waiting.keys[: (waiting.tokens - 1) // self.blocks.block_size])
+
+    def _left(self, prompt: Waiting[T] | Started[T]) -> int:
+        if isinstance(prompt, Started):
+            return prompt.waiting.tokens - prompt.done
+        return prompt.tokens - len(self._found(prompt)) * self.blocks.block_size
+
+    def _uncuttable(self, prompt: Waiting[T] | Started[T]) -> bool:
+        """Whether all blocks together are too few to compute it in chunks: it gets a pass of its own."""
+        return isinstance(prompt, Waiting) and self.blocks.blocks_for(prompt.tokens) > self.blocks.total
+
+    def _start(self, waiting: Waiting[T], count: int, may_cut: bool) -> Started[T] | None:
+        """None if it would have to be cut, and has to wait for blocks."""
+        found = self._found(waiting)
+        cached = len(found) * self.blocks.block_size
+        if cached + count < waiting.tokens:
+            needed = self.blocks.blocks_for(waiting.tokens) - len(found)
+            table = self.blocks.take(found, needed) if may_cut else None
+        else:  # nobody will go on from its end, so only what others may use is stored, if there is room
+            table = self.blocks.take(found, len(waiting.keys) - len(found)) or self.blocks.take(found, 0)
+        if table is None:
+            return None
+        started = Started(waiting, table, cached, cached)
+        self._prompts[self._prompts.index(waiting)] = started
+        return started
+
+    def _chunk(self, prompt: Started[T], count: int) -> Chunk[T]:
+        size, end = self.blocks.block_size, prompt.done + count
+        holds = len(prompt.table) if end < prompt.waiting.tokens else len(prompt.waiting.keys)
+        stored = min(end, min(holds, len(prompt.table)) * size) - prompt.done
+        return Chunk(prompt, prompt.done, end, max(0, stored))
+
+    def _in_pass(self, prompt: Started[T]) -> bool:
+        return any(chunk.prompt is prompt for chunk in self._pass)

@@ -40,11 +40,21 @@ class PrefillSettings(BaseSettings):
     """Computing threads; torch's default if not given."""
     kernels: Choice = "auto"
     """Own kernels where a C++ compiler can build them (auto), own kernels or an error (native), or torch."""
+    nice: Annotated[int, Field(ge=0, le=19)] = 0
+    """How far prompt passes step back for whoever else computes on these cores (Linux); 0 is not at all."""
+    yield_s: Annotated[float, Field(ge=0)] = 0.0
+    """Seconds of rest between two passes while sequences of ours decode."""
 
-    pass_tokens: Annotated[int, Field(ge=1)] = 4096
-    """Prompt tokens of one packed pass; a longer prompt gets a pass of its own."""
+    pass_tokens: Annotated[int, Field(ge=1)] = 1024
+    """Prompt tokens of one packed pass; a longer prompt is computed in chunks, short ones go in beside it."""
     pass_prompts: Annotated[int, Field(ge=1)] = 64
     """Prompts of one packed pass."""
+    block_size: Annotated[int, Field(ge=1)] = 16
+    """Tokens of one block of prompt KV: what the prefix cache finds is a multiple of it."""
+    chunked_kv_mib: Annotated[int, Field(ge=0)] = 512
+    """Memory for prompts that are under way in chunks; one for which it is too small is never cut."""
+    prefix_cache_mib: Annotated[int, Field(ge=0)] = 512
+    """Memory for prompt blocks that later prompts may begin with, least recently used out; 0 keeps none."""
     max_waiting: Annotated[int, Field(ge=1)] = 1024
     """Prompts in the queue; further ones are refused."""
     queue_timeout_s: Annotated[float, Field(gt=0)] = 60.0

@@ -1,10 +1,11 @@
 """Tiny random float32 models, adapters with weight on every parameter, and the real stack in processes."""
 
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import httpx
@@ -180,12 +181,13 @@ def running_stack(
     *,
     decode_model: Path | None = None,
     kernels: str = "native",
+    prefill: Mapping[str, Any] = MappingProxyType({}),
     **decode: Any,
 ) -> Iterator[RunningStack]:
     """The real processes on free ports, in float32.
 
-    `adapters`: a folder of adapter folders, pushed as tasks of their names. `decode`: its settings;
-    `decode_model`: another model for it, with which prefill never gets ready.
+    `adapters`: a folder of adapter folders, pushed as tasks of their names. `prefill` and `decode`: their
+    settings; `decode_model`: another model for decode, with which prefill never gets ready.
     """
     api_port, registry_port, decode_port = free_ports(3)
     api, registry = f"http://127.0.0.1:{api_port}", f"http://127.0.0.1:{registry_port}"
@@ -193,17 +195,16 @@ def running_stack(
     (root / "cache" / "kernels").symlink_to(built(KERNEL_CACHE).parent)  # compiled once for all tests
     common = ["--dtype", "float32", "--cache-dir", str(root / "cache"), "--threads", "1"]
     common += ["--kernels", kernels]
-    extra = [part for name, value in decode.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     with Stack(root / "logs") as stack:
 
         def start_decode() -> None:
             own = ["--model", str(decode_model or model), "--port", str(decode_port)]
-            stack.start("decode", [*common, *own, *extra])
+            stack.start("decode", [*common, *own, *_flags(decode)])
 
         stack.start("registry", ["--port", str(registry_port), "--data-dir", str(root / "registry")])
         start_decode()
         where = ["--decode", f"127.0.0.1:{decode_port}", "--registry", registry, "--port", str(api_port)]
-        stack.start("prefill", [*common, "--model", str(model), *where])
+        stack.start("prefill", [*common, "--model", str(model), *where, *_flags(prefill)])
         stack.wait_until(lambda: answers(f"{registry}/ready"), 60, "the registry")
         if decode_model is None:
             stack.wait_until(lambda: answers(f"{api}/ready"), 120, "prefill")
@@ -213,6 +214,10 @@ def running_stack(
             stack.wait_until(lambda: all(map(answers, listed)), 60, "the adapters")
         with httpx.Client(base_url=api, timeout=60) as client:
             yield RunningStack(client, registry, f"127.0.0.1:{decode_port}", stack, start_decode)
+
+
+def _flags(settings: Mapping[str, Any]) -> list[str]:
+    return [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", str(value))]
 
 
 def free_ports(count: int) -> list[int]:

@@ -5,9 +5,10 @@ but the sequence lengths decides who sees whom: packed prompts of different tena
 other.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,66 +28,168 @@ _PLAIN_ARGUMENTS = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
+class Context:
+    """What sequences of one attention call have stored before this pass.
+
+    slots [sequences, longest context]: where among the stored tokens theirs lie (padding repeats a
+    sequence's last one); lengths [sequences] are never 0. `masks` keeps, per window, the mask that all
+    layers share.
+    """
+
+    slots: Tensor
+    lengths: Tensor
+    masks: dict[int | None, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, slots: Sequence[Tensor], device: torch.device | str) -> "Context":
+        longest = max(len(s) for s in slots)
+        padded = [torch.cat([s, s[-1:].expand(longest - len(s))]) for s in slots]
+        return cls(torch.stack(padded), torch.tensor([len(s) for s in slots], device=device))
+
+    def mask(self, new: int, groups: int, window: int | None, dtype: torch.dtype) -> Tensor:
+        """Additive, [sequences, 1, new * groups, longest context + new]: for each of `new` queries, times
+        the heads that share a key, what it sees of the context and of the new tokens."""
+        if window not in self.masks:
+            at = torch.arange(new, device=self.slots.device)
+            before = torch.arange(self.slots.shape[1], device=self.slots.device)
+            lengths = self.lengths[:, None, None]
+            key_at = torch.cat([before.expand(len(lengths), 1, -1), lengths + at], dim=-1)
+            query_at = lengths + at[:, None]
+            seen = key_at <= query_at
+            seen[:, :, : len(before)] &= before < lengths  # behind a shorter context lies padding
+            if window is not None:
+                seen &= key_at > query_at - window
+            hidden = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+            self.masks[window] = hidden.repeat_interleave(groups, dim=1).unsqueeze(1)
+        return self.masks[window]
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Sequences of similar length, which share one padded attention call.
+
+    rows [sequences, longest]: the packed row of every padded place (padding repeats a sequence's last row);
+    `context` is None if they begin in this pass.
+    """
+
+    rows: Tensor
+    context: Context | None
+
+
+@dataclass(frozen=True, slots=True)
 class Ragged:
     """Geometry of packed sequences, computed once per pass and used by every layer.
 
-    Sequences of similar length share one padded attention call. buckets: for each call the packed row of
-    every padded place [sequences, longest] (padding repeats a sequence's last row); restore [T]: where each
-    packed row lies among all padded places.
+    restore [T]: where each packed row lies among all padded places of all buckets.
     """
 
-    buckets: tuple[Tensor, ...]
+    buckets: tuple[Bucket, ...]
     restore: Tensor
 
     @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> "Ragged":
+    def of(
+        cls,
+        lengths: Sequence[int],
+        device: torch.device | str = "cpu",
+        contexts: Mapping[int, Tensor] = MappingProxyType({}),
+    ) -> "Ragged":
+        """`contexts`: of the sequences that go on from stored tokens, the slots of these, in order."""
         starts = list(accumulate(lengths, initial=0))
-        alike: dict[int, list[int]] = {}
+        alike: dict[tuple[int, int], list[int]] = {}
         for sequence, length in enumerate(lengths):
-            alike.setdefault(-(-length // _BUCKET), []).append(sequence)
+            stored = len(contexts[sequence]) if sequence in contexts else 0
+            # a context may be padded to its double: what lies behind its end is cheap
+            alike.setdefault((-(-length // _BUCKET), stored.bit_length()), []).append(sequence)
         buckets, restore, place = [], [0] * starts[-1], 0
-        for sequences in alike.values():
+        for (_, stored), sequences in alike.items():
             longest = max(lengths[s] for s in sequences)
-            buckets.append([[starts[s] + min(i, lengths[s] - 1) for i in range(longest)] for s in sequences])
+            rows = [[starts[s] + min(i, lengths[s] - 1) for i in range(longest)] for s in sequences]
+            context = Context.of([contexts[s] for s in sequences], device) if stored else None
+            buckets.append(Bucket(torch.tensor(rows, device=device), context))
             for s in sequences:
                 restore[starts[s] : starts[s + 1]] = range(place, place + lengths[s])
                 place += longest
-        return cls(
-            tuple(torch.tensor(b, device=device) for b in buckets), torch.tensor(restore, device=device)
-        )
+        return cls(tuple(buckets), torch.tensor(restore, device=device))
 
 
 def causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, ragged: Ragged, scale: float, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    ragged: Ragged,
+    scale: float,
+    window: int | None,
+    stored: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Causal attention within each of several packed sequences.
 
-    query [T, heads, key_dim], key [T, kv_heads, key_dim], value [T, kv_heads, value_dim]. Returns
-    [T, heads, value_dim]. Padding lies behind a sequence's tokens, where causality hides it.
+    query [T, heads, key_dim], key [T, kv_heads, key_dim], value [T, kv_heads, value_dim]. `stored`: the keys
+    and values [slots, kv_heads, dim] that contexts point into. Returns [T, heads, value_dim]. Padding lies
+    behind a sequence's tokens, where causality hides it.
     """
     dtype = query.dtype
     if query.requires_grad and query.device.type == "cpu":
         # torch's backward of CPU attention is several times slower in bf16 than in float32
         query, key, value = query.float(), key.float(), value.float()
     groups = query.shape[1] // key.shape[1]
-    if groups > 1:  # expanding first lets the CPU take its flash kernel, which knows no grouped heads
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     outputs = []
-    for rows in ragged.buckets:
-        length = rows.shape[1]
-        flat = rows.flatten()
+    for bucket in ragged.buckets:
         q, k, v = (
-            x.index_select(0, flat).view(*rows.shape, *x.shape[1:]).transpose(1, 2)
+            x.index_select(0, bucket.rows.flatten()).view(*bucket.rows.shape, *x.shape[1:])
             for x in (query, key, value)
         )
-        mask = None
-        if window is not None and length > window:
-            at = torch.arange(length, device=query.device)
-            distance = at[:, None] - at[None, :]
-            mask = (distance >= 0) & (distance < window)
-        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
-        outputs.append(out.transpose(1, 2).flatten(0, 1))
+        if bucket.context is None:
+            out = _from_the_start(q, k, v, groups, scale, window)
+        else:
+            assert stored is not None
+            out = _going_on(q, k, v, groups, scale, window, bucket.context, stored)
+        outputs.append(out.flatten(0, 1))
     return torch.cat(outputs).index_select(0, ragged.restore).to(dtype)
+
+
+def _from_the_start(q: Tensor, k: Tensor, v: Tensor, groups: int, scale: float, window: int | None) -> Tensor:
+    """q [n, L, heads, key_dim], k [n, L, kv_heads, key_dim], v likewise -> [n, L, heads, value_dim]."""
+    if groups > 1:  # expanding first lets the CPU take its flash kernel, which knows no grouped heads
+        k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
+    length = q.shape[1]
+    mask = None
+    if window is not None and length > window:
+        at = torch.arange(length, device=q.device)
+        distance = at[:, None] - at[None, :]
+        mask = (distance >= 0) & (distance < window)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+    return out.transpose(1, 2)
+
+
+def _going_on(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    groups: int,
+    scale: float,
+    window: int | None,
+    context: Context,
+    stored: tuple[Tensor, Tensor],
+) -> Tensor:
+    """As `_from_the_start`, of sequences whose earlier tokens are stored."""
+    sequences, new, heads, dim = q.shape
+    slots = context.slots
+    k, v = (
+        torch.cat([pool.index_select(0, slots.flatten()).view(*slots.shape, *pool.shape[1:]), x], dim=1)
+        for pool, x in zip(stored, (k, v), strict=True)
+    )
+    # the queries of one KV head share its keys: a long context is not copied for each of them
+    by_key = q.view(sequences, new, heads // groups, groups, dim).transpose(1, 2)
+    out = scaled_dot_product_attention(
+        by_key.reshape(sequences, heads // groups, new * groups, dim),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=context.mask(new, groups, window, q.dtype),
+        scale=scale,
+    )
+    by_query = out.reshape(sequences, heads // groups, new, groups, -1).transpose(1, 2)
+    return by_query.reshape(sequences, new, heads, -1)
 
 
 def decode_attention(

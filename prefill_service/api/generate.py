@@ -59,7 +59,7 @@ class Generation:
                 text = running.get(out.choice)
                 if text is None:
                     continue  # was under way when its choice was cancelled
-                self._record.count_token()
+                self._record.count_token(out.cached_tokens)
                 delta = self._delta(request, out, text)
                 if delta.finish_reason is not None:
                     del running[out.choice]

@@ -25,19 +25,22 @@ class RequestRecord:
     task: str | None = None
     status: int | None = None
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     completion_tokens: int = 0
 
-    def count_token(self) -> None:
+    def count_token(self, cached_tokens: int = 0) -> None:
+        self.cached_tokens += cached_tokens
         if self.first_token is None:
             self.first_token = time.monotonic()
         self.completion_tokens += 1
 
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, object]:
         """OpenAI's usage object: each prompt counts once, all its choices' tokens count."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
 
 

@@ -37,7 +37,7 @@ class ChunkWriter:
         """The stream's first chunk also says which adapter answers."""
         return f"{self._head}{_dumps(choice)}{self._tail}{self._report if first else ''}}}\n\n".encode()
 
-    def usage(self, usage: Mapping[str, int]) -> bytes:
+    def usage(self, usage: Mapping[str, object]) -> bytes:
         return _event({**self._shared, "choices": [], "usage": usage})
 
 

@@ -10,10 +10,16 @@ import torch
 
 from prad.adapters import load_adapter
 from prad.lm import LanguageModel, SamplingParams
+from prad.lm.paged import Pools
 from prefill_service.generation import PromptRequest
-from prefill_service.prompt_pass import PassItem, run_prompt_pass
+from prefill_service.prompt_pass import FirstTokens, PassChunk, PassItem, run_prompt_pass
 from tests.conftest import random_artefact
 from tests.oracle.reference import Fault, Reference
+
+
+def first_tokens(model: LanguageModel, *items: PassItem) -> FirstTokens:
+    """All in one pass, without blocks."""
+    return run_prompt_pass(model, Pools(model.layout, 0, 16, "cpu"), [PassChunk.whole(i) for i in items])
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -33,9 +39,8 @@ def test_the_continuation_is_the_plain_models(
         "replay", None, tuple(prompt), params, continuation_ids=tuple(output), output_offset=len(output)
     )
     neighbour = PromptRequest("other", None, (1, 2, 3), params)
-    first, _ = run_prompt_pass(model, [PassItem(request, adapter), PassItem(neighbour, None)])
-    assert first is not None
-    (draw,) = first
+    items = [PassItem(request, adapter), PassItem(neighbour, None)]
+    (draw,) = first_tokens(model, *items)[items[0]] or ()
     expected = reference.logits(prompt, [*output, 0], artefact.folder)[-1]
     top = torch.tensor([logprob for _, logprob in draw.top])
     ids = [token for token, _ in draw.top]
@@ -55,9 +60,9 @@ def test_a_replay_draws_what_the_first_run_drew(load_tiny: Callable[[str], Langu
         request = PromptRequest(
             "r", None, (4, 8, 15), params, continuation_ids=continuation, output_offset=len(continuation)
         )
-        (draws,) = run_prompt_pass(model, [PassItem(request, None)])
-        assert draws is not None
-        return draws[0].token
+        item = PassItem(request, None)
+        (drawn,) = first_tokens(model, item)[item] or ()
+        return drawn.token
 
     run: tuple[int, ...] = ()
     for _ in range(6):

@@ -1,53 +1,203 @@
-"""Which prompts share a pass: plain data, no torch."""
+"""Which chunks of which prompts share a pass: plain data, no torch."""
 
-from prefill_service.scheduler import PromptScheduler, Waiting
+from collections import Counter
+
+import pytest
+
+from prefill_service.blocks import PromptBlocks, block_keys
+from prefill_service.chunks import Chunk, Waiting
+from prefill_service.scheduler import PromptScheduler
+
+SIZE = 4
 
 
-def scheduler(*tokens: int, pass_tokens: int = 100, pass_prompts: int = 4) -> PromptScheduler[str]:
+def scheduler(
+    *tokens: int, pass_tokens: int = 100, pass_prompts: int = 4, working: int = 1000, kept: int = 0
+) -> PromptScheduler[str]:
     made: PromptScheduler[str] = PromptScheduler(
-        pass_tokens=pass_tokens, pass_prompts=pass_prompts, max_waiting=6
+        PromptBlocks(working=working, kept=kept, block_size=SIZE),
+        pass_tokens=pass_tokens,
+        pass_prompts=pass_prompts,
+        max_waiting=6,
     )
     for i, n in enumerate(tokens):
         made.add(Waiting(f"job{i}", n))
     return made
 
 
-def jobs(batch: list[Waiting[str]]) -> list[str]:
-    return [waiting.job for waiting in batch]
+def parts(chunks: list[Chunk[str]]) -> list[tuple[str, int, int]]:
+    return [(chunk.job, chunk.start, chunk.end) for chunk in chunks]
 
 
-def test_first_come_first_served_under_the_budget() -> None:
-    queue = scheduler(40, 50, 20, 10)
-    assert jobs(queue.next_batch(0)) == ["job0", "job1"]
-    assert jobs(queue.next_batch(0)) == ["job2", "job3"]
-    assert queue.next_batch(0) == []
+def run(queue: PromptScheduler[str], now: float = 0) -> list[tuple[str, int, int]]:
+    """One pass, to its end."""
+    chunks = queue.next_pass(now)
+    queue.computed()
+    return parts(chunks)
 
 
-def test_a_prompt_beyond_the_budget_gets_a_pass_of_its_own() -> None:
-    queue = scheduler(400, 10)
-    assert jobs(queue.next_batch(0)) == ["job0"]
-    assert jobs(queue.next_batch(0)) == ["job1"]
+def test_prompts_that_fit_share_a_pass_in_order_of_arrival() -> None:
+    queue = scheduler(40, 50, 10)
+    assert run(queue) == [("job0", 0, 40), ("job1", 0, 50), ("job2", 0, 10)]
+    assert queue.next_due() is None
+    assert run(queue) == []
 
 
-def test_a_pass_holds_a_bounded_number_of_prompts() -> None:
-    queue = scheduler(1, 1, 1, 1, 1)
-    assert len(queue.next_batch(0)) == 4
-    assert len(queue) == 1
+def test_short_prompts_go_in_beside_the_chunks_of_a_long_one() -> None:
+    queue = scheduler(250, 10, pass_tokens=100)
+    assert run(queue) == [("job0", 0, 90), ("job1", 0, 10)]
+    queue.add(Waiting("late", 70))
+    assert run(queue) == [("job0", 90, 140), ("late", 0, 50)]
+    assert run(queue) == [("job0", 140, 220), ("late", 50, 70)]
+    assert run(queue) == [("job0", 220, 250)]
 
 
-def test_nothing_overtakes_a_head_that_waits_for_room() -> None:
+def test_a_stream_of_short_prompts_does_not_starve_a_long_one() -> None:
+    queue = scheduler(1000, pass_tokens=100)
+    passes = 0
+    while queue.next_due() is not None and passes < 100:
+        for i in range(4):
+            queue.add(Waiting(f"short{passes}.{i}", 30))
+        if any(job == "job0" and end == 1000 for job, _, end in run(queue)):
+            break
+        passes += 1
+    assert passes == 19  # half of each pass is its own
+
+
+def test_of_two_long_prompts_the_first_is_finished_first() -> None:
+    queue = scheduler(300, 300, pass_tokens=100)
+    ends = {}
+    for number in range(6):
+        ends |= {job: number for job, _, end in run(queue) if end == 300}
+    assert ends == {"job0": 2, "job1": 5}
+
+
+def test_every_token_is_computed_once_and_in_order() -> None:
+    queue = scheduler(7, 64, 1, 33, pass_tokens=10, pass_prompts=2)
+    seen: Counter[str] = Counter()
+    while queue.next_due() is not None:
+        chunks = run(queue)
+        assert len(chunks) <= 2
+        assert sum(end - start for _, start, end in chunks) <= 10
+        for job, start, end in chunks:
+            assert start == seen[job]
+            seen[job] = end
+    assert seen == {"job0": 7, "job1": 64, "job2": 1, "job3": 33}
+    assert queue.blocks.in_use == 0
+
+
+def test_a_pass_of_one_token_gets_through() -> None:
+    queue = scheduler(3, pass_tokens=1)
+    assert [run(queue) for _ in range(3)] == [[("job0", i, i + 1)] for i in range(3)]
+
+
+def test_a_prompt_too_long_for_all_blocks_has_a_pass_of_its_own() -> None:
+    queue = scheduler(30, 401, 10, pass_tokens=20, working=100)
+    assert run(queue) == [("job0", 0, 10), ("job2", 0, 10)]
+    assert run(queue) == [("job0", 10, 30)]
+    assert run(queue) == [("job1", 0, 401)]
+
+
+def test_the_oldest_prompt_gets_the_blocks_that_it_waits_for() -> None:
+    queue = scheduler(100, 180, 80, pass_tokens=20, working=50)  # blocks for 200 tokens
+    started: list[str] = []
+    for number in range(60):
+        if number == 5:
+            queue.add(Waiting("late", 90))
+        started += [job for job, start, _ in run(queue) if start == 0]
+        assert queue.blocks.in_use <= 50
+    assert started == ["job0", "job2", "job1", "late"]
+    assert queue.next_due() is None
+
+
+def test_nothing_overtakes_a_prompt_that_waits_for_room_at_decode() -> None:
     queue = scheduler(10, 10)
-    (head, _) = queue.next_batch(0)
+    for chunk in queue.next_pass(0):
+        queue.put_back(chunk, not_before=5.0 if chunk.job == "job0" else 0.0)
+    queue.computed()
     queue.add(Waiting("late", 1))
-    queue.put_back(Waiting(head.job, head.tokens, not_before=5.0))
-    assert queue.next_batch(4.9) == []
+    assert queue.next_pass(4.9) == []
     assert queue.next_due() == 5.0
-    assert jobs(queue.next_batch(5.0)) == ["job0", "late"]
+    assert run(queue, 5.0) == [("job0", 0, 10), ("job1", 0, 10), ("late", 0, 1)]
 
 
-def test_a_removed_job_is_never_scheduled_and_the_queue_is_bounded() -> None:
+def test_a_prompt_under_way_goes_on_while_others_wait_for_room() -> None:
+    queue = scheduler(150, 10, pass_tokens=80)
+    _, second = queue.next_pass(0)
+    queue.put_back(second, not_before=5.0)
+    queue.computed()
+    assert queue.next_due() == 0.0
+    assert run(queue) == [("job0", 70, 150)]
+    assert queue.next_due() == 5.0
+
+
+def test_a_removed_prompt_is_never_scheduled_again_and_gives_its_blocks_back() -> None:
+    queue = scheduler(50, 50, pass_tokens=20)
+    queue.next_pass(0)
+    queue.remove("job0")
+    assert queue.blocks.in_use > 0  # the pass under way still writes to them
+    queue.computed()
+    assert queue.blocks.in_use == 0
+    assert {job for job, _, _ in run(queue)} == {"job1"}
+    queue.remove("job1")
+    assert queue.blocks.in_use == 0
+    assert queue.next_due() is None
+
+
+def test_the_prompts_of_a_failed_pass_leave() -> None:
+    queue = scheduler(50, 7, pass_tokens=20, kept=100)
+    queue.next_pass(0)
+    queue.failed()
+    assert queue.next_due() is None
+    assert (queue.blocks.in_use, queue.blocks.known) == (0, 0)
+
+
+def test_the_queue_is_bounded() -> None:
     queue = scheduler(1, 1, 1, 1, 1, 1)
     assert queue.full
     queue.remove("job0")
     assert not queue.full
-    assert jobs(queue.next_batch(0))[0] == "job1"
+    assert run(queue)[0][0] == "job1"
+
+
+def cached(queue: PromptScheduler[str], job: str, ids: list[int], digest: str | None = "d") -> list[int]:
+    """Runs a prompt to its end; returns where its chunks began."""
+    queue.add(Waiting(job, len(ids), block_keys(digest, 0, ids, SIZE)))
+    starts = []
+    while queue.next_due() is not None:
+        starts += [start for _, start, _ in run(queue)]
+    return starts
+
+
+@pytest.mark.parametrize("pass_tokens", [1, 3, 4, 5, 8, 100])
+def test_a_repeated_prompt_computes_what_no_block_holds(pass_tokens: int) -> None:
+    queue = scheduler(pass_tokens=pass_tokens, kept=10)
+    ids = list(range(18))
+    assert cached(queue, "first", ids)[0] == 0
+    assert cached(queue, "again", ids)[0] == 16
+    assert cached(queue, "shorter", ids[:16])[0] == 12  # the last token is computed always
+    assert cached(queue, "longer", ids + [7] * 9)[0] == 16
+    assert cached(queue, "elsewhere", [99, *ids[1:]])[0] == 0
+    assert cached(queue, "other end", [*ids[:14], 99, 98])[0] == 12
+    assert cached(queue, "other adapter", ids, "e")[0] == 0
+    assert cached(queue, "plain model", ids, None)[0] == 0
+    lookups = queue.lookups
+    assert (lookups.prompts, lookups.hits) == (8, 4)
+    assert lookups.hit_tokens == 16 + 12 + 16 + 12
+
+
+def test_the_same_prompt_twice_in_a_pass_is_computed_twice_and_kept_once() -> None:
+    queue = scheduler(kept=10)
+    keys = block_keys("d", 0, range(8), SIZE)
+    for job in ("one", "two"):
+        queue.add(Waiting(job, 8, keys))
+    assert run(queue) == [("one", 0, 8), ("two", 0, 8)]
+    assert (queue.blocks.known, queue.blocks.in_use) == (2, 0)
+
+
+def test_without_room_for_its_blocks_a_prompt_is_computed_all_the_same() -> None:
+    queue = scheduler(working=0, kept=2)
+    assert cached(queue, "long", list(range(20))) == [0]
+    assert queue.blocks.known == 0
+    assert cached(queue, "short", list(range(8))) == [0]
+    assert cached(queue, "short again", list(range(8))) == [4]

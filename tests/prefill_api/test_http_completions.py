@@ -51,6 +51,7 @@ async def test_an_answer_carries_everything(client: httpx.AsyncClient, engine: A
         "prompt_tokens": len(request.prompt_ids),
         "completion_tokens": 5,
         "total_tokens": len(request.prompt_ids) + 5,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
     assert response.headers["x-request-id"] == "mine-1"
     assert {k: v for k, v in response.headers.items() if k.startswith("x-prad")} == {

@@ -1,0 +1,93 @@
+"""A prompt pass over parts of sequences: earlier KV lies in blocks, new KV may be stored there.
+
+Chunks of long prompts and prompts that begin with cached blocks run beside prompts that begin here; all that
+makes a sequence's place in the pass is its `SequenceChunk`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from prad.lm.attention import Ragged, causal_attention
+from prad.lm.batch import PackedBatch
+from prad.lm.kv import LayerDone
+from prad.lm.paged import Pools
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceChunk:
+    """Tokens start .. start + len(ids) of a sequence.
+
+    `table`: its blocks, with the KV of all tokens before `start`; that of the first `stored` new tokens goes
+    there as well.
+    """
+
+    ids: Sequence[int]
+    start: int = 0
+    table: Sequence[int] = ()
+    stored: int = 0
+
+
+def chunked_batch(
+    chunks: Sequence[SequenceChunk],
+    pools: Pools,
+    *,
+    logit_rows: Sequence[int],
+    layer_done: LayerDone | None = None,
+) -> PackedBatch:
+    """The chunks packed end to end; as `PackedBatch.of_sequences` if none of them touches a block."""
+    if not any(chunk.table for chunk in chunks):
+        return PackedBatch.of_sequences(
+            [chunk.ids for chunk in chunks], device=pools.device, logit_rows=logit_rows, layer_done=layer_done
+        )
+    device = pools.device
+    positions = [torch.arange(c.start, c.start + len(c.ids), device=device) for c in chunks]
+    return PackedBatch(
+        ids=torch.tensor([i for chunk in chunks for i in chunk.ids], device=device),
+        positions=torch.cat(positions),
+        kv=ChunkedKV.of(chunks, pools, layer_done),
+        logit_rows=torch.tensor(logit_rows, device=device, dtype=torch.long),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkedKV:
+    """The KVTarget of such a pass. rows [S] of the pass are stored at slots [S] of the pools.
+
+    `layer_done` gets the new tokens only, as that of `PromptKV`.
+    """
+
+    pools: Pools
+    ragged: Ragged
+    rows: Tensor
+    slots: Tensor
+    layer_done: LayerDone | None
+
+    @classmethod
+    def of(cls, chunks: Sequence[SequenceChunk], pools: Pools, layer_done: LayerDone | None) -> "ChunkedKV":
+        lengths = [len(chunk.ids) for chunk in chunks]
+        contexts, rows, slots = {}, [], []
+        for i, (chunk, row) in enumerate(zip(chunks, accumulate(lengths[:-1], initial=0), strict=True)):
+            end = chunk.start + chunk.stored
+            known = pools.slots(chunk.table, end) if end else torch.empty(0, dtype=torch.long)
+            if chunk.start:
+                contexts[i] = known[: chunk.start]
+            rows.append(torch.arange(row, row + chunk.stored, device=pools.device))
+            slots.append(known[chunk.start :].to(pools.device))
+        return cls(
+            pools, Ragged.of(lengths, pools.device, contexts), torch.cat(rows), torch.cat(slots), layer_done
+        )
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        if self.layer_done is not None:
+            self.layer_done(layer, key, value)
+        stored = self.pools.keys[layer].flatten(0, 1), self.pools.values[layer].flatten(0, 1)
+        if len(self.rows):
+            for pool, new in zip(stored, (key, value), strict=True):
+                pool.index_copy_(0, self.slots, new.index_select(0, self.rows))
+        return causal_attention(query, key, value, self.ragged, scale, window, stored)
