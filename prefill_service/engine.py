@@ -14,8 +14,9 @@ from contextlib import nullcontext
 from itertools import accumulate
 
 from kvtransfer.client import DecodeClient
+from kvtransfer.layout import Encoding
 from kvtransfer.messages import TokenEvent
-from kvtransfer.sender import HandOff
+from kvtransfer.sender import HandOff, PassRows
 from prad.adapters import AdapterError
 from prad.lm import LanguageModel
 from prefill_service.decode_link import DecodeLink, NoRoomError, event_error
@@ -50,6 +51,7 @@ class PrefillEngine:
         self._residents = residents
         self._queue_timeout = settings.queue_timeout_s
         self._request_timeout = settings.request_timeout_s
+        self._encoding = Encoding[settings.kv_wire.upper()]
         self._scheduler: PromptScheduler[Job] = PromptScheduler(
             pass_tokens=settings.pass_tokens,
             pass_prompts=settings.pass_prompts,
@@ -195,12 +197,17 @@ class PrefillEngine:
         if self._hand_overs:  # at most two passes' KV caches are in memory
             await asyncio.wait(self._hand_overs)
         loop = asyncio.get_running_loop()
-        layers = PassLayers(self._model.num_layers, loop)
         items = [job.item for job, _ in scheduled]
         starts = accumulate((len(item.ids) for item in items[:-1]), initial=0)
-        for (job, hand_off), start in zip(scheduled, starts, strict=True):
+        rows = [
+            PassRows(hand_off, start, 0, len(job.item.ids))
+            for (job, hand_off), start in zip(scheduled, starts, strict=True)
+            if hand_off is not None
+        ]
+        layers = PassLayers(self._model.num_layers, loop, rows, self._encoding)
+        for job, hand_off in scheduled:
             if hand_off is not None:
-                task = asyncio.create_task(hand_over(job, hand_off, layers, start, self._link))
+                task = asyncio.create_task(hand_over(job, hand_off, layers, self._link))
                 self._hand_overs.add(task)
                 task.add_done_callback(self._hand_overs.discard)
         try:

@@ -65,22 +65,19 @@ class Job:
             self.outputs.put_nowait(error)
 
 
-async def hand_over(job: Job, hand_off: HandOff, layers: PassLayers, start: int, link: DecodeLink) -> None:
-    """Sends the job's rows of every layer as they come, then the first tokens, or aborts.
+async def hand_over(job: Job, hand_off: HandOff, layers: PassLayers, link: DecodeLink) -> None:
+    """Commits with the first tokens once the pass's layers have gone out, or aborts.
 
-    `start`: the job's first row in the pass. The first tokens reach the client as soon as they are drawn;
+    The first tokens reach the client as soon as they are drawn;
     what the client cancelled before decode had confirmed is cancelled there afterwards.
     """
     request_id, attempt = job.request.request_id, job.attempt
     try:
         async with hand_off:
-            async for layer, key, value in layers.rows(start, len(job.item.ids)):
-                if job.stage is Stage.FINISHED:
-                    return
-                await hand_off.send(layer, key, value)
             draws = await layers.draws(job.item)
             if not deliver_first_tokens(job, draws):
                 return
+            await layers.sent()
             await hand_off.commit([token(d) for d in draws or ()])
     except TransferError as error:
         job.fail(DecodeUnavailableError(f"the hand-off to the decode service broke off: {error}"))
