@@ -50,6 +50,7 @@ class HandOffStream:
         self._hand_offs: dict[int, HandOff] = {}
         self._filling: Outgoing | None = None
         self._queue: deque[_Queued] = deque()
+        self._writing: list[asyncio.Future[None]] = []
         self._queued_bytes = 0
         self._due = asyncio.Event()
         self._taken = asyncio.Event()
@@ -84,7 +85,7 @@ class HandOffStream:
         running = [r for r in rows if not r.hand_off.over]
         if not running:
             return
-        planes = [memoryview(plane).cast("B") for plane in planes]
+        views = [memoryview(plane).cast("B") for plane in planes]
         widths = running[0].hand_off.request.model.plane_bytes(layer, encoding)
         most = max(1, self.settings.frame_bytes // sum(widths))
         for piece in _cut(running, most):
@@ -96,7 +97,7 @@ class HandOffStream:
             self._filling.add(
                 [
                     plane[a * width : b * width]
-                    for plane, width in zip(planes, widths, strict=True)
+                    for plane, width in zip(views, widths, strict=True)
                     for a, b in runs
                 ]
             )
@@ -155,11 +156,11 @@ class HandOffStream:
 
     async def _write_next(self) -> None:
         """One message: frames that are due, up to the first with KV bytes."""
-        message, confirmed = pb.HandOffFrames(), list[asyncio.Future[None]]()
+        message = pb.HandOffFrames()
         async with translated(self._call, self.settings.send_timeout_s, "a message"):
-            while self._queue and len(confirmed) < _TOGETHER:
+            while self._queue and len(message.frames) < _TOGETHER:
                 frame, written = self._queue.popleft()
-                confirmed.append(written)
+                self._writing.append(written)
                 if isinstance(frame, Outgoing):
                     message.frames.append(pb.HandOffFrame(kv=await self._kv(frame)))
                     self._queued_bytes -= frame.size
@@ -167,9 +168,10 @@ class HandOffStream:
                 message.frames.append(frame)
             await self._call.write(message)
         self._taken.set()
-        for written in confirmed:
+        for written in self._writing:
             if not written.done():
                 written.set_result(None)
+        self._writing.clear()
 
     async def _kv(self, frame: Outgoing) -> pb.KV:
         if self._shared is None:
@@ -222,9 +224,10 @@ class HandOffStream:
         self._call.cancel()
         for task in self._tasks:
             task.cancel()
-        for _, written in self._queue:
+        for written in (*self._writing, *(written for _, written in self._queue)):
             if not written.done():
                 written.set_exception(self.failure)
+        self._writing.clear()
         self._queue.clear()
         for hand_off in self._hand_offs.values():
             hand_off.fail(self.failure)
