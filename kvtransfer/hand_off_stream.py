@@ -105,6 +105,8 @@ class HandOffStream:
                 r.hand_off.sent_bytes += r.token_count * sum(widths)
             if self._filling.size >= self.settings.frame_bytes:
                 self.flush()
+        if layer == len(running[0].hand_off.request.model.layers) - 1:
+            self.flush()  # the rest of the pass, logits and sampling, brings no more to fill it with
         while self._queued_bytes > _AHEAD * self.settings.frame_bytes and self.failure is None:
             self._taken.clear()
             await self._taken.wait()
