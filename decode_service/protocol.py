@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from kvtransfer import Cancel, Open, Token, TokenEvent
+from kvtransfer.kv_frame import Incoming
 
 Deliver = Callable[[Mapping[str, Sequence[TokenEvent]]], None]
 """Takes one step's events, by client id; called in the engine's thread."""
@@ -23,27 +24,43 @@ class EngineStatus:
 
 
 class Reservation(Protocol):
-    """Room for one hand-off: a KVSink, until it is committed or released."""
+    """Room for one hand-off, until it is committed or released. A `KVWriter` fills it."""
 
     @property
     def blocks(self) -> int:
         """How many KV blocks are reserved."""
         ...
 
-    def write(self, layer: int, first_token: int, key: memoryview, value: memoryview) -> None:
-        """As kvtransfer's KVSink. Raises FencedError if the room was taken away."""
+    def require_held(self) -> None:
+        """Raises FencedError if the room was taken away."""
         ...
 
     def commit(self, first_tokens: Sequence[Token]) -> None:
         """Everything is there: the sequences run from the next step on.
 
-        Raises FencedError as `write`, ProtocolError for a first token outside the vocabulary.
+        Raises FencedError as `require_held`, ProtocolError for a first token outside the vocabulary.
         """
         ...
 
     def release(self) -> None:
         """Gives the room back; no effect after `commit`."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedRows:
+    """Rows start .. start + token_count of a KV frame are tokens first_token .. of a reservation."""
+
+    reservation: Reservation
+    start: int
+    first_token: int
+    token_count: int
+
+
+class KVWriter(Protocol):
+    """Puts the bytes of a KV frame into the room of reservations of its engine, which still hold it."""
+
+    def write(self, frame: Incoming, rows: Sequence[PlacedRows]) -> None: ...
 
 
 class DecodeEngine(Protocol):

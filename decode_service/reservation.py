@@ -22,12 +22,11 @@ class PagedReservation:
 
     def __init__(self, owner: _Owner, pools: Pools, vocab_size: int, reserved: Reserved) -> None:
         self._owner = owner
-        self._pools = pools
         self._vocab_size = vocab_size
         self._reserved = reserved
         kv_len, size = reserved.request.kv_len, pools.block_size
         # every choice has its own copy of the prompt's KV: [kv_len] each
-        self._slots = [pools.slots(table, kv_len) for table in reserved.blocks]
+        self.slots = [pools.slots(table, kv_len) for table in reserved.blocks]
         if kv_len % size:
             pools.clear([table[kv_len // size] for table in reserved.blocks])
 
@@ -35,13 +34,8 @@ class PagedReservation:
     def blocks(self) -> int:
         return sum(len(table) for table in self._reserved.blocks)
 
-    def write(self, layer: int, first_token: int, key: memoryview, value: memoryview) -> None:
-        self._require_held()
-        for slots in self._slots:
-            self._pools.write(layer, slots[first_token:], key, value)
-
     def commit(self, first_tokens: Sequence[Token]) -> None:
-        self._require_held()
+        self.require_held()
         outside = [t.id for t in first_tokens if t.id >= self._vocab_size]
         if outside:
             raise ProtocolError(f"first tokens {outside} are outside the vocabulary")
@@ -50,7 +44,7 @@ class PagedReservation:
     def release(self) -> None:
         self._owner.release(self._reserved)
 
-    def _require_held(self) -> None:
+    def require_held(self) -> None:
         if not self._owner.holds(self._reserved):
             request = self._reserved.request
             raise FencedError(

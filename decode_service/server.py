@@ -16,6 +16,7 @@ from decode_service.blocks import BlockAllocator
 from decode_service.engine import PagedEngine
 from decode_service.errors import BindError, CacheTooSmallError
 from decode_service.metrics import Metrics, served
+from decode_service.pool_writer import PoolWriter
 from decode_service.scheduler import Scheduler
 from decode_service.service import DecodeService
 from decode_service.sessions import Sessions
@@ -121,7 +122,7 @@ class DecodeServer:
         )
         self._metrics.watch(self.engine.status)
         self._service = DecodeService(
-            self.engine, self._sessions, model_spec(model), instance, settings.hand_off_idle_s
+            self.engine, PoolWriter(pools), self._sessions, model_spec(model), instance, settings
         )
         self._health = health.aio.HealthServicer()
 
@@ -149,6 +150,7 @@ class DecodeServer:
         await asyncio.to_thread(self.engine.stop)
         await asyncio.sleep(0)  # the engine's last events are in the loop's queue
         self._sessions.close()
+        self._service.stop()
         await _until(lambda: self._sessions.flushed, _FLUSH_S)
         await self._server.stop(_GRACE_S)
         self._metrics_server.close()

@@ -8,25 +8,24 @@ from typing import Any
 
 import grpc
 
-from decode_service.protocol import DecodeEngine, Reservation
+from decode_service.hand_offs import HandOffs
+from decode_service.protocol import DecodeEngine, KVWriter, Reservation
 from decode_service.sessions import Sessions
+from decode_service.settings import DecodeSettings
 from kvtransfer import (
     Description,
-    LostError,
     ModelSpec,
     Open,
     ProtocolError,
     RejectedError,
     RejectReason,
-    TimedOutError,
     TransferError,
     codec,
 )
 from kvtransfer.outbox import Attachment
 from kvtransfer.proto import handoff_pb2 as pb
 from kvtransfer.proto.handoff_pb2_grpc import DecodeServicer
-from kvtransfer.receiver import Committed, Receiver, Receiving, read_open
-from kvtransfer.status import failure_to_proto, status_of
+from kvtransfer.status import status_of
 
 logger = logging.getLogger(__name__)
 
@@ -35,19 +34,30 @@ class DecodeService(DecodeServicer):
     """The three calls of the contract."""
 
     def __init__(
-        self, engine: DecodeEngine, sessions: Sessions, model: ModelSpec, instance: str, idle_s: float
+        self,
+        engine: DecodeEngine,
+        writer: KVWriter,
+        sessions: Sessions,
+        model: ModelSpec,
+        instance: str,
+        settings: DecodeSettings,
     ) -> None:
-        """idle_s: how long a hand-off may be silent before its room is given back."""
         self._engine = engine
+        self._writer = writer
         self._sessions = sessions
         self._model = model
         self._instance = instance
-        self._idle_s = idle_s
+        self._settings = settings
         self._draining: RejectedError | None = None
+        self._stopping = asyncio.Event()
 
     def drain(self, retry_after_s: float) -> None:
         """From now on nothing is admitted; what is in goes on."""
         self._draining = RejectedError(RejectReason.DRAINING, "this service is shutting down", retry_after_s)
+
+    def stop(self) -> None:
+        """Ends the streams of hand-offs; nothing may be running."""
+        self._stopping.set()
 
     async def Describe(self, _: pb.DescribeRequest, context: Any) -> pb.Description:  # noqa: N802
         status = self._engine.status()
@@ -62,33 +72,38 @@ class DecodeService(DecodeServicer):
         )
         return codec.description_to_proto(description)
 
-    async def HandOff(self, _: object, context: Any) -> None:  # noqa: N802
+    async def HandOffs(self, _: object, context: Any) -> None:  # noqa: N802
+        hand_offs = HandOffs(
+            self._model,
+            self._admit,
+            self._writer,
+            idle_s=self._settings.hand_off_idle_s,
+            shared_memory=self._settings.shared_memory,
+        )
         async with _told(context):
+            stopping = asyncio.create_task(self._stopping.wait())
+            reading: asyncio.Future[Any] | None = None
             try:
-                request = self._admissible(await self._read(context))
-                reservation = self._engine.admit(request)
-            except RejectedError as rejected:
-                await context.write(_rejection(rejected))
-                return
-            try:
-                await context.write(pb.HandOffReply(accepted=pb.Accepted(reserved_blocks=reservation.blocks)))
-                await self._receive(context, request, reservation)
-            except TransferError as error:
-                reservation.release()
-                logger.info("hand-off %s fails: %s", request.request_id, error)
-                await context.write(failure_to_proto(error))
-                while await self._next(context) is not None:
-                    pass  # see the proto: prefill hangs up when it has read why
+                while not stopping.done():
+                    reading = reading or asyncio.ensure_future(context.read())
+                    timeout = hand_offs.expires_in()
+                    await asyncio.wait(
+                        (reading, stopping), timeout=timeout, return_when=asyncio.FIRST_COMPLETED
+                    )
+                    replies = hand_offs.expire()
+                    if reading.done():
+                        message, reading = reading.result(), None
+                        if message is grpc.aio.EOF:
+                            return
+                        replies += [reply for frame in message.frames for reply in hand_offs.take(frame)]
+                    if replies:
+                        await context.write(pb.HandOffReplies(replies=replies))
             finally:
-                reservation.release()
-
-    async def _receive(self, context: Any, request: Open, reservation: Reservation) -> None:
-        receiver = Receiver(request, reservation)
-        while isinstance(receiver.state, Receiving):
-            receiver.receive(await self._read(context))
-        if isinstance(receiver.state, Committed):
-            reservation.commit(receiver.state.first_tokens)
-            await context.write(pb.HandOffReply(committed=pb.Committed()))
+                hand_offs.close()
+                waiting = [task for task in (reading, stopping) if task is not None]
+                for task in waiting:
+                    task.cancel()
+                await asyncio.gather(*waiting, return_exceptions=True)
 
     async def Tokens(self, _: object, context: Any) -> None:  # noqa: N802
         async with _told(context):
@@ -122,40 +137,14 @@ class DecodeService(DecodeServicer):
         except TransferError as error:
             attachment.fail(error)
 
-    async def _read(self, context: Any) -> pb.HandOffFrame:
-        """The next frame of a hand-off. Raises TimedOutError or LostError if none comes."""
-        frame = await self._next(context)
-        if frame is None:
-            raise LostError("the hand-off ended without Commit or Abort")
-        return frame
-
-    async def _next(self, context: Any) -> pb.HandOffFrame | None:
-        """The next frame, None at the end. Raises TimedOutError."""
-        try:
-            async with asyncio.timeout(self._idle_s):
-                frame = await context.read()
-        except TimeoutError as error:
-            raise TimedOutError(f"the hand-off was silent for {self._idle_s} s") from error
-        return None if frame is grpc.aio.EOF else frame
-
-    def _admissible(self, frame: pb.HandOffFrame) -> Open:
-        request = read_open(frame, self._model)
+    def _admit(self, request: Open) -> Reservation:
         if self._draining is not None:
             raise self._draining
         if not self._sessions.knows(request.client_id):
             raise RejectedError(
                 RejectReason.NOT_ATTACHED, f"client {request.client_id} has no token stream: attach first"
             )
-        return request
-
-
-def _rejection(error: RejectedError) -> pb.HandOffReply:
-    rejected = pb.Rejected(
-        reason=pb.Rejected.Reason.ValueType(error.reason),
-        message=error.message,
-        retry_after_ms=round(error.retry_after_s * 1000),
-    )
-    return pb.HandOffReply(rejected=rejected)
+        return self._engine.admit(request)
 
 
 @asynccontextmanager

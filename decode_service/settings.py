@@ -52,6 +52,8 @@ class DecodeSettings(BaseSettings):
     """A hand-off that says nothing for so long gives its room back."""
     detach_s: float = Field(default=30.0, gt=0)
     """How long a client without a token stream keeps its sequences."""
+    shared_memory: bool = True
+    """Take KV through shared memory where a prefill service of this host offers it."""
     outbox_frames: int = Field(default=4096, ge=1)
     """Frames kept for a client that does not take them."""
     drain_s: float = Field(default=30.0, ge=0)

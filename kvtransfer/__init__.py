@@ -11,7 +11,8 @@ from kvtransfer.errors import (
     TimedOutError,
     TransferError,
 )
-from kvtransfer.layout import LayerSpec, ModelSpec
+from kvtransfer.hand_off_stream import send_layer
+from kvtransfer.layout import Encoding, LayerSpec, ModelSpec
 from kvtransfer.messages import (
     Cancel,
     Description,
@@ -22,7 +23,7 @@ from kvtransfer.messages import (
     TokenEvent,
     TokenFrame,
 )
-from kvtransfer.sender import HandOff
+from kvtransfer.sender import HandOff, PassRows
 from kvtransfer.settings import TransferSettings
 from kvtransfer.token_stream import TokenStream
 
@@ -31,12 +32,14 @@ __all__ = [
     "CorruptError",
     "DecodeClient",
     "Description",
+    "Encoding",
     "FencedError",
     "HandOff",
     "LayerSpec",
     "LostError",
     "ModelSpec",
     "Open",
+    "PassRows",
     "ProtocolError",
     "RejectReason",
     "RejectedError",
@@ -49,4 +52,5 @@ __all__ = [
     "TokenStream",
     "TransferError",
     "TransferSettings",
+    "send_layer",
 ]

@@ -5,10 +5,11 @@ from typing import Any, Self
 import grpc
 
 from kvtransfer import codec
+from kvtransfer.hand_off_stream import HandOffStream
 from kvtransfer.messages import Description, Open
 from kvtransfer.proto import handoff_pb2 as pb
 from kvtransfer.proto.handoff_pb2_grpc import DecodeStub
-from kvtransfer.sender import HandOff, open_hand_off
+from kvtransfer.sender import HandOff
 from kvtransfer.settings import TransferSettings
 from kvtransfer.status import error_of
 from kvtransfer.token_stream import TokenStream
@@ -23,6 +24,7 @@ class DecodeClient:
         self._settings = settings or TransferSettings()
         self._channel = grpc.aio.insecure_channel(address, options=self._settings.channel_options())
         self._stub: Any = DecodeStub(self._channel)  # type: ignore[no-untyped-call]
+        self._hand_offs: HandOffStream | None = None
 
     async def __aenter__(self) -> Self:
         return self
@@ -32,6 +34,8 @@ class DecodeClient:
 
     async def close(self) -> None:
         """Ends every stream of this client at once."""
+        if self._hand_offs is not None:
+            await self._hand_offs.close()
         await self._channel.close()
 
     async def describe(self) -> Description:
@@ -57,4 +61,6 @@ class DecodeClient:
         Raises RejectedError (with a retry hint where the request itself is fine), LostError, TimedOutError,
         ProtocolError.
         """
-        return await open_hand_off(self._stub.HandOff(), request, self._settings)
+        if self._hand_offs is None or self._hand_offs.failure is not None:
+            self._hand_offs = HandOffStream(self._stub.HandOffs(), self._settings)
+        return await self._hand_offs.open(request)

@@ -16,8 +16,10 @@ from kvtransfer.proto import handoff_pb2 as pb
 _SEED_MASK = 2**64 - 1
 
 
-def open_to_proto(request: Open) -> pb.Open:
+def open_to_proto(request: Open, hand_off: int = 0) -> pb.Open:
+    """hand_off: its number on the stream."""
     return pb.Open(
+        hand_off=hand_off,
         request_id=request.request_id,
         attempt=request.attempt,
         client_id=request.client_id,

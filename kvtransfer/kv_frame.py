@@ -1,76 +1,137 @@
-"""KV bytes in frames: one frame carries a token range of a layer range, with a checksum over all of it.
+"""KV bytes in frames: one frame carries rows of a prompt pass for a range of layers, with a checksum.
 
-Prompts are often short, and a message per layer would drown in gRPC's cost per message, so the sender
-coalesces layers; a long prompt's layer is cut into token ranges instead.
+Rows of one pass may belong to many hand-offs. They lie packed, as in the pass: per layer its planes (keys and
+values, or their coded form), each plane [tokens of all rows, bytes per token]. So the cost of a frame does
+not grow with the number of hand-offs, and decode writes a plane in one piece. Short prompts share a frame
+among layers, too; a layer of a long pass is cut into token ranges.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import xxhash
 
-from kvtransfer.errors import CorruptError
-from kvtransfer.layout import ModelSpec
+from kvtransfer.errors import CorruptError, ProtocolError
+from kvtransfer.layout import Encoding, ModelSpec
 from kvtransfer.proto import handoff_pb2 as pb
 
 KVBytes = bytes | bytearray | memoryview
 
 
 @dataclass(frozen=True, slots=True)
-class LayerSlice:
-    """Keys and values of tokens first_token .. first_token + token_count of one layer, as raw bytes.
+class Rows:
+    """Tokens first_token .. first_token + token_count of a hand-off's KV cache."""
 
-    key [token_count, kv_heads, key_dim], value [token_count, kv_heads, value_dim], little endian; both
-    writable, so that a tensor library may wrap them.
-    """
-
-    layer: int
+    hand_off: int
     first_token: int
     token_count: int
-    key: memoryview
-    value: memoryview
 
 
-def encode(
-    first_layer: int, layers: Sequence[tuple[KVBytes, KVBytes]], first_token: int, token_count: int
-) -> pb.KV:
-    """A frame of consecutive layers' (key, value) bytes, all of the same token range; C-contiguous."""
-    data = b"".join(part for layer in layers for part in layer)
-    return pb.KV(
-        first_layer=first_layer,
-        layer_count=len(layers),
-        first_token=first_token,
-        token_count=token_count,
-        data=data,
-        checksum=xxhash.xxh3_64_intdigest(data),
-    )
+@dataclass(slots=True)
+class Outgoing:
+    """A frame that is being filled: consecutive layers of the same rows. `chunks` are views, not copies."""
 
+    first_layer: int
+    rows: tuple[Rows, ...]
+    encoding: Encoding
+    layer_count: int = 0
+    size: int = 0
+    chunks: list[memoryview] = field(default_factory=list)
 
-def decode(frame: pb.KV, model: ModelSpec) -> Iterator[LayerSlice]:
-    """The frame's layers, in order.
+    def goes_on_with(self, layer: int, rows: tuple[Rows, ...], encoding: Encoding) -> bool:
+        return (layer, rows, encoding) == (self.first_layer + self.layer_count, self.rows, self.encoding)
 
-    Raises CorruptError, before anything is yielded, if the layer range is not the model's, the size does
-    not follow from the ranges, or the checksum differs.
-    """
-    data = bytearray(frame.data)
-    last = frame.first_layer + frame.layer_count
-    if frame.layer_count == 0 or frame.token_count == 0 or last > len(model.layers):
-        raise CorruptError(
-            f"a KV frame names layers {frame.first_layer}..{last} of {len(model.layers)} "
-            f"and {frame.token_count} tokens"
+    def add(self, chunks: Sequence[memoryview]) -> None:
+        """One more layer: its planes, in order, each in any number of pieces."""
+        self.chunks += chunks
+        self.size += sum(map(len, chunks))
+        self.layer_count += 1
+
+    def inline(self) -> pb.KV:
+        """The frame with its bytes inside."""
+        data = b"".join(self.chunks)
+        frame = self._head(data)
+        frame.data = data
+        return frame
+
+    def placed(self, memory: memoryview, offset: int) -> pb.KV:
+        """The frame with its bytes written to memory[offset : offset + size]."""
+        at = offset
+        for chunk in self.chunks:
+            memory[at : at + len(chunk)] = chunk
+            at += len(chunk)
+        frame = self._head(memory[offset:at])
+        frame.place.offset, frame.place.size = offset, self.size
+        return frame
+
+    def _head(self, payload: KVBytes) -> pb.KV:
+        return pb.KV(
+            first_layer=self.first_layer,
+            layer_count=self.layer_count,
+            rows=[
+                pb.Rows(hand_off=r.hand_off, first_token=r.first_token, token_count=r.token_count)
+                for r in self.rows
+            ],
+            encoding=pb.Encoding.ValueType(self.encoding),
+            checksum=xxhash.xxh3_64_intdigest(payload),
         )
-    expected = frame.token_count * sum(model.layer_bytes(la) for la in range(frame.first_layer, last))
-    if len(data) != expected:
-        raise CorruptError(f"a KV frame has {len(data)} bytes, its ranges make {expected}")
-    if xxhash.xxh3_64_intdigest(data) != frame.checksum:
-        raise CorruptError(f"the checksum of the KV frame of layers {frame.first_layer}..{last} differs")
-    return _slices(frame, memoryview(data), model)
 
 
-def _slices(frame: pb.KV, data: memoryview, model: ModelSpec) -> Iterator[LayerSlice]:
-    at = 0
-    for layer in range(frame.first_layer, frame.first_layer + frame.layer_count):
-        middle = at + frame.token_count * model.key_bytes(layer)
-        end = middle + frame.token_count * model.value_bytes(layer)
-        yield LayerSlice(layer, frame.first_token, frame.token_count, data[at:middle], data[middle:end])
-        at = end
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """A frame whose sizes and checksum are right: layers[i] has the planes of layer first_layer + i.
+
+    token_bytes: of one token in all of these layers. The planes are views, perhaps read-only, and perhaps of
+    memory that is overwritten later.
+    """
+
+    first_layer: int
+    rows: tuple[Rows, ...]
+    encoding: Encoding
+    token_bytes: int
+    layers: tuple[tuple[memoryview, ...], ...]
+
+
+def decode(frame: pb.KV, model: ModelSpec, segment: memoryview | None = None) -> Incoming:
+    """Checks a frame and opens it.
+
+    Raises CorruptError if the ranges are not the model's, the size does not follow from them, the place lies
+    outside the segment or the checksum differs; ProtocolError for an unknown encoding, or a place where there
+    is no segment.
+    """
+    first, last = frame.first_layer, frame.first_layer + frame.layer_count
+    rows = tuple(Rows(r.hand_off, r.first_token, r.token_count) for r in frame.rows)
+    if first >= last or last > len(model.layers) or not all(r.token_count for r in rows):
+        raise CorruptError(f"a KV frame names layers {first}..{last} of {len(model.layers)}, or no tokens")
+    try:
+        encoding = Encoding(frame.encoding)
+    except ValueError as error:
+        raise ProtocolError(f"a KV frame has the unknown encoding {frame.encoding}") from error
+    tokens = sum(r.token_count for r in rows)
+    widths = [model.plane_bytes(layer, encoding) for layer in range(first, last)]
+    token_bytes = sum(map(sum, widths))
+    expected = tokens * token_bytes
+    payload = _payload(frame, segment)
+    if len(payload) != expected:
+        raise CorruptError(f"a KV frame has {len(payload)} bytes, its ranges make {expected}")
+    if xxhash.xxh3_64_intdigest(payload) != frame.checksum:
+        raise CorruptError(f"the checksum of the KV frame of layers {first}..{last} differs")
+    at, layers = 0, []
+    for planes in widths:
+        views = []
+        for width in planes:
+            views.append(payload[at : at + tokens * width])
+            at += tokens * width
+        layers.append(tuple(views))
+    return Incoming(first, rows, encoding, token_bytes, tuple(layers))
+
+
+def _payload(frame: pb.KV, segment: memoryview | None) -> memoryview:
+    if frame.WhichOneof("payload") != "place":
+        return memoryview(frame.data)
+    if segment is None:
+        raise ProtocolError("a KV frame lies in shared memory, but none is mapped")
+    start, end = frame.place.offset, frame.place.offset + frame.place.size
+    if end > len(segment):
+        raise CorruptError(f"a KV frame lies at {start}..{end} of {len(segment)} bytes of shared memory")
+    return segment[start:end]

@@ -1,11 +1,21 @@
 """What a model's KV cache looks like on the wire: per layer, keys and values of so many bytes per token."""
 
 from dataclasses import dataclass
+from enum import IntEnum
+from functools import lru_cache
 
 from kvtransfer.errors import RejectedError, RejectReason
 from kvtransfer.proto import handoff_pb2 as pb
 
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+SCALE_BYTES = 4
+
+
+class Encoding(IntEnum):
+    """How KV bytes are written on the wire; the numbers are the proto's."""
+
+    RAW = 0
+    INT8 = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +54,14 @@ class ModelSpec:
         spec = self.layers[layer]
         return spec.kv_heads * spec.value_dim * ITEM_BYTES[self.dtype]
 
+    def plane_bytes(self, layer: int, encoding: Encoding) -> tuple[int, ...]:
+        """Bytes of one token in each plane of `layer`, in their order on the wire (see the proto)."""
+        if encoding is Encoding.RAW:
+            return self.key_bytes(layer), self.value_bytes(layer)
+        spec = self.layers[layer]
+        scales = spec.kv_heads * SCALE_BYTES
+        return spec.kv_heads * spec.key_dim, scales, spec.kv_heads * spec.value_dim, scales
+
     def layer_bytes(self, layer: int) -> int:
         """Bytes of one token in `layer`, keys and values."""
         return self.key_bytes(layer) + self.value_bytes(layer)
@@ -66,13 +84,24 @@ class ModelSpec:
                 )
 
     def to_proto(self) -> pb.ModelSpec:
-        layers = [
-            pb.LayerSpec(kv_heads=la.kv_heads, key_dim=la.key_dim, value_dim=la.value_dim)
-            for la in self.layers
-        ]
-        return pb.ModelSpec(fingerprint=self.fingerprint, dtype=self.dtype, layers=layers)
+        return _to_proto(self)
 
     @classmethod
     def from_proto(cls, message: pb.ModelSpec) -> "ModelSpec":
-        layers = tuple(LayerSpec(la.kv_heads, la.key_dim, la.value_dim) for la in message.layers)
-        return cls(message.fingerprint, message.dtype, layers)
+        return _from_bytes(message.SerializeToString(deterministic=True))
+
+
+# every Open of a burst names the same model: it is written and read once
+@lru_cache(maxsize=8)
+def _to_proto(spec: ModelSpec) -> pb.ModelSpec:
+    layers = [
+        pb.LayerSpec(kv_heads=la.kv_heads, key_dim=la.key_dim, value_dim=la.value_dim) for la in spec.layers
+    ]
+    return pb.ModelSpec(fingerprint=spec.fingerprint, dtype=spec.dtype, layers=layers)
+
+
+@lru_cache(maxsize=8)
+def _from_bytes(data: bytes) -> ModelSpec:
+    message = pb.ModelSpec.FromString(data)
+    layers = tuple(LayerSpec(la.kv_heads, la.key_dim, la.value_dim) for la in message.layers)
+    return ModelSpec(message.fingerprint, message.dtype, layers)

@@ -1,62 +1,21 @@
-"""Decode's side of one hand-off: Open was accepted, KV frames arrive, Commit or Abort ends it.
+"""Decode's book about one accepted hand-off: what has arrived, and whether Commit adds up.
 
-Knows neither gRPC nor torch: frames go in, bytes go to a `KVSink`, the state says what comes next.
+Knows neither gRPC nor torch.
 """
 
-from dataclasses import dataclass
-from typing import Protocol
-
-from kvtransfer import codec, kv_frame
+from kvtransfer import codec
 from kvtransfer.errors import ProtocolError, RejectedError, RejectReason
+from kvtransfer.kv_frame import Incoming, Rows
 from kvtransfer.layout import ModelSpec
 from kvtransfer.messages import Open, Token
 from kvtransfer.proto import handoff_pb2 as pb
 
 
-class KVSink(Protocol):
-    """Where the KV bytes of one hand-off go."""
-
-    def write(self, layer: int, first_token: int, key: memoryview, value: memoryview) -> None:
-        """Stores tokens first_token .. of `layer`.
-
-        key [tokens, kv_heads, key_dim] and value [tokens, kv_heads, value_dim] as raw bytes in the model's
-        dtype, valid during the call. Raises FencedError if the reservation was taken away meanwhile.
-        """
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Receiving:
-    """Blocks are reserved; KV frames, Commit or Abort may come."""
-
-
-@dataclass(frozen=True, slots=True)
-class Committed:
-    """Everything arrived; first_tokens has one token per choice."""
-
-    first_tokens: tuple[Token, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Aborted:
-    """Prefill gave the request up."""
-
-    reason: str
-
-
-HandOffState = Receiving | Committed | Aborted
-
-
-def read_open(frame: pb.HandOffFrame, model: ModelSpec) -> Open:
-    """The Open that must be a hand-off's first frame.
-
-    Raises ProtocolError if it is another frame, RejectedError if it is for another model (WRONG_MODEL) or
-    names no request, no tokens or no choices (INVALID).
-    """
-    if frame.WhichOneof("frame") != "open":
-        raise ProtocolError(f"a hand-off begins with Open, not {frame.WhichOneof('frame') or 'nothing'}")
+def read_open(message: pb.Open, model: ModelSpec) -> Open:
+    """Raises RejectedError if it is for another model (WRONG_MODEL) or names no request, no tokens or no
+    choices (INVALID)."""
     try:
-        request = codec.open_from_proto(frame.open)
+        request = codec.open_from_proto(message)
     except ValueError as error:
         raise RejectedError(RejectReason.WRONG_MODEL, str(error)) from error
     model.require_same(request.model)
@@ -73,50 +32,34 @@ def read_open(frame: pb.HandOffFrame, model: ModelSpec) -> Open:
 
 
 class Receiver:
-    """The state machine of one accepted hand-off; `state` says whether it goes on."""
+    """Each layer's tokens arrive in order, layers in any. After an error the hand-off is over."""
 
-    def __init__(self, request: Open, sink: KVSink) -> None:
-        self.state: HandOffState = Receiving()
+    def __init__(self, request: Open) -> None:
         self._request = request
-        self._sink = sink
         self._arrived = [0] * len(request.model.layers)  # tokens of each layer, always a prefix
         self._bytes = 0
 
-    def receive(self, frame: pb.HandOffFrame) -> None:
-        """Takes the next frame.
+    def receive(self, frame: Incoming, rows: Rows) -> None:
+        """Books this hand-off's rows of a frame.
 
-        Raises CorruptError (size, checksum) or ProtocolError (not allowed in this state; a token of a layer
-        missing or repeated; totals or first tokens that do not add up); the hand-off is then over.
+        Raises ProtocolError if a token of a layer is missing, repeated or one too many.
         """
-        kind = frame.WhichOneof("frame")
-        if not isinstance(self.state, Receiving):
-            raise ProtocolError(f"{kind} after the hand-off was {type(self.state).__name__.lower()}")
-        if kind == "kv":
-            self._write(frame.kv)
-        elif kind == "commit":
-            self.state = self._commit(frame.commit)
-        elif kind == "abort":
-            self.state = Aborted(frame.abort.reason)
-        else:
-            raise ProtocolError(f"{kind or 'an empty frame'} within a hand-off")
-
-    def _write(self, frame: pb.KV) -> None:
-        for part in kv_frame.decode(frame, self._request.model):
-            arrived = self._arrived[part.layer]
-            if part.first_token != arrived:
+        for layer in range(frame.first_layer, frame.first_layer + len(frame.layers)):
+            arrived = self._arrived[layer]
+            if rows.first_token != arrived:
                 raise ProtocolError(
-                    f"layer {part.layer} goes on at token {arrived}, the frame starts at {part.first_token}"
+                    f"layer {layer} goes on at token {arrived}, the frame starts at {rows.first_token}"
                 )
-            if arrived + part.token_count > self._request.kv_len:
+            if arrived + rows.token_count > self._request.kv_len:
                 raise ProtocolError(
-                    f"layer {part.layer} gets {arrived + part.token_count} tokens, "
+                    f"layer {layer} gets {arrived + rows.token_count} tokens, "
                     f"kv_len is {self._request.kv_len}"
                 )
-            self._sink.write(part.layer, part.first_token, part.key, part.value)
-            self._arrived[part.layer] += part.token_count
-            self._bytes += len(part.key) + len(part.value)
+            self._arrived[layer] = arrived + rows.token_count
+        self._bytes += rows.token_count * frame.token_bytes
 
-    def _commit(self, commit: pb.Commit) -> Committed:
+    def commit(self, commit: pb.Commit) -> tuple[Token, ...]:
+        """The first tokens, one per choice. Raises ProtocolError if anything is missing."""
         kv_len, choices = self._request.kv_len, self._request.choices
         for layer, arrived in enumerate(self._arrived):
             if arrived != kv_len:
@@ -125,4 +68,4 @@ class Receiver:
             raise ProtocolError(f"Commit says {commit.total_bytes} bytes were sent, {self._bytes} arrived")
         if len(commit.first_tokens) != choices:
             raise ProtocolError(f"Commit with {len(commit.first_tokens)} first tokens, choices: {choices}")
-        return Committed(tuple(codec.token_from_proto(t) for t in commit.first_tokens))
+        return tuple(codec.token_from_proto(t) for t in commit.first_tokens)

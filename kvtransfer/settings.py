@@ -11,7 +11,8 @@ class TransferSettings:
     """Times in seconds, sizes in bytes.
 
     A KV frame is sent when it has reached `frame_bytes`; `max_message_bytes` bounds every message on both
-    ends. `reattach_timeout_s` is how long a token stream tries to come back before its requests count as
+    ends. `shared_bytes` is the size of the shared memory that is offered to a decode service of the same host
+    (0: none). `reattach_timeout_s` is how long a token stream tries to come back before its requests count as
     lost; decode keeps a detached client's sequences a little longer than that.
     """
 
@@ -25,7 +26,8 @@ class TransferSettings:
     backoff_first_s: float = 0.05
     backoff_max_s: float = 1.0
     keepalive_s: float = 20.0
-    frame_bytes: int = 1 << 20
+    frame_bytes: int = 4 << 20
+    shared_bytes: int = 16 << 20
     max_message_bytes: int = 16 << 20
     acknowledge_every: int = 16
 

@@ -8,10 +8,10 @@ from typing import Any, Self
 import grpc
 
 from kvtransfer import codec
+from kvtransfer.calls import read, translated
 from kvtransfer.errors import LostError, ProtocolError, TimedOutError
 from kvtransfer.messages import Cancel, TokenFrame
 from kvtransfer.proto import handoff_pb2 as pb
-from kvtransfer.sender import read, translated
 from kvtransfer.settings import TransferSettings
 from kvtransfer.status import error_of
 

@@ -10,9 +10,9 @@ import logging
 import time
 from collections.abc import AsyncGenerator
 from contextlib import nullcontext
-from functools import partial
 
 from kvtransfer.client import DecodeClient
+from kvtransfer.layout import Encoding
 from kvtransfer.messages import TokenEvent
 from kvtransfer.sender import HandOff
 from prad.adapters import AdapterError
@@ -29,7 +29,7 @@ from prefill_service.errors import (
     ServingError,
 )
 from prefill_service.generation import PromptRequest, TokenOut
-from prefill_service.hand_over import CachedPiece, HandOver
+from prefill_service.hand_over import HandOver, send_cached
 from prefill_service.job import Job, Stage, deliver_first_tokens
 from prefill_service.passes import PassRunner
 from prefill_service.prompt_pass import PassItem
@@ -53,12 +53,13 @@ class PrefillEngine:
         self._queue_timeout = settings.queue_timeout_s
         self._request_timeout = settings.request_timeout_s
         self._yield_s = settings.yield_s
+        self._encoding = Encoding[settings.kv_wire.upper()]
         size = settings.block_size
         working, kept = (
             blocks_in(model.layout, size, mib) for mib in (settings.chunked_kv_mib, settings.prefix_cache_mib)
         )
         self._pools = Pools(model.layout, working + kept, size, str(model.device))
-        self._passes = PassRunner(model, self._pools, settings.nice)
+        self._passes = PassRunner(model, self._pools, self._encoding, settings.nice)
         self.blocks = PromptBlocks(working=working, kept=kept, block_size=size)
         self._scheduler: PromptScheduler[Job] = PromptScheduler(
             self.blocks,
@@ -191,11 +192,11 @@ class PrefillEngine:
                 self._scheduler.put_back(chunk)
             else:
                 if chunk.is_first:
-                    self._begin(chunk, room)
+                    await self._begin(chunk, room)
                 scheduled.append(chunk)
         return scheduled
 
-    def _begin(self, chunk: Chunk[Job], room: HandOff | None) -> None:
+    async def _begin(self, chunk: Chunk[Job], room: HandOff | None) -> None:
         """The prompt has room at decode, or needs none. Its cached blocks go out first."""
         job = chunk.job
         job.stage = Stage.PREFILLING
@@ -206,8 +207,7 @@ class PrefillEngine:
         hand_over.task.add_done_callback(lambda _: self._hand_overs.pop(job))
         if job.cached:
             blocks = chunk.prompt.table[: job.cached // self.blocks.block_size]
-            self.blocks.pin(blocks)
-            hand_over.send(CachedPiece(self._pools, blocks), partial(self.blocks.unpin, blocks))
+            await send_cached(hand_over, self._pools, blocks, self._encoding)
 
     async def _open(self, job: Job) -> HandOff | NoRoomError | None:
         """The hand-off; None if none is needed or the job has ended; NoRoomError if it has to wait."""

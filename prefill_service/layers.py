@@ -1,53 +1,65 @@
-"""Where the computing thread leaves a pass's layers, and the hand-offs pick up their rows."""
+"""Where the computing thread leaves a pass's layers, and from where they go to decode."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import Sequence
 from typing import TypeVar
 
 from torch import Tensor
 
+from kvtransfer import Encoding, PassRows, send_layer
 from prad.lm import Draw
 from prefill_service.prompt_pass import FirstTokens, PassItem
-from prefill_service.wire import raw_rows
+from prefill_service.wire import planes
 
 T = TypeVar("T")
 
 
 class PassLayers:
-    """One pass's keys and values, layer by layer while later layers still compute, then its first tokens.
+    """One pass's keys and values, sent layer by layer while later ones compute, then its first tokens.
 
     `put` is called from the computing thread, all others in the event loop.
     """
 
-    def __init__(self, num_layers: int, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._layers: list[asyncio.Future[tuple[Tensor, Tensor]]] = [
-            loop.create_future() for _ in range(num_layers)
+    def __init__(
+        self, num_layers: int, rows: Sequence[PassRows], encoding: Encoding, after: "PassLayers | None"
+    ) -> None:
+        """rows: which rows of the pass are handed over, and with which hand-off. `after`: the pass before,
+        whose layers go first: a hand-off's tokens go out in order."""
+        self._loop = asyncio.get_running_loop()
+        self._rows = rows
+        self._encoding = encoding
+        self._layers: list[asyncio.Future[list[memoryview]]] = [
+            self._loop.create_future() for _ in range(num_layers)
         ]
-        self._draws: asyncio.Future[FirstTokens] = loop.create_future()
+        self._draws: asyncio.Future[FirstTokens] = self._loop.create_future()
+        self._sending = self._loop.create_task(self._send(after))
 
     def put(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """key, value [T, kv_heads, dim] of the whole pass; brought to the CPU, each sequence in one piece."""
-        pair = key.cpu().contiguous(), value.cpu().contiguous()
-        self._loop.call_soon_threadsafe(_settle, self._layers[layer], pair)
+        """key, value [T, kv_heads, dim] of the whole pass; brought to the CPU, each in one piece."""
+        data = planes(key, value, self._encoding) if self._rows else []
+        self._loop.call_soon_threadsafe(_settle, self._layers[layer], data)
 
     def finish(self, draws: FirstTokens) -> None:
         _settle(self._draws, draws)
 
     def fail(self) -> None:
         """The pass broke off: whoever waits is cancelled."""
-        for layer in self._layers:
-            layer.cancel()
+        self._sending.cancel()
         self._draws.cancel()
-
-    async def rows(self, start: int, length: int) -> AsyncIterator[tuple[int, memoryview, memoryview]]:
-        """(layer, keys, values) of rows [start, start + length), in the order of layers."""
-        for layer, future in enumerate(self._layers):
-            key, value = await asyncio.shield(future)
-            yield layer, raw_rows(key, start, length), raw_rows(value, start, length)
 
     async def draws(self, item: PassItem) -> list[Draw] | None:
         return (await asyncio.shield(self._draws))[item]
+
+    async def sent(self) -> None:
+        """Returns when every layer is on its way, or never will be."""
+        await asyncio.wait([self._sending])
+
+    async def _send(self, after: "PassLayers | None") -> None:
+        if after is not None:
+            await after.sent()
+        for layer, data in enumerate(self._layers):
+            await send_layer(layer, await data, self._rows, self._encoding)
+        self._layers.clear()
 
 
 def _settle(future: "asyncio.Future[T]", result: T) -> None:

@@ -5,14 +5,15 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 
+from kvtransfer import Encoding, PassRows
 from prad.lm import Draw, LanguageModel
 from prad.lm.paged import Pools
 from prefill_service.chunks import Chunk
-from prefill_service.hand_over import ComputedPiece, HandOver
+from prefill_service.hand_over import HandOver
 from prefill_service.job import Job
 from prefill_service.layers import PassLayers
 from prefill_service.prompt_pass import FirstTokens, PassChunk, PassItem, run_prompt_pass
@@ -21,13 +22,14 @@ from prefill_service.prompt_pass import FirstTokens, PassChunk, PassItem, run_pr
 class PassRunner:
     """One pass at a time. `nice`: how far its threads step back for others on the same cores."""
 
-    def __init__(self, model: LanguageModel, pools: Pools, nice: int) -> None:
+    def __init__(self, model: LanguageModel, pools: Pools, encoding: Encoding, nice: int) -> None:
         self._model = model
         self._pools = pools
+        self._encoding = encoding
         self._computing = ThreadPoolExecutor(
             max_workers=1, thread_name_prefix="prompt-pass", initializer=_step_back, initargs=(nice,)
         )
-        self._sending: deque[list[asyncio.Event]] = deque()
+        self._sending: deque[PassLayers] = deque()
 
     def close(self) -> None:
         """Starts no further pass."""
@@ -35,11 +37,14 @@ class PassRunner:
 
     async def run(self, chunks: Sequence[Chunk[Job]], hand_overs: Mapping[Job, HandOver]) -> FirstTokens:
         """Computes the chunks; a job with a hand-over sends its own. Raises what the pass raises."""
-        while len(self._sending) > 1:  # at most two passes' KV is in memory: one goes out, one computes
-            for sent in self._sending.popleft():
-                await sent.wait()
-        layers = PassLayers(self._model.num_layers, asyncio.get_running_loop())
-        self._sending.append(_send(chunks, layers, hand_overs))
+        if len(self._sending) > 1:  # at most two passes' KV is in memory: one goes out, one computes
+            await self._sending.popleft().sent()
+        rows, before = list(_rows(chunks, hand_overs)), self._sending[-1] if self._sending else None
+        layers = PassLayers(self._model.num_layers, rows, self._encoding, before)
+        self._sending.append(layers)
+        for chunk in chunks:
+            if chunk.is_last and chunk.job in hand_overs:
+                hand_overs[chunk.job].finish_with(layers)
         packed = [PassChunk(c.job.item, c.start, c.end, c.prompt.table, c.stored) for c in chunks]
         try:
             draws = await self._compute(packed, layers)
@@ -64,19 +69,12 @@ class PassRunner:
         )
 
 
-def _send(
-    chunks: Sequence[Chunk[Job]], layers: PassLayers, hand_overs: Mapping[Job, HandOver]
-) -> list[asyncio.Event]:
-    """Lets the hand-overs send the chunks as their layers come; each event says that one has gone."""
-    events = []
+def _rows(chunks: Sequence[Chunk[Job]], hand_overs: Mapping[Job, HandOver]) -> Iterator[PassRows]:
+    """Which rows of the pass go to which hand-off."""
     starts = accumulate((chunk.end - chunk.start for chunk in chunks[:-1]), initial=0)
     for chunk, start in zip(chunks, starts, strict=True):
         if (hand_over := hand_overs.get(chunk.job)) is not None:
-            sent = asyncio.Event()
-            piece = ComputedPiece(layers, start, chunk.end - chunk.start, chunk.start, chunk.is_last)
-            hand_over.send(piece, sent.set)
-            events.append(sent)
-    return events
+            yield hand_over.rows(start, chunk.start, chunk.end - chunk.start)
 
 
 def _step_back(nice: int) -> None:

@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from adapter_registry.client import AsyncRegistryClient
 from kvtransfer.client import DecodeClient
+from kvtransfer.settings import TransferSettings
 from prad.adapters import Adapter, load_adapter
 from prad.artefact import Artefact
 from prad.lm import LanguageModel, SamplingParams, Tokenizer, resolve_model
@@ -66,7 +67,7 @@ async def _serve(
     replica = f"{socket.gethostname()}-{uuid.uuid4().hex[:6]}"
     cache_dir = settings.cache_dir.expanduser()
     async with (
-        DecodeClient(settings.decode) as decode,
+        DecodeClient(settings.decode, TransferSettings(shared_bytes=settings.kv_shared_mib << 20)) as decode,
         AsyncRegistryClient(settings.registry, cache_dir=cache_dir, replica=replica) as registry,
     ):
         residents = Residents(load, settings.adapters_mib * 2**20, model.dtype.itemsize)

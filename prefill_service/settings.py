@@ -62,6 +62,11 @@ class PrefillSettings(BaseSettings):
     request_timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """Seconds from arrival to last token; a request that takes longer ends with an error."""
 
+    kv_wire: Literal["raw", "int8"] = "raw"
+    """How KV travels to decode: raw (exact), or as 8-bit numbers (half the bytes, not exact)."""
+    kv_shared_mib: Annotated[int, Field(ge=0, le=1024)] = 16
+    """Shared memory offered to a decode service of this host for KV; 0: none."""
+
     adapters_mib: Annotated[int, Field(ge=1)] = 1024
     """Memory for resident adapters; least recently used ones leave first."""
     allow_other_weights: bool = False

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvtransfer.layout import LayerSpec, ModelSpec
+from kvtransfer.int8 import quantise
+from kvtransfer.layout import Encoding, LayerSpec, ModelSpec
 from kvtransfer.messages import Open, Sampling, Token, TokenEvent
 from prad.lm import Draw, Fingerprint, SamplingParams
 from prefill_service.generation import PromptRequest, TokenOut
@@ -47,10 +48,16 @@ def token_out(event: TokenEvent) -> TokenOut:
     return TokenOut(event.choice, event.index, drawn, event.finish_reason)
 
 
-def raw_rows(packed: Tensor, start: int, length: int) -> memoryview:
-    """The bytes of rows [start, start + length) of packed [T, heads, dim], contiguous on the CPU; no copy."""
-    rows: Any = packed[start : start + length].view(torch.uint8).numpy()
-    return memoryview(rows).cast("B")
+def planes(key: Tensor, value: Tensor, encoding: Encoding) -> list[memoryview]:
+    """A layer's keys and values [T, kv_heads, dim] as the wire has them: contiguous, on the CPU."""
+    if encoding is Encoding.INT8:
+        return [_raw(part) for states in (key, value) for part in quantise(states)]
+    return [_raw(states) for states in (key, value)]
+
+
+def _raw(tensor: Tensor) -> memoryview:
+    data: Any = tensor.cpu().contiguous().view(torch.uint8).numpy()
+    return memoryview(data).cast("B")
 
 
 def _sampling(params: SamplingParams) -> Sampling:

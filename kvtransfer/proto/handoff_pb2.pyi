@@ -7,6 +7,13 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class Encoding(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    RAW: _ClassVar[Encoding]
+    INT8: _ClassVar[Encoding]
+RAW: Encoding
+INT8: Encoding
+
 class DescribeRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
@@ -49,20 +56,36 @@ class LayerSpec(_message.Message):
     value_dim: int
     def __init__(self, kv_heads: _Optional[int] = ..., key_dim: _Optional[int] = ..., value_dim: _Optional[int] = ...) -> None: ...
 
+class HandOffFrames(_message.Message):
+    __slots__ = ("frames",)
+    FRAMES_FIELD_NUMBER: _ClassVar[int]
+    frames: _containers.RepeatedCompositeFieldContainer[HandOffFrame]
+    def __init__(self, frames: _Optional[_Iterable[_Union[HandOffFrame, _Mapping]]] = ...) -> None: ...
+
 class HandOffFrame(_message.Message):
-    __slots__ = ("open", "kv", "commit", "abort")
+    __slots__ = ("open", "kv", "commit", "abort", "segment")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     KV_FIELD_NUMBER: _ClassVar[int]
     COMMIT_FIELD_NUMBER: _ClassVar[int]
     ABORT_FIELD_NUMBER: _ClassVar[int]
+    SEGMENT_FIELD_NUMBER: _ClassVar[int]
     open: Open
     kv: KV
     commit: Commit
     abort: Abort
-    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., kv: _Optional[_Union[KV, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ...) -> None: ...
+    segment: Segment
+    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., kv: _Optional[_Union[KV, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., segment: _Optional[_Union[Segment, _Mapping]] = ...) -> None: ...
+
+class Segment(_message.Message):
+    __slots__ = ("name", "size")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    size: int
+    def __init__(self, name: _Optional[str] = ..., size: _Optional[int] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("request_id", "attempt", "client_id", "model", "kv_len", "prompt_len", "next_position", "choices", "prompt_index", "output_offset", "sampling", "prompt_ids", "deadline_unix_ms", "state")
+    __slots__ = ("request_id", "attempt", "client_id", "model", "kv_len", "prompt_len", "next_position", "choices", "prompt_index", "output_offset", "sampling", "prompt_ids", "deadline_unix_ms", "state", "hand_off")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
@@ -77,6 +100,7 @@ class Open(_message.Message):
     PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
+    HAND_OFF_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     client_id: str
@@ -91,7 +115,8 @@ class Open(_message.Message):
     prompt_ids: _containers.RepeatedScalarFieldContainer[int]
     deadline_unix_ms: int
     state: _containers.RepeatedCompositeFieldContainer[RequestState]
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., client_id: _Optional[str] = ..., model: _Optional[_Union[ModelSpec, _Mapping]] = ..., kv_len: _Optional[int] = ..., prompt_len: _Optional[int] = ..., next_position: _Optional[int] = ..., choices: _Optional[int] = ..., prompt_index: _Optional[int] = ..., output_offset: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., deadline_unix_ms: _Optional[int] = ..., state: _Optional[_Iterable[_Union[RequestState, _Mapping]]] = ...) -> None: ...
+    hand_off: int
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., client_id: _Optional[str] = ..., model: _Optional[_Union[ModelSpec, _Mapping]] = ..., kv_len: _Optional[int] = ..., prompt_len: _Optional[int] = ..., next_position: _Optional[int] = ..., choices: _Optional[int] = ..., prompt_index: _Optional[int] = ..., output_offset: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., deadline_unix_ms: _Optional[int] = ..., state: _Optional[_Iterable[_Union[RequestState, _Mapping]]] = ..., hand_off: _Optional[int] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "min_tokens", "stop_ids", "logprobs")
@@ -130,46 +155,84 @@ class RequestState(_message.Message):
     def __init__(self, site: _Optional[str] = ..., layer: _Optional[int] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class KV(_message.Message):
-    __slots__ = ("first_layer", "layer_count", "first_token", "token_count", "data", "checksum")
+    __slots__ = ("first_layer", "layer_count", "rows", "encoding", "checksum", "data", "place")
     FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
     LAYER_COUNT_FIELD_NUMBER: _ClassVar[int]
-    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
-    TOKEN_COUNT_FIELD_NUMBER: _ClassVar[int]
-    DATA_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    ENCODING_FIELD_NUMBER: _ClassVar[int]
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    PLACE_FIELD_NUMBER: _ClassVar[int]
     first_layer: int
     layer_count: int
+    rows: _containers.RepeatedCompositeFieldContainer[Rows]
+    encoding: Encoding
+    checksum: int
+    data: bytes
+    place: Place
+    def __init__(self, first_layer: _Optional[int] = ..., layer_count: _Optional[int] = ..., rows: _Optional[_Iterable[_Union[Rows, _Mapping]]] = ..., encoding: _Optional[_Union[Encoding, str]] = ..., checksum: _Optional[int] = ..., data: _Optional[bytes] = ..., place: _Optional[_Union[Place, _Mapping]] = ...) -> None: ...
+
+class Rows(_message.Message):
+    __slots__ = ("hand_off", "first_token", "token_count")
+    HAND_OFF_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_COUNT_FIELD_NUMBER: _ClassVar[int]
+    hand_off: int
     first_token: int
     token_count: int
-    data: bytes
-    checksum: int
-    def __init__(self, first_layer: _Optional[int] = ..., layer_count: _Optional[int] = ..., first_token: _Optional[int] = ..., token_count: _Optional[int] = ..., data: _Optional[bytes] = ..., checksum: _Optional[int] = ...) -> None: ...
+    def __init__(self, hand_off: _Optional[int] = ..., first_token: _Optional[int] = ..., token_count: _Optional[int] = ...) -> None: ...
+
+class Place(_message.Message):
+    __slots__ = ("offset", "size")
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    offset: int
+    size: int
+    def __init__(self, offset: _Optional[int] = ..., size: _Optional[int] = ...) -> None: ...
 
 class Commit(_message.Message):
-    __slots__ = ("first_tokens", "total_bytes")
+    __slots__ = ("hand_off", "first_tokens", "total_bytes")
+    HAND_OFF_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    hand_off: int
     first_tokens: _containers.RepeatedCompositeFieldContainer[Token]
     total_bytes: int
-    def __init__(self, first_tokens: _Optional[_Iterable[_Union[Token, _Mapping]]] = ..., total_bytes: _Optional[int] = ...) -> None: ...
+    def __init__(self, hand_off: _Optional[int] = ..., first_tokens: _Optional[_Iterable[_Union[Token, _Mapping]]] = ..., total_bytes: _Optional[int] = ...) -> None: ...
 
 class Abort(_message.Message):
-    __slots__ = ("reason",)
+    __slots__ = ("hand_off", "reason")
+    HAND_OFF_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    hand_off: int
     reason: str
-    def __init__(self, reason: _Optional[str] = ...) -> None: ...
+    def __init__(self, hand_off: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class HandOffReplies(_message.Message):
+    __slots__ = ("replies",)
+    REPLIES_FIELD_NUMBER: _ClassVar[int]
+    replies: _containers.RepeatedCompositeFieldContainer[HandOffReply]
+    def __init__(self, replies: _Optional[_Iterable[_Union[HandOffReply, _Mapping]]] = ...) -> None: ...
 
 class HandOffReply(_message.Message):
-    __slots__ = ("accepted", "rejected", "committed", "failed")
+    __slots__ = ("hand_off", "accepted", "rejected", "committed", "aborted", "failed", "mapped", "taken")
+    HAND_OFF_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     REJECTED_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_FIELD_NUMBER: _ClassVar[int]
+    ABORTED_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
+    MAPPED_FIELD_NUMBER: _ClassVar[int]
+    TAKEN_FIELD_NUMBER: _ClassVar[int]
+    hand_off: int
     accepted: Accepted
     rejected: Rejected
     committed: Committed
+    aborted: Aborted
     failed: Failed
-    def __init__(self, accepted: _Optional[_Union[Accepted, _Mapping]] = ..., rejected: _Optional[_Union[Rejected, _Mapping]] = ..., committed: _Optional[_Union[Committed, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ...) -> None: ...
+    mapped: Mapped
+    taken: Taken
+    def __init__(self, hand_off: _Optional[int] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., rejected: _Optional[_Union[Rejected, _Mapping]] = ..., committed: _Optional[_Union[Committed, _Mapping]] = ..., aborted: _Optional[_Union[Aborted, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., mapped: _Optional[_Union[Mapped, _Mapping]] = ..., taken: _Optional[_Union[Taken, _Mapping]] = ...) -> None: ...
 
 class Accepted(_message.Message):
     __slots__ = ("reserved_blocks",)
@@ -210,6 +273,22 @@ class Rejected(_message.Message):
 class Committed(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class Aborted(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Mapped(_message.Message):
+    __slots__ = ("nonce",)
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    nonce: bytes
+    def __init__(self, nonce: _Optional[bytes] = ...) -> None: ...
+
+class Taken(_message.Message):
+    __slots__ = ("frames",)
+    FRAMES_FIELD_NUMBER: _ClassVar[int]
+    frames: int
+    def __init__(self, frames: _Optional[int] = ...) -> None: ...
 
 class Failed(_message.Message):
     __slots__ = ("status", "message")

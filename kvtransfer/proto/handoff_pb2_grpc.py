@@ -39,10 +39,10 @@ class DecodeStub:
                 request_serializer=kvtransfer_dot_proto_dot_handoff__pb2.DescribeRequest.SerializeToString,
                 response_deserializer=kvtransfer_dot_proto_dot_handoff__pb2.Description.FromString,
                 _registered_method=True)
-        self.HandOff = channel.stream_stream(
-                '/prad.kvtransfer.v1.Decode/HandOff',
-                request_serializer=kvtransfer_dot_proto_dot_handoff__pb2.HandOffFrame.SerializeToString,
-                response_deserializer=kvtransfer_dot_proto_dot_handoff__pb2.HandOffReply.FromString,
+        self.HandOffs = channel.stream_stream(
+                '/prad.kvtransfer.v1.Decode/HandOffs',
+                request_serializer=kvtransfer_dot_proto_dot_handoff__pb2.HandOffFrames.SerializeToString,
+                response_deserializer=kvtransfer_dot_proto_dot_handoff__pb2.HandOffReplies.FromString,
                 _registered_method=True)
         self.Tokens = channel.stream_stream(
                 '/prad.kvtransfer.v1.Decode/Tokens',
@@ -60,7 +60,7 @@ class DecodeServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def HandOff(self, request_iterator, context):
+    def HandOffs(self, request_iterator, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -80,10 +80,10 @@ def add_DecodeServicer_to_server(servicer, server):
                     request_deserializer=kvtransfer_dot_proto_dot_handoff__pb2.DescribeRequest.FromString,
                     response_serializer=kvtransfer_dot_proto_dot_handoff__pb2.Description.SerializeToString,
             ),
-            'HandOff': grpc.stream_stream_rpc_method_handler(
-                    servicer.HandOff,
-                    request_deserializer=kvtransfer_dot_proto_dot_handoff__pb2.HandOffFrame.FromString,
-                    response_serializer=kvtransfer_dot_proto_dot_handoff__pb2.HandOffReply.SerializeToString,
+            'HandOffs': grpc.stream_stream_rpc_method_handler(
+                    servicer.HandOffs,
+                    request_deserializer=kvtransfer_dot_proto_dot_handoff__pb2.HandOffFrames.FromString,
+                    response_serializer=kvtransfer_dot_proto_dot_handoff__pb2.HandOffReplies.SerializeToString,
             ),
             'Tokens': grpc.stream_stream_rpc_method_handler(
                     servicer.Tokens,
@@ -129,7 +129,7 @@ class Decode:
             _registered_method=True)
 
     @staticmethod
-    def HandOff(request_iterator,
+    def HandOffs(request_iterator,
             target,
             options=(),
             channel_credentials=None,
@@ -142,9 +142,9 @@ class Decode:
         return grpc.experimental.stream_stream(
             request_iterator,
             target,
-            '/prad.kvtransfer.v1.Decode/HandOff',
-            kvtransfer_dot_proto_dot_handoff__pb2.HandOffFrame.SerializeToString,
-            kvtransfer_dot_proto_dot_handoff__pb2.HandOffReply.FromString,
+            '/prad.kvtransfer.v1.Decode/HandOffs',
+            kvtransfer_dot_proto_dot_handoff__pb2.HandOffFrames.SerializeToString,
+            kvtransfer_dot_proto_dot_handoff__pb2.HandOffReplies.FromString,
             options,
             channel_credentials,
             insecure,

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from handing_over import Prefill, all_free, decode_settings, prefilling, prompt, prompt_pass, raw
+from handing_over import Prefill, all_free, decode_settings, prefilling, prompt, prompt_pass, quick, raw
 
 from decode_service import DecodeServer, model_spec, serving
 from kvtransfer import (
@@ -18,8 +18,8 @@ from kvtransfer import (
     RequestState,
     Sampling,
     Token,
-    kv_frame,
 )
+from kvtransfer.kv_frame import Outgoing
 from prad.lm import LanguageModel
 
 LONG = Sampling(max_tokens=100)
@@ -205,21 +205,22 @@ async def test_a_broken_hand_off_tells_what_was_wrong(prefill: Prefill, server: 
 
 
 async def test_corruption_is_told(
-    prefill: Prefill, server: DecodeServer, monkeypatch: pytest.MonkeyPatch
+    model: LanguageModel, server: DecodeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hand_off = await prefill.client.open(prefill.request(5, SHORT))
-    await prefill.send(hand_off, prompt_pass(prefill.model, prompt(5)))
-    encode = kv_frame.encode
+    inline = Outgoing.inline
 
-    def flipped(*arguments: Any) -> Any:
-        frame = encode(*arguments)
+    def flipped(outgoing: Outgoing) -> Any:
+        frame = inline(outgoing)
         frame.data = bytes([frame.data[0] ^ 1]) + frame.data[1:]
         return frame
 
-    monkeypatch.setattr(kv_frame, "encode", flipped)
-    with pytest.raises(CorruptError, match="checksum"):
-        await hand_off.commit([Token(1)])
-    await all_free(server)
+    monkeypatch.setattr(Outgoing, "inline", flipped)
+    async with prefilling(model, server.port, settings=quick(shared_bytes=0)) as client:
+        hand_off = await client.client.open(client.request(5, SHORT))
+        await client.send(hand_off, prompt_pass(model, prompt(5)))
+        with pytest.raises(CorruptError, match="checksum"):
+            await hand_off.commit([Token(1)])
+        await all_free(server)
 
 
 async def test_a_silent_hand_off_gives_its_room_back(model: LanguageModel) -> None:

@@ -1,6 +1,7 @@
 """What goes onto the wire comes off it; what was damaged on the way is found."""
 
 from dataclasses import replace
+from random import Random
 
 import pytest
 from hypothesis import given
@@ -10,9 +11,11 @@ from kvtransfer import (
     Cancel,
     CorruptError,
     Description,
+    Encoding,
     LayerSpec,
     ModelSpec,
     Open,
+    ProtocolError,
     RejectedError,
     RequestState,
     Sampling,
@@ -22,6 +25,7 @@ from kvtransfer import (
     codec,
     kv_frame,
 )
+from kvtransfer.kv_frame import Outgoing, Rows
 from kvtransfer.proto import handoff_pb2 as pb
 
 MODEL = ModelSpec("abc", "bfloat16", (LayerSpec(2, 4, 4), LayerSpec(1, 8, 2), LayerSpec(2, 4, 4)))
@@ -74,49 +78,92 @@ def test_description() -> None:
     assert codec.description_from_proto(codec.description_to_proto(description)) == description
 
 
-def kv(tokens: int, layer: int, fill: int) -> tuple[bytes, bytes]:
-    return bytes([fill]) * tokens * MODEL.key_bytes(layer), bytes([fill + 1]) * tokens * MODEL.value_bytes(
-        layer
-    )
-
-
 def test_bytes_per_token() -> None:
     assert [MODEL.layer_bytes(i) for i in range(3)] == [32, 20, 32]
     assert MODEL.bytes_per_token == 84
+    assert MODEL.plane_bytes(1, Encoding.INT8) == (8, 4, 2, 4)
 
 
-@given(st.integers(1, 40), st.integers(0, 2), st.integers(0, 1000))
-def test_kv_frames(tokens: int, first_layer: int, first_token: int) -> None:
-    layers = [kv(tokens, layer, 10 * layer) for layer in range(first_layer, 3)]
-    frame = kv_frame.encode(first_layer, layers, first_token, tokens)
-    parts = list(kv_frame.decode(over_the_wire(frame), MODEL))  # type: ignore[arg-type]
-    assert [(p.layer, p.first_token, p.token_count) for p in parts] == [
-        (layer, first_token, tokens) for layer in range(first_layer, 3)
-    ]
-    assert [(bytes(p.key), bytes(p.value)) for p in parts] == layers
-    assert not any(p.key.readonly for p in parts)
+def outgoing(
+    first_layer: int, layers: int, rows: tuple[Rows, ...], encoding: Encoding = Encoding.RAW
+) -> tuple[Outgoing, list[tuple[bytes, ...]]]:
+    """A frame of random bytes, and its planes."""
+    generator = Random(1)
+    tokens = sum(r.token_count for r in rows)
+    frame, planes = Outgoing(first_layer, rows, encoding), []
+    for layer in range(first_layer, first_layer + layers):
+        planes.append(tuple(generator.randbytes(tokens * w) for w in MODEL.plane_bytes(layer, encoding)))
+        frame.add([memoryview(plane) for plane in planes[-1]])
+    return frame, planes
 
 
-@given(st.data())
-def test_any_flipped_bit_is_found(data: st.DataObject) -> None:
-    frame = kv_frame.encode(0, [kv(3, 0, 1), kv(3, 1, 2)], 0, 3)
-    damaged = bytearray(frame.data)
-    damaged[data.draw(st.integers(0, len(damaged) - 1))] ^= 1 << data.draw(st.integers(0, 7))
-    frame.data = bytes(damaged)
+ROWS = st.lists(st.builds(Rows, st.integers(1, 9), st.integers(0, 1000), st.integers(1, 20)), min_size=1)
+
+
+@given(ROWS.map(tuple), st.integers(0, 2), st.sampled_from(Encoding), st.booleans())
+def test_kv_frames(rows: tuple[Rows, ...], first_layer: int, encoding: Encoding, shared: bool) -> None:
+    frame, planes = outgoing(first_layer, 3 - first_layer, rows, encoding)
+    segment = memoryview(bytearray(frame.size + 100))
+    sent = frame.placed(segment, 64) if shared else frame.inline()
+    got = kv_frame.decode(over_the_wire(sent), MODEL, segment)  # type: ignore[arg-type]
+    assert (got.first_layer, got.rows, got.encoding) == (first_layer, rows, encoding)
+    assert [tuple(map(bytes, layer)) for layer in got.layers] == planes
+    assert got.token_bytes * sum(r.token_count for r in rows) == frame.size
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@given(data=st.data())
+def test_any_flipped_bit_is_found(shared: bool, data: st.DataObject) -> None:
+    frame, _ = outgoing(0, 2, (Rows(1, 0, 2), Rows(2, 0, 1)))
+    segment = bytearray(frame.size)
+    sent = frame.placed(memoryview(segment), 0) if shared else frame.inline()
+    damaged = segment if shared else bytearray(sent.data)
+    damaged[data.draw(st.integers(0, frame.size - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    if not shared:
+        sent.data = bytes(damaged)
     with pytest.raises(CorruptError, match="checksum"):
-        list(kv_frame.decode(frame, MODEL))
+        kv_frame.decode(sent, MODEL, memoryview(segment))
 
 
 @pytest.mark.parametrize(
-    "change",
-    [{"layer_count": 0}, {"first_layer": 3}, {"layer_count": 4}, {"token_count": 0}, {"token_count": 4}],
+    "change", [{"layer_count": 0}, {"first_layer": 3}, {"layer_count": 4}, {"layer_count": 1}]
 )
-def test_ranges_that_are_not_the_models(change: dict[str, int]) -> None:
-    frame = kv_frame.encode(0, [kv(3, 0, 1), kv(3, 1, 2)], 0, 3)
+def test_layers_that_are_not_the_models(change: dict[str, int]) -> None:
+    frame = outgoing(0, 2, (Rows(1, 0, 3),))[0].inline()
     for name, value in change.items():
         setattr(frame, name, value)
     with pytest.raises(CorruptError):
         kv_frame.decode(frame, MODEL)
+
+
+@pytest.mark.parametrize("tokens", [0, 2, 4, 2**32 - 1])
+def test_rows_that_are_not_there(tokens: int) -> None:
+    frame = outgoing(0, 2, (Rows(1, 0, 3),))[0].inline()
+    frame.rows[0].token_count = tokens
+    with pytest.raises(CorruptError):
+        kv_frame.decode(frame, MODEL)
+
+
+def test_places_outside_the_segment() -> None:
+    frame, _ = outgoing(0, 2, (Rows(1, 0, 3),))
+    segment = memoryview(bytearray(1000))
+    for offset in (1000 - frame.size + 1, 1000, 2**64 - 1 - frame.size):
+        sent = frame.placed(segment, 0)
+        sent.place.offset = offset
+        with pytest.raises(CorruptError, match="of 1000 bytes of shared memory"):
+            kv_frame.decode(sent, MODEL, segment)
+    sent.place.offset, sent.place.size = 0, frame.size - 1
+    with pytest.raises(CorruptError, match="its ranges make"):
+        kv_frame.decode(sent, MODEL, segment)
+    with pytest.raises(ProtocolError, match="none is mapped"):
+        kv_frame.decode(frame.placed(segment, 0), MODEL)
+
+
+def test_an_unknown_encoding() -> None:
+    frame = outgoing(0, 2, (Rows(1, 0, 3),))[0].inline()
+    frame.encoding = 7  # type: ignore[assignment]
+    with pytest.raises(ProtocolError, match="unknown encoding 7"):
+        kv_frame.decode(over_the_wire(frame), MODEL)  # type: ignore[arg-type]
 
 
 def test_a_dtype_that_does_not_travel() -> None:

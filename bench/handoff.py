@@ -1,0 +1,216 @@
+"""What the hand-off of a burst of prompts costs, beside the prompt pass that it follows.
+
+    python -m bench.handoff               # 64 prompts of 64 tokens, 8 of 512
+    python -m bench.handoff --smoke       # seconds; the figures mean nothing
+
+A real decode process takes the KV through messages, through shared memory, and as 8-bit numbers. The prompts
+run as one pass, alone and with the hand-off under way, in turn. The first token is each time one that ends
+the request, so decode steps do not count. Cost is counted in CPU seconds of both processes as well, because
+they share the cores: waiting costs nothing, work does. The result goes to bench/results/handoff.json.
+"""
+
+import argparse
+import asyncio
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from bench.record import write_result
+from decode_service import model_spec
+from kvtransfer import DecodeClient, Encoding, LostError, Open, PassRows, Sampling, Token, TransferSettings
+from prad.cli.stack import Stack
+from prad.lm import DEFAULT_MODEL, LanguageModel, PackedBatch, resolve_model
+from prefill_service.layers import PassLayers
+
+DECODE = 18061
+STOP = 5  # the token that every request gets first, and that ends it
+SEGMENT = TransferSettings().shared_bytes
+
+PAYLOADS: dict[str, tuple[int, Encoding]] = {
+    "messages": (0, Encoding.RAW),
+    "shared memory": (SEGMENT, Encoding.RAW),
+    "int8 in messages": (0, Encoding.INT8),
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of one burst: on the clock, and of CPU in both processes."""
+
+    wall: float
+    prefill: float
+    decode: float
+
+    @property
+    def cpu(self) -> float:
+        return self.prefill + self.decode
+
+
+class Burst:
+    """Prompts of one length, and the ways to run and to hand them over."""
+
+    def __init__(self, model: LanguageModel, decode: psutil.Process, prompts: int, tokens: int) -> None:
+        self._model = model
+        self._spec = model_spec(model)
+        self._decode = decode
+        generator = torch.Generator().manual_seed(0)
+        high = min(40_000, model.vocab_size)
+        self._ids = torch.randint(6, high, (prompts, tokens), generator=generator).tolist()
+        self._count = 0
+        self.bytes = prompts * tokens * self._spec.bytes_per_token
+        self._kept: list[tuple[Tensor, Tensor]] = []
+        self._forward(lambda _, key, value: self._kept.append((key.contiguous(), value.contiguous())))
+
+    async def run(self, client: DecodeClient | None, encoding: Encoding, *, compute: bool) -> Cost:
+        """The pass and the hand-off through `client` (None: the pass alone). compute False: the hand-off
+        alone, of layers that are there."""
+        loop = asyncio.get_running_loop()
+        before = time.perf_counter(), time.process_time(), _cpu_s(self._decode)
+        rows = [] if client is None else await self._opened(client)
+        layers = PassLayers(self._model.num_layers, loop, rows, encoding)
+        if compute:
+            await loop.run_in_executor(None, self._forward, layers.put)
+        else:
+            await loop.run_in_executor(None, self._put_all, layers)
+        await layers.sent()
+        await asyncio.gather(*(r.hand_off.commit([Token(STOP)]) for r in rows))
+        after = time.perf_counter(), time.process_time(), _cpu_s(self._decode)
+        return Cost(*(b - a for a, b in zip(before, after, strict=True)))
+
+    async def _opened(self, client: DecodeClient) -> list[PassRows]:
+        self._count += 1
+        length = len(self._ids[0])
+        sampling = Sampling(max_tokens=2, stop_ids=frozenset({STOP}))
+        names = [f"{length}-{self._count}-{i}" for i in range(len(self._ids))]
+        hand_offs = await asyncio.gather(
+            *(
+                client.open(Open(name, _name(client), self._spec, length, length, length, sampling))
+                for name in names
+            )
+        )
+        return [PassRows(h, i * length, 0, length) for i, h in enumerate(hand_offs)]
+
+    def _forward(self, layer_done: Callable[[int, Tensor, Tensor], None]) -> None:
+        with torch.inference_mode():
+            self._model.forward(PackedBatch.of_sequences(self._ids, layer_done=layer_done))
+
+    def _put_all(self, layers: PassLayers) -> None:
+        for layer, (key, value) in enumerate(self._kept):
+            layers.put(layer, key, value)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--smoke", action="store_true", help="tiny bursts, one round")
+    figures = run(parser.parse_args())
+    for shape, each in figures["bursts"].items():
+        for payload, values in each["payloads"].items():
+            print(
+                f"{shape:16} {payload:18} CPU {values['cpu_of_pass']:6.1%} of the pass, "
+                f"{values['cpu_ms']:6.0f} ms; clock {values['wall_of_pass']:6.1%}"
+            )
+    print(write_result("handoff", figures))
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """arguments: rounds, smoke."""
+    shapes = [(4, 16), (1, 64)] if arguments.smoke else [(64, 64), (8, 512)]
+    with tempfile.TemporaryDirectory() as folder, Stack(Path(folder)) as stack:
+        stack.start("decode", ["--port", str(DECODE), "--kv-cache-mib", "256"])
+        (decode,) = (p for p in psutil.Process().children() if p.cmdline()[-5:-4] == ["decode"])
+        model = LanguageModel.load(resolve_model(DEFAULT_MODEL, Path("~/.cache/prad")))
+        rounds = 1 if arguments.smoke else arguments.rounds
+        bursts = asyncio.run(_measure(model, decode, stack, shapes, rounds))
+    return {"model": DEFAULT_MODEL, "rounds": rounds, "bursts": bursts}
+
+
+async def _measure(
+    model: LanguageModel, decode: psutil.Process, stack: Stack, shapes: list[tuple[int, int]], rounds: int
+) -> dict[str, Any]:
+    async with AsyncExitStack() as open_clients:
+        clients = {}
+        for payload, (shared_bytes, _) in PAYLOADS.items():
+            client = DecodeClient(f"127.0.0.1:{DECODE}", TransferSettings(shared_bytes=shared_bytes))
+            clients[payload] = await open_clients.enter_async_context(client)
+            await open_clients.enter_async_context(await _attached(client, stack))
+        figures = {}
+        for prompts, tokens in shapes:
+            burst = Burst(model, decode, prompts, tokens)
+            figures[f"{prompts} x {tokens} tokens"] = await _figures(burst, clients, rounds)
+    return figures
+
+
+async def _figures(burst: Burst, clients: dict[str, DecodeClient], rounds: int) -> dict[str, Any]:
+    passes: list[Cost] = []
+    overlapped: dict[str, list[Cost]] = {payload: [] for payload in clients}
+    alone: dict[str, list[Cost]] = {payload: [] for payload in clients}
+    for payload, client in clients.items():  # warms up; the pass was run once to keep its layers
+        await burst.run(client, PAYLOADS[payload][1], compute=False)
+    for _ in range(rounds):
+        passes.append(await burst.run(None, Encoding.RAW, compute=True))
+        for payload, client in clients.items():
+            encoding = PAYLOADS[payload][1]
+            overlapped[payload].append(await burst.run(client, encoding, compute=True))
+            alone[payload].append(await burst.run(client, encoding, compute=False))
+    return {
+        "bytes": burst.bytes,
+        "pass_wall_ms": _ms(c.wall for c in passes),
+        "pass_cpu_ms": _ms(c.cpu for c in passes),
+        "payloads": {
+            payload: {
+                # of the hand-off alone, whose CPU time the pass does not blur
+                "cpu_of_pass": _median(h.cpu / p.cpu for h, p in zip(alone[payload], passes, strict=True)),
+                "wall_of_pass": _median(
+                    c.wall / p.wall - 1 for c, p in zip(overlapped[payload], passes, strict=True)
+                ),
+                "overlapped_cpu_of_pass": _median(
+                    c.cpu / p.cpu - 1 for c, p in zip(overlapped[payload], passes, strict=True)
+                ),
+                "cpu_ms": _ms(c.cpu for c in alone[payload]),
+                "cpu_prefill_ms": _ms(c.prefill for c in alone[payload]),
+                "cpu_decode_ms": _ms(c.decode for c in alone[payload]),
+                "wall_ms": _ms(c.wall for c in alone[payload]),
+            }
+            for payload in clients
+        },
+    }
+
+
+async def _attached(client: DecodeClient, stack: Stack) -> Any:
+    while True:
+        stack.check()
+        try:
+            return await client.attach(_name(client))
+        except LostError:
+            await asyncio.sleep(0.2)
+
+
+def _name(client: DecodeClient) -> str:
+    return f"bench-{id(client)}"
+
+
+def _cpu_s(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
+def _median(values: Any) -> float:
+    return round(statistics.median(values), 4)
+
+
+def _ms(seconds: Any) -> float:
+    return round(1000 * statistics.median(seconds), 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""One client's stream of hand-offs: frames in, answers out. Knows the contract, not gRPC."""
+
+import logging
+import mmap
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from decode_service.protocol import KVWriter, PlacedRows, Reservation
+from kvtransfer import (
+    CorruptError,
+    Open,
+    ProtocolError,
+    RejectedError,
+    TimedOutError,
+    TransferError,
+    kv_frame,
+)
+from kvtransfer.layout import ModelSpec
+from kvtransfer.proto import handoff_pb2 as pb
+from kvtransfer.receiver import Receiver, read_open
+from kvtransfer.segment import NONCE_BYTES, map_segment
+from kvtransfer.status import failure_to_proto
+
+logger = logging.getLogger(__name__)
+
+Replies = list[pb.HandOffReply]
+
+
+@dataclass(slots=True)
+class _Receiving:
+    """A hand-off that was accepted; `heard` (of time.monotonic) is when its last frame came."""
+
+    request: Open
+    reservation: Reservation
+    receiver: Receiver
+    heard: float
+
+
+class HandOffs:
+    """`admit` reserves room or raises RejectedError. `close` gives back what is not committed."""
+
+    def __init__(
+        self,
+        model: ModelSpec,
+        admit: Callable[[Open], Reservation],
+        writer: KVWriter,
+        *,
+        idle_s: float,
+        shared_memory: bool,
+    ) -> None:
+        """idle_s: how long a hand-off may be silent before its room is given back."""
+        self._model = model
+        self._admit = admit
+        self._writer = writer
+        self._idle_s = idle_s
+        self._shared_memory = shared_memory
+        self._receiving: dict[int, _Receiving] = {}
+        self._last = 0
+        self._map: mmap.mmap | None = None
+        self._segment: memoryview | None = None
+
+    def take(self, frame: pb.HandOffFrame) -> Replies:
+        """Raises ProtocolError for what breaks the stream's own rules."""
+        kind = frame.WhichOneof("frame")
+        if kind == "open":
+            return [self._open(frame.open)]
+        if kind == "kv":
+            return self._write(frame.kv)
+        if kind == "commit":
+            return self._ended(frame.commit.hand_off, lambda it: self._commit(it, frame.commit))
+        if kind == "abort":
+            return self._ended(frame.abort.hand_off, lambda _: pb.HandOffReply(aborted=pb.Aborted()))
+        if kind == "segment":
+            return [self._offered(frame.segment)]
+        raise ProtocolError("an empty frame among hand-offs")
+
+    def expire(self) -> Replies:
+        """Fails the hand-offs that have been silent for too long."""
+        now = time.monotonic()
+        late = [n for n, it in self._receiving.items() if now - it.heard >= self._idle_s]
+        error = TimedOutError(f"the hand-off was silent for {self._idle_s} s")
+        return [self._fail(number, error) for number in late]
+
+    def expires_in(self) -> float | None:
+        """Seconds until `expire` has something to do; None while nothing is being received."""
+        first = min((it.heard for it in self._receiving.values()), default=None)
+        return None if first is None else max(0.0, first + self._idle_s - time.monotonic())
+
+    def close(self) -> None:
+        for it in self._receiving.values():
+            it.reservation.release()
+        self._receiving.clear()
+        if self._segment is not None and self._map is not None:
+            self._segment.release()
+            self._map.close()
+            self._segment = self._map = None
+
+    def _open(self, message: pb.Open) -> pb.HandOffReply:
+        number = message.hand_off
+        if number <= self._last:
+            raise ProtocolError(f"hand-off {number} is opened after {self._last}")
+        self._last = number
+        try:
+            request = read_open(message, self._model)
+            reservation = self._admit(request)
+        except RejectedError as error:
+            rejected = pb.Rejected(
+                reason=pb.Rejected.Reason.ValueType(error.reason),
+                message=error.message,
+                retry_after_ms=round(error.retry_after_s * 1000),
+            )
+            return pb.HandOffReply(hand_off=number, rejected=rejected)
+        self._receiving[number] = _Receiving(request, reservation, Receiver(request), time.monotonic())
+        return pb.HandOffReply(hand_off=number, accepted=pb.Accepted(reserved_blocks=reservation.blocks))
+
+    def _write(self, message: pb.KV) -> Replies:
+        named = {r.hand_off for r in message.rows}
+        if not named or 0 in named or max(named) > self._last:
+            raise ProtocolError("a KV frame names a hand-off that was never opened, or none")
+        taken = message.WhichOneof("payload") == "place"
+        replies = [pb.HandOffReply(taken=pb.Taken(frames=1))] if taken else []
+        try:
+            frame = kv_frame.decode(message, self._model, self._segment)
+        except (CorruptError, ProtocolError) as error:
+            return replies + [self._fail(number, error) for number in named if number in self._receiving]
+        start, now = 0, time.monotonic()
+        placed: dict[int, list[PlacedRows]] = {}
+        for rows in frame.rows:
+            number = rows.hand_off
+            it = self._receiving.get(number)
+            if it is not None:
+                try:
+                    it.reservation.require_held()
+                    it.receiver.receive(frame, rows)
+                    where = PlacedRows(it.reservation, start, rows.first_token, rows.token_count)
+                    placed.setdefault(number, []).append(where)
+                    it.heard = now
+                except TransferError as error:
+                    replies.append(self._fail(number, error))
+                    placed.pop(number, None)
+            start += rows.token_count
+        if placed:
+            self._writer.write(frame, sorted((r for each in placed.values() for r in each), key=_start))
+        return replies
+
+    def _commit(self, it: _Receiving, commit: pb.Commit) -> pb.HandOffReply:
+        it.reservation.commit(it.receiver.commit(commit))
+        return pb.HandOffReply(committed=pb.Committed())
+
+    def _ended(self, number: int, end: Callable[[_Receiving], pb.HandOffReply]) -> Replies:
+        """One that has failed already has been told so; what crossed that is passed over."""
+        if not 0 < number <= self._last:
+            raise ProtocolError(f"hand-off {number} was never opened")
+        it = self._receiving.get(number)
+        if it is None:
+            return []
+        try:
+            reply = end(it)
+        except TransferError as error:
+            return [self._fail(number, error)]
+        del self._receiving[number]
+        it.reservation.release()
+        reply.hand_off = number
+        return [reply]
+
+    def _fail(self, number: int, error: TransferError) -> pb.HandOffReply:
+        it = self._receiving.pop(number)
+        it.reservation.release()
+        logger.info("hand-off %s fails: %s", it.request.request_id, error)
+        reply = failure_to_proto(error)
+        reply.hand_off = number
+        return reply
+
+    def _offered(self, offer: pb.Segment) -> pb.HandOffReply:
+        if self._map is not None:
+            raise ProtocolError("a second segment")
+        nonce = b""
+        if self._shared_memory:
+            try:
+                self._map = map_segment(offer.name, offer.size)
+                self._segment = memoryview(self._map)
+                nonce = bytes(self._segment[:NONCE_BYTES])
+            except (OSError, ValueError) as error:
+                logger.info("shared memory that prefill offers is not used: %s", error)
+        return pb.HandOffReply(mapped=pb.Mapped(nonce=nonce))
+
+
+def _start(rows: PlacedRows) -> int:
+    return rows.start
