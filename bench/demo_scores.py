@@ -53,7 +53,7 @@ def main() -> None:
         }
         print(path.name, scores[path.name], flush=True)
         (path / "README.md").write_text(_card(artefact, scores[path.name]), encoding="utf-8")
-    print(write_result("demo_scores", None, {"model": DEFAULT_MODEL, "tasks": scores}))
+    print(write_result("demo_scores", {"model": DEFAULT_MODEL, "tasks": scores}))
 
 
 def _scores(examples: list[Example], evaluation: Evaluation) -> dict[str, float]:

@@ -16,7 +16,7 @@ class PeerError(Exception):
 
 
 class Peer:
-    """Use it in a `with`. `versions` are those of the peer's own packages."""
+    """Use it in a `with`. `versions` are those of the peer's own packages, once it is ready."""
 
     def __init__(self, worker: str, python: Path | None, options: dict[str, Any], log: Path) -> None:
         self._log = log
@@ -33,15 +33,14 @@ class Peer:
         self.versions: dict[str, str] = {}
 
     def __enter__(self) -> Self:
-        try:
-            self.versions = self._read()["versions"]
-        except BaseException:
-            self._stop()
-            raise
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stop()
+
+    def wait_ready(self) -> None:
+        """Until the model is loaded; several peers load at the same time."""
+        self.versions = self._read()["versions"]
 
     def generate(
         self, prompts: Sequence[Sequence[int]], output: int, adapters: Sequence[str | None]

@@ -51,11 +51,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
         base = {"model": str(model_folder(arguments)), "adapters": {}}
         own = OwnEngine(model, StackedAdapters("lora", model, number, arguments.r))
-        server = running.enter_context(served(arguments, model, {"prad-pa": number}))
-        contestants = {
-            f"PrAd server, {number} tasks": Contestant(server.generate, server.tasks["prad-pa"]),
-            "PrAd server, no adapters": Contestant(server.generate, plain),
-            f"our engine, {number} LoRAs": Contestant(own.generate, plain),
+        others = {
             "transformers generate, no adapters": start("transformers", "transformers", None, base),
             f"PEFT mixed batch, {number} LoRAs": start(
                 "peft", "transformers", None, base | {"adapters": loras}
@@ -64,16 +60,24 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         if arguments.vllm_python:
             size = {"r": arguments.r, "sequences": number, "context": arguments.prompt + arguments.output}
             vllm = arguments.vllm_python
-            contestants["vLLM, no adapters"] = start("vllm", "vllm", vllm, base | size)
-            contestants[f"vLLM, {number} LoRAs"] = start(
+            others["vLLM, no adapters"] = start("vllm", "vllm", vllm, base | size)
+            others[f"vLLM, {number} LoRAs"] = start(
                 "vllm-lora", "vllm", vllm, base | size | {"adapters": loras}
             )
         if arguments.openvino_python:
             options = {"gguf": str(arguments.gguf or _default_gguf()), "sequences": number}
-            contestants["OpenVINO GenAI 4-bit, no adapters"] = start(
+            others["OpenVINO GenAI 4-bit, no adapters"] = start(
                 "openvino", "openvino", arguments.openvino_python, options
             )
-        rows = contest(contestants, arguments, model, "peers")
+        server = running.enter_context(served(arguments, model, {"prad-pa": number}))
+        ours = {
+            f"PrAd server, {number} tasks": Contestant(server.generate, server.tasks["prad-pa"]),
+            "PrAd server, no adapters": Contestant(server.generate, plain),
+            f"our engine, {number} LoRAs": Contestant(own.generate, plain),
+        }
+        for peer in peers.values():
+            peer.wait_ready()
+        rows = contest(ours | others, arguments, model, "peers")
         best = rows[0]["total_s"]
         for row in rows:
             row["ours_is_faster"] = round(row["total_s"] / best, 2)

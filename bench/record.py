@@ -18,10 +18,7 @@ _PACKAGES = ("torch", "transformers", "grpcio", "fastapi")
 
 
 def write_result(
-    name: str,
-    arguments: argparse.Namespace | None,
-    figures: dict[str, Any],
-    folder: Path = RESULTS,
+    name: str, figures: dict[str, Any], arguments: argparse.Namespace | None = None, folder: Path = RESULTS
 ) -> Path:
     """Writes <folder>/<name>.json: the figures, and what they depend on."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from bench.record import RESULTS, write_result
+from prad.cli.serve import stopped_by_signals
 
 NAMES = ("table4", "serve", "decode", "floor", "handoff", "prefill", "chunking", "peers")
 
@@ -31,8 +32,9 @@ def run(name: str, flags: Sequence[str]) -> Path:
     arguments = _parse(name, module, flags)
     console = Console(stderr=True)
     console.print(f"[bold]{name}[/]" + (" (smoke: the figures mean nothing)" if arguments.smoke else ""))
-    figures = module.run(arguments)
-    path = write_result(name, arguments, figures, folder=arguments.out)
+    with stopped_by_signals():  # the servers that a benchmark starts end with it
+        figures = module.run(arguments)
+    path = write_result(name, figures, arguments, arguments.out)
     if hasattr(module, "plot"):
         _save_plot(module, figures, path.with_suffix(".png"), console)
     console.print(f"written {path}")

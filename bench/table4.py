@@ -42,6 +42,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         options = {"model": str(model_folder(arguments)), "adapters": folders}
         peft = running.enter_context(Peer("transformers", None, options, root / "peft.log"))
         server = running.enter_context(served(arguments, model, dict.fromkeys(methods, most)))
+        peft.wait_ready()
         tables = []
         for tasks in arguments.tasks:
             contestants = {
