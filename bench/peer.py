@@ -1,7 +1,9 @@
 """A peer in a process of its own, under its own interpreter: started once, asked again and again."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 _WORKERS = Path(__file__).parent / "workers"
+_STOP_S = 15.0
 
 
 class PeerError(Exception):
@@ -29,6 +32,7 @@ class Peer:
                 stderr=errors,
                 text=True,
                 env=environment,
+                start_new_session=True,  # it may have processes of its own, which end with it
             )
         self.versions: dict[str, str] = {}
 
@@ -71,8 +75,8 @@ class Peer:
     def _stop(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
-        try:
-            self._process.wait(30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_STOP_S)
+        with contextlib.suppress(ProcessLookupError):  # whoever is still there
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()

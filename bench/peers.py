@@ -58,7 +58,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             ),
         }
         if arguments.vllm_python:
-            size = {"r": arguments.r, "sequences": number, "context": arguments.prompt + arguments.output}
+            context = max(256, arguments.prompt + arguments.output)  # its own warm-up needs some, too
+            size = {"r": arguments.r, "sequences": number, "context": context}
             vllm = arguments.vllm_python
             others["vLLM, no adapters"] = start("vllm", "vllm", vllm, base | size)
             others[f"vLLM, {number} LoRAs"] = start(
