@@ -30,7 +30,7 @@ class LoadedEngine:
         self, model: LanguageModel, sequences: int, context: int, steps: int, kv: LayersKV | None = None
     ) -> None:
         blocks = sequences * -(-(context + steps + 1) // _BLOCK)
-        self._pools = Pools(model.layout, blocks, _BLOCK, str(model.device))
+        self._pools = Pools(model.layout, blocks, _BLOCK, str(model.device), model.kernels)
         self._engine = PagedEngine(
             model,
             self._pools,

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from prad.lm import DEFAULT_MODEL, LanguageModel, resolve_model
+from prad.lm.kernels import load_kernels
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,5 +22,9 @@ def model_folder(arguments: argparse.Namespace) -> Path:
 
 
 def load(arguments: argparse.Namespace) -> LanguageModel:
-    """In bf16, as it is served."""
-    return LanguageModel.load(model_folder(arguments), device=arguments.device)
+    """In bf16 and with the kernels, as it is served."""
+    model = LanguageModel.load(model_folder(arguments), device=arguments.device)
+    kernels = load_kernels("auto", arguments.cache_dir, arguments.device)
+    if kernels is not None:
+        model.accelerate(kernels)
+    return model

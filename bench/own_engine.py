@@ -3,7 +3,7 @@
 No HTTP, no gRPC, no queue: what is measured here is not burdened with serving.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,12 +11,9 @@ from torch import Tensor
 
 from bench.rounds import seconds
 from prad.lm import Adaptation, LanguageModel, PackedBatch, SampleKey, SamplingParams, sample
-from prad.lm.paged import PagedKV, Pools
+from prad.lm.paged import Pools
 
 _BLOCK = 16
-
-Step = Callable[[PackedBatch, Adaptation | None], Tensor]
-"""A pass over new tokens: logits [R, vocab]. `LanguageModel.forward` is one; a faster one may replace it."""
 
 
 def prompt_kv(
@@ -41,12 +38,9 @@ class _Sequence:
 class OwnEngine:
     """`adaptation` acts on the prompt and on every generated token; None is the plain model."""
 
-    def __init__(
-        self, model: LanguageModel, adaptation: Adaptation | None = None, step: Step | None = None
-    ) -> None:
+    def __init__(self, model: LanguageModel, adaptation: Adaptation | None = None) -> None:
         self._model = model
         self._adaptation = adaptation
-        self._step = step or model.forward
 
     def generate(self, prompts: Sequence[Sequence[int]], output: int, _: Sequence[str | None] = ()) -> float:
         """Seconds until every prompt has `output` tokens, greedy, whatever the end token says."""
@@ -54,7 +48,9 @@ class OwnEngine:
 
     def _generate(self, prompts: Sequence[Sequence[int]], output: int) -> None:
         each = -(-(len(prompts[0]) + output) // _BLOCK)
-        pools = Pools(self._model.layout, each * len(prompts), _BLOCK, str(self._model.device))
+        pools = Pools(
+            self._model.layout, each * len(prompts), _BLOCK, str(self._model.device), self._model.kernels
+        )
         logits, layers = prompt_kv(self._model, prompts, self._adaptation)
         sequences = [
             _Sequence(tuple(range(i * each, (i + 1) * each)), len(ids), 0) for i, ids in enumerate(prompts)
@@ -63,7 +59,7 @@ class OwnEngine:
         for layer, (key, value) in enumerate(layers):
             pools.keys[layer].flatten(0, 1).index_copy_(0, slots, key)
             pools.values[layer].flatten(0, 1).index_copy_(0, slots, value)
-        _draw(sequences, logits)
+        self._draw(sequences, logits)
         with torch.inference_mode():
             for _ in range(output - 1):
                 self._decode(pools, sequences)
@@ -73,17 +69,16 @@ class OwnEngine:
         batch = PackedBatch(
             ids=torch.tensor([s.token for s in sequences], device=device),
             positions=torch.tensor([s.kv_len for s in sequences], device=device),
-            kv=PagedKV(pools, sequences),
+            kv=pools.step(sequences),
             logit_rows=torch.arange(len(sequences), device=device),
         )
-        logits = self._step(batch, self._adaptation)
+        logits = self._model.forward(batch, self._adaptation)
         for sequence in sequences:
             sequence.kv_len += 1
-        _draw(sequences, logits)
+        self._draw(sequences, logits)
 
-
-def _draw(sequences: Sequence[_Sequence], logits: Tensor) -> None:
-    greedy = [SamplingParams(max_tokens=1)] * len(sequences)
-    draws = sample(logits, greedy, [SampleKey(0, 0, 0, 0)] * len(sequences))
-    for sequence, draw in zip(sequences, draws, strict=True):
-        sequence.token = draw.token
+    def _draw(self, sequences: Sequence[_Sequence], logits: Tensor) -> None:
+        greedy = [SamplingParams(max_tokens=1)] * len(sequences)
+        keys = [SampleKey(0, 0, 0, 0)] * len(sequences)
+        for sequence, draw in zip(sequences, sample(logits, greedy, keys, self._model.argmax), strict=True):
+            sequence.token = draw.token
