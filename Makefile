@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROTO := kvtransfer/proto/handoff.proto
 
-.PHONY: help serve test test-long check proto bench clean
+BENCHMARKS := floor decode prefill handoff chunking serve table4
+
+.PHONY: help serve test test-long check proto bench bench-smoke clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -29,8 +31,13 @@ check: $(VENV)/.tested ## format, lint, types, imports, generated files
 proto: $(VENV)/.tested ## generate the gRPC stubs again
 	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. $(PROTO)
 
-bench: $(VENV)/.tested ## measure, side by side, into bench/results/
-	$(BIN)/python -m bench.tasks
+bench: $(VENV)/.benched ## measure, side by side, into bench/results/ (VLLM=, OPENVINO=: their interpreters)
+	set -e; for name in $(BENCHMARKS); do $(BIN)/python -m prad bench $$name; done
+	$(BIN)/python -m prad bench peers $(VLLM:%=--vllm-python %) $(OPENVINO:%=--openvino-python %)
+	$(BIN)/python -m bench.report
+
+bench-smoke: $(VENV)/.benched ## every benchmark, tiny: that they run, not what they say
+	set -e; for name in $(BENCHMARKS) peers; do $(BIN)/python -m prad bench $$name --smoke; done
 
 clean: ## remove the virtual environment and caches (not the converted model)
 	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
@@ -44,4 +51,8 @@ $(VENV)/.served: pyproject.toml
 
 $(VENV)/.tested: $(VENV)/.served
 	$(BIN)/pip install --editable '.[dev]'
+	touch $@
+
+$(VENV)/.benched: $(VENV)/.served
+	$(BIN)/pip install --editable '.[bench]'
 	touch $@

@@ -1,5 +1,6 @@
 """Where and with what a figure was measured, and where results go."""
 
+import argparse
 import json
 import platform
 import subprocess
@@ -8,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 ROOT = Path(__file__).parents[1]
@@ -15,11 +17,15 @@ RESULTS = ROOT / "bench" / "results"
 _PACKAGES = ("torch", "transformers", "grpcio", "fastapi")
 
 
-def write_result(name: str, figures: dict[str, Any]) -> Path:
-    """Writes bench/results/<name>.json: the figures, and what they depend on."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"setting": setting()} | figures, indent=2, ensure_ascii=False) + "\n")
+def write_result(
+    name: str, figures: dict[str, Any], arguments: argparse.Namespace | None = None, folder: Path = RESULTS
+) -> Path:
+    """Writes <folder>/<name>.json: the figures, and what they depend on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    given = {} if arguments is None else {k: v for k, v in vars(arguments).items() if k != "out"}
+    content = {"setting": setting()} | ({"arguments": given} if given else {}) | figures
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
     return path
 
 
@@ -28,6 +34,8 @@ def setting() -> dict[str, Any]:
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain") else ""),
         "cpu": _cpu(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "load": round(psutil.getloadavg()[2], 2),  # of the last 15 minutes: who else was at work
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in _PACKAGES},

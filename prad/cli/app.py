@@ -5,7 +5,7 @@ import sys
 import typer
 
 from prad import __version__
-from prad.cli import adapter, evaluate, serve, services, train
+from prad.cli import adapter, bench, evaluate, serve, services, train
 
 app = typer.Typer(
     name="prad",
@@ -18,6 +18,7 @@ app.command("serve")(serve.serve_command)
 for name, command in services.COMMANDS.items():
     app.command(name, context_settings=services.PASS_ARGUMENTS, add_help_option=False)(command)
 app.add_typer(adapter.app, name="adapter")
+app.add_typer(bench.app, name="bench")
 app.command("train")(train.train_command)
 app.command("eval")(evaluate.eval_command)
 

@@ -11,6 +11,7 @@ _ROOTS = {
     "decode_service.errors": "DecodeError",
     "prefill_service.server": "CannotStartError",
     "adapter_registry.errors": "RegistryError",
+    "bench.peer": "PeerError",
 }
 
 

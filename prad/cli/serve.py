@@ -48,7 +48,7 @@ def serve_command(
     logs = data_dir / "logs"
     for wanted in (port, registry_port, decode_port):
         require_free(wanted)
-    with _stopped_by_signals(), Stack(logs) as stack:
+    with stopped_by_signals(), Stack(logs) as stack:
         with console.status("starting the registry"):
             stack.start("registry", ["--port", str(registry_port), "--data-dir", str(data_dir / "registry")])
             stack.start("decode", [*shared, "--port", str(decode_port)])
@@ -128,7 +128,7 @@ def _curl(api: str, body: str, flags: str = "") -> str:
 
 
 @contextmanager
-def _stopped_by_signals() -> Iterator[None]:
+def stopped_by_signals() -> Iterator[None]:
     """SIGTERM ends the command as Ctrl-C does: through the `with`, so that the children stop."""
 
     def interrupt(_: int, __: FrameType | None) -> None:

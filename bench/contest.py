@@ -1,0 +1,77 @@
+"""Several servers at the same work in turn: N prompts at once, prefill alone and all of it."""
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+from bench import floor
+from bench.prompts import random_prompts
+from bench.rounds import interleaved
+from prad.lm import LanguageModel
+
+Generate = Callable[[Sequence[Sequence[int]], int, Sequence[str | None]], float]
+"""Prompts, how many tokens each gets, the adapter of each; returns seconds until all have them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contestant:
+    """`adapters`: the name of each prompt's adapter, None for the plain model."""
+
+    generate: Generate
+    adapters: Sequence[str | None]
+
+
+def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prompt", type=int, default=64, help="tokens in")
+    parser.add_argument("--output", type=int, default=64, help="tokens out")
+    parser.add_argument("--r", type=int, default=16, help="rank of the adapters")
+    parser.add_argument("--rounds", type=int, default=3)
+
+
+def contest(
+    contestants: Mapping[str, Contestant], arguments: argparse.Namespace, model: LanguageModel, what: str
+) -> list[dict[str, Any]]:
+    """One row per contestant, and the floor's: prefill is the time to one token each, decode the rest.
+
+    Everybody gets the same prompts in a round; the two measurements get different ones, for the sake of
+    prefix caches. All contestants have equally many prompts.
+    """
+    (number,) = {len(contestant.adapters) for contestant in contestants.values()}
+
+    def variant(contestant: Contestant, output: int, parity: int) -> Callable[[], float]:
+        seeds = count(parity, 2)
+
+        def measure() -> float:
+            prompts = random_prompts(number, arguments.prompt, model.vocab_size, next(seeds))
+            return contestant.generate(prompts, output, contestant.adapters)
+
+        return measure
+
+    variants = {}
+    for name, contestant in contestants.items():
+        variants[name, "prefill"] = variant(contestant, 1, 0)
+        variants[name, "total"] = variant(contestant, arguments.output, 1)
+    took = interleaved(variants, arguments.rounds, what)
+    prefill, step = floor.contest_floor(model, number, arguments.prompt, arguments.output)
+    decode = step * (arguments.output - 1)
+    ground = [_row("floor", prefill, prefill + decode, arguments.output)]
+    rows = []
+    for name in contestants:
+        row = _row(name, took[name, "prefill"], took[name, "total"], arguments.output)
+        row["rounds_s"] = {
+            kind: [round(s, 3) for s in took.values[name, kind]] for kind in ("prefill", "total")
+        }
+        rows.append(row)
+    return rows + ground
+
+
+def _row(name: str, prefill: float, total: float, output: int) -> dict[str, Any]:
+    return {
+        "name": name,
+        "prefill_s": round(prefill, 3),
+        "decode_s": round(total - prefill, 3),
+        "total_s": round(total, 3),
+        "step_ms": round(1e3 * (total - prefill) / (output - 1), 1),
+    }

@@ -1,0 +1,130 @@
+"""Time of one decode step, by number of sequences, by context and by number of tasks; memory by sequences.
+
+In this process, with the decode service's own engine: schedule, forward, sampling and booking, without HTTP
+and gRPC. The floor (packed GEMMs plus one read of the KV in use) is measured in the same run. Tasks: the
+sequences' KV comes from adapted prompts of so many tasks, all adapters in memory, no prompt pass running.
+"""
+
+import argparse
+from typing import Any
+
+from bench import floor
+from bench.adapters import random_adapters
+from bench.engine import LoadedEngine
+from bench.model import add_model_arguments, load
+from bench.own_engine import prompt_kv
+from bench.rounds import Samples, interleaved, seconds
+from prad.adapters import PromptAdaptation
+from prad.lm import LanguageModel
+
+SMOKE = {
+    "batches": [1, 8],
+    "contexts": [64, 128],
+    "context_batch": 4,
+    "tasks": [0, 1, 8],
+    "sequences": 8,
+    "rounds": 2,
+    "bandwidth_mib": 64,
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8, 16, 32, 64, 128, 256])
+    parser.add_argument(
+        "--batch-context", type=int, default=100, help="tokens of context in the sweep of batches"
+    )
+    parser.add_argument("--contexts", type=int, nargs="+", default=[64, 128, 256, 512, 1024, 2048, 4096])
+    parser.add_argument("--context-batch", type=int, default=16, help="sequences in the sweep of contexts")
+    parser.add_argument("--tasks", type=int, nargs="+", default=[0, 1, 8, 64, 512], help="0: the plain model")
+    parser.add_argument("--sequences", type=int, default=64, help="sequences in the sweep of tasks")
+    parser.add_argument("--r", type=int, default=16, help="rank of the adapters")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--bandwidth-mib", type=int, default=1024, help="buffer of the floor's bandwidth")
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    model = load(arguments)
+    batches = sorted({*arguments.batches, arguments.context_batch, arguments.sequences})
+    ground = floor.measure(model, batches, arguments.rounds, arguments.bandwidth_mib)
+    return {
+        "model": arguments.model,
+        "floor": ground,
+        "by_batch": _by_batch(model, ground, arguments),
+        "by_context": _by_context(model, ground, arguments),
+        "by_tasks": _by_tasks(model, arguments),
+    }
+
+
+def _by_batch(
+    model: LanguageModel, ground: dict[str, Any], arguments: argparse.Namespace
+) -> list[dict[str, Any]]:
+    engines = {
+        batch: LoadedEngine(model, batch, arguments.batch_context, arguments.rounds + 2)
+        for batch in arguments.batches
+    }
+    steps = interleaved(
+        {batch: seconds(engine.step) for batch, engine in engines.items()}, arguments.rounds, "batches"
+    )
+    context = arguments.batch_context
+    rows = [
+        _row(steps, batch, floor.step_floor_ms(ground, batch, context), sequences=batch, context=context)
+        for batch in arguments.batches
+    ]
+    for row in rows:
+        row["kv_mib"] = round(engines[row["sequences"]].kv_bytes / 2**20, 2)
+    return rows
+
+
+def _by_context(
+    model: LanguageModel, ground: dict[str, Any], arguments: argparse.Namespace
+) -> list[dict[str, Any]]:
+    batch = arguments.context_batch
+    longest = model.max_context - arguments.rounds - 2
+    contexts = [min(context, longest) for context in arguments.contexts]
+    engines = {c: LoadedEngine(model, batch, c, arguments.rounds + 2) for c in contexts}
+    steps = interleaved({c: seconds(e.step) for c, e in engines.items()}, arguments.rounds, "contexts")
+    return [
+        _row(steps, c, floor.step_floor_ms(ground, batch, c), sequences=batch, context=c) for c in contexts
+    ]
+
+
+def _by_tasks(model: LanguageModel, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The same prompts under adapters of ever more tasks, all in memory; a step applies none of them."""
+    length = 64
+    prompts = [[100 + i] * length for i in range(arguments.sequences)]
+    adapters = random_adapters(model, "prad-pa", max(arguments.tasks), arguments.r)
+    engines = {}
+    for tasks in arguments.tasks:
+        chosen = [adapters[i % tasks] if tasks else None for i in range(len(prompts))]
+        adaptation = PromptAdaptation.of_prompts(
+            chosen, [length] * len(prompts), [length] * len(prompts), model.device
+        )
+        _, kv = prompt_kv(model, prompts, adaptation)
+        engines[tasks] = LoadedEngine(model, len(prompts), length, arguments.rounds + 2, kv)
+    steps = interleaved({t: seconds(e.step) for t, e in engines.items()}, arguments.rounds, "tasks")
+    return [_row(steps, tasks, None, tasks=tasks, sequences=len(prompts)) for tasks in arguments.tasks]
+
+
+def _row(steps: Samples[int], key: int, floor_ms: float | None, **shape: int) -> dict[str, Any]:
+    step_ms = 1e3 * steps[key]
+    row: dict[str, Any] = {**shape, "step_ms": round(step_ms, 3)}
+    if floor_ms is not None:
+        row |= {"floor_ms": round(floor_ms, 3), "times_floor": round(step_ms / floor_ms, 2)}
+    return row | {"rounds_ms": [round(1e3 * s, 3) for s in steps.values[key]]}
+
+
+def plot(result: dict[str, Any], figure: Any) -> None:
+    axes = figure.subplots(1, 3)
+    for at, (name, x) in zip(axes, (("by_batch", "sequences"), ("by_context", "context")), strict=False):
+        rows = result[name]
+        at.plot([r[x] for r in rows], [r["step_ms"] for r in rows], marker="o", label="step")
+        at.plot([r[x] for r in rows], [r["floor_ms"] for r in rows], linestyle="--", label="floor")
+        at.set(xscale="log", yscale="log", xlabel=x, ylabel="ms")
+        at.set_xticks([r[x] for r in rows], [str(r[x]) for r in rows])
+        at.minorticks_off()
+        at.legend()
+    rows = result["by_tasks"]
+    axes[2].bar([str(r["tasks"] or "plain") for r in rows], [r["step_ms"] for r in rows])
+    axes[2].set(xlabel=f"tasks ({rows[0]['sequences']} sequences)", ylabel="ms")
+    figure.suptitle("One decode step")

@@ -1,0 +1,82 @@
+"""The decode service's own engine in this process: real steps, no HTTP, no gRPC."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from decode_service import model_spec
+from decode_service.blocks import BlockAllocator
+from decode_service.engine import PagedEngine
+from decode_service.scheduler import Scheduler
+from kvtransfer import Open, Sampling, Token
+from prad.lm import LanguageModel
+from prad.lm.paged import Pools
+
+_BLOCK = 16
+
+LayersKV = Sequence[tuple[Tensor, Tensor]]
+"""Per layer keys and values [tokens, kv_heads, dim]."""
+
+
+class LoadedEngine:
+    """An engine that holds `sequences` of `context` tokens each, with room for `steps` more.
+
+    `kv`: the packed prompts' keys and values; random ones without it, since a step's time does not depend on
+    what they say.
+    """
+
+    def __init__(
+        self, model: LanguageModel, sequences: int, context: int, steps: int, kv: LayersKV | None = None
+    ) -> None:
+        blocks = sequences * -(-(context + steps + 1) // _BLOCK)
+        self._pools = Pools(model.layout, blocks, _BLOCK, str(model.device), model.kernels)
+        self._engine = PagedEngine(
+            model,
+            self._pools,
+            Scheduler(BlockAllocator(blocks, _BLOCK), sequences),
+            deliver=lambda _: None,
+            observe=lambda *_: None,
+        )
+        filler = _random_kv(model, context)
+        for number in range(sequences):
+            own = slice(number * context, (number + 1) * context)
+            request = Open(
+                request_id=str(number),
+                client_id="bench",
+                model=model_spec(model),
+                kv_len=context,
+                prompt_len=context,
+                next_position=context,
+                sampling=Sampling(max_tokens=steps + 1),
+            )
+            self._admit(request, filler if kv is None else [(k[own], v[own]) for k, v in kv])
+
+    def step(self) -> None:
+        with torch.inference_mode():
+            self._engine.step()
+
+    @property
+    def kv_bytes(self) -> int:
+        """Memory of the pools."""
+        return sum(pool.nbytes for pool in (*self._pools.keys, *self._pools.values))
+
+    def _admit(self, request: Open, kv: LayersKV) -> None:
+        reservation = self._engine.admit(request)
+        for layer, (key, value) in enumerate(kv):
+            reservation.write(layer, 0, _raw(key), _raw(value))
+        reservation.commit([Token(100)])
+
+
+def _random_kv(model: LanguageModel, tokens: int) -> LayersKV:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(heads: int, dim: int) -> Tensor:
+        return torch.randn(tokens, heads, dim, generator=generator).to(model.dtype)
+
+    layers = model.layout.layers
+    return [(random(la.heads, la.key_dim), random(la.heads, la.value_dim)) for la in layers]
+
+
+def _raw(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())

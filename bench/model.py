@@ -1,0 +1,30 @@
+"""The model that a benchmark measures."""
+
+import argparse
+from pathlib import Path
+
+from prad.lm import DEFAULT_MODEL, LanguageModel, resolve_model
+from prad.lm.kernels import load_kernels
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", default=DEFAULT_MODEL, help="folder, .gguf file, hub id, or the default model"
+    )
+    parser.add_argument(
+        "--cache-dir", type=Path, default=Path("~/.cache/prad"), help="where converted models are"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+
+
+def model_folder(arguments: argparse.Namespace) -> Path:
+    return resolve_model(arguments.model, arguments.cache_dir)
+
+
+def load(arguments: argparse.Namespace) -> LanguageModel:
+    """In bf16 and with the kernels, as it is served."""
+    model = LanguageModel.load(model_folder(arguments), device=arguments.device)
+    kernels = load_kernels("auto", arguments.cache_dir, arguments.device)
+    if kernels is not None:
+        model.accelerate(kernels)
+    return model

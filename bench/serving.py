@@ -1,0 +1,203 @@
+"""Our server as its users meet it: the real processes, asked through HTTP by the light client."""
+
+import argparse
+import json
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import httpx
+import psutil
+from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
+
+from bench.adapters import write_artefacts
+from bench.record import ROOT
+from prad.cli.serve import push_all
+from prad.cli.stack import Stack, StackError, answers
+from prad.lm import LanguageModel
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One request; times in seconds since its run began. `events_s`: when each streamed event arrived."""
+
+    sent_s: float
+    done_s: float
+    events_s: tuple[float, ...]
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """All answers of one run, in the order of the requests; `cpu_s` is the client's own CPU time."""
+
+    answers: tuple[Answer, ...]
+    wall_s: float
+    cpu_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """What the decode service says about itself: steps so far, their seconds, and their tokens."""
+
+    count: float
+    seconds: float
+    tokens: float
+
+    def __sub__(self, earlier: "Steps") -> "Steps":
+        return Steps(self.count - earlier.count, self.seconds - earlier.seconds, self.tokens - earlier.tokens)
+
+
+class Client:
+    """The light client's process. Use it in a `with`."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+
+    def __enter__(self) -> Self:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "bench.client"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def run(
+        self, bodies: Sequence[dict[str, Any]], *, at_s: Sequence[float] | None = None, at_once: int = 1 << 20
+    ) -> Run:
+        """Raises StackError if a request was not answered."""
+        offsets = [None] * len(bodies) if at_s is None else at_s
+        requests = [{"at_s": at, "body": body} for at, body in zip(offsets, bodies, strict=True)]
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        asked = {"port": self._port, "requests": requests, "at_once": at_once}
+        self._process.stdin.write(json.dumps(asked) + "\n")
+        self._process.stdin.flush()
+        answered = json.loads(self._process.stdout.readline())
+        for answer in answered["answers"]:
+            if answer["status"] != httpx.codes.OK or not answer["tokens"]:
+                raise StackError(f"a request was answered {answer['status']}: {answer['said']}")
+        return Run(
+            tuple(
+                Answer(a["sent_s"], a["done_s"], tuple(a["events_s"]), a["tokens"])
+                for a in answered["answers"]
+            ),
+            answered["wall_s"],
+            answered["cpu_s"],
+        )
+
+
+class Served:
+    """A running stack; `tasks` by method."""
+
+    def __init__(self, client: Client, metrics: str, tasks: Mapping[str, Sequence[str]]) -> None:
+        self.client = client
+        self.tasks = tasks
+        self._metrics = metrics
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], output: int, adapters: Sequence[str | None]
+    ) -> float:
+        """Seconds until every prompt has `output` tokens; each is a request of its own, all at once."""
+        return self.client.run(bodies(prompts, output, adapters)).wall_s
+
+    def memory_mib(self) -> dict[str, float]:
+        """Each service's own memory: what it shares with others, such as the mapped weights, left out."""
+        services = {
+            c.cmdline()[3]: c for c in psutil.Process().children() if c.cmdline()[1:3] == ["-m", "prad"]
+        }
+        return {name: round(p.memory_full_info().uss / 2**20, 1) for name, p in sorted(services.items())}
+
+    def steps(self) -> Steps:
+        found = {}
+        for family in text_string_to_metric_families(httpx.get(self._metrics, trust_env=False).text):
+            found |= {s.name: s.value for s in family.samples if not s.labels}
+        name = "prad_decode_step_seconds"
+        return Steps(found[f"{name}_count"], found[f"{name}_sum"], found["prad_decode_tokens_total"])
+
+
+def bodies(
+    prompts: Sequence[Sequence[int]], output: int, tasks: Sequence[str | None], *, stream: bool = False
+) -> list[dict[str, Any]]:
+    """One completion request per prompt: greedy, `output` tokens whatever the end token says."""
+    more = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+    return [
+        {"prompt": list(ids), "max_tokens": output, "temperature": 0, "ignore_eos": True, **more}
+        | ({} if task is None else {"task": task})
+        for ids, task in zip(prompts, tasks, strict=True)
+    ]
+
+
+@contextmanager
+def served(
+    arguments: argparse.Namespace,
+    model: LanguageModel,
+    adapters: Mapping[str, int],
+    *,
+    prefill: Sequence[str] = (),
+    decode: Sequence[str] = (),
+) -> Iterator[Served]:
+    """The stack with random adapters: so many per method, each pushed as a task of its own.
+
+    `prefill`, `decode`: further flags of the services.
+    """
+    api, registry_port, decode_port, metrics = _free_ports(4)
+    registry = f"http://127.0.0.1:{registry_port}"
+    shared = [
+        "--model",
+        arguments.model,
+        "--cache-dir",
+        str(arguments.cache_dir),
+        "--device",
+        arguments.device,
+    ]
+    with tempfile.TemporaryDirectory() as name, Console(stderr=True).status("starting the server") as status:
+        root = Path(name)
+        tasks = {
+            method: write_artefacts(root / "adapters", model, method, count, arguments.r)
+            for method, count in adapters.items()
+        }
+        with Stack(root / "logs") as stack:
+            stack.start("registry", ["--port", str(registry_port), "--data-dir", str(root / "registry")])
+            stack.start(
+                "decode", [*shared, "--port", str(decode_port), "--metrics-port", str(metrics), *decode]
+            )
+            where = ["--decode", f"127.0.0.1:{decode_port}", "--registry", registry]
+            stack.start("prefill", [*shared, *where, "--port", str(api), *prefill])
+            stack.wait_until(lambda: answers(f"{registry}/ready"), 120, "the registry")
+            stack.wait_until(lambda: answers(f"http://127.0.0.1:{api}/ready"), 300, "prefill")
+            if tasks:
+                status.update("verifying the adapters")
+                failed = push_all(root / "adapters", registry)
+                if failed:
+                    raise StackError(f"adapters were refused: {failed}")
+            for task in (task for each in tasks.values() for task in each):
+                listed = f"http://127.0.0.1:{api}/v1/models/{task}"
+                stack.wait_until(lambda url=listed: answers(url), 60, task)
+            status.stop()
+            with Client(api) as client:
+                yield Served(client, f"http://127.0.0.1:{metrics}/metrics", tasks)
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports

@@ -1,0 +1,80 @@
+"""The paper's Table 4 on this machine: N requests of N different tasks at once; prefill, decode and total.
+
+PrAd-PA and PrAd-LoRA are our server, asked through HTTP. PA and LoRA apply an adapter at every generated
+token: in our own engine with stacked matmuls (in-process, without HTTP: the honest baseline), and LoRA also
+in PEFT's mixed-adapter batch. Speed-up: against PEFT's LoRA, and against the same method in our own engine.
+"""
+
+import argparse
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from bench.adapters import write_peft_lora
+from bench.baseline import StackedAdapters
+from bench.contest import Contestant, add_shape_arguments, contest
+from bench.model import add_model_arguments, load, model_folder
+from bench.own_engine import OwnEngine
+from bench.peer import Peer
+from bench.serving import served
+from prad.adapters import METHODS
+
+SMOKE = {"tasks": [2], "prompt": 8, "output": 4, "rounds": 1, "r": 4}
+_METHODS = {"prad-pa": "PrAd-PA", "prad-lora": "PrAd-LoRA"}
+_OWN = {"pa": "PA, our engine", "lora": "LoRA, our engine"}
+_PEFT = "LoRA, PEFT"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument("--tasks", type=int, nargs="+", default=[8, 16, 64])
+    add_shape_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    model = load(arguments)
+    most = max(arguments.tasks)
+    methods = [method for method in _METHODS if method in METHODS]
+    with tempfile.TemporaryDirectory() as name, ExitStack() as running:
+        root = Path(name)
+        folders = write_peft_lora(root / "lora", model, most, arguments.r)
+        options = {"model": str(model_folder(arguments)), "adapters": folders}
+        peft = running.enter_context(Peer("transformers", None, options, root / "peft.log"))
+        server = running.enter_context(served(arguments, model, dict.fromkeys(methods, most)))
+        peft.wait_ready()
+        tables = []
+        for tasks in arguments.tasks:
+            contestants = {
+                _METHODS[method]: Contestant(server.generate, server.tasks[method][:tasks])
+                for method in methods
+            }
+            for kind, label in _OWN.items():
+                own = OwnEngine(model, StackedAdapters(kind, model, tasks, arguments.r))
+                contestants[label] = Contestant(own.generate, [label] * tasks)
+            contestants[_PEFT] = Contestant(peft.generate, list(folders)[:tasks])
+            rows = contest(contestants, arguments, model, f"{tasks} tasks")
+            tables.append({"tasks": tasks, "rows": _with_speed_ups(rows)})
+        return {"model": arguments.model, "peers": peft.versions, "tables": tables}
+
+
+def _with_speed_ups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    total = {row["name"]: row["total_s"] for row in rows}
+    for row in rows:
+        name = row["name"].removeprefix("PrAd-")
+        own = total.get(f"{name}, our engine")
+        row["over_peft"] = round(total[_PEFT] / row["total_s"], 2)
+        row["over_own_engine"] = None if own is None else round(own / row["total_s"], 2)
+    return rows
+
+
+def plot(result: dict[str, Any], figure: Any) -> None:
+    tables = result["tables"]
+    for at, table in zip(figure.subplots(1, len(tables), squeeze=False)[0], tables, strict=True):
+        names = [row["name"] for row in table["rows"]][::-1]
+        prefill = [row["prefill_s"] for row in table["rows"]][::-1]
+        decode = [row["decode_s"] for row in table["rows"]][::-1]
+        at.barh(names, prefill, label="prefill")
+        at.barh(names, decode, left=prefill, label="decode")
+        at.set(title=f"{table['tasks']} tasks", xlabel="s")
+    at.legend()
