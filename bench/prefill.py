@@ -25,7 +25,7 @@ METHODS = {"PA": "prad-pa", "LoRA": "prad-lora"}
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measures, writes bench/results/prefill.json and returns its figures."""
+    """Measures and returns the figures; writes bench/results/prefill.json unless it is a smoke run."""
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     model = LanguageModel.load(resolve_model(arguments.model, Path("~/.cache/prad")))
@@ -38,7 +38,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         for shape, lengths in shapes.items():
             figures[f"{shape}, r={r}"] = _measure(model, lengths, sets, rounds)
     result = {"model": arguments.model, "tasks": tasks, "rounds": rounds, "figures": figures}
-    write_result("prefill_smoke" if arguments.smoke else "prefill", result)
+    if not arguments.smoke:
+        write_result("prefill", result)
     return result
 
 

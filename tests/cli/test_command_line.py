@@ -100,3 +100,11 @@ def test_mistakes_of_train_and_eval_are_one_line(
     assert ended.returncode == 1
     assert "trained for architecture [gpt2" in one_line(ended.stderr)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("config", "said"), [("{", "is not JSON"), ("[3]", "expects a JSON object")])
+def test_a_methods_settings_that_are_none_are_named(config: str, said: str, tmp_path: Path) -> None:
+    ended = prad("train", "--task", "a", "--data", tmp_path, "--out", tmp_path / "b", "--config", config)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert f"--config {said}" in ended.stderr
+    assert "Traceback" not in ended.stderr

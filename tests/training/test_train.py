@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import Trainer
 
-from prad.adapters import Adapter, find_method, load_adapter, new_adapter
+from prad.adapters import METHODS, Adapter, find_method, load_adapter, new_adapter
 from prad.artefact import WEIGHTS, AdapterRecord, BaseModelRef, read_artefact
 from prad.lm import LanguageModel, Tokenizer
 from prad.training.data import DataError, collate, read_examples, tokenise
@@ -232,3 +232,20 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(
     monkeypatch.setattr(Trainer, "evaluate", original)
     train(model, tokenizer, "tiny", settings(data, out, max_steps=24, eval_every=6, resume=True))
     assert (out / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_trains_and_loads(
+    method: str,
+    data: Path,
+    tiny_model: Callable[[str], Path],
+    load_tiny: Callable[[str], LanguageModel],
+    tmp_path: Path,
+) -> None:
+    model, tokenizer = load_tiny("gpt2"), Tokenizer(tiny_model("gpt2"))
+    record = train(model, tokenizer, "tiny", settings(data, tmp_path, method=method, config={}, max_steps=20))
+    artefact = read_artefact(tmp_path)
+    assert artefact.record == record
+    assert load_adapter(artefact, model).method.name == method
+    fresh = validation_loss(model, tokenizer, data, adapter=None)
+    assert record.training["validation_loss"] < fresh, "it has learnt something"
