@@ -111,11 +111,14 @@ inline const bf16* tile_of(const int8_t* panel, int64_t k, bf16* room) {
   return room;
 }
 
-// Panels come from memory in order; asking early keeps the memory busy while tiles multiply.
+// Tile loads overlap with nothing, least of all with a miss: whatever comes next is asked for early.
 template <class W>
-inline void fetch_ahead(const W* panel, int64_t k) {
-  const char* at = reinterpret_cast<const char*>(panel + (k + kAhead) * 512);
+inline void fetch_weights(const W* panel, int64_t k) {
+  const char* at = reinterpret_cast<const char*>(panel + k * 512);
   for (size_t line = 0; line < 512 * sizeof(W); line += 64) _mm_prefetch(at + line, _MM_HINT_T0);
+}
+inline void fetch_rows(const bf16* x, int64_t stride) {
+  for (int row = 0; row < 16; row++) _mm_prefetch(x + row * stride, _MM_HINT_T0);
 }
 
 template <int kTiles, class W>
@@ -127,7 +130,7 @@ void multiply_amx(const bf16* x, int64_t stride, const W* panel, int64_t in, flo
   if (kTiles > 3) _tile_zero(3);
   for (int64_t k = 0; k < in / kDepth; k++) {
     const bf16* at = x + k * kDepth;
-    fetch_ahead(panel, k);
+    fetch_weights(panel, k + kAhead);
     _tile_loadd(6, tile_of(panel, k, room), 64);
     if (kTiles > 1) {
       _tile_loadd(4, at, stride * 2);
@@ -153,8 +156,8 @@ void multiply_amx(const bf16* x, int64_t stride, const W* panel, int64_t in, flo
   if (kTiles > 3) _tile_stored(3, c + 768, 64);
 }
 
-// 32 rows by two panels into c[2][32][16]; all tiles full. kFirst: the panels come from memory.
-template <bool kFirst, class W>
+// 32 rows by two panels into c[2][32][16]; all tiles full.
+template <class W>
 void multiply_amx_square(const bf16* x, int64_t stride, const W* panel, int64_t panel_size, int64_t in, float* c) {
   alignas(64) bf16 room[2][512];
   _tile_zero(0);
@@ -162,10 +165,8 @@ void multiply_amx_square(const bf16* x, int64_t stride, const W* panel, int64_t 
   _tile_zero(2);
   _tile_zero(3);
   for (int64_t k = 0; k < in / kDepth; k++) {
-    if (kFirst) {
-      fetch_ahead(panel, k);
-      fetch_ahead(panel + panel_size, k);
-    }
+    fetch_rows(x + (k + 2) * kDepth, stride);
+    fetch_rows(x + (k + 2) * kDepth + 16 * stride, stride);
     _tile_loadd(4, x + k * kDepth, stride * 2);
     _tile_loadd(6, tile_of(panel, k, room[0]), 64);
     _tile_dpbf16ps(0, 4, 6);
@@ -271,12 +272,10 @@ void linear(Pool& pool, const Linear& w, const T* x, int64_t rows, int64_t strid
   int64_t width = w.paired ? (w.out / 2 + kColumns - 1) / kColumns * 2 : (w.out + kColumns - 1) / kColumns;
   const W* panels = static_cast<const W*>(w.panels);
   int64_t size = panel_elements(w);
-  int64_t step = 4, columns = (width + step - 1) / step;  // panels of an item: even, so that pairs stay together
   int64_t block = rows <= kRows ? kRows : 256, blocks = (rows + block - 1) / block;
-  if (rows > kRows) {
-    step = 24;
-    columns = (width + step - 1) / step;
-  }
+  // panels of an item: even, so that pairs stay together; in order, so that the memory can be asked ahead
+  int64_t step = rows <= kRows ? (width / (4 * pool.threads()) + 2) / 2 * 2 : 24;
+  int64_t columns = (width + step - 1) / step;
   pool.run(blocks * columns, [&](int64_t item) {
     int64_t row = item / columns * block, end = std::min(rows, row + block);
     int64_t first = item % columns * step, last = std::min(width, first + step);
@@ -288,9 +287,7 @@ void linear(Pool& pool, const Linear& w, const T* x, int64_t rows, int64_t strid
         int64_t full = row + (end - row) / 32 * 32;
         for (int64_t p = first; p + 1 < last; p += 2)
           for (int64_t r = row; r < full; r += 32) {
-            const W* panel = panels + p * size;
-            if (r == row) multiply_amx_square<true>(x + r * stride, stride, panel, size, w.in, c);
-            else multiply_amx_square<false>(x + r * stride, stride, panel, size, w.in, c);
+            multiply_amx_square(x + r * stride, stride, panels + p * size, size, w.in, c);
             sink.take(p, r, 32, c, c + 512);
             if (sink.mode != Out::gated) sink.take(p + 1, r, 32, c + 512, nullptr);
           }
