@@ -1,5 +1,6 @@
 // Threads that share one operation's items. They spin for a moment between operations and then sleep: whoever
-// else needs the cores gets them.
+// else needs the cores gets them. Nobody waits for a thread that has no item in hand, so one that is kept from
+// its core costs no more than the work it could have taken.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -32,12 +33,11 @@ class Pool {
     }
     context_ = &body;
     call_ = [](const void* context, int64_t item) { (*static_cast<const Body*>(context))(item); };
-    items_ = items;
-    next_.store(0, std::memory_order_relaxed);
-    busy_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
+    done_.store(0, std::memory_order_relaxed);
+    ticket_.store(static_cast<uint64_t>(items) << 32, std::memory_order_release);
     publish();
     take();
-    for (int left; (left = busy_.load(std::memory_order_acquire)) != 0;) wait_for_change(busy_, left);
+    for (int done; (done = done_.load(std::memory_order_acquire)) != items;) wait_for_change(done_, done);
   }
 
  private:
@@ -46,17 +46,24 @@ class Pool {
     epoch_.notify_all();
   }
 
+  // Items until there are no more. A ticket is the number of items above, the next item below: whoever draws one
+  // in time keeps the operation open until it is done, and whoever comes late touches nothing else.
   void take() {
-    for (int64_t item; (item = next_.fetch_add(1, std::memory_order_relaxed)) < items_;) call_(context_, item);
+    for (;;) {
+      uint64_t ticket = ticket_.fetch_add(1, std::memory_order_acq_rel);
+      int items = static_cast<int>(ticket >> 32), item = static_cast<int>(ticket & 0xffffffffu);
+      if (item >= items) return;
+      call_(context_, item);
+      if (done_.fetch_add(1, std::memory_order_acq_rel) + 1 == items) done_.notify_one();
+    }
   }
 
   void work() {
     for (int seen = 0;;) {
       wait_for_change(epoch_, seen);
       if (stopping_) return;
-      seen++;  // run() ends only after every worker took part, so no epoch is ever missed
+      seen = epoch_.load(std::memory_order_acquire);
       take();
-      if (busy_.fetch_sub(1, std::memory_order_acq_rel) == 1) busy_.notify_one();
     }
   }
 
@@ -74,9 +81,8 @@ class Pool {
   std::mutex mutex_;
   const void* context_ = nullptr;
   void (*call_)(const void*, int64_t) = nullptr;
-  int64_t items_ = 0;
-  std::atomic<int64_t> next_{0};
-  std::atomic<int> busy_{0};
+  std::atomic<uint64_t> ticket_{0};
+  std::atomic<int> done_{0};
   std::atomic<int> epoch_{0};
   std::atomic<bool> stopping_{false};
 };
