@@ -6,9 +6,6 @@ long prompt   some streams run; while a long prompt is computed, short ones come
 instruction   requests that begin with the same instruction, with and without the prefix cache.
 
 Each variant is a prefill service of its own on the same decode service; they take turns within a round.
-
-    python -m bench.chunking            # to bench/results/chunking.json
-    python -m bench.chunking --smoke
 """
 
 import argparse
@@ -26,9 +23,8 @@ from typing import Any
 
 import httpx
 
-from bench.record import write_result
+from bench.model import add_model_arguments, model_flags
 from prad.cli.stack import Stack, answers
-from prad.lm import DEFAULT_MODEL
 
 SMOKE = {"long": 300, "streams": 2, "rounds": 1, "instruction": 48, "repeats": 2, "undisturbed": 8}
 
@@ -49,7 +45,7 @@ INSTRUCTION = {"no cache": _NO_CACHE, "cache": ["--prefix-cache-mib", "256"]}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default=DEFAULT_MODEL)
+    add_model_arguments(parser)
     parser.add_argument("--long", type=int, default=4096, help="tokens of the long prompt")
     parser.add_argument("--short", type=int, default=32, help="tokens of the short ones")
     parser.add_argument("--streams", type=int, default=8, help="running streams")
@@ -57,7 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--instruction", type=int, default=512, help="tokens of the repeated instruction")
     parser.add_argument("--repeats", type=int, default=8, help="requests per round that begin with it")
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--only", nargs="*", help="of the long prompt's variants, those with these names")
+    parser.add_argument(
+        "--only", nargs="+", choices=LONG_PROMPT, metavar="VARIANT", help="of the long prompt's variants"
+    )
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -68,8 +66,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         registry = f"http://127.0.0.1:{_REGISTRY}"
         stack.start("registry", ["--port", str(_REGISTRY), "--data-dir", str(Path(folder) / "registry")])
         room = ["--kv-cache-mib", "2048"]  # for all streams' reserved lengths and the long prompt
-        stack.start("decode", ["--port", str(_DECODE), "--model", arguments.model, *room])
-        where = ["--decode", f"127.0.0.1:{_DECODE}", "--registry", registry, "--model", arguments.model]
+        stack.start("decode", [*model_flags(arguments), "--port", str(_DECODE), *room])
+        where = ["--decode", f"127.0.0.1:{_DECODE}", "--registry", registry, *model_flags(arguments)]
         for name, flags in variants.items():
             stack.start("prefill", [*where, "--port", str(ports[name]), *flags])
         for port in ports.values():
@@ -92,10 +90,19 @@ async def _measure(
                 repeated[name].append(await _Client(client, ports[name]).instruction(arguments))
     return {
         "model": arguments.model,
-        "shape": {k: v for k, v in vars(arguments).items() if isinstance(v, int)},
         "long_prompt": [_long_prompt_row(name, rounds[1:]) for name, rounds in disturbed.items()],
         "instruction": [_instruction_row(name, rounds[1:]) for name, rounds in repeated.items()],
     }
+
+
+def plot(result: dict[str, Any], figure: Any) -> None:
+    rows = result["long_prompt"][::-1]
+    names = [row["name"] for row in rows]
+    left, right = figure.subplots(1, 2, sharey=True)
+    left.barh(names, [row["short_ttft_p99_ms"] for row in rows])
+    left.set(xlabel="ms", title="short prompt: first token, p99")
+    right.barh(names, [row["itl_p99_ratio"] for row in rows])
+    right.set(xlabel="times undisturbed", title="between tokens, p99")
 
 
 class _Client:
@@ -195,20 +202,3 @@ def _percentile(values: Sequence[float], percent: int) -> float:
 
 def _ms(seconds: float) -> float:
     return round(1e3 * seconds, 1)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    add_arguments(parser)
-    parser.add_argument("--smoke", action="store_true", help="small: shows that it works, and writes nothing")
-    arguments = parser.parse_args()
-    if arguments.smoke:
-        vars(arguments).update(SMOKE)
-    result = run(arguments)
-    print(json.dumps(result, indent=2))
-    if not arguments.smoke:
-        print(write_result("chunking", result))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,12 +1,9 @@
 """What the hand-off of a burst of prompts costs, beside the prompt pass that it follows.
 
-    python -m bench.handoff               # 64 prompts of 64 tokens, 8 of 512
-    python -m bench.handoff --smoke       # seconds; the figures mean nothing
-
 A real decode process takes the KV through messages, through shared memory, and as 8-bit numbers. The prompts
 run as one pass, alone and with the hand-off under way, in turn. The first token is each time one that ends
 the request, so decode steps do not count. Cost is counted in CPU seconds of both processes as well, because
-they share the cores: waiting costs nothing, work does. The result goes to bench/results/handoff.json.
+they share the cores: waiting costs nothing, work does.
 """
 
 import argparse
@@ -24,13 +21,14 @@ import psutil
 import torch
 from torch import Tensor
 
-from bench.record import write_result
+from bench.model import add_model_arguments, load, model_flags
 from decode_service import model_spec
 from kvtransfer import DecodeClient, Encoding, LostError, Open, PassRows, Sampling, Token, TransferSettings
 from prad.cli.stack import Stack
-from prad.lm import DEFAULT_MODEL, LanguageModel, PackedBatch, resolve_model
+from prad.lm import LanguageModel, PackedBatch
 from prefill_service.layers import PassLayers
 
+SMOKE = {"rounds": 1, "bursts": [(4, 16), (1, 64)]}
 DECODE = 18061
 STOP = 5  # the token that every request gets first, and that ends it
 SEGMENT = TransferSettings().shared_bytes
@@ -76,7 +74,7 @@ class Burst:
         loop = asyncio.get_running_loop()
         before = time.perf_counter(), time.process_time(), _cpu_s(self._decode)
         rows = [] if client is None else await self._opened(client)
-        layers = PassLayers(self._model.num_layers, loop, rows, encoding)
+        layers = PassLayers(self._model.num_layers, rows, encoding, after=None)
         if compute:
             await loop.run_in_executor(None, self._forward, layers.put)
         else:
@@ -101,56 +99,65 @@ class Burst:
 
     def _forward(self, layer_done: Callable[[int, Tensor, Tensor], None]) -> None:
         with torch.inference_mode():
-            self._model.forward(PackedBatch.of_sequences(self._ids, layer_done=layer_done))
+            self._model.forward(
+                PackedBatch.of_sequences(self._ids, device=self._model.device, layer_done=layer_done)
+            )
 
     def _put_all(self, layers: PassLayers) -> None:
         for layer, (key, value) in enumerate(self._kept):
             layers.put(layer, key, value)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--bursts",
+        type=_shape,
+        nargs="+",
+        default=[(64, 64), (8, 512)],
+        metavar="PxT",
+        help="P prompts of T tokens each (default 64x64 8x512)",
+    )
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--smoke", action="store_true", help="tiny bursts, one round")
-    figures = run(parser.parse_args())
-    for shape, each in figures["bursts"].items():
-        for payload, values in each["payloads"].items():
-            print(
-                f"{shape:16} {payload:18} CPU {values['cpu_of_pass']:6.1%} of the pass, "
-                f"{values['cpu_ms']:6.0f} ms; clock {values['wall_of_pass']:6.1%}"
-            )
-    print(write_result("handoff", figures))
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """arguments: rounds, smoke."""
-    shapes = [(4, 16), (1, 64)] if arguments.smoke else [(64, 64), (8, 512)]
     with tempfile.TemporaryDirectory() as folder, Stack(Path(folder)) as stack:
-        stack.start("decode", ["--port", str(DECODE), "--kv-cache-mib", "256"])
-        (decode,) = (p for p in psutil.Process().children() if p.cmdline()[-5:-4] == ["decode"])
-        model = LanguageModel.load(resolve_model(DEFAULT_MODEL, Path("~/.cache/prad")))
-        rounds = 1 if arguments.smoke else arguments.rounds
-        bursts = asyncio.run(_measure(model, decode, stack, shapes, rounds))
-    return {"model": DEFAULT_MODEL, "rounds": rounds, "bursts": bursts}
+        stack.start("decode", [*model_flags(arguments), "--port", str(DECODE), "--kv-cache-mib", "256"])
+        (decode,) = (p for p in psutil.Process().children() if "decode" in p.cmdline())
+        rows = asyncio.run(_measure(load(arguments), decode, stack, arguments.bursts, arguments.rounds))
+    return {"model": arguments.model, "rows": rows}
+
+
+def plot(result: dict[str, Any], figure: Any) -> None:
+    axes = figure.subplots()
+    rows = result["rows"][::-1]
+    names = [f"{row['burst']}: {row['payload']}" for row in rows]
+    axes.barh(names, [100 * row["cpu_of_pass"] for row in rows])
+    axes.axvline(15, linestyle="--", color="gray", label="target over gRPC")
+    axes.set(xlabel="% of the prompt pass's CPU time", title="The hand-off of a burst")
+    axes.legend()
 
 
 async def _measure(
     model: LanguageModel, decode: psutil.Process, stack: Stack, shapes: list[tuple[int, int]], rounds: int
-) -> dict[str, Any]:
+) -> list[dict[str, Any]]:
     async with AsyncExitStack() as open_clients:
         clients = {}
         for payload, (shared_bytes, _) in PAYLOADS.items():
             client = DecodeClient(f"127.0.0.1:{DECODE}", TransferSettings(shared_bytes=shared_bytes))
             clients[payload] = await open_clients.enter_async_context(client)
             await open_clients.enter_async_context(await _attached(client, stack))
-        figures = {}
+        rows = []
         for prompts, tokens in shapes:
             burst = Burst(model, decode, prompts, tokens)
-            figures[f"{prompts} x {tokens} tokens"] = await _figures(burst, clients, rounds)
-    return figures
+            figures = await _figures(burst, clients, rounds)
+            rows += [{"burst": f"{prompts} x {tokens} tokens"} | row for row in figures]
+    return rows
 
 
-async def _figures(burst: Burst, clients: dict[str, DecodeClient], rounds: int) -> dict[str, Any]:
+async def _figures(burst: Burst, clients: dict[str, DecodeClient], rounds: int) -> list[dict[str, Any]]:
+    """A row for each payload."""
     passes: list[Cost] = []
     overlapped: dict[str, list[Cost]] = {payload: [] for payload in clients}
     alone: dict[str, list[Cost]] = {payload: [] for payload in clients}
@@ -162,28 +169,27 @@ async def _figures(burst: Burst, clients: dict[str, DecodeClient], rounds: int) 
             encoding = PAYLOADS[payload][1]
             overlapped[payload].append(await burst.run(client, encoding, compute=True))
             alone[payload].append(await burst.run(client, encoding, compute=False))
-    return {
-        "bytes": burst.bytes,
-        "pass_wall_ms": _ms(c.wall for c in passes),
-        "pass_cpu_ms": _ms(c.cpu for c in passes),
-        "payloads": {
-            payload: {
-                # of the hand-off alone, whose CPU time the pass does not blur
-                "cpu_of_pass": _median(h.cpu / p.cpu for h, p in zip(alone[payload], passes, strict=True)),
-                "wall_of_pass": _median(
-                    c.wall / p.wall - 1 for c, p in zip(overlapped[payload], passes, strict=True)
-                ),
-                "overlapped_cpu_of_pass": _median(
-                    c.cpu / p.cpu - 1 for c, p in zip(overlapped[payload], passes, strict=True)
-                ),
-                "cpu_ms": _ms(c.cpu for c in alone[payload]),
-                "cpu_prefill_ms": _ms(c.prefill for c in alone[payload]),
-                "cpu_decode_ms": _ms(c.decode for c in alone[payload]),
-                "wall_ms": _ms(c.wall for c in alone[payload]),
-            }
-            for payload in clients
-        },
-    }
+    return [
+        {
+            "payload": payload,
+            "bytes": burst.bytes,
+            "pass_wall_ms": _ms(c.wall for c in passes),
+            "pass_cpu_ms": _ms(c.cpu for c in passes),
+            # of the hand-off alone, whose CPU time the pass does not blur
+            "cpu_of_pass": _median(h.cpu / p.cpu for h, p in zip(alone[payload], passes, strict=True)),
+            "wall_of_pass": _median(
+                c.wall / p.wall - 1 for c, p in zip(overlapped[payload], passes, strict=True)
+            ),
+            "overlapped_cpu_of_pass": _median(
+                c.cpu / p.cpu - 1 for c, p in zip(overlapped[payload], passes, strict=True)
+            ),
+            "cpu_ms": _ms(c.cpu for c in alone[payload]),
+            "cpu_prefill_ms": _ms(c.prefill for c in alone[payload]),
+            "cpu_decode_ms": _ms(c.decode for c in alone[payload]),
+            "wall_ms": _ms(c.wall for c in alone[payload]),
+        }
+        for payload in clients
+    ]
 
 
 async def _attached(client: DecodeClient, stack: Stack) -> Any:
@@ -212,5 +218,10 @@ def _ms(seconds: Any) -> float:
     return round(1000 * statistics.median(seconds), 1)
 
 
-if __name__ == "__main__":
-    main()
+def _shape(text: str) -> tuple[int, int]:
+    """`8x512`: prompts and tokens of each."""
+    try:
+        prompts, tokens = (int(part) for part in text.split("x"))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not PROMPTSxTOKENS") from error
+    return prompts, tokens

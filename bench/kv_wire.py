@@ -1,28 +1,25 @@
 """What 8-bit keys and values on the wire do to the logits.
 
-    python -m bench.kv_wire               # 512 teacher-forced tokens
-    python -m bench.kv_wire --smoke
-
 Prompts are texts of examples/, cut into 64 tokens of prompt and 32 that follow. The tokens that follow are
 fed as they are written, once against the prompt's exact KV cache and once against what int8 leaves of it;
-prompt tokens themselves always see exact keys and values, as in the prefill service. The result goes to
-bench/results/kv_wire.json.
+prompt tokens themselves always see exact keys and values, as in the prefill service.
 """
 
 import argparse
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.record import ROOT, write_result
+from bench.model import add_model_arguments, load, model_folder
+from bench.record import ROOT
 from kvtransfer.int8 import dequantise, quantise
-from prad.lm import DEFAULT_MODEL, LanguageModel, PackedBatch, Tokenizer, resolve_model
+from prad.lm import PackedBatch, Tokenizer
 from prad.lm.attention import Ragged, causal_attention
 
 PROMPT, FOLLOWING = 64, 32
+SMOKE = {"tokens": FOLLOWING}
 
 
 @dataclass(frozen=True)
@@ -44,41 +41,40 @@ class CodedPrompts:
         return torch.where(prompt, exact, causal_attention(query, *coded, self.ragged, scale, window))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
     parser.add_argument("--tokens", type=int, default=512, help="teacher-forced tokens")
-    parser.add_argument("--smoke", action="store_true", help="one text")
-    figures = run(parser.parse_args())
-    for name, value in figures["int8"].items():
-        print(f"{name:28} {value}")
-    print(write_result("kv_wire", figures))
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """arguments: tokens, smoke."""
-    folder = resolve_model(DEFAULT_MODEL, Path("~/.cache/prad"))
-    model = LanguageModel.load(folder)
-    texts = _texts(Tokenizer(folder), 1 if arguments.smoke else -(-arguments.tokens // FOLLOWING))
-    following = torch.arange(PROMPT + FOLLOWING).repeat(len(texts)) >= PROMPT
-    batch = PackedBatch.of_sequences(texts, logit_rows=following.nonzero().flatten().tolist())
-    ragged = Ragged.of([len(text) for text in texts])
+    model = load(arguments)
+    texts = _texts(Tokenizer(model_folder(arguments)), -(-arguments.tokens // FOLLOWING))
+    following = torch.arange(PROMPT + FOLLOWING, device=model.device).repeat(len(texts)) >= PROMPT
+    rows = following.nonzero().flatten().tolist()
+    batch = PackedBatch.of_sequences(texts, device=model.device, logit_rows=rows)
+    ragged = Ragged.of([len(text) for text in texts], model.device)
     coded = PackedBatch(batch.ids, batch.positions, CodedPrompts(ragged, ~following), batch.logit_rows)
     with torch.inference_mode():
         exact, changed = model.forward(batch).float(), model.forward(coded).float()
     difference = (changed - exact).abs()
     spread = exact.amax(dim=-1) - exact.amin(dim=-1)
     return {
-        "model": DEFAULT_MODEL,
+        "model": arguments.model,
         "dtype": str(model.dtype).removeprefix("torch."),
         "tokens": len(exact),
-        "int8": {
-            "logit_difference_max": round(float(difference.max()), 4),
-            "logit_difference_mean": round(float(difference.mean()), 4),
-            "difference_max_of_range": round(float((difference.amax(dim=-1) / spread).max()), 4),
-            "greedy_tokens_changed": round(float((exact.argmax(-1) != changed.argmax(-1)).float().mean()), 4),
-            "nll_exact": round(_nll(exact, batch, following), 4),
-            "nll_int8": round(_nll(changed, batch, following), 4),
-        },
+        "rows": [
+            {
+                "encoding": "int8",
+                "logit_difference_max": round(float(difference.max()), 4),
+                "logit_difference_mean": round(float(difference.mean()), 4),
+                "difference_max_of_range": round(float((difference.amax(dim=-1) / spread).max()), 4),
+                "greedy_tokens_changed": round(
+                    float((exact.argmax(-1) != changed.argmax(-1)).float().mean()), 4
+                ),
+                "nll_exact": round(_nll(exact, batch, following), 4),
+                "nll": round(_nll(changed, batch, following), 4),
+            }
+        ],
     }
 
 
@@ -90,9 +86,9 @@ def _nll(logits: Tensor, batch: PackedBatch, following: Tensor) -> float:
 
 
 def _through_int8(states: Tensor) -> Tensor:
-    data, scales = (memoryview(part.view(torch.uint8).numpy()).cast("B") for part in quantise(states))
+    data, scales = (memoryview(part.view(torch.uint8).numpy()).cast("B") for part in quantise(states.cpu()))
     raw = dequantise(data, scales, (states.shape[1], states.shape[2]), states.dtype)
-    return torch.frombuffer(bytearray(raw), dtype=states.dtype).view(states.shape)
+    return torch.frombuffer(bytearray(raw), dtype=states.dtype).view(states.shape).to(states.device)
 
 
 def _texts(tokenizer: Tokenizer, count: int) -> list[list[int]]:
@@ -101,7 +97,3 @@ def _texts(tokenizer: Tokenizer, count: int) -> list[list[int]]:
     ids = [i for file in files for i in tokenizer.encode_continuation(file.read_text())]
     length = PROMPT + FOLLOWING
     return [ids[k * (len(ids) - length) // count :][:length] for k in range(count)]
-
-
-if __name__ == "__main__":
-    main()

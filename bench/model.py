@@ -21,6 +21,18 @@ def model_folder(arguments: argparse.Namespace) -> Path:
     return resolve_model(arguments.model, arguments.cache_dir)
 
 
+def model_flags(arguments: argparse.Namespace) -> list[str]:
+    """The same choice, for a service that a benchmark starts."""
+    return [
+        "--model",
+        arguments.model,
+        "--cache-dir",
+        str(arguments.cache_dir),
+        "--device",
+        arguments.device,
+    ]
+
+
 def load(arguments: argparse.Namespace) -> LanguageModel:
     """In bf16 and with the kernels, as it is served."""
     model = LanguageModel.load(model_folder(arguments), device=arguments.device)

@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
 from bench.adapters import write_artefacts
+from bench.model import model_flags
 from bench.record import ROOT
 from prad.cli.serve import push_all
 from prad.cli.stack import Stack, StackError, answers
@@ -157,14 +158,7 @@ def served(
     """
     api, registry_port, decode_port, metrics = _free_ports(4)
     registry = f"http://127.0.0.1:{registry_port}"
-    shared = [
-        "--model",
-        arguments.model,
-        "--cache-dir",
-        str(arguments.cache_dir),
-        "--device",
-        arguments.device,
-    ]
+    shared = model_flags(arguments)
     with tempfile.TemporaryDirectory() as name, Console(stderr=True).status("starting the server") as status:
         root = Path(name)
         tasks = {

@@ -16,6 +16,7 @@ BENCHMARKS = {
     "decode": "One decode step by sequences, context and tasks, beside its floor.",
     "floor": "What a decode step cannot go below here: packed GEMMs, one read of the KV.",
     "handoff": "Handing the KV cache over, as part of the prompt pass.",
+    "kv_wire": "What 8-bit keys and values on the wire do to the logits.",
     "prefill": "The prompt pass with adapters against the same pass without.",
     "chunking": "Short prompts beside a very long one, in chunks and whole.",
     "peers": "Beside PEFT and transformers, and vLLM and OpenVINO where they are installed.",
