@@ -64,7 +64,7 @@ class LoadedEngine:
     def _admit(self, request: Open, kv: LayersKV) -> None:
         reservation = self._engine.admit(request)
         for layer, (key, value) in enumerate(kv):
-            reservation.write(layer, 0, _raw(key), _raw(value))
+            self._pools.write(layer, reservation.slots[0], _raw(key), _raw(value))
         reservation.commit([Token(100)])
 
 
