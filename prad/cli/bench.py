@@ -14,6 +14,7 @@ BENCHMARKS = {
     "table4": "The paper's Table 4: PrAd-PA, PrAd-LoRA, PA and LoRA at 8, 16, 64 tasks.",
     "serve": "The server under load, through HTTP: closed and open loop, streaming clients, tasks.",
     "decode": "One decode step by sequences, context and tasks, beside its floor.",
+    "step": "Where a decode step's time goes, with the model's weights and with 8-bit ones.",
     "floor": "What a decode step cannot go below here: packed GEMMs, one read of the KV.",
     "handoff": "Handing the KV cache over, as part of the prompt pass.",
     "kv_wire": "What 8-bit keys and values on the wire do to the logits.",

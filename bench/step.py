@@ -1,0 +1,105 @@
+"""Where a decode step's time goes: every kernel call of a step timed, the rest is Python, sampling and torch.
+
+For each number of sequences, with the model's own weights and with weights rounded to 8 bits. A row's parts
+are those of the round whose total is the median one.
+"""
+
+import argparse
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from bench.engine import LoadedEngine
+from bench.model import add_model_arguments, load
+from prad.lm import LanguageModel, ModelError
+from prad.lm.kernels import Kernels, Precision
+
+SMOKE = {"batches": [1, 8], "rounds": 2}
+PARTS = {
+    "linear": "gemms_ms",
+    "paged_attention": "attention_ms",
+    "norm": "norms_ms",
+    "rotate": "rope_ms",
+    "argmax": "argmax_ms",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--context", type=int, default=100, help="tokens of each sequence")
+    parser.add_argument("--rounds", type=int, default=15)
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Raises ModelError where the kernels are not in use: torch's calls cannot be told apart here."""
+    precisions: tuple[Precision, ...] = ("full", "int8")
+    models = {}
+    for precision in precisions:
+        model = models[precision] = load(arguments)
+        if model.kernels is None:
+            raise ModelError("the parts of a step can be told only with the kernels; is there a C++ compiler?")
+        model.accelerate(model.kernels, precision)
+    return {
+        "model": arguments.model,
+        "rows": [
+            {"sequences": batch, "weights": precision} | _parts(model, batch, arguments)
+            for batch in arguments.batches
+            for precision, model in models.items()
+        ],
+    }
+
+
+def _parts(model: LanguageModel, batch: int, arguments: argparse.Namespace) -> dict[str, float]:
+    engine = LoadedEngine(model, batch, arguments.context, arguments.rounds + 2)
+    engine.step()
+    rounds = []
+    for _ in range(arguments.rounds):
+        with _timed() as spent:
+            started = time.perf_counter()
+            engine.step()
+            rounds.append((time.perf_counter() - started, dict(spent)))
+    total, parts = sorted(rounds, key=lambda each: each[0])[len(rounds) // 2]
+    row = {column: round(1e3 * parts[name], 2) for name, column in PARTS.items()}
+    rest = total - sum(parts.values())
+    return {"step_ms": round(1e3 * total, 2), **row, "rest_ms": round(1e3 * rest, 2)}
+
+
+@contextmanager
+def _timed() -> Iterator[Counter[str]]:
+    """Seconds in each kernel while inside."""
+    spent: Counter[str] = Counter()
+    originals = {name: getattr(Kernels, name) for name in PARTS}
+
+    def timed(name: str) -> Any:
+        def call(*inputs: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return originals[name](*inputs)
+            finally:
+                spent[name] += time.perf_counter() - started
+
+        return call
+
+    for name in PARTS:
+        setattr(Kernels, name, timed(name))
+    try:
+        yield spent
+    finally:
+        for name, original in originals.items():
+            setattr(Kernels, name, original)
+
+
+def plot(result: dict[str, Any], figure: Any) -> None:
+    axes = figure.subplots()
+    names = [f"{row['sequences']}, {row['weights']}" for row in result["rows"]]
+    left = [0.0] * len(names)
+    for column in (*PARTS.values(), "rest_ms"):
+        widths = [row[column] for row in result["rows"]]
+        axes.barh(names, widths, left=left, label=column.removesuffix("_ms"))
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    axes.set(xlabel="ms", ylabel="sequences, weights", title="Where a decode step's time goes")
+    axes.invert_yaxis()
+    axes.legend()
