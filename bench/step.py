@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     for precision in precisions:
         model = models[precision] = load(arguments)
         if model.kernels is None:
-            raise ModelError("the parts of a step can be told only with the kernels; is there a C++ compiler?")
+            raise ModelError("only the kernels tell the parts of a step apart; is there a C++ compiler?")
         model.accelerate(model.kernels, precision)
     return {
         "model": arguments.model,

@@ -207,7 +207,11 @@ class PrefillEngine:
         hand_over.task.add_done_callback(lambda _: self._hand_overs.pop(job))
         if job.cached:
             blocks = chunk.prompt.table[: job.cached // self.blocks.block_size]
-            await send_cached(hand_over, self._pools, blocks, self._encoding)
+            try:
+                await send_cached(hand_over, self._pools, blocks, self._encoding)
+            except Exception:
+                logger.exception("sending the cached blocks of %s failed", job.request.request_id)
+                job.fail(InternalError("the hand-off failed; the server's log says why"))
 
     async def _open(self, job: Job) -> HandOff | NoRoomError | None:
         """The hand-off; None if none is needed or the job has ended; NoRoomError if it has to wait."""

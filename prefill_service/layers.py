@@ -51,12 +51,16 @@ class PassLayers:
         return (await asyncio.shield(self._draws))[item]
 
     async def sent(self) -> None:
-        """Returns when every layer is on its way, or never will be."""
+        """Returns when every layer is on its way. Raises what kept one from it."""
+        await asyncio.shield(self._sending)
+
+    async def settled(self) -> None:
+        """Returns when every layer is on its way, or the pass or its sending has failed."""
         await asyncio.wait([self._sending])
 
     async def _send(self, after: "PassLayers | None") -> None:
         if after is not None:
-            await after.sent()
+            await after.settled()
         for layer, data in enumerate(self._layers):
             await send_layer(layer, await data, self._rows, self._encoding)
         self._layers.clear()

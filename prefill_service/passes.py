@@ -38,7 +38,7 @@ class PassRunner:
     async def run(self, chunks: Sequence[Chunk[Job]], hand_overs: Mapping[Job, HandOver]) -> FirstTokens:
         """Computes the chunks; a job with a hand-over sends its own. Raises what the pass raises."""
         if len(self._sending) > 1:  # at most two passes' KV is in memory: one goes out, one computes
-            await self._sending.popleft().sent()
+            await self._sending.popleft().settled()
         rows, before = list(_rows(chunks, hand_overs)), self._sending[-1] if self._sending else None
         layers = PassLayers(self._model.num_layers, rows, self._encoding, before)
         self._sending.append(layers)

@@ -23,6 +23,7 @@ _ACTIVATIONS = {
     "relu": Activation.RELU,
 }
 _FEW_ROWS = 64
+_MOST_HEAD_DIM = 512  # rows.h
 _PLAIN_ROPE = {"default", "linear", "llama3", "yarn"}  # the others change with the longest sequence of a pass
 
 
@@ -76,9 +77,12 @@ class FusedModel:
     last_norm: _Norm
     head: PackedLinear
     kernels: Kernels
+    precision: Precision
 
     def takes(self, rows: int) -> bool:
         """Whether the kernels are the faster way for so many rows: large products want matrix registers."""
+        if self.precision != "full":
+            return True  # the generic forward has other weights
         return rows <= _FEW_ROWS or self.kernels.has_amx or self.embedding.dtype is torch.float32
 
     def forward(self, batch: PackedBatch, adaptation: Adaptation | None) -> Tensor:
@@ -214,7 +218,7 @@ def _llama(module: Any, kernels: Kernels, precision: Precision) -> FusedModel | 
     rope = getattr(config, "rope_parameters", None) or {}
     if config.hidden_act not in _ACTIVATIONS or rope.get("rope_type") not in _PLAIN_ROPE:
         return None
-    if model.rotary_emb.inv_freq.numel() * 2 != head_dim:
+    if model.rotary_emb.inv_freq.numel() * 2 != head_dim or head_dim > _MOST_HEAD_DIM:
         return None
 
     def layer(index: int) -> _Layer:
@@ -253,6 +257,7 @@ def _llama(module: Any, kernels: Kernels, precision: Precision) -> FusedModel | 
         _Norm.of(model.norm),
         _packed([module.lm_head], precision),
         kernels,
+        precision,
     )
 
 
@@ -287,6 +292,7 @@ def _gpt2(module: Any, kernels: Kernels, precision: Precision) -> FusedModel | N
         _Norm.of(model.ln_f),
         _packed([module.lm_head], precision),
         kernels,
+        precision,
     )
 
 

@@ -80,9 +80,12 @@ class LanguageModel:
     def accelerate(self, kernels: Kernels, precision: Precision = "full") -> None:
         """From now on passes without gradients compute with `kernels` where the model's family allows it.
 
-        precision int8 rounds the weights of the linear layers to 8 bits; UnsupportedModelError if that
-        cannot be had for this model.
+        The weights are packed into a copy, which alone is used from then on; the files stay mapped. precision
+        int8 rounds those of the linear layers to 8 bits. Raises UnsupportedModelError if that cannot be had
+        for this model, or the model is not on a CPU.
         """
+        if self.device.type != "cpu":
+            raise UnsupportedModelError(f"the kernels compute on a CPU, not on {self.device}")
         with torch.no_grad():
             self._fused = fuse(self.module, kernels, precision)
         if self._fused is None and precision != "full":

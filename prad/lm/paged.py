@@ -106,6 +106,7 @@ class _KernelStep:
         used = [s.kv_len // pools.block_size + 1 for s in batch]
         table = np.zeros((len(batch), max(used)), dtype=np.int64)
         for row, sequence, count in zip(table, batch, used, strict=True):
+            assert len(sequence.blocks) >= count, "a sequence is longer than its blocks"
             row[:count] = sequence.blocks[:count]
         self._table = torch.from_numpy(table)
         self._lengths = torch.tensor([s.kv_len + 1 for s in batch])
@@ -115,9 +116,15 @@ class _KernelStep:
     ) -> Tensor:
         """query [B, heads, key_dim], key and value [B, kv_heads, dim]; returns [B, heads, value_dim]."""
         pools = self._pools.keys[layer], self._pools.values[layer]
+        query, key, value = (_whole_rows(x) for x in (query, key, value))
         return self._kernels.paged_attention(
             query, key, value, pools, self._table, self._lengths, scale, window
         )
+
+
+def _whole_rows(x: Tensor) -> Tensor:
+    """x [B, heads, dim] with each row's heads side by side, as the kernel reads them."""
+    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
 
 
 class _TorchStep:

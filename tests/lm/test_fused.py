@@ -98,33 +98,50 @@ def test_adapted_prompts(family: str, site: Site, tmp_path: Path, kernels: Kerne
 @pytest.mark.parametrize("family", FAMILIES)
 def test_decode_steps(family: str, tmp_path: Path, kernels: Kernels) -> None:
     generic, fused = models(family, tmp_path, kernels)
-    prompts = [some_ids(length, seed) for seed, length in enumerate(LENGTHS)]
-    steps = []
-    for model in (generic, fused):
-        pools = Pools(model.layout, 60, 16, "cpu", model.kernels)
-        batch: list[Any] = [
-            SimpleNamespace(blocks=list(range(10 * i, 10 * i + 10)), kv_len=n) for i, n in enumerate(LENGTHS)
-        ]
-        slots = [pools.slots(s.blocks, s.kv_len) for s in batch]
+    assert_equal(decode_steps(fused), decode_steps(generic))
 
-        def keep(
-            layer: int, key: torch.Tensor, value: torch.Tensor, pools: Pools = pools, slots: Any = slots
-        ) -> None:
-            pools.keys[layer].flatten(0, 1)[torch.cat(slots)] = key
-            pools.values[layer].flatten(0, 1)[torch.cat(slots)] = value
 
-        logits = []
-        with torch.inference_mode():
-            model.forward(PackedBatch.of_sequences(prompts, layer_done=keep))
-            for step in range(3):
-                ids = torch.tensor([5 + step + i for i in range(len(batch))])
-                positions = torch.tensor([s.kv_len for s in batch])
-                every = torch.arange(len(batch))
-                logits.append(model.forward(PackedBatch(ids, positions, pools.step(batch), every)))
-                for sequence in batch:
-                    sequence.kv_len += 1
-        steps.append(torch.stack(logits))
-    assert_equal(steps[1], steps[0])
+def decode_steps(model: LanguageModel) -> torch.Tensor:
+    """Logits of three steps behind a prompt pass, over blocks."""
+    pools = Pools(model.layout, 60, 16, "cpu", model.kernels)
+    batch: list[Any] = [
+        SimpleNamespace(blocks=list(range(10 * i, 10 * i + 10)), kv_len=n) for i, n in enumerate(LENGTHS)
+    ]
+    slots = torch.cat([pools.slots(s.blocks, s.kv_len) for s in batch])
+
+    def keep(layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        pools.keys[layer].flatten(0, 1)[slots] = key
+        pools.values[layer].flatten(0, 1)[slots] = value
+
+    logits = []
+    with torch.inference_mode():
+        prompts = [some_ids(length, seed) for seed, length in enumerate(LENGTHS)]
+        model.forward(PackedBatch.of_sequences(prompts, layer_done=keep))
+        for step in range(3):
+            ids = torch.tensor([5 + step + i for i in range(len(batch))])
+            positions = torch.tensor([s.kv_len for s in batch])
+            every = torch.arange(len(batch))
+            logits.append(model.forward(PackedBatch(ids, positions, pools.step(batch), every)))
+            for sequence in batch:
+                sequence.kv_len += 1
+    return torch.stack(logits)
+
+
+UNFUSED = {
+    "gpt-neox": ("GPTNeoXConfig", {"rotary_pct": 0.5}),  # values lie between queries and keys of other heads
+    "gemma3": ("Gemma3TextConfig", {"head_dim": 16, "sliding_window": 8}),
+    "phi": ("PhiConfig", {"partial_rotary_factor": 0.5}),
+}
+
+
+@pytest.mark.parametrize("family", UNFUSED)
+def test_decode_steps_of_families_that_are_not_fused(family: str, tmp_path: Path, kernels: Kernels) -> None:
+    name, special = UNFUSED[family]
+    save_random(getattr(transformers, name)(**SIZES | special), tmp_path)
+    plain, with_kernels = (LanguageModel.load(tmp_path, dtype=torch.float32) for _ in range(2))
+    with_kernels.accelerate(kernels)
+    assert not with_kernels.is_fused
+    assert_equal(decode_steps(with_kernels), decode_steps(plain))
 
 
 def test_eight_bits_are_near_and_not_equal(tmp_path: Path, kernels: Kernels) -> None:

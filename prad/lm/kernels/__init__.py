@@ -21,6 +21,8 @@ def load_kernels(choice: Choice, cache_dir: Path, device: str) -> Kernels | None
     if choice == "torch" or (choice == "auto" and device != "cpu"):
         return None
     try:
+        if device != "cpu":
+            raise BuildError(f"the kernels compute on a CPU, not on {device}")
         return Kernels(built(cache_dir), torch.get_num_threads())
     except BuildError as error:
         if choice == "native":

@@ -28,16 +28,32 @@ def built(cache_dir: Path) -> Path:
     sources = sorted(p for p in _SOURCES.iterdir() if p.suffix in (".cpp", ".h"))
     known = hashlib.sha256("\0".join((*_FLAGS, _cpu(), *(p.read_text() for p in sources))).encode())
     library = cache_dir.expanduser() / "kernels" / f"{known.hexdigest()[:16]}.so"
-    if library.exists():
-        return library
+    try:
+        library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _require_own(library.parent)
+        if library.exists():
+            _require_own(library)
+            return library
+        return _built_once(library)
+    except OSError as error:
+        raise BuildError(f"the kernels cannot be kept in {library.parent}: {error}") from error
+
+
+def _built_once(library: Path) -> Path:
     compiler = os.environ.get("CXX") or shutil.which("g++")
     if compiler is None:
         raise BuildError("no C++ compiler (g++, or what CXX names)")
-    library.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(library.with_suffix(".lock")):  # both services may start at once
         if not library.exists():
             _compile(compiler, library)
     return library
+
+
+def _require_own(path: Path) -> None:
+    """What is loaded is executed: nobody else may have written it."""
+    found = path.stat()
+    if found.st_uid not in (0, os.getuid()) or found.st_mode & 0o022:
+        raise BuildError(f"{path} can be written by other users of this machine")
 
 
 def _compile(compiler: str, library: Path) -> None:

@@ -1,4 +1,4 @@
-// The kernels' C interface, as prad/lm/kernels/__init__.py declares it. `half` says bfloat16, else float.
+// The kernels' C interface, as library.py declares it. `half` says bfloat16, else float.
 #include "attention.h"
 #include "linear.h"
 #include "rows.h"
@@ -16,6 +16,7 @@ extern "C" {
 Pool* prad_pool(int32_t threads) { return new Pool(threads); }
 void prad_pool_free(Pool* pool) { delete pool; }
 int32_t prad_has_amx() { return allow_amx(); }
+int64_t prad_paged_size() { return sizeof(Paged); }
 
 void prad_linear(Pool* pool, const Linear* w, const void* x, int64_t rows, int64_t stride, int32_t mode, int32_t act,
                  void* out, int64_t out_stride) {

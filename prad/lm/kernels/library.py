@@ -3,12 +3,14 @@
 import ctypes
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 from enum import IntEnum
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from prad.lm.kernels.build import BuildError
 from prad.lm.kernels.packed import LinearStruct, PackedLinear
 
 
@@ -56,6 +58,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "prad_pool": (c_void_p, [c_int32]),
     "prad_pool_free": (None, [c_void_p]),
     "prad_has_amx": (c_int32, []),
+    "prad_paged_size": (c_int64, []),
     "prad_linear": (
         None,
         [c_void_p, POINTER(LinearStruct), c_void_p, c_int64, c_int64, c_int32, c_int32, c_void_p, c_int64],
@@ -80,17 +83,28 @@ class Kernels:
     """
 
     def __init__(self, library: Path, threads: int) -> None:
-        self._c = ctypes.CDLL(str(library))
+        try:
+            self._c = ctypes.CDLL(str(library))
+        except OSError as error:
+            library.unlink(missing_ok=True)
+            raise BuildError(
+                f"the kernels cannot be loaded, the next start builds them anew: {error}"
+            ) from error
         for name, (result, arguments) in _SIGNATURES.items():
             function = getattr(self._c, name)
             function.restype, function.argtypes = result, arguments
         self.threads = threads
         self.has_amx = bool(self._c.prad_has_amx())
-        self._pool = self._c.prad_pool(threads)
+        assert self._c.prad_paged_size() == ctypes.sizeof(PagedStruct), "PagedStruct is not struct Paged"
+
+    @cached_property
+    def _pool(self) -> int:
+        """Threads take their priority from whoever starts them: the first that computes."""
+        return int(self._c.prad_pool(self.threads))
 
     def __del__(self) -> None:
-        if pool := getattr(self, "_pool", None):
-            self._c.prad_pool_free(pool)
+        if "_pool" in self.__dict__:
+            self._c.prad_pool_free(self._pool)
 
     def linear(
         self, weights: PackedLinear, x: Tensor, out: Tensor, mode: Out, act: Activation = Activation.NONE

@@ -1,9 +1,11 @@
 // What happens to each row on its own: norms, rotary positions, the largest logit.
 #pragma once
+#include <algorithm>
+
 #include "pool.h"
 #include "vec.h"
 
-constexpr int64_t kRowsPerItem = 8;
+constexpr int64_t kRowsPerItem = 8, kMostHeadDim = 512;
 
 template <class Body>
 void each_row(Pool& pool, int64_t rows, const Body& body) {
@@ -53,7 +55,7 @@ void rotate(Pool& pool, T* x, int64_t rows, int64_t stride, int64_t heads, int64
             const float* cosine, const float* sine, const float* q_norm, const float* k_norm, float epsilon) {
   each_row(pool, rows, [&](int64_t row) {
     const float *c = cosine + row * dim, *s = sine + row * dim;
-    float head[512];
+    float head[kMostHeadDim];
     for (int64_t h = 0; h < heads; h++) {
       T* at = x + row * stride + h * dim;
       for (int64_t i = 0; i < dim; i++) head[i] = to_float(at[i]);

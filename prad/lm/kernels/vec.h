@@ -106,6 +106,6 @@ inline v16 activate(v16 x) {
   // 0.5 x (1 + tanh u) = x sigmoid(2u)
   if constexpr (kind == Activation::gelu_tanh)
     return x * sigmoid(1.5957691216057308f * (x + 0.044715f * x * x * x));
-  if constexpr (kind == Activation::relu) return x > 0.0f ? x : splat(0);
+  if constexpr (kind == Activation::relu) return x < 0.0f ? splat(0) : x;  // NaN stays NaN
   return x;
 }
