@@ -27,7 +27,7 @@ def load_kernels(choice: Choice, cache_dir: Path, device: str) -> Kernels | None
     except BuildError as error:
         if choice == "native":
             raise
-        logger.warning("torch computes, several times slower than the kernels would: %s", error)
+        logger.warning("torch computes, slower than the kernels would: %s", error)
         return None
 
 
