@@ -6,10 +6,15 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
+from rich.console import Console
+from rich.progress import track
+
 from bench import floor
 from bench.prompts import random_prompts
 from bench.rounds import interleaved
 from prad.lm import LanguageModel
+
+_WARM_UP_TOKENS = 3  # a prompt pass and decode steps: the slow ones take minutes for all of theirs
 
 Generate = Callable[[Sequence[Sequence[int]], int, Sequence[str | None]], float]
 """Prompts, how many tokens each gets, the adapter of each; returns seconds until all have them."""
@@ -53,7 +58,10 @@ def contest(
     for name, contestant in contestants.items():
         variants[name, "prefill"] = variant(contestant, 1, 0)
         variants[name, "total"] = variant(contestant, arguments.output, 1)
-    took = interleaved(variants, arguments.rounds, what)
+    for contestant in track(contestants.values(), "warm-up", console=Console(stderr=True), transient=True):
+        prompts = random_prompts(number, arguments.prompt, model.vocab_size, seed=1 << 20)
+        contestant.generate(prompts, _WARM_UP_TOKENS, contestant.adapters)
+    took = interleaved(variants, arguments.rounds, what, warm_up=0)
     prefill, step = floor.contest_floor(model, number, arguments.prompt, arguments.output)
     decode = step * (arguments.output - 1)
     ground = [_row("floor", prefill, prefill + decode, arguments.output)]

@@ -7,22 +7,20 @@ are those of the round whose total is the median one.
 import argparse
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from bench.engine import LoadedEngine
 from bench.model import add_model_arguments, load
 from prad.lm import LanguageModel, ModelError
-from prad.lm.kernels import Kernels, Precision
+from prad.lm.kernels import Kind, Precision
 
 SMOKE = {"batches": [1, 8], "rounds": 2}
 PARTS = {
-    "linear": "gemms_ms",
-    "paged_attention": "attention_ms",
-    "norm": "norms_ms",
-    "rotate": "rope_ms",
-    "argmax": "argmax_ms",
+    Kind.LINEAR: "gemms_ms",
+    Kind.ATTENTION: "attention_ms",
+    Kind.NORM: "norms_ms",
+    Kind.ROTATE: "rope_ms",
+    Kind.ARGMAX: "argmax_ms",
 }
 
 
@@ -56,40 +54,17 @@ def _parts(model: LanguageModel, batch: int, arguments: argparse.Namespace) -> d
     engine = LoadedEngine(model, batch, arguments.context, arguments.rounds + 2)
     engine.step()
     rounds = []
+    kernels = model.kernels
+    assert kernels is not None
     for _ in range(arguments.rounds):
-        with _timed() as spent:
-            started = time.perf_counter()
-            engine.step()
-            rounds.append((time.perf_counter() - started, dict(spent)))
+        kernels.spent = Counter()
+        started = time.perf_counter()
+        engine.step()
+        rounds.append((time.perf_counter() - started, kernels.spent))
+    kernels.spent = None
     total, parts = sorted(rounds, key=lambda each: each[0])[len(rounds) // 2]
-    row = {column: round(1e3 * parts[name], 2) for name, column in PARTS.items()}
-    rest = total - sum(parts.values())
-    return {"step_ms": round(1e3 * total, 2), **row, "rest_ms": round(1e3 * rest, 2)}
-
-
-@contextmanager
-def _timed() -> Iterator[Counter[str]]:
-    """Seconds in each kernel while inside."""
-    spent: Counter[str] = Counter()
-    originals = {name: getattr(Kernels, name) for name in PARTS}
-
-    def timed(name: str) -> Any:
-        def call(*inputs: Any) -> Any:
-            started = time.perf_counter()
-            try:
-                return originals[name](*inputs)
-            finally:
-                spent[name] += time.perf_counter() - started
-
-        return call
-
-    for name in PARTS:
-        setattr(Kernels, name, timed(name))
-    try:
-        yield spent
-    finally:
-        for name, original in originals.items():
-            setattr(Kernels, name, original)
+    row = {column: round(1e3 * parts[kind], 2) for kind, column in PARTS.items()}
+    return {"step_ms": round(1e3 * total, 2), **row, "rest_ms": round(1e3 * (total - parts.total()), 2)}
 
 
 def plot(result: dict[str, Any], figure: Any) -> None:

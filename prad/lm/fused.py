@@ -5,7 +5,7 @@ residual stream stays in float32. Needs the kernels of prad.lm.kernels.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from prad.lm.batch import PackedBatch
-from prad.lm.kernels import Activation, Kernels, Out, PackedLinear, Precision, fits
+from prad.lm.kernels import Activation, Calls, Kernels, Out, PackedLinear, Precision, Recording, fits
+from prad.lm.kv import KVTarget
+from prad.lm.paged import PagedStep
 from prad.lm.sites import Adaptation, Site
 
 _ACTIVATIONS = {
@@ -23,6 +25,7 @@ _ACTIVATIONS = {
     "relu": Activation.RELU,
 }
 _FEW_ROWS = 64
+_LEAST_RECORDED = 16  # rows; a recording serves all batches up to its own number
 _MOST_HEAD_DIM = 512  # rows.h
 _PLAIN_ROPE = {"default", "linear", "llama3", "yarn"}  # the others change with the longest sequence of a pass
 
@@ -40,6 +43,10 @@ class _Norm:
         bias = getattr(module, "bias", None)
         eps = module.variance_epsilon if bias is None else module.eps
         return cls(module.weight.float(), None if bias is None else bias.float(), eps)
+
+    def run(self, calls: Calls, x: Tensor, out: Tensor) -> None:
+        """x float32 [T, width] to out."""
+        calls.norm(x, self.weight, self.bias, self.bias is not None, self.eps, out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +72,7 @@ class _Shape:
     activation: Activation
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class FusedModel:
     """The whole model in packed form. Make it with `fuse`."""
 
@@ -87,76 +94,130 @@ class FusedModel:
 
     def forward(self, batch: PackedBatch, adaptation: Adaptation | None) -> Tensor:
         """Logits [R, vocab] of `batch.logit_rows`."""
-        dtype, rows = self.embedding.dtype, len(batch.ids)
-        x = self.embedding.index_select(0, batch.ids).float()
-        if self.position_embedding is not None:
-            x += self.position_embedding.index_select(0, batch.positions)
-        cosine_sine = self._angles(batch.positions)
-        normed = torch.empty(rows, x.shape[1], dtype=dtype)
-        for index, layer in enumerate(self.layers):
-            tap = _tap(adaptation, index)
-            self._norm(layer.attention_norm, x, normed)
-            q, k, v = self._project(layer, normed, cosine_sine, tap)
-            attended = batch.kv.attend(index, q, k, v, layer.scale, layer.window).reshape(rows, -1)
-            self._add(layer.o, attended, x, [(tap(Site.O), attended)])
-            self._norm(layer.ffn_norm, x, normed)
-            _adapt(tap(Site.FFN_IN), normed, normed)
-            inner = self._inner(layer, normed, tap)
-            _adapt(tap(Site.DOWN_IN), inner, inner)
-            self._add(layer.down, inner, x, [(tap(Site.DOWN), inner), (tap(Site.FFN_OUT), normed)])
+        if isinstance(batch.kv, PagedStep) and adaptation is None:
+            x = self._decode(batch, batch.kv)
+        else:
+            x, angles = self._embed(batch.ids, batch.positions), self._angles(batch.positions)
+            _Pass(self, self.kernels, batch.kv, adaptation).run(x, angles)
         wanted = x.index_select(0, batch.logit_rows)
-        last = torch.empty(wanted.shape, dtype=dtype)
-        self._norm(self.last_norm, wanted, last)
-        logits = torch.empty(len(wanted), self.head.out_features, dtype=dtype)
+        last = torch.empty(wanted.shape, dtype=self.embedding.dtype)
+        self.last_norm.run(self.kernels, wanted, last)
+        logits = torch.empty(len(wanted), self.head.out_features, dtype=last.dtype)
         self.kernels.linear(self.head, last, logits, Out.STORE)
         return logits
 
-    def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+    def _decode(self, batch: PackedBatch, step: PagedStep) -> Tensor:
+        """All layers of a decode step in one call: recorded once per number of rows, rounded up."""
+        rows = len(batch.ids)
+        room = max(_LEAST_RECORDED, 1 << (rows - 1).bit_length())
+        key = (self, room)
+        if key not in step.pools.recorded:
+            step.pools.recorded[key] = self._record(step, room)
+        recorded: _RecordedStep = step.pools.recorded[key]
+        return recorded.run(self._embed(batch.ids, batch.positions), self._angles(batch.positions), step)
+
+    def _record(self, step: PagedStep, rows: int) -> "_RecordedStep":
+        recording = Recording(self.kernels)
+        x, positions = torch.zeros(rows, self.embedding.shape[1]), torch.zeros(rows, dtype=torch.long)
+        angles = self._angles(positions)
+        _Pass(self, recording, replace(step, calls=recording), None).run(x, angles)
+        return _RecordedStep(recording, x, angles)
+
+    def _embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """The residual stream's beginning, float32 [T, hidden]."""
+        x = self.embedding.index_select(0, ids).float()
+        if self.position_embedding is not None:
+            x += self.position_embedding.index_select(0, positions)
+        return x
+
+    def _angles(self, positions: Tensor) -> "_Angles":
         if self.rotary is None:
             return None
         cosine, sine = self.rotary(torch.empty(1, dtype=torch.float32), positions[None])
         return cosine[0].contiguous(), sine[0].contiguous()
 
-    def _norm(self, norm: _Norm, x: Tensor, out: Tensor) -> None:
-        self.kernels.norm(x, norm.weight, norm.bias, norm.bias is not None, norm.eps, out)
+
+_Angles = tuple[Tensor, Tensor] | None
+"""RoPE's cosine and sine, float32 [T, dim]."""
+
+
+@dataclass(frozen=True, slots=True)
+class _RecordedStep:
+    """x [rows, hidden] and angles: where the recording reads its input; x is also its output."""
+
+    recording: Recording
+    x: Tensor
+    angles: _Angles
+
+    def run(self, x: Tensor, angles: _Angles, step: PagedStep) -> Tensor:
+        """x [T, hidden] behind the last layer; the memory is the recording's."""
+        rows = len(x)
+        self.x[:rows] = x
+        for kept, new in zip(self.angles or (), angles or (), strict=True):
+            kept[:rows] = new
+        self.recording.run(rows, step.view)
+        return self.x[:rows]
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """The layers over one batch; `calls` runs or records what they compute."""
+
+    model: FusedModel
+    calls: Calls
+    kv: KVTarget
+    adaptation: Adaptation | None
+
+    def run(self, x: Tensor, angles: _Angles) -> None:
+        """x float32 [T, hidden], the residual stream, in place."""
+        rows, dtype = len(x), self.model.embedding.dtype
+        normed = self.calls.empty("normed", rows, x.shape[1], dtype)
+        for index, layer in enumerate(self.model.layers):
+            tap = _tap(self.adaptation, index)
+            layer.attention_norm.run(self.calls, x, normed)
+            q, k, v = self._project(layer, normed, angles, tap)
+            attended = self.kv.attend(index, q, k, v, layer.scale, layer.window).reshape(rows, -1)
+            self._add(layer.o, attended, x, [(tap(Site.O), attended)])
+            layer.ffn_norm.run(self.calls, x, normed)
+            _adapt(tap(Site.FFN_IN), normed, normed)
+            inner = self._inner(layer, normed, tap)
+            _adapt(tap(Site.DOWN_IN), inner, inner)
+            self._add(layer.down, inner, x, [(tap(Site.DOWN), inner), (tap(Site.FFN_OUT), normed)])
 
     def _project(
-        self,
-        layer: _Layer,
-        source: Tensor,
-        cosine_sine: tuple[Tensor, Tensor] | None,
-        tap: "_Tap",
+        self, layer: _Layer, source: Tensor, angles: _Angles, tap: "_Tap"
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q [T, heads, dim], k and v [T, kv_heads, dim], after RoPE; the memory stays theirs."""
-        shape = self.shape
-        qkv = source.new_empty(len(source), layer.qkv.out_features)
+        shape = self.model.shape
+        qkv = self.calls.empty("qkv", len(source), layer.qkv.out_features, source.dtype)
         heads = (shape.heads, shape.kv_heads, shape.kv_heads)
-        self.kernels.linear(layer.qkv, source, qkv, Out.STORE)
+        self.calls.linear(layer.qkv, source, qkv, Out.STORE)
         parts = qkv.split([n * shape.head_dim for n in heads], dim=1)  # type: ignore[no-untyped-call]
         for site, part in zip((Site.Q, Site.K, Site.V), parts, strict=True):
             _adapt(tap(site), part, source)
-        if cosine_sine is not None:
+        if angles is not None:
             norms = None if layer.qk_norm is None else (layer.qk_norm[0].weight, layer.qk_norm[1].weight)
             eps = 0.0 if layer.qk_norm is None else layer.qk_norm[0].eps
             turning = shape.heads + shape.kv_heads
-            self.kernels.rotate(qkv, turning, shape.heads, shape.head_dim, *cosine_sine, norms, eps)
+            self.calls.rotate(qkv, turning, shape.heads, shape.head_dim, *angles, norms, eps)
         q, k, v = (part.view(len(qkv), n, shape.head_dim) for part, n in zip(parts, heads, strict=True))
         return q, k, v
 
     def _inner(self, layer: _Layer, source: Tensor, tap: "_Tap") -> Tensor:
         """The FFN's inner states [T, ffn]: act(gate) * up, or act(up)."""
-        shape, activation = self.shape, self.shape.activation
+        shape, rows = self.model.shape, len(source)
         gate_tap, up_tap = tap(Site.GATE), tap(Site.UP)
-        inner = source.new_empty(len(source), shape.ffn)
+        inner = self.calls.empty("inner", rows, shape.ffn, source.dtype)
         if gate_tap is None and up_tap is None:
-            self.kernels.linear(layer.up, source, inner, Out.GATED if shape.gated else Out.STORE, activation)
+            mode = Out.GATED if shape.gated else Out.STORE
+            self.calls.linear(layer.up, source, inner, mode, shape.activation)
             return inner
-        both = source.new_empty(len(source), layer.up.out_features)
-        self.kernels.linear(layer.up, source, both, Out.STORE)
+        both = self.calls.empty("gate and up", rows, layer.up.out_features, source.dtype)
+        self.calls.linear(layer.up, source, both, Out.STORE)
         parts = both.split(shape.ffn, dim=1)  # type: ignore[no-untyped-call]
         for adapt, part in zip((gate_tap, up_tap) if shape.gated else (up_tap,), parts, strict=True):
             _adapt(adapt, part, source)
-        acted = _ON_TORCH[activation](parts[0].float())
+        acted = _ON_TORCH[shape.activation](parts[0].float())
         return (acted * parts[1].float() if shape.gated else acted).to(source.dtype)
 
     def _add(
@@ -164,10 +225,10 @@ class FusedModel:
     ) -> None:
         """x += linear(inputs), adapted by each of `taps` with its source."""
         if all(adapt is None for adapt, _ in taps):
-            self.kernels.linear(linear, inputs, x, Out.ADD)
+            self.calls.linear(linear, inputs, x, Out.ADD)
             return
-        plain = inputs.new_empty(x.shape)
-        self.kernels.linear(linear, inputs, plain, Out.STORE)
+        plain = self.calls.empty("added", len(x), x.shape[1], inputs.dtype)
+        self.calls.linear(linear, inputs, plain, Out.STORE)
         for adapt, source in taps:
             _adapt(adapt, plain, source)
         x += plain

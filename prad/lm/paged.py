@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from prad.lm.attention import decode_attention
-from prad.lm.kernels import Kernels
+from prad.lm.kernels import Calls, Kernels, PagedView
 from prad.lm.kv import KVLayout, KVTarget
 
 
@@ -42,6 +42,7 @@ class Pools:
         self._kernels = kernels
         self.block_size = block_size
         self.device = device
+        self.recorded: dict[Any, Any] = {}  # steps over these pools, kept by whoever computes them
         shape = (num_blocks, block_size)
         self.keys = [
             torch.zeros(*shape, la.heads, la.key_dim, dtype=layout.dtype, device=device)
@@ -55,7 +56,7 @@ class Pools:
     def step(self, batch: Sequence[PagedSequence]) -> KVTarget:
         """The KV target of one decode step: one new token per sequence, in the order of the batch."""
         if self._kernels is not None:
-            return _KernelStep(self, self._kernels, batch)
+            return PagedStep.of(self, self._kernels, batch)
         return _TorchStep(self, batch)
 
     def clear(self, blocks: Sequence[int]) -> None:
@@ -97,29 +98,36 @@ class _Group:
     lengths: Tensor
 
 
-class _KernelStep:
-    """Attention over the blocks where they lie; nothing is copied."""
+@dataclass(frozen=True, slots=True, eq=False)
+class PagedStep:
+    """Attention over the blocks where they lie; nothing is copied.
 
-    def __init__(self, pools: Pools, kernels: Kernels, batch: Sequence[PagedSequence]) -> None:
-        self._pools = pools
-        self._kernels = kernels
+    table int64 [B, width], lengths int64 [B] with the new token; `view` is both for the kernels.
+    """
+
+    pools: Pools
+    calls: Calls
+    table: Tensor
+    lengths: Tensor
+    view: PagedView
+
+    @classmethod
+    def of(cls, pools: Pools, calls: Calls, batch: Sequence[PagedSequence]) -> "PagedStep":
         used = [s.kv_len // pools.block_size + 1 for s in batch]
         table = np.zeros((len(batch), max(used)), dtype=np.int64)
         for row, sequence, count in zip(table, batch, used, strict=True):
             assert len(sequence.blocks) >= count, "a sequence is longer than its blocks"
             row[:count] = sequence.blocks[:count]
-        self._table = torch.from_numpy(table)
-        self._lengths = torch.tensor([s.kv_len + 1 for s in batch])
+        tables = torch.from_numpy(table), torch.tensor([s.kv_len + 1 for s in batch])
+        return cls(pools, calls, *tables, PagedView.of(*tables))
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
     ) -> Tensor:
         """query [B, heads, key_dim], key and value [B, kv_heads, dim]; returns [B, heads, value_dim]."""
-        pools = self._pools.keys[layer], self._pools.values[layer]
+        pools = self.pools.keys[layer], self.pools.values[layer]
         query, key, value = (_whole_rows(x) for x in (query, key, value))
-        return self._kernels.paged_attention(
-            query, key, value, pools, self._table, self._lengths, scale, window
-        )
+        return self.calls.paged_attention(query, key, value, pools, self.view, scale, window)
 
 
 def _whole_rows(x: Tensor) -> Tensor:

@@ -7,8 +7,10 @@ from typing import Literal
 import torch
 
 from prad.lm.kernels.build import BuildError, built
-from prad.lm.kernels.library import Activation, Kernels, Out
+from prad.lm.kernels.calls import Activation, Calls, Kind, Out, PagedView
+from prad.lm.kernels.library import Kernels
 from prad.lm.kernels.packed import PackedLinear, Precision, fits
+from prad.lm.kernels.recording import Recording
 
 logger = logging.getLogger(__name__)
 
@@ -34,11 +36,15 @@ def load_kernels(choice: Choice, cache_dir: Path, device: str) -> Kernels | None
 __all__ = [
     "Activation",
     "BuildError",
+    "Calls",
     "Choice",
     "Kernels",
+    "Kind",
     "Out",
     "PackedLinear",
+    "PagedView",
     "Precision",
+    "Recording",
     "fits",
     "load_kernels",
 ]

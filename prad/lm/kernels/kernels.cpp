@@ -1,14 +1,50 @@
-// The kernels' C interface, as library.py declares it. `half` says bfloat16, else float.
+// The kernels' C interface, as calls.py declares it: lists of calls, each a kind and a struct of arguments.
+#include <chrono>
+
 #include "attention.h"
 #include "linear.h"
 #include "rows.h"
 
+enum class Kind : int32_t { linear = 0, norm = 1, rotate = 2, attention = 3, argmax = 4 };
+
+struct Call {
+  Kind kind;
+  int32_t half;  // bfloat16, else float
+  const void* arguments;
+};
+
 namespace {
 template <class T, class W>
-void run_linear(Pool& pool, const Linear& w, const void* x, int64_t rows, int64_t stride, int32_t mode, int32_t act,
-                void* out, int64_t out_stride) {
-  Sink<T> sink{w, static_cast<Out>(mode), static_cast<Activation>(act), out, out_stride};
-  linear<T, W>(pool, w, static_cast<const T*>(x), rows, stride, sink);
+void run_linear(Pool& pool, const LinearCall& c, int64_t rows) {
+  Sink<T> sink{*c.weights, static_cast<Out>(c.mode), static_cast<Activation>(c.act), c.out, c.out_stride};
+  linear<T, W>(pool, *c.weights, static_cast<const T*>(c.x), rows, c.x_stride, sink);
+}
+
+void run_linear(Pool& pool, const LinearCall& c, int64_t rows) {
+  switch (static_cast<Weights>(c.weights->weights)) {
+    case Weights::f32:
+      return run_linear<float, float>(pool, c, rows);
+    case Weights::bf16:
+      return run_linear<bf16, bf16>(pool, c, rows);
+    case Weights::int8:
+      return run_linear<bf16, int8_t>(pool, c, rows);
+  }
+}
+
+template <class T>
+void run(Pool& pool, Kind kind, const void* arguments, int64_t rows, const PagedView* view) {
+  switch (kind) {
+    case Kind::linear:
+      return run_linear(pool, *static_cast<const LinearCall*>(arguments), rows);
+    case Kind::norm:
+      return norm<T>(pool, *static_cast<const NormCall*>(arguments), rows);
+    case Kind::rotate:
+      return rotate<T>(pool, *static_cast<const RotateCall*>(arguments), rows);
+    case Kind::attention:
+      return paged_attention<T>(pool, *static_cast<const AttentionCall*>(arguments), rows, *view);
+    case Kind::argmax:
+      return argmax<T>(pool, *static_cast<const ArgmaxCall*>(arguments), rows);
+  }
 }
 }  // namespace
 
@@ -16,42 +52,32 @@ extern "C" {
 Pool* prad_pool(int32_t threads) { return new Pool(threads); }
 void prad_pool_free(Pool* pool) { delete pool; }
 int32_t prad_has_amx() { return allow_amx(); }
-int64_t prad_paged_size() { return sizeof(Paged); }
 
-void prad_linear(Pool* pool, const Linear* w, const void* x, int64_t rows, int64_t stride, int32_t mode, int32_t act,
-                 void* out, int64_t out_stride) {
-  switch (static_cast<Weights>(w->weights)) {
-    case Weights::f32:
-      return run_linear<float, float>(*pool, *w, x, rows, stride, mode, act, out, out_stride);
-    case Weights::bf16:
-      return run_linear<bf16, bf16>(*pool, *w, x, rows, stride, mode, act, out, out_stride);
-    case Weights::int8:
-      return run_linear<bf16, int8_t>(*pool, *w, x, rows, stride, mode, act, out, out_stride);
+int64_t prad_size(Kind kind) {
+  switch (kind) {
+    case Kind::linear:
+      return sizeof(LinearCall);
+    case Kind::norm:
+      return sizeof(NormCall);
+    case Kind::rotate:
+      return sizeof(RotateCall);
+    case Kind::attention:
+      return sizeof(AttentionCall);
+    case Kind::argmax:
+      return sizeof(ArgmaxCall);
   }
+  return 0;
 }
 
-void prad_norm(Pool* pool, int32_t half, const float* x, int64_t rows, int64_t width, const float* weight,
-               const float* bias, int32_t center, float epsilon, void* out) {
-  if (half) norm(*pool, x, rows, width, weight, bias, center, epsilon, static_cast<bf16*>(out));
-  else norm(*pool, x, rows, width, weight, bias, center, epsilon, static_cast<float*>(out));
-}
-
-void prad_rotate(Pool* pool, int32_t half, void* x, int64_t rows, int64_t stride, int64_t heads, int64_t queries,
-                 int64_t dim, const float* cosine, const float* sine, const float* q_norm, const float* k_norm,
-                 float epsilon) {
-  if (half)
-    rotate(*pool, static_cast<bf16*>(x), rows, stride, heads, queries, dim, cosine, sine, q_norm, k_norm, epsilon);
-  else
-    rotate(*pool, static_cast<float*>(x), rows, stride, heads, queries, dim, cosine, sine, q_norm, k_norm, epsilon);
-}
-
-void prad_paged_attention(Pool* pool, int32_t half, const Paged* p) {
-  if (half) paged_attention<bf16>(*pool, *p);
-  else paged_attention<float>(*pool, *p);
-}
-
-void prad_argmax(Pool* pool, int32_t half, const void* x, int64_t rows, int64_t width, int64_t* out) {
-  if (half) argmax(*pool, static_cast<const bf16*>(x), rows, width, out);
-  else argmax(*pool, static_cast<const float*>(x), rows, width, out);
+// All calls in order, on `rows` rows each. `view`: what attention reads. `seconds`, if given, gets what each took.
+void prad_run(Pool* pool, const Call* calls, int64_t count, int64_t rows, const PagedView* view, double* seconds) {
+  using Clock = std::chrono::steady_clock;
+  for (int64_t i = 0; i < count; i++) {
+    auto started = seconds ? Clock::now() : Clock::time_point{};
+    const Call& c = calls[i];
+    if (c.half) run<bf16>(*pool, c.kind, c.arguments, rows, view);
+    else run<float>(*pool, c.kind, c.arguments, rows, view);
+    if (seconds) seconds[i] = std::chrono::duration<double>(Clock::now() - started).count();
+  }
 }
 }

@@ -1,86 +1,32 @@
-"""The kernels' C interface. See kernels.cpp and the headers beside it for what each computes."""
+"""The built library, and the threads that it computes with."""
 
 import ctypes
-from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
-from enum import IntEnum
+from collections import Counter
+from ctypes import POINTER, c_double, c_int32, c_int64, c_void_p
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from prad.lm.kernels.build import BuildError
-from prad.lm.kernels.packed import LinearStruct, PackedLinear
-
-
-class Out(IntEnum):
-    """What becomes of a linear layer's result."""
-
-    STORE = 0
-    """Written in the activations' dtype."""
-    ADD = 1
-    """Added to float32 rows."""
-    GATED = 2
-    """Columns in pairs: act(first half) * second half."""
-
-
-class Activation(IntEnum):
-    NONE = 0
-    SILU = 1
-    GELU_TANH = 2
-    RELU = 3
-
-
-class PagedStruct(Structure):
-    _fields_: ClassVar[list[Any]] = [
-        *((name, c_void_p) for name in ("query", "key", "value")),
-        *((f"{name}_stride", c_int64) for name in ("query", "key", "value")),
-        *((name, c_void_p) for name in ("keys", "values", "table", "lengths", "out")),
-        *(
-            (name, c_int64)
-            for name in (
-                "sequences",
-                "width",
-                "heads",
-                "kv_heads",
-                "key_dim",
-                "value_dim",
-                "block_size",
-                "window",
-            )
-        ),
-        ("scale", c_float),
-    ]
-
+from prad.lm.kernels.calls import ARGUMENTS, Call, Calls, Kind, PagedView
 
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "prad_pool": (c_void_p, [c_int32]),
     "prad_pool_free": (None, [c_void_p]),
     "prad_has_amx": (c_int32, []),
-    "prad_paged_size": (c_int64, []),
-    "prad_linear": (
+    "prad_size": (c_int64, [c_int32]),
+    "prad_run": (
         None,
-        [c_void_p, POINTER(LinearStruct), c_void_p, c_int64, c_int64, c_int32, c_int32, c_void_p, c_int64],
+        [c_void_p, POINTER(Call), c_int64, c_int64, POINTER(PagedView), POINTER(c_double)],
     ),
-    "prad_norm": (
-        None,
-        [c_void_p, c_int32, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int32, c_float, c_void_p],
-    ),
-    "prad_rotate": (
-        None,
-        [c_void_p, c_int32, c_void_p, *[c_int64] * 5, c_void_p, c_void_p, c_void_p, c_void_p, c_float],
-    ),
-    "prad_paged_attention": (None, [c_void_p, c_int32, POINTER(PagedStruct)]),
-    "prad_argmax": (None, [c_void_p, c_int32, c_void_p, c_int64, c_int64, c_void_p]),
 }
 
 
-class Kernels:
-    """The built kernels and the threads they compute with. Calls release the GIL.
-
-    Tensors are contiguous in their last dimension, on the CPU, bfloat16 or float32; nothing here checks that.
-    """
+class Kernels(Calls):
+    """The built kernels; every call runs at once and releases the GIL."""
 
     def __init__(self, library: Path, threads: int) -> None:
         try:
@@ -94,8 +40,10 @@ class Kernels:
             function = getattr(self._c, name)
             function.restype, function.argtypes = result, arguments
         self.threads = threads
+        self.spent: Counter[Kind] | None = None  # where to add the seconds that calls take, if anywhere
         self.has_amx = bool(self._c.prad_has_amx())
-        assert self._c.prad_paged_size() == ctypes.sizeof(PagedStruct), "PagedStruct is not struct Paged"
+        for kind, struct in ARGUMENTS.items():
+            assert self._c.prad_size(kind) == ctypes.sizeof(struct), f"{kind.name} is declared otherwise in C"
 
     @cached_property
     def _pool(self) -> int:
@@ -106,118 +54,39 @@ class Kernels:
         if "_pool" in self.__dict__:
             self._c.prad_pool_free(self._pool)
 
-    def linear(
-        self, weights: PackedLinear, x: Tensor, out: Tensor, mode: Out, act: Activation = Activation.NONE
-    ) -> None:
-        """x [rows, in] to out [rows, out] as `mode` says."""
-        self._c.prad_linear(
-            self._pool,
-            weights.struct,
-            x.data_ptr(),
-            x.shape[0],
-            x.stride(0),
-            mode,
-            act,
-            out.data_ptr(),
-            out.stride(0),
-        )
+    def empty(self, name: str, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(rows, width, dtype=dtype)
 
-    def norm(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, center: bool, eps: float, out: Tensor
-    ) -> None:
-        """x float32 [rows, width], RMSNorm or (`center`) LayerNorm, to out."""
-        self._c.prad_norm(
-            self._pool,
-            _half(out),
-            x.data_ptr(),
-            *x.shape,
-            weight.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-            center,
-            eps,
-            out.data_ptr(),
-        )
-
-    def rotate(
+    def _do(
         self,
-        x: Tensor,
-        heads: int,
-        queries: int,
-        dim: int,
-        cosine: Tensor,
-        sine: Tensor,
-        norms: tuple[Tensor, Tensor] | None,
-        eps: float,
+        kind: Kind,
+        half: bool,
+        rows: int,
+        arguments: tuple[Any, ...],
+        used: tuple[Any, ...],
+        view: PagedView | None = None,
     ) -> None:
-        """RoPE in place on the first `heads` heads of x's rows; cosine and sine float32 [rows, dim].
+        struct = ARGUMENTS[kind](*arguments)
+        self.run((Call * 1)(Call(kind, half, ctypes.addressof(struct))), rows, view)
 
-        `norms`: RMSNorm weights [dim] of the first `queries` heads and of the others, applied before.
-        """
-        q_norm, k_norm = (None, None) if norms is None else (norms[0].data_ptr(), norms[1].data_ptr())
-        self._c.prad_rotate(
-            self._pool,
-            _half(x),
-            x.data_ptr(),
-            x.shape[0],
-            x.stride(0),
-            heads,
-            queries,
-            dim,
-            cosine.data_ptr(),
-            sine.data_ptr(),
-            q_norm,
-            k_norm,
-            eps,
-        )
-
-    def paged_attention(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        pools: tuple[Tensor, Tensor],
-        table: Tensor,
-        lengths: Tensor,
-        scale: float,
-        window: int | None,
-    ) -> Tensor:
-        """Stores each sequence's new key and value in its last slot, and attends.
-
-        query [B, heads, key_dim], key and value [B, kv_heads, dim]; pools [blocks, block_size, kv_heads,
-        dim], table int64 [B, width], lengths int64 [B] with the new token. Returns [B, heads, value_dim].
-        """
-        out = query.new_empty(*query.shape[:2], value.shape[-1])
-        paged = PagedStruct(
-            query.data_ptr(),
-            key.data_ptr(),
-            value.data_ptr(),
-            query.stride(0),
-            key.stride(0),
-            value.stride(0),
-            pools[0].data_ptr(),
-            pools[1].data_ptr(),
-            table.data_ptr(),
-            lengths.data_ptr(),
-            out.data_ptr(),
-            len(table),
-            table.shape[1],
-            query.shape[1],
-            key.shape[1],
-            key.shape[2],
-            value.shape[2],
-            pools[0].shape[1],
-            window or 0,
-            scale,
-        )
-        self._c.prad_paged_attention(self._pool, _half(query), paged)
-        return out
+    def run(self, calls: Any, rows: int, view: PagedView | None = None) -> None:
+        """An array of calls in order; `view` is for the attention among them."""
+        if self.spent is None:
+            self._c.prad_run(self._pool, calls, len(calls), rows, view, None)
+            return
+        seconds = (c_double * len(calls))()
+        self._c.prad_run(self._pool, calls, len(calls), rows, view, seconds)
+        for call, took in zip(calls, seconds, strict=True):
+            self.spent[Kind(call.kind)] += took
 
     def argmax(self, logits: Tensor) -> list[int]:
         """The lowest id of each row's largest logit."""
         out = torch.empty(len(logits), dtype=torch.long)
-        self._c.prad_argmax(self._pool, _half(logits), logits.data_ptr(), *logits.shape, out.data_ptr())
+        self._do(
+            Kind.ARGMAX,
+            logits.dtype is torch.bfloat16,
+            len(logits),
+            (logits.data_ptr(), out.data_ptr(), logits.shape[1]),
+            (logits, out),
+        )
         return out.tolist()
-
-
-def _half(x: Tensor) -> int:
-    return x.dtype is torch.bfloat16

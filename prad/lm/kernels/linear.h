@@ -30,6 +30,14 @@ struct Linear {
   int32_t weights, paired;
 };
 
+struct LinearCall {
+  const Linear* weights;
+  const void* x;  // [rows, in]
+  void* out;
+  int64_t x_stride, out_stride;
+  int32_t mode, act;
+};
+
 constexpr int kColumns = 16, kDepth = 32, kRows = 64;
 constexpr int kAhead = 8;  // tiles
 
@@ -96,6 +104,7 @@ inline void configure_tiles(int row_tiles, int last_rows) {
     config.rows[tile] = 16;
   }
   if (row_tiles > 0) config.rows[row_tiles - 1] = config.rows[5] = last_rows;
+  asm volatile("" ::"r"(&config) : "memory");  // GCC does not know that the instruction reads it
   _tile_loadconfig(&config);
 }
 
@@ -225,44 +234,57 @@ struct Sink {
   void* out;
   int64_t stride;
 
-  // c[rows][16] of `panel`; in gated mode `up` holds the next panel's.
-  void take(int64_t panel, int64_t first_row, int rows, const float* c, const float* up) const {
-    if (mode == Out::add) return write<Out::add, Activation::none>(panel, first_row, rows, c, up);
+  // c[rows][16] of `panel`, and the next panel's, if given; gated mode needs them.
+  void take(int64_t panel, int64_t first_row, int rows, const float* c, const float* next) const {
+    if (mode == Out::add) return write<Out::add, Activation::none>(panel, first_row, rows, c, next);
     if (mode == Out::gated && act == Activation::silu)
-      return write<Out::gated, Activation::silu>(panel, first_row, rows, c, up);
+      return write<Out::gated, Activation::silu>(panel, first_row, rows, c, next);
     if (mode == Out::gated && act == Activation::relu)
-      return write<Out::gated, Activation::relu>(panel, first_row, rows, c, up);
-    if (mode == Out::gated) return write<Out::gated, Activation::gelu_tanh>(panel, first_row, rows, c, up);
-    if (act == Activation::none) return write<Out::store, Activation::none>(panel, first_row, rows, c, up);
-    if (act == Activation::silu) return write<Out::store, Activation::silu>(panel, first_row, rows, c, up);
-    if (act == Activation::relu) return write<Out::store, Activation::relu>(panel, first_row, rows, c, up);
-    return write<Out::store, Activation::gelu_tanh>(panel, first_row, rows, c, up);
+      return write<Out::gated, Activation::relu>(panel, first_row, rows, c, next);
+    if (mode == Out::gated) return write<Out::gated, Activation::gelu_tanh>(panel, first_row, rows, c, next);
+    if (act == Activation::none) return write<Out::store, Activation::none>(panel, first_row, rows, c, next);
+    if (act == Activation::silu) return write<Out::store, Activation::silu>(panel, first_row, rows, c, next);
+    if (act == Activation::relu) return write<Out::store, Activation::relu>(panel, first_row, rows, c, next);
+    return write<Out::store, Activation::gelu_tanh>(panel, first_row, rows, c, next);
   }
 
  private:
-  template <Out kMode, Activation kAct>
-  void write(int64_t panel, int64_t first_row, int rows, const float* c, const float* up) const {
-    int64_t column = (w.paired ? panel / 2 : panel) * kColumns;
-    int64_t limit = w.paired ? w.out / 2 : w.out;
-    int valid = static_cast<int>(std::min<int64_t>(kColumns, limit - column));
-    if (w.paired && kMode != Out::gated && panel % 2) column += w.out / 2;  // the second half of the result
-    v16 scale = w.scales ? load(w.scales + panel * kColumns) : splat(1);
-    v16 bias = w.bias ? load(w.bias + panel * kColumns) : splat(0), up_scale = scale, up_bias = bias;
-    if (kMode == Out::gated) {
-      if (w.scales) up_scale = load(w.scales + (panel + 1) * kColumns);
-      if (w.bias) up_bias = load(w.bias + (panel + 1) * kColumns);
-    }
+  // Where a panel's columns go, and what they are multiplied with and added to.
+  struct Columns {
+    int64_t first;
+    int valid;
+    v16 scale, bias;
+  };
+
+  Columns columns_of(int64_t panel) const {
+    int64_t first = (w.paired ? panel / 2 : panel) * kColumns, limit = w.paired ? w.out / 2 : w.out;
+    int valid = static_cast<int>(std::min<int64_t>(kColumns, limit - first));
+    if (w.paired && mode != Out::gated && panel % 2) first += limit;  // the second half of the result
+    return {first, valid, w.scales ? load(w.scales + panel * kColumns) : splat(1),
+            w.bias ? load(w.bias + panel * kColumns) : splat(0)};
+  }
+
+  template <Out kMode>
+  static void put(std::conditional_t<kMode == Out::add, float, T>* x, v16 y, int valid) {
     using Result = std::conditional_t<kMode == Out::add, float, T>;
-    Result* x = static_cast<Result*>(out) + first_row * stride + column;
-    for (int r = 0; r < rows; r++, x += stride) {
-      v16 y = activate<kAct>(load(c + r * kColumns) * scale + bias);
-      if (kMode == Out::gated) y *= load(up + r * kColumns) * up_scale + up_bias;
-      if (kMode == Out::add && valid == kColumns) y += load(x);
-      if (valid == kColumns) {
-        store(x, y);
-      } else {
-        for (int i = 0; i < valid; i++) x[i] = from_float<Result>(kMode == Out::add ? to_float(x[i]) + y[i] : y[i]);
-      }
+    if (kMode == Out::add && valid == kColumns) y += load(x);
+    if (valid == kColumns) {
+      store(x, y);
+    } else {
+      for (int i = 0; i < valid; i++) x[i] = from_float<Result>(kMode == Out::add ? to_float(x[i]) + y[i] : y[i]);
+    }
+  }
+
+  template <Out kMode, Activation kAct>
+  void write(int64_t panel, int64_t first_row, int rows, const float* c, const float* next) const {
+    Columns left = columns_of(panel), right = next ? columns_of(panel + 1) : left;
+    auto* x = static_cast<std::conditional_t<kMode == Out::add, float, T>*>(out) + first_row * stride;
+    for (int r = 0; r < rows; r++, x += stride, c += kColumns) {
+      v16 y = activate<kAct>(load(c) * left.scale + left.bias);
+      if (kMode == Out::gated) y *= load(next + r * kColumns) * right.scale + right.bias;
+      put<kMode>(x + left.first, y, left.valid);
+      if (kMode != Out::gated && next)  // the same line of memory, while it is at hand
+        put<kMode>(x + right.first, activate<kAct>(load(next + r * kColumns) * right.scale + right.bias), right.valid);
     }
   }
 };
@@ -285,11 +307,10 @@ void linear(Pool& pool, const Linear& w, const T* x, int64_t rows, int64_t strid
       if (rows >= 32 && allow_amx()) {
         configure_tiles(0, 0);
         int64_t full = row + (end - row) / 32 * 32;
-        for (int64_t p = first; p + 1 < last; p += 2)
-          for (int64_t r = row; r < full; r += 32) {
+        for (int64_t r = row; r < full; r += 32)
+          for (int64_t p = first; p + 1 < last; p += 2) {
             multiply_amx_square(x + r * stride, stride, panels + p * size, size, w.in, c);
             sink.take(p, r, 32, c, c + 512);
-            if (sink.mode != Out::gated) sink.take(p + 1, r, 32, c + 512, nullptr);
           }
         end_rows();
         if ((last - first) % 2) {  // a panel without a neighbour

@@ -16,15 +16,24 @@ void each_row(Pool& pool, int64_t rows, const Body& body) {
 }
 
 // RMSNorm without `center`, LayerNorm with it (then with bias). x float [rows, width] -> out [rows, width].
+struct NormCall {
+  const float *x, *weight, *bias;
+  void* out;
+  int64_t width;
+  int32_t center;
+  float epsilon;
+};
+
 template <class T>
-void norm(Pool& pool, const float* x, int64_t rows, int64_t width, const float* weight, const float* bias,
-          bool center, float epsilon, T* out) {
+void norm(Pool& pool, const NormCall& call, int64_t rows) {
+  const int64_t width = call.width;
+  const float *weight = call.weight, *bias = call.bias;
   each_row(pool, rows, [&](int64_t row) {
-    const float* from = x + row * width;
-    T* to = out + row * width;
+    const float* from = call.x + row * width;
+    T* to = static_cast<T*>(call.out) + row * width;
     int64_t whole = width / 16 * 16;
     float middle = 0;
-    if (center) {
+    if (call.center) {
       v16 total = {};
       for (int64_t i = 0; i < whole; i += 16) total += load(from + i);
       middle = sum(total);
@@ -38,7 +47,7 @@ void norm(Pool& pool, const float* x, int64_t rows, int64_t width, const float* 
     }
     float square = sum(squares);
     for (int64_t i = whole; i < width; i++) square += (from[i] - middle) * (from[i] - middle);
-    float scale = 1.0f / std::sqrt(square / width + epsilon);
+    float scale = 1.0f / std::sqrt(square / width + call.epsilon);
     for (int64_t i = 0; i < whole; i += 16) {
       v16 y = (load(from + i) - middle) * scale * load(weight + i);
       store(to + i, bias ? y + load(bias + i) : y);
@@ -50,19 +59,26 @@ void norm(Pool& pool, const float* x, int64_t rows, int64_t width, const float* 
 
 // Rotates `heads` heads of `dim` at the start of each row in place, halves against halves; cosine and sine
 // float [rows, dim]. q_norm and k_norm [dim], if given, are RMSNorms of the first `queries` heads and the rest.
+struct RotateCall {
+  void* x;
+  const float *cosine, *sine, *q_norm, *k_norm;
+  int64_t stride, heads, queries, dim;
+  float epsilon;
+};
+
 template <class T>
-void rotate(Pool& pool, T* x, int64_t rows, int64_t stride, int64_t heads, int64_t queries, int64_t dim,
-            const float* cosine, const float* sine, const float* q_norm, const float* k_norm, float epsilon) {
+void rotate(Pool& pool, const RotateCall& call, int64_t rows) {
+  const int64_t dim = call.dim;
   each_row(pool, rows, [&](int64_t row) {
-    const float *c = cosine + row * dim, *s = sine + row * dim;
+    const float *c = call.cosine + row * dim, *s = call.sine + row * dim;
     float head[kMostHeadDim];
-    for (int64_t h = 0; h < heads; h++) {
-      T* at = x + row * stride + h * dim;
+    for (int64_t h = 0; h < call.heads; h++) {
+      T* at = static_cast<T*>(call.x) + row * call.stride + h * dim;
       for (int64_t i = 0; i < dim; i++) head[i] = to_float(at[i]);
-      if (const float* weight = h < queries ? q_norm : k_norm) {
+      if (const float* weight = h < call.queries ? call.q_norm : call.k_norm) {
         float square = 0;
         for (int64_t i = 0; i < dim; i++) square += head[i] * head[i];
-        float scale = 1.0f / std::sqrt(square / dim + epsilon);
+        float scale = 1.0f / std::sqrt(square / dim + call.epsilon);
         for (int64_t i = 0; i < dim; i++) head[i] *= scale * weight[i];
       }
       int64_t half = dim / 2;
@@ -75,19 +91,26 @@ void rotate(Pool& pool, T* x, int64_t rows, int64_t stride, int64_t heads, int64
 }
 
 // The first place of each row's largest value.
+struct ArgmaxCall {
+  const void* x;  // [rows, width]
+  int64_t* out;
+  int64_t width;
+};
+
 template <class T>
-void argmax(Pool& pool, const T* x, int64_t rows, int64_t width, int64_t* out) {
+void argmax(Pool& pool, const ArgmaxCall& call, int64_t rows) {
+  const int64_t width = call.width;
   pool.run(rows, [&](int64_t row) {
-    const T* at = x + row * width;
+    const T* at = static_cast<const T*>(call.x) + row * width;
     int64_t whole = width / 16 * 16;
     v16 best = splat(-INFINITY);
     for (int64_t i = 0; i < whole; i += 16) best = larger(load(at + i), best);
     float most = largest(best);
     for (int64_t i = whole; i < width; i++) most = std::max(most, to_float(at[i]));
-    out[row] = 0;
+    call.out[row] = 0;
     for (int64_t i = 0; i < width; i++)
       if (to_float(at[i]) == most) {
-        out[row] = i;
+        call.out[row] = i;
         break;
       }
   });

@@ -1,0 +1,238 @@
+"""The kernels' operations as calls: a kind, a struct of arguments (kernels.cpp) and a number of rows each.
+
+`Calls` makes them of tensors; `Kernels` (library.py) runs each at once, `Recording` (recording.py) keeps them.
+"""
+
+import ctypes
+from abc import ABC, abstractmethod
+from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
+from enum import IntEnum
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from prad.lm.kernels.packed import PackedLinear
+
+
+class Out(IntEnum):
+    """What becomes of a linear layer's result."""
+
+    STORE = 0
+    """Written in the activations' dtype."""
+    ADD = 1
+    """Added to float32 rows."""
+    GATED = 2
+    """Columns in pairs: act(first half) * second half."""
+
+
+class Activation(IntEnum):
+    NONE = 0
+    SILU = 1
+    GELU_TANH = 2
+    RELU = 3
+
+
+class Kind(IntEnum):
+    LINEAR = 0
+    NORM = 1
+    ROTATE = 2
+    ATTENTION = 3
+    ARGMAX = 4
+
+
+class Call(Structure):
+    _fields_: ClassVar[list[Any]] = [("kind", c_int32), ("half", c_int32), ("arguments", c_void_p)]
+
+
+class PagedView(Structure):
+    """Where a step's sequences lie: block table int64 [B, width] and lengths int64 [B] with the new token."""
+
+    _fields_: ClassVar[list[Any]] = [("table", c_void_p), ("lengths", c_void_p), ("width", c_int64)]
+
+    @classmethod
+    def of(cls, table: Tensor, lengths: Tensor) -> "PagedView":
+        """The tensors must outlive it."""
+        return cls(table.data_ptr(), lengths.data_ptr(), table.shape[1])
+
+
+def _struct(name: str, **fields: Any) -> Any:
+    return type(name, (Structure,), {"_fields_": list(fields.items())})
+
+
+def _fields(names: str, kind: Any) -> dict[str, Any]:
+    return dict.fromkeys(names.split(), kind)
+
+
+ARGUMENTS: dict[Kind, Any] = {
+    Kind.LINEAR: _struct(
+        "LinearCall",
+        **_fields("weights x out", c_void_p),
+        **_fields("x_stride out_stride", c_int64),
+        **_fields("mode act", c_int32),
+    ),
+    Kind.NORM: _struct(
+        "NormCall",
+        **_fields("x weight bias out", c_void_p),
+        width=c_int64,
+        center=c_int32,
+        epsilon=c_float,
+    ),
+    Kind.ROTATE: _struct(
+        "RotateCall",
+        **_fields("x cosine sine q_norm k_norm", c_void_p),
+        **_fields("stride heads queries dim", c_int64),
+        epsilon=c_float,
+    ),
+    Kind.ATTENTION: _struct(
+        "AttentionCall",
+        **_fields("query key value", c_void_p),
+        **_fields("query_stride key_stride value_stride", c_int64),
+        **_fields("keys values out", c_void_p),
+        **_fields("heads kv_heads key_dim value_dim block_size window", c_int64),
+        scale=c_float,
+    ),
+    Kind.ARGMAX: _struct("ArgmaxCall", **_fields("x out", c_void_p), width=c_int64),
+}
+
+
+class Calls(ABC):
+    """What the kernels can do.
+
+    Tensors are contiguous in their last dimension, on the CPU, bfloat16 or float32; nothing here checks that.
+    """
+
+    @abstractmethod
+    def empty(self, name: str, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+        """Memory for a result [rows, width] that is used up before the next one of that name is made."""
+
+    @abstractmethod
+    def _do(
+        self,
+        kind: Kind,
+        half: bool,
+        rows: int,
+        arguments: tuple[Any, ...],
+        used: tuple[Any, ...],
+        view: PagedView | None = None,
+    ) -> None:
+        """One call; `used`: what its pointers point into."""
+
+    def linear(
+        self, weights: PackedLinear, x: Tensor, out: Tensor, mode: Out, act: Activation = Activation.NONE
+    ) -> None:
+        """x [rows, in] to out [rows, out] as `mode` says."""
+        self._do(
+            Kind.LINEAR,
+            x.dtype is torch.bfloat16,
+            len(x),
+            (
+                ctypes.addressof(weights.struct),
+                x.data_ptr(),
+                out.data_ptr(),
+                x.stride(0),
+                out.stride(0),
+                mode,
+                act,
+            ),
+            (weights, x, out),
+        )
+
+    def norm(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, center: bool, eps: float, out: Tensor
+    ) -> None:
+        """x float32 [rows, width], RMSNorm or (`center`) LayerNorm, to out."""
+        self._do(
+            Kind.NORM,
+            out.dtype is torch.bfloat16,
+            len(x),
+            (
+                x.data_ptr(),
+                weight.data_ptr(),
+                None if bias is None else bias.data_ptr(),
+                out.data_ptr(),
+                x.shape[1],
+                center,
+                eps,
+            ),
+            (x, weight, bias, out),
+        )
+
+    def rotate(
+        self,
+        x: Tensor,
+        heads: int,
+        queries: int,
+        dim: int,
+        cosine: Tensor,
+        sine: Tensor,
+        norms: tuple[Tensor, Tensor] | None,
+        eps: float,
+    ) -> None:
+        """RoPE in place on the first `heads` heads of x's rows; cosine and sine float32 [rows, dim].
+
+        `norms`: RMSNorm weights [dim] of the first `queries` heads and of the others, applied before.
+        """
+        q_norm, k_norm = (None, None) if norms is None else (norms[0].data_ptr(), norms[1].data_ptr())
+        self._do(
+            Kind.ROTATE,
+            x.dtype is torch.bfloat16,
+            len(x),
+            (
+                x.data_ptr(),
+                cosine.data_ptr(),
+                sine.data_ptr(),
+                q_norm,
+                k_norm,
+                x.stride(0),
+                heads,
+                queries,
+                dim,
+                eps,
+            ),
+            (x, cosine, sine, norms),
+        )
+
+    def paged_attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        pools: tuple[Tensor, Tensor],
+        view: PagedView,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        """Stores each sequence's new key and value in its last slot, and attends.
+
+        query [B, heads, key_dim], key and value [B, kv_heads, dim]; pools [blocks, block_size, kv_heads,
+        dim]. Returns [B, heads, value_dim].
+        """
+        heads, dim = query.shape[1], value.shape[2]
+        out = self.empty("attended", len(query), heads * dim, query.dtype)
+        self._do(
+            Kind.ATTENTION,
+            query.dtype is torch.bfloat16,
+            len(query),
+            (
+                query.data_ptr(),
+                key.data_ptr(),
+                value.data_ptr(),
+                query.stride(0),
+                key.stride(0),
+                value.stride(0),
+                pools[0].data_ptr(),
+                pools[1].data_ptr(),
+                out.data_ptr(),
+                heads,
+                key.shape[1],
+                key.shape[2],
+                dim,
+                pools[0].shape[1],
+                window or 0,
+                scale,
+            ),
+            (query, key, value, pools, out),
+            view,
+        )
+        return out.view(len(query), heads, dim)
