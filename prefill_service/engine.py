@@ -41,6 +41,7 @@ from prefill_service.wire import model_spec, token_out
 logger = logging.getLogger(__name__)
 
 _BLOCKS_PINNED_S = 0.002
+_GATHER_MOST_S = 0.1
 
 
 class PrefillEngine:
@@ -53,6 +54,7 @@ class PrefillEngine:
         self._queue_timeout = settings.queue_timeout_s
         self._request_timeout = settings.request_timeout_s
         self._yield_s = settings.yield_s
+        self._gather_s = settings.gather_s
         self._encoding = Encoding[settings.kv_wire.upper()]
         size = settings.block_size
         working, kept = (
@@ -64,6 +66,7 @@ class PrefillEngine:
         self._scheduler: PromptScheduler[Job] = PromptScheduler(
             self.blocks,
             pass_tokens=settings.pass_tokens,
+            chunk_tokens=settings.chunk_tokens,
             pass_prompts=settings.pass_prompts,
             max_waiting=settings.max_waiting,
         )
@@ -169,6 +172,7 @@ class PrefillEngine:
 
     async def _schedule(self) -> list[Chunk[Job]]:
         await self._wait_for_work()
+        await self._gather()
         chunks = self._scheduler.next_pass(time.monotonic())
         if not chunks:  # the oldest prompt waits for blocks that are still being sent
             await asyncio.sleep(_BLOCKS_PINNED_S)
@@ -256,6 +260,16 @@ class PrefillEngine:
                     await self._arrived.wait()
             except TimeoutError:
                 return
+
+    async def _gather(self) -> None:
+        """Returns when no further prompt came for a moment, or there are enough for a pass."""
+        longest = time.monotonic() + _GATHER_MOST_S
+        seen = 0
+        while seen != len(self._scheduler) and not self._scheduler.fills_a_pass:
+            seen = len(self._scheduler)
+            if self._gather_s == 0 or time.monotonic() > longest:
+                return
+            await asyncio.sleep(self._gather_s)
 
     # ---- tokens and losses -----------------------------------------------------------------------------
 

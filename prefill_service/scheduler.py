@@ -1,7 +1,9 @@
 """Which parts of which prompts share the next pass. Pure: plain data in, plain data out.
 
-Half of a pass belongs to the oldest prompt, so that none starves; the rest goes to prompts with the fewest
-tokens left, so that short ones pass long ones. What a prompt has computed so far lies in its blocks.
+Short prompts, of up to `chunk_tokens`, go in whole, up to `pass_tokens` together: a burst of them is one pass,
+and decodes as one batch. Longer ones share `chunk_tokens` of a pass, so that short ones need not wait for them.
+The oldest prompt goes first, with half of that share if it is long, so that none starves; then those with the
+fewest tokens left. What a prompt has computed so far lies in its blocks.
 """
 
 from collections.abc import Collection, Sequence
@@ -17,11 +19,18 @@ class PromptScheduler(Generic[T]):
     """Owns the blocks. After `next_pass` come `put_back` for what cannot run, then `computed` or `failed`."""
 
     def __init__(
-        self, blocks: PromptBlocks, *, pass_tokens: int, pass_prompts: int, max_waiting: int
+        self,
+        blocks: PromptBlocks,
+        *,
+        pass_tokens: int,
+        chunk_tokens: int,
+        pass_prompts: int,
+        max_waiting: int,
     ) -> None:
         self.blocks = blocks
         self.lookups = PrefixLookups()
         self._pass_tokens = pass_tokens
+        self._chunk_tokens = min(chunk_tokens, pass_tokens)
         self._pass_prompts = pass_prompts
         self._max_waiting = max_waiting
         self._prompts: list[Waiting[T] | Started[T]] = []  # in order of arrival
@@ -46,6 +55,13 @@ class PromptScheduler(Generic[T]):
                 if isinstance(prompt, Started) and not self._in_pass(prompt):
                     self.blocks.unpin(prompt.table)
                 return
+
+    @property
+    def fills_a_pass(self) -> bool:
+        """Whether there is nothing to gain from waiting for more prompts."""
+        if len(self._prompts) >= self._pass_prompts or any(isinstance(p, Started) for p in self._prompts):
+            return True
+        return sum(p.tokens for p in self._prompts if isinstance(p, Waiting)) >= self._pass_tokens
 
     def next_due(self) -> float | None:
         """When there is something to compute; None if there are no prompts."""
@@ -120,18 +136,23 @@ class PromptScheduler(Generic[T]):
     def _shares(self, runnable: Sequence[Waiting[T] | Started[T]]) -> dict[Waiting[T] | Started[T], int]:
         """How many tokens of which prompts go into the pass."""
         left = {prompt: self._left(prompt) for prompt in runnable}
-        oldest = runnable[0]
-        share = left[oldest] if self._uncuttable(oldest) else (self._pass_tokens + 1) // 2
-        shares = {oldest: min(left[oldest], share)}
+        oldest, half = runnable[0], (self._chunk_tokens + 1) // 2
+        whole = self._uncuttable(oldest) or left[oldest] <= self._chunk_tokens
+        shares = {oldest: left[oldest] if whole else half}
         budget = self._pass_tokens - shares[oldest]
+        for_parts = self._chunk_tokens - (0 if whole else half)
         for prompt in sorted(runnable, key=lambda p: left[p] - shares.get(p, 0)):
             had = shares.get(prompt, 0)
-            more = min(left[prompt] - had, budget)
+            more = left[prompt] - had
+            whole = left[prompt] <= self._chunk_tokens and more <= budget
+            if not whole:
+                more = min(more, budget, for_parts)
             if more <= 0 or (not had and len(shares) == self._pass_prompts):
                 continue
             if had + more == left[prompt] or not self._uncuttable(prompt):
                 shares[prompt] = had + more
                 budget -= more
+                for_parts -= 0 if whole else more
         return shares
 
     def _found(self, waiting: Waiting[T]) -> tuple[int, ...]:

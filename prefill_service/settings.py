@@ -45,8 +45,12 @@ class PrefillSettings(BaseSettings):
     yield_s: Annotated[float, Field(ge=0)] = 0.0
     """Seconds of rest between two passes while sequences of ours decode."""
 
-    pass_tokens: Annotated[int, Field(ge=1)] = 1024
-    """Prompt tokens of one packed pass; a longer prompt is computed in chunks, short ones go in beside it."""
+    pass_tokens: Annotated[int, Field(ge=1)] = 4096
+    """Prompt tokens of one packed pass."""
+    chunk_tokens: Annotated[int, Field(ge=1)] = 512
+    """A longer prompt is computed in chunks of so many tokens, short ones go in beside it."""
+    gather_s: Annotated[float, Field(ge=0)] = 0.003
+    """A pass begins when no prompt came for so long, so that those which come together decode together."""
     pass_prompts: Annotated[int, Field(ge=1)] = 64
     """Prompts of one packed pass."""
     block_size: Annotated[int, Field(ge=1)] = 16

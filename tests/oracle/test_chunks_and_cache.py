@@ -42,7 +42,7 @@ class PromptSide:
         blocks = PromptBlocks(working=working, kept=kept, block_size=SIZE)
         self.pools = Pools(self.model.layout, blocks.total, SIZE, "cpu")
         self.scheduler: PromptScheduler[PassItem] = PromptScheduler(
-            blocks, pass_tokens=pass_tokens, pass_prompts=8, max_waiting=99
+            blocks, pass_tokens=pass_tokens, chunk_tokens=pass_tokens, pass_prompts=8, max_waiting=99
         )
         self.computed_tokens = 0
 

@@ -12,11 +12,17 @@ SIZE = 4
 
 
 def scheduler(
-    *tokens: int, pass_tokens: int = 100, pass_prompts: int = 4, working: int = 1000, kept: int = 0
+    *tokens: int,
+    pass_tokens: int = 100,
+    chunk_tokens: int = 0,
+    pass_prompts: int = 4,
+    working: int = 1000,
+    kept: int = 0,
 ) -> PromptScheduler[str]:
     made: PromptScheduler[str] = PromptScheduler(
         PromptBlocks(working=working, kept=kept, block_size=SIZE),
         pass_tokens=pass_tokens,
+        chunk_tokens=chunk_tokens or pass_tokens,
         pass_prompts=pass_prompts,
         max_waiting=6,
     )
@@ -61,7 +67,23 @@ def test_a_stream_of_short_prompts_does_not_starve_a_long_one() -> None:
         if any(job == "job0" and end == 1000 for job, _, end in run(queue)):
             break
         passes += 1
-    assert passes == 19  # half of each pass is its own
+    assert passes == 18  # half of each pass is its own, and all of the last
+
+
+def test_a_burst_of_short_prompts_is_one_pass_and_long_ones_share_a_chunk() -> None:
+    queue = scheduler(300, 40, 40, 200, 10, pass_tokens=200, chunk_tokens=50, pass_prompts=9)
+    whole = [("job1", 0, 40), ("job2", 0, 40)]
+    assert run(queue) == [("job0", 0, 25), *whole, ("job3", 0, 25), ("job4", 0, 10)]
+    assert run(queue) == [("job0", 25, 50), ("job3", 25, 50)]
+
+
+def test_a_full_pass_need_not_wait_for_more() -> None:
+    assert not scheduler(40, 50).fills_a_pass
+    assert scheduler(40, 60).fills_a_pass
+    assert scheduler(1, 1, pass_prompts=2).fills_a_pass
+    under_way = scheduler(150)
+    run(under_way)
+    assert under_way.fills_a_pass
 
 
 def test_of_two_long_prompts_the_first_is_finished_first() -> None:
