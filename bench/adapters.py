@@ -12,7 +12,7 @@ from prad.lm import LanguageModel
 
 
 def random_adapters(model: LanguageModel, method: str, count: int, r: int) -> list[Adapter]:
-    """Adapters of a PrAd method, every parameter with weight, in the model's dtype."""
+    """Adapters of a PrAd method as its files hold them, every parameter with weight, in the model's dtype."""
     kind = find_method(method)
     config = kind.config_type.model_validate({"r": r})
     adapters = []

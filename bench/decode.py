@@ -14,7 +14,7 @@ from bench.engine import LoadedEngine
 from bench.model import add_model_arguments, load
 from bench.own_engine import prompt_kv
 from bench.rounds import Samples, interleaved, seconds
-from prad.adapters import PromptAdaptation
+from prad.adapters import PromptAdaptation, prepared
 from prad.lm import LanguageModel
 
 SMOKE = {
@@ -93,12 +93,13 @@ def _by_tasks(model: LanguageModel, arguments: argparse.Namespace) -> list[dict[
     """The same prompts under adapters of ever more tasks, all in memory; a step applies none of them."""
     length = 64
     prompts = [[100 + i] * length for i in range(arguments.sequences)]
-    adapters = random_adapters(model, "prad-pa", max(arguments.tasks), arguments.r)
+    most = max(arguments.tasks)
+    adapters = [prepared(a, model) for a in random_adapters(model, "prad-pa", most, arguments.r)]
     engines = {}
     for tasks in arguments.tasks:
         chosen = [adapters[i % tasks] if tasks else None for i in range(len(prompts))]
         adaptation = PromptAdaptation.of_prompts(
-            chosen, [length] * len(prompts), [length] * len(prompts), model.device
+            chosen, [length] * len(prompts), [length] * len(prompts), model.device, model.kernels
         )
         _, kv = prompt_kv(model, prompts, adaptation)
         engines[tasks] = LoadedEngine(model, len(prompts), length, arguments.rounds + 2, kv)

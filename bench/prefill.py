@@ -16,7 +16,7 @@ import torch
 
 from bench.adapters import random_adapters
 from bench.model import add_model_arguments, load
-from prad.adapters import Adapter, PromptAdaptation
+from prad.adapters import Adapter, PromptAdaptation, prepared
 from prad.lm import LanguageModel, PackedBatch
 
 SMOKE = {"tasks": 4, "rounds": 1, "ranks": [16]}
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=64, help="per prompt of the uniform pass")
     parser.add_argument("--ranks", type=int, nargs="+", default=[16, 108], help="of the adapters")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, help="torch's own choice if left out")
 
 
@@ -39,7 +39,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     shapes = {"uniform": [arguments.tokens] * tasks, "ragged": _ragged(tasks)}
     rows: list[dict[str, Any]] = []
     for r in arguments.ranks:
-        sets = {f"{name} r={r}": random_adapters(model, method, tasks, r) for name, method in METHODS.items()}
+        sets = {
+            f"{name} r={r}": [prepared(a, model) for a in random_adapters(model, method, tasks, r)]
+            for name, method in METHODS.items()
+        }
         for shape, lengths in shapes.items():
             measured = _measure(model, lengths, sets, arguments.rounds)
             rows += [{"shape": f"{shape}, r={r}", "tokens": sum(lengths)} | row for row in measured]
@@ -57,7 +60,9 @@ def _measure(
         def forward() -> object:
             adaptation = None
             if adapters is not None:
-                adaptation = PromptAdaptation.of_prompts(adapters, lengths, lengths, model.device)
+                adaptation = PromptAdaptation.of_prompts(
+                    adapters, lengths, lengths, model.device, model.kernels
+                )
             return model.forward(PackedBatch.of_sequences(prompts, device=model.device), adaptation)
 
         return forward

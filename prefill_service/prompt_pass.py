@@ -82,6 +82,7 @@ def run_prompt_pass(
         lengths,
         [chunk.adapted for chunk in chunks],
         model.device,
+        model.kernels,
     )
     last_rows = [row - 1 for row in accumulate(lengths)]
     batch = chunked_batch(

@@ -1,7 +1,7 @@
 """Which parts of which prompts share the next pass. Pure: plain data in, plain data out.
 
-Short prompts, of up to `chunk_tokens`, go in whole, up to `pass_tokens` together: a burst of them is one pass,
-and decodes as one batch. Longer ones share `chunk_tokens` of a pass, so that short ones need not wait for them.
+Short prompts, of up to `chunk_tokens`, go in whole, up to `pass_tokens` together: a burst is one pass, and
+decodes as one batch. Longer ones share `chunk_tokens` of a pass, so that short ones need not wait for them.
 The oldest prompt goes first, with half of that share if it is long, so that none starves; then those with the
 fewest tokens left. What a prompt has computed so far lies in its blocks.
 """

@@ -11,6 +11,7 @@ from prad.adapters.adapter import Adapter
 from prad.adapters.method import Group
 from prad.adapters.segments import Span
 from prad.lm import Site
+from prad.lm.kernels import Kernels
 
 
 class AdaptedSpan(NamedTuple):
@@ -24,7 +25,12 @@ class AdaptedSpan(NamedTuple):
 class PromptAdaptation:
     """Implements `prad.lm.Adaptation` for any mix of adapters; adapters that fit are applied together."""
 
-    def __init__(self, spans: Sequence[AdaptedSpan], device: torch.device | str) -> None:
+    def __init__(
+        self,
+        spans: Sequence[AdaptedSpan],
+        device: torch.device | str,
+        kernels: Kernels | None = None,
+    ) -> None:
         alike: dict[tuple[str, frozenset[str]], dict[Adapter, int]] = {}  # numbered in order
         rows: dict[tuple[str, frozenset[str]], list[Span]] = {}
         for span in sorted(spans, key=lambda span: span.start):
@@ -41,6 +47,7 @@ class PromptAdaptation:
                 tuple(a.per_layer for a in adapters),
                 tuple(rows[key]),
                 device,
+                kernels,
             )
             for site in first.sites:
                 self._by_site.setdefault(site, []).append(group)
@@ -52,6 +59,7 @@ class PromptAdaptation:
         lengths: Sequence[int],
         prompt_lengths: Sequence[int],
         device: torch.device | str,
+        kernels: Kernels | None = None,
     ) -> "PromptAdaptation | None":
         """For packed sequences of `lengths`, of which the first `prompt_lengths` rows are adapted.
 
@@ -63,7 +71,7 @@ class PromptAdaptation:
             for adapter, start, prompt in zip(adapters, starts, prompt_lengths, strict=True)
             if adapter is not None and prompt > 0
         ]
-        return cls(spans, device) if spans else None
+        return cls(spans, device, kernels) if spans else None
 
     @property
     def sites(self) -> frozenset[Site]:

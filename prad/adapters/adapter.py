@@ -101,6 +101,7 @@ def load_adapter(artefact: Artefact, model: LanguageModel, *, allow_other_weight
         name: torch.stack([tensors[_file_name(i, name)] for i in range(model.num_layers)]).to(model.device)
         for name in shapes
     }
+    _check_numbers({name: p.to(model.dtype) for name, p in parameters.items()})
     adapter = prepared(Adapter(method, config, parameters), model)
     _check_numbers(adapter.parameters)
     return adapter

@@ -32,7 +32,8 @@ class DoRA(LoRA):
 
     def prepare(self, config: LoRAConfig, parameters: Parameters, model: FrozenModel) -> Parameters:
         """g and g ⊙ B instead of m and B; (1 - g) ⊙ b beside them, as g must not scale the bias."""
-        ready: Parameters = {}
+        scaled: Parameters = {}
+        beside: Parameters = {}
         for site in config.targets:
             down, up, magnitude = (
                 parameters[f"{site}.{n}"].float() for n in ("lora_A", "lora_B", _MAGNITUDE)
@@ -44,13 +45,9 @@ class DoRA(LoRA):
                 norms.append((weight.float() + change).norm(dim=1))
                 biases.append(torch.zeros_like(norms[-1]) if bias is None else bias.float())
             gain = magnitude / torch.stack(norms)
-            ready |= {
-                f"{site}.lora_A": down,
-                f"{site}.lora_B": gain.unsqueeze(-1) * up,
-                f"{site}.gain": gain,
-                f"{site}.shift": (1 - gain) * torch.stack(biases),
-            }
-        return ready
+            scaled |= {f"{site}.lora_A": down, f"{site}.lora_B": gain.unsqueeze(-1) * up}
+            beside |= {f"{site}.gain": gain, f"{site}.shift": (1 - gain) * torch.stack(biases)}
+        return super().prepare(config, scaled, model) | beside
 
     def contribute(self, group: Group, layer: int, site: Site, value: Tensor, source: Tensor) -> None:
         for span in group.spans:

@@ -14,7 +14,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from prad.adapters.method import FrozenModel, Group, LowRankConfig, Method, Parameters
+from prad.adapters.method import FrozenModel, Group, LowRankConfig, LowRankNames, Method, Parameters
 from prad.lm import Site
 
 PROJECTIONS = (Site.Q, Site.K, Site.V, Site.O, Site.GATE, Site.UP, Site.DOWN)
@@ -63,8 +63,13 @@ class LoRA(Method):
             down.uniform_(-bound, bound, generator=generator)
         return fresh
 
+    def prepare(self, config: LoRAConfig, parameters: Parameters, model: FrozenModel) -> Parameters:
+        """down = Aᵀ [in, r] and up = Bᵀ [r, out]: rows of what is read together lie side by side."""
+        ready: Parameters = {}
+        for site in config.targets:
+            ready[f"{site}.down"] = parameters[f"{site}.lora_A"].mT.contiguous()
+            ready[f"{site}.up"] = parameters[f"{site}.lora_B"].mT.contiguous()
+        return ready
+
     def contribute(self, group: Group, layer: int, site: Site, value: Tensor, source: Tensor) -> None:
-        for segment in group.segments:
-            down = group.joined(segment, f"{site}.lora_A", layer)  # [ranks, in]
-            up = group.joined(segment, f"{site}.lora_B", layer, dim=1)  # [out, ranks]
-            segment.add_product(value, segment.keep_own(source[segment.rows] @ down.T), up.T)
+        group.add_low_rank(layer, value, source, LowRankNames(f"{site}.down", f"{site}.up"))

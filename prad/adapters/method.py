@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -17,6 +17,9 @@ from torch import Tensor
 from prad.adapters.errors import AdapterError
 from prad.adapters.segments import Segment, Span, cut
 from prad.lm import LanguageModel, Site, projection
+from prad.lm.kernels import Kernels, LowRankSpan
+
+_PIECE = 64  # rows that one thread computes at a time
 
 Parameters = dict[str, Tensor]
 """A method's parameters by name; each has the layers as its first dimension."""
@@ -65,12 +68,20 @@ class FrozenModel:
         return width_in, width_out
 
 
+class LowRankNames(NamedTuple):
+    """What a method calls the parameters of a low-rank change."""
+
+    down: str
+    up: str
+    bias: str | None = None
+
+
 @dataclass(frozen=True)
 class Group:
     """Adapters of one method with the same parameter names that share a packed pass.
 
-    configs and parameters (by name, one tensor per layer) are those of the distinct adapters; spans say
-    which rows each adapts, in the order of rows.
+    configs and parameters (by name, one tensor per layer, side by side in memory) are those of the distinct
+    adapters; spans say which rows each adapts, in the order of rows.
     """
 
     method: "Method"
@@ -78,6 +89,47 @@ class Group:
     parameters: tuple[LayerParameters, ...]
     spans: tuple[Span, ...]
     device: torch.device | str
+    kernels: Kernels | None = None
+
+    def add_low_rank(
+        self, layer: int, value: Tensor, source: Tensor, names: LowRankNames, *, relu: bool = False
+    ) -> None:
+        """value [T, out] += factor · f(source down + bias) up in each adapter's rows; source [T, in].
+
+        f is ReLU or nothing. `names`: parameters down [in, r], bias [r] if there is one, up [r, out].
+        """
+        if self.kernels is not None and not torch.is_grad_enabled():
+            self.kernels.low_rank(value, source, self._pointers(names), layer, relu)
+            return
+        for segment in self.segments:
+            hidden = source[segment.rows] @ self.joined(segment, names.down, layer, dim=1)  # [rows, ranks]
+            if names.bias is not None:
+                hidden = hidden.add_(self.joined(segment, names.bias, layer))
+            hidden = segment.keep_own(hidden)
+            segment.add_product(
+                value, hidden.relu_() if relu else hidden, self.joined(segment, names.up, layer)
+            )
+
+    def _pointers(self, names: LowRankNames) -> Any:
+        """The spans for the kernels; made once per pass."""
+        if names not in self._known:
+            pieces = []
+            for start, stop, adapter in self.spans:
+                of, config = self.parameters[adapter], self.configs[adapter]
+                down, bias, up = (
+                    None if name is None else of[name][0].data_ptr()
+                    for name in (names.down, names.bias, names.up)
+                )
+                for first in range(start, stop, _PIECE):
+                    last = min(stop, first + _PIECE)
+                    pieces.append(LowRankSpan(first, last, down, bias, up, config.r, config.factor))
+            spans = (LowRankSpan * len(pieces))(*pieces)
+            self._known[names] = spans
+        return self._known[names]
+
+    @cached_property
+    def _known(self) -> dict[LowRankNames, Any]:
+        return {}
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:

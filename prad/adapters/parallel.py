@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from prad.adapters.method import FrozenModel, Group, LowRankConfig, Method, Parameters
+from prad.adapters.method import FrozenModel, Group, LowRankConfig, LowRankNames, Method, Parameters
 from prad.lm import Site
 
 
@@ -48,9 +48,5 @@ class ParallelAdapter(Method):
         return fresh
 
     def contribute(self, group: Group, layer: int, site: Site, value: Tensor, source: Tensor) -> None:
-        for segment in group.segments:
-            hidden = source[segment.rows] @ group.joined(segment, "ffn.down", layer, dim=1)  # [rows, ranks]
-            if group.configs[0].bias:
-                hidden = hidden.add_(group.joined(segment, "ffn.bias", layer))
-            hidden = segment.keep_own(hidden).relu_()
-            segment.add_product(value, hidden, group.joined(segment, "ffn.up", layer))
+        bias = "ffn.bias" if group.configs[0].bias else None
+        group.add_low_rank(layer, value, source, LowRankNames("ffn.down", "ffn.up", bias), relu=True)

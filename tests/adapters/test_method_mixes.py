@@ -23,6 +23,7 @@ from prad.adapters import (
 from prad.adapters.segments import Span, cut
 from prad.artefact import read_artefact
 from prad.lm import LanguageModel, MissingSiteError, PackedBatch, Site
+from prad.lm.kernels import Kernels
 from tests.conftest import random_artefact
 
 METHODS = ("prad-pa", "prad-sa", "prad-lora", "prad-dora", "prad-ia3", "prad-bitfit")
@@ -33,8 +34,8 @@ def lora(seed: int, r: int, **config: object) -> Adapter:
     method = find_method("prad-lora")
     generator = torch.Generator().manual_seed(seed)
     parameters = {
-        "q.lora_A": torch.randn(LAYERS, r, IN, generator=generator),
-        "q.lora_B": torch.randn(LAYERS, OUT, r, generator=generator),
+        "q.down": torch.randn(LAYERS, IN, r, generator=generator),
+        "q.up": torch.randn(LAYERS, r, OUT, generator=generator),
     }
     return Adapter(method, method.configure({"r": r, "targets": ["q"], **config}), parameters)
 
@@ -45,13 +46,14 @@ def written_out(
     """y_i + s Σ_j B_ij Σ_k A_jk x_k for each adapted row, in float64."""
     out = value.double().clone()
     for adapter, start, length in spans:
-        a, b = (adapter.parameters[f"q.{n}"][LAYER].double() for n in ("lora_A", "lora_B"))
+        a, b = (adapter.parameters[f"q.{n}"][LAYER].double().T for n in ("down", "up"))
         for row in range(start, start + length):
             out[row] += factors[adapter] * torch.einsum("ij,jk,k->i", b, a, source[row].double())
     return out.float()
 
 
-def test_many_ranks_and_scales_in_one_pass() -> None:
+@pytest.mark.parametrize("native", [False, True])
+def test_many_ranks_and_scales_in_one_pass(native: bool, kernels: Kernels) -> None:
     settings: list[tuple[int, dict[str, object], float]] = [
         (8, {"alpha": 8}, 1.0),
         (8, {"alpha": 16}, 2.0),
@@ -72,7 +74,9 @@ def test_many_ranks_and_scales_in_one_pass() -> None:
         torch.randn(row + 2, IN, generator=generator),
     )
     got = value.clone()
-    PromptAdaptation(spans[::-1], "cpu").apply(LAYER, Site.Q, got, source)
+    with torch.inference_mode():
+        adaptation = PromptAdaptation(spans[::-1], "cpu", kernels if native else None)
+        adaptation.apply(LAYER, Site.Q, got, source)
     torch.testing.assert_close(got, written_out(spans, factors, value, source), rtol=1e-4, atol=1e-4)
     wrong = written_out(spans, dict.fromkeys(adapters, 1.0), value, source)
     assert not torch.allclose(got, wrong, rtol=1e-2, atol=1e-2), "the factors matter"

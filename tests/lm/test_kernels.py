@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, relu, silu
 
 from prad.lm import KVLayout, LayerKV
-from prad.lm.kernels import Activation, BuildError, Kernels, Out, PackedLinear, load_kernels
+from prad.lm.kernels import Activation, BuildError, Kernels, LowRankSpan, Out, PackedLinear, load_kernels
 from prad.lm.kernels.build import built
 from prad.lm.paged import Pools
 
@@ -117,6 +117,34 @@ def test_argmax_takes_the_lowest_of_a_tie(kernels: Kernels, dtype: torch.dtype) 
     logits[2, [48, 49]] = 9.0
     logits[3] = float("-inf")
     assert kernels.argmax(logits) == [int(logits[0].argmax()), 7, 48, 0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize(("width_in", "width_out"), [(48, 64), (50, 21)])
+def test_low_rank(kernels: Kernels, dtype: torch.dtype, relu: bool, width_in: int, width_out: int) -> None:
+    """Spans of several ranks, with and without a bias, rows between them untouched, read where written."""
+    layers, layer, rows = 3, 1, 40
+    beside = some(rows, width_in + width_out, dtype=dtype)
+    source, value = beside[:, :width_in], beside[:, width_in:]
+    expected = value.float().clone()
+    spans, kept = [], []
+    for seed, (start, stop, r, factor) in enumerate([(0, 1, 4, 1.0), (2, 11, 16, 0.5), (11, 40, 37, -2.0)]):
+        down, up = (some(layers, *shape, dtype=dtype, seed=seed) for shape in ((width_in, r), (r, width_out)))
+        bias = some(layers, r, dtype=dtype, seed=9) if seed else None
+        kept += [down, up, bias]
+        pointers = (down.data_ptr(), None if bias is None else bias.data_ptr(), up.data_ptr())
+        spans.append(LowRankSpan(start, stop, *pointers, r, factor))
+        hidden = source[start:stop].float() @ down[layer].float()
+        if bias is not None:
+            hidden = hidden + bias[layer].float()
+        expected[start:stop] += factor * (relu_or_not(hidden, relu) @ up[layer].float())
+    kernels.low_rank(value, source, (LowRankSpan * len(spans))(*spans), layer, relu)
+    assert_near(value, expected, DTYPES[dtype])
+
+
+def relu_or_not(x: Tensor, wanted: bool) -> Tensor:
+    return relu(x) if wanted else x
 
 
 LENGTHS = (1, 2, 15, 16, 17, 31, 32, 33, 100)

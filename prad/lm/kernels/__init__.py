@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from prad.lm.kernels.build import BuildError, built
-from prad.lm.kernels.calls import Activation, Calls, Kind, Out, PagedView
+from prad.lm.kernels.calls import Activation, Calls, Kind, LowRankSpan, Out, PagedView
 from prad.lm.kernels.library import Kernels
 from prad.lm.kernels.packed import PackedLinear, Precision, fits
 from prad.lm.kernels.recording import Recording
@@ -40,6 +40,7 @@ __all__ = [
     "Choice",
     "Kernels",
     "Kind",
+    "LowRankSpan",
     "Out",
     "PackedLinear",
     "PagedView",

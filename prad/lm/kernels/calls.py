@@ -1,6 +1,6 @@
-"""The kernels' operations as calls: a kind, a struct of arguments (kernels.cpp) and a number of rows each.
+"""The kernels' operations as calls: a kind, a struct of arguments (kernels.cpp), a number of rows.
 
-`Calls` makes them of tensors; `Kernels` (library.py) runs each at once, `Recording` (recording.py) keeps them.
+`Calls` makes them of tensors; `Kernels` (library.py) runs each, `Recording` (recording.py) keeps them.
 """
 
 import ctypes
@@ -39,6 +39,7 @@ class Kind(IntEnum):
     ROTATE = 2
     ATTENTION = 3
     ARGMAX = 4
+    LOW_RANK = 5
 
 
 class Call(Structure):
@@ -93,7 +94,24 @@ ARGUMENTS: dict[Kind, Any] = {
         scale=c_float,
     ),
     Kind.ARGMAX: _struct("ArgmaxCall", **_fields("x out", c_void_p), width=c_int64),
+    Kind.LOW_RANK: _struct(
+        "LowRankCall",
+        **_fields("value source spans", c_void_p),
+        **_fields("count value_stride source_stride width_in width_out layer", c_int64),
+        relu=c_int32,
+    ),
 }
+
+
+class LowRankSpan(Structure):
+    """Rows [start, stop); for them down [layers, in, r], bias [layers, r] or none, up [layers, r, out]."""
+
+    _fields_: ClassVar[list[Any]] = [
+        *((name, c_int64) for name in ("start", "stop")),
+        *((name, c_void_p) for name in ("down", "bias", "up")),
+        ("r", c_int64),
+        ("factor", c_float),
+    ]
 
 
 class Calls(ABC):
@@ -236,3 +254,27 @@ class Calls(ABC):
             view,
         )
         return out.view(len(query), heads, dim)
+
+    def low_rank(self, value: Tensor, source: Tensor, spans: Any, layer: int, relu: bool) -> None:
+        """value [T, out] += factor · f(source down + bias) up in each span's rows; source [T, in].
+
+        spans: an array of `LowRankSpan`, no two of which share a row; f is ReLU or nothing.
+        """
+        self._do(
+            Kind.LOW_RANK,
+            value.dtype is torch.bfloat16,
+            len(value),
+            (
+                value.data_ptr(),
+                source.data_ptr(),
+                ctypes.addressof(spans),
+                len(spans),
+                value.stride(0),
+                source.stride(0),
+                source.shape[1],
+                value.shape[1],
+                layer,
+                relu,
+            ),
+            (value, source, spans),
+        )

@@ -3,9 +3,10 @@
 
 #include "attention.h"
 #include "linear.h"
+#include "lowrank.h"
 #include "rows.h"
 
-enum class Kind : int32_t { linear = 0, norm = 1, rotate = 2, attention = 3, argmax = 4 };
+enum class Kind : int32_t { linear = 0, norm = 1, rotate = 2, attention = 3, argmax = 4, low_rank = 5 };
 
 struct Call {
   Kind kind;
@@ -44,6 +45,8 @@ void run(Pool& pool, Kind kind, const void* arguments, int64_t rows, const Paged
       return paged_attention<T>(pool, *static_cast<const AttentionCall*>(arguments), rows, *view);
     case Kind::argmax:
       return argmax<T>(pool, *static_cast<const ArgmaxCall*>(arguments), rows);
+    case Kind::low_rank:
+      return low_rank<T>(pool, *static_cast<const LowRankCall*>(arguments));
   }
 }
 }  // namespace
@@ -65,6 +68,8 @@ int64_t prad_size(Kind kind) {
       return sizeof(AttentionCall);
     case Kind::argmax:
       return sizeof(ArgmaxCall);
+    case Kind::low_rank:
+      return sizeof(LowRankCall);
   }
   return 0;
 }
