@@ -30,14 +30,13 @@ SMOKE = {"long": 300, "streams": 2, "rounds": 1, "instruction": 48, "repeats": 2
 
 _STREAM = 2000  # tokens; a stream is closed before it ends
 _REGISTRY, _DECODE, _PREFILL = 18101, 18151, 18110
-_NO_CHUNKS = ["--pass-tokens", "65536", "--chunked-kv-mib", "0"]
+_NO_CHUNKS = ["--pass-tokens", "65536", "--chunk-tokens", "65536", "--chunked-kv-mib", "0"]
 _NO_CACHE = ["--prefix-cache-mib", "0"]
 LONG_PROMPT = {
     "one pass": [*_NO_CHUNKS, *_NO_CACHE],
     "chunks": _NO_CACHE,
-    "chunks of 256": ["--pass-tokens", "256", *_NO_CACHE],
+    "chunks of 256": ["--chunk-tokens", "256", *_NO_CACHE],
     "chunks, one thread": ["--threads", "1", *_NO_CACHE],
-    "chunks, nice 5": ["--nice", "5", *_NO_CACHE],
     "chunks, nice 10": ["--nice", "10", *_NO_CACHE],
     "chunks, rest of 50 ms": ["--yield-s", "0.05", *_NO_CACHE],
 }
@@ -52,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--undisturbed", type=int, default=64, help="tokens that they say before")
     parser.add_argument("--instruction", type=int, default=512, help="tokens of the repeated instruction")
     parser.add_argument("--repeats", type=int, default=8, help="requests per round that begin with it")
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument(
         "--only", nargs="+", choices=LONG_PROMPT, metavar="VARIANT", help="of the long prompt's variants"
     )

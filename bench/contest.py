@@ -14,6 +14,7 @@ from bench.prompts import random_prompts
 from bench.rounds import interleaved
 from prad.lm import LanguageModel
 
+_PATIENCE_S = 30.0  # what takes longer is asked once: `rounds_s` shows it
 _WARM_UP_TOKENS = 3  # a prompt pass and decode steps: the slow ones take minutes for all of theirs
 
 Generate = Callable[[Sequence[Sequence[int]], int, Sequence[str | None]], float]
@@ -61,7 +62,7 @@ def contest(
     for contestant in track(contestants.values(), "warm-up", console=Console(stderr=True), transient=True):
         prompts = random_prompts(number, arguments.prompt, model.vocab_size, seed=1 << 20)
         contestant.generate(prompts, _WARM_UP_TOKENS, contestant.adapters)
-    took = interleaved(variants, arguments.rounds, what, warm_up=0)
+    took = interleaved(variants, arguments.rounds, what, warm_up=0, patience_s=_PATIENCE_S)
     prefill, step = floor.contest_floor(model, number, arguments.prompt, arguments.output)
     decode = step * (arguments.output - 1)
     ground = [_row("floor", prefill, prefill + decode, arguments.output)]

@@ -118,7 +118,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PxT",
         help="P prompts of T tokens each (default 64x64 8x512)",
     )
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """Our server beside others: 64 requests at once, 64 random tokens in, 64 out, greedy, end token ignored.
 
-Ours: through HTTP, requests of as many tasks as there are requests, and the plain model. Our own engine with
-LoRA at every token, in-process. transformers' generate, alone and with PEFT's mixed-adapter batch: always.
-vLLM, with as many LoRAs (r on q and v) and without, and OpenVINO GenAI (4-bit .gguf): where --vllm-python and
---openvino-python name an interpreter that has them. All are alive at once and asked in turn, same prompts.
+Ours: through HTTP, requests of as many tasks as there are requests, and the plain model; the tasks again with
+weights rounded to 8 bits in decode. Our own engine with LoRA at every token, in-process. transformers'
+generate, alone and with PEFT's mixed-adapter batch: always. vLLM, with as many LoRAs (r on q and v) and
+without, and OpenVINO GenAI (4-bit .gguf): where --vllm-python and --openvino-python name an interpreter that
+has them. All are alive at once and asked in turn, same prompts.
 """
 
 import argparse
@@ -71,9 +72,15 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 "openvino", "openvino", arguments.openvino_python, options
             )
         server = running.enter_context(served(arguments, model, {"prad-pa": number}))
+        rounded = running.enter_context(
+            served(arguments, model, {"prad-pa": number}, decode=["--weights", "int8"])
+        )
         ours = {
             f"PrAd server, {number} tasks": Contestant(server.generate, server.tasks["prad-pa"]),
             "PrAd server, no adapters": Contestant(server.generate, plain),
+            f"PrAd server, {number} tasks, int8 decode weights": Contestant(
+                rounded.generate, rounded.tasks["prad-pa"]
+            ),
             f"our engine, {number} LoRAs": Contestant(own.generate, plain),
         }
         for peer in peers.values():

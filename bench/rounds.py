@@ -1,5 +1,6 @@
 """Side by side in one run: every variant once per round, in turn, so that a slow moment hits all; medians."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,12 +31,22 @@ class Samples(Generic[K]):
 
 
 def interleaved(
-    variants: Mapping[K, Callable[[], float]], rounds: int, what: str, *, warm_up: int = 1
+    variants: Mapping[K, Callable[[], float]],
+    rounds: int,
+    what: str,
+    *,
+    warm_up: int = 1,
+    patience_s: float = math.inf,
 ) -> Samples[K]:
-    """Calls each variant once per round; a variant returns its own measure. The first rounds warm up."""
+    """Calls each variant once per round; a variant returns its own measure. The first rounds warm up.
+
+    One that took longer than `patience_s` is not asked again.
+    """
     values: dict[K, list[float]] = {name: [] for name in variants}
     turns = [(number, name) for number in range(-warm_up, rounds) for name in variants]
     for number, name in track(turns, description=what, console=Console(stderr=True), transient=True):
+        if any(took > patience_s for took in values[name]):
+            continue
         measured = variants[name]()
         if number >= 0:
             values[name].append(measured)

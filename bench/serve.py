@@ -47,10 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", type=int, default=64, help="tokens in")
     parser.add_argument("--output", type=int, default=64, help="tokens out")
     parser.add_argument("--r", type=int, default=16, help="rank of the adapters")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 64], help="of the closed loop")
     parser.add_argument("--rates", type=float, nargs="+", default=[1, 2, 4, 8], help="requests/s, open loop")
-    parser.add_argument("--open-seconds", type=float, default=30.0, help="how long each rate lasts")
+    parser.add_argument("--open-seconds", type=float, default=20.0, help="how long each rate lasts")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The command `prad`. Each subcommand imports what it needs only when it runs, so `--help` is instant."""
 
+import os
 import sys
 
 import typer
@@ -31,6 +32,8 @@ def version_command() -> None:
 
 def main() -> None:
     """Console script: what a person can mend becomes one line on stderr, Ctrl-C exits quietly."""
+    # before torch loads: its threads must not spin while they wait, other services compute on the same cores
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except KeyboardInterrupt:

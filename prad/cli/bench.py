@@ -17,7 +17,7 @@ BENCHMARKS = {
     "step": "Where a decode step's time goes, with the model's weights and with 8-bit ones.",
     "floor": "What a decode step cannot go below here: packed GEMMs, one read of the KV.",
     "handoff": "Handing the KV cache over, as part of the prompt pass.",
-    "kv_wire": "What 8-bit keys and values on the wire do to the logits.",
+    "rounding": "What 8-bit keys, values and weights do to the logits.",
     "prefill": "The prompt pass with adapters against the same pass without.",
     "chunking": "Short prompts beside a very long one, in chunks and whole.",
     "peers": "Beside PEFT and transformers, and vLLM and OpenVINO where they are installed.",

@@ -1,7 +1,6 @@
 """The whole stack as child processes of one command: started, watched, stopped together."""
 
 import contextlib
-import os
 import signal
 import socket
 import subprocess
@@ -65,15 +64,12 @@ class Stack:
     def start(self, name: str, arguments: Sequence[str]) -> None:
         """Starts `prad NAME ARGUMENTS` in a session of its own: Ctrl-C reaches it through us, in order."""
         log = self._logs / f"{name}.log"
-        # threads that wait for work must not spin: the services share the cores
-        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
         with log.open("wb") as file, _signals_later():
             process = subprocess.Popen(
                 [sys.executable, "-m", "prad", name, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env=environment,
                 start_new_session=True,
             )
             self._services.append(Service(name, process, log))

@@ -1,0 +1,127 @@
+"""What rounding to 8 bits does to the logits: of keys and values on the wire, of decode's weights, of both.
+
+Prompts are texts of examples/, cut into 64 tokens of prompt and 32 that follow. The tokens that follow are
+fed as they are written. The prompt's keys and values are the exact model's, as they come from the prefill
+service, or what int8 leaves of them; the tokens behind them are computed by the exact model, or with rounded
+weights.
+"""
+
+import argparse
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.model import add_model_arguments, load, model_folder
+from bench.record import ROOT
+from kvtransfer.int8 import dequantise, quantise
+from prad.lm import LanguageModel, ModelError, PackedBatch, Tokenizer
+from prad.lm.attention import Ragged, causal_attention
+
+PROMPT, FOLLOWING = 64, 32
+SMOKE = {"tokens": FOLLOWING}
+
+Layers = list[tuple[Tensor, Tensor]]
+"""Per layer keys and values [T, kv_heads, dim]."""
+
+
+@dataclass(frozen=True)
+class GivenPrompts:
+    """A KVTarget: whatever the pass computes for prompt rows, their keys and values are the given ones.
+
+    in_prompt [T]: which rows are a prompt's.
+    """
+
+    ragged: Ragged
+    in_prompt: Tensor
+    given: Layers
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        prompt = self.in_prompt[:, None, None]
+        key, value = (
+            torch.where(prompt, given, own)
+            for given, own in zip(self.given[layer], (key, value), strict=True)
+        )
+        return causal_attention(query, key, value, self.ragged, scale, window)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument("--tokens", type=int, default=512, help="teacher-forced tokens")
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Raises ModelError where the kernels, which alone have rounded weights, are not in use."""
+    model, rounded = load(arguments), load(arguments)
+    if rounded.kernels is None:
+        raise ModelError("rounded weights need the kernels; is there a C++ compiler?")
+    rounded.accelerate(rounded.kernels, "int8")
+    texts = _texts(Tokenizer(model_folder(arguments)), -(-arguments.tokens // FOLLOWING))
+    following = torch.arange(PROMPT + FOLLOWING, device=model.device).repeat(len(texts)) >= PROMPT
+    layers: Layers = []
+    batch = PackedBatch.of_sequences(
+        texts,
+        device=model.device,
+        logit_rows=following.nonzero().flatten().tolist(),
+        layer_done=lambda _, key, value: layers.append((key, value)),
+    )
+    ragged = Ragged.of([len(text) for text in texts], model.device)
+
+    def logits(of: LanguageModel, given: Layers) -> Tensor:
+        kv = GivenPrompts(ragged, ~following, given)
+        return of.forward(PackedBatch(batch.ids, batch.positions, kv, batch.logit_rows)).float()
+
+    with torch.inference_mode():
+        exact = model.forward(batch).float()
+        coded = [(_through_int8(key), _through_int8(value)) for key, value in layers]
+        changed = {
+            "KV on the wire": logits(model, coded),
+            "decode's weights": logits(rounded, layers),
+            "both": logits(rounded, coded),
+        }
+    return {
+        "model": arguments.model,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "tokens": len(exact),
+        "rows": [
+            {"rounded": what} | _effect(exact, other, batch, following) for what, other in changed.items()
+        ],
+    }
+
+
+def _effect(exact: Tensor, changed: Tensor, batch: PackedBatch, following: Tensor) -> dict[str, float]:
+    difference = (changed - exact).abs()
+    spread = exact.amax(dim=-1) - exact.amin(dim=-1)
+    figures = {
+        "logit_difference_max": difference.max(),
+        "logit_difference_mean": difference.mean(),
+        "difference_max_of_range": (difference.amax(dim=-1) / spread).max(),
+        "greedy_tokens_changed": (exact.argmax(-1) != changed.argmax(-1)).float().mean(),
+        "nll_exact": _nll(exact, batch, following),
+        "nll": _nll(changed, batch, following),
+    }
+    return {name: round(float(figure), 4) for name, figure in figures.items()}
+
+
+def _nll(logits: Tensor, batch: PackedBatch, following: Tensor) -> float:
+    """Mean negative log-likelihood of the text's own next tokens."""
+    targets = batch.ids.roll(-1)[following].view(-1, FOLLOWING)[:, :-1]
+    logits = logits.view(-1, FOLLOWING, logits.shape[-1])[:, :-1]
+    return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()))
+
+
+def _through_int8(states: Tensor) -> Tensor:
+    data, scales = (memoryview(part.view(torch.uint8).numpy()).cast("B") for part in quantise(states.cpu()))
+    raw = dequantise(data, scales, (states.shape[1], states.shape[2]), states.dtype)
+    return torch.frombuffer(bytearray(raw), dtype=states.dtype).view(states.shape).to(states.device)
+
+
+def _texts(tokenizer: Tokenizer, count: int) -> list[list[int]]:
+    """`count` stretches of the examples' texts, from places spread evenly over them."""
+    files = sorted((ROOT / "examples").rglob("*.md")) + sorted((ROOT / "examples").rglob("*.json"))
+    ids = [i for file in files for i in tokenizer.encode_continuation(file.read_text())]
+    length = PROMPT + FOLLOWING
+    return [ids[k * (len(ids) - length) // count :][:length] for k in range(count)]
