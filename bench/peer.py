@@ -23,7 +23,8 @@ class Peer:
 
     def __init__(self, worker: str, python: Path | None, options: dict[str, Any], log: Path) -> None:
         self._log = log
-        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        # what `prad` sets for itself is not for others
+        environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "OMP_WAIT_POLICY")}
         with log.open("wb") as errors:
             self._process = subprocess.Popen(
                 [str(python or sys.executable), str(_WORKERS / f"{worker}_worker.py"), json.dumps(options)],

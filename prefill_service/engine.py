@@ -73,6 +73,7 @@ class PrefillEngine:
         self._link = DecodeLink(client, model_spec(model.fingerprint), self._on_event, self._on_lost)
         self._live: dict[str, Job] = {}
         self._arrived = asyncio.Event()
+        self._last_arrival = 0.0
         self._hand_overs: dict[Job, HandOver] = {}
 
     @property
@@ -112,7 +113,7 @@ class PrefillEngine:
         async with nullcontext() if version is None else self._residents.pinned(version.artefact) as adapter:
             if self._scheduler.full:
                 raise OverloadedError(f"{len(self._scheduler)} prompts are waiting already")
-            now = time.monotonic()
+            self._last_arrival = now = time.monotonic()
             job = Job(PassItem(request, adapter), now, now + self._request_timeout)
             self._live[request.request_id] = job
             keys = job.item.keys(self.blocks.block_size) if self.blocks.caching else ()
@@ -262,14 +263,13 @@ class PrefillEngine:
                 return
 
     async def _gather(self) -> None:
-        """Returns when no further prompt came for a moment, or there are enough for a pass."""
+        """Returns when no prompt came for a moment, or there are enough for a pass."""
         longest = time.monotonic() + _GATHER_MOST_S
-        seen = 0
-        while seen != len(self._scheduler) and not self._scheduler.fills_a_pass:
-            seen = len(self._scheduler)
-            if self._gather_s == 0 or time.monotonic() > longest:
+        while not self._scheduler.fills_a_pass(now := time.monotonic()):
+            rest = min(self._last_arrival + self._gather_s, longest) - now
+            if rest <= 0:
                 return
-            await asyncio.sleep(self._gather_s)
+            await asyncio.sleep(rest)
 
     # ---- tokens and losses -----------------------------------------------------------------------------
 

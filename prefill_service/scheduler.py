@@ -56,12 +56,12 @@ class PromptScheduler(Generic[T]):
                     self.blocks.unpin(prompt.table)
                 return
 
-    @property
-    def fills_a_pass(self) -> bool:
+    def fills_a_pass(self, now: float) -> bool:
         """Whether there is nothing to gain from waiting for more prompts."""
-        if len(self._prompts) >= self._pass_prompts or any(isinstance(p, Started) for p in self._prompts):
+        runnable = self._runnable(now)
+        if len(runnable) >= self._pass_prompts or any(isinstance(p, Started) for p in runnable):
             return True
-        return sum(p.tokens for p in self._prompts if isinstance(p, Waiting)) >= self._pass_tokens
+        return sum(min(self._left(p), self._chunk_tokens) for p in runnable) >= self._pass_tokens
 
     def next_due(self) -> float | None:
         """When there is something to compute; None if there are no prompts."""
@@ -137,22 +137,23 @@ class PromptScheduler(Generic[T]):
         """How many tokens of which prompts go into the pass."""
         left = {prompt: self._left(prompt) for prompt in runnable}
         oldest, half = runnable[0], (self._chunk_tokens + 1) // 2
-        whole = self._uncuttable(oldest) or left[oldest] <= self._chunk_tokens
-        shares = {oldest: left[oldest] if whole else half}
-        budget = self._pass_tokens - shares[oldest]
-        for_parts = self._chunk_tokens - (0 if whole else half)
+        share = left[oldest] if self._is_short(oldest) else min(left[oldest], half)
+        shares, for_parts = {oldest: share}, self._chunk_tokens
+        budget = self._pass_tokens - share
+        if not self._is_short(oldest):
+            for_parts -= share
         for prompt in sorted(runnable, key=lambda p: left[p] - shares.get(p, 0)):
             had = shares.get(prompt, 0)
             more = left[prompt] - had
-            whole = left[prompt] <= self._chunk_tokens and more <= budget
-            if not whole:
+            if not (self._is_short(prompt) and more <= budget):
                 more = min(more, budget, for_parts)
             if more <= 0 or (not had and len(shares) == self._pass_prompts):
                 continue
             if had + more == left[prompt] or not self._uncuttable(prompt):
                 shares[prompt] = had + more
                 budget -= more
-                for_parts -= 0 if whole else more
+                if not self._is_short(prompt):
+                    for_parts -= more
         return shares
 
     def _found(self, waiting: Waiting[T]) -> tuple[int, ...]:
@@ -163,6 +164,12 @@ class PromptScheduler(Generic[T]):
         if isinstance(prompt, Started):
             return prompt.waiting.tokens - prompt.done
         return prompt.tokens - len(self._found(prompt)) * self.blocks.block_size
+
+    def _is_short(self, prompt: Waiting[T] | Started[T]) -> bool:
+        """Whether it goes in whole: it has no more than a chunk to compute, or cannot be cut."""
+        waiting = prompt.waiting if isinstance(prompt, Started) else prompt
+        done = prompt.cached if isinstance(prompt, Started) else waiting.tokens - self._left(waiting)
+        return waiting.tokens - done <= self._chunk_tokens or self._uncuttable(prompt)
 
     def _uncuttable(self, prompt: Waiting[T] | Started[T]) -> bool:
         """Whether all blocks together are too few to compute it in chunks: it gets a pass of its own."""

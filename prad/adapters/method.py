@@ -5,7 +5,7 @@ many adapters at once. Training uses the very same contribution, with one adapte
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, NamedTuple
@@ -35,7 +35,7 @@ class MethodConfig(BaseModel):
 
 
 class LowRankConfig(MethodConfig):
-    """Of a method that adds factor · f(x down) up, with f(0) = 0: its adapters share `Group.segments`."""
+    """Of a method that adds factor · f(x down) up, with f(0) = 0: see `Group.add_low_rank`."""
 
     r: Annotated[int, Field(ge=1)] = 32
 
@@ -99,7 +99,7 @@ class Group:
         f is ReLU or nothing. `names`: parameters down [in, r], bias [r] if there is one, up [r, out].
         """
         if self.kernels is not None and not torch.is_grad_enabled():
-            self.kernels.low_rank(value, source, self._pointers(names), layer, relu)
+            self.kernels.low_rank(value, source, self._pointers(names, value.dtype), layer, relu)
             return
         for segment in self.segments:
             hidden = source[segment.rows] @ self.joined(segment, names.down, layer, dim=1)  # [rows, ranks]
@@ -110,14 +110,14 @@ class Group:
                 value, hidden.relu_() if relu else hidden, self.joined(segment, names.up, layer)
             )
 
-    def _pointers(self, names: LowRankNames) -> Any:
+    def _pointers(self, names: LowRankNames, dtype: torch.dtype) -> Any:
         """The spans for the kernels; made once per pass."""
         if names not in self._known:
             pieces = []
             for start, stop, adapter in self.spans:
                 of, config = self.parameters[adapter], self.configs[adapter]
                 down, bias, up = (
-                    None if name is None else of[name][0].data_ptr()
+                    None if name is None else _first_of_stack(of[name], dtype)
                     for name in (names.down, names.bias, names.up)
                 )
                 for first in range(start, stop, _PIECE):
@@ -141,6 +141,16 @@ class Group:
         """One layer's parameter of a segment's adapters, joined along the dimension that is the rank."""
         parts = [self.parameters[adapter][name][layer] for adapter in segment.adapters]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def _first_of_stack(layers: Sequence[Tensor], dtype: torch.dtype) -> int:
+    """Where the first layer's parameter lies; the others follow it in memory."""
+    first = layers[0]
+    assert all(
+        p.dtype is dtype and p.is_contiguous() and p.data_ptr() == first.data_ptr() + i * first.nbytes
+        for i, p in enumerate(layers)
+    ), f"not a stack of {dtype}, as `prepared` makes it"
+    return first.data_ptr()
 
 
 class Method(ABC):

@@ -67,7 +67,7 @@ def test_a_stream_of_short_prompts_does_not_starve_a_long_one() -> None:
         if any(job == "job0" and end == 1000 for job, _, end in run(queue)):
             break
         passes += 1
-    assert passes == 18  # half of each pass is its own, and all of the last
+    assert passes == 19  # half of each pass is its own
 
 
 def test_a_burst_of_short_prompts_is_one_pass_and_long_ones_share_a_chunk() -> None:
@@ -78,12 +78,25 @@ def test_a_burst_of_short_prompts_is_one_pass_and_long_ones_share_a_chunk() -> N
 
 
 def test_a_full_pass_need_not_wait_for_more() -> None:
-    assert not scheduler(40, 50).fills_a_pass
-    assert scheduler(40, 60).fills_a_pass
-    assert scheduler(1, 1, pass_prompts=2).fills_a_pass
+    assert not scheduler(40, 50).fills_a_pass(0)
+    assert scheduler(40, 60).fills_a_pass(0)
+    assert not scheduler(40, 600, chunk_tokens=50).fills_a_pass(0)
+    assert scheduler(1, 1, pass_prompts=2).fills_a_pass(0)
     under_way = scheduler(150)
     run(under_way)
-    assert under_way.fills_a_pass
+    assert under_way.fills_a_pass(0)
+
+
+def test_long_prompts_never_take_more_than_a_chunk_together() -> None:
+    queue = scheduler(130, 130, 130, pass_tokens=400, chunk_tokens=50, pass_prompts=9)
+    while queue.next_due() is not None:
+        assert sum(end - start for _, start, end in run(queue)) <= 50
+
+
+def test_prompts_that_cannot_be_cut_share_a_pass_if_they_fit() -> None:
+    queue = scheduler(60, 60, 60, pass_tokens=130, chunk_tokens=50, working=1)
+    assert run(queue) == [("job0", 0, 60), ("job1", 0, 60)]
+    assert run(queue) == [("job2", 0, 60)]
 
 
 def test_of_two_long_prompts_the_first_is_finished_first() -> None:
