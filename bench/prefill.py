@@ -107,8 +107,7 @@ def _floor(model: LanguageModel, adapters: list[Adapter], tokens: int) -> dict[s
     """Of low-rank matrices: a row meets each once, the first of a pair reads it, the second changes it."""
     matrices = {n: p for n, p in adapters[0].parameters.items() if p.dim() == 3}
     touched = sum(
-        p[0].numel() // min(p.shape[1:]) * (1 if n.endswith(("down", "lora_A")) else 2)
-        for n, p in matrices.items()
+        p[0].numel() // min(p.shape[1:]) * (1 if n.endswith("down") else 2) for n, p in matrices.items()
     )
     rows = tokens * model.num_layers * touched * model.dtype.itemsize
     return {

@@ -48,7 +48,7 @@ class PrefillSettings(BaseSettings):
     pass_tokens: Annotated[int, Field(ge=1)] = 4096
     """Prompt tokens of one packed pass; the KV of up to two passes is in memory until it has gone out."""
     chunk_tokens: Annotated[int, Field(ge=1)] = 512
-    """Tokens of a pass that go to longer prompts, which are computed in chunks; short ones go in beside them."""
+    """Tokens of a pass for longer prompts, which are computed in chunks; short ones go in beside them."""
     gather_s: Annotated[float, Field(ge=0, le=0.1)] = 0.003
     """A pass begins when no prompt came for so long: those that come together then decode together. It waits
     0.1 s at most, and never while a prompt is under way in chunks."""

@@ -118,9 +118,10 @@ class FusedModel:
 
     def _record(self, step: PagedStep, rows: int) -> "_RecordedStep":
         recording = Recording(self.kernels)
-        x, positions = torch.zeros(rows, self.embedding.shape[1]), torch.zeros(rows, dtype=torch.long)
-        angles = self._angles(positions)
-        _Pass(self, recording, replace(step, calls=recording), None).run(x, angles)
+        with torch.inference_mode(False), torch.no_grad():  # it is written to in either mode
+            x, positions = torch.zeros(rows, self.embedding.shape[1]), torch.zeros(rows, dtype=torch.long)
+            angles = self._angles(positions)
+            _Pass(self, recording, replace(step, calls=recording), None).run(x, angles)
         return _RecordedStep(recording, x, angles)
 
     def _embed(self, ids: Tensor, positions: Tensor) -> Tensor:

@@ -127,6 +127,53 @@ def decode_steps(model: LanguageModel) -> torch.Tensor:
     return torch.stack(logits)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_recorded_step_equals_the_layers_called_one_by_one(
+    dtype: torch.dtype, tmp_path: Path, kernels: Kernels
+) -> None:
+    """Batches that grow beyond a recording and shrink within it, over the same blocks."""
+    save_random(transformers.LlamaConfig(**SIZES | {"hidden_size": 64, "num_attention_heads": 4}), tmp_path)
+    model = LanguageModel.load(tmp_path, dtype=dtype)
+    model.accelerate(kernels)
+    generator = torch.Generator().manual_seed(0)
+    recorded, direct = (Pools(model.layout, 80, 16, "cpu", kernels) for _ in range(2))
+    for ours, theirs in zip((*recorded.keys, *recorded.values), (*direct.keys, *direct.values), strict=True):
+        ours.normal_(generator=generator)
+        theirs.copy_(ours)
+    untouched = Nothing()
+    with torch.inference_mode():
+        for sequences in (15, 16, 17, 33, 5, 64, 1):
+            batch: list[Any] = [SimpleNamespace(blocks=[i], kv_len=i % 15) for i in range(sequences)]
+            rows = torch.arange(sequences)
+            ids, positions = rows + 5, torch.tensor([s.kv_len for s in batch])
+            ours = model.forward(PackedBatch(ids, positions, recorded.step(batch), rows))
+            theirs = model.forward(PackedBatch(ids, positions, direct.step(batch), rows), untouched)
+            assert torch.equal(ours, theirs), f"{sequences} sequences"
+    assert {room for _, room in recorded.recorded} == {16, 32, 64}
+    assert not direct.recorded
+
+
+class Nothing:
+    """An adaptation that is never asked: with it a step is not recorded."""
+
+    sites: frozenset[Site] = frozenset()
+
+    def apply(self, layer: int, site: Site, value: torch.Tensor, source: torch.Tensor) -> None:
+        raise AssertionError("asked")
+
+
+def test_a_recording_serves_passes_with_and_without_inference_mode(tmp_path: Path, kernels: Kernels) -> None:
+    save_random(transformers.LlamaConfig(**SIZES), tmp_path)
+    model = LanguageModel.load(tmp_path, dtype=torch.float32)
+    model.accelerate(kernels)
+    pools, one = Pools(model.layout, 4, 16, "cpu", kernels), torch.zeros(1, dtype=torch.long)
+    batch: list[Any] = [SimpleNamespace(blocks=[0], kv_len=0)]
+    with torch.inference_mode():
+        first = model.forward(PackedBatch(one, one, pools.step(batch), one))
+    with torch.no_grad():
+        assert torch.equal(first, model.forward(PackedBatch(one, one, pools.step(batch), one)))
+
+
 UNFUSED = {
     "gpt-neox": ("GPTNeoXConfig", {"rotary_pct": 0.5}),  # values lie between queries and keys of other heads
     "gemma3": ("Gemma3TextConfig", {"head_dim": 16, "sliding_window": 8}),

@@ -123,7 +123,7 @@ def test_argmax_takes_the_lowest_of_a_tie(kernels: Kernels, dtype: torch.dtype) 
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize(("width_in", "width_out"), [(48, 64), (50, 21)])
 def test_low_rank(kernels: Kernels, dtype: torch.dtype, relu: bool, width_in: int, width_out: int) -> None:
-    """Spans of several ranks, with and without a bias, rows between them untouched, read where written."""
+    """Spans of several ranks, with and without a bias."""
     layers, layer, rows = 3, 1, 40
     beside = some(rows, width_in + width_out, dtype=dtype)
     source, value = beside[:, :width_in], beside[:, width_in:]
@@ -143,6 +143,19 @@ def test_low_rank(kernels: Kernels, dtype: torch.dtype, relu: bool, width_in: in
     assert_near(value, expected, DTYPES[dtype])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_low_rank_reads_what_it_writes(kernels: Kernels, dtype: torch.dtype) -> None:
+    value, down, up = (
+        some(21, 48, dtype=dtype),
+        some(1, 48, 8, dtype=dtype, seed=1),
+        some(1, 8, 48, dtype=dtype, seed=2),
+    )
+    expected = value.float() + (value.float() @ down[0].float()) @ up[0].float()
+    span = LowRankSpan(0, 21, down.data_ptr(), None, up.data_ptr(), 8, 1.0)
+    kernels.low_rank(value, value, (LowRankSpan * 1)(span), 0, False)
+    assert_near(value, expected, DTYPES[dtype])
+
+
 def relu_or_not(x: Tensor, wanted: bool) -> Tensor:
     return relu(x) if wanted else x
 
@@ -154,7 +167,7 @@ LENGTHS = (1, 2, 15, 16, 17, 31, 32, 33, 100)
 @pytest.mark.parametrize("window", [None, 5, 16, 40])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "key_dim", "value_dim"),
-    [(9, 3, 64, 64), (4, 4, 16, 16), (8, 1, 8, 8), (10, 2, 80, 80), (6, 2, 24, 12)],
+    [(9, 3, 64, 64), (8, 2, 128, 128), (4, 4, 16, 16), (8, 1, 8, 8), (10, 2, 80, 80), (6, 2, 24, 12)],
 )
 @pytest.mark.parametrize("block_size", [16, 5])
 def test_paged_attention(
@@ -208,6 +221,21 @@ def test_one_thread_equals_two(kernels: Kernels, tmp_path: Path) -> None:
         results.append(out)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_attention_with_any_number_of_threads(threads: int) -> None:
+    """A thread takes a sequence, or a head of one where there are few."""
+    layout = KVLayout((LayerKV(2, 32, 32),), torch.float32)
+    batch: list[Any] = [SimpleNamespace(blocks=[i], kv_len=i) for i in range(12)]
+    results = []
+    for own in (None, Kernels(built(Path("~/.cache/prad")), threads)):
+        pools = Pools(layout, 12, 16, "cpu", own)
+        pools.keys[0].copy_(some(*pools.keys[0].shape, seed=1))
+        pools.values[0].copy_(some(*pools.values[0].shape, seed=2))
+        query, key, value = (some(12, n, 32, seed=n) for n in (6, 2, 2))
+        results.append(pools.step(batch).attend(0, query, key, value, 0.3, None))
+    assert_near(results[1], results[0], 1e-5)
 
 
 def test_without_a_compiler_torch_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

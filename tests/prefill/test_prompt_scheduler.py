@@ -107,8 +107,9 @@ def test_of_two_long_prompts_the_first_is_finished_first() -> None:
     assert ends == {"job0": 2, "job1": 5}
 
 
-def test_every_token_is_computed_once_and_in_order() -> None:
-    queue = scheduler(7, 64, 1, 33, pass_tokens=10, pass_prompts=2)
+@pytest.mark.parametrize("chunk_tokens", [1, 3, 10])
+def test_every_token_is_computed_once_and_in_order(chunk_tokens: int) -> None:
+    queue = scheduler(7, 64, 1, 33, pass_tokens=10, chunk_tokens=chunk_tokens, pass_prompts=2)
     seen: Counter[str] = Counter()
     while queue.next_due() is not None:
         chunks = run(queue)
