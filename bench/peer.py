@@ -1,4 +1,8 @@
-"""A peer in a process of its own, under its own interpreter: started once, asked again and again."""
+"""A peer in a process of its own, under its own interpreter: started once, asked again and again.
+
+While it is not asked all of its processes are stopped: some wait for work by spinning, on cores that others
+are measured on.
+"""
 
 import contextlib
 import json
@@ -46,6 +50,7 @@ class Peer:
     def wait_ready(self) -> None:
         """Until the model is loaded; several peers load at the same time."""
         self.versions = self._read()["versions"]
+        self._signal(signal.SIGSTOP)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], output: int, adapters: Sequence[str | None]
@@ -53,12 +58,15 @@ class Peer:
         """Seconds until every prompt has `output` tokens, greedy, whatever the end token says."""
         asked = {"prompts": prompts, "output": output, "adapters": adapters}
         assert self._process.stdin is not None
+        self._signal(signal.SIGCONT)
         try:
             self._process.stdin.write(json.dumps(asked) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError as error:
             raise self._ended() from error
-        return float(self._read()["seconds"])
+        seconds = float(self._read()["seconds"])
+        self._signal(signal.SIGSTOP)
+        return seconds
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -75,9 +83,14 @@ class Peer:
 
     def _stop(self) -> None:
         assert self._process.stdin is not None
+        self._signal(signal.SIGCONT)
         self._process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_STOP_S)
-        with contextlib.suppress(ProcessLookupError):  # whoever is still there
-            os.killpg(self._process.pid, signal.SIGKILL)
+        self._signal(signal.SIGKILL)  # whoever is still there
         self._process.wait()
+
+    def _signal(self, number: signal.Signals) -> None:
+        """To all processes of the peer."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
