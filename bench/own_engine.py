@@ -1,7 +1,7 @@
 """Our prompt pass and decode step in one process, with an adaptation wherever the benchmark wants one.
 
-No HTTP, no gRPC, no queue: what is measured here is not burdened with serving. A step with an adaptation is not
-recorded, so Python runs between its layers, some 5 ms a step that the decode service does not pay.
+No HTTP, no gRPC, no queue: what is measured here is not burdened with serving. A step with an adaptation is
+not recorded, so Python runs between its layers, some 5 ms a step that the decode service does not pay.
 """
 
 from collections.abc import Sequence
