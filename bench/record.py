@@ -23,10 +23,15 @@ def write_result(
     """Writes <folder>/<name>.json: the figures, and what they depend on."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    given = {} if arguments is None else {k: v for k, v in vars(arguments).items() if k != "out"}
+    given = {} if arguments is None else {k: _plain(v) for k, v in vars(arguments).items() if k != "out"}
     content = {"setting": setting()} | ({"arguments": given} if given else {}) | figures
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
     return path
+
+
+def _plain(value: Any) -> Any:
+    """A path says where something lay on one machine: only its name is kept."""
+    return value.name if isinstance(value, Path) and value.is_absolute() else value
 
 
 def setting() -> dict[str, Any]:
