@@ -8,7 +8,7 @@ deliver    first tokens to the client and, with Commit, to decode; later ones co
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import nullcontext
 
 from kvtransfer.client import DecodeClient
@@ -74,6 +74,7 @@ class PrefillEngine:
         self._live: dict[str, Job] = {}
         self._arrived = asyncio.Event()
         self._arrivals = 0
+        self._decode_full = False
         self._hand_overs: dict[Job, HandOver] = {}
 
     @property
@@ -178,10 +179,9 @@ class PrefillEngine:
         chunks = self._scheduler.next_pass(time.monotonic())
         if not chunks:  # the oldest prompt waits for blocks that are still being sent
             await asyncio.sleep(_BLOCKS_PINNED_S)
-        opened = await asyncio.gather(*(self._open(chunk.job) for chunk in chunks))
         scheduled: list[Chunk[Job]] = []
         refused = False
-        for chunk, room in zip(chunks, opened, strict=True):
+        for chunk, room in zip(chunks, await self._open_all(chunks), strict=True):
             job = chunk.job
             if job.stage is Stage.FINISHED:  # the client left meanwhile, or decode refused for good
                 if isinstance(room, HandOff):
@@ -218,6 +218,17 @@ class PrefillEngine:
             except Exception:
                 logger.exception("sending the cached blocks of %s failed", job.request.request_id)
                 job.fail(InternalError("the hand-off failed; the server's log says why"))
+
+    async def _open_all(self, chunks: Sequence[Chunk[Job]]) -> list[HandOff | NoRoomError | None]:
+        """All at once; but one by one up to the first refusal while decode is full: what is opened behind a
+        refused one has to be given back."""
+        opened: list[HandOff | NoRoomError | None] = []
+        if not self._decode_full:
+            opened = await asyncio.gather(*(self._open(chunk.job) for chunk in chunks))
+        while len(opened) < len(chunks) and not isinstance((opened or [None])[-1], NoRoomError):
+            opened.append(await self._open(chunks[len(opened)].job))
+        self._decode_full = any(isinstance(room, NoRoomError) for room in opened)
+        return opened + [None] * (len(chunks) - len(opened))
 
     async def _open(self, job: Job) -> HandOff | NoRoomError | None:
         """The hand-off; None if none is needed or the job has ended; NoRoomError if it has to wait."""

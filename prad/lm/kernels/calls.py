@@ -125,6 +125,9 @@ class Calls(ABC):
         """Memory for a result [rows, width] that is used up before the next one of that name is made."""
 
     @abstractmethod
+    def _take(self, call: Call, rows: int, used: tuple[Any, ...], view: PagedView | None) -> None:
+        """One call on `rows` rows; `used`: what it points into. `view` is for attention, which needs one."""
+
     def _do(
         self,
         kind: Kind,
@@ -134,7 +137,8 @@ class Calls(ABC):
         used: tuple[Any, ...],
         view: PagedView | None = None,
     ) -> None:
-        """One call; `used`: what its pointers point into."""
+        struct = ARGUMENTS[kind](*arguments)
+        self._take(Call(kind, half, ctypes.addressof(struct)), rows, (struct, *used), view)
 
     def linear(
         self, weights: PackedLinear, x: Tensor, out: Tensor, mode: Out, act: Activation = Activation.NONE

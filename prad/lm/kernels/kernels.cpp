@@ -56,22 +56,12 @@ Pool* prad_pool(int32_t threads) { return new Pool(threads); }
 void prad_pool_free(Pool* pool) { delete pool; }
 int32_t prad_has_amx() { return allow_amx(); }
 
-int64_t prad_size(Kind kind) {
-  switch (kind) {
-    case Kind::linear:
-      return sizeof(LinearCall);
-    case Kind::norm:
-      return sizeof(NormCall);
-    case Kind::rotate:
-      return sizeof(RotateCall);
-    case Kind::attention:
-      return sizeof(AttentionCall);
-    case Kind::argmax:
-      return sizeof(ArgmaxCall);
-    case Kind::low_rank:
-      return sizeof(LowRankCall);
-  }
-  return 0;
+// In bytes, of every struct that library.py declares as well, in its order.
+void prad_sizes(int64_t* out) {
+  for (size_t size : {sizeof(Call), sizeof(PagedView), sizeof(LowRankSpan), sizeof(Linear), sizeof(LinearCall),
+                      sizeof(NormCall), sizeof(RotateCall), sizeof(AttentionCall), sizeof(ArgmaxCall),
+                      sizeof(LowRankCall)})
+    *out++ = static_cast<int64_t>(size);
 }
 
 // All calls in order, on `rows` rows each. `view`: what attention reads. `seconds`, if given, gets what each took.

@@ -11,18 +11,21 @@ import torch
 from torch import Tensor
 
 from prad.lm.kernels.build import BuildError
-from prad.lm.kernels.calls import ARGUMENTS, Call, Calls, Kind, PagedView
+from prad.lm.kernels.calls import ARGUMENTS, Call, Calls, Kind, LowRankSpan, PagedView
+from prad.lm.kernels.packed import LinearStruct
 
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "prad_pool": (c_void_p, [c_int32]),
     "prad_pool_free": (None, [c_void_p]),
     "prad_has_amx": (c_int32, []),
-    "prad_size": (c_int64, [c_int32]),
+    "prad_sizes": (None, [POINTER(c_int64)]),
     "prad_run": (
         None,
         [c_void_p, POINTER(Call), c_int64, c_int64, POINTER(PagedView), POINTER(c_double)],
     ),
 }
+
+_STRUCTS = (Call, PagedView, LowRankSpan, LinearStruct, *ARGUMENTS.values())
 
 
 class Kernels(Calls):
@@ -42,8 +45,10 @@ class Kernels(Calls):
         self.threads = threads
         self.spent: Counter[Kind] | None = None  # where to add the seconds that calls take, if anywhere
         self.has_amx = bool(self._c.prad_has_amx())
-        for kind, struct in ARGUMENTS.items():
-            assert self._c.prad_size(kind) == ctypes.sizeof(struct), f"{kind.name} is declared otherwise in C"
+        sizes = (c_int64 * len(_STRUCTS))()
+        self._c.prad_sizes(sizes)
+        for struct, size in zip(_STRUCTS, sizes, strict=True):
+            assert ctypes.sizeof(struct) == size, f"{struct.__name__} is declared otherwise in C"
 
     @cached_property
     def _pool(self) -> int:
@@ -57,17 +62,8 @@ class Kernels(Calls):
     def empty(self, name: str, rows: int, width: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(rows, width, dtype=dtype)
 
-    def _do(
-        self,
-        kind: Kind,
-        half: bool,
-        rows: int,
-        arguments: tuple[Any, ...],
-        used: tuple[Any, ...],
-        view: PagedView | None = None,
-    ) -> None:
-        struct = ARGUMENTS[kind](*arguments)
-        self.run((Call * 1)(Call(kind, half, ctypes.addressof(struct))), rows, view)
+    def _take(self, call: Call, rows: int, used: tuple[Any, ...], view: PagedView | None) -> None:
+        self.run((Call * 1)(call), rows, view)
 
     def run(self, calls: Any, rows: int, view: PagedView | None = None) -> None:
         """An array of calls in order; `view` is for the attention among them."""

@@ -121,10 +121,10 @@ inline const bf16* tile_of(const int8_t* panel, int64_t k, bf16* room) {
 }
 
 // Tile loads overlap with nothing, least of all with a miss: whatever comes next is asked for early.
-template <class W>
+template <_mm_hint kHint, class W>
 inline void fetch_weights(const W* panel, int64_t k) {
   const char* at = reinterpret_cast<const char*>(panel + k * 512);
-  for (size_t line = 0; line < 512 * sizeof(W); line += 64) _mm_prefetch(at + line, _MM_HINT_T0);
+  for (size_t line = 0; line < 512 * sizeof(W); line += 64) _mm_prefetch(at + line, kHint);
 }
 inline void fetch_rows(const bf16* x, int64_t stride) {
   for (int row = 0; row < 16; row++) _mm_prefetch(x + row * stride, _MM_HINT_T0);
@@ -139,7 +139,7 @@ void multiply_amx(const bf16* x, int64_t stride, const W* panel, int64_t in, flo
   if (kTiles > 3) _tile_zero(3);
   for (int64_t k = 0; k < in / kDepth; k++) {
     const bf16* at = x + k * kDepth;
-    fetch_weights(panel, k + kAhead);
+    fetch_weights<_MM_HINT_T0>(panel, k + kAhead);
     _tile_loadd(6, tile_of(panel, k, room), 64);
     if (kTiles > 1) {
       _tile_loadd(4, at, stride * 2);
@@ -165,15 +165,17 @@ void multiply_amx(const bf16* x, int64_t stride, const W* panel, int64_t in, flo
   if (kTiles > 3) _tile_stored(3, c + 768, 64);
 }
 
-// 32 rows by two panels into c[2][32][16]; all tiles full.
+// 32 rows by two panels into c[2][32][16]; all tiles full. Meanwhile panel `ahead`, if any, comes into the L2 cache.
 template <class W>
-void multiply_amx_square(const bf16* x, int64_t stride, const W* panel, int64_t panel_size, int64_t in, float* c) {
+void multiply_amx_square(const bf16* x, int64_t stride, const W* panel, int64_t panel_size, int64_t in,
+                         const W* ahead, float* c) {
   alignas(64) bf16 room[2][512];
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
   for (int64_t k = 0; k < in / kDepth; k++) {
+    if (ahead) fetch_weights<_MM_HINT_T1>(ahead, k);
     fetch_rows(x + (k + 2) * kDepth, stride);
     fetch_rows(x + (k + 2) * kDepth + 16 * stride, stride);
     _tile_loadd(4, x + k * kDepth, stride * 2);
@@ -307,11 +309,17 @@ void linear(Pool& pool, const Linear& w, const T* x, int64_t rows, int64_t strid
       if (rows >= 32 && allow_amx()) {
         configure_tiles(0, 0);
         int64_t full = row + (end - row) / 32 * 32;
-        for (int64_t r = row; r < full; r += 32)
-          for (int64_t p = first; p + 1 < last; p += 2) {
-            multiply_amx_square(x + r * stride, stride, panels + p * size, size, w.in, c);
-            sink.take(p, r, 32, c, c + 512);
-          }
+        auto square = [&](int64_t r, int64_t p, const W* ahead) {
+          multiply_amx_square(x + r * stride, stride, panels + p * size, size, w.in, ahead, c);
+          sink.take(p, r, 32, c, c + 512);
+        };
+        if (rows <= kRows) {  // the weights come from memory: each once, the next two panels meanwhile
+          for (int64_t p = first; p + 1 < last; p += 2)
+            for (int64_t r = row; r < full; r += 32) square(r, p, panels + (p + (r == row ? 2 : 3)) * size);
+        } else {
+          for (int64_t r = row; r < full; r += 32)
+            for (int64_t p = first; p + 1 < last; p += 2) square(r, p, nullptr);
+        }
         end_rows();
         if ((last - first) % 2) {  // a panel without a neighbour
           for (int64_t r = row; r < full; r += kRows) {

@@ -1,12 +1,11 @@
 """A pass recorded once and run as often as wanted: one call into the library, no Python in between."""
 
-import ctypes
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from prad.lm.kernels.calls import ARGUMENTS, Call, Calls, Kind, PagedView
+from prad.lm.kernels.calls import Call, Calls, PagedView
 from prad.lm.kernels.library import Kernels
 
 
@@ -31,18 +30,9 @@ class Recording(Calls):
         assert kept.shape == (rows, width), f"{name} changed its shape from {tuple(kept.shape)}"
         return kept
 
-    def _do(
-        self,
-        kind: Kind,
-        half: bool,
-        rows: int,
-        arguments: tuple[Any, ...],
-        used: tuple[Any, ...],
-        view: PagedView | None = None,
-    ) -> None:
-        struct = ARGUMENTS[kind](*arguments)
-        self._calls.append(Call(kind, half, ctypes.addressof(struct)))
-        self._used += [struct, *used]
+    def _take(self, call: Call, rows: int, used: tuple[Any, ...], view: PagedView | None) -> None:
+        self._calls.append(call)
+        self._used += used
 
     def run(self, rows: int, view: PagedView) -> None:
         """All calls in order, on the first `rows` rows of what they were recorded with."""
