@@ -1,6 +1,6 @@
-"""What a family's configuration can change, under every method: one prompt pass of all of them, with the plain
-model's tokens behind the prompts, equals the reference. The families' usual form goes through the whole stack
-in test_oracle.
+"""What a family's configuration can change, under every method: one prompt pass of all methods, with tokens
+of the plain model behind the prompts, equals the reference. The families' usual form goes through the whole
+stack in test_oracle.
 """
 
 from collections.abc import Callable
