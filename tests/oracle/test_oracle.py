@@ -132,8 +132,8 @@ def test_the_oracle_fails_under(case: Case, task: str, fault: Fault) -> None:
 
 
 def test_seeded_sampling_is_the_same_alone_and_in_a_mix(case: Case) -> None:
-    # a number within float32 rounding of the boundary between two ids may draw either: under seed 1234 mistral
-    # had one 9e-8 away, where batches differ by up to 1.2e-6; under this one the nearest was 1.4e-5 away
+    # a number within float32 rounding of the boundary between two ids may draw either: with seed 1234 mistral
+    # had one 9e-8 away, where batches differ by up to 1.2e-6; with this one the nearest was 1.4e-5 away
     def sampled(i: int) -> str:
         task, prompt = case.prompts()[i]
         request = body(prompt, task, STEPS, temperature=0.9, top_p=0.95, seed=4321 + i, n=2)
