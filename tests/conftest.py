@@ -15,10 +15,14 @@ from tokenizers import Tokenizer as TokenizerFile
 from tokenizers import models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    OPTConfig,
     PreTrainedTokenizerFast,
+    Qwen3Config,
 )
 
 from prad.adapters import find_method, new_adapter, save_parameters
@@ -33,43 +37,39 @@ torch.set_num_threads(1)  # tiny models: threads that wait for each other cost m
 
 VOCAB = 120
 EOS = VOCAB - 1
-SEEDS = {"llama": 3, "gpt2": 1, "mistral": 1}
-CONFIGS: dict[str, Any] = {
-    "llama": lambda: LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        eos_token_id=EOS,
-        bos_token_id=None,
-    ),
-    "gpt2": lambda: GPT2Config(
-        vocab_size=VOCAB,
-        n_embd=48,
-        n_layer=4,
-        n_head=4,
-        n_positions=512,
-        eos_token_id=EOS,
-        bos_token_id=None,
-        tie_word_embeddings=False,
-    ),
-    "mistral": lambda: MistralConfig(
-        vocab_size=VOCAB,
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "num_hidden_layers": 4,
+    "max_position_embeddings": 512,
+    "eos_token_id": EOS,
+    "bos_token_id": None,
+}
+GROUPED = {"intermediate_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2}
+_WINDOWS = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"]
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: LlamaConfig(**SIZES, **GROUPED),
+    "gpt2": lambda: GPT2Config(**SIZES, num_attention_heads=4, tie_word_embeddings=False),
+    "mistral": lambda: MistralConfig(**SIZES, **GROUPED, sliding_window=24),
+    "qwen3": lambda: Qwen3Config(**SIZES, **GROUPED, head_dim=16),
+    "gemma3": lambda: Gemma3TextConfig(
+        **SIZES,
+        **GROUPED,
+        head_dim=16,
+        query_pre_attn_scalar=24,
         sliding_window=24,
-        eos_token_id=EOS,
-        bos_token_id=None,
+        layer_types=_WINDOWS,
+        pad_token_id=None,
+    ),
+    "opt": lambda: OPTConfig(**SIZES, num_attention_heads=4, ffn_dim=80, pad_token_id=None),
+    "gpt-neox": lambda: GPTNeoXConfig(
+        **SIZES,
+        num_attention_heads=4,
+        intermediate_size=96,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5},
     ),
 }
-
+SEEDS = {"llama": 1, "gpt2": 1, "mistral": 4, "qwen3": 1, "gemma3": 12, "opt": 1, "gpt-neox": 1}
 
 KERNEL_CACHE = Path("~/.cache/prad")
 
@@ -90,13 +90,19 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 
 def random_model(family: str, seed: int) -> Any:
-    """A tiny model far from initialisation: attention that is not flat, tokens of unequal loudness, so that
-    almost every step has a clear winner."""
+    """A tiny model far from initialisation: attention that is not flat, biases and norms with weight, tokens
+    of unequal loudness, so that almost every step has a clear winner."""
+    return randomised(CONFIGS[family](), seed)
+
+
+def randomised(config: Any, seed: int) -> Any:
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family](), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if weight.dim() > 1 and "wpe" not in name:
+            if weight.dim() == 1:
+                weight.add_(0.2 * torch.randn(weight.shape))
+            elif "wpe" not in name and "embed_positions" not in name:
                 weight.mul_(3.0)
         model.get_output_embeddings().weight.mul_(torch.randn(VOCAB, 1).exp())
     return model

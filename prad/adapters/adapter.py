@@ -64,7 +64,7 @@ def find_method(name: str) -> Method:
 
 def new_adapter(method: Method, config: MethodConfig, model: LanguageModel, seed: int) -> Adapter:
     """A fresh float32 adapter that leaves the model as it is. Raises MissingSiteError."""
-    require_sites(model.config.model_type, method.sites(config))
+    require_sites(model.config.model_type, method.sites(config), method.name)
     generator = torch.Generator().manual_seed(seed)
     return Adapter(method, config, method.initialise(config, FrozenModel(model), generator))
 
@@ -88,7 +88,7 @@ def load_adapter(artefact: Artefact, model: LanguageModel, *, allow_other_weight
         )
     method = find_method(record.method)
     config = method.configure(record.config)
-    require_sites(model.config.model_type, method.sites(config))
+    require_sites(model.config.model_type, method.sites(config), method.name)
     shapes = method.shapes(config, FrozenModel(model))
     expected = {_file_name(i, n): s for i in range(model.num_layers) for n, s in shapes.items()}
     for name, info in artefact.tensors.items():

@@ -237,6 +237,10 @@ def _attention(
             f"{type(module).__name__} wants {what} in its attention; only plain and sliding-window "
             "attention over stored K and V can be served"
         )
+    if not getattr(module, "is_causal", True):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} lets tokens attend to later ones; KV that is handed over cannot change"
+        )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     out: Tensor = kv_target.attend(module.layer_idx, q, k, v, scale, sliding_window)

@@ -176,12 +176,15 @@ class _Recorder:
 
 def architecture(config: Any) -> str:
     """What an adapter's shapes depend on, as one readable line."""
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    named = (getattr(config, name, None) for name in ("intermediate_size", "ffn_dim", "n_inner"))
+    ffn = next(filter(None, named), 4 * hidden)
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
     return (
-        f"{config.model_type} layers={config.num_hidden_layers} hidden={config.hidden_size} "
-        f"heads={config.num_attention_heads}"
-        f"/{getattr(config, 'num_key_value_heads', None) or config.num_attention_heads} "
-        f"ffn={getattr(config, 'intermediate_size', None) or 4 * config.hidden_size} "
-        f"vocab={config.vocab_size}"
+        f"{config.model_type} layers={config.num_hidden_layers} hidden={hidden} "
+        f"heads={heads}/{getattr(config, 'num_key_value_heads', None) or heads} "
+        + (f"head_dim={head_dim} " if head_dim * heads != hidden else "")
+        + f"ffn={ffn} vocab={config.vocab_size}"
     )
 
 

@@ -2,6 +2,10 @@
 
 The model knows the places, never the adapters: a pass receives one `Adaptation` and asks it at each site it
 names. The taps live for one pass only, so nothing stays behind on the frozen model.
+
+The paper's FFN (equations 4 and 6) is what lies between the norm before it and whatever comes behind it:
+FFN_IN is the output of the norm before it (for an OPT that norms behind its sublayers, the residual stream),
+FFN_OUT what it adds to the residual stream, before Gemma 3's second norm and OPT's norm behind the addition.
 """
 
 from collections.abc import Iterator
@@ -10,6 +14,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from prad.lm.errors import MissingSiteError
@@ -48,12 +53,27 @@ class Adaptation(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Tap:
-    """Where a site is: a module below the layer, its input or output, and which part of a fused output."""
+    """Where a site is: a module below the layer, its input or output, and which part of a fused output.
+
+    `by_head`: the parts of each head lie side by side (GPT-NeoX), not those of all heads. `entry`: the
+    module whose input is the source, where it is not `path`'s own. `shared`: the input is also the residual
+    stream in some models of the family, which an adapter of the site must not change.
+    """
 
     path: str
     is_input: bool = False
     part: int = 0
     parts: int = 1
+    by_head: bool = False
+    entry: str | None = None
+    shared: bool = False
+
+    def part_of(self, fused: Tensor, heads: int) -> Tensor:
+        """fused [T, all parts] -> the site's own, a view: [T, width], or [T, heads, head_dim] by_head."""
+        if self.by_head:
+            return fused.view(len(fused), heads, self.parts, -1)[:, :, self.part]
+        width = fused.shape[-1] // self.parts
+        return fused.narrow(-1, self.part * width, width)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,69 +111,163 @@ _GPT2 = _Family(
         Site.FFN_OUT: _Tap("mlp"),
     },
 )
-_FAMILIES = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA, "gpt2": _GPT2}
+_GPT_NEOX = _Family(
+    "gpt_neox.layers",
+    {
+        Site.Q: _Tap("attention.query_key_value", part=0, parts=3, by_head=True),
+        Site.K: _Tap("attention.query_key_value", part=1, parts=3, by_head=True),
+        Site.V: _Tap("attention.query_key_value", part=2, parts=3, by_head=True),
+        Site.O: _Tap("attention.dense"),
+        Site.UP: _Tap("mlp.dense_h_to_4h"),
+        Site.DOWN: _Tap("mlp.dense_4h_to_h"),
+        Site.DOWN_IN: _Tap("mlp.dense_4h_to_h", is_input=True),
+        Site.FFN_IN: _Tap("mlp", is_input=True),
+        Site.FFN_OUT: _Tap("mlp"),
+    },
+)
+_OPT = _Family(
+    "model.decoder.layers",
+    {
+        Site.Q: _Tap("self_attn.q_proj"),
+        Site.K: _Tap("self_attn.k_proj"),
+        Site.V: _Tap("self_attn.v_proj"),
+        Site.O: _Tap("self_attn.out_proj"),
+        Site.UP: _Tap("fc1"),
+        Site.DOWN: _Tap("fc2"),
+        Site.DOWN_IN: _Tap("fc2", is_input=True),
+        Site.FFN_IN: _Tap("fc1", is_input=True, shared=True),  # no module is the FFN
+        Site.FFN_OUT: _Tap("fc2", entry="fc1"),
+    },
+)
+_FAMILIES = {
+    "gemma3_text": _LLAMA,
+    "gpt2": _GPT2,
+    "gpt_neox": _GPT_NEOX,
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "opt": _OPT,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+}
 
 
-def require_sites(model_type: str, sites: frozenset[Site]) -> None:
-    """Raises MissingSiteError unless the family `model_type` has all of `sites`."""
+def require_sites(model_type: str, sites: frozenset[Site], method: str = "the adapter") -> None:
+    """Raises MissingSiteError unless the family `model_type` has all of the `sites` that `method` acts on."""
     family = _FAMILIES.get(model_type)
     if family is None:
         known = ", ".join(sorted(_FAMILIES))
-        raise MissingSiteError(f"adapters know no sites in a '{model_type}' model (families: {known})")
+        raise MissingSiteError(
+            f"{method}: adapters know no sites in a '{model_type}' model (families: {known})"
+        )
     missing = sorted(sites - family.taps.keys())
     if missing:
-        raise MissingSiteError(f"a '{model_type}' model has no site {', '.join(missing)}")
+        there = ", ".join(sorted({tap.path for tap in family.taps.values()}))
+        raise MissingSiteError(
+            f"{method}: a '{model_type}' model has no site {', '.join(missing)} (each of {family.layers} has "
+            f"{there})"
+        )
 
 
 def projection(model: nn.Module, model_type: str, layer: int, site: Site) -> tuple[Tensor, Tensor | None]:
-    """Frozen weight [out, in] and bias [out] of the projection whose output is `site`: views, no copies.
+    """Frozen weight [out, in] and bias [out] of the projection whose output is `site`.
 
-    Raises MissingSiteError if the family does not have the site, or no projection computes it.
+    Views, or copies where the parts of each head lie side by side. Raises MissingSiteError if the family does
+    not have the site, or no projection computes it.
     """
     require_sites(model_type, frozenset({site}))
     family = _FAMILIES[model_type]
     tap = family.taps[site]
     module = model.get_submodule(f"{family.layers}.{layer}.{tap.path}")
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    if tap.is_input or not isinstance(weight, Tensor):
+    if tap.is_input or tap.entry is not None or not isinstance(weight, Tensor):
         raise MissingSiteError(f"{site} is not the output of a projection")
-    if not isinstance(module, nn.Linear):  # GPT-2's Conv1D keeps [in, out]
-        weight = weight.T
-    own_bias = bias.chunk(tap.parts)[tap.part] if isinstance(bias, Tensor) else None
-    return weight.chunk(tap.parts)[tap.part], own_bias
+
+    def own(fused: Tensor) -> Tensor:
+        return tap.part_of(fused, _heads(model)).flatten(1)
+
+    by_input = weight.T if isinstance(module, nn.Linear) else weight  # GPT-2's Conv1D keeps [in, out]
+    return own(by_input).T, own(bias[None])[0] if isinstance(bias, Tensor) else None
 
 
 @contextmanager
 def tapped(model: nn.Module, model_type: str, adaptation: Adaptation | None) -> Iterator[None]:
-    """Routes the model's values through `adaptation` at its sites, for the pass inside the `with`."""
+    """Routes the model's values through `adaptation` at its sites, for the pass inside the `with`.
+
+    Raises MissingSiteError if the family lacks one, or the pass left one out.
+    """
     if adaptation is None:
         yield
         return
     require_sites(model_type, adaptation.sites)
     family = _FAMILIES[model_type]
-    handles = []
+    taps: list[_LayerTap] = []
+    handles: list[Any] = []
     try:
         for index, layer in enumerate(model.get_submodule(family.layers).children()):
             for site in sorted(adaptation.sites):
-                handles.append(_attach(layer, index, site, family.taps[site], adaptation))
+                tap = _LayerTap(index, site, family.taps[site], adaptation, _heads(model))
+                handles += tap.attach(layer)
+                taps.append(tap)
         yield
     finally:
         for handle in handles:
             handle.remove()
+    for tap in taps:
+        if not tap.reached:  # the plain model's answer must not pass for an adapted one
+            raise MissingSiteError(
+                f"the pass never called {family.layers}.{tap.layer}.{tap.tap.path} ({tap.site})"
+            )
 
 
-def _attach(layer: nn.Module, index: int, site: Site, tap: _Tap, adaptation: Adaptation) -> Any:
-    module = layer.get_submodule(tap.path)
+@dataclass(slots=True)
+class _LayerTap:
+    """One site of one layer for one pass."""
 
-    def on_input(_: nn.Module, args: tuple[Any, ...]) -> None:
-        value = args[0].squeeze(0)
-        adaptation.apply(index, site, value, value)
+    layer: int
+    site: Site
+    tap: _Tap
+    adaptation: Adaptation
+    heads: int
+    source: Tensor | None = None
+    reached: bool = False
 
-    def on_output(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        width = output.shape[-1] // tap.parts
-        value = output.squeeze(0).narrow(-1, tap.part * width, width)
-        adaptation.apply(index, site, value, args[0].squeeze(0))
+    def attach(self, layer: nn.Module) -> list[Any]:
+        module = layer.get_submodule(self.tap.path)
+        if self.tap.is_input:
+            return [module.register_forward_pre_hook(self._on_input)]
+        handles = [module.register_forward_hook(self._on_output)]
+        if self.tap.entry is not None:
+            handles.append(layer.get_submodule(self.tap.entry).register_forward_pre_hook(self._on_entry))
+        return handles
 
-    if tap.is_input:
-        return module.register_forward_pre_hook(on_input)
-    return module.register_forward_hook(on_output)
+    def _on_input(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        # what came before needs its output for gradients: OPT's ReLU keeps it
+        copied = self.tap.shared or torch.is_grad_enabled()
+        entering = args[0].clone() if copied else args[0]
+        value = _rows(entering)
+        self._apply(value, value)
+        return (entering, *args[1:])
+
+    def _on_entry(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+        self.source = _rows(args[0])
+
+    def _on_output(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        source = _rows(args[0]) if self.source is None else self.source
+        part = self.tap.part_of(_rows(output), self.heads)
+        value = part.flatten(1)  # a copy if by_head: no adapter has to know of heads
+        self._apply(value, source)
+        if self.tap.by_head:
+            part.copy_(value.view(part.shape))
+
+    def _apply(self, value: Tensor, source: Tensor) -> None:
+        self.adaptation.apply(self.layer, self.site, value, source)
+        self.reached = True
+
+
+def _heads(model: Any) -> int:
+    return int(model.config.num_attention_heads)
+
+
+def _rows(states: Tensor) -> Tensor:
+    """[1, T, width], or [T, width] as OPT's FFN has them, to [T, width]; a view."""
+    return states.view(-1, states.shape[-1])

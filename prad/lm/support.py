@@ -18,6 +18,11 @@ def require_servable(config: Any) -> None:
     kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if kind is None:
         raise UnsupportedModelError(f"a '{config.model_type}' model is not a causal language model")
+    if config.get_text_config() is not config:
+        raise UnsupportedModelError(
+            f"{kind.__name__} is a language model inside a model of images or sound; "
+            "only a text model of its own can be served"
+        )
     if not kind._supports_attention_backend:
         raise UnsupportedModelError(
             f"{kind.__name__} has no attention, or computes it in a way of its own; only plain and "

@@ -149,7 +149,9 @@ def test_a_family_without_sites_is_refused_by_name(artefact: Artefact, tmp_path:
     transformers.PhiForCausalLM(config).save_pretrained(tmp_path / "phi")
     phi = LanguageModel.load(tmp_path / "phi", dtype=torch.float32)
     method = find_method("prad-pa")
-    with pytest.raises(MissingSiteError, match=r"no sites in a 'phi' model .*gpt2, llama"):
+    with pytest.raises(
+        MissingSiteError, match=r"prad-pa: adapters know no sites in a 'phi' model .*llama, mistral"
+    ):
         new_adapter(method, method.config_type(), phi, seed=0)
     base = artefact.record.base.model_copy(
         update={"architecture": phi.fingerprint.architecture, "weights": phi.fingerprint.weights}

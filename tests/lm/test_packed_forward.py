@@ -23,6 +23,7 @@ OTHER_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3Config", {"head_dim": 16}),
     "gemma3, windows in turn": ("Gemma3TextConfig", {"head_dim": 16, "sliding_window": 8}),
     "gpt-neox": ("GPTNeoXConfig", {}),
+    "opt": ("OPTConfig", {"ffn_dim": 80}),
     "granite, its own scale": ("GraniteConfig", {"attention_multiplier": 0.3}),
     "deepseek-v3, values narrower than keys": (
         "DeepseekV3Config",

@@ -13,60 +13,111 @@ from torch import Tensor, nn
 Formula = Callable[[Tensor, Tensor], Tensor]
 Weights = dict[str, Tensor]
 
-PLACES = {  # Llama's modules; GPT-2's, with the part of a fused output
-    "q": ("self_attn.q_proj", "attn.c_attn", 0, 3),
-    "k": ("self_attn.k_proj", "attn.c_attn", 1, 3),
-    "v": ("self_attn.v_proj", "attn.c_attn", 2, 3),
-    "o": ("self_attn.o_proj", "attn.c_proj", 0, 1),
-    "gate": ("mlp.gate_proj", "", 0, 1),
-    "up": ("mlp.up_proj", "mlp.c_fc", 0, 1),
-    "down": ("mlp.down_proj", "mlp.c_proj", 0, 1),
-    "ffn": ("mlp", "mlp", 0, 1),
+_LLAMA = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+    "ffn": "mlp",
+}
+PLACES = {  # the module whose output a site is, by model type; "a b": from the input of a to the output of b
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma3_text": _LLAMA,
+    "gpt2": {
+        **dict.fromkeys("qkv", "attn.c_attn"),
+        "o": "attn.c_proj",
+        "up": "mlp.c_fc",
+        "down": "mlp.c_proj",
+        "ffn": "mlp",
+    },
+    "gpt_neox": {
+        **dict.fromkeys("qkv", "attention.query_key_value"),
+        "o": "attention.dense",
+        "up": "mlp.dense_h_to_4h",
+        "down": "mlp.dense_4h_to_h",
+        "ffn": "mlp",
+    },
+    "opt": {
+        **{site: f"self_attn.{site}_proj" for site in "qkv"},
+        "o": "self_attn.out_proj",
+        "up": "fc1",
+        "down": "fc2",
+        "ffn": "fc1 fc2",
+    },
 }
 
 
-class Change(NamedTuple):
+class Layer(NamedTuple):
+    """One of transformers' layers, and the configuration of its model."""
+
     module: nn.Module
-    part: int
-    parts: int
+    config: Any
+
+
+class Place(NamedTuple):
+    """From `entry`'s input x to `columns` [width] of `module`'s output, which are y."""
+
+    entry: nn.Module
+    module: nn.Module
+    columns: Tensor
+
+
+class Change(NamedTuple):
+    place: Place
     formula: Formula
 
 
-def changes(method: str, config: dict[str, Any], layer: nn.Module, weights: Weights) -> Iterator[Change]:
+def changes(method: str, config: dict[str, Any], layer: Layer, weights: Weights) -> Iterator[Change]:
     """What the method does in one layer."""
     for site, formula in _METHODS[method](config, layer, weights):
-        yield Change(*_place(layer, site), formula)
+        yield Change(_place(layer, site), formula)
 
 
-def _place(layer: nn.Module, site: str) -> tuple[nn.Module, int, int]:
-    llama, gpt2, part, parts = PLACES[site]
-    if hasattr(layer, "self_attn"):
-        return layer.get_submodule(llama), 0, 1
-    return layer.get_submodule(gpt2), part, parts
+def _place(layer: Layer, site: str) -> Place:
+    modules = [layer.module.get_submodule(p) for p in PLACES[layer.config.model_type][site].split()]
+    hidden, heads = layer.config.hidden_size, layer.config.num_attention_heads
+    columns = torch.arange(hidden if site == "ffn" else _stored(modules[-1]).shape[0])
+    if site in "qkv" and layer.config.model_type == "gpt2":  # all of q, all of k, all of v
+        columns = columns[columns // hidden == "qkv".index(site)]
+    if site in "qkv" and layer.config.model_type == "gpt_neox":  # q, k and v of each head in turn
+        columns = columns[columns // (hidden // heads) % 3 == "qkv".index(site)]
+    return Place(modules[0], modules[-1], columns)
 
 
-def _parallel(config: dict[str, Any], _: nn.Module, w: Weights) -> Iterator[tuple[str, Formula]]:
+def _stored(projection: nn.Module) -> Tensor:
+    """Its weight [out, in], whichever way it is stored."""
+    weight = projection.weight.detach()
+    assert isinstance(weight, Tensor)
+    return weight if isinstance(projection, nn.Linear) else weight.T
+
+
+def _parallel(config: dict[str, Any], _: Layer, w: Weights) -> Iterator[tuple[str, Formula]]:
     def formula(x: Tensor, y: Tensor) -> Tensor:
         return y + config["scale"] * torch.relu(x @ w["ffn.down"] + w["ffn.bias"]) @ w["ffn.up"]
 
     yield "ffn", formula
 
 
-def _lora(config: dict[str, Any], _: nn.Module, w: Weights) -> Iterator[tuple[str, Formula]]:
+def _lora(config: dict[str, Any], _: Layer, w: Weights) -> Iterator[tuple[str, Formula]]:
     scale = config["alpha"] / (config["r"] ** 0.5 if config["rslora"] else config["r"])
     for site in config["targets"]:
         a, b = w[f"{site}.lora_A"], w[f"{site}.lora_B"]
         yield site, lambda x, y, a=a, b=b: y + scale * (x @ a.T) @ b.T
 
 
-def _sequential(config: dict[str, Any], _: nn.Module, w: Weights) -> Iterator[tuple[str, Formula]]:
+def _sequential(config: dict[str, Any], _: Layer, w: Weights) -> Iterator[tuple[str, Formula]]:
     def formula(x: Tensor, y: Tensor) -> Tensor:
         return y + config["scale"] * torch.relu(y @ w["ffn.down"] + w["ffn.bias"]) @ w["ffn.up"]
 
     yield "ffn", formula
 
 
-def _dora(config: dict[str, Any], layer: nn.Module, w: Weights) -> Iterator[tuple[str, Formula]]:
+def _dora(config: dict[str, Any], layer: Layer, w: Weights) -> Iterator[tuple[str, Formula]]:
     """The merged weight V / ‖V‖ · m with V = W0 + s B A."""
     for site in config["targets"]:
         frozen, bias = _frozen(layer, site)
@@ -77,26 +128,24 @@ def _dora(config: dict[str, Any], layer: nn.Module, w: Weights) -> Iterator[tupl
         yield site, lambda x, y, merged=merged, bias=bias: x @ merged.T + bias
 
 
-def _ia3(_: dict[str, Any], layer: nn.Module, w: Weights) -> Iterator[tuple[str, Formula]]:
+def _ia3(_: dict[str, Any], layer: Layer, w: Weights) -> Iterator[tuple[str, Formula]]:
     for site in ("k", "v"):
         yield site, lambda x, y, factor=w[f"{site}.ia3_l"]: y * factor
     frozen, bias = _frozen(layer, "down")
     yield "down", lambda x, y: (x * w["down_in.ia3_l"]) @ frozen.T + bias
 
 
-def _bitfit(config: dict[str, Any], _: nn.Module, w: Weights) -> Iterator[tuple[str, Formula]]:
+def _bitfit(config: dict[str, Any], _: Layer, w: Weights) -> Iterator[tuple[str, Formula]]:
     for site in config["targets"]:
         yield site, lambda x, y, change=w[f"{site}.bias"]: y + change
 
 
-def _frozen(layer: nn.Module, site: str) -> tuple[Tensor, Tensor]:
+def _frozen(layer: Layer, site: str) -> tuple[Tensor, Tensor]:
     """The projection's weight [out, in], and its bias or zeros [out]."""
-    module, part, parts = _place(layer, site)
-    stored = module.weight.detach()
-    assert isinstance(stored, Tensor)
-    weight = (stored if isinstance(module, nn.Linear) else stored.T).chunk(parts)[part]
-    bias = module.bias.detach().chunk(parts)[part] if isinstance(module.bias, Tensor) else torch.zeros(1)
-    return weight, bias
+    place = _place(layer, site)
+    bias = place.module.bias
+    own = bias.detach()[place.columns] if isinstance(bias, Tensor) else torch.zeros(1)
+    return _stored(place.module)[place.columns], own
 
 
 _METHODS: dict[str, Callable[..., Iterator[tuple[str, Formula]]]] = {

@@ -6,7 +6,7 @@ could be wrong; the reference under a fault is what such a server would say.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from tests.oracle.formulas import Change, changes
+from tests.oracle.formulas import Change, Layer, changes
 
 
 class Fault(Enum):
@@ -39,7 +39,7 @@ class Reference:
         self.model = AutoModelForCausalLM.from_pretrained(
             self.folder, dtype=torch.float32, attn_implementation="eager"
         ).eval()
-        body = self.model.base_model
+        body = getattr(self.model.base_model, "decoder", self.model.base_model)
         self.layers = body.h if hasattr(body, "h") else body.layers
 
     def logits(
@@ -65,7 +65,12 @@ class Reference:
             positions[len(prompt) :] += 1
         with torch.no_grad(), self._adapted(adapter, adapted):
             ids = torch.tensor([[*prompt, *output[:-1]]])
-            every = self.model(input_ids=ids, position_ids=positions[None], use_cache=False).logits[0]
+            every = self.model(
+                input_ids=ids,
+                position_ids=positions[None],
+                attention_mask=torch.ones_like(ids),  # without it, transformers begins a sequence at a jump
+                use_cache=False,
+            ).logits[0]
         return every[len(prompt) - 1 :]
 
     def _with_swapped_layers(
@@ -99,18 +104,26 @@ class Reference:
                 for i, layer in enumerate(self.layers):
                     prefix = f"layers.{i}."
                     weights = {n.removeprefix(prefix): t.float() for n, t in stored.items() if prefix in n}
-                    for change in changes(record["method"], record["config"], layer, weights):
-                        hook = change.module.register_forward_hook(_masked(change, adapted))
-                        hooks.callback(hook.remove)
+                    own = Layer(layer, self.model.config)
+                    for change in changes(record["method"], record["config"], own, weights):
+                        for hook in _masked(change, adapted):
+                            hooks.callback(hook.remove)
             yield
 
 
-def _masked(change: Change, adapted: int) -> Any:
-    def hook(_: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        width = output.shape[-1] // change.parts
-        columns = slice(change.part * width, (change.part + 1) * width)
-        changed = output.clone()  # [1, tokens, width]
-        changed[0, :adapted, columns] = change.formula(args[0][0, :adapted], output[0, :adapted, columns])
-        return changed
+def _masked(change: Change, adapted: int) -> Iterator[Any]:
+    """The handles of its hooks."""
+    entry, module, columns = change.place
+    entered: list[Tensor] = []
 
-    return hook
+    def enter(_: Any, args: tuple[Tensor, ...]) -> None:
+        entered[:] = args[:1]
+
+    def leave(_: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        x, y = (t.view(-1, t.shape[-1]) for t in (entered.pop(), output))  # [tokens, width], batch or not
+        changed = y.clone()
+        changed[:adapted, columns] = change.formula(x[:adapted], y[:adapted, columns])
+        return changed.view_as(output)
+
+    yield entry.register_forward_pre_hook(enter)
+    yield module.register_forward_hook(leave)

@@ -5,30 +5,33 @@ fails for every way in which a server of this kind is likely to be wrong.
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from prad.adapters import METHODS
 from prad.lm import LanguageModel
 from tests.conftest import random_artefact, running_stack
 from tests.oracle.comparing import OracleMismatchError, Served, body, check, served
+from tests.oracle.formulas import PLACES
 from tests.oracle.reference import Fault, Reference
 
+SETTINGS: dict[str, dict[str, Any]] = {  # of methods whose defaults would do, but ranks should differ
+    "prad-pa": {"r": 8},
+    "prad-sa": {"r": 5},
+    "prad-lora": {"r": 4, "alpha": 6},
+    "prad-dora": {"r": 4, "targets": ["q", "v", "down"]},
+}
 TASKS: dict[str, tuple[str, dict[str, Any]]] = {  # methods and ranks that share a pass
-    "pa": ("prad-pa", {"r": 8}),
+    **{method: (method, SETTINGS.get(method, {})) for method in METHODS},
     "pa-scaled": ("prad-pa", {"r": 12, "scale": 0.5}),
-    "lora": ("prad-lora", {"r": 4, "alpha": 6}),
-    "lora-all": (
-        "prad-lora",
-        {"r": 6, "alpha": 2, "rslora": True, "targets": ["q", "k", "v", "o", "up", "down"]},
-    ),
-    "sa": ("prad-sa", {"r": 5}),
-    "dora": ("prad-dora", {"r": 4, "targets": ["q", "v", "down"]}),
-    "ia3": ("prad-ia3", {}),
-    "bitfit": ("prad-bitfit", {}),
+    # in every projection; alpha 16 is beyond float32: against the forward in float64 the reference itself is
+    # 3.7e-4 of the range off (the stack 2.4e-4 to 4.1e-4); with alpha 2 both are 1e-6 to 2e-6 off
+    "lora-all": ("prad-lora", {"r": 6, "alpha": 2, "rslora": True}),
 }
 PROMPT_LENGTHS = (1, 2, 15, 16, 17, 31, 33, 47, 24, 5, 12)
 STEPS = 20
@@ -36,18 +39,20 @@ STEPS = 20
 
 @dataclass
 class Case:
-    """One family's stack, its adapters and its reference."""
+    """One family's stack, its adapters and its reference; `alone` keeps what each task said alone."""
 
     client: httpx.Client
     adapters: Path
     reference: Reference
+    alone: dict[str, Served] = field(default_factory=dict)
 
     def prompts(self) -> list[tuple[str | None, list[int]]]:
         """Every task, and the plain model, with prompts around the edges of blocks."""
         tasks: list[str | None] = [*TASKS, None]
+        count, lengths = max(len(tasks), len(PROMPT_LENGTHS)), cycle(PROMPT_LENGTHS)
         return [
             (tasks[i % len(tasks)], [(7 * i + 13 * j + j * j) % 119 for j in range(length)])
-            for i, length in enumerate(PROMPT_LENGTHS)
+            for i, length in zip(range(count), lengths, strict=False)
         ]
 
     def ask(self, prompt: list[int], task: str | None, **more: Any) -> Served:
@@ -55,7 +60,7 @@ class Case:
 
     def ask_all(self) -> list[Served]:
         """All prompts at once: they meet in prompt passes and in the decode batch."""
-        with ThreadPoolExecutor(len(PROMPT_LENGTHS)) as pool:
+        with ThreadPoolExecutor(len(self.prompts())) as pool:
             return list(pool.map(lambda p: self.ask(p[1], p[0]), self.prompts()))
 
     def check(self, answer: Served, prompt: list[int], task: str | None, fault: Fault | None = None) -> int:
@@ -68,8 +73,11 @@ CASES = [
     ("llama", "native"),
     ("gpt2", "native"),
     ("mistral", "native"),
+    ("qwen3", "native"),
+    ("opt", "native"),
+    ("gpt-neox", "native"),
     ("llama", "torch"),
-    ("mistral", "torch"),
+    ("gemma3", "torch"),
 ]
 
 
@@ -83,8 +91,11 @@ def case(
     root = tmp_path_factory.mktemp("stack")
     family, kernels = request.param
     model = tiny_model(family)
+    base = load_tiny(family)
     for seed, (task, (method, config)) in enumerate(TASKS.items()):
-        random_artefact(root / "adapters" / task, load_tiny(family), seed, method=method, config=config)
+        if task == "lora-all":
+            config = config | {"targets": [s for s in PLACES[base.config.model_type] if s != "ffn"]}
+        random_artefact(root / "adapters" / task, base, seed, method=method, config=config)
     with running_stack(model, root / "adapters", root, kernels=kernels) as running:
         yield Case(running.api, root / "adapters", Reference(model))
 
@@ -102,23 +113,27 @@ def test_mixed_tasks_at_once_equal_the_reference(case: Case) -> None:
 
 def test_prompts_of_one_request_equal_the_reference(case: Case) -> None:
     prompts = [prompt for _, prompt in case.prompts()]
-    request = body([], "pa", STEPS) | {"prompt": prompts}
+    request = body([], "prad-pa", STEPS) | {"prompt": prompts}
     response = case.client.post("/v1/completions", json=request)
     for choice, prompt in enumerate(prompts):
-        case.check(served(response, choice), prompt, "pa")
+        case.check(served(response, choice), prompt, "prad-pa")
 
 
 @pytest.mark.parametrize("fault", Fault)
 @pytest.mark.parametrize("task", TASKS)
 def test_the_oracle_fails_under(case: Case, task: str, fault: Fault) -> None:
     prompt = case.prompts()[4][1]
-    answer = case.ask(prompt, task)
+    if task not in case.alone:
+        case.alone[task] = case.ask(prompt, task)
+    answer = case.alone[task]
     case.check(answer, prompt, task)
     with pytest.raises(OracleMismatchError):
         case.check(answer, prompt, task, fault)
 
 
 def test_seeded_sampling_is_the_same_alone_and_in_a_mix(case: Case) -> None:
+    # a number within float32 rounding of the boundary between two ids may draw either: with seed 1234 mistral
+    # had one 9e-8 away, where batches differ by up to 1.2e-6; with this one the nearest was 1.4e-5 away
     def sampled(i: int) -> str:
         task, prompt = case.prompts()[i]
         request = body(prompt, task, STEPS, temperature=0.9, top_p=0.95, seed=4321 + i, n=2)
@@ -126,8 +141,9 @@ def test_seeded_sampling_is_the_same_alone_and_in_a_mix(case: Case) -> None:
         assert response.status_code == 200, response.text
         return " | ".join(c["text"] for c in response.json()["choices"])
 
-    alone = [sampled(i) for i in range(len(PROMPT_LENGTHS))]
-    with ThreadPoolExecutor(len(PROMPT_LENGTHS)) as pool:
-        mixed = list(pool.map(sampled, range(len(PROMPT_LENGTHS))))
+    count = len(case.prompts())
+    alone = [sampled(i) for i in range(count)]
+    with ThreadPoolExecutor(count) as pool:
+        mixed = list(pool.map(sampled, range(count)))
     assert mixed == alone
     assert len(set(alone)) == len(alone)

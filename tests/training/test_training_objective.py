@@ -24,7 +24,7 @@ EXAMPLES = [
 ]
 
 
-@pytest.fixture(params=["llama", "gpt2", "mistral"])
+@pytest.fixture(params=["llama", "gpt2", "mistral", "gemma3", "opt", "gpt-neox"])
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
