@@ -27,6 +27,7 @@ def import_command(
     task: Annotated[
         str | None, typer.Option(help="Push it as a version of this task to a running registry.")
     ] = None,
+    wait: Annotated[bool, typer.Option(help="After a push: until a prefill service has verified it.")] = True,
     template: Annotated[
         str | None, typer.Option(help="Prompt template with {prompt} once; the prompt alone if left out.")
     ] = None,
@@ -72,7 +73,7 @@ def import_command(
         if task is not None:
             from prad.cli.adapter import push
 
-            push(folder, task, registry=registry)
+            push(folder, task, wait=wait, registry=registry)
 
 
 def export_command(
