@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from prad.adapters.lora import PROJECTIONS, LoRAConfig
-from prad.adapters.method import FrozenModel
+from prad.adapters.method import FrozenModel, Parameters
 from prad.exchange.errors import ExchangeError
 from prad.exchange.imported import Imported, stack
 from prad.exchange.modules import Modules
@@ -124,18 +124,20 @@ def _one_scale(config: LoraSource, changes: BySite) -> tuple[LoRAConfig, BySite]
     return scale, {s: {i: c.padded(rank) for i, c in layers.items()} for s, layers in changes.items()}
 
 
-def _parameters(changes: BySite, modules: Modules) -> dict[str, Tensor]:
-    parameters: dict[str, Tensor] = {}
+def _parameters(changes: BySite, modules: Modules) -> Parameters:
+    """[layers, ...] by our names; a layer that is not changed gets zeros, and its own norm as magnitude."""
+    parameters: Parameters = {}
     count = modules.model.num_layers
     for site, layers in changes.items():
-        some = next(iter(layers.values()))
-        downs, ups = ({i: getattr(c, n) for i, c in layers.items()} for n in ("down", "up"))
-        parameters[f"{site}.lora_A"] = stack(downs, count, torch.zeros_like(some.down))
-        parameters[f"{site}.lora_B"] = stack(ups, count, torch.zeros_like(some.up))
-        if some.magnitude is not None:
-            known = {i: c.magnitude for i, c in layers.items() if c.magnitude is not None}
-            norms = {i: frozen_norm(modules, site, i) for i in range(count) if i not in known}
-            parameters[f"{site}.{MAGNITUDE}"] = stack(known | norms, count, some.magnitude)
+        downs = {i: change.down for i, change in layers.items()}
+        ups = {i: change.up for i, change in layers.items()}
+        known = {i: change.magnitude for i, change in layers.items() if change.magnitude is not None}
+        some = next(iter(layers))
+        parameters[f"{site}.lora_A"] = stack(downs, count, torch.zeros_like(downs[some]))
+        parameters[f"{site}.lora_B"] = stack(ups, count, torch.zeros_like(ups[some]))
+        if known:
+            others = {i: frozen_norm(modules, site, i) for i in range(count) if i not in known}
+            parameters[f"{site}.{MAGNITUDE}"] = stack(known | others, count, known[some])
     return parameters
 
 

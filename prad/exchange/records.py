@@ -46,7 +46,7 @@ def imported_record(
     if (source / RECORD).is_file():
         record = read_record(source)
         _require_same_base(record.base, base, settings)
-        origin |= {"positions": "prompt"}
+        origin |= {"positions": _positions(record)}
     else:
         _require_named_base(config, settings)
         record = AdapterRecord(method="", config={}, base=base, template=PROMPT_FIELD)
@@ -68,8 +68,14 @@ def imported_record(
         raise ExchangeError("; ".join(e["msg"] for e in error.errors())) from error
 
 
+def _positions(exported: AdapterRecord) -> str:
+    """What an exported adapter was trained on: by us the prompt, unless it had itself been imported."""
+    earlier = exported.training.get("imported")
+    return str(earlier.get("positions", "all")) if isinstance(earlier, dict) else "prompt"
+
+
 def was_prompt_only(record: AdapterRecord) -> bool:
-    """Whether what was imported had been exported here: trained on the prompt alone."""
+    """Whether what was imported was trained here, on the prompt alone, and exported since."""
     return bool(record.training["imported"]["positions"] == "prompt")
 
 

@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prad.adapters import Adapter, load_adapter
+from prad.adapters.ia3 import IA3Config
+from prad.adapters.lora import LoRAConfig
 from prad.adapters.method import Parameters
 from prad.artefact import CARD, PEFT_CONFIG, RECORD, WEIGHTS, Artefact
 from prad.exchange.errors import ExchangeError
@@ -67,12 +69,11 @@ def export_folder(
 
 
 def _convert(adapter: Adapter, stored: Parameters, modules: Modules) -> Exported:
-    method = adapter.method.name
-    if method in ("prad-lora", "prad-dora"):
-        return export_lora(adapter.config, stored, modules, dora=method == "prad-dora")  # type: ignore[arg-type]
-    if method == "prad-ia3":
-        return export_ia3(adapter.config, stored, modules)  # type: ignore[arg-type]
-    if method == "prad-prefix":
+    if isinstance(adapter.config, LoRAConfig):
+        return export_lora(adapter.config, stored, modules, dora=adapter.method.name == "prad-dora")
+    if isinstance(adapter.config, IA3Config):
+        return export_ia3(adapter.config, stored, modules)
+    if adapter.method.name == "prad-prefix":
         return export_prefix(stored, modules)
     return export_prompt(stored, modules)
 

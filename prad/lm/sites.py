@@ -139,7 +139,7 @@ class Placement(NamedTuple):
 
 def placements(model: nn.Module, model_type: str) -> Iterator[Placement]:
     """Where every site of every layer is. Raises MissingSiteError for a family that is not known."""
-    require_sites(model_type, frozenset())
+    require_sites(model_type, frozenset({Site.Q}))
     family = _FAMILIES[model_type]
     for index, layer in enumerate(model.get_submodule(family.layers).children()):
         for site, tap in family.taps.items():

@@ -106,6 +106,7 @@ def test_imported_and_exported_again_it_says_what_peft_says(
     assert apart(said(loaded(folder, tmp_path / "back")), expected) < TOLERANCE
     again = import_folder(tmp_path / "back", tmp_path / "again", model, settings(folder))
     assert apart(ours(model, again), expected) < TOLERANCE
+    assert again.record.training["imported"]["positions"] == "all", "it is still what PEFT trained"
 
 
 @pytest.mark.parametrize("name", ["lora", "rslora"])
