@@ -22,7 +22,7 @@ def import_command(
         Path, typer.Argument(metavar="SRC", help="PEFT's folder: adapter_config.json and its safetensors.")
     ],
     out: Annotated[
-        Path | None, typer.Argument(metavar="[DIR]", help="The artefact to write; must not be there yet.")
+        Path | None, typer.Argument(metavar="DIR", help="The artefact to write; must not be there yet.")
     ] = None,
     task: Annotated[
         str | None, typer.Option(help="Push it as a version of this task to a running registry.")

@@ -7,7 +7,7 @@ error: a later PEFT may mean something by it.
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError, model_validator
 
 from prad.artefact import PEFT_CONFIG
 from prad.exchange.errors import ExchangeError, FieldError
@@ -60,14 +60,14 @@ class LoraSource(TargetedConfig):
     )
 
     r: Annotated[int, Field(ge=1)]
-    lora_alpha: float
+    lora_alpha: FiniteFloat
     use_rslora: bool = False
     use_dora: bool = False
     bias: Literal["none"] = "none"
     # the other ways to start change the base model's weights, which the file then counts on
-    init_lora_weights: bool | Literal["gaussian", "eva", "orthogonal", "mica"] = True
+    init_lora_weights: Literal[True, False, "gaussian", "eva", "orthogonal", "mica"] = True
     rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
-    alpha_pattern: dict[str, float] = Field(default_factory=dict)
+    alpha_pattern: dict[str, FiniteFloat] = Field(default_factory=dict)
     layers_to_transform: int | list[int] | None = None
     layers_pattern: str | list[str] | None = None
 
@@ -134,9 +134,10 @@ def _readable(error: ValidationError) -> ExchangeError:
     context: dict[str, Any] = first.get("ctx", {})
     if first["type"] == "union_tag_invalid":
         return FieldError("peft_type", str(context["expected_tags"]), context["tag"])
-    where = [str(part) for part in first["loc"]]
-    if not where:
-        return ExchangeError(f"{PEFT_CONFIG}: {first['msg']}")
-    field = where[1] if len(where) > 1 else where[0]
+    if len(first["loc"]) < 2:  # not the method and its field: the file as a whole
+        return ExchangeError(f"{PEFT_CONFIG}: {first['msg'].removeprefix('Value error, ')}")
+    field = str(first["loc"][1])
+    if first["type"] == "missing":
+        return FieldError(field, "a value", None)
     expected = str(context.get("expected", first["msg"]))
     return FieldError(field, expected, first["input"], _WHY.get(field, ""))
