@@ -2,18 +2,30 @@
 
     k' = l_k ⊙ k      v' = l_v ⊙ v      FFN(x)' = (l_ff ⊙ inner(x)) W_down      on the prompt only
 
-Keys are scaled before RoPE. All vectors start at one. Names are PEFT's: `ia3_l`.
+Keys are scaled before RoPE. All vectors start at one. Names are PEFT's: `ia3_l`. Other projections' outputs
+can be scaled by choice (PEFT does so for some families).
 """
 
 import torch
+from pydantic import field_validator
 from torch import Tensor
 
+from prad.adapters.lora import PROJECTIONS
 from prad.adapters.method import FrozenModel, Group, Method, MethodConfig, Parameters
 from prad.lm import Site
 
+SCALED = (*PROJECTIONS, Site.DOWN_IN)
+
 
 class IA3Config(MethodConfig):
-    pass
+    targets: tuple[Site, ...] = (Site.K, Site.V, Site.DOWN_IN)
+
+    @field_validator("targets")
+    @classmethod
+    def _some(cls, targets: tuple[Site, ...]) -> tuple[Site, ...]:
+        if not targets or len(set(targets)) < len(targets) or not set(targets) <= set(SCALED):
+            raise ValueError(f"expected some of {', '.join(SCALED)}, each once")
+        return targets
 
 
 class IA3(Method):
@@ -21,15 +33,10 @@ class IA3(Method):
     config_type = IA3Config
 
     def sites(self, config: IA3Config) -> frozenset[Site]:
-        return frozenset({Site.K, Site.V, Site.DOWN_IN})
+        return frozenset(config.targets)
 
     def shapes(self, config: IA3Config, model: FrozenModel) -> dict[str, tuple[int, ...]]:
-        inner, _ = model.width(Site.DOWN)
-        return {
-            f"{Site.K}.ia3_l": (model.width(Site.K)[1],),
-            f"{Site.V}.ia3_l": (model.width(Site.V)[1],),
-            f"{Site.DOWN_IN}.ia3_l": (inner,),
-        }
+        return {f"{site}.ia3_l": (_width(model, site),) for site in config.targets}
 
     def initialise(self, config: IA3Config, model: FrozenModel, generator: torch.Generator) -> Parameters:
         return {n: torch.ones(model.layers, *shape) for n, shape in self.shapes(config, model).items()}
@@ -37,3 +44,7 @@ class IA3(Method):
     def contribute(self, group: Group, layer: int, site: Site, value: Tensor, source: Tensor) -> None:
         for span in group.spans:
             value[span.start : span.stop].mul_(group.parameters[span.adapter][f"{site}.ia3_l"][layer])
+
+
+def _width(model: FrozenModel, site: Site) -> int:
+    return model.width(Site.DOWN)[0] if site is Site.DOWN_IN else model.width(site)[1]

@@ -1,13 +1,17 @@
 """The files of an adapter: read, checked, digested, written. No torch here."""
 
 from prad.artefact.files import (
+    CARD,
     FILES,
+    PEFT_CONFIG,
+    RECORD,
     WEIGHTS,
     Artefact,
     ArtefactError,
     TensorInfo,
     files_digest,
     read_artefact,
+    read_record,
     write_record,
 )
 from prad.artefact.schema import (
@@ -19,9 +23,12 @@ from prad.artefact.schema import (
 )
 
 __all__ = [
+    "CARD",
     "DEFAULT_TEMPLATE",
     "FILES",
+    "PEFT_CONFIG",
     "PROMPT_FIELD",
+    "RECORD",
     "WEIGHTS",
     "AdapterRecord",
     "Artefact",
@@ -31,5 +38,6 @@ __all__ = [
     "TensorInfo",
     "files_digest",
     "read_artefact",
+    "read_record",
     "write_record",
 ]

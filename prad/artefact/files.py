@@ -22,6 +22,7 @@ RECORD = "prad.json"
 PEFT_CONFIG = "adapter_config.json"
 CARD = "README.md"
 REQUIRED_FILES = (WEIGHTS, RECORD)
+_PEFT_NAMES = ("base_model.", "prompt_embeddings")
 FILES = (*REQUIRED_FILES, PEFT_CONFIG, CARD)
 
 
@@ -63,12 +64,19 @@ def read_artefact(folder: Path) -> Artefact:
     for name in REQUIRED_FILES:
         if not (folder / name).is_file():
             raise ArtefactError(f"{folder} holds no {name}")
+    record, tensors = read_record(folder), _tensors(folder / WEIGHTS)
+    if foreign := [name for name in tensors if name.startswith(_PEFT_NAMES)]:
+        raise ArtefactError(f"{WEIGHTS} is in PEFT's layout ({foreign[0]}): prad adapter import reads it")
+    return Artefact(folder, record, tensors, files_digest(folder))
+
+
+def read_record(folder: Path) -> AdapterRecord:
+    """Reads `prad.json`. Raises ArtefactError."""
     try:
-        record = AdapterRecord.model_validate_json((folder / RECORD).read_bytes())
+        return AdapterRecord.model_validate_json((folder / RECORD).read_bytes())
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
         raise ArtefactError(f"{RECORD}: {problems}") from error
-    return Artefact(folder, record, _tensors(folder / WEIGHTS), files_digest(folder))
 
 
 def write_record(folder: Path, record: AdapterRecord) -> None:

@@ -18,6 +18,7 @@ from adapter_registry.names import parse_name
 from adapter_registry.probing import NotProbedError, wait_probed
 from adapter_registry.versions import State
 from prad.artefact import ArtefactError, read_artefact
+from prad.cli.exchange import export_command, import_command
 from prad.cli.tables import show_task, show_tasks, show_version
 
 DEFAULT_REGISTRY = "http://127.0.0.1:8001"
@@ -133,6 +134,16 @@ def retire(
         print(f"plain {record.task!r} means {record.task}@{current}")
 
 
+app.command(
+    "import",
+    epilog="Examples:\n\n[bold]prad adapter import my-lora adapters/mine --model Qwen/Qwen3-0.6B[/bold]\n\n"
+    "[bold]prad adapter import my-lora --task support --template 'Q: {prompt} A:'[/bold]",
+)(import_command)
+app.command("export", epilog="Example: [bold]prad adapter export adapters/mine for-peft[/bold]")(
+    export_command
+)
+
+
 @contextmanager
 def _talking(url: str) -> Iterator[RegistryClient]:
     """A client; whatever the registry refuses becomes one line on stderr and exit code 1."""
@@ -165,7 +176,7 @@ def _upload(client: RegistryClient, folder: Path, task: str) -> Pushed:
     try:
         files = read_artefact(folder).files
     except ArtefactError as error:
-        _fail(f"{error}. An adapter folder is what prad train --out writes")
+        _fail(f"{error}. An adapter folder is what prad train or prad adapter import writes")
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with ExitStack() as opened:
         progress = opened.enter_context(Progress(*columns, console=_progress_console(), transient=True))

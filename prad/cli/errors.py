@@ -5,6 +5,7 @@ import sys
 _ROOTS = {
     "prad.adapters.errors": "AdapterError",
     "prad.artefact.files": "ArtefactError",
+    "prad.exchange.errors": "ExchangeError",
     "prad.lm.errors": "ModelError",
     "prad.training.data": "DataError",
     "prad.cli.stack": "StackError",

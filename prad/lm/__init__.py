@@ -8,7 +8,7 @@ from prad.lm.generation import generate
 from prad.lm.kv import KVLayout, KVTarget, LayerKV, PromptKV
 from prad.lm.model import LanguageModel
 from prad.lm.sampling import Draw, SampleKey, SamplingParams, sample
-from prad.lm.sites import Adaptation, Site, projection, require_sites
+from prad.lm.sites import Adaptation, Placement, Site, placements, projection, require_sites
 from prad.lm.source import DEFAULT_MODEL, resolve_model, served_name
 from prad.lm.tokenizer import TextStream, Tokenizer
 
@@ -25,6 +25,7 @@ __all__ = [
     "ModelError",
     "ModelNotFoundError",
     "PackedBatch",
+    "Placement",
     "PromptKV",
     "Ragged",
     "SampleKey",
@@ -34,6 +35,7 @@ __all__ = [
     "Tokenizer",
     "UnsupportedModelError",
     "generate",
+    "placements",
     "projection",
     "require_sites",
     "resolve_model",

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -187,6 +187,34 @@ def projection(model: nn.Module, model_type: str, layer: int, site: Site) -> tup
 
     by_input = weight.T if isinstance(module, nn.Linear) else weight  # GPT-2's Conv1D keeps [in, out]
     return own(by_input).T, own(bias[None])[0] if isinstance(bias, Tensor) else None
+
+
+class Placement(NamedTuple):
+    """One site of one layer, by its module's full name.
+
+    `outputs` [width]: which of a projection's outputs are the site's own, all but for a fused one; None where
+    the site is no projection's output.
+    """
+
+    layer: int
+    site: Site
+    module: str
+    outputs: Tensor | None
+
+
+def placements(model: nn.Module, model_type: str) -> Iterator[Placement]:
+    """Where every site of every layer is. Raises MissingSiteError for a family that is not known."""
+    require_sites(model_type, frozenset({Site.Q}))
+    family = _FAMILIES[model_type]
+    for index, layer in enumerate(model.get_submodule(family.layers).children()):
+        for site, tap in family.taps.items():
+            module = layer.get_submodule(tap.path)
+            weight = getattr(module, "weight", None)
+            outputs = None
+            if isinstance(weight, Tensor) and not tap.is_input:
+                width = weight.shape[0] if isinstance(module, nn.Linear) else weight.shape[1]
+                outputs = torch.arange(width).chunk(tap.parts)[tap.part]
+            yield Placement(index, site, f"{family.layers}.{index}.{tap.path}", outputs)
 
 
 @contextmanager

@@ -1,0 +1,128 @@
+"""`prad adapter import` and `export`: LoRA files and the like that PEFT wrote, and ours for PEFT."""
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from prad.cli.model import DEFAULT_CACHE, CacheOption, DTypeOption, ModelOption, load_model
+
+if TYPE_CHECKING:
+    from prad.artefact import Artefact
+
+_VIRTUAL = ("prad-prefix", "prad-prompt")
+OtherBase = Annotated[
+    bool, typer.Option("--allow-other-base", help="Also if the file was trained on a model of another name.")
+]
+
+
+def import_command(
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="PEFT's folder: adapter_config.json and its safetensors.")
+    ],
+    out: Annotated[
+        Path | None, typer.Argument(metavar="DIR", help="The artefact to write; must not be there yet.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Push it as a version of this task to a running registry.")
+    ] = None,
+    wait: Annotated[bool, typer.Option(help="After a push: until a prefill service has verified it.")] = True,
+    template: Annotated[
+        str | None, typer.Option(help="Prompt template with {prompt} once; the prompt alone if left out.")
+    ] = None,
+    chat_template: Annotated[
+        bool | None,
+        typer.Option("--chat-template/--no-chat-template", help="Wrap prompts in the model's chat template."),
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Generation default of the task.", min=1)] = None,
+    licence: Annotated[str | None, typer.Option(help="Licence, recorded in the artefact.")] = None,
+    description: Annotated[str | None, typer.Option(help="One line about the task, recorded too.")] = None,
+    allow_other_base: OtherBase = False,
+    model: ModelOption = "smollm2-135m",
+    cache_dir: CacheOption = DEFAULT_CACHE,
+    dtype: DTypeOption = "bfloat16",
+    registry: Annotated[
+        str, typer.Option("--registry", envvar="PRAD_REGISTRY_URL", help="URL of the adapter registry.")
+    ] = "http://127.0.0.1:8001",
+) -> None:
+    """Make an artefact of an adapter that PEFT wrote: LoRA, DoRA, IA3, prefix tuning or prompt tuning.
+
+    Nothing in SRC is run: a pickled adapter_model.bin is refused. What cannot be served exactly is refused by
+    its name.
+    """
+    if out is None and task is None:
+        raise typer.BadParameter("name a DIR to write, or a --task to push to, or both")
+    from prad.exchange import ImportSettings, import_folder
+    from prad.lm import served_name
+
+    settings = ImportSettings(
+        base_name=served_name(model),
+        template=template,
+        chat_template=chat_template,
+        max_tokens=max_tokens,
+        licence=licence,
+        description=description,
+        allow_other_base=allow_other_base,
+    )
+    language_model, _ = load_model(model, cache_dir, dtype, "cpu")
+    with tempfile.TemporaryDirectory() as passing:
+        folder = Path(passing) / "artefact" if out is None else out
+        artefact = import_folder(source, folder, language_model, settings)
+        typer.echo(_said(artefact, source, out))
+        if task is not None:
+            from prad.cli.adapter import push
+
+            push(folder, task, wait=wait, registry=registry)
+
+
+def export_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="An adapter folder of prad train or import.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The PEFT folder to write; not there yet.")],
+    base: Annotated[
+        str | None, typer.Option(help="What PEFT shall call the base model, e.g. its Hugging Face id.")
+    ] = None,
+    allow_other_base: OtherBase = False,
+    model: ModelOption = "smollm2-135m",
+    cache_dir: CacheOption = DEFAULT_CACHE,
+    dtype: DTypeOption = "bfloat16",
+) -> None:
+    """Write an adapter as PEFT loads it: prad-lora, -dora, -ia3, -prefix or -prompt.
+
+    What PEFT cannot hold (template, generation defaults, the base's digest) lies beside it in prad.json, and
+    [bold]prad adapter import[/bold] reads it back.
+    """
+    from prad.artefact import read_artefact
+    from prad.exchange import export_folder
+
+    artefact = read_artefact(folder)
+    language_model, _ = load_model(model, cache_dir, dtype, "cpu")
+    export_folder(artefact, out, language_model, base_name=base, allow_other_weights=allow_other_base)
+    typer.echo(
+        f"{out}: {artefact.record.method} for PEFT\nload it:  PeftModel.from_pretrained(model, '{out}')"
+    )
+    if artefact.record.method not in _VIRTUAL:
+        typer.echo(
+            "note: PEFT applies it to generated tokens too, not to the prompt alone. To do as here: run the "
+            "prompt with it, then generate from that KV cache under model.disable_adapter()"
+        )
+
+
+def _said(artefact: "Artefact", source: Path, out: Path | None) -> str:
+    from prad.exchange import was_prompt_only
+
+    record = artefact.record
+    said = [f"{source} imported: {record.method} for {record.base.name} (weights {record.base.weights[:12]})"]
+    if record.method in _VIRTUAL:
+        said.append("note: its virtual tokens stand in front of the prompt here as in PEFT: nothing changes")
+    elif not was_prompt_only(record):
+        said.append(
+            "note: PEFT trained it on all positions. Here it acts on the prompt only, later tokens are the "
+            "plain model's: its quality may drop, measure it before you serve it"
+        )
+    if out is not None:
+        said += [
+            f"next:  prad eval --adapter {out} --data FILE",
+            f"       prad adapter push {out} --task NAME",
+        ]
+    return "\n".join(said)

@@ -1,0 +1,88 @@
+"""An artefact becomes a folder that PEFT loads: its own two files, with our `prad.json` and card beside."""
+
+import json
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from prad.adapters import Adapter, load_adapter
+from prad.adapters.ia3 import IA3Config
+from prad.adapters.lora import LoRAConfig
+from prad.adapters.method import Parameters
+from prad.artefact import CARD, PEFT_CONFIG, RECORD, WEIGHTS, Artefact
+from prad.exchange.errors import ExchangeError
+from prad.exchange.exported import Exported
+from prad.exchange.ia3 import export_ia3
+from prad.exchange.lora_export import export_lora
+from prad.exchange.modules import Modules
+from prad.exchange.reading import require_new
+from prad.exchange.virtual import export_prefix, export_prompt
+from prad.lm import LanguageModel
+
+EXPORTED = ("prad-lora", "prad-dora", "prad-ia3", "prad-prefix", "prad-prompt")
+_LAYER = re.compile(r"layers\.(\d+)\.(.+)")
+
+
+def export_folder(
+    artefact: Artefact,
+    out: Path,
+    model: LanguageModel,
+    *,
+    base_name: str | None = None,
+    allow_other_weights: bool = False,
+) -> None:
+    """Writes the PEFT folder `out`; `base_name` is what it calls the base model, the artefact's name if None.
+
+    Raises ExchangeError, AdapterError or ModelError; then `out` is not there.
+    """
+    require_new(out)
+    if artefact.record.method not in EXPORTED:
+        raise ExchangeError(
+            f"PEFT has no {artefact.record.method}; it has {', '.join(EXPORTED)} (as LORA with and without "
+            "DoRA, IA3, PREFIX_TUNING, PROMPT_TUNING)"
+        )
+    checked = load_adapter(artefact, model, allow_other_weights=allow_other_weights)
+    exported = _convert(checked, _stored(artefact), Modules(model))
+    config = exported.fields | {
+        "base_model_name_or_path": base_name or artefact.record.base.name,
+        "inference_mode": True,
+        "task_type": "CAUSAL_LM",
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as unfinished:
+        folder = Path(unfinished) / "peft"
+        folder.mkdir()
+        save_file(exported.tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        (folder / WEIGHTS).chmod(0o644)
+        (folder / PEFT_CONFIG).write_text(
+            json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+        )
+        for name in (RECORD, CARD):
+            if (artefact.folder / name).is_file():
+                shutil.copyfile(artefact.folder / name, folder / name)
+        shutil.move(folder, out)
+
+
+def _convert(adapter: Adapter, stored: Parameters, modules: Modules) -> Exported:
+    if isinstance(adapter.config, LoRAConfig):
+        return export_lora(adapter.config, stored, modules, dora=adapter.method.name == "prad-dora")
+    if isinstance(adapter.config, IA3Config):
+        return export_ia3(adapter.config, stored, modules)
+    if adapter.method.name == "prad-prefix":
+        return export_prefix(stored, modules)
+    return export_prompt(stored, modules)
+
+
+def _stored(artefact: Artefact) -> Parameters:
+    """The parameters [layers, ...] as they are in the file: loaded ones are prepared for a pass."""
+    layers: dict[str, dict[int, Tensor]] = {}
+    for name, tensor in load_file(artefact.weights).items():
+        match = _LAYER.fullmatch(name)
+        parameter, layer = (name, 0) if match is None else (match[2], int(match[1]))
+        layers.setdefault(parameter, {})[layer] = tensor
+    return {name: torch.stack([own[i] for i in sorted(own)]) for name, own in layers.items()}

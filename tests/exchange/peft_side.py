@@ -1,0 +1,72 @@
+"""What the installed PEFT makes and says: adapters with weight on every parameter, and its logits."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from prad.adapters import PromptAdaptation, load_adapter
+from prad.artefact import Artefact
+from prad.exchange import ImportSettings
+from prad.lm import LanguageModel, PackedBatch
+
+# PEFT asks transformers for a property that it renamed: not the adapter's fault, whatever adapter it is
+IGNORED = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+PROMPTS = [[3, 17, 64, 9, 9, 101], list(range(40, 75)), [7]]  # one longer than mistral's window of 24
+
+
+def base(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+
+
+def settings(model: Path, **more: Any) -> ImportSettings:
+    return ImportSettings(base_name=model.name, **more)
+
+
+def saved(model: Path, out: Path, config: peft.PeftConfig, seed: int = 0) -> list[Tensor]:
+    """Writes a random PEFT adapter for `model` to `out`; its logits."""
+    torch.manual_seed(seed)
+    adapted = peft.get_peft_model(base(model), config)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "ia3_l" in name or "magnitude" in name:
+                parameter.mul_(1 + 0.3 * torch.randn(parameter.shape))
+            elif "lora_" in name:
+                parameter.normal_(0.0, 0.2)
+            elif "prompt_encoder" in name:
+                parameter.normal_(0.0, 1.0)
+    adapted.save_pretrained(out)
+    return said(adapted.eval())
+
+
+def loaded(model: Path, folder: Path) -> Any:
+    """The folder in PEFT, as anyone loads it."""
+    return peft.PeftModel.from_pretrained(base(model), folder).eval()
+
+
+def said(adapted: Any) -> list[Tensor]:
+    """Logits [tokens, vocab] of each prompt."""
+    with torch.inference_mode():
+        return [adapted(input_ids=torch.tensor([p])).logits[0, -len(p) :].clone() for p in PROMPTS]
+
+
+def ours(model: LanguageModel, artefact: Artefact | None) -> list[Tensor]:
+    """The same from a packed prompt pass of ours."""
+    adapter = None if artefact is None else load_adapter(artefact, model)
+    lengths = [len(p) for p in PROMPTS]
+    adaptation = PromptAdaptation.of_prompts([adapter] * len(PROMPTS), lengths, lengths, "cpu")
+    with torch.inference_mode():
+        batch = PackedBatch.of_sequences(PROMPTS, logit_rows=range(sum(lengths)))
+        return list(model.forward(batch, adaptation).split(lengths))
+
+
+def apart(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest difference, as a share of the expected logits' range."""
+    spans = [float(e.max() - e.min()) for e in expected]
+    return max(float((g - e).abs().max()) / s for g, e, s in zip(got, expected, spans, strict=True))

@@ -1,0 +1,68 @@
+"""`prad adapter import` and `export` as they are typed."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from peft import LoraConfig
+
+from prad.artefact import read_artefact
+from tests.exchange.peft_side import IGNORED, apart, base, loaded, said, saved
+
+pytestmark = pytest.mark.filterwarnings(IGNORED)
+ENVIRONMENT = os.environ | {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb", "HF_HUB_OFFLINE": "1"}
+
+
+def prad(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "prad", "adapter", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+
+
+@pytest.mark.parametrize(
+    ("command", "mentioned"),
+    [
+        (
+            "import",
+            ["SRC", "DIR", "--task", "--template", "--allow-other-base", "prad adapter import my-lora"],
+        ),
+        ("export", ["DIR", "OUT", "--base", "prad adapter export adapters/mine"]),
+    ],
+)
+def test_help_with_examples(command: str, mentioned: list[str]) -> None:
+    ended = prad(command, "--help")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    for word in mentioned:
+        assert word in ended.stdout
+
+
+def test_a_lora_comes_in_and_goes_out(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = tiny_model("llama")
+    expected = saved(folder, tmp_path / "peft", LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    told = ["--template", "Q: {prompt} A:", "--max-tokens", "7", "--licence", "MIT", "--model", folder]
+    ended = prad("import", tmp_path / "peft", tmp_path / "ours", *told)
+    assert ended.returncode == 0, ended.stderr
+    assert "prad-lora for llama" in ended.stdout
+    assert "PEFT trained it on all positions" in ended.stdout
+    assert f"prad eval --adapter {tmp_path / 'ours'}" in ended.stdout
+    record = read_artefact(tmp_path / "ours").record
+    assert (record.template, record.generation.max_tokens, record.licence) == ("Q: {prompt} A:", 7, "MIT")
+
+    ended = prad("export", tmp_path / "ours", tmp_path / "back", "--model", folder)
+    assert ended.returncode == 0, ended.stderr
+    assert "PeftModel.from_pretrained" in ended.stdout
+    assert apart(said(loaded(folder, tmp_path / "back")), expected) < 1e-4
+    assert apart(said(base(folder)), expected) > 1e-2
+
+
+def test_mistakes_are_one_line(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = tiny_model("llama")
+    ended = prad("import", tmp_path / "nowhere", tmp_path / "out", "--model", folder)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith(f"error: {tmp_path / 'nowhere'} holds no adapter_config.json")
+    assert len(ended.stderr.strip().splitlines()) == 1
+    ended = prad("import", tmp_path / "nowhere", "--model", folder)
+    assert ended.returncode == 2
+    assert "name a DIR to write, or a --task to push to" in ended.stderr
