@@ -99,6 +99,11 @@ def _frozen(layer: nn.Module, site: str) -> tuple[Tensor, Tensor]:
     return weight, bias
 
 
+def _in_front_only(*_: Any) -> Iterator[tuple[str, Formula]]:
+    """All that the method does is its `tests.oracle.front.Front`."""
+    return iter(())
+
+
 _METHODS: dict[str, Callable[..., Iterator[tuple[str, Formula]]]] = {
     "prad-pa": _parallel,
     "prad-sa": _sequential,
@@ -106,4 +111,7 @@ _METHODS: dict[str, Callable[..., Iterator[tuple[str, Formula]]]] = {
     "prad-dora": _dora,
     "prad-ia3": _ia3,
     "prad-bitfit": _bitfit,
+    "prad-prefix": _in_front_only,
+    "prad-prompt": _in_front_only,
+    "prad-mam": _parallel,
 }
