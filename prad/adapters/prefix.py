@@ -87,8 +87,9 @@ class _Projection(nn.Module):
         hidden = torch.tanh(self.embedding @ self.down + self.down_bias)
         change = hidden @ self.up + self.up_bias  # [tokens, width]
         widths = [shape.numel() // len(change) for shape in self._shapes.values()]
+        parts = change.split(widths, dim=1)  # type: ignore[no-untyped-call]
         parameters = {}
-        for (name, shape), part in zip(self._shapes.items(), change.split(widths, dim=1), strict=True):
+        for (name, shape), part in zip(self._shapes.items(), parts, strict=True):
             by_token = part.view(shape[1], shape[0], *shape[2:])
             parameters[name] = getattr(self, _attribute(name)) + by_token.transpose(0, 1)
         return parameters

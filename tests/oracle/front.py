@@ -1,4 +1,4 @@
-"""What an artefact puts in front of a prompt, for the reference: as PEFT's prefix and prompt tuning have it."""
+"""What an artefact puts in front of a prompt, for the reference: as PEFT has it."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,7 @@
 """The oracle's reference (DESIGN 3.1), written from the paper's formula over transformers' own model.
 
 One monolithic eager forward over [prompt, output]; the adapter's contribution is masked to prompt positions.
-What an adapter puts in front of the prompt (`Front`) lies there as PEFT lays it: in the cache, or concatenated.
+What an adapter puts in front of the prompt (`Front`) lies there as in PEFT: in the cache, or concatenated.
 None of our forward, attention, adapters or sampling is used here. Each `Fault` is a way in which a server
 could be wrong; the reference under a fault is what such a server would say.
 """
