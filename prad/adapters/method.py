@@ -69,12 +69,22 @@ class FrozenModel:
     def vocab_size(self) -> int:
         return self.model.vocab_size
 
+    @property
+    def embedding_width(self) -> int:
+        """Not the hidden size where embeddings are projected first (some of OPT)."""
+        return self._embedding.embedding_dim
+
     def embeddings(self, ids: Sequence[int]) -> Tensor:
-        """What the model's first layer gets for `ids`, before any position is added: float32 [n, hidden]."""
-        embed: Any = self.model.module.get_input_embeddings()  # type: ignore[operator]
+        """What stands for `ids` before any position is added: float32 [n, embedding_width]."""
         with torch.no_grad():
-            embedded: Tensor = embed(torch.tensor(ids, device=self.model.device))
+            embedded: Tensor = self._embedding(torch.tensor(ids, device=self.model.device))
         return embedded.float().cpu()
+
+    @property
+    def _embedding(self) -> nn.Embedding:
+        module: Any = self.model.module
+        embedding: nn.Embedding = module.get_input_embeddings()
+        return embedding
 
     def keys_and_values(self, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
         """What `ids` leave in the KV cache: float32 [layers, n, kv_heads, dim] each."""

@@ -1,6 +1,6 @@
 """Prompt tuning: learned input vectors in front of the prompt (Lester et al. 2021).
 
-    [x', y'] = M([p, x, y])      p [virtual tokens, hidden], in the place of embeddings
+    [x', y'] = M([p, x, y])      p [virtual tokens, width], in the place of embeddings
 
 A special instance of PrAd as it stands: generated tokens meet p in the KV cache only. Positions count p.
 """
@@ -26,7 +26,7 @@ class PromptTuning(Method):
         return frozenset({Site.EMBEDDING})
 
     def shapes(self, config: VirtualConfig, model: FrozenModel) -> dict[str, tuple[int, ...]]:
-        return {_EMBEDDING: (config.virtual_tokens, model.hidden)}
+        return {_EMBEDDING: (config.virtual_tokens, model.embedding_width)}
 
     def initialise(self, config: VirtualConfig, model: FrozenModel, generator: torch.Generator) -> Parameters:
         return {_EMBEDDING: model.embeddings(first_ids(config, model, generator))[None]}

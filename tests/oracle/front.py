@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Front:
-    """vectors [n, hidden], in the place of embeddings; or states, per layer keys and values
+    """vectors [n, width], in the place of embeddings; or states, per layer keys and values
     [1, kv_heads, n, dim] that the cache holds from the beginning."""
 
     vectors: Tensor | None = None

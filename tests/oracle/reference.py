@@ -92,16 +92,21 @@ class Reference:
         for layer, (key, value) in enumerate(front.states):
             assert cache is not None
             cache.update(key, value, layer)
-        kept: dict[str, Any] = {"use_cache": False} if cache is None else {"past_key_values": cache}
-        if front.vectors is None:
-            return self.model(input_ids=torch.tensor([ids]), position_ids=positions[None], **kept).logits[0]
-        embedded = self.model.get_input_embeddings()(torch.tensor([ids]))
+        before = 0 if cache is None else cache.get_seq_length()
+        embedded = self.model.get_input_embeddings()(torch.tensor(ids))
+        if front.vectors is not None:
+            embedded = torch.cat([front.vectors, embedded])
+            positions = torch.cat([torch.arange(len(front.vectors)), positions])
         every = self.model(
-            inputs_embeds=torch.cat([front.vectors[None], embedded], dim=1),
-            position_ids=torch.cat([torch.arange(len(front.vectors)), positions])[None],
-            **kept,
+            inputs_embeds=embedded[None],
+            position_ids=positions[None],
+            attention_mask=torch.ones(
+                1, before + len(embedded), dtype=torch.long
+            ),  # a jump is no new sequence
+            past_key_values=cache,
+            use_cache=cache is not None,
         )
-        return every.logits[0, len(front.vectors) :]
+        return every.logits[0, len(embedded) - len(ids) :]
 
     def _in_two_passes(
         self,
