@@ -53,7 +53,7 @@ class Running:
     """A sequence between two steps.
 
     The next step feeds `token` (output index `index`) at `position` and stores its keys and values as the
-    `kv_len`-th token of `blocks`. The two are what the hand-off says, virtual tokens counted in.
+    `kv_len`-th token of `blocks`. With virtual prefix tokens kv_len runs ahead of position.
     """
 
     id: SequenceId

@@ -175,14 +175,14 @@ class Group:
         """The spans for the kernels; made once per pass."""
         if names not in self._known:
             pieces = []
-            for start, stop, adapter, _ in self.spans:
-                of, config = self.parameters[adapter], self.configs[adapter]
+            for span in self.spans:
+                of, config = self.parameters[span.adapter], self.configs[span.adapter]
                 down, bias, up = (
                     None if name is None else _first_of_stack(of[name], dtype)
                     for name in (names.down, names.bias, names.up)
                 )
-                for first in range(start, stop, _PIECE):
-                    last = min(stop, first + _PIECE)
+                for first in range(span.start, span.stop, _PIECE):
+                    last = min(span.stop, first + _PIECE)
                     pieces.append(LowRankSpan(first, last, down, bias, up, config.r, config.factor))
             spans = (LowRankSpan * len(pieces))(*pieces)
             self._known[names] = spans

@@ -20,9 +20,7 @@ def train_command(
         ),
     ],
     out: Annotated[Path, typer.Option(help="Where the adapter folder goes.")],
-    method: Annotated[
-        str, typer.Option(help="prad-pa, -sa, -lora, -dora, -ia3, -bitfit, -prefix, -prompt or -mam.")
-    ] = "prad-pa",
+    method: Annotated[str, typer.Option(help="prad-pa, -sa, -lora, -dora, -ia3 or -bitfit.")] = "prad-pa",
     r: Annotated[
         int | None, typer.Option(help="Bottleneck width or rank; the method's default if left out.", min=1)
     ] = None,
