@@ -40,6 +40,11 @@ class PromptRequest:
     continuation_ids: tuple[int, ...] = ()
     output_offset: int = 0
 
+    @property
+    def virtual_tokens(self) -> int:
+        """Tokens that the adapter puts in front of the prompt."""
+        return 0 if self.version is None else self.version.artefact.record.virtual_tokens
+
 
 @dataclass(frozen=True, slots=True)
 class TokenOut:

@@ -25,7 +25,7 @@ class Job:
 
     `enqueued` and `deadline` are in the time of `time.monotonic`; `running` are the choices that have neither
     finished nor been cancelled. `attempt` counts the hand-offs: one that was given up is never opened again.
-    `cached`: how many of its tokens came from the prefix cache.
+    `cached`: how many of its tokens, virtual ones included, came from the prefix cache.
     """
 
     item: PassItem
@@ -53,6 +53,11 @@ class Job:
     def deadline_unix_ms(self) -> int:
         return round(1000 * (time.time() + self.deadline - time.monotonic()))
 
+    @property
+    def cached_prompt_tokens(self) -> int:
+        """Of the prompt's own tokens, how many came from the prefix cache."""
+        return max(0, min(self.cached - self.item.virtual_tokens, len(self.request.prompt_ids)))
+
     def fail(self, error: ServingError) -> None:
         if self.stage is not Stage.FINISHED:
             self.stage = Stage.FINISHED
@@ -71,6 +76,6 @@ def deliver_first_tokens(job: Job, draws: list[Draw] | None) -> bool:
     goes_on = None in reasons
     job.stage = Stage.COMMITTING if goes_on else Stage.FINISHED
     for choice, (draw, reason) in enumerate(zip(draws, reasons, strict=True)):
-        cached = min(job.cached, len(job.request.prompt_ids)) if choice == 0 else 0
+        cached = job.cached_prompt_tokens if choice == 0 else 0
         job.outputs.put_nowait(TokenOut(choice, index, draw, reason, cached))
     return goes_on

@@ -7,7 +7,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from prad.adapters import Adapter, PromptAdaptation
+from prad.adapters import Adapter, PromptAdaptation, placeholders
 from prad.lm import Draw, LanguageModel, SampleKey, sample
 from prad.lm.chunked import SequenceChunk, chunked_batch
 from prad.lm.kv import LayerDone
@@ -18,14 +18,27 @@ from prefill_service.generation import PromptRequest
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PassItem:
-    """A prompt, with its adapter in memory (None: the plain model). Compared by identity."""
+    """A prompt, with its adapter in memory (None: the plain model). Compared by identity.
+
+    ids: of its rows, in order: placeholders for the adapter's virtual tokens, prompt, continuation.
+    """
 
     request: PromptRequest
     adapter: Adapter | None
     ids: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "ids", self.request.prompt_ids + self.request.continuation_ids)
+        own = self.request.prompt_ids + self.request.continuation_ids
+        object.__setattr__(self, "ids", placeholders(self.virtual_tokens) + own)
+
+    @property
+    def virtual_tokens(self) -> int:
+        return 0 if self.adapter is None else self.adapter.virtual_tokens
+
+    @property
+    def adapted(self) -> int:
+        """How many of its tokens, from the first on, are the adapter's: virtual ones and the prompt's."""
+        return 0 if self.adapter is None else self.virtual_tokens + len(self.request.prompt_ids)
 
     def keys(self, block_size: int) -> tuple[bytes, ...]:
         """Of the blocks that other requests may share: wholly adapted ones, or the plain model's."""
@@ -33,8 +46,7 @@ class PassItem:
             return block_keys(None, 0, self.ids, block_size)
         version = self.request.version
         assert version is not None
-        virtual_tokens = version.artefact.record.virtual_tokens
-        return block_keys(version.digest, virtual_tokens, self.request.prompt_ids, block_size)
+        return block_keys(version.digest, self.virtual_tokens, self.ids[: self.adapted], block_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +70,8 @@ class PassChunk:
 
     @property
     def adapted(self) -> int:
-        """How many of its tokens, from the first on, are the adapter's: those of the prompt."""
-        if self.item.adapter is None:
-            return 0
-        return max(0, min(self.end, len(self.item.request.prompt_ids)) - self.start)
+        """How many of its tokens, from the first on, are the adapter's."""
+        return max(0, min(self.end, self.item.adapted) - self.start)
 
 
 FirstTokens = dict[PassItem, list[Draw] | None]
@@ -83,6 +93,7 @@ def run_prompt_pass(
         [chunk.adapted for chunk in chunks],
         model.device,
         model.kernels,
+        [chunk.start for chunk in chunks],
     )
     last_rows = [row - 1 for row in accumulate(lengths)]
     batch = chunked_batch(

@@ -20,7 +20,7 @@ def model_spec(fingerprint: Fingerprint) -> ModelSpec:
 def open_message(
     request: PromptRequest, client_id: str, model: ModelSpec, attempt: int, deadline_unix_ms: int
 ) -> Open:
-    cached = len(request.prompt_ids) + len(request.continuation_ids)
+    cached = request.virtual_tokens + len(request.prompt_ids) + len(request.continuation_ids)
     return Open(
         request_id=request.request_id,
         client_id=client_id,

@@ -164,6 +164,7 @@ def random_artefact(
         name="tiny", architecture=model.fingerprint.architecture, weights=model.fingerprint.weights
     )
     fields = settings.model_dump(mode="json")
+    record = {"virtual_tokens": adapter.virtual_tokens} | record
     write_record(folder, AdapterRecord(method=method, config=fields, base=base, **record))
     return read_artefact(folder)
 

@@ -8,6 +8,7 @@ from prad.adapters.adapter import (
     load_adapter,
     new_adapter,
     prepared,
+    reparametrised,
     save_parameters,
 )
 from prad.adapters.errors import (
@@ -16,6 +17,7 @@ from prad.adapters.errors import (
     ParameterMismatchError,
     UnknownMethodError,
 )
+from prad.adapters.virtual import placeholders
 
 __all__ = [
     "METHODS",
@@ -29,6 +31,8 @@ __all__ = [
     "find_method",
     "load_adapter",
     "new_adapter",
+    "placeholders",
     "prepared",
+    "reparametrised",
     "save_parameters",
 ]

@@ -15,11 +15,15 @@ from prad.lm.kernels import Kernels
 
 
 class AdaptedSpan(NamedTuple):
-    """`length` rows of the pass from `start` on, under `adapter`. Rows in no span are the plain model's."""
+    """`length` rows of the pass from `start` on, under `adapter`. Rows in no span are the plain model's.
+
+    `position`: which token of its sequence the first of them is, not 0 in later chunks of a prompt.
+    """
 
     adapter: Adapter
     start: int
     length: int
+    position: int = 0
 
 
 class PromptAdaptation:
@@ -37,7 +41,7 @@ class PromptAdaptation:
             key = (span.adapter.method.name, frozenset(span.adapter.parameters))
             numbers = alike.setdefault(key, {})
             number = numbers.setdefault(span.adapter, len(numbers))
-            rows.setdefault(key, []).append(Span(span.start, span.start + span.length, number))
+            rows.setdefault(key, []).append(Span(span.start, span.start + span.length, number, span.position))
         self._by_site: dict[Site, list[Group]] = {}
         for key, adapters in alike.items():
             first = next(iter(adapters))
@@ -60,15 +64,18 @@ class PromptAdaptation:
         prompt_lengths: Sequence[int],
         device: torch.device | str,
         kernels: Kernels | None = None,
+        positions: Sequence[int] | None = None,
     ) -> "PromptAdaptation | None":
-        """For packed sequences of `lengths`, of which the first `prompt_lengths` rows are adapted.
+        """For packed sequences of `lengths`, of which the first `prompt_lengths` rows are adapted: virtual
+        tokens and prompt.
 
-        None if no sequence has an adapter.
+        `positions`: that of each one's first row; all at 0 if left out. None if no sequence has an adapter.
         """
         starts = accumulate(lengths[:-1], initial=0)
+        firsts = [0] * len(lengths) if positions is None else positions
         spans = [
-            AdaptedSpan(adapter, start, prompt)
-            for adapter, start, prompt in zip(adapters, starts, prompt_lengths, strict=True)
+            AdaptedSpan(adapter, start, prompt, first)
+            for adapter, start, prompt, first in zip(adapters, starts, prompt_lengths, firsts, strict=True)
             if adapter is not None and prompt > 0
         ]
         return cls(spans, device, kernels) if spans else None

@@ -7,27 +7,43 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from prad.adapters.bitfit import BitFit
 from prad.adapters.dora import DoRA
 from prad.adapters.errors import (
+    AdapterError,
     BaseMismatchError,
     ParameterMismatchError,
     UnknownMethodError,
 )
 from prad.adapters.ia3 import IA3
 from prad.adapters.lora import LoRA
-from prad.adapters.method import FrozenModel, LayerParameters, Method, MethodConfig, Parameters
+from prad.adapters.mam import MaM
+from prad.adapters.method import INPUT, FrozenModel, LayerParameters, Method, MethodConfig, Parameters
 from prad.adapters.parallel import ParallelAdapter
+from prad.adapters.prefix import PrefixTuning
+from prad.adapters.prompt import PromptTuning
 from prad.adapters.sequential import SequentialAdapter
 from prad.artefact import WEIGHTS, Artefact
 from prad.lm import LanguageModel, Site, require_sites
 
 _DTYPES = ("F32", "F16", "BF16")
+_LEAST_ROOM = 4  # positions behind the virtual tokens; with fewer there is no prompt and output worth a name
 
 METHODS: dict[str, Method] = {
     method.name: method
-    for method in (ParallelAdapter(), SequentialAdapter(), LoRA(), DoRA(), IA3(), BitFit())
+    for method in (
+        ParallelAdapter(),
+        SequentialAdapter(),
+        LoRA(),
+        DoRA(),
+        IA3(),
+        BitFit(),
+        PrefixTuning(),
+        PromptTuning(),
+        MaM(),
+    )
 }
 
 
@@ -46,6 +62,11 @@ class Adapter:
     def sites(self) -> frozenset[Site]:
         return self.method.sites(self.config)
 
+    @property
+    def virtual_tokens(self) -> int:
+        """Tokens that every prompt gets in front; in a pass `placeholders` stand for them."""
+        return self.method.virtual_tokens(self.config)
+
     @cached_property
     def per_layer(self) -> LayerParameters:
         return {name: stacked.unbind(0) for name, stacked in self.parameters.items()}
@@ -63,10 +84,17 @@ def find_method(name: str) -> Method:
 
 
 def new_adapter(method: Method, config: MethodConfig, model: LanguageModel, seed: int) -> Adapter:
-    """A fresh float32 adapter that leaves the model as it is. Raises MissingSiteError."""
+    """A fresh float32 adapter, as `Method.initialise` says. Raises MissingSiteError or AdapterError."""
     require_sites(model.config.model_type, method.sites(config), method.name)
+    _check_room(method, config, model)
     generator = torch.Generator().manual_seed(seed)
     return Adapter(method, config, method.initialise(config, FrozenModel(model), generator))
+
+
+def reparametrised(fresh: Adapter, model: LanguageModel, seed: int) -> nn.Module | None:
+    """What training steps instead of some of the parameters, as `Method.reparametrise` says."""
+    generator = torch.Generator().manual_seed(seed)
+    return fresh.method.reparametrise(fresh.config, fresh.parameters, FrozenModel(model), generator)
 
 
 def load_adapter(artefact: Artefact, model: LanguageModel, *, allow_other_weights: bool = False) -> Adapter:
@@ -89,8 +117,15 @@ def load_adapter(artefact: Artefact, model: LanguageModel, *, allow_other_weight
     method = find_method(record.method)
     config = method.configure(record.config)
     require_sites(model.config.model_type, method.sites(config), method.name)
+    _check_room(method, config, model)
+    if (virtual := method.virtual_tokens(config)) != record.virtual_tokens:
+        raise AdapterError(
+            f"virtual tokens: {virtual} in the configuration of {method.name}, "
+            f"{record.virtual_tokens} in prad.json itself"
+        )
     shapes = method.shapes(config, FrozenModel(model))
-    expected = {_file_name(i, n): s for i in range(model.num_layers) for n, s in shapes.items()}
+    files = {name: _file_names(name, model.num_layers) for name in shapes}
+    expected = {file: shapes[name] for name, own in files.items() for file in own}
     for name, info in artefact.tensors.items():
         if info.dtype not in _DTYPES:
             known = ", ".join(_DTYPES)
@@ -98,8 +133,7 @@ def load_adapter(artefact: Artefact, model: LanguageModel, *, allow_other_weight
     _check_shapes(expected, {name: info.shape for name, info in artefact.tensors.items()})
     tensors = load_file(artefact.weights)
     parameters = {
-        name: torch.stack([tensors[_file_name(i, name)] for i in range(model.num_layers)]).to(model.device)
-        for name in shapes
+        name: torch.stack([tensors[file] for file in own]).to(model.device) for name, own in files.items()
     }
     _check_numbers({name: p.to(model.dtype) for name, p in parameters.items()})
     adapter = prepared(Adapter(method, config, parameters), model)
@@ -117,17 +151,27 @@ def prepared(adapter: Adapter, model: LanguageModel) -> Adapter:
 
 def save_parameters(parameters: Parameters, folder: Path, dtype: torch.dtype) -> None:
     """Writes the weights file of an artefact, one tensor per layer and parameter."""
-    layers = {
-        _file_name(i, name): part.to(dtype).contiguous()
+    tensors = {
+        file: part.to(dtype).contiguous()
         for name, stacked in parameters.items()
-        for i, part in enumerate(stacked.detach().cpu().unbind(0))
+        for file, part in zip(_file_names(name, len(stacked)), stacked.detach().cpu().unbind(0), strict=True)
     }
-    save_file(layers, folder / WEIGHTS)
+    save_file(tensors, folder / WEIGHTS)
     (folder / WEIGHTS).chmod(0o644)  # safetensors makes files that only their owner may read
 
 
-def _file_name(layer: int, name: str) -> str:
-    return f"layers.{layer}.{name}"
+def _file_names(name: str, layers: int) -> list[str]:
+    """What a file calls a parameter's parts along its first dimension."""
+    return [name] if name.startswith(INPUT) else [f"layers.{i}.{name}" for i in range(layers)]
+
+
+def _check_room(method: Method, config: MethodConfig, model: LanguageModel) -> None:
+    virtual = method.virtual_tokens(config)
+    if virtual + _LEAST_ROOM > model.max_context:
+        raise AdapterError(
+            f"{method.name}: {virtual} virtual tokens leave no room for a prompt and its output in the "
+            f"model's context of {model.max_context}"
+        )
 
 
 def _check_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
@@ -142,8 +186,6 @@ def _check_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, t
 def _check_numbers(parameters: Parameters) -> None:
     """In the model's dtype: what is finite in a file may not be so there."""
     for name, stacked in parameters.items():
-        for layer, parameter in enumerate(stacked):
+        for file, parameter in zip(_file_names(name, len(stacked)), stacked, strict=True):
             if not parameter.isfinite().all():
-                raise ParameterMismatchError(
-                    f"tensor {_file_name(layer, name)}: expected finite numbers in {stacked.dtype}"
-                )
+                raise ParameterMismatchError(f"tensor {file}: expected finite numbers in {stacked.dtype}")

@@ -12,17 +12,20 @@ from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from prad.adapters.errors import AdapterError
 from prad.adapters.segments import Segment, Span, cut
-from prad.lm import LanguageModel, Site, projection
+from prad.lm import KVLayout, LanguageModel, PackedBatch, Site, projection
 from prad.lm.kernels import Kernels, LowRankSpan
 
 _PIECE = 64  # rows that one thread computes at a time
 
 Parameters = dict[str, Tensor]
-"""A method's parameters by name; each has the layers as its first dimension."""
+"""A method's parameters by name; each has the layers as its first dimension, or 1 if it is the input's."""
+
+INPUT = "input."
+"""What the names of parameters before the first layer begin with; they act as of layer 0."""
 
 LayerParameters = dict[str, tuple[Tensor, ...]]
 """The same, each as one tensor per layer."""
@@ -57,6 +60,43 @@ class FrozenModel:
     @property
     def hidden(self) -> int:
         return self.model.hidden_size
+
+    @property
+    def layout(self) -> KVLayout:
+        return self.model.layout
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.vocab_size
+
+    @property
+    def embedding_width(self) -> int:
+        """Not the hidden size where embeddings are projected first (some of OPT)."""
+        return self._embedding.embedding_dim
+
+    def embeddings(self, ids: Sequence[int]) -> Tensor:
+        """What stands for `ids` before any position is added: float32 [n, embedding_width]."""
+        with torch.no_grad():
+            embedded: Tensor = self._embedding(torch.tensor(ids, device=self.model.device))
+        return embedded.float().cpu()
+
+    @property
+    def _embedding(self) -> nn.Embedding:
+        module: Any = self.model.module
+        embedding: nn.Embedding = module.get_input_embeddings()
+        return embedding
+
+    def keys_and_values(self, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """What `ids` leave in the KV cache: float32 [layers, n, kv_heads, dim] each."""
+        layers: list[tuple[Tensor, Tensor]] = []
+
+        def keep(_: int, key: Tensor, value: Tensor) -> None:
+            layers.append((key.float().cpu(), value.float().cpu()))
+
+        with torch.no_grad():
+            self.model.forward(PackedBatch.of_sequences([ids], device=self.model.device, layer_done=keep))
+        keys, values = zip(*layers, strict=True)
+        return torch.stack(keys), torch.stack(values)
 
     def projection(self, site: Site, layer: int = 0) -> tuple[Tensor, Tensor | None]:
         """Frozen weight [out, in] and bias [out]. Raises MissingSiteError."""
@@ -110,18 +150,39 @@ class Group:
                 value, hidden.relu_() if relu else hidden, self.joined(segment, names.up, layer)
             )
 
+    def set_virtual(self, layer: int, value: Tensor, name: str) -> None:
+        """The rows of virtual tokens in value [T, ...] become parameter `name` [virtual tokens, ...]."""
+        if self._virtual_spans:
+            parts = [
+                self.parameters[s.adapter][name][layer][s.position : s.position + s.stop - s.start]
+                for s in self._virtual_spans
+            ]
+            value.index_copy_(0, self._virtual_rows, torch.cat(parts).to(value.dtype))
+
+    @cached_property
+    def _virtual_spans(self) -> tuple[Span, ...]:
+        """The spans' rows that are virtual tokens."""
+        counts = [self.method.virtual_tokens(config) for config in self.configs]
+        cut_off = (s._replace(stop=min(s.stop, s.start + counts[s.adapter] - s.position)) for s in self.spans)
+        return tuple(s for s in cut_off if s.stop > s.start)
+
+    @cached_property
+    def _virtual_rows(self) -> Tensor:
+        rows = [row for s in self._virtual_spans for row in range(s.start, s.stop)]
+        return torch.tensor(rows, device=self.device)
+
     def _pointers(self, names: LowRankNames, dtype: torch.dtype) -> Any:
         """The spans for the kernels; made once per pass."""
         if names not in self._known:
             pieces = []
-            for start, stop, adapter in self.spans:
-                of, config = self.parameters[adapter], self.configs[adapter]
+            for span in self.spans:
+                of, config = self.parameters[span.adapter], self.configs[span.adapter]
                 down, bias, up = (
                     None if name is None else _first_of_stack(of[name], dtype)
                     for name in (names.down, names.bias, names.up)
                 )
-                for first in range(start, stop, _PIECE):
-                    last = min(stop, first + _PIECE)
+                for first in range(span.start, span.stop, _PIECE):
+                    last = min(span.stop, first + _PIECE)
                     pieces.append(LowRankSpan(first, last, down, bias, up, config.r, config.factor))
             spans = (LowRankSpan * len(pieces))(*pieces)
             self._known[names] = spans
@@ -167,6 +228,10 @@ class Method(ABC):
             problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
             raise AdapterError(f"configuration of {self.name}: {problems}") from error
 
+    def virtual_tokens(self, config: Any) -> int:
+        """How many tokens of its own the method puts in front of every prompt."""
+        return 0
+
     @abstractmethod
     def sites(self, config: Any) -> frozenset[Site]:
         """The sites that the contribution acts on."""
@@ -177,7 +242,17 @@ class Method(ABC):
 
     @abstractmethod
     def initialise(self, config: Any, model: FrozenModel, generator: torch.Generator) -> Parameters:
-        """Fresh float32 parameters [layers, ...] with which the adapted model equals the plain one."""
+        """Fresh float32 parameters [layers, ...] with which the adapted model equals the plain one.
+
+        With virtual tokens: the plain model on the prompt behind `VirtualConfig.first_ids` of its vocabulary.
+        """
+
+    def reparametrise(
+        self, config: Any, fresh: Parameters, model: FrozenModel, generator: torch.Generator
+    ) -> nn.Module | None:
+        """A module that training steps instead of some parameters; called without arguments it gives these,
+        at first the `fresh` ones, with gradients. None: all parameters are trained themselves."""
+        return None
 
     def prepare(self, config: Any, parameters: Parameters, model: FrozenModel) -> Parameters:
         """What `contribute` works with, derived from the stored parameters: once on load, in training at

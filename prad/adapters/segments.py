@@ -18,11 +18,15 @@ _GAP = 64  # rows of nobody that a segment may cross; touching them in vain cost
 
 
 class Span(NamedTuple):
-    """Rows [start, stop) of the pass, under the group's adapter number `adapter`."""
+    """Rows [start, stop) of the pass, under the group's adapter number `adapter`.
+
+    `position`: which token of its sequence the first row is; a sequence begins with its virtual tokens.
+    """
 
     start: int
     stop: int
     adapter: int
+    position: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,7 +97,8 @@ class FusedModel:
         if isinstance(batch.kv, PagedStep) and adaptation is None:
             x = self._decode(batch, batch.kv)
         else:
-            x, angles = self._embed(batch.ids, batch.positions), self._angles(batch.positions)
+            x = self._embed(batch.ids, batch.positions, _tap(adaptation, 0)(Site.EMBEDDING))
+            angles = self._angles(batch.positions)
             _Pass(self, self.kernels, batch.kv, adaptation).run(x, angles)
         wanted = x.index_select(0, batch.logit_rows)
         last = torch.empty(wanted.shape, dtype=self.embedding.dtype)
@@ -124,9 +125,10 @@ class FusedModel:
             _Pass(self, recording, replace(step, calls=recording), None).run(x, angles)
         return _RecordedStep(recording, x, angles)
 
-    def _embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+    def _embed(self, ids: Tensor, positions: Tensor, adapt: "_Adapt | None" = None) -> Tensor:
         """The residual stream's beginning, float32 [T, hidden]."""
         x = self.embedding.index_select(0, ids).float()
+        _adapt(adapt, x, x)
         if self.position_embedding is not None:
             x += self.position_embedding.index_select(0, positions)
         return x

@@ -7,6 +7,7 @@ family whose layers have plain K and V; the fused one (fused.py) the Llama famil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from prad.lm.fused import FusedModel, fuse
 from prad.lm.kernels import Kernels, Precision
 from prad.lm.kv import KVLayout, LayerKV, PromptKV
 from prad.lm.sampling import lowest_argmax
-from prad.lm.sites import Adaptation, require_sites, tapped
+from prad.lm.sites import Adaptation, TappedKV, require_sites, tapped
 from prad.lm.support import max_context, require_servable
 
 
@@ -120,6 +121,7 @@ class LanguageModel:
         One pass at a time: a second thread waits, so that taps never meet another pass's rows. Raises
         MissingSiteError if `adaptation` wants a site that the family does not have.
         """
+        batch = replace(batch, kv=TappedKV.of(batch.kv, adaptation))
         if self._fused is not None and not torch.is_grad_enabled() and self._fused.takes(len(batch.ids)):
             if adaptation is not None:
                 require_sites(self.config.model_type, adaptation.sites)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from prad.lm.errors import MissingSiteError
+from prad.lm.kv import KVTarget
 
 
 class Site(StrEnum):
@@ -31,6 +32,14 @@ class Site(StrEnum):
     DOWN_IN = "down_in"
     FFN_IN = "ffn_in"
     FFN_OUT = "ffn_out"
+    EMBEDDING = "embedding"
+    KEYS = "keys"
+    VALUES = "values"
+
+
+_OF_ALL_FAMILIES = frozenset({Site.EMBEDDING, Site.KEYS, Site.VALUES})
+"""Sites outside the layers' modules: the tokens' embeddings, and what goes to the KV cache (keys after their
+norm and RoPE)."""
 
 
 class Adaptation(Protocol):
@@ -45,8 +54,9 @@ class Adaptation(Protocol):
         """Changes the site's value in place: a copy per site and layer would cost more than the adapters.
 
         value [T, width]: what the frozen model has at the site, the pass's own tensor or a part of its
-        columns; source [T, in_width]: the input of the module that computed it (for DOWN_IN and FFN_IN
-        the value itself).
+        columns; source [T, in_width]: the input of the module that computed it (for all inputs, EMBEDDING,
+        KEYS and VALUES the value itself). KEYS and VALUES are [T, kv_heads, dim]; EMBEDDING is asked for
+        once, as of layer 0.
         """
         ...
 
@@ -153,6 +163,9 @@ _FAMILIES = {
 
 def require_sites(model_type: str, sites: frozenset[Site], method: str = "the adapter") -> None:
     """Raises MissingSiteError unless the family `model_type` has all of the `sites` that `method` acts on."""
+    sites -= _OF_ALL_FAMILIES
+    if not sites:
+        return
     family = _FAMILIES.get(model_type)
     if family is None:
         known = ", ".join(sorted(_FAMILIES))
@@ -227,15 +240,19 @@ def tapped(model: nn.Module, model_type: str, adaptation: Adaptation | None) -> 
         yield
         return
     require_sites(model_type, adaptation.sites)
-    family = _FAMILIES[model_type]
+    inside = sorted(adaptation.sites - _OF_ALL_FAMILIES)
     taps: list[_LayerTap] = []
     handles: list[Any] = []
     try:
-        for index, layer in enumerate(model.get_submodule(family.layers).children()):
-            for site in sorted(adaptation.sites):
-                tap = _LayerTap(index, site, family.taps[site], adaptation, _heads(model))
-                handles += tap.attach(layer)
-                taps.append(tap)
+        if Site.EMBEDDING in adaptation.sites:
+            handles.append(_attach_to_embedding(model, adaptation))
+        if inside:
+            family = _FAMILIES[model_type]
+            for index, layer in enumerate(model.get_submodule(family.layers).children()):
+                for site in inside:
+                    tap = _LayerTap(index, site, family.taps[site], adaptation, _heads(model))
+                    handles += tap.attach(layer)
+                    taps.append(tap)
         yield
     finally:
         for handle in handles:
@@ -243,7 +260,7 @@ def tapped(model: nn.Module, model_type: str, adaptation: Adaptation | None) -> 
     for tap in taps:
         if not tap.reached:  # the plain model's answer must not pass for an adapted one
             raise MissingSiteError(
-                f"the pass never called {family.layers}.{tap.layer}.{tap.tap.path} ({tap.site})"
+                f"the pass never called {tap.tap.path} of layer {tap.layer} ({tap.site})"
             )
 
 
@@ -299,3 +316,36 @@ def _heads(model: Any) -> int:
 def _rows(states: Tensor) -> Tensor:
     """[1, T, width], or [T, width] as OPT's FFN has them, to [T, width]; a view."""
     return states.view(-1, states.shape[-1])
+
+
+def _attach_to_embedding(model: Any, adaptation: Adaptation) -> Any:
+    def on_output(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        value = output.squeeze(0)
+        adaptation.apply(0, Site.EMBEDDING, value, value)
+
+    return model.get_input_embeddings().register_forward_hook(on_output)
+
+
+@dataclass(frozen=True, slots=True)
+class TappedKV:
+    """A pass's KVTarget with the sites KEYS and VALUES in front of it: the same place in every family."""
+
+    target: KVTarget
+    adaptation: Adaptation
+
+    @classmethod
+    def of(cls, target: KVTarget, adaptation: Adaptation | None) -> KVTarget:
+        """`target` itself if nobody wants to be asked."""
+        if adaptation is None or adaptation.sites.isdisjoint({Site.KEYS, Site.VALUES}):
+            return target
+        return cls(target, adaptation)
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        if torch.is_grad_enabled():  # autograd forbids writing into a part of a fused output
+            key, value = key.clone(), value.clone()
+        for site, states in ((Site.KEYS, key), (Site.VALUES, value)):
+            if site in self.adaptation.sites:
+                self.adaptation.apply(layer, site, states, states)
+        return self.target.attend(layer, query, key, value, scale, window)

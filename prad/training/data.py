@@ -10,6 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
+from prad.adapters import placeholders
 from prad.artefact import AdapterRecord
 from prad.lm import Tokenizer
 
@@ -35,7 +36,8 @@ class Example(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class TokenisedExample:
-    """prompt: ids that the adapter sees; completion: ids that the loss sees, EOS included."""
+    """prompt: ids that the adapter sees, behind placeholders for its virtual tokens; completion: ids that the
+    loss sees, EOS included."""
 
     prompt: tuple[int, ...]
     completion: tuple[int, ...]
@@ -86,7 +88,7 @@ def tokenise(
                 f"example {number} has an empty prompt: there is nothing for an adapter to act on"
             )
         completion = tokenizer.encode_completion(example.completion)[:max_completion]
-        tokenised.append(TokenisedExample(tuple(prompt), tuple(completion)))
+        tokenised.append(TokenisedExample((*placeholders(record.virtual_tokens), *prompt), tuple(completion)))
     return tokenised
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from rich.progress import track
 from sacrebleu.metrics.bleu import BLEU
 
-from prad.adapters import Adapter, AdapterError, PromptAdaptation
+from prad.adapters import Adapter, AdapterError, PromptAdaptation, placeholders
 from prad.artefact import AdapterRecord
 from prad.lm import LanguageModel, SamplingParams, Tokenizer, generate
 from prad.training.data import Example, read_examples
@@ -44,7 +44,8 @@ def evaluate(
         raise AdapterError("an adapter trained on the chat template can be served, but not evaluated yet")
     examples = read_examples(data, limit)
     params = SamplingParams(max_tokens=record.generation.max_tokens or 64, stop_ids=stop_ids)
-    longest = model.max_context - params.max_tokens
+    virtual = placeholders(0 if adapter is None else adapter.virtual_tokens)
+    longest = model.max_context - params.max_tokens - len(virtual)
 
     def adapt(lengths: Sequence[int]) -> PromptAdaptation | None:
         return PromptAdaptation.of_prompts([adapter] * len(lengths), lengths, lengths, model.device)
@@ -52,7 +53,7 @@ def evaluate(
     answers: list[str] = []
     for start in track(range(0, len(examples), batch), description="evaluating", transient=True):
         some = examples[start : start + batch]
-        prompts = [tokenizer.encode_prompt(record.wrap(e.prompt))[-longest:] for e in some]
+        prompts = [(*virtual, *tokenizer.encode_prompt(record.wrap(e.prompt))[-longest:]) for e in some]
         outputs = generate(model, prompts, params, adapt)
         answers.extend(_settle(tokenizer.decode(ids), record.generation.stop) for ids in outputs)
     return Evaluation(len(examples), _score(examples, answers), tuple(answers))

@@ -16,11 +16,16 @@ class PromptTuning(nn.Module):
     The frozen model is not a submodule; it computes in its own dtype, the parameters stay float32.
     """
 
-    def __init__(self, model: LanguageModel, adapter: Adapter) -> None:
+    def __init__(
+        self, model: LanguageModel, adapter: Adapter, reparametrised: nn.Module | None = None
+    ) -> None:
+        """reparametrised: as `Method.reparametrise` makes it."""
         super().__init__()
         self._frozen = (model,)  # a tuple, so that the module's own state is the adapter alone
         self._template = adapter
-        self._names = {name.replace(".", "_"): name for name in adapter.parameters}
+        self.reparametrised = reparametrised
+        derived = set() if reparametrised is None else set(reparametrised())
+        self._names = {name.replace(".", "_"): name for name in adapter.parameters if name not in derived}
         for attribute, name in self._names.items():
             self.register_parameter(attribute, nn.Parameter(adapter.parameters[name]))
 
@@ -28,6 +33,8 @@ class PromptTuning(nn.Module):
     def adapter(self) -> Adapter:
         """The adapter being trained, in float32."""
         parameters = {name: getattr(self, attribute) for attribute, name in self._names.items()}
+        if self.reparametrised is not None:
+            parameters |= self.reparametrised()
         return Adapter(self._template.method, self._template.config, parameters)
 
     def forward(

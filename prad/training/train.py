@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from prad import __version__
-from prad.adapters import find_method, new_adapter, save_parameters
+from prad.adapters import Adapter, find_method, new_adapter, reparametrised, save_parameters
 from prad.artefact import PROMPT_FIELD, AdapterRecord, BaseModelRef, GenerationDefaults, write_record
 from prad.lm import LanguageModel, Tokenizer
 from prad.training.data import DataError, collate, read_examples, tokenise
@@ -60,8 +60,9 @@ def train(
     """
     method = find_method(settings.method)
     config = method.configure(settings.config)
-    module = PromptTuning(model, new_adapter(method, config, model, settings.seed)).to(model.device)
-    record = _record(model, base_name, settings, config.model_dump(mode="json"))
+    fresh = new_adapter(method, config, model, settings.seed)
+    module = PromptTuning(model, fresh, reparametrised(fresh, model, settings.seed)).to(model.device)
+    record = _record(model, base_name, settings, fresh)
     limits = {"max_prompt": settings.max_prompt, "max_completion": settings.max_completion}
     training = tokenise(read_examples(settings.data / "train.jsonl"), tokenizer, record, **limits)
     validation = read_examples(settings.data / "validation.jsonl", settings.eval_examples)
@@ -80,7 +81,7 @@ def train(
     steps = trainer.state.global_step
     outcome = {
         "examples": len(training),
-        "parameters": sum(p.numel() for p in module.parameters()),
+        "parameters": sum(p.numel() for p in module.adapter.parameters.values()),
         "steps": steps,
         "seconds": round(seconds),
         "tokens_per_second": round(_tokens(training) * steps * settings.batch / len(training) / seconds),
@@ -111,20 +112,19 @@ def _tokens(examples: list[Any]) -> int:
     return sum(len(e.prompt) + len(e.completion) for e in examples)
 
 
-def _record(
-    model: LanguageModel, base_name: str, settings: TrainSettings, config: dict[str, Any]
-) -> AdapterRecord:
+def _record(model: LanguageModel, base_name: str, settings: TrainSettings, fresh: Adapter) -> AdapterRecord:
     fields: dict[str, Any] = {} if settings.template is None else {"template": settings.template}
     if settings.template is not None and settings.template.count(PROMPT_FIELD) != 1:
         raise DataError(f"a template holds {PROMPT_FIELD} exactly once, got {settings.template!r}")
     return AdapterRecord(
         method=settings.method,
-        config=config,
+        config=fresh.config.model_dump(mode="json"),
         base=BaseModelRef(
             name=base_name,
             architecture=model.fingerprint.architecture,
             weights=model.fingerprint.weights,
         ),
+        virtual_tokens=fresh.virtual_tokens,
         generation=GenerationDefaults(temperature=0.0, max_tokens=settings.max_tokens),
         licence=settings.licence,
         description=settings.description,

@@ -110,7 +110,8 @@ class Admission:
         fitted = [
             fit(
                 ids,
-                capacity=self._max_context - (record.virtual_tokens if record else 0),
+                context=self._max_context,
+                virtual=record.virtual_tokens if record else 0,
                 requested=request.output_limit,
                 default=values.max_tokens,
                 min_tokens=values.min_tokens,

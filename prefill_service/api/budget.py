@@ -9,7 +9,8 @@ FIT = -1
 def fit(
     ids: tuple[int, ...],
     *,
-    capacity: int,
+    context: int,
+    virtual: int = 0,
     requested: int | None,
     default: int,
     min_tokens: int,
@@ -17,11 +18,13 @@ def fit(
 ) -> tuple[tuple[int, ...], int]:
     """The prompt as it will be computed, and how many tokens may follow it.
 
-    `capacity`: positions for both; `requested`: max_tokens if the request names it (kept to the letter), else
-    `default` is clipped to what fits. `truncate`: keep only that many of the prompt's last tokens.
+    `context`: positions for both and the adapter's `virtual` tokens; `requested`: max_tokens if the request
+    names it (kept to the letter), else `default` is clipped to what fits. `truncate`: keep only that many of
+    the prompt's last tokens.
     Raises PromptTooLongError with the numbers, InvalidRequestError for an empty prompt or min_tokens that
     cannot be reached.
     """
+    capacity = context - virtual
     if truncate is not None:
         kept = _room(capacity, requested, default) if truncate == FIT else truncate
         ids = ids[-kept:] if kept > 0 else ids
@@ -33,8 +36,9 @@ def fit(
             advice, param = f"max_tokens is at most {room} with this prompt", "max_tokens"
         else:
             advice, param = "shorten the prompt or send 'truncate_prompt_tokens'", "prompt"
+        beside = f" beside the adapter's {virtual} virtual ones" if virtual else ""
         raise PromptTooLongError(
-            f"the context holds {capacity} tokens, but {len(ids) + (requested or 1)} were asked for: "
+            f"the context holds {capacity} tokens{beside}, but {len(ids) + (requested or 1)} were asked for: "
             f"{len(ids)} in the prompt and {requested or 'at least 1'} for the output; {advice}",
             param=param,
         )

@@ -18,6 +18,7 @@ from prad.adapters import (
     find_method,
     load_adapter,
     new_adapter,
+    placeholders,
     prepared,
 )
 from prad.adapters.segments import Span, cut
@@ -27,6 +28,7 @@ from prad.lm.kernels import Kernels
 from tests.conftest import random_artefact
 
 METHODS = ("prad-pa", "prad-sa", "prad-lora", "prad-dora", "prad-ia3", "prad-bitfit")
+WITH_VIRTUAL_TOKENS = ("prad-prefix", "prad-prompt", "prad-mam")
 IN, OUT, LAYERS, LAYER = 24, 40, 3, 2
 
 
@@ -45,7 +47,7 @@ def written_out(
 ) -> Tensor:
     """y_i + s Σ_j B_ij Σ_k A_jk x_k for each adapted row, in float64."""
     out = value.double().clone()
-    for adapter, start, length in spans:
+    for adapter, start, length, _ in spans:
         a, b = (adapter.parameters[f"q.{n}"][LAYER].double().T for n in ("down", "up"))
         for row in range(start, start + length):
             out[row] += factors[adapter] * torch.einsum("ij,jk,k->i", b, a, source[row].double())
@@ -117,9 +119,12 @@ def test_every_method_beside_every_other_equals_itself_alone(
     model = load_tiny(family)
     adapters = [
         load_adapter(random_artefact(tmp_path / f"{name}{i}", model, i, method=name, config={}), model)
-        for i, name in enumerate(METHODS * 2)
+        for i, name in enumerate((METHODS + WITH_VIRTUAL_TOKENS) * 2)
     ]
-    prompts = [[(3 * i + j * j) % 119 for j in range(4 + 3 * i)] for i in range(len(adapters))]
+    prompts = [
+        [*placeholders(adapter.virtual_tokens), *((3 * i + j * j) % 119 for j in range(4 + 3 * i))]
+        for i, adapter in enumerate(adapters)
+    ]
     lengths = [len(p) for p in prompts]
     with torch.inference_mode():
         mixed = model.forward(
@@ -130,7 +135,8 @@ def test_every_method_beside_every_other_equals_itself_alone(
             alone = model.forward(PackedBatch.of_sequences([prompt]), own)[0]
             scale = float(alone.max() - alone.min())
             torch.testing.assert_close(mixed[i], alone, rtol=0, atol=1e-4 * scale)
-            plain = model.forward(PackedBatch.of_sequences([prompt]))[0]
+            own_tokens = prompt[adapters[i].virtual_tokens :]
+            plain = model.forward(PackedBatch.of_sequences([own_tokens]))[0]
             assert float((plain - alone).abs().max()) > 1e-2 * scale, "the adapter has weight"
 
 

@@ -148,6 +148,11 @@ def _frozen(layer: Layer, site: str) -> tuple[Tensor, Tensor]:
     return _stored(place.module)[place.columns], own
 
 
+def _in_front_only(*_: Any) -> Iterator[tuple[str, Formula]]:
+    """All that the method does is its `tests.oracle.front.Front`."""
+    return iter(())
+
+
 _METHODS: dict[str, Callable[..., Iterator[tuple[str, Formula]]]] = {
     "prad-pa": _parallel,
     "prad-sa": _sequential,
@@ -155,4 +160,7 @@ _METHODS: dict[str, Callable[..., Iterator[tuple[str, Formula]]]] = {
     "prad-dora": _dora,
     "prad-ia3": _ia3,
     "prad-bitfit": _bitfit,
+    "prad-prefix": _in_front_only,
+    "prad-prompt": _in_front_only,
+    "prad-mam": _parallel,
 }

@@ -1,15 +1,17 @@
 """The oracle's reference (DESIGN 3.1), written from the paper's formula over transformers' own model.
 
 One monolithic eager forward over [prompt, output]; the adapter's contribution is masked to prompt positions.
+What an adapter puts in front of the prompt (`Front`) lies there as in PEFT: in the cache, or concatenated.
 None of our forward, attention, adapters or sampling is used here. Each `Fault` is a way in which a server
 could be wrong; the reference under a fault is what such a server would say.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import Enum, auto
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +21,19 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from tests.oracle.formulas import Change, Layer, changes
+from tests.oracle.front import Front
 
 
 class Fault(Enum):
+    """Of virtual tokens the first two mean: one generated token's state is that of the last of them; the last
+    of them is left out."""
+
     ADAPTER_ON_ONE_GENERATED_TOKEN = auto()
     ADAPTER_MISSING_ON_LAST_PROMPT_TOKEN = auto()
     NEIGHBOURS_ADAPTER = auto()
     POSITIONS_OFF_BY_ONE = auto()
     TWO_KV_LAYERS_SWAPPED = auto()
+    VIRTUAL_TOKENS_UNCOUNTED = auto()
 
 
 @dataclass
@@ -58,41 +65,66 @@ class Reference:
             adapted -= 1
         if fault is Fault.NEIGHBOURS_ADAPTER:
             adapter = neighbour
+        front, ids = Front.of(adapter), [*prompt, *output[:-1]]
         if fault is Fault.TWO_KV_LAYERS_SWAPPED:
-            return self._with_swapped_layers(prompt, output, adapter)
-        positions = torch.arange(len(prompt) + len(output) - 1)
+            return self._in_two_passes(prompt, output, adapter, len(prompt), _swap_layers)
+        if fault is Fault.ADAPTER_ON_ONE_GENERATED_TOKEN and front.tokens and len(output) > 1:
+            return self._in_two_passes(
+                prompt, output, adapter, len(prompt) + 1, partial(_repeat_state, front.tokens - 1)
+            )
+        positions = torch.arange(front.tokens, front.tokens + len(ids))
+        if fault is Fault.ADAPTER_MISSING_ON_LAST_PROMPT_TOKEN:
+            front = front.without_last()
         if fault is Fault.POSITIONS_OFF_BY_ONE:
             positions[len(prompt) :] += 1
+        if fault is Fault.VIRTUAL_TOKENS_UNCOUNTED:
+            positions -= front.tokens
         with torch.no_grad(), self._adapted(adapter, adapted):
-            ids = torch.tensor([[*prompt, *output[:-1]]])
-            every = self.model(
-                input_ids=ids,
-                position_ids=positions[None],
-                attention_mask=torch.ones_like(ids),  # without it, transformers begins a sequence at a jump
-                use_cache=False,
-            ).logits[0]
+            every = self._forward(ids, positions, front)
         return every[len(prompt) - 1 :]
 
-    def _with_swapped_layers(
-        self, prompt: Sequence[int], output: Sequence[int], adapter: Path | None
+    def _forward(
+        self, ids: Sequence[int], positions: Tensor, front: Front, cache: DynamicCache | None = None
     ) -> Tensor:
-        cache = DynamicCache()
+        """Logits [len(ids), vocab] of ids at `positions` [len(ids)], behind `front` and the cache."""
+        if front.states and cache is None:
+            cache = DynamicCache()
+        for layer, (key, value) in enumerate(front.states):
+            assert cache is not None
+            cache.update(key, value, layer)
+        before = 0 if cache is None else cache.get_seq_length()
+        embedded = self.model.get_input_embeddings()(torch.tensor(ids))
+        if front.vectors is not None:
+            embedded = torch.cat([front.vectors, embedded])
+            positions = torch.cat([torch.arange(len(front.vectors)), positions])
+        every = self.model(
+            inputs_embeds=embedded[None],
+            position_ids=positions[None],
+            attention_mask=torch.ones(
+                1, before + len(embedded), dtype=torch.long
+            ),  # a jump is no new sequence
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        return every.logits[0, len(embedded) - len(ids) :]
+
+    def _in_two_passes(
+        self,
+        prompt: Sequence[int],
+        output: Sequence[int],
+        adapter: Path | None,
+        split: int,
+        spoil: Callable[[DynamicCache], None],
+    ) -> Tensor:
+        """The first `split` tokens, what `spoil` does to their cache, and the rest."""
+        cache, front, ids = DynamicCache(), Front.of(adapter), [*prompt, *output[:-1]]
+        positions = torch.arange(front.tokens, front.tokens + len(ids))
         with torch.no_grad():
             with self._adapted(adapter, len(prompt)):
-                first = self.model(
-                    input_ids=torch.tensor([list(prompt)]), past_key_values=cache, use_cache=True
-                ).logits[0, -1:]
-            one, two = cache.layers[1], cache.layers[2]
-            one.keys, two.keys = two.keys, one.keys
-            one.values, two.values = two.values, one.values
-            positions = torch.arange(len(prompt), len(prompt) + len(output) - 1)
-            rest = self.model(
-                input_ids=torch.tensor([output[:-1]]),
-                position_ids=positions[None],
-                past_key_values=cache,
-                use_cache=True,
-            ).logits[0]
-        return torch.cat([first, rest])
+                first = self._forward(ids[:split], positions[:split], front, cache)
+            spoil(cache)
+            rest = [self._forward(ids[split:], positions[split:], Front(), cache)] if ids[split:] else []
+        return torch.cat([first[len(prompt) - 1 :], *rest])
 
     @contextmanager
     def _adapted(self, folder: Path | None, adapted: int) -> Any:
@@ -109,6 +141,20 @@ class Reference:
                         for hook in _masked(change, adapted):
                             hooks.callback(hook.remove)
             yield
+
+
+def _swap_layers(cache: DynamicCache) -> None:
+    one, two = cache.layers[1], cache.layers[2]
+    one.keys, two.keys = two.keys, one.keys
+    one.values, two.values = two.values, one.values
+
+
+def _repeat_state(token: int, cache: DynamicCache) -> None:
+    """The last token's state becomes that of `token`."""
+    for layer in cache.layers:
+        for states in (layer.keys, layer.values):  # [1, kv_heads, tokens, dim]
+            assert isinstance(states, Tensor)
+            states[:, :, -1] = states[:, :, token]
 
 
 def _masked(change: Change, adapted: int) -> Iterator[Any]:

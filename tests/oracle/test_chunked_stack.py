@@ -58,6 +58,13 @@ def case(
     root, model = tmp_path_factory.mktemp("chunked"), tiny_model(request.param)
     for seed, task in enumerate(("red", "green")):
         random_artefact(root / "adapters" / task, load_tiny(request.param), seed)
+    random_artefact(
+        root / "adapters" / "virtual",
+        load_tiny(request.param),
+        3,
+        method="prad-prefix",
+        config={"virtual_tokens": 17},
+    )
     small = {"pass_tokens": 40, "chunked_kv_mib": 2, "prefix_cache_mib": 2}
     with running_stack(model, root / "adapters", root, prefill=small) as running:
         yield Case(running.api, root / "adapters", Reference(model))
@@ -85,3 +92,12 @@ def test_what_is_cached_and_cut_at_once_equals_the_reference(case: Case) -> None
     start = TEXT[100:164]
     case.ask(("red", start))
     assert case.ask(*(("red", [*start, *TEXT[i : i + 70]]) for i in range(1, 5))) == [64] * 4
+
+
+def test_virtual_tokens_are_handed_over_but_not_counted(case: Case) -> None:
+    """Six blocks of the prefix's 17 tokens and the first 79 of the prompt's, then seven of 17 and 95."""
+    text = TEXT[20:116]
+    assert case.ask(("virtual", text[:80])) == [0]
+    assert case.ask(("virtual", text), n=2) == [79]
+    assert case.ask(("virtual", [*text, 3]), ("red", text[:20])) == [95, 0]
+    assert case.ask(("virtual", [5]), (None, [5])) == [0, 0], "the first block is the prefix's alone"

@@ -183,7 +183,7 @@ async def test_virtual_tokens_take_context(client: httpx.AsyncClient) -> None:
         "/v1/completions", json={"prompt": [5] * 100, "max_tokens": 28, "task": "virtual"}
     )
     assert refused.json()["error"]["code"] == "context_length_exceeded"
-    assert "108" in refused.json()["error"]["message"]
+    assert "holds 108 tokens beside the adapter's 20 virtual ones" in refused.json()["error"]["message"]
 
 
 async def test_truncation_keeps_the_end(client: httpx.AsyncClient, engine: Any) -> None:

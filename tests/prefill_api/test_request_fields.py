@@ -131,7 +131,7 @@ def test_values_resolve_request_then_artefact_then_api() -> None:
 
 
 def fitted(length: int, **options: Any) -> tuple[int, int]:
-    values = {"capacity": 10, "requested": None, "default": 4, "min_tokens": 0, "truncate": None, **options}
+    values = {"context": 10, "requested": None, "default": 4, "min_tokens": 0, "truncate": None, **options}
     ids, max_tokens = fit(tuple(range(length)), **values)
     assert ids == tuple(range(length))[length - len(ids) :]  # the last ones stay
     return len(ids), max_tokens

@@ -62,11 +62,13 @@ def frozen_digest(model: LanguageModel) -> str:
 
 
 def validation_loss(model: LanguageModel, tokenizer: Tokenizer, data: Path, adapter: Adapter | None) -> float:
-    """`adapter` None: a fresh one, which is the plain model."""
+    """`adapter` None: a fresh prad-pa, which is the plain model."""
     method = find_method("prad-pa")
     chosen = adapter or new_adapter(method, method.config_type(), model, seed=0)
     base = BaseModelRef(name="", architecture="", weights="")
-    record = AdapterRecord(method="prad-pa", config={}, base=base, template="{prompt}")
+    record = AdapterRecord(
+        method="prad-pa", config={}, base=base, template="{prompt}", virtual_tokens=chosen.virtual_tokens
+    )
     examples = read_examples(data / "validation.jsonl")
     batch = collate(tokenise(examples, tokenizer, record, max_prompt=512, max_completion=256))
     with torch.no_grad():
@@ -247,5 +249,6 @@ def test_every_method_trains_and_loads(
     artefact = read_artefact(tmp_path)
     assert artefact.record == record
     assert load_adapter(artefact, model).method.name == method
-    fresh = validation_loss(model, tokenizer, data, adapter=None)
+    found = find_method(method)
+    fresh = validation_loss(model, tokenizer, data, new_adapter(found, found.configure({}), model, seed=0))
     assert record.training["validation_loss"] < fresh, "it has learnt something"

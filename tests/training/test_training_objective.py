@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
-from prad.adapters import METHODS, find_method, load_adapter, new_adapter, save_parameters
+from prad.adapters import METHODS, find_method, load_adapter, new_adapter, placeholders, save_parameters
 from prad.lm import LanguageModel
 from prad.training.data import TokenisedExample, collate
 from prad.training.objective import PromptTuning
@@ -48,11 +48,12 @@ def test_loss_and_gradient_are_the_references(
     stored = load_file(artefact.weights)
     fresh = new_adapter(find_method(method), find_method(method).configure({}), model, seed=0)
     parameters = {
-        name: torch.stack([stored[f"layers.{i}.{name}"] for i in range(model.num_layers)])
+        name: torch.stack([p for file, p in sorted(stored.items()) if f".{file}".endswith(f".{name}")])
         for name in fresh.parameters
     }
     module = PromptTuning(model, replace(fresh, parameters=parameters))
-    loss = module(**collate(EXAMPLES))["loss"]
+    virtual = placeholders(fresh.virtual_tokens)
+    loss = module(**collate([replace(e, prompt=virtual + e.prompt) for e in EXAMPLES]))["loss"]
     expected = reference_loss(reference, artefact.folder)
     assert float(loss.detach()) == pytest.approx(expected, rel=2e-5)
     for fault in (Fault.ADAPTER_ON_ONE_GENERATED_TOKEN, Fault.ADAPTER_MISSING_ON_LAST_PROMPT_TOKEN):
