@@ -20,7 +20,7 @@ from prad.adapters.lora import LoRA
 from prad.adapters.method import FrozenModel, LayerParameters, Method, MethodConfig, Parameters
 from prad.adapters.parallel import ParallelAdapter
 from prad.adapters.sequential import SequentialAdapter
-from prad.artefact import WEIGHTS, Artefact
+from prad.artefact import WEIGHTS, Artefact, require_servable
 from prad.lm import LanguageModel, Site, require_sites
 
 _DTYPES = ("F32", "F16", "BF16")
@@ -69,13 +69,21 @@ def new_adapter(method: Method, config: MethodConfig, model: LanguageModel, seed
     return Adapter(method, config, method.initialise(config, FrozenModel(model), generator))
 
 
-def load_adapter(artefact: Artefact, model: LanguageModel, *, allow_other_weights: bool = False) -> Adapter:
-    """Loads an artefact for `model`.
+def load_adapter(
+    artefact: Artefact,
+    model: LanguageModel,
+    *,
+    allow_other_weights: bool = False,
+    allow_all_positions: bool = False,
+) -> Adapter:
+    """Loads an artefact for `model`; a baseline trained on all positions only if that is allowed.
 
-    Raises AdapterError (its configuration), BaseMismatchError, UnknownMethodError, ParameterMismatchError,
-    or MissingSiteError.
+    Raises NotServableError, AdapterError (its configuration), BaseMismatchError, UnknownMethodError,
+    ParameterMismatchError, or MissingSiteError.
     """
     record, fingerprint = artefact.record, model.fingerprint
+    if not allow_all_positions:
+        require_servable(record)
     if record.base.architecture != fingerprint.architecture:
         raise BaseMismatchError(
             f"trained for architecture [{record.base.architecture}], "

@@ -7,6 +7,7 @@ _ROOTS = {
     "prad.artefact.files": "ArtefactError",
     "prad.lm.errors": "ModelError",
     "prad.training.data": "DataError",
+    "prad.training.served": "ServerError",
     "prad.cli.stack": "StackError",
     "decode_service.errors": "DecodeError",
     "prefill_service.server": "CannotStartError",

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from prad.adapters import METHODS, find_method, load_adapter, new_adapter, save_parameters
 from prad.lm import LanguageModel
 from prad.training.data import TokenisedExample, collate
-from prad.training.objective import PromptTuning
+from prad.training.objective import AdapterTuning
 from tests.conftest import random_artefact
 from tests.oracle.reference import Fault, Reference
 
@@ -51,7 +51,7 @@ def test_loss_and_gradient_are_the_references(
         name: torch.stack([stored[f"layers.{i}.{name}"] for i in range(model.num_layers)])
         for name in fresh.parameters
     }
-    module = PromptTuning(model, replace(fresh, parameters=parameters))
+    module = AdapterTuning(model, replace(fresh, parameters=parameters))
     loss = module(**collate(EXAMPLES))["loss"]
     expected = reference_loss(reference, artefact.folder)
     assert float(loss.detach()) == pytest.approx(expected, rel=2e-5)
@@ -86,7 +86,7 @@ def test_the_order_of_examples_does_not_matter(
     load_tiny: Callable[[str], LanguageModel], tmp_path: Path
 ) -> None:
     model = load_tiny("llama")
-    module = PromptTuning(model, load_adapter(random_artefact(tmp_path / "a", model, seed=3), model))
+    module = AdapterTuning(model, load_adapter(random_artefact(tmp_path / "a", model, seed=3), model))
     with torch.no_grad():
         losses = [float(module(**collate(e))["loss"]) for e in (EXAMPLES, EXAMPLES[::-1])]
         each = [float(module(**collate([e]))["loss"]) * len(e.completion) for e in EXAMPLES]
@@ -97,6 +97,6 @@ def test_the_order_of_examples_does_not_matter(
 def test_only_the_adapter_is_state(load_tiny: Callable[[str], LanguageModel], tmp_path: Path) -> None:
     model = load_tiny("gpt2")
     adapter = load_adapter(random_artefact(tmp_path / "a", model, seed=3), model)
-    module = PromptTuning(model, adapter)
+    module = AdapterTuning(model, adapter)
     assert set(module.state_dict()) == {"ffn_down", "ffn_up", "ffn_bias"}
     assert all(p.dtype is torch.float32 for p in module.parameters())
