@@ -101,6 +101,8 @@ def train_command(
     fields = {} if preset is None else preset_fields(preset, method)
     fields |= {name: value for name, value in given.items() if value is not None}
     fields["config"] = fields.get("config", {}) | _fields(config) | ({} if r is None else {"r": r})
+    if method == FULL and dtype not in ("bfloat16", "float32"):
+        raise typer.BadParameter(f"expected bfloat16 or float32, got '{dtype}'", param_hint="--dtype")
     loaded_as = "float32" if method == FULL else dtype  # what is trained is kept in float32
     language_model, tokenizer = load_model(model, cache_dir, loaded_as, _own(device))
     record = train(

@@ -84,21 +84,18 @@ class Decoding:
         # beams share no more than the prompt's full blocks, at worst; and each may be copied before one ends
         room = -(-max(map(len, prompts)) // _BLOCK) + self._width * (-(-self._max_tokens // _BLOCK) + 2)
         total = min(at_once, len(prompts)) * room + self._width
-        with torch.inference_mode():
-            self._pools = Pools(model.layout, total, _BLOCK, str(model.device), model.kernels)
-            self._blocks = SharedBlocks(self._pools, total)
-            waiting = deque(enumerate(prompts))
-            running: list[_Running] = []
-            while waiting or running:
-                ended: list[_Running] = []
-                if waiting and (not running or at_once - len(running) >= max(1, at_once // 4)):
-                    admitted = self._admit(waiting, at_once - len(running))
-                    ended += self._prefill(prompts, admitted)
-                    running += admitted
-                else:
-                    ended += self._step(running)
-                running = [r for r in running if r.rows]
-                yield from ((r.index, r.search) for r in ended)
+        self._pools = Pools(model.layout, total, _BLOCK, str(model.device), model.kernels)
+        self._blocks = SharedBlocks(self._pools, total)
+        waiting = deque(enumerate(prompts))
+        running: list[_Running] = []
+        while waiting or running:
+            free = at_once - len(running)
+            # a pass over a few prompts costs nearly as much as one over many: room for some is waited for
+            admitted = self._admit(waiting, free) if not running or free >= max(1, at_once // 4) else []
+            with torch.inference_mode():  # not around `yield`: the caller's code would run in it
+                ended = self._prefill(prompts, admitted) if admitted else self._step(running)
+            running = [one for one in running + admitted if one.rows]
+            yield from ((one.index, one.search) for one in ended)
 
     def _admit(self, waiting: deque[tuple[int, Sequence[int]]], free: int) -> list[_Running]:
         admitted: list[_Running] = []
