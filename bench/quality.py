@@ -21,7 +21,7 @@ from bench.quality_cells import Column, Row, Study
 from prad.adapters import METHODS
 from prad.lm import Tokenizer, served_name
 
-SMOKE = {"tasks": ["sentiment_movie", "e2e"], "methods": ["PrAd-PA", "PA", "plain model"], "size": 0.02}
+SMOKE = {"tasks": ["e2e"], "methods": ["PrAd-PA", "PA", "plain model"], "size": 0.02}
 
 ROWS = (
     Row("PrAd-PA", "prad-pa", against="PA"),
