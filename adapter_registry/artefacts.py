@@ -23,7 +23,7 @@ from adapter_registry.errors import (
     UploadTooLargeError,
 )
 from adapter_registry.store import StoredAdapter
-from prad.artefact import FILES, Artefact, ArtefactError, files_digest, read_artefact
+from prad.artefact import FILES, Artefact, ArtefactError, files_digest, read_servable
 
 
 class ArtefactFolder:
@@ -48,7 +48,7 @@ class ArtefactFolder:
     def keep(self, staged: Path) -> StoredAdapter:
         """Checks the staged files and moves them to their digest. Raises AdapterRefusedError."""
         try:
-            artefact = read_artefact(staged)
+            artefact = read_servable(staged)
         except ArtefactError as error:
             raise AdapterRefusedError(
                 str(error).replace(str(staged), "the adapter"), param="files"

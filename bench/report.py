@@ -1,4 +1,5 @@
-"""Writes the tables of docs/performance.md from bench/results/*.json: no figure there is typed by hand.
+"""Writes the tables of docs/performance.md and docs/quality.md from bench/results/*.json: no figure there is
+typed by hand.
 
     python -m bench.report            # after any benchmark
     python -m bench.report --check    # only says whether the document is up to date
@@ -19,7 +20,7 @@ from typing import Any
 
 from bench.record import RESULTS, ROOT
 
-DOCUMENT = ROOT / "docs" / "performance.md"
+DOCUMENTS = (ROOT / "docs" / "performance.md", ROOT / "docs" / "quality.md")
 _TABLE = re.compile(r"(<!-- table (\S+) (\S+) \|(.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -29,11 +30,14 @@ def main() -> None:
     )
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
-    before = DOCUMENT.read_text(encoding="utf-8")
-    after = render(before, RESULTS)
-    if arguments.check:
-        sys.exit(0 if after == before else f"{DOCUMENT} is not what bench/results says; run bench.report")
-    DOCUMENT.write_text(after, encoding="utf-8")
+    before = {path: path.read_text(encoding="utf-8") for path in DOCUMENTS}
+    after = {path: render(text, RESULTS) for path, text in before.items()}
+    changed = [path for path in DOCUMENTS if after[path] != before[path]]
+    if arguments.check and changed:
+        names = " and ".join(path.name for path in changed)
+        sys.exit(f"not what bench/results says: {names}; run bench.report")
+    for path in changed:
+        path.write_text(after[path], encoding="utf-8")
 
 
 def render(document: str, results: Path) -> str:

@@ -25,7 +25,7 @@ from prad.adapters.parallel import ParallelAdapter
 from prad.adapters.prefix import PrefixTuning
 from prad.adapters.prompt import PromptTuning
 from prad.adapters.sequential import SequentialAdapter
-from prad.artefact import WEIGHTS, Artefact
+from prad.artefact import WEIGHTS, Artefact, require_servable
 from prad.lm import LanguageModel, Site, require_sites
 
 _DTYPES = ("F32", "F16", "BF16")
@@ -97,13 +97,21 @@ def reparametrised(fresh: Adapter, model: LanguageModel, seed: int) -> nn.Module
     return fresh.method.reparametrise(fresh.config, fresh.parameters, FrozenModel(model), generator)
 
 
-def load_adapter(artefact: Artefact, model: LanguageModel, *, allow_other_weights: bool = False) -> Adapter:
-    """Loads an artefact for `model`.
+def load_adapter(
+    artefact: Artefact,
+    model: LanguageModel,
+    *,
+    allow_other_weights: bool = False,
+    allow_all_positions: bool = False,
+) -> Adapter:
+    """Loads an artefact for `model`; a baseline trained on all positions only if that is allowed.
 
-    Raises AdapterError (its configuration), BaseMismatchError, UnknownMethodError, ParameterMismatchError,
-    or MissingSiteError.
+    Raises NotServableError, AdapterError (its configuration), BaseMismatchError, UnknownMethodError,
+    ParameterMismatchError, or MissingSiteError.
     """
     record, fingerprint = artefact.record, model.fingerprint
+    if not allow_all_positions:
+        require_servable(record)
     if record.base.architecture != fingerprint.architecture:
         raise BaseMismatchError(
             f"trained for architecture [{record.base.architecture}], "

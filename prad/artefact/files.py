@@ -15,7 +15,7 @@ from pathlib import Path
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
-from prad.artefact.schema import AdapterRecord
+from prad.artefact.schema import FULL, AdapterRecord
 
 WEIGHTS = "adapter_model.safetensors"
 RECORD = "prad.json"
@@ -28,6 +28,10 @@ FILES = (*REQUIRED_FILES, PEFT_CONFIG, CARD)
 
 class ArtefactError(Exception):
     """An adapter folder that cannot be used; the message says which file and what was expected."""
+
+
+class NotServableError(ArtefactError):
+    """A baseline: it acts on generated tokens, and whatever is served acts on the prompt only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,21 +66,48 @@ class Artefact:
 def read_artefact(folder: Path) -> Artefact:
     """Reads and checks an adapter folder. Raises ArtefactError."""
     for name in REQUIRED_FILES:
-        if not (folder / name).is_file():
-            raise ArtefactError(f"{folder} holds no {name}")
+        _require(folder, name)
     record, tensors = read_record(folder), _tensors(folder / WEIGHTS)
     if foreign := [name for name in tensors if name.startswith(_PEFT_NAMES)]:
         raise ArtefactError(f"{WEIGHTS} is in PEFT's layout ({foreign[0]}): prad adapter import reads it")
     return Artefact(folder, record, tensors, files_digest(folder))
 
 
+def read_servable(folder: Path) -> Artefact:
+    """As `read_artefact`, for what is to answer requests.
+
+    Raises ArtefactError, NotServableError for a baseline.
+    """
+    require_servable(read_record(folder))
+    return read_artefact(folder)
+
+
 def read_record(folder: Path) -> AdapterRecord:
-    """Reads `prad.json`. Raises ArtefactError."""
+    """Reads `prad.json` alone. Raises ArtefactError."""
+    _require(folder, RECORD)
     try:
         return AdapterRecord.model_validate_json((folder / RECORD).read_bytes())
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
         raise ArtefactError(f"{RECORD}: {problems}") from error
+
+
+def require_servable(record: AdapterRecord) -> None:
+    """Raises NotServableError for a baseline, with the reason."""
+    if record.method == FULL:
+        raise NotServableError(
+            "a fully fine-tuned model is no adapter: it can be evaluated, or be served as a model of its own"
+        )
+    if record.positions == "all":
+        raise NotServableError(
+            f"this {record.method} was trained on all positions, generated tokens included; decode holds no "
+            "adapter, so it can be evaluated but not served (train with --positions prompt)"
+        )
+
+
+def _require(folder: Path, name: str) -> None:
+    if not (folder / name).is_file():
+        raise ArtefactError(f"{folder} holds no {name}")
 
 
 def write_record(folder: Path, record: AdapterRecord) -> None:

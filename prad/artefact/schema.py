@@ -9,6 +9,10 @@ DEFAULT_TEMPLATE = f"#INPUT: {PROMPT_FIELD} #OUTPUT:"
 """The paper's template for its LLaMA runs."""
 
 
+FULL = "full"
+"""The method of a record beside a whole fine-tuned model: no adapter, and so not loaded as one."""
+
+
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -44,6 +48,8 @@ class AdapterRecord(_Record):
     base: BaseModelRef
     template: str = DEFAULT_TEMPLATE
     chat_template: bool = False
+    positions: Literal["prompt", "all"] = "prompt"
+    """What the adapter acts on. "all" is a baseline: it can be trained and evaluated, not served."""
     virtual_tokens: Annotated[int, Field(ge=0)] = 0
     generation: GenerationDefaults = GenerationDefaults()
     training: dict[str, Any] = Field(default_factory=dict)

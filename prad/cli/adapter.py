@@ -17,7 +17,7 @@ from adapter_registry.errors import RegistryError, RegistryUnreachableError
 from adapter_registry.names import parse_name
 from adapter_registry.probing import NotProbedError, wait_probed
 from adapter_registry.versions import State
-from prad.artefact import ArtefactError, read_artefact
+from prad.artefact import ArtefactError, NotServableError, read_servable
 from prad.cli.exchange import export_command, import_command
 from prad.cli.tables import show_task, show_tasks, show_version
 
@@ -174,7 +174,9 @@ def _version(name: str) -> tuple[str, int]:
 
 def _upload(client: RegistryClient, folder: Path, task: str) -> Pushed:
     try:
-        files = read_artefact(folder).files
+        files = read_servable(folder).files
+    except NotServableError as error:
+        _fail(f"{folder}: {error}")
     except ArtefactError as error:
         _fail(f"{error}. An adapter folder is what prad train or prad adapter import writes")
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())

@@ -8,6 +8,7 @@ _ROOTS = {
     "prad.exchange.errors": "ExchangeError",
     "prad.lm.errors": "ModelError",
     "prad.training.data": "DataError",
+    "prad.training.served": "ServerError",
     "prad.cli.stack": "StackError",
     "decode_service.errors": "DecodeError",
     "prefill_service.server": "CannotStartError",

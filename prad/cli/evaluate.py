@@ -1,22 +1,42 @@
-"""`prad eval`: how well an adapter does, beside the plain model."""
+"""`prad eval`: how well an adapter does, beside the plain model; here, or through a running server."""
 
 import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from prad.cli.model import DEFAULT_CACHE, CacheOption, DeviceOption, DTypeOption, ModelOption, load_model
 
+if TYPE_CHECKING:
+    from prad.adapters import Adapter
+    from prad.artefact import AdapterRecord
+    from prad.lm import LanguageModel, Tokenizer
+    from prad.training.evaluate import Evaluation
+
 
 def eval_command(
-    adapter: Annotated[
-        Path, typer.Option(help="Adapter folder.", exists=True, file_okay=False, resolve_path=True)
-    ],
     data: Annotated[
         Path, typer.Option(help='File of {"prompt", "completion"} lines.', exists=True, dir_okay=False)
     ],
+    adapter: Annotated[
+        Path | None,
+        typer.Option(
+            help="Adapter folder, or that of a fully fine-tuned model.",
+            exists=True,
+            file_okay=False,
+            resolve_path=True,
+        ),
+    ] = None,
+    url: Annotated[str | None, typer.Option(help="Ask this running server instead.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="With --url: the task; the plain model if left out.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first so many examples.", min=1)] = None,
+    beams: Annotated[int, typer.Option(help="Beam search with so many beams; 1 is greedy.", min=1)] = 1,
+    batch: Annotated[int, typer.Option(help="Sequences that are decoded together.", min=1)] = 64,
     plain: Annotated[bool, typer.Option(help="Score the plain model on the same prompts as well.")] = True,
     show: Annotated[int, typer.Option(help="Print so many answers.", min=0)] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Print scores as JSON.")] = False,
@@ -27,24 +47,23 @@ def eval_command(
 ) -> None:
     """Score an adapter on a file of examples.
 
-    Example:  prad eval --adapter examples/adapters/sentiment --data test.jsonl
+    Examples:  prad eval --adapter examples/adapters/sentiment --data test.jsonl
+               prad eval --url http://127.0.0.1:8000 --task sentiment --data test.jsonl
     """
-    from prad.adapters import load_adapter
-    from prad.artefact import read_artefact
-    from prad.lm import resolve_model
-    from prad.training.evaluate import evaluate
-
-    artefact = read_artefact(adapter)
-    language_model, tokenizer = load_model(model, cache_dir, dtype, device)
-    loaded = load_adapter(artefact, language_model)
-    stop_ids = language_model.stop_ids(resolve_model(model, cache_dir)) | {tokenizer.eos_id}
+    if (adapter is None) == (url is None):
+        raise typer.BadParameter("give either --adapter or --url")
+    if url is not None:
+        if beams > 1:
+            raise typer.BadParameter("a server decodes without beams", param_hint="--beams")
+        results = _served(url, task, data, limit, batch)
+    elif task is not None:
+        raise typer.BadParameter("needs --url: a folder knows no task", param_hint="--task")
+    else:
+        assert adapter is not None
+        here = _Computing(adapter, data, limit, beams, batch, model, cache_dir, dtype, device)
+        results = here.run(plain)
     scores: dict[str, dict[str, float]] = {}
-    for name, chosen in (("adapter", loaded), ("plain model", None)):
-        if chosen is None and not plain:
-            continue
-        result = evaluate(
-            language_model, tokenizer, artefact.record, chosen, data, stop_ids=stop_ids, limit=limit
-        )
+    for name, result in results:
         scores[name] = result.scores | {"examples": result.examples}
         if not as_json:
             shown = "  ".join(f"{metric} {value:g}" for metric, value in result.scores.items())
@@ -53,3 +72,78 @@ def eval_command(
                 typer.echo(f"    {answer!r}")
     if as_json:
         typer.echo(json.dumps(scores))
+
+
+def _served(
+    url: str, task: str | None, data: Path, limit: int | None, concurrency: int
+) -> "Iterator[tuple[str, Evaluation]]":
+    from prad.training.served import evaluate_served
+
+    yield task or "plain model", evaluate_served(url, task, data, limit=limit, concurrency=concurrency)
+
+
+@dataclass(frozen=True)
+class _Computing:
+    """An evaluation in this process."""
+
+    folder: Path
+    data: Path
+    limit: int | None
+    beams: int
+    batch: int
+    base: str
+    cache_dir: Path
+    dtype: str
+    device: str
+
+    def run(self, plain: bool) -> "Iterator[tuple[str, Evaluation]]":
+        """What lies in the folder, then the plain model on the same prompts if wanted."""
+        from prad.adapters import load_adapter
+        from prad.artefact import FULL, read_artefact, read_record
+
+        record = read_record(self.folder)
+        if record.method == FULL:
+            yield "fine-tuned model", self._evaluate(self._load(str(self.folder)), record, None)
+            if plain:
+                yield "plain model", self._evaluate(self._load(self.base), record, None)
+            return
+        loaded = self._load(self.base)
+        adapter = load_adapter(read_artefact(self.folder), loaded.model, allow_all_positions=True)
+        yield "adapter", self._evaluate(loaded, record, adapter)
+        if plain:
+            yield "plain model", self._evaluate(loaded, record, None)
+
+    def _load(self, name: str) -> "_Loaded":
+        from prad.lm import resolve_model
+        from prad.lm.kernels import load_kernels
+
+        model, tokenizer = load_model(name, self.cache_dir, self.dtype, self.device)
+        kernels = load_kernels("auto", self.cache_dir, self.device)
+        if kernels is not None:
+            model.accelerate(kernels)
+        stop_ids = model.stop_ids(resolve_model(name, self.cache_dir)) | {tokenizer.eos_id}
+        return _Loaded(model, tokenizer, stop_ids)
+
+    def _evaluate(
+        self, loaded: "_Loaded", record: "AdapterRecord", adapter: "Adapter | None"
+    ) -> "Evaluation":
+        from prad.training.evaluate import evaluate
+
+        return evaluate(
+            loaded.model,
+            loaded.tokenizer,
+            record,
+            adapter,
+            self.data,
+            stop_ids=loaded.stop_ids,
+            limit=self.limit,
+            beams=self.beams,
+            batch=self.batch,
+        )
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    model: "LanguageModel"
+    tokenizer: "Tokenizer"
+    stop_ids: frozenset[int]

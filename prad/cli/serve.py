@@ -78,13 +78,13 @@ def push_all(folder: Path, registry: str) -> dict[str, str]:
     from adapter_registry.client import RegistryClient
     from adapter_registry.probing import wait_probed
     from adapter_registry.versions import State
-    from prad.artefact import read_artefact
+    from prad.artefact import read_servable
 
     failed = {}
     with RegistryClient(registry) as client:
         known = {(t.task, v.digest) for t in client.state().tasks for v in t.versions}
         for path in sorted(p for p in folder.iterdir() if p.is_dir()):
-            artefact = read_artefact(path)
+            artefact = read_servable(path)
             if (path.name, artefact.digest) in known:
                 continue
             with ExitStack() as opened:

@@ -1,8 +1,9 @@
 """`prad train`: examples in, adapter folder out."""
 
 import json
+import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, cast
 
 import typer
 
@@ -20,7 +21,21 @@ def train_command(
         ),
     ],
     out: Annotated[Path, typer.Option(help="Where the adapter folder goes.")],
-    method: Annotated[str, typer.Option(help="prad-pa, -sa, -lora, -dora, -ia3 or -bitfit.")] = "prad-pa",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="prad-pa, -sa, -lora, -dora, -ia3, -bitfit, ..., or full: every weight of the model, as a "
+            "baseline."
+        ),
+    ] = "prad-pa",
+    positions: Annotated[
+        Literal["prompt", "all"],
+        typer.Option(help="What the adapter acts on. all: the usual LoRA or PA, a baseline, never served."),
+    ] = "prompt",
+    preset: Annotated[
+        str | None,
+        typer.Option(help="Named settings: quick, paper-sst2, -mnli, -e2e, -mt or -xsum. Flags win."),
+    ] = None,
     r: Annotated[
         int | None, typer.Option(help="Bottleneck width or rank; the method's default if left out.", min=1)
     ] = None,
@@ -30,12 +45,27 @@ def train_command(
             help='The method\'s other settings as JSON: \'{"targets": ["q", "k", "v", "o"], "alpha": 32}\'.',
         ),
     ] = "{}",
-    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
-    max_steps: Annotated[int, typer.Option(help="Stop after this many steps (-1: by epochs).")] = -1,
-    batch: Annotated[int, typer.Option(help="Examples per step.", min=1)] = 16,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    examples: Annotated[
+        int | None, typer.Option(help="Only the first so many training examples.", min=1)
+    ] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data.  [default: 1]")] = None,
+    max_steps: Annotated[
+        int | None, typer.Option(help="Stop after this many steps.  [default: by epochs]", min=1)
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Examples per forward pass and process.  [default: 16]", min=1)
+    ] = None,
+    accumulate: Annotated[int, typer.Option(help="Forward passes per step.", min=1)] = 1,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.  [default: 0.001]")] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
-    eval_every: Annotated[int, typer.Option(help="Steps between evaluations and checkpoints.", min=1)] = 100,
+    eval_every: Annotated[
+        int | None,
+        typer.Option(help="Steps between evaluations and checkpoints.  [default: 100]", min=1),
+    ] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(help="Stop after so many evaluations without a smaller validation loss.", min=1),
+    ] = None,
     template: Annotated[
         str | None, typer.Option(help="Prompt template with {prompt} once; default as in the paper.")
     ] = None,
@@ -51,12 +81,30 @@ def train_command(
     """Train an adapter for one task; the frozen model stays as it is.
 
     Example:  prad train --task sentiment --data data/sentiment --out adapters/sentiment --epochs 2
-    """
-    from prad.lm import served_name
-    from prad.training.train import TrainSettings, train
 
-    fields = _fields(config)
-    language_model, tokenizer = load_model(model, cache_dir, dtype, device)
+    Several GPUs: accelerate launch --multi_gpu -m prad train --device cuda ...
+    """
+    from prad.artefact import FULL
+    from prad.lm import served_name
+    from prad.training.presets import preset_fields
+    from prad.training.settings import TrainSettings
+    from prad.training.train import train
+
+    given = {
+        "epochs": epochs,
+        "max_steps": max_steps,
+        "batch": batch,
+        "learning_rate": lr,
+        "eval_every": eval_every,
+        "patience": patience,
+    }
+    fields = {} if preset is None else preset_fields(preset, method)
+    fields |= {name: value for name, value in given.items() if value is not None}
+    fields["config"] = fields.get("config", {}) | _fields(config) | ({} if r is None else {"r": r})
+    if method == FULL and dtype not in ("bfloat16", "float32"):
+        raise typer.BadParameter(f"expected bfloat16 or float32, got '{dtype}'", param_hint="--dtype")
+    loaded_as = "float32" if method == FULL else dtype  # what is trained is kept in float32
+    language_model, tokenizer = load_model(model, cache_dir, loaded_as, _own(device))
     record = train(
         language_model,
         tokenizer,
@@ -65,27 +113,39 @@ def train_command(
             data=data,
             out=out,
             method=method,
-            config=fields | ({} if r is None else {"r": r}),
+            positions=positions,
+            examples=examples,
+            accumulate=accumulate,
             template=template,
-            epochs=epochs,
-            max_steps=max_steps,
-            batch=batch,
-            learning_rate=lr,
             seed=seed,
-            eval_every=eval_every,
             max_tokens=max_tokens,
+            dtype=dtype,
             licence=licence,
             description=description,
             resume=resume,
+            **fields,
         ),
     )
-    outcome = record.training
+    if int(os.environ.get("RANK", "0")) == 0:
+        _say(record.training, record.positions == "all", task, data, out)
+
+
+def _say(outcome: dict[str, Any], baseline: bool, task: str, data: Path, out: Path) -> None:
     typer.echo(
         f"{out}: {outcome['steps']} steps in {outcome['seconds']} s, "
         f"{outcome['tokens_per_second']} tokens/s, validation loss {outcome['validation_loss']}\n"
-        f"next:  prad eval --adapter {out} --data {data / 'test.jsonl'}\n"
-        f"       prad adapter push {out} --task {task}"
+        f"next:  prad eval --adapter {out} --data {data / 'test.jsonl'}"
     )
+    if baseline:
+        typer.echo("This is a baseline: it acts on generated tokens too, so it can be evaluated, not served.")
+    else:
+        typer.echo(f"       prad adapter push {out} --task {task}")
+
+
+def _own(device: str) -> str:
+    """This process's GPU where several were started together."""
+    rank = os.environ.get("LOCAL_RANK")
+    return f"cuda:{rank}" if device == "cuda" and rank is not None else device
 
 
 def _fields(config: str) -> dict[str, Any]:
@@ -95,4 +155,4 @@ def _fields(config: str) -> dict[str, Any]:
         raise typer.BadParameter(f"--config is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise typer.BadParameter(f"--config expects a JSON object, got {config}")
-    return fields
+    return cast(dict[str, Any], fields)

@@ -259,9 +259,7 @@ def tapped(model: nn.Module, model_type: str, adaptation: Adaptation | None) -> 
             handle.remove()
     for tap in taps:
         if not tap.reached:  # the plain model's answer must not pass for an adapted one
-            raise MissingSiteError(
-                f"the pass never called {tap.tap.path} of layer {tap.layer} ({tap.site})"
-            )
+            raise MissingSiteError(f"the pass never called {tap.tap.path} of layer {tap.layer} ({tap.site})")
 
 
 @dataclass(slots=True)

@@ -19,6 +19,10 @@ class Tokenizer:
     def __init__(self, folder: Path) -> None:
         self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
+    def save(self, folder: Path) -> None:
+        """Writes its files, for a model that is saved there."""
+        self._tokenizer.save_pretrained(folder)
+
     @property
     def eos_id(self) -> int:
         """Raises UnsupportedModelError if there is none."""

@@ -95,8 +95,9 @@ def tokenise(
 def collate(examples: Sequence[TokenisedExample]) -> dict[str, Any]:
     """Packs examples end to end: no padding, every token is computed once.
 
-    ids [T], lengths and prompt_lengths (one per example), labels [N]: the completion ids, whose logits are
-    those of the rows in label_rows [N], one before each label. The last id of an example is only predicted.
+    lengths and prompt_lengths [examples], ids [T], labels [N]: the completion ids, whose logits are those of
+    the rows in label_rows [N], one before each label. The last id of an example is only predicted. Lengths
+    come first: by the first tensor Trainer tells how many examples a batch has.
     """
     ids: list[int] = []
     lengths: list[int] = []
@@ -111,9 +112,9 @@ def collate(examples: Sequence[TokenisedExample]) -> dict[str, Any]:
         prompt_lengths.append(prompt)
     labels: Tensor = torch.tensor([i for e in examples for i in e.completion])
     return {
+        "lengths": torch.tensor(lengths),
+        "prompt_lengths": torch.tensor(prompt_lengths),
         "ids": torch.tensor(ids),
-        "lengths": lengths,
-        "prompt_lengths": prompt_lengths,
         "label_rows": torch.tensor(rows),
         "labels": labels,
     }

@@ -1,55 +1,118 @@
-"""The training objective: one packed forward, the adapter on prompt rows only, loss on the completion."""
+"""The training objective: one packed forward, loss on the completion, gradients for what is trained only."""
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from prad.adapters import Adapter, PromptAdaptation, prepared
-from prad.lm import LanguageModel, PackedBatch, PromptKV, Ragged
+from prad.lm import KVTarget, LanguageModel, PackedBatch, PromptKV, Ragged
+from prad.training.attention import TrainingKV
+
+Positions = Literal["prompt", "all"]
+"""What an adapter acts on: PrAd's prompt, or the generated tokens as well, as the baselines do."""
 
 
-class PromptTuning(nn.Module):
-    """Holds the trained parameters and nothing else: what is saved, resumed and stepped.
+class CompletionLoss(nn.Module, ABC):
+    """Holds the trained parameters and nothing else: what is saved, resumed and stepped."""
 
-    The frozen model is not a submodule; it computes in its own dtype, the parameters stay float32.
-    """
+    main_input_name = "ids"  # what transformers' Trainer counts as tokens
+    accepts_loss_kwargs = True  # it gives the number of labels of all batches that share a step
 
-    def __init__(
-        self, model: LanguageModel, adapter: Adapter, reparametrised: nn.Module | None = None
-    ) -> None:
-        """reparametrised: as `Method.reparametrise` makes it."""
+    def __init__(self, model: LanguageModel, trained: Mapping[str, nn.Parameter]) -> None:
         super().__init__()
-        self._frozen = (model,)  # a tuple, so that the module's own state is the adapter alone
-        self._template = adapter
-        self.reparametrised = reparametrised
-        derived = set() if reparametrised is None else set(reparametrised())
-        self._names = {name.replace(".", "_"): name for name in adapter.parameters if name not in derived}
+        self._model = (model,)  # a tuple, so that the module's own state is what is trained
+        self._names = {name.replace(".", "_"): name for name in trained}
         for attribute, name in self._names.items():
-            self.register_parameter(attribute, nn.Parameter(adapter.parameters[name]))
+            self.register_parameter(attribute, trained[name])
 
-    @property
-    def adapter(self) -> Adapter:
-        """The adapter being trained, in float32."""
-        parameters = {name: getattr(self, attribute) for attribute, name in self._names.items()}
-        if self.reparametrised is not None:
-            parameters |= self.reparametrised()
-        return Adapter(self._template.method, self._template.config, parameters)
+    def trained(self) -> dict[str, Tensor]:
+        """The parameters under their own names."""
+        return {name: getattr(self, attribute) for attribute, name in self._names.items()}
+
+    @abstractmethod
+    def logits(self, batch: PackedBatch, lengths: list[int], prompt_lengths: list[int]) -> Tensor:
+        """[N, vocab] of the batch's logit rows."""
 
     def forward(
         self,
         ids: Tensor,
-        lengths: Sequence[int],
-        prompt_lengths: Sequence[int],
+        lengths: Tensor,
+        prompt_lengths: Tensor,
         label_rows: Tensor,
         labels: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
-        """Mean cross entropy over labels [N]; the LM head is computed for label_rows [N] only."""
-        (model,) = self._frozen
-        positions = torch.cat([torch.arange(n, device=ids.device) for n in lengths])
-        batch = PackedBatch(ids, positions, PromptKV(Ragged.of(lengths, ids.device)), label_rows)
+        """Cross entropy over labels [N]; the LM head is computed for label_rows [N] only.
+
+        Divided by N, or by the labels of all batches that are accumulated into a step: then k batches of n
+        examples give the gradient of one of k n.
+        """
+        parts, prompts = lengths.tolist(), prompt_lengths.tolist()
+        positions = torch.cat([torch.arange(n, device=ids.device) for n in parts])
+        ragged = Ragged.of(parts, ids.device)
+        on_cpu = ids.device.type == "cpu" and torch.is_grad_enabled()
+        kv: KVTarget = TrainingKV(ragged) if on_cpu else PromptKV(ragged)
+        batch = PackedBatch(ids, positions, kv, label_rows)
+        logits = self.logits(batch, parts, prompts)
+        total = cross_entropy(logits.float(), labels, reduction="sum")
+        return {"loss": total / (len(labels) if num_items_in_batch is None else num_items_in_batch)}
+
+
+class AdapterTuning(CompletionLoss):
+    """Trains one adapter through the contribution that serving computes.
+
+    The frozen model computes in its own dtype, the parameters stay float32.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        adapter: Adapter,
+        positions: Positions = "prompt",
+        reparametrised: nn.Module | None = None,
+    ) -> None:
+        """reparametrised: as `Method.reparametrise` makes it."""
+        derived = set() if reparametrised is None else set(reparametrised())
+        own = {name: nn.Parameter(p) for name, p in adapter.parameters.items() if name not in derived}
+        super().__init__(model, own)
+        self.reparametrised = reparametrised
+        self._template = adapter
+        self._positions = positions
+
+    def trained(self) -> dict[str, Tensor]:
+        derived = {} if self.reparametrised is None else self.reparametrised()
+        return super().trained() | derived
+
+    @property
+    def adapter(self) -> Adapter:
+        """The adapter being trained, in float32."""
+        return Adapter(self._template.method, self._template.config, self.trained())
+
+    def logits(self, batch: PackedBatch, lengths: list[int], prompt_lengths: list[int]) -> Tensor:
+        (model,) = self._model
+        adapted = prompt_lengths if self._positions == "prompt" else lengths
         adapters = [prepared(self.adapter, model)] * len(lengths)
-        adaptation = PromptAdaptation.of_prompts(adapters, lengths, prompt_lengths, ids.device)
-        logits = model.forward(batch, adaptation)
-        return {"loss": cross_entropy(logits.float(), labels)}
+        adaptation = PromptAdaptation.of_prompts(adapters, lengths, adapted, batch.ids.device)
+        return model.forward(batch, adaptation)
+
+
+class FullTuning(CompletionLoss):
+    """Trains every weight of a float32 model, which computes in `dtype`."""
+
+    def __init__(self, model: LanguageModel, dtype: torch.dtype) -> None:
+        model.module.requires_grad_(True)
+        super().__init__(model, dict(model.module.named_parameters()))  # a tied weight comes once
+        self._dtype = dtype
+
+    def logits(self, batch: PackedBatch, lengths: list[int], prompt_lengths: list[int]) -> Tensor:
+        (model,) = self._model
+        computing: AbstractContextManager[object] = nullcontext()
+        if self._dtype != model.dtype:
+            computing = torch.autocast(model.device.type, self._dtype)
+        with computing:
+            return model.forward(batch)

@@ -22,8 +22,11 @@ from prad.artefact import WEIGHTS, AdapterRecord, BaseModelRef, read_artefact
 from prad.lm import LanguageModel, Tokenizer
 from prad.training.data import DataError, collate, read_examples, tokenise
 from prad.training.evaluate import evaluate
-from prad.training.objective import PromptTuning
-from prad.training.train import CHECKPOINTS, TrainSettings, train
+from prad.training.objective import AdapterTuning
+from prad.training.presets import PRESETS, UnknownPresetError, preset_fields
+from prad.training.progress import CURVE
+from prad.training.settings import TrainSettings
+from prad.training.train import CHECKPOINTS, train
 
 YES, NO = "t50", "t60"
 
@@ -72,7 +75,7 @@ def validation_loss(model: LanguageModel, tokenizer: Tokenizer, data: Path, adap
     examples = read_examples(data / "validation.jsonl")
     batch = collate(tokenise(examples, tokenizer, record, max_prompt=512, max_completion=256))
     with torch.no_grad():
-        return float(PromptTuning(model, chosen)(**batch)["loss"])
+        return float(AdapterTuning(model, chosen)(**batch)["loss"])
 
 
 def test_it_learns_and_the_frozen_weights_stay(
@@ -91,7 +94,7 @@ def test_it_learns_and_the_frozen_weights_stay(
     assert artefact.record == record
     assert (record.licence, record.training["steps"], record.training["examples"]) == ("MIT", 100, 256)
     assert record.base.weights == model.fingerprint.weights
-    assert {p.name for p in tmp_path.iterdir()} == {"prad.json", WEIGHTS}
+    assert {p.name for p in tmp_path.iterdir()} == {"prad.json", WEIGHTS, CURVE}
     scores = {}
     for name, adapter in (("adapter", load_adapter(artefact, model)), ("plain", None)):
         result = evaluate(
@@ -165,21 +168,27 @@ def test_the_checkpoint_with_the_least_validation_loss_is_kept(
     assert record.training["validation_loss"] == 1.0
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint(
+def test_a_killed_run_goes_on_and_ends_as_the_uninterrupted_one(
     data: Path,
     tiny_model: Callable[[str], Path],
     load_tiny: Callable[[str], LanguageModel],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    out, steps = tmp_path / "killed", 400
+    """Killed for good (SIGKILL), and resumed: bit for bit what a run without a kill gives."""
+    whole, out = tmp_path / "whole", tmp_path / "killed"
+    more: dict[str, Any] = {"max_steps": 300, "eval_every": 10, "accumulate": 2, "batch": 8, "patience": 200}
+    model, tokenizer = load_tiny("llama"), Tokenizer(tiny_model("llama"))
+    expected = train(model, tokenizer, "tiny", settings(data, whole, **more))
+
     command = [sys.executable, "-m", "prad", "train", "--task", "toy", "--data", str(data), "--out", str(out)]
     command += ["--model", str(tiny_model("llama")), "--dtype", "float32", "--r", "8", "--lr", "0.01"]
-    command += ["--max-steps", str(steps), "--eval-every", "10"]
+    command += ["--max-steps", "300", "--eval-every", "10", "--accumulate", "2", "--batch", "8"]
+    command += ["--patience", "200", "--template", "{prompt}"]
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
     try:
-        while not list(out.glob(f"{CHECKPOINTS}/checkpoint-*/trainer_state.json")):
+        while len(list(out.glob(f"{CHECKPOINTS}/checkpoint-*/trainer_state.json"))) < 2:
             assert process.poll() is None, (tmp_path / "log").read_text()
             time.sleep(0.02)
     finally:
@@ -187,8 +196,8 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
         process.wait()
     assert not (out / WEIGHTS).exists(), "it was killed in mid-run"
     complete = [int(p.parent.name.split("-")[1]) for p in out.glob(f"{CHECKPOINTS}/*/trainer_state.json")]
-    (out / CHECKPOINTS / "checkpoint-399").mkdir()  # killed while writing one
-    (out / CHECKPOINTS / "checkpoint-399" / "model.safetensors").write_bytes(b"half")
+    (out / CHECKPOINTS / "checkpoint-299").mkdir()  # killed while writing one
+    (out / CHECKPOINTS / "checkpoint-299" / "model.safetensors").write_bytes(b"half")
 
     resumed: list[str] = []
     original = Trainer.train
@@ -198,14 +207,98 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
         return original(self, resume_from_checkpoint=resume_from_checkpoint)
 
     monkeypatch.setattr(Trainer, "train", noted)
-    model, tokenizer = load_tiny("llama"), Tokenizer(tiny_model("llama"))
-    end = max(complete) + 20
-    same = settings(data, out, max_steps=end, eval_every=10, resume=True)
-    record = train(model, tokenizer, "tiny", same)
+    record = train(model, tokenizer, "tiny", settings(data, out, resume=True, **more))
     assert resumed == [f"checkpoint-{max(complete)}"]
-    assert record.training["steps"] == end
+    assert record.training["steps"] == 300
+    assert (out / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+    assert record.training["validation_loss"] == expected.training["validation_loss"]
     assert not (out / CHECKPOINTS).exists()
     read_artefact(out)
+
+
+def test_accumulated_batches_make_the_step_of_one_large_batch(
+    data: Path, tiny_model: Callable[[str], Path], load_tiny: Callable[[str], LanguageModel], tmp_path: Path
+) -> None:
+    """Labels are counted over the whole step: examples of unequal length weigh what they weigh together."""
+    model, tokenizer = load_tiny("llama"), Tokenizer(tiny_model("llama"))
+    uneven = tmp_path / "data"
+    uneven.mkdir()
+    for name in ("train", "validation"):
+        lines = [
+            json.dumps({"prompt": f"t{i} t{i + 1}", "completion": " ".join(["t5"] * (1 + i % 7))})
+            for i in range(48)
+        ]
+        (uneven / f"{name}.jsonl").write_text("\n".join(lines))
+    weights = []
+    for batch, accumulate in ((12, 1), (3, 4)):
+        out = tmp_path / f"{batch}"
+        train(
+            model, tokenizer, "tiny", settings(uneven, out, batch=batch, accumulate=accumulate, max_steps=8)
+        )
+        weights.append(load_file(out / WEIGHTS))
+    for name, whole in weights[0].items():
+        torch.testing.assert_close(weights[1][name], whole, rtol=1e-3, atol=1e-4)
+
+
+def test_training_stops_when_the_validation_loss_no_longer_falls(
+    data: Path,
+    tiny_model: Callable[[str], Path],
+    load_tiny: Callable[[str], LanguageModel],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, tokenizer = load_tiny("llama"), Tokenizer(tiny_model("llama"))
+    losses = iter([3.0, 2.0, 2.5, 1.0, 1.1, 1.2, 1.3, 0.1])
+    original = Trainer.evaluate
+
+    def noted(self: Trainer, *args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics = original(self, *args, **kwargs)
+        metrics["eval_loss"] = next(losses)
+        return metrics
+
+    monkeypatch.setattr(Trainer, "evaluate", noted)
+    record = train(model, tokenizer, "tiny", settings(data, tmp_path, max_steps=40, eval_every=2, patience=3))
+    assert record.training["steps"] == 14, "three evaluations after the best one, the fourth"
+    assert record.training["validation_loss"] == 1.0
+
+
+def test_only_so_many_examples_and_a_preset(
+    data: Path, tiny_model: Callable[[str], Path], load_tiny: Callable[[str], LanguageModel], tmp_path: Path
+) -> None:
+    model, tokenizer = load_tiny("llama"), Tokenizer(tiny_model("llama"))
+    record = train(model, tokenizer, "tiny", settings(data, tmp_path, examples=40, batch=16))
+    assert (record.training["examples"], record.training["steps"]) == (40, 3)
+    assert record.training["tokens_per_second"] > 0
+    assert preset_fields("paper-e2e", "prad-lora")["config"] == {"r": 56, "alpha": 4.0}
+    for name in PRESETS:
+        fields = preset_fields(name, "prad-pa")
+        find_method("prad-pa").configure(fields.get("config", {}))
+        TrainSettings(data, tmp_path, **fields)
+    with pytest.raises(UnknownPresetError, match="unknown preset 'x'; known: quick, paper-sst2"):
+        preset_fields("x", "prad-pa")
+    with pytest.raises(UnknownPresetError, match="'paper-mnli' is for prad-pa, prad-sa, not for prad-ia3"):
+        preset_fields("paper-mnli", "prad-ia3")
+
+
+@pytest.mark.long
+def test_two_processes_train_what_one_trains(
+    data: Path, tiny_model: Callable[[str], Path], load_tiny: Callable[[str], LanguageModel], tmp_path: Path
+) -> None:
+    """The same command under torch's launcher, on the CPU: each process takes half of every step's batch."""
+    model, tokenizer = load_tiny("llama"), Tokenizer(tiny_model("llama"))
+    train(model, tokenizer, "tiny", settings(data, tmp_path / "one", batch=16, max_steps=12, eval_every=4))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "prad", "train"]
+    command += ["--task", "toy", "--data", str(data), "--out", str(tmp_path / "two"), "--batch", "8"]
+    command += ["--model", str(tiny_model("llama")), "--dtype", "float32", "--r", "8", "--lr", "0.01"]
+    command += ["--max-steps", "12", "--eval-every", "4", "--template", "{prompt}"]
+    ended = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert read_artefact(tmp_path / "two").record.training["processes"] == 2
+    one, two = (load_file(tmp_path / name / WEIGHTS) for name in ("one", "two"))
+    for name, parameter in one.items():
+        torch.testing.assert_close(two[name], parameter, rtol=1e-3, atol=1e-4)
 
 
 def test_a_resumed_run_ends_as_the_uninterrupted_one(

@@ -128,7 +128,7 @@ def test_long_prompts_keep_their_end_and_long_completions_their_beginning(
 def test_collating_packs_end_to_end() -> None:
     batch = collate([TokenisedExample((1, 2, 3), (4, 9)), TokenisedExample((5,), (6, 7, 9))])
     assert batch["ids"].tolist() == [1, 2, 3, 4, 5, 6, 7]
-    assert batch["lengths"] == [4, 3]
-    assert batch["prompt_lengths"] == [3, 1]
+    assert batch["lengths"].tolist() == [4, 3]
+    assert batch["prompt_lengths"].tolist() == [3, 1]
     assert batch["label_rows"].tolist() == [2, 3, 4, 5, 6]
     assert batch["labels"].tolist() == [4, 9, 6, 7, 9]

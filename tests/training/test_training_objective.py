@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from prad.adapters import METHODS, find_method, load_adapter, new_adapter, placeholders, save_parameters
 from prad.lm import LanguageModel
 from prad.training.data import TokenisedExample, collate
-from prad.training.objective import PromptTuning
+from prad.training.objective import AdapterTuning
 from tests.conftest import random_artefact
 from tests.oracle.reference import Fault, Reference
 
@@ -51,7 +51,7 @@ def test_loss_and_gradient_are_the_references(
         name: torch.stack([p for file, p in sorted(stored.items()) if f".{file}".endswith(f".{name}")])
         for name in fresh.parameters
     }
-    module = PromptTuning(model, replace(fresh, parameters=parameters))
+    module = AdapterTuning(model, replace(fresh, parameters=parameters))
     virtual = placeholders(fresh.virtual_tokens)
     loss = module(**collate([replace(e, prompt=virtual + e.prompt) for e in EXAMPLES]))["loss"]
     expected = reference_loss(reference, artefact.folder)
@@ -87,7 +87,7 @@ def test_the_order_of_examples_does_not_matter(
     load_tiny: Callable[[str], LanguageModel], tmp_path: Path
 ) -> None:
     model = load_tiny("llama")
-    module = PromptTuning(model, load_adapter(random_artefact(tmp_path / "a", model, seed=3), model))
+    module = AdapterTuning(model, load_adapter(random_artefact(tmp_path / "a", model, seed=3), model))
     with torch.no_grad():
         losses = [float(module(**collate(e))["loss"]) for e in (EXAMPLES, EXAMPLES[::-1])]
         each = [float(module(**collate([e]))["loss"]) * len(e.completion) for e in EXAMPLES]
@@ -98,6 +98,6 @@ def test_the_order_of_examples_does_not_matter(
 def test_only_the_adapter_is_state(load_tiny: Callable[[str], LanguageModel], tmp_path: Path) -> None:
     model = load_tiny("gpt2")
     adapter = load_adapter(random_artefact(tmp_path / "a", model, seed=3), model)
-    module = PromptTuning(model, adapter)
+    module = AdapterTuning(model, adapter)
     assert set(module.state_dict()) == {"ffn_down", "ffn_up", "ffn_bias"}
     assert all(p.dtype is torch.float32 for p in module.parameters())

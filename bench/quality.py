@@ -1,0 +1,151 @@
+"""Does an adapter on the prompt alone do as well as on all positions? The paper's claim, measured here.
+
+Rows are methods, columns tasks; each cell is trained and tested on the same reduced number of examples. A
+finished cell is kept and never computed again: kill this and start it again at will.
+
+    prad bench quality --data DIR            # DIR/<task>/{train,validation,test}.jsonl
+    prad bench quality --data DIR --cells 3  # only so many more cells, then the tables
+"""
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from bench.model import add_model_arguments, load, model_folder
+from bench.quality_bootstrap import counts, mean_score, paired_difference
+from bench.quality_cells import Column, Row, Study
+from prad.adapters import METHODS
+from prad.lm import Tokenizer, served_name
+
+SMOKE = {"tasks": ["e2e"], "methods": ["PrAd-PA", "PA", "plain model"], "size": 0.02}
+
+ROWS = (
+    Row("PrAd-PA", "prad-pa", against="PA"),
+    Row("PrAd-LoRA", "prad-lora", against="LoRA"),
+    Row("PA", "prad-pa", "all"),
+    Row("LoRA", "prad-lora", "all"),
+    Row("prefix tuning", "prad-prefix", learning_rate=1e-2),
+    Row("plain model", None),
+)
+# so many that a cell takes three to four minutes on two cores
+COLUMNS = (
+    Column("sentiment_movie", "accuracy", 1280, 2.0, 500, 8, seeds=(0, 1, 2)),
+    Column("e2e", "bleu", 960, 1.0, 330, 80),
+    Column("mnli", "accuracy", 1280, 1.0, 500, 8),
+    Column("mt_multi30k", "bleu", 1280, 1.0, 300, 64),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument("--data", type=Path, required=True, help="folder of the tasks' folders")
+    names = [column.task for column in COLUMNS]
+    parser.add_argument("--tasks", nargs="+", choices=names, default=names)
+    labels = [row.name for row in ROWS]
+    parser.add_argument("--methods", nargs="+", choices=labels, default=labels)
+    parser.add_argument("--size", type=float, default=1.0, help="this part of the examples")
+    parser.add_argument("--beams", type=int, default=1, help="3 as in the paper; 1 is greedy")
+    parser.add_argument("--cells", type=int, help="compute at most so many cells now")
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    console = Console(stderr=True)
+    folder = model_folder(arguments)
+    model, tokenizer = load(arguments), Tokenizer(folder)
+    cells = arguments.out / "quality"
+    study = Study(
+        model,
+        tokenizer,
+        model.stop_ids(folder) | {tokenizer.eos_id},
+        served_name(arguments.model),
+        arguments.data,
+        cells,
+        cells / "running",
+        arguments.beams,
+    )
+    rows = [row for row in ROWS if row.name in arguments.methods and _is_known(row, console)]
+    columns = [_sized(c, arguments.size) for c in COLUMNS if c.task in arguments.tasks]
+    todo = [(r, c, s) for c in columns for r in rows for s in _seeds(r, c) if not study.finished(r, c, s)]
+    todo = todo[: arguments.cells]
+    took: list[float] = []
+    for number, (row, column, seed) in enumerate(todo, start=1):
+        started = time.monotonic()
+        cell = study.compute(row, column, seed)
+        took.append(time.monotonic() - started)
+        left = statistics.mean(took) * (len(todo) - number) / 60
+        score = cell["scores"][column.metric]
+        console.print(
+            f"{number}/{len(todo)} {row.name}, {column.task}, seed {seed}: {column.metric} {score} "
+            f"in {took[-1]:.0f} s, about {left:.0f} min left"
+        )
+    return figures(study, rows, columns)
+
+
+def figures(study: Study, rows: list[Row], columns: list[Column]) -> dict[str, Any]:
+    """The tables, from the finished cells; None where one is missing."""
+    each: dict[tuple[str, str], Any] = {}
+    for row in rows:
+        for column in columns:
+            found = [study.finished(row, column, seed) for seed in _seeds(row, column)]
+            if all(found):
+                each[row.name, column.task] = counts([cell["each"] for cell in found if cell])
+    scores = [
+        {"name": row.name} | {c.task: _shown(c, each.get((row.name, c.task))) for c in columns}
+        for row in rows
+    ]
+    differences = []
+    for row in rows:
+        for column in columns:
+            pair = each.get((row.name, column.task)), each.get((row.against or "", column.task))
+            if pair[0] is not None and pair[1] is not None:
+                found = paired_difference(column.metric, *pair)
+                differences.append(
+                    {
+                        "pair": f"{row.name} − {row.against}",
+                        "task": column.task,
+                        "difference": f"{found.value:+.2f}",
+                        "interval": f"{found.low:+.2f} … {found.high:+.2f}",
+                        "holds_zero": "yes" if found.low <= 0 <= found.high else "no",
+                    }
+                )
+    settings = [
+        {
+            "task": c.task,
+            "metric": c.metric,
+            "train": c.train,
+            "epochs": c.epochs,
+            "test": c.test,
+            "seeds": len(c.seeds),
+        }
+        for c in columns
+    ]
+    return {"model": study.name, "scores": scores, "differences": differences, "settings": settings}
+
+
+def _shown(column: Column, each: Any) -> str | None:
+    """Mean over the seeds, and the least and the most."""
+    if each is None:
+        return None
+    of_seeds = sorted(mean_score(column.metric, seed[None]) for seed in each)
+    mean = f"{statistics.mean(of_seeds):.1f}"
+    return mean if len(of_seeds) == 1 else f"{mean} ({of_seeds[0]:.1f}–{of_seeds[-1]:.1f})"
+
+
+def _seeds(row: Row, column: Column) -> tuple[int, ...]:
+    return column.seeds if row.method is not None else (0,)
+
+
+def _sized(column: Column, size: float) -> Column:
+    train, test = (max(16, round(n * size)) for n in (column.train, column.test))
+    return Column(column.task, column.metric, train, column.epochs, test, column.max_tokens, column.seeds)
+
+
+def _is_known(row: Row, console: Console) -> bool:
+    known = row.method is None or row.method in METHODS
+    if not known:
+        console.print(f"no row '{row.name}': this version has no method {row.method}")
+    return known

@@ -1,0 +1,157 @@
+"""One cell of the quality study: a method trained on a task with one seed, and scored. Kept as a JSON file.
+
+A finished cell is never computed again under the same settings; a killed training goes on from its last
+checkpoint.
+"""
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sacrebleu.metrics.bleu import BLEU
+
+from prad.adapters import load_adapter
+from prad.artefact import AdapterRecord, BaseModelRef, GenerationDefaults, read_artefact
+from prad.lm import LanguageModel, Tokenizer
+from prad.training.data import Example, read_examples
+from prad.training.evaluate import Evaluation, evaluate
+from prad.training.objective import Positions
+from prad.training.settings import TrainSettings
+from prad.training.train import train
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A method as it is compared. `method` None: the plain model. `against`: its all-position counterpart."""
+
+    name: str
+    method: str | None
+    positions: Positions = "prompt"
+    learning_rate: float = 1e-3
+    against: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A task: how much of it is trained and tested, the same for all rows, and the score that counts."""
+
+    task: str
+    metric: str
+    train: int
+    epochs: float
+    test: int
+    max_tokens: int
+    seeds: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """What every cell shares. data: folder of task folders; cells: where finished ones lie."""
+
+    model: LanguageModel
+    tokenizer: Tokenizer
+    stop_ids: frozenset[int]
+    name: str
+    data: Path
+    cells: Path
+    work: Path
+    beams: int
+
+    def path(self, row: Row, column: Column, seed: int) -> Path:
+        return self.cells / f"{row.name.lower().replace(' ', '-')}_{column.task}_{seed}.json"
+
+    def finished(self, row: Row, column: Column, seed: int) -> dict[str, Any] | None:
+        """The cell, if it was computed under these settings."""
+        path = self.path(row, column, seed)
+        if not path.is_file():
+            return None
+        cell: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return cell if cell["settings"] == self._settings(row, column) else None
+
+    def compute(self, row: Row, column: Column, seed: int) -> dict[str, Any]:
+        """Trains, scores, and keeps the cell."""
+        out = self.work / self.path(row, column, seed).stem
+        data = self.data / column.task
+        if row.method is None:
+            record, adapter = self._plain(column), None
+        else:
+            steps = max(1, round(column.train / 16 * column.epochs))
+            record = train(
+                self.model,
+                self.tokenizer,
+                self.name,
+                TrainSettings(
+                    data,
+                    out,
+                    method=row.method,
+                    positions=row.positions,
+                    examples=column.train,
+                    epochs=column.epochs,
+                    batch=16,
+                    learning_rate=row.learning_rate,
+                    seed=seed,
+                    eval_every=max(1, steps // 4),
+                    eval_examples=96,
+                    max_tokens=column.max_tokens,
+                    resume=True,
+                ),
+            )
+            adapter = load_adapter(read_artefact(out), self.model, allow_all_positions=True)
+        test = data / "test.jsonl"
+        result = evaluate(
+            self.model,
+            self.tokenizer,
+            record,
+            adapter,
+            test,
+            stop_ids=self.stop_ids,
+            limit=column.test,
+            beams=self.beams,
+        )
+        cell = {
+            "settings": self._settings(row, column),
+            "row": row.name,
+            "column": column.task,
+            "seed": seed,
+            "scores": result.scores,
+            "training": record.training,
+            "each": _each(column.metric, read_examples(test, column.test), result),
+        }
+        self._keep(self.path(row, column, seed), cell)
+        shutil.rmtree(out, ignore_errors=True)
+        return cell
+
+    def _settings(self, row: Row, column: Column) -> dict[str, Any]:
+        shared = {name: value for name, value in asdict(column).items() if name != "seeds"}
+        own = {"method": row.method, "positions": row.positions, "learning_rate": row.learning_rate}
+        return {"model": self.name, "beams": self.beams} | own | shared
+
+    def _plain(self, column: Column) -> AdapterRecord:
+        """No adapter, but the same template and limits."""
+        return AdapterRecord(
+            method="none",
+            config={},
+            base=BaseModelRef(name=self.name, architecture="", weights=""),
+            generation=GenerationDefaults(max_tokens=column.max_tokens),
+        )
+
+    def _keep(self, path: Path, cell: dict[str, Any]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(cell, ensure_ascii=False) + "\n", encoding="utf-8")
+        unfinished.rename(path)
+
+
+def _each(metric: str, examples: list[Example], result: Evaluation) -> list[list[int]]:
+    """What the score of any choice of examples can be computed from, one list for each example.
+
+    accuracy: [right]; bleu: matching n-grams and n-grams for n = 1 to 4, lengths of answer and reference.
+    """
+    pairs = list(zip(examples, result.answers, strict=True))
+    if metric == "accuracy":
+        return [[int(answer == example.label)] for example, answer in pairs]
+    bleu = BLEU(effective_order=True)  # which changes a sentence's score, not its counts
+    found = [bleu.sentence_score(answer, example.answers) for example, answer in pairs]
+    return [[*map(int, f.counts), *map(int, f.totals), int(f.sys_len), int(f.ref_len)] for f in found]

@@ -1,0 +1,167 @@
+"""Answers to many prompts in one process: continuous batches over a paged KV cache, greedy or beam search.
+
+Each turn reads schedule -> run -> deliver, as the decode service does. A prompt that has ended makes room
+for the next one; nothing is computed for it again.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from prad.adapters import AdaptedSpan, Adapter, PromptAdaptation
+from prad.lm import LanguageModel, PackedBatch
+from prad.lm.chunked import SequenceChunk, chunked_batch
+from prad.lm.paged import Pools
+from prad.training.objective import Positions
+from prad.training.rows import Row, SharedBlocks
+from prad.training.search import Candidate, Search
+
+_BLOCK = 16  # tokens
+_PASS_TOKENS = 4096  # of prompts that are computed together
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptedModel:
+    """A model, and the adapter whose answers are wanted; None for the plain model."""
+
+    model: LanguageModel
+    adapter: Adapter | None = None
+    positions: Positions = "prompt"
+
+    def for_prompts(self, lengths: Sequence[int]) -> PromptAdaptation | None:
+        model = self.model
+        adapters = [self.adapter] * len(lengths)
+        return PromptAdaptation.of_prompts(adapters, lengths, lengths, model.device, model.kernels)
+
+    def for_step(self, rows: int) -> PromptAdaptation | None:
+        """Nothing, but for the baselines that act on generated tokens."""
+        if self.adapter is None or self.positions == "prompt":
+            return None
+        return PromptAdaptation([AdaptedSpan(self.adapter, 0, rows)], self.model.device, self.model.kernels)
+
+
+@dataclass(slots=True)
+class _Running:
+    """A prompt under way: its place among the prompts, its search, its live rows."""
+
+    index: int
+    search: Search
+    rows: list[Row] = field(default_factory=list)
+
+
+class Decoding:
+    """`begin` makes a prompt's search; `width` and `max_tokens` are the most rows and tokens it takes.
+
+    `candidates`: how many continuations of a row a search looks at; 1 leaves out their log-probabilities.
+    `batch` bounds the rows of a decode step.
+    """
+
+    def __init__(
+        self,
+        adapted: AdaptedModel,
+        begin: Callable[[], Search],
+        *,
+        width: int,
+        max_tokens: int,
+        candidates: int,
+        batch: int = 64,
+    ) -> None:
+        self._adapted = adapted
+        self._begin = begin
+        self._width = width
+        self._max_tokens = max_tokens
+        self._candidates = candidates
+        self._batch = max(batch, width)
+
+    def run(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, Search]]:
+        """Yields (place of the prompt, its ended search) in the order in which they end."""
+        model = self._adapted.model
+        at_once = self._batch // self._width
+        # beams share no more than the prompt's full blocks, at worst; and each may be copied before one ends
+        room = -(-max(map(len, prompts)) // _BLOCK) + self._width * (-(-self._max_tokens // _BLOCK) + 2)
+        total = min(at_once, len(prompts)) * room + self._width
+        self._pools = Pools(model.layout, total, _BLOCK, str(model.device), model.kernels)
+        self._blocks = SharedBlocks(self._pools, total)
+        waiting = deque(enumerate(prompts))
+        running: list[_Running] = []
+        while waiting or running:
+            free = at_once - len(running)
+            # a pass over a few prompts costs nearly as much as one over many: room for some is waited for
+            admitted = self._admit(waiting, free) if not running or free >= max(1, at_once // 4) else []
+            with torch.inference_mode():  # not around `yield`: the caller's code would run in it
+                ended = self._prefill(prompts, admitted) if admitted else self._step(running)
+            running = [one for one in running + admitted if one.rows]
+            yield from ((one.index, one.search) for one in ended)
+
+    def _admit(self, waiting: deque[tuple[int, Sequence[int]]], free: int) -> list[_Running]:
+        admitted: list[_Running] = []
+        tokens = 0
+        while waiting and len(admitted) < free:
+            tokens += len(waiting[0][1])
+            if admitted and tokens > _PASS_TOKENS:
+                break
+            admitted.append(_Running(waiting.popleft()[0], self._begin()))
+        return admitted
+
+    def _prefill(self, prompts: Sequence[Sequence[int]], admitted: Sequence[_Running]) -> list[_Running]:
+        chunks = []
+        for one in admitted:
+            ids = prompts[one.index]
+            one.rows = [self._blocks.new(len(ids))]
+            chunks.append(SequenceChunk(ids, table=one.rows[0].blocks, stored=len(ids)))
+        lengths = [len(chunk.ids) for chunk in chunks]
+        last = [end - 1 for end in accumulate(lengths)]
+        batch = chunked_batch(chunks, self._pools, logit_rows=last)
+        return self._advance(admitted, self._adapted.model.forward(batch, self._adapted.for_prompts(lengths)))
+
+    def _step(self, running: Sequence[_Running]) -> list[_Running]:
+        rows = [row for one in running for row in one.rows]
+        for row in rows:
+            self._blocks.grow(row)
+        device = self._adapted.model.device
+        batch = PackedBatch(
+            ids=torch.tensor([row.token for row in rows], device=device),
+            positions=torch.tensor([row.position for row in rows], device=device),
+            kv=self._pools.step(rows),
+            logit_rows=torch.arange(len(rows), device=device),
+        )
+        logits = self._adapted.model.forward(batch, self._adapted.for_step(len(rows)))
+        for row in rows:
+            row.kv_len += 1
+        return self._advance(running, logits)
+
+    def _advance(self, running: Sequence[_Running], logits: Tensor) -> list[_Running]:
+        """Asks every search for its next rows; returns those that ended."""
+        shown = iter(self._shown(logits))
+        copies: list[tuple[int, int]] = []
+        for one in running:
+            before, positions = one.rows, [row.position for row in one.rows]
+            children = one.search.advance([next(shown) for _ in before])
+            heirs: set[int] = set()
+            one.rows = []
+            for parent, token in children:
+                old = before[parent]
+                # a row's first child goes on with its blocks
+                row = self._blocks.fork(old, copies) if parent in heirs else old
+                heirs.add(parent)
+                one.rows.append(row)
+                row.token, row.position = token, positions[parent] + 1
+            for index, row in enumerate(before):
+                if index not in heirs:
+                    self._blocks.free(row)
+        self._blocks.copy(copies)
+        return [one for one in running if not one.rows]
+
+    def _shown(self, logits: Tensor) -> list[list[Candidate]]:
+        """Each row's best continuations; logits [R, vocab]."""
+        if self._candidates == 1:
+            return [[Candidate(token, 0.0)] for token in self._adapted.model.argmax(logits)]
+        best = torch.log_softmax(logits.float(), dim=-1).topk(self._candidates)
+        return [
+            [Candidate(*pair) for pair in zip(tokens, scores, strict=True)]
+            for tokens, scores in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]

@@ -1,0 +1,63 @@
+"""The same evaluation through a running server: what its clients get, over HTTP."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.progress import track
+
+from prad.training.data import read_examples
+from prad.training.evaluate import Evaluation
+
+
+class ServerError(Exception):
+    """The server cannot be reached, or refuses a request; the message says what it said."""
+
+
+def evaluate_served(
+    url: str, task: str | None, data: Path, *, limit: int | None = None, concurrency: int = 64
+) -> Evaluation:
+    """Greedy answers of the server at `url` for `task` (None: its plain model, with bare prompts).
+
+    `concurrency` requests are under way at once. Raises DataError or ServerError.
+    """
+    examples = read_examples(data, limit)
+    connections = httpx.Limits(max_connections=concurrency)
+    with (
+        httpx.Client(base_url=url, timeout=httpx.Timeout(600, connect=10), limits=connections) as client,
+        ThreadPoolExecutor(concurrency) as pool,
+    ):
+        asked = [pool.submit(_ask, client, task, example.prompt) for example in examples]
+        try:
+            answers = [
+                one.result()
+                for one in track(
+                    asked, description="evaluating", console=Console(stderr=True), transient=True
+                )
+            ]
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return Evaluation.of(examples, answers)
+
+
+def _ask(client: httpx.Client, task: str | None, prompt: str) -> str:
+    body: dict[str, Any] = {"prompt": prompt, "temperature": 0.0}
+    if task is not None:
+        body["task"] = task
+    try:
+        response = client.post("/v1/completions", json=body)
+    except httpx.HTTPError as error:
+        raise ServerError(f"no answer from {client.base_url}: {error}") from error
+    if response.is_error:
+        raise ServerError(f"{client.base_url} answers {response.status_code}: {_reason(response)}")
+    text: str = response.json()["choices"][0]["text"]
+    return text if task is not None else text.removeprefix(" ")  # for a task the server leaves it out
+
+
+def _reason(response: httpx.Response) -> str:
+    try:
+        return str(response.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return response.text[:200]

@@ -1,0 +1,72 @@
+"""`prad eval` through a running server gives what it gives in this process, and says what goes wrong."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from prad.adapters import load_adapter
+from prad.artefact import GenerationDefaults
+from prad.cli.app import app
+from prad.lm import LanguageModel, Tokenizer
+from prad.training.evaluate import evaluate
+from prad.training.served import ServerError, evaluate_served
+from tests.conftest import free_ports, random_artefact, running_stack
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    lines = [json.dumps({"prompt": f"t{i} t{2 * i} t3", "completion": f"t{i} t5"}) for i in range(40)]
+    path = tmp_path / "test.jsonl"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_a_server_scores_as_the_folder_does(
+    data: Path, tiny_model: Callable[[str], Path], load_tiny: Callable[[str], LanguageModel], tmp_path: Path
+) -> None:
+    folder, model = tiny_model("llama"), load_tiny("llama")
+    tokenizer = Tokenizer(folder)
+    artefact = random_artefact(
+        tmp_path / "adapters" / "toy",
+        model,
+        seed=3,
+        template="{prompt}",
+        generation=GenerationDefaults(temperature=0.0, max_tokens=8),
+    )
+    stop_ids = model.stop_ids(folder) | {tokenizer.eos_id}
+    here = evaluate(model, tokenizer, artefact.record, load_adapter(artefact, model), data, stop_ids=stop_ids)
+    assert len(set(here.answers)) > 10
+    root = tmp_path / "root"
+    root.mkdir()
+    with running_stack(folder, tmp_path / "adapters", root) as stack:
+        url = str(stack.api.base_url)
+        assert evaluate_served(url, "toy", data, concurrency=16) == here
+        flags = ["--url", url, "--task", "toy", "--data", str(data), "--limit", "5", "--json"]
+        shown = CliRunner().invoke(app, ["eval", *flags])
+        assert json.loads(shown.stdout)["toy"]["examples"] == 5
+        with pytest.raises(ServerError, match=r"answers 404: .*nothing"):
+            evaluate_served(url, "nothing", data)
+
+
+def test_a_server_that_is_not_there_is_named(data: Path) -> None:
+    (port,) = free_ports(1)
+    with pytest.raises(ServerError, match=f"no answer from http://127.0.0.1:{port}"):
+        evaluate_served(f"http://127.0.0.1:{port}", "toy", data, concurrency=2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ([], "give either --adapter or --url"),
+        (["--url", "http://x", "--adapter", "."], "give either --adapter or --url"),
+        (["--url", "http://x", "--beams", "3"], "a server decodes without beams"),
+        (["--adapter", ".", "--task", "toy"], "needs --url"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_named(flags: list[str], says: str, data: Path) -> None:
+    ended = CliRunner().invoke(app, ["eval", "--data", str(data), *flags])
+    assert ended.exit_code == 2
+    assert says in ended.stderr
