@@ -16,7 +16,19 @@ from rich.console import Console
 from bench.record import RESULTS, write_result
 from prad.cli.serve import stopped_by_signals
 
-NAMES = ("table4", "serve", "decode", "step", "floor", "handoff", "rounding", "prefill", "chunking", "peers")
+NAMES = (
+    "table4",
+    "serve",
+    "decode",
+    "step",
+    "para",
+    "floor",
+    "handoff",
+    "rounding",
+    "prefill",
+    "chunking",
+    "peers",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

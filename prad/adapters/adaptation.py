@@ -10,16 +10,18 @@ from torch import Tensor
 from prad.adapters.adapter import Adapter
 from prad.adapters.method import Group
 from prad.adapters.segments import Span
-from prad.lm import Site
+from prad.lm import Site, SiteVectors
 from prad.lm.kernels import Kernels
 
 
 class AdaptedSpan(NamedTuple):
-    """`length` rows of the pass from `start` on, under `adapter`. Rows in no span are the plain model's."""
+    """`length` rows of the pass from `start` on, a prompt under `adapter`; the `after` rows behind them are
+    its generated tokens. Rows in no span are the plain model's."""
 
     adapter: Adapter
     start: int
     length: int
+    after: int = 0
 
 
 class PromptAdaptation:
@@ -37,7 +39,8 @@ class PromptAdaptation:
             key = (span.adapter.method.name, frozenset(span.adapter.parameters))
             numbers = alike.setdefault(key, {})
             number = numbers.setdefault(span.adapter, len(numbers))
-            rows.setdefault(key, []).append(Span(span.start, span.start + span.length, number))
+            rows.setdefault(key, []).append(Span(span.start, span.start + span.length, number, span.after))
+        self._groups: list[Group] = []
         self._by_site: dict[Site, list[Group]] = {}
         for key, adapters in alike.items():
             first = next(iter(adapters))
@@ -49,6 +52,7 @@ class PromptAdaptation:
                 device,
                 kernels,
             )
+            self._groups.append(group)
             for site in first.sites:
                 self._by_site.setdefault(site, []).append(group)
 
@@ -67,8 +71,8 @@ class PromptAdaptation:
         """
         starts = accumulate(lengths[:-1], initial=0)
         spans = [
-            AdaptedSpan(adapter, start, prompt)
-            for adapter, start, prompt in zip(adapters, starts, prompt_lengths, strict=True)
+            AdaptedSpan(adapter, start, prompt, length - prompt)
+            for adapter, start, length, prompt in zip(adapters, starts, lengths, prompt_lengths, strict=True)
             if adapter is not None and prompt > 0
         ]
         return cls(spans, device, kernels) if spans else None
@@ -80,3 +84,12 @@ class PromptAdaptation:
     def apply(self, layer: int, site: Site, value: Tensor, source: Tensor) -> None:
         for group in self._by_site[site]:
             group.method.contribute(group, layer, site, value, source)
+
+    def states(self) -> dict[int, SiteVectors]:
+        """After the pass: the request state of spans whose method makes any, by the span's first row."""
+        return {
+            span.start: state
+            for group in self._groups
+            for span, state in zip(group.spans, group.method.states(group), strict=True)
+            if state
+        }

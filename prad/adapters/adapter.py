@@ -18,6 +18,7 @@ from prad.adapters.errors import (
 from prad.adapters.ia3 import IA3
 from prad.adapters.lora import LoRA
 from prad.adapters.method import FrozenModel, LayerParameters, Method, MethodConfig, Parameters
+from prad.adapters.para import PARA, PromptPARA
 from prad.adapters.parallel import ParallelAdapter
 from prad.adapters.sequential import SequentialAdapter
 from prad.artefact import WEIGHTS, Artefact
@@ -27,7 +28,16 @@ _DTYPES = ("F32", "F16", "BF16")
 
 METHODS: dict[str, Method] = {
     method.name: method
-    for method in (ParallelAdapter(), SequentialAdapter(), LoRA(), DoRA(), IA3(), BitFit())
+    for method in (
+        ParallelAdapter(),
+        SequentialAdapter(),
+        LoRA(),
+        DoRA(),
+        IA3(),
+        BitFit(),
+        PromptPARA(),
+        PARA(),
+    )
 }
 
 
@@ -49,6 +59,11 @@ class Adapter:
     @cached_property
     def per_layer(self) -> LayerParameters:
         return {name: stacked.unbind(0) for name, stacked in self.parameters.items()}
+
+    @property
+    def state_widths(self) -> dict[Site, int]:
+        """See `Method.state_widths`."""
+        return self.method.state_widths(self.parameters)
 
     @property
     def nbytes(self) -> int:

@@ -18,11 +18,13 @@ _GAP = 64  # rows of nobody that a segment may cross; touching them in vain cost
 
 
 class Span(NamedTuple):
-    """Rows [start, stop) of the pass, under the group's adapter number `adapter`."""
+    """Rows [start, stop) of the pass, a prompt under the group's adapter number `adapter`; the `after` rows
+    behind them are the same request's generated tokens."""
 
     start: int
     stop: int
     adapter: int
+    after: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,8 @@ TASKS: dict[str, tuple[str, dict[str, Any]]] = {  # methods and ranks that share
     "dora": ("prad-dora", {"r": 4, "targets": ["q", "v", "down"]}),
     "ia3": ("prad-ia3", {}),
     "bitfit": ("prad-bitfit", {}),
+    "prad-para": ("prad-para", {"r": 6}),
+    "para": ("para", {"r": 5}),
 }
 PROMPT_LENGTHS = (1, 2, 15, 16, 17, 31, 33, 47, 24, 5, 12)
 STEPS = 20

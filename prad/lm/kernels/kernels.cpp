@@ -5,8 +5,9 @@
 #include "linear.h"
 #include "lowrank.h"
 #include "rows.h"
+#include "scale.h"
 
-enum class Kind : int32_t { linear = 0, norm = 1, rotate = 2, attention = 3, argmax = 4, low_rank = 5 };
+enum class Kind : int32_t { linear, norm, rotate, attention, argmax, low_rank, scale, activate };
 
 struct Call {
   Kind kind;
@@ -47,6 +48,10 @@ void run(Pool& pool, Kind kind, const void* arguments, int64_t rows, const Paged
       return argmax<T>(pool, *static_cast<const ArgmaxCall*>(arguments), rows);
     case Kind::low_rank:
       return low_rank<T>(pool, *static_cast<const LowRankCall*>(arguments));
+    case Kind::scale:
+      return scale<T>(pool, *static_cast<const ScaleCall*>(arguments), rows, *view);
+    case Kind::activate:
+      return activate_rows<T>(pool, *static_cast<const ActivateCall*>(arguments), rows);
   }
 }
 }  // namespace
@@ -70,11 +75,15 @@ int64_t prad_size(Kind kind) {
       return sizeof(ArgmaxCall);
     case Kind::low_rank:
       return sizeof(LowRankCall);
+    case Kind::scale:
+      return sizeof(ScaleCall);
+    case Kind::activate:
+      return sizeof(ActivateCall);
   }
   return 0;
 }
 
-// All calls in order, on `rows` rows each. `view`: what attention reads. `seconds`, if given, gets what each took.
+// All calls in order, on `rows` rows each. `view`: what attention and scale read. `seconds`, if given, gets what each took.
 void prad_run(Pool* pool, const Call* calls, int64_t count, int64_t rows, const PagedView* view, double* seconds) {
   using Clock = std::chrono::steady_clock;
   for (int64_t i = 0; i < count; i++) {
