@@ -104,7 +104,7 @@ class PromptScheduler(Generic[T]):
         for chunk in self._pass:
             prompt = chunk.prompt
             prompt.done = chunk.end
-            if chunk.is_first and self.blocks.caching:
+            if chunk.is_first and self.blocks.caching and not prompt.waiting.whole:
                 self.lookups.count(prompt.waiting.tokens, prompt.cached)
             size = self.blocks.block_size
             full = min((chunk.start + chunk.stored) // size, len(prompt.waiting.keys))

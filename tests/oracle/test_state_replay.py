@@ -1,14 +1,14 @@
 """A replay of PARA: the vectors are pooled over the original prompt only, and the continuation's rows get the
 same ones as when they were decoded."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
-from prad.adapters import Adapter, load_adapter
-from prad.lm import LanguageModel, SamplingParams, SiteVectors
+from prad.adapters import Adapter, PromptAdaptation, load_adapter
+from prad.lm import LanguageModel, SamplingParams, SiteVectors, generate
 from prad.lm.paged import Pools
 from prad.training.objective import PromptTuning
 from prefill_service.generation import PromptRequest
@@ -64,6 +64,28 @@ def test_it_equals_the_reference_and_keeps_its_state(
     )
     with pytest.raises(OracleMismatchError):
         check(answer, pooled_over_more[-1:])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
+def test_generation_without_services_equals_the_reference(
+    family: str,
+    tiny_model: Callable[[str], Path],
+    load_tiny: Callable[[str], LanguageModel],
+    tmp_path: Path,
+) -> None:
+    model, reference = load_tiny(family), Reference(tiny_model(family))
+    artefact = random_artefact(tmp_path / "para", model, 4, method="para", config={"r": 5})
+    adapters = [load_adapter(artefact, model), None, load_adapter(artefact, model)]
+    prompts = [PROMPT, PROMPT[1:], OUTPUT]
+
+    def adapt(lengths: Sequence[int]) -> PromptAdaptation | None:
+        return PromptAdaptation.of_prompts(adapters, lengths, lengths, "cpu")
+
+    outputs = generate(model, prompts, SamplingParams(max_tokens=9), adapt)
+    for prompt, adapter, output in zip(prompts, adapters, outputs, strict=True):
+        logits = reference.logits(prompt, output, None if adapter is None else artefact.folder)
+        chosen = logits[torch.arange(len(output)), torch.tensor(output)]
+        assert ((logits.max(dim=-1).values - chosen) <= 1e-4 * (logits.max() - logits.min())).all()
 
 
 def test_training_scales_what_decode_scales(

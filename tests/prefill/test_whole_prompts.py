@@ -28,6 +28,7 @@ def test_one_that_is_longer_than_a_chunk_goes_in_whole_beside_chunks_of_others()
     assert run(queue) == [("whole", 0, 60, 0), ("long", 0, 40, 40)]
     assert run(queue) == [("long", 40, 60, 0)]
     assert queue.blocks.in_use == 0
+    assert queue.lookups.prompts == 1, "nobody looked for what the whole one begins with"
 
 
 def test_one_that_does_not_fit_beside_others_waits_until_it_is_the_oldest() -> None:
