@@ -9,8 +9,8 @@ from decode_service import model_spec
 from decode_service.blocks import BlockAllocator
 from decode_service.engine import PagedEngine
 from decode_service.scheduler import Scheduler
-from kvtransfer import Open, Sampling, Token
-from prad.lm import LanguageModel
+from kvtransfer import Open, Sampling, StateSite, Token
+from prad.lm import LanguageModel, SiteVectors
 from prad.lm.paged import Pools
 
 _BLOCK = 16
@@ -23,11 +23,17 @@ class LoadedEngine:
     """An engine that holds `sequences` of `context` tokens each, with room for `steps` more.
 
     `kv`: the packed prompts' keys and values; random ones without it, since a step's time does not depend on
-    what they say.
+    what they say. `states`: each sequence's request state.
     """
 
     def __init__(
-        self, model: LanguageModel, sequences: int, context: int, steps: int, kv: LayersKV | None = None
+        self,
+        model: LanguageModel,
+        sequences: int,
+        context: int,
+        steps: int,
+        kv: LayersKV | None = None,
+        states: Sequence[SiteVectors] | None = None,
     ) -> None:
         blocks = sequences * -(-(context + steps + 1) // _BLOCK)
         self._pools = Pools(model.layout, blocks, _BLOCK, str(model.device), model.kernels)
@@ -41,6 +47,7 @@ class LoadedEngine:
         filler = _random_kv(model, context)
         for number in range(sequences):
             own = slice(number * context, (number + 1) * context)
+            state = {} if states is None else states[number]
             request = Open(
                 request_id=str(number),
                 client_id="bench",
@@ -49,8 +56,9 @@ class LoadedEngine:
                 prompt_len=context,
                 next_position=context,
                 sampling=Sampling(max_tokens=steps + 1),
+                state=tuple(StateSite(str(site), v.shape[1]) for site, v in state.items()),
             )
-            self._admit(request, filler if kv is None else [(k[own], v[own]) for k, v in kv])
+            self._admit(request, filler if kv is None else [(k[own], v[own]) for k, v in kv], state)
 
     def step(self) -> None:
         with torch.inference_mode():
@@ -61,10 +69,12 @@ class LoadedEngine:
         """Memory of the pools."""
         return sum(pool.nbytes for pool in (*self._pools.keys, *self._pools.values))
 
-    def _admit(self, request: Open, kv: LayersKV) -> None:
+    def _admit(self, request: Open, kv: LayersKV, state: SiteVectors) -> None:
         reservation = self._engine.admit(request)
         for layer, (key, value) in enumerate(kv):
             self._pools.write(layer, reservation.slots[0], _raw(key), _raw(value))
+        for site, vectors in state.items():
+            reservation.put_state(str(site), bytes(_raw(vectors)))
         reservation.commit([Token(100)])
 
 

@@ -21,6 +21,7 @@ NAMES = (
     "serve",
     "decode",
     "step",
+    "para",
     "floor",
     "handoff",
     "rounding",

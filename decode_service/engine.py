@@ -19,7 +19,16 @@ from decode_service.scheduler import Plan, Scheduler
 from decode_service.sequences import Ended, FinishReason, HandOffId, Reserved, Running, SequenceId
 from decode_service.validation import Limits
 from kvtransfer import Cancel, Open, Token, TokenEvent
-from prad.lm import Draw, LanguageModel, PackedBatch, SampleKey, SamplingParams, sample
+from prad.lm import (
+    Draw,
+    LanguageModel,
+    PackedBatch,
+    RowScaling,
+    SampleKey,
+    SamplingParams,
+    SiteVectors,
+    sample,
+)
 from prad.lm.paged import Pools
 
 logger = logging.getLogger(__name__)
@@ -43,7 +52,9 @@ class PagedEngine:
         self, model: LanguageModel, pools: Pools, scheduler: Scheduler, deliver: Deliver, observe: Observe
     ) -> None:
         self._model = model
-        self._limits = Limits(model.max_context, model.vocab_size)
+        self._limits = Limits(
+            model.max_context, model.vocab_size, {str(s): w for s, w in model.state_widths.items()}
+        )
         self._pools = pools
         self._scheduler = scheduler
         self._deliver = deliver
@@ -100,7 +111,8 @@ class PagedEngine:
                 positions=torch.tensor([s.position for s in batch], device=device),
                 kv=self._pools.step(batch),
                 logit_rows=torch.arange(len(batch), device=device),
-            )
+            ),
+            RowScaling.of([s.state for s in batch]),
         )
         # NaN or infinity in a sequence's hidden state reaches all of its logits: one column tells
         sound = torch.isfinite(logits[:, 0]).tolist()
@@ -154,7 +166,7 @@ class PagedEngine:
         with self._changed:
             return self._scheduler.holds(reserved)
 
-    def begin(self, reserved: Reserved, first_tokens: Sequence[Token]) -> None:
+    def begin(self, reserved: Reserved, first_tokens: Sequence[Token], state: SiteVectors) -> None:
         """The reservation's KV is complete: it runs, but for choices that their first token ends."""
         request = reserved.request
         params = SamplingParams(**asdict(request.sampling))
@@ -168,6 +180,7 @@ class PagedEngine:
                 index=request.output_offset,
                 position=request.next_position,
                 kv_len=request.kv_len,
+                state=state,
             )
             for choice, token in enumerate(first_tokens)
             if params.finish_reason(token.id, request.output_offset + 1) is None

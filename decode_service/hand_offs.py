@@ -67,6 +67,8 @@ class HandOffs:
             return [self._open(frame.open)]
         if kind == "kv":
             return self._write(frame.kv)
+        if kind == "state":
+            return self._take_state(frame.state)
         if kind == "commit":
             return self._ended(frame.commit.hand_off, lambda it: self._commit(it, frame.commit))
         if kind == "abort":
@@ -144,15 +146,34 @@ class HandOffs:
             self._writer.write(frame, sorted((r for each in placed.values() for r in each), key=_start))
         return replies
 
+    def _take_state(self, message: pb.State) -> Replies:
+        it = self._known(message.hand_off)
+        if it is None:
+            return []
+        try:
+            it.reservation.require_held()
+            it.receiver.receive_state(message)
+            it.reservation.put_state(message.site, message.data)
+        except TransferError as error:
+            return [self._fail(message.hand_off, error)]
+        it.heard = time.monotonic()
+        return []
+
+    def _known(self, number: int) -> _Receiving | None:
+        """None for one that has failed already: it has been told so, what crossed that is passed over.
+
+        Raises ProtocolError for one that never was.
+        """
+        if not 0 < number <= self._last:
+            raise ProtocolError(f"hand-off {number} was never opened")
+        return self._receiving.get(number)
+
     def _commit(self, it: _Receiving, commit: pb.Commit) -> pb.HandOffReply:
         it.reservation.commit(it.receiver.commit(commit))
         return pb.HandOffReply(committed=pb.Committed())
 
     def _ended(self, number: int, end: Callable[[_Receiving], pb.HandOffReply]) -> Replies:
-        """One that has failed already has been told so; what crossed that is passed over."""
-        if not 0 < number <= self._last:
-            raise ProtocolError(f"hand-off {number} was never opened")
-        it = self._receiving.get(number)
+        it = self._known(number)
         if it is None:
             return []
         try:

@@ -35,6 +35,13 @@ class Reservation(Protocol):
         """Raises FencedError if the room was taken away."""
         ...
 
+    def put_state(self, site: str, data: bytes) -> None:
+        """The request state at a site that the Open names: [layers, width] in the model's dtype.
+
+        Raises ProtocolError if it holds numbers that are not finite.
+        """
+        ...
+
     def commit(self, first_tokens: Sequence[Token]) -> None:
         """Everything is there: the sequences run from the next step on.
 

@@ -3,8 +3,12 @@
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
+from torch import Tensor
+
 from decode_service.sequences import Reserved
 from kvtransfer import FencedError, ProtocolError, Token
+from prad.lm import Site, SiteVectors
 from prad.lm.paged import Pools
 
 
@@ -12,7 +16,7 @@ class _Owner(Protocol):
     """The part of the engine that a reservation needs."""
 
     def holds(self, reserved: Reserved) -> bool: ...
-    def begin(self, reserved: Reserved, first_tokens: Sequence[Token]) -> None: ...
+    def begin(self, reserved: Reserved, first_tokens: Sequence[Token], state: SiteVectors) -> None: ...
     def release(self, reserved: Reserved) -> None: ...
 
 
@@ -24,6 +28,9 @@ class PagedReservation:
         self._owner = owner
         self._vocab_size = vocab_size
         self._reserved = reserved
+        self._layout = pools.layout
+        self._device = pools.device
+        self._state: dict[Site, Tensor] = {}
         kv_len, size = reserved.request.kv_len, pools.block_size
         # every choice has its own copy of the prompt's KV: [kv_len] each
         self.slots = [pools.slots(table, kv_len) for table in reserved.blocks]
@@ -34,12 +41,18 @@ class PagedReservation:
     def blocks(self) -> int:
         return sum(len(table) for table in self._reserved.blocks)
 
+    def put_state(self, site: str, data: bytes) -> None:
+        flat = torch.frombuffer(bytearray(data), dtype=self._layout.dtype)
+        if not bool(flat.isfinite().all()):
+            raise ProtocolError(f"request state at {site} holds numbers that are not finite")
+        self._state[Site(site)] = flat.view(len(self._layout.layers), -1).to(self._device)
+
     def commit(self, first_tokens: Sequence[Token]) -> None:
         self.require_held()
         outside = [t.id for t in first_tokens if t.id >= self._vocab_size]
         if outside:
             raise ProtocolError(f"first tokens {outside} are outside the vocabulary")
-        self._owner.begin(self._reserved, first_tokens)
+        self._owner.begin(self._reserved, first_tokens, self._state)
 
     def release(self) -> None:
         self._owner.release(self._reserved)

@@ -31,10 +31,18 @@ class Scheduler:
     flight still writes to them.
     """
 
-    def __init__(self, blocks: BlockAllocator, max_sequences: int, retry_after_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        blocks: BlockAllocator,
+        max_sequences: int,
+        retry_after_s: float = 0.0,
+        state_bytes: int = 256 << 20,
+    ) -> None:
+        """state_bytes: what all requests' state together may take."""
         self._blocks = blocks
         self._max_sequences = max_sequences
         self._retry_after_s = retry_after_s
+        self._state_bytes = state_bytes
         self._reserved: dict[HandOffId, Reserved] = {}
         self._running: dict[HandOffId, dict[int, Running]] = {}
         self._leaving: list[Running] = []
@@ -80,6 +88,7 @@ class Scheduler:
                 f"{request.choices} sequences of {tokens} tokens need {needed} blocks; there are "
                 f"{self._blocks.total} blocks for {self._max_sequences} sequences",
             )
+        self._require_state_room(request)
         taken = None
         if self.sequence_count + request.choices <= self._max_sequences:
             taken = self._blocks.allocate(needed)
@@ -160,6 +169,25 @@ class Scheduler:
             self.release(reserved)
         for hand_off in list(self._running):
             self._end(hand_off, FinishReason.ERROR, message)
+
+    def _require_state_room(self, request: Open) -> None:
+        """Choices share the state of their prompt."""
+        if not request.state:
+            return
+        needed = request.state_bytes
+        if needed > self._state_bytes:
+            raise RejectedError(
+                RejectReason.TOO_LARGE,
+                f"{needed} bytes of request state; there is room for {self._state_bytes}",
+            )
+        running = [next(iter(choices.values())).request for choices in self._running.values()]
+        held = sum(r.state_bytes for r in (*running, *(each.request for each in self._reserved.values())))
+        if held + needed > self._state_bytes:
+            raise RejectedError(
+                RejectReason.FULL,
+                f"{needed} bytes of request state wanted, {self._state_bytes - held} free",
+                self._retry_after_s,
+            )
 
     def _fence(self, request: Open) -> None:
         known = self._attempts.get(request.request_id, 0)

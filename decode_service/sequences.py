@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from kvtransfer import Open
 
 if TYPE_CHECKING:  # the type alone: at run time it would bring torch along
-    from prad.lm import SamplingParams
+    from prad.lm import SamplingParams, SiteVectors
 
 
 class HandOffId(NamedTuple):
@@ -53,7 +53,8 @@ class Running:
     """A sequence between two steps.
 
     The next step feeds `token` (output index `index`) at `position` and stores its keys and values as the
-    `kv_len`-th token of `blocks`. With virtual prefix tokens kv_len runs ahead of position.
+    `kv_len`-th token of `blocks`. With virtual prefix tokens kv_len runs ahead of position. Its rows are
+    multiplied by `state`, if it has any.
     """
 
     id: SequenceId
@@ -64,6 +65,7 @@ class Running:
     index: int
     position: int
     kv_len: int
+    state: SiteVectors | None = None
 
     def advance(self, token: int) -> None:
         """A step is done and drew `token`."""

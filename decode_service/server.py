@@ -109,7 +109,10 @@ class DecodeServer:
             )
         instance = uuid.uuid4().hex
         scheduler = Scheduler(
-            BlockAllocator(num_blocks, settings.block_size), settings.max_sequences, settings.retry_after_s
+            BlockAllocator(num_blocks, settings.block_size),
+            settings.max_sequences,
+            settings.retry_after_s,
+            settings.request_state_mib << 20,
         )
         pools = Pools(model.layout, num_blocks, settings.block_size, settings.device, model.kernels)
         self._metrics = Metrics()

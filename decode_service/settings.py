@@ -46,6 +46,9 @@ class DecodeSettings(BaseSettings):
     max_sequences: int = Field(default=256, ge=1)
     """Sequences that decode together."""
 
+    request_state_mib: int = Field(default=256, ge=0)
+    """Memory for vectors that requests of some methods bring along (PARA); 0 takes no such request."""
+
     retry_after_s: float = Field(default=0.2, ge=0)
     """Hint that a full service gives."""
     hand_off_idle_s: float = Field(default=60.0, gt=0)

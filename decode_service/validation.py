@@ -1,24 +1,28 @@
 """Whether an Open makes sense for this model, before anything is reserved; pure."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kvtransfer import Open, RejectedError, RejectReason, Sampling
 
 _LARGEST_REQUEST = 1 << 20  # tokens or choices: far beyond any real one, keeps all arithmetic harmless
+_LARGEST_STATE = 8 << 20  # bytes at one site: a message carries it beside up to 4 MB of others
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the model can take: positions 0 .. max_context - 1 and ids 0 .. vocab_size - 1."""
+    """What the model can take: positions 0 .. max_context - 1, ids 0 .. vocab_size - 1, and request state of
+    these widths at these sites."""
 
     max_context: int
     vocab_size: int
+    state_widths: Mapping[str, int]
 
     def check(self, request: Open) -> None:
-        """Raises RejectedError: UNSUPPORTED for request state, INVALID with what is wrong otherwise."""
-        if request.state:
-            raise RejectedError(RejectReason.UNSUPPORTED, "request state is not implemented")
+        """Raises RejectedError: UNSUPPORTED for request state that the model has no site for, INVALID with
+        what is wrong otherwise."""
+        self._check_state(request)
         sampling = request.sampling
         self._check_sampling(sampling)
         remaining = sampling.max_tokens - request.output_offset - 1
@@ -35,6 +39,25 @@ class Limits:
             (any(i >= self.vocab_size for i in request.prompt_ids), "a prompt id is outside the vocabulary"),
         ):  # fmt: skip
             if wrong:
+                raise RejectedError(RejectReason.INVALID, message)
+
+    def _check_state(self, request: Open) -> None:
+        sites = [announced.site for announced in request.state]
+        unknown = sorted(set(sites) - set(self.state_widths))
+        if unknown:
+            known = ", ".join(self.state_widths) or "no site"
+            message = f"request state at {', '.join(map(repr, unknown))}; this model takes it at {known}"
+            raise RejectedError(RejectReason.UNSUPPORTED, message)
+        if len(set(sites)) < len(sites):
+            raise RejectedError(RejectReason.INVALID, "a site of request state is named twice")
+        for announced in request.state:
+            site, own = announced.site, self.state_widths[announced.site]
+            if announced.width != own:
+                message = f"request state at {site} of width {announced.width}, the model's is {own}"
+                raise RejectedError(RejectReason.INVALID, message)
+            nbytes = request.site_bytes(site)
+            if nbytes > _LARGEST_STATE:
+                message = f"request state at {site} has {nbytes} bytes, over {_LARGEST_STATE}"
                 raise RejectedError(RejectReason.INVALID, message)
 
     def _check_sampling(self, sampling: Sampling) -> None:

@@ -5,8 +5,8 @@ from kvtransfer.messages import (
     Cancel,
     Description,
     Open,
-    RequestState,
     Sampling,
+    StateSite,
     Token,
     TokenEvent,
     TokenFrame,
@@ -33,10 +33,7 @@ def open_to_proto(request: Open, hand_off: int = 0) -> pb.Open:
         sampling=sampling_to_proto(request.sampling),
         prompt_ids=request.prompt_ids,
         deadline_unix_ms=request.deadline_unix_ms,
-        state=[
-            pb.RequestState(site=s.site, layer=s.layer, dtype=s.dtype, shape=s.shape, data=s.data)
-            for s in request.state
-        ],
+        state=[pb.StateSite(site=s.site, width=s.width) for s in request.state],
     )
 
 
@@ -56,7 +53,7 @@ def open_from_proto(message: pb.Open) -> Open:
         sampling=sampling_from_proto(message.sampling),
         prompt_ids=tuple(message.prompt_ids),
         deadline_unix_ms=message.deadline_unix_ms,
-        state=tuple(RequestState(s.site, s.layer, s.dtype, tuple(s.shape), s.data) for s in message.state),
+        state=tuple(StateSite(s.site, s.width) for s in message.state),
     )
 
 

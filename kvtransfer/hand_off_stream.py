@@ -157,10 +157,10 @@ class HandOffStream:
                 await self._write_next()
 
     async def _write_next(self) -> None:
-        """One message: frames that are due, up to the first with KV bytes."""
-        message = pb.HandOffFrames()
+        """One message: frames that are due, up to the first with KV bytes, or enough of request state."""
+        message, state_bytes = pb.HandOffFrames(), 0
         async with translated(self._call, self.settings.send_timeout_s, "a message"):
-            while self._queue and len(message.frames) < _TOGETHER:
+            while self._queue and len(message.frames) < _TOGETHER and state_bytes < self.settings.frame_bytes:
                 frame, written = self._queue.popleft()
                 self._writing.append(written)
                 if isinstance(frame, Outgoing):
@@ -168,6 +168,7 @@ class HandOffStream:
                     self._queued_bytes -= frame.size
                     break
                 message.frames.append(frame)
+                state_bytes += len(frame.state.data)
             await self._call.write(message)
         self._taken.set()
         for written in self._writing:

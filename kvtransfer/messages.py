@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from kvtransfer.layout import ModelSpec
+from kvtransfer.layout import ITEM_BYTES, ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,14 +21,11 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
-class RequestState:
-    """A tensor that acts on a request's generated tokens at a named site of a layer."""
+class StateSite:
+    """A site of the model at which a request brings a vector [width] per layer (request state)."""
 
     site: str
-    layer: int
-    dtype: str
-    shape: tuple[int, ...]
-    data: bytes
+    width: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +35,7 @@ class Open:
     request_id names one prompt (an HTTP request with several prompts hands each over under its own id).
     kv_len counts the tokens in the KV cache (virtual prefix, prompt, continuation), prompt_len the prompt's
     alone; decode feeds the first token at position next_position. output_offset is the output index of
-    that first token. deadline_unix_ms: 0 is none.
+    that first token. deadline_unix_ms: 0 is none. state: the request state that will come before Commit.
     """
 
     request_id: str
@@ -54,7 +51,16 @@ class Open:
     output_offset: int = 0
     prompt_ids: tuple[int, ...] = ()
     deadline_unix_ms: int = 0
-    state: tuple[RequestState, ...] = ()
+    state: tuple[StateSite, ...] = ()
+
+    def site_bytes(self, site: str) -> int:
+        """Bytes of the request state at one site, all layers. Raises KeyError for an unannounced one."""
+        widths = {announced.site: announced.width for announced in self.state}
+        return len(self.model.layers) * widths[site] * ITEM_BYTES[self.model.dtype]
+
+    @property
+    def state_bytes(self) -> int:
+        return sum(self.site_bytes(announced.site) for announced in self.state)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,8 +3,10 @@
 Knows neither gRPC nor torch.
 """
 
+import xxhash
+
 from kvtransfer import codec
-from kvtransfer.errors import ProtocolError, RejectedError, RejectReason
+from kvtransfer.errors import CorruptError, ProtocolError, RejectedError, RejectReason
 from kvtransfer.kv_frame import Incoming, Rows
 from kvtransfer.layout import ModelSpec
 from kvtransfer.messages import Open, Token
@@ -38,6 +40,7 @@ class Receiver:
         self._request = request
         self._arrived = [0] * len(request.model.layers)  # tokens of each layer, always a prefix
         self._bytes = 0
+        self._missing_state = {announced.site for announced in request.state}
 
     def receive(self, frame: Incoming, rows: Rows) -> None:
         """Books this hand-off's rows of a frame.
@@ -58,12 +61,29 @@ class Receiver:
             self._arrived[layer] = arrived + rows.token_count
         self._bytes += rows.token_count * frame.token_bytes
 
+    def receive_state(self, state: pb.State) -> None:
+        """Books the request state at one site.
+
+        Raises ProtocolError if it was not announced or comes twice, CorruptError if its size or checksum is
+        wrong.
+        """
+        if state.site not in self._missing_state:
+            raise ProtocolError(f"request state at {state.site!r} was not announced, or comes twice")
+        expected = self._request.site_bytes(state.site)
+        if len(state.data) != expected:
+            raise CorruptError(f"request state at {state.site} has {len(state.data)} bytes, not {expected}")
+        if xxhash.xxh3_64_intdigest(state.data) != state.checksum:
+            raise CorruptError(f"the checksum of the request state at {state.site} differs")
+        self._missing_state.remove(state.site)
+
     def commit(self, commit: pb.Commit) -> tuple[Token, ...]:
         """The first tokens, one per choice. Raises ProtocolError if anything is missing."""
         kv_len, choices = self._request.kv_len, self._request.choices
         for layer, arrived in enumerate(self._arrived):
             if arrived != kv_len:
                 raise ProtocolError(f"Commit with {arrived} of {kv_len} tokens of layer {layer}")
+        if self._missing_state:
+            raise ProtocolError(f"Commit without request state at {', '.join(sorted(self._missing_state))}")
         if commit.total_bytes != self._bytes:
             raise ProtocolError(f"Commit says {commit.total_bytes} bytes were sent, {self._bytes} arrived")
         if len(commit.first_tokens) != choices:

@@ -6,6 +6,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
+import xxhash
+
 from kvtransfer import codec
 from kvtransfer.errors import TimedOutError, TransferError
 from kvtransfer.kv_frame import KVBytes
@@ -61,6 +63,22 @@ class HandOff:
             )
         self.require_running()
         await self.stream.send(layer, [key, value], [PassRows(self, 0, first_token, tokens)], Encoding.RAW)
+
+    async def send_state(self, site: str, data: KVBytes) -> None:
+        """Sends the request state at one of the sites that Open names; returns when it is on its way.
+
+        data [layers, width] in the model's dtype, C-contiguous. Raises ValueError for another size or site,
+        and what ended the hand-off.
+        """
+        view = memoryview(data).cast("B")
+        announced = {s.site for s in self.request.state}
+        if site not in announced or view.nbytes != self.request.site_bytes(site):
+            raise ValueError(f"{view.nbytes} bytes of request state at {site} are not what Open announces")
+        self.require_running()
+        state = pb.State(
+            hand_off=self.number, site=site, data=bytes(view), checksum=xxhash.xxh3_64_intdigest(view)
+        )
+        await asyncio.shield(self.stream.put(pb.HandOffFrame(state=state)))
 
     async def commit(self, first_tokens: Sequence[Token]) -> None:
         """Hands the request over: one already sampled first token per choice, in order.

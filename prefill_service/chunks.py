@@ -8,12 +8,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Waiting(Generic[T]):
-    """A prompt in the queue: its token count, the keys of its blocks that may be shared, and the time before
-    which decode has no room for it."""
+    """A prompt in the queue: its token count, the keys of its blocks that may be shared, whether it must run
+    in one piece, and the time before which decode has no room for it."""
 
     job: T
     tokens: int
     keys: tuple[bytes, ...] = ()
+    whole: bool = False
     not_before: float = 0.0
 
 

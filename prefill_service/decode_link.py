@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from kvtransfer.client import DecodeClient
 from kvtransfer.errors import LostError, RejectedError, RejectReason, TransferError
@@ -11,6 +11,7 @@ from kvtransfer.layout import ModelSpec
 from kvtransfer.messages import TokenEvent
 from kvtransfer.sender import HandOff
 from kvtransfer.token_stream import TokenStream
+from prad.lm import Site
 from prefill_service.errors import (
     DeadlineError,
     DecodeUnavailableError,
@@ -77,8 +78,14 @@ class DecodeLink:
                     self._on_lost(self._trouble)
             await asyncio.sleep(_RETRY_S)
 
-    async def open(self, request: PromptRequest, attempt: int, deadline_unix_ms: int) -> HandOff:
-        """Reserves room for a request.
+    async def open(
+        self,
+        request: PromptRequest,
+        attempt: int,
+        deadline_unix_ms: int,
+        state_widths: Mapping[Site, int],
+    ) -> HandOff:
+        """Reserves room for a request, and for the state of these widths that it will bring.
 
         Raises NoRoomError (try later), InvalidRequestError (never fits) or DecodeUnavailableError.
         """
@@ -86,7 +93,7 @@ class DecodeLink:
             raise DecodeUnavailableError(self._trouble)
         try:
             client_id = self._stream.client_id
-            message = open_message(request, client_id, self._model, attempt, deadline_unix_ms)
+            message = open_message(request, client_id, self._model, attempt, deadline_unix_ms, state_widths)
             return await self._client.open(message)
         except RejectedError as error:
             if error.reason in _PERMANENT:

@@ -119,7 +119,7 @@ class PrefillEngine:
             job = Job(PassItem(request, adapter), now, now + self._request_timeout)
             self._live[request.request_id] = job
             keys = job.item.keys(self.blocks.block_size) if self.blocks.caching else ()
-            self._scheduler.add(Waiting(job, len(job.item.ids), keys))
+            self._scheduler.add(Waiting(job, len(job.item.ids), keys, job.item.whole))
             self._arrived.set()
             try:
                 # the adapter stays pinned until the first token: after the prompt pass nobody needs it
@@ -235,7 +235,9 @@ class PrefillEngine:
         if job.stage is not Stage.QUEUED or not job.needs_decode:
             return None
         try:
-            return await self._link.open(job.request, job.attempt, job.deadline_unix_ms)
+            adapter = job.item.adapter
+            widths = {} if adapter is None else adapter.state_widths
+            return await self._link.open(job.request, job.attempt, job.deadline_unix_ms, widths)
         except NoRoomError as full:
             if time.monotonic() - job.enqueued < self._queue_timeout:
                 return full

@@ -76,6 +76,8 @@ class HandOver:
         if not deliver_first_tokens(self._job, draws):
             return False
         await layers.sent()
+        for site, data in layers.state(self._job.item).items():
+            await self._hand_off.send_state(site, data)
         await self._hand_off.commit([token(d) for d in draws or ()])
         return True
 

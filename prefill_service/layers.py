@@ -1,15 +1,15 @@
 """Where the computing thread leaves a pass's layers, and from where they go to decode."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from torch import Tensor
 
 from kvtransfer import Encoding, PassRows, send_layer
-from prad.lm import Draw
+from prad.lm import Draw, Site, SiteVectors
 from prefill_service.prompt_pass import FirstTokens, PassItem
-from prefill_service.wire import planes
+from prefill_service.wire import planes, raw
 
 T = TypeVar("T")
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 class PassLayers:
     """One pass's keys and values, sent layer by layer while later ones compute, then its first tokens.
 
-    `put` is called from the computing thread, all others in the event loop.
+    `put` and `put_state` are called from the computing thread, all others in the event loop.
     """
 
     def __init__(
@@ -31,6 +31,7 @@ class PassLayers:
         self._layers: list[asyncio.Future[list[memoryview]]] = [
             self._loop.create_future() for _ in range(num_layers)
         ]
+        self._states: dict[PassItem, dict[Site, memoryview]] = {}
         self._draws: asyncio.Future[FirstTokens] = self._loop.create_future()
         self._sending = self._loop.create_task(self._send(after))
 
@@ -38,6 +39,14 @@ class PassLayers:
         """key, value [T, kv_heads, dim] of the whole pass; brought to the CPU, each in one piece."""
         data = planes(key, value, self._encoding) if self._rows else []
         self._loop.call_soon_threadsafe(_settle, self._layers[layer], data)
+
+    def put_state(self, item: PassItem, state: SiteVectors) -> None:
+        """The item's request state; comes before the pass ends."""
+        self._states[item] = {site: raw(vectors) for site, vectors in state.items()}
+
+    def state(self, item: PassItem) -> Mapping[Site, memoryview]:
+        """As the wire has it; complete once the draws are there."""
+        return self._states.get(item, {})
 
     def finish(self, draws: FirstTokens) -> None:
         _settle(self._draws, draws)

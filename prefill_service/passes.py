@@ -66,6 +66,7 @@ class PassRunner:
             self._pools,
             chunks,
             None if layers is None else layers.put,
+            None if layers is None else layers.put_state,
         )
 
 

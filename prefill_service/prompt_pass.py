@@ -1,6 +1,6 @@
 """One packed prompt pass of many tasks: adapters on prompt rows, the plain model everywhere else."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from prad.adapters import Adapter, PromptAdaptation, placeholders
-from prad.lm import Draw, LanguageModel, SampleKey, sample
+from prad.lm import Draw, LanguageModel, SampleKey, SiteVectors, sample
 from prad.lm.chunked import SequenceChunk, chunked_batch
 from prad.lm.kv import LayerDone
 from prad.lm.paged import Pools
@@ -40,8 +40,15 @@ class PassItem:
         """How many of its tokens, from the first on, are the adapter's: virtual ones and the prompt's."""
         return 0 if self.adapter is None else self.virtual_tokens + len(self.request.prompt_ids)
 
+    @property
+    def whole(self) -> bool:
+        """Whether it must be computed in one pass, from its first token on."""
+        return self.adapter is not None and self.adapter.method.needs_whole_prompt
+
     def keys(self, block_size: int) -> tuple[bytes, ...]:
         """Of the blocks that other requests may share: wholly adapted ones, or the plain model's."""
+        if self.whole:
+            return ()
         if self.adapter is None:
             return block_keys(None, 0, self.ids, block_size)
         version = self.request.version
@@ -78,14 +85,22 @@ FirstTokens = dict[PassItem, list[Draw] | None]
 """Of every item whose last token was computed: its first tokens, one per choice. None if its logits are not
 finite: a broken adapter spoils its own request only."""
 
+StateDone = Callable[[PassItem, SiteVectors], None]
+"""Gets the request state of every item whose adapter makes some."""
+
 
 def run_prompt_pass(
-    model: LanguageModel, pools: Pools, chunks: Sequence[PassChunk], layer_done: LayerDone | None = None
+    model: LanguageModel,
+    pools: Pools,
+    chunks: Sequence[PassChunk],
+    layer_done: LayerDone | None = None,
+    state_done: StateDone | None = None,
 ) -> FirstTokens:
     """Runs all chunks in one forward.
 
     `layer_done` gets every layer's keys and values [T, kv_heads, dim], chunks packed in order.
     """
+    assert all(c.start == 0 and c.is_last for c in chunks if c.item.whole), "a whole prompt was cut"
     lengths = [chunk.end - chunk.start for chunk in chunks]
     adaptation = PromptAdaptation.of_prompts(
         [chunk.item.adapter if chunk.adapted else None for chunk in chunks],
@@ -105,6 +120,10 @@ def run_prompt_pass(
     items = [chunk.item for chunk in chunks if chunk.is_last]
     with torch.inference_mode():
         logits = model.forward(batch, adaptation)
+        if adaptation is not None and state_done is not None:
+            by_start = dict(zip(accumulate(lengths[:-1], initial=0), chunks, strict=True))
+            for start, state in adaptation.states().items():
+                state_done(by_start[start].item, state)
         sound = torch.isfinite(logits).all(dim=-1).tolist()
         return {
             item: _first_tokens(model, row, item.request) if ok else None

@@ -3,10 +3,12 @@
 Short prompts, of up to `chunk_tokens`, go in whole, up to `pass_tokens` together: a burst is one pass, and
 decodes as one batch. Longer ones share `chunk_tokens` of a pass, so that short ones need not wait for them.
 The oldest prompt goes first, with half of that share if it is long, so that none starves; then those with the
-fewest tokens left. What a prompt has computed so far lies in its blocks.
+fewest tokens left. What a prompt has computed so far lies in its blocks. One that must run whole is never
+cut, however long it is.
 """
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Generic, TypeVar
 
 from prefill_service.blocks import PromptBlocks
@@ -94,7 +96,7 @@ class PromptScheduler(Generic[T]):
         self.blocks.unpin(prompt.table)
         if prompt in self._prompts:
             assert chunk.is_first
-            again = Waiting(waiting.job, waiting.tokens, waiting.keys, not_before)
+            again = replace(waiting, not_before=not_before)
             self._prompts[self._prompts.index(prompt)] = again
 
     def computed(self) -> None:
@@ -102,7 +104,7 @@ class PromptScheduler(Generic[T]):
         for chunk in self._pass:
             prompt = chunk.prompt
             prompt.done = chunk.end
-            if chunk.is_first and self.blocks.caching:
+            if chunk.is_first and self.blocks.caching and not prompt.waiting.whole:
                 self.lookups.count(prompt.waiting.tokens, prompt.cached)
             size = self.blocks.block_size
             full = min((chunk.start + chunk.stored) // size, len(prompt.waiting.keys))
@@ -172,8 +174,11 @@ class PromptScheduler(Generic[T]):
         return waiting.tokens - done <= self._chunk_tokens or self._uncuttable(prompt)
 
     def _uncuttable(self, prompt: Waiting[T] | Started[T]) -> bool:
-        """Whether all blocks together are too few to compute it in chunks: it gets a pass of its own."""
-        return isinstance(prompt, Waiting) and self.blocks.blocks_for(prompt.tokens) > self.blocks.total
+        """Whether it must run in one piece, or all blocks together are too few to compute it in chunks: if it
+        is longer than a pass, it gets one of its own."""
+        if isinstance(prompt, Started):
+            return False
+        return prompt.whole or self.blocks.blocks_for(prompt.tokens) > self.blocks.total
 
     def _start(self, waiting: Waiting[T], count: int, may_cut: bool) -> Started[T] | None:
         """None if it would have to be cut, and has to wait for blocks."""

@@ -1,5 +1,6 @@
 """Between our types and the hand-off's: the one place where prad.lm meets kvtransfer on the prefill side."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -7,8 +8,8 @@ from torch import Tensor
 
 from kvtransfer.int8 import quantise
 from kvtransfer.layout import Encoding, LayerSpec, ModelSpec
-from kvtransfer.messages import Open, Sampling, Token, TokenEvent
-from prad.lm import Draw, Fingerprint, SamplingParams
+from kvtransfer.messages import Open, Sampling, StateSite, Token, TokenEvent
+from prad.lm import Draw, Fingerprint, SamplingParams, Site
 from prefill_service.generation import PromptRequest, TokenOut
 
 
@@ -18,7 +19,12 @@ def model_spec(fingerprint: Fingerprint) -> ModelSpec:
 
 
 def open_message(
-    request: PromptRequest, client_id: str, model: ModelSpec, attempt: int, deadline_unix_ms: int
+    request: PromptRequest,
+    client_id: str,
+    model: ModelSpec,
+    attempt: int,
+    deadline_unix_ms: int,
+    state_widths: Mapping[Site, int],
 ) -> Open:
     cached = request.virtual_tokens + len(request.prompt_ids) + len(request.continuation_ids)
     return Open(
@@ -34,6 +40,7 @@ def open_message(
         prompt_index=request.prompt_index,
         output_offset=request.output_offset,
         deadline_unix_ms=deadline_unix_ms,
+        state=tuple(StateSite(str(site), width) for site, width in state_widths.items()),
     )
 
 
@@ -51,11 +58,12 @@ def token_out(event: TokenEvent) -> TokenOut:
 def planes(key: Tensor, value: Tensor, encoding: Encoding) -> list[memoryview]:
     """A layer's keys and values [T, kv_heads, dim] as the wire has them: contiguous, on the CPU."""
     if encoding is Encoding.INT8:
-        return [_raw(part) for states in (key, value) for part in quantise(states)]
-    return [_raw(states) for states in (key, value)]
+        return [raw(part) for states in (key, value) for part in quantise(states)]
+    return [raw(states) for states in (key, value)]
 
 
-def _raw(tensor: Tensor) -> memoryview:
+def raw(tensor: Tensor) -> memoryview:
+    """Its bytes, contiguous, on the CPU."""
     data: Any = tensor.cpu().contiguous().view(torch.uint8).numpy()
     return memoryview(data).cast("B")
 

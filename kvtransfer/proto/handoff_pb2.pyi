@@ -63,18 +63,20 @@ class HandOffFrames(_message.Message):
     def __init__(self, frames: _Optional[_Iterable[_Union[HandOffFrame, _Mapping]]] = ...) -> None: ...
 
 class HandOffFrame(_message.Message):
-    __slots__ = ("open", "kv", "commit", "abort", "segment")
+    __slots__ = ("open", "kv", "commit", "abort", "segment", "state")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     KV_FIELD_NUMBER: _ClassVar[int]
     COMMIT_FIELD_NUMBER: _ClassVar[int]
     ABORT_FIELD_NUMBER: _ClassVar[int]
     SEGMENT_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
     open: Open
     kv: KV
     commit: Commit
     abort: Abort
     segment: Segment
-    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., kv: _Optional[_Union[KV, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., segment: _Optional[_Union[Segment, _Mapping]] = ...) -> None: ...
+    state: State
+    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., kv: _Optional[_Union[KV, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., segment: _Optional[_Union[Segment, _Mapping]] = ..., state: _Optional[_Union[State, _Mapping]] = ...) -> None: ...
 
 class Segment(_message.Message):
     __slots__ = ("name", "size")
@@ -114,9 +116,9 @@ class Open(_message.Message):
     sampling: Sampling
     prompt_ids: _containers.RepeatedScalarFieldContainer[int]
     deadline_unix_ms: int
-    state: _containers.RepeatedCompositeFieldContainer[RequestState]
+    state: _containers.RepeatedCompositeFieldContainer[StateSite]
     hand_off: int
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., client_id: _Optional[str] = ..., model: _Optional[_Union[ModelSpec, _Mapping]] = ..., kv_len: _Optional[int] = ..., prompt_len: _Optional[int] = ..., next_position: _Optional[int] = ..., choices: _Optional[int] = ..., prompt_index: _Optional[int] = ..., output_offset: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., deadline_unix_ms: _Optional[int] = ..., state: _Optional[_Iterable[_Union[RequestState, _Mapping]]] = ..., hand_off: _Optional[int] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., client_id: _Optional[str] = ..., model: _Optional[_Union[ModelSpec, _Mapping]] = ..., kv_len: _Optional[int] = ..., prompt_len: _Optional[int] = ..., next_position: _Optional[int] = ..., choices: _Optional[int] = ..., prompt_index: _Optional[int] = ..., output_offset: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., deadline_unix_ms: _Optional[int] = ..., state: _Optional[_Iterable[_Union[StateSite, _Mapping]]] = ..., hand_off: _Optional[int] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "min_tokens", "stop_ids", "logprobs")
@@ -140,19 +142,25 @@ class Sampling(_message.Message):
     logprobs: int
     def __init__(self, max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., min_tokens: _Optional[int] = ..., stop_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[int] = ...) -> None: ...
 
-class RequestState(_message.Message):
-    __slots__ = ("site", "layer", "dtype", "shape", "data")
+class StateSite(_message.Message):
+    __slots__ = ("site", "width")
     SITE_FIELD_NUMBER: _ClassVar[int]
-    LAYER_FIELD_NUMBER: _ClassVar[int]
-    DTYPE_FIELD_NUMBER: _ClassVar[int]
-    SHAPE_FIELD_NUMBER: _ClassVar[int]
-    DATA_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
     site: str
-    layer: int
-    dtype: str
-    shape: _containers.RepeatedScalarFieldContainer[int]
+    width: int
+    def __init__(self, site: _Optional[str] = ..., width: _Optional[int] = ...) -> None: ...
+
+class State(_message.Message):
+    __slots__ = ("hand_off", "site", "data", "checksum")
+    HAND_OFF_FIELD_NUMBER: _ClassVar[int]
+    SITE_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    hand_off: int
+    site: str
     data: bytes
-    def __init__(self, site: _Optional[str] = ..., layer: _Optional[int] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ...) -> None: ...
+    checksum: int
+    def __init__(self, hand_off: _Optional[int] = ..., site: _Optional[str] = ..., data: _Optional[bytes] = ..., checksum: _Optional[int] = ...) -> None: ...
 
 class KV(_message.Message):
     __slots__ = ("first_layer", "layer_count", "rows", "encoding", "checksum", "data", "place")

@@ -10,12 +10,13 @@ from torch import Tensor
 from prad.adapters.adapter import Adapter
 from prad.adapters.method import Group
 from prad.adapters.segments import Span
-from prad.lm import Site
+from prad.lm import Site, SiteVectors
 from prad.lm.kernels import Kernels
 
 
 class AdaptedSpan(NamedTuple):
-    """`length` rows of the pass from `start` on, under `adapter`. Rows in no span are the plain model's.
+    """`length` rows of the pass from `start` on, a prompt under `adapter`; the `after` rows behind them are
+    its generated tokens. Rows in no span are the plain model's.
 
     `position`: which token of its sequence the first of them is, not 0 in later chunks of a prompt.
     """
@@ -24,6 +25,7 @@ class AdaptedSpan(NamedTuple):
     start: int
     length: int
     position: int = 0
+    after: int = 0
 
 
 class PromptAdaptation:
@@ -41,7 +43,9 @@ class PromptAdaptation:
             key = (span.adapter.method.name, frozenset(span.adapter.parameters))
             numbers = alike.setdefault(key, {})
             number = numbers.setdefault(span.adapter, len(numbers))
-            rows.setdefault(key, []).append(Span(span.start, span.start + span.length, number, span.position))
+            own = Span(span.start, span.start + span.length, number, span.position, span.after)
+            rows.setdefault(key, []).append(own)
+        self._groups: list[Group] = []
         self._by_site: dict[Site, list[Group]] = {}
         for key, adapters in alike.items():
             first = next(iter(adapters))
@@ -53,6 +57,7 @@ class PromptAdaptation:
                 device,
                 kernels,
             )
+            self._groups.append(group)
             for site in first.sites:
                 self._by_site.setdefault(site, []).append(group)
 
@@ -74,8 +79,10 @@ class PromptAdaptation:
         starts = accumulate(lengths[:-1], initial=0)
         firsts = [0] * len(lengths) if positions is None else positions
         spans = [
-            AdaptedSpan(adapter, start, prompt, first)
-            for adapter, start, prompt, first in zip(adapters, starts, prompt_lengths, firsts, strict=True)
+            AdaptedSpan(adapter, start, prompt, first, length - prompt)
+            for adapter, start, length, prompt, first in zip(
+                adapters, starts, lengths, prompt_lengths, firsts, strict=True
+            )
             if adapter is not None and prompt > 0
         ]
         return cls(spans, device, kernels) if spans else None
@@ -87,3 +94,12 @@ class PromptAdaptation:
     def apply(self, layer: int, site: Site, value: Tensor, source: Tensor) -> None:
         for group in self._by_site[site]:
             group.method.contribute(group, layer, site, value, source)
+
+    def states(self) -> dict[int, SiteVectors]:
+        """After the pass: the request state of spans whose method makes any, by the span's first row."""
+        return {
+            span.start: state
+            for group in self._groups
+            for span, state in zip(group.spans, group.method.states(group), strict=True)
+            if state
+        }

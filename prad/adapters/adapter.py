@@ -21,6 +21,7 @@ from prad.adapters.ia3 import IA3
 from prad.adapters.lora import LoRA
 from prad.adapters.mam import MaM
 from prad.adapters.method import INPUT, FrozenModel, LayerParameters, Method, MethodConfig, Parameters
+from prad.adapters.para import PARA, PromptPARA
 from prad.adapters.parallel import ParallelAdapter
 from prad.adapters.prefix import PrefixTuning
 from prad.adapters.prompt import PromptTuning
@@ -43,6 +44,8 @@ METHODS: dict[str, Method] = {
         PrefixTuning(),
         PromptTuning(),
         MaM(),
+        PromptPARA(),
+        PARA(),
     )
 }
 
@@ -70,6 +73,11 @@ class Adapter:
     @cached_property
     def per_layer(self) -> LayerParameters:
         return {name: stacked.unbind(0) for name, stacked in self.parameters.items()}
+
+    @property
+    def state_widths(self) -> dict[Site, int]:
+        """See `Method.state_widths`."""
+        return self.method.state_widths(self.parameters)
 
     @property
     def nbytes(self) -> int:

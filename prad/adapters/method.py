@@ -6,7 +6,7 @@ many adapters at once. Training uses the very same contribution, with one adapte
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, NamedTuple
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from prad.adapters.errors import AdapterError
 from prad.adapters.segments import Segment, Span, cut
-from prad.lm import KVLayout, LanguageModel, PackedBatch, Site, projection
+from prad.lm import KVLayout, LanguageModel, PackedBatch, Site, SiteVectors, projection
 from prad.lm.kernels import Kernels, LowRankSpan
 
 _PIECE = 64  # rows that one thread computes at a time
@@ -121,7 +121,8 @@ class Group:
     """Adapters of one method with the same parameter names that share a packed pass.
 
     configs and parameters (by name, one tensor per layer, side by side in memory) are those of the distinct
-    adapters; spans say which rows each adapts, in the order of rows.
+    adapters; spans say which rows each adapts, in the order of rows; kept: what the method carries from site
+    to site of this pass.
     """
 
     method: "Method"
@@ -130,6 +131,7 @@ class Group:
     spans: tuple[Span, ...]
     device: torch.device | str
     kernels: Kernels | None = None
+    kept: dict[Any, Any] = field(default_factory=dict)
 
     def add_low_rank(
         self, layer: int, value: Tensor, source: Tensor, names: LowRankNames, *, relu: bool = False
@@ -219,6 +221,8 @@ class Method(ABC):
 
     name: ClassVar[str]
     config_type: ClassVar[type[MethodConfig]]
+    needs_whole_prompt: ClassVar[bool] = False
+    """Whether a prompt can neither be cut into chunks nor begin with what an earlier one has left."""
 
     def configure(self, fields: Mapping[str, Any]) -> Any:
         """The method's configuration out of plain fields. Raises AdapterError."""
@@ -262,3 +266,11 @@ class Method(ABC):
     @abstractmethod
     def contribute(self, group: Group, layer: int, site: Site, value: Tensor, source: Tensor) -> None:
         """Puts the group's contribution into its rows of value [T, width]; source [T, in_width]."""
+
+    def state_widths(self, parameters: Parameters) -> dict[Site, int]:
+        """The sites, with their widths, of the request state that a pass makes; most methods make none."""
+        return {}
+
+    def states(self, group: Group) -> Sequence[SiteVectors]:
+        """After a pass: each span's request state."""
+        return [{}] * len(group.spans)

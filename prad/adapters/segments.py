@@ -18,7 +18,8 @@ _GAP = 64  # rows of nobody that a segment may cross; touching them in vain cost
 
 
 class Span(NamedTuple):
-    """Rows [start, stop) of the pass, under the group's adapter number `adapter`.
+    """Rows [start, stop) of the pass, a prompt under the group's adapter number `adapter`; the `after` rows
+    behind them are the same request's generated tokens.
 
     `position`: which token of its sequence the first row is; a sequence begins with its virtual tokens.
     """
@@ -27,6 +28,7 @@ class Span(NamedTuple):
     stop: int
     adapter: int
     position: int = 0
+    after: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ BENCHMARKS = {
     "serve": "The server under load, through HTTP: closed and open loop, streaming clients, tasks.",
     "decode": "One decode step by sequences, context and tasks, beside its floor.",
     "step": "Where a decode step's time goes, with the model's weights and with 8-bit ones.",
+    "para": "What PARA's vectors add to a decode step and a prompt pass, beside PrAd-PARA and neither.",
     "floor": "What a decode step cannot go below here: packed GEMMs, one read of the KV.",
     "handoff": "Handing the KV cache over, as part of the prompt pass.",
     "rounding": "What 8-bit keys, values and weights do to the logits.",

@@ -10,6 +10,7 @@ from prad.lm.model import LanguageModel
 from prad.lm.sampling import Draw, SampleKey, SamplingParams, sample
 from prad.lm.sites import Adaptation, Placement, Site, placements, projection, require_sites
 from prad.lm.source import DEFAULT_MODEL, resolve_model, served_name
+from prad.lm.state import RowScaling, SiteVectors
 from prad.lm.tokenizer import TextStream, Tokenizer
 
 __all__ = [
@@ -28,9 +29,11 @@ __all__ = [
     "Placement",
     "PromptKV",
     "Ragged",
+    "RowScaling",
     "SampleKey",
     "SamplingParams",
     "Site",
+    "SiteVectors",
     "TextStream",
     "Tokenizer",
     "UnsupportedModelError",

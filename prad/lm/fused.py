@@ -13,10 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from prad.lm.batch import PackedBatch
-from prad.lm.kernels import Activation, Calls, Kernels, Out, PackedLinear, Precision, Recording, fits
+from prad.lm.kernels import (
+    Activation,
+    Calls,
+    Kernels,
+    Out,
+    PackedLinear,
+    PagedView,
+    Precision,
+    Recording,
+    fits,
+)
 from prad.lm.kv import KVTarget
 from prad.lm.paged import PagedStep
 from prad.lm.sites import Adaptation, Site
+from prad.lm.state import RowScaling
 
 _ACTIVATIONS = {
     "silu": Activation.SILU,
@@ -94,8 +105,8 @@ class FusedModel:
 
     def forward(self, batch: PackedBatch, adaptation: Adaptation | None) -> Tensor:
         """Logits [R, vocab] of `batch.logit_rows`."""
-        if isinstance(batch.kv, PagedStep) and adaptation is None:
-            x = self._decode(batch, batch.kv)
+        if isinstance(batch.kv, PagedStep) and (adaptation is None or isinstance(adaptation, RowScaling)):
+            x = self._decode(batch, batch.kv, adaptation)
         else:
             x = self._embed(batch.ids, batch.positions, _tap(adaptation, 0)(Site.EMBEDDING))
             angles = self._angles(batch.positions)
@@ -107,22 +118,26 @@ class FusedModel:
         self.kernels.linear(self.head, last, logits, Out.STORE)
         return logits
 
-    def _decode(self, batch: PackedBatch, step: PagedStep) -> Tensor:
-        """All layers of a decode step in one call: recorded once per number of rows, rounded up."""
+    def _decode(self, batch: PackedBatch, step: PagedStep, state: RowScaling | None) -> Tensor:
+        """All layers of a decode step in one call: recorded once per number of rows, rounded up, and per set
+        of sites at which any sequence has state."""
         rows = len(batch.ids)
         room = max(_LEAST_RECORDED, 1 << (rows - 1).bit_length())
-        key = (self, room)
+        sites = () if state is None else state.ordered
+        key = (self, room, sites)
         if key not in step.pools.recorded:
-            step.pools.recorded[key] = self._record(step, room)
+            step.pools.recorded[key] = self._record(step, room, sites)
         recorded: _RecordedStep = step.pools.recorded[key]
-        return recorded.run(self._embed(batch.ids, batch.positions), self._angles(batch.positions), step)
+        view = step.view if state is None else PagedView.of(step.table, step.lengths, state.addresses)
+        return recorded.run(self._embed(batch.ids, batch.positions), self._angles(batch.positions), view)
 
-    def _record(self, step: PagedStep, rows: int) -> "_RecordedStep":
+    def _record(self, step: PagedStep, rows: int, sites: tuple[Site, ...]) -> "_RecordedStep":
         recording = Recording(self.kernels)
         with torch.inference_mode(False), torch.no_grad():  # it is written to in either mode
             x, positions = torch.zeros(rows, self.embedding.shape[1]), torch.zeros(rows, dtype=torch.long)
             angles = self._angles(positions)
-            _Pass(self, recording, replace(step, calls=recording), None).run(x, angles)
+            scaling = _RecordedScaling(recording, sites, step.view) if sites else None
+            _Pass(self, recording, replace(step, calls=recording), scaling).run(x, angles)
         return _RecordedStep(recording, x, angles)
 
     def _embed(self, ids: Tensor, positions: Tensor, adapt: "_Adapt | None" = None) -> Tensor:
@@ -152,14 +167,30 @@ class _RecordedStep:
     x: Tensor
     angles: _Angles
 
-    def run(self, x: Tensor, angles: _Angles, step: PagedStep) -> Tensor:
+    def run(self, x: Tensor, angles: _Angles, view: PagedView) -> Tensor:
         """x [T, hidden] behind the last layer; the memory is the recording's."""
         rows = len(x)
         self.x[:rows] = x
         for kept, new in zip(self.angles or (), angles or (), strict=True):
             kept[:rows] = new
-        self.recording.run(rows, step.view)
+        self.recording.run(rows, view)
         return self.x[:rows]
+
+
+@dataclass(frozen=True, slots=True)
+class _RecordedScaling:
+    """Request state as the recording's calls; whose vectors they are, each step's view says."""
+
+    calls: Calls
+    ordered: tuple[Site, ...]
+    view: PagedView
+
+    @property
+    def sites(self) -> frozenset[Site]:
+        return frozenset(self.ordered)
+
+    def apply(self, layer: int, site: Site, value: Tensor, source: Tensor) -> None:
+        self.calls.scale(value, self.ordered.index(site), layer, self.view)
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,8 +251,8 @@ class _Pass:
         parts = both.split(shape.ffn, dim=1)  # type: ignore[no-untyped-call]
         for adapt, part in zip((gate_tap, up_tap) if shape.gated else (up_tap,), parts, strict=True):
             _adapt(adapt, part, source)
-        acted = _ON_TORCH[shape.activation](parts[0].float())
-        return (acted * parts[1].float() if shape.gated else acted).to(source.dtype)
+        self.calls.activate(both, inner, shape.activation)
+        return inner
 
     def _add(
         self, linear: PackedLinear, inputs: Tensor, x: Tensor, taps: list[tuple["_Adapt | None", Tensor]]
@@ -254,13 +285,6 @@ def _tap(adaptation: Adaptation | None, layer: int) -> _Tap:
 def _adapt(adapt: _Adapt | None, value: Tensor, source: Tensor) -> None:
     if adapt is not None:
         adapt(value, source)
-
-
-_ON_TORCH: dict[Activation, Callable[[Tensor], Tensor]] = {
-    Activation.SILU: nn.functional.silu,
-    Activation.GELU_TANH: lambda x: nn.functional.gelu(x, approximate="tanh"),
-    Activation.RELU: nn.functional.relu,
-}
 
 
 def fuse(module: Any, kernels: Kernels, precision: Precision) -> FusedModel | None:

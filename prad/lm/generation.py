@@ -1,10 +1,11 @@
 """Generation without services: one batch, prompt pass and decoding in one process.
 
 Evaluation uses it; so does whoever wants the split in one page: the prompts run with an adaptation, every
-later token without.
+later token without, but for the request state that the prompt pass left behind.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from prad.lm.batch import PackedBatch
 from prad.lm.kv import KVLayout
 from prad.lm.model import LanguageModel
 from prad.lm.sampling import SampleKey, SamplingParams, sample
-from prad.lm.sites import Adaptation
+from prad.lm.state import PromptPassAdaptation, RowScaling
 
 
 class _PaddedKV:
@@ -53,7 +54,7 @@ def generate(
     model: LanguageModel,
     prompts: Sequence[Sequence[int]],
     params: SamplingParams,
-    adapt: Callable[[Sequence[int]], Adaptation | None] | None = None,
+    adapt: Callable[[Sequence[int]], PromptPassAdaptation | None] | None = None,
 ) -> list[list[int]]:
     """Output ids of every prompt, the stop id left out.
 
@@ -66,7 +67,10 @@ def generate(
     outputs: list[list[int]] = [[] for _ in prompts]
     running = set(range(len(prompts)))
     with torch.inference_mode():
-        logits = model.forward(batch, adapt(lengths) if adapt is not None else None)
+        adaptation = adapt(lengths) if adapt is not None else None
+        logits = model.forward(batch, adaptation)
+        states = adaptation.states() if adaptation is not None else {}
+        scaling = RowScaling.of([states.get(start) for start in accumulate(lengths[:-1], initial=0)])
         for step in range(params.max_tokens):
             keys = [SampleKey(params.seed, i, 0, step) for i in range(len(prompts))]
             tokens = [d.token for d in sample(logits, [params] * len(prompts), keys)]
@@ -79,6 +83,6 @@ def generate(
             if not running:
                 break
             ids = torch.tensor(tokens, device=model.device)
-            logits = model.forward(PackedBatch(ids, kv.lengths, kv, every))
+            logits = model.forward(PackedBatch(ids, kv.lengths, kv, every), scaling)
             kv.lengths = kv.lengths + 1
     return outputs

@@ -25,7 +25,8 @@ from prad.lm.fused import FusedModel, fuse
 from prad.lm.kernels import Kernels, Precision
 from prad.lm.kv import KVLayout, LayerKV, PromptKV
 from prad.lm.sampling import lowest_argmax
-from prad.lm.sites import Adaptation, TappedKV, require_sites, tapped
+from prad.lm.sites import Adaptation, Site, TappedKV, require_sites, tapped
+from prad.lm.state import state_widths
 from prad.lm.support import max_context, require_servable
 
 
@@ -104,6 +105,11 @@ class LanguageModel:
     @property
     def layout(self) -> KVLayout:
         return self.fingerprint.layout
+
+    @property
+    def state_widths(self) -> dict[Site, int]:
+        """The sites at which a decode step takes request state, with their widths."""
+        return state_widths(self.module, self.config.model_type)
 
     def stop_ids(self, folder: Path) -> frozenset[int]:
         """The ids that end a sequence, as the model's generation config names them."""

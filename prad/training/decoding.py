@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from prad.adapters import AdaptedSpan, Adapter, PromptAdaptation
-from prad.lm import LanguageModel, PackedBatch
+from prad.lm import Adaptation, LanguageModel, PackedBatch, RowScaling
 from prad.lm.chunked import SequenceChunk, chunked_batch
 from prad.lm.paged import Pools
 from prad.training.objective import Positions
@@ -37,11 +37,12 @@ class AdaptedModel:
         adapters = [self.adapter] * len(lengths)
         return PromptAdaptation.of_prompts(adapters, lengths, lengths, model.device, model.kernels)
 
-    def for_step(self, rows: int) -> PromptAdaptation | None:
-        """Nothing, but for the baselines that act on generated tokens."""
+    def for_step(self, rows: Sequence[Row]) -> Adaptation | None:
+        """Nothing, but for request state, and for the baselines that act on generated tokens."""
         if self.adapter is None or self.positions == "prompt":
-            return None
-        return PromptAdaptation([AdaptedSpan(self.adapter, 0, rows)], self.model.device, self.model.kernels)
+            return RowScaling.of([row.state for row in rows])
+        span = AdaptedSpan(self.adapter, 0, len(rows))
+        return PromptAdaptation([span], self.model.device, self.model.kernels)
 
 
 @dataclass(slots=True)
@@ -116,7 +117,12 @@ class Decoding:
         lengths = [len(chunk.ids) for chunk in chunks]
         last = [end - 1 for end in accumulate(lengths)]
         batch = chunked_batch(chunks, self._pools, logit_rows=last)
-        return self._advance(admitted, self._adapted.model.forward(batch, self._adapted.for_prompts(lengths)))
+        adaptation = self._adapted.for_prompts(lengths)
+        logits = self._adapted.model.forward(batch, adaptation)
+        states = {} if adaptation is None else adaptation.states()
+        for one, start in zip(admitted, accumulate(lengths[:-1], initial=0), strict=True):
+            one.rows[0].state = states.get(start)
+        return self._advance(admitted, logits)
 
     def _step(self, running: Sequence[_Running]) -> list[_Running]:
         rows = [row for one in running for row in one.rows]
@@ -129,7 +135,7 @@ class Decoding:
             kv=self._pools.step(rows),
             logit_rows=torch.arange(len(rows), device=device),
         )
-        logits = self._adapted.model.forward(batch, self._adapted.for_step(len(rows)))
+        logits = self._adapted.model.forward(batch, self._adapted.for_step(rows))
         for row in rows:
             row.kv_len += 1
         return self._advance(running, logits)

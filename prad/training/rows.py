@@ -5,17 +5,20 @@ from dataclasses import dataclass
 
 import torch
 
+from prad.lm import SiteVectors
 from prad.lm.paged import Pools
 
 
 @dataclass(slots=True)
 class Row:
-    """One row of a decode step: its block table, how many tokens have KV there, and its newest token."""
+    """One row of a decode step: its block table, how many tokens have KV there, its newest token, and the
+    request state that its prompt made, if any."""
 
     blocks: list[int]
     kv_len: int
     token: int = -1
     position: int = -1
+    state: SiteVectors | None = None
 
 
 class SharedBlocks:
@@ -46,7 +49,7 @@ class SharedBlocks:
         if row.kv_len % self._size:
             rest = [self._take()]
             copies.append((row.blocks[full], rest[0]))
-        return Row(shared + rest, row.kv_len)
+        return Row(shared + rest, row.kv_len, state=row.state)
 
     def copy(self, copies: Sequence[tuple[int, int]]) -> None:
         """Carries out what `fork` asked for: (from, to) of blocks, in all layers."""

@@ -67,7 +67,6 @@ def train(
         line.close()
     outcome = {
         "examples": len(training),
-        "examples": len(training),
         "processes": arguments.world_size,
         "parameters": sum(p.numel() for p in module.trained().values()),
         "steps": trainer.state.global_step,

@@ -27,7 +27,7 @@ from prad.lm import LanguageModel, MissingSiteError, PackedBatch, Site
 from prad.lm.kernels import Kernels
 from tests.conftest import random_artefact
 
-METHODS = ("prad-pa", "prad-sa", "prad-lora", "prad-dora", "prad-ia3", "prad-bitfit")
+METHODS = ("prad-pa", "prad-sa", "prad-lora", "prad-dora", "prad-ia3", "prad-bitfit", "prad-para", "para")
 WITH_VIRTUAL_TOKENS = ("prad-prefix", "prad-prompt", "prad-mam")
 IN, OUT, LAYERS, LAYER = 24, 40, 3, 2
 
@@ -164,6 +164,7 @@ def test_a_fresh_adapter_of_any_method_is_the_plain_model(
         ("prad-dora", {"lora_alpha": 3}, "lora_alpha"),
         ("prad-ia3", {"r": 8}, "r: "),
         ("prad-bitfit", {"missing": "ignore"}, "missing"),
+        ("para", {"pooling": "first"}, "pooling"),
     ],
 )
 def test_a_wrong_configuration_is_refused_by_name(

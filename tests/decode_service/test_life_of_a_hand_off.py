@@ -15,7 +15,6 @@ from kvtransfer import (
     ProtocolError,
     RejectedError,
     RejectReason,
-    RequestState,
     Sampling,
     Token,
 )
@@ -147,13 +146,6 @@ async def test_nonsense_is_refused(prefill: Prefill, wrong: dict[str, object], m
     with pytest.raises(RejectedError, match=message) as caught:
         await prefill.client.open(prefill.request(**({"kv_len": 5, "sampling": SHORT} | wrong)))  # type: ignore[arg-type]
     assert caught.value.reason is RejectReason.INVALID
-
-
-async def test_request_state_is_unsupported(prefill: Prefill) -> None:
-    state = RequestState("ffn_in", 0, "float32", (32,), bytes(128))
-    with pytest.raises(RejectedError) as caught:
-        await prefill.client.open(prefill.request(5, SHORT, state=(state,)))
-    assert caught.value.reason is RejectReason.UNSUPPORTED
 
 
 async def test_who_is_not_attached_is_refused(prefill: Prefill) -> None:

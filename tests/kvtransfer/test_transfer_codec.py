@@ -17,8 +17,8 @@ from kvtransfer import (
     Open,
     ProtocolError,
     RejectedError,
-    RequestState,
     Sampling,
+    StateSite,
     Token,
     TokenEvent,
     TokenFrame,
@@ -49,8 +49,9 @@ def over_the_wire(message: object) -> object:
 
 @given(SAMPLINGS, st.lists(U32).map(tuple))
 def test_open(sampling: Sampling, prompt_ids: tuple[int, ...]) -> None:
-    state = RequestState("ffn_in", 1, "float32", (2, 3), b"x" * 24)
-    request = Open("r", "c", MODEL, 20, 17, 18, sampling, 3, 2, 1, 4, prompt_ids, 1_900_000_000_000, (state,))
+    state = (StateSite("q", 8), StateSite("up", 30))
+    request = Open("r", "c", MODEL, 20, 17, 18, sampling, 3, 2, 1, 4, prompt_ids, 1_900_000_000_000, state)
+    assert [request.site_bytes("up"), request.state_bytes] == [3 * 30 * 2, 3 * 38 * 2]
     assert codec.open_from_proto(over_the_wire(codec.open_to_proto(request))) == request  # type: ignore[arg-type]
 
 

@@ -10,7 +10,7 @@ import torch
 import transformers
 from tiny import SIZES, packed_logits, save_random, some_ids
 
-from prad.lm import LanguageModel, PackedBatch, Site, UnsupportedModelError
+from prad.lm import LanguageModel, PackedBatch, RowScaling, Site, UnsupportedModelError
 from prad.lm.kernels import Kernels
 from prad.lm.paged import Pools
 
@@ -101,7 +101,34 @@ def test_decode_steps(family: str, tmp_path: Path, kernels: Kernels) -> None:
     assert_equal(decode_steps(fused), decode_steps(generic))
 
 
-def decode_steps(model: LanguageModel) -> torch.Tensor:
+def scaling(model: LanguageModel) -> RowScaling:
+    """The first sequence has vectors everywhere, the third at its values and queries, the others none."""
+    generator = torch.Generator().manual_seed(7)
+    widths = model.state_widths
+
+    def vectors(*sites: Site) -> dict[Site, torch.Tensor]:
+        size = {site: (model.num_layers, widths[site]) for site in sites}
+        return {site: 1 + torch.randn(size[site], generator=generator) for site in sites}
+
+    rows: list[dict[Site, torch.Tensor] | None] = [None] * len(LENGTHS)
+    rows[0], rows[2] = vectors(*widths), vectors(Site.V, Site.Q)
+    return RowScaling(rows)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decode_steps_with_request_state(family: str, tmp_path: Path, kernels: Kernels) -> None:
+    generic, fused = models(family, tmp_path, kernels)
+    ours, expected, plain = (
+        decode_steps(fused, scaling(fused)),
+        decode_steps(generic, scaling(generic)),
+        decode_steps(generic),
+    )
+    assert_equal(ours, expected)
+    changed = [not torch.allclose(expected[:, i], plain[:, i], rtol=1e-3) for i in range(len(LENGTHS))]
+    assert changed == [True, False, True, False, False, False]
+
+
+def decode_steps(model: LanguageModel, scaling: RowScaling | None = None) -> torch.Tensor:
     """Logits of three steps behind a prompt pass, over blocks."""
     pools = Pools(model.layout, 60, 16, "cpu", model.kernels)
     batch: list[Any] = [
@@ -121,7 +148,7 @@ def decode_steps(model: LanguageModel) -> torch.Tensor:
             ids = torch.tensor([5 + step + i for i in range(len(batch))])
             positions = torch.tensor([s.kv_len for s in batch])
             every = torch.arange(len(batch))
-            logits.append(model.forward(PackedBatch(ids, positions, pools.step(batch), every)))
+            logits.append(model.forward(PackedBatch(ids, positions, pools.step(batch), every), scaling))
             for sequence in batch:
                 sequence.kv_len += 1
     return torch.stack(logits)
@@ -149,7 +176,7 @@ def test_a_recorded_step_equals_the_layers_called_one_by_one(
             ours = model.forward(PackedBatch(ids, positions, recorded.step(batch), rows))
             theirs = model.forward(PackedBatch(ids, positions, direct.step(batch), rows), untouched)
             assert torch.equal(ours, theirs), f"{sequences} sequences"
-    assert {room for _, room in recorded.recorded} == {16, 32, 64}
+    assert {(room, sites) for _, room, sites in recorded.recorded} == {(n, ()) for n in (16, 32, 64)}
     assert not direct.recorded
 
 

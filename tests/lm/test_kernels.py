@@ -11,7 +11,16 @@ from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, relu, silu
 
 from prad.lm import KVLayout, LayerKV
-from prad.lm.kernels import Activation, BuildError, Kernels, LowRankSpan, Out, PackedLinear, load_kernels
+from prad.lm.kernels import (
+    Activation,
+    BuildError,
+    Kernels,
+    LowRankSpan,
+    Out,
+    PackedLinear,
+    PagedView,
+    load_kernels,
+)
 from prad.lm.kernels.build import built
 from prad.lm.paged import Pools
 
@@ -67,6 +76,36 @@ def test_gated_linear(kernels: Kernels, dtype: torch.dtype, activation: Activati
         inner = torch.empty(rows, 40, dtype=dtype)
         kernels.linear(packed, x, inner, Out.GATED, activation)
         assert_near(inner, ACTIVATIONS[activation](gate) * up, DTYPES[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", Activation)
+@pytest.mark.parametrize("width", [16, 40, 7])
+def test_activation_alone(kernels: Kernels, dtype: torch.dtype, activation: Activation, width: int) -> None:
+    x, out = some(9, 2 * width, dtype=dtype), torch.full((10, width), 7.0, dtype=dtype)
+    gate, up = x.float().chunk(2, dim=1)
+    kernels.activate(x, out[:9], activation)
+    assert_near(out[:9], ACTIVATIONS[activation](gate) * up, DTYPES[dtype])
+    kernels.activate(gate.to(dtype).contiguous(), out[:9], activation)
+    assert_near(out[:9], ACTIVATIONS[activation](gate), DTYPES[dtype])
+    assert (out[9] == 7).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [16, 40, 7])
+def test_rows_are_scaled_by_their_own_vectors(kernels: Kernels, dtype: torch.dtype, width: int) -> None:
+    layers, rows, site, layer = 3, 19, 1, 2
+    vectors = {i: some(layers, width, dtype=dtype, seed=i) for i in range(0, rows, 3)}
+    addresses = torch.zeros(2, rows, dtype=torch.long)
+    for i, own in vectors.items():
+        addresses[site, i] = own.data_ptr()
+    nothing = torch.zeros(1, 1, dtype=torch.long)
+    whole = some(rows, width + 5, dtype=dtype, seed=99)
+    expected = whole.float()
+    for i, own in vectors.items():
+        expected[i, 2 : 2 + width] *= own[layer].float()
+    kernels.scale(whole[:, 2 : 2 + width], site, layer, PagedView.of(nothing, nothing, addresses))
+    assert_near(whole, expected, DTYPES[dtype])
 
 
 @pytest.mark.parametrize("rows", ROWS)

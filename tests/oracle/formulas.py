@@ -5,6 +5,7 @@ to what y becomes there. The tensors are those of the artefact's file, one layer
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -68,14 +69,18 @@ class Place(NamedTuple):
 
 
 class Change(NamedTuple):
+    """A formula at its place. One that leaves a vector in `state` scales every later position by it."""
+
     place: Place
     formula: Formula
+    state: Weights
 
 
 def changes(method: str, config: dict[str, Any], layer: Layer, weights: Weights) -> Iterator[Change]:
     """What the method does in one layer."""
     for site, formula in _METHODS[method](config, layer, weights):
-        yield Change(_place(layer, site), formula)
+        state = formula.keywords["state"] if isinstance(formula, partial) else {}
+        yield Change(_place(layer, site), formula, state)
 
 
 def _place(layer: Layer, site: str) -> Place:
@@ -140,6 +145,25 @@ def _bitfit(config: dict[str, Any], _: Layer, w: Weights) -> Iterator[tuple[str,
         yield site, lambda x, y, change=w[f"{site}.bias"]: y + change
 
 
+def _generated(
+    config: dict[str, Any], _: Layer, w: Weights, follows: bool = False
+) -> Iterator[tuple[str, Formula]]:
+    """q, v and u times 1 + ReLU(p Wd) W, with p from the states that enter the attention's projections."""
+    hidden: Weights = {}
+
+    def formula(x: Tensor, y: Tensor, site: str, state: Weights) -> Tensor:
+        if site == "q":
+            pooled = x[-1] if config["pooling"] == "last" else x.sum(0) / len(x)
+            hidden["of the prompt"] = (pooled @ w["generator.down"]).clamp(min=0)
+        vector = 1 + hidden["of the prompt"] @ w[f"generator.{site}"]
+        if follows:
+            state["vector"] = vector
+        return y * vector
+
+    for site in ("q", "v", "up"):
+        yield site, partial(formula, site=site, state={})
+
+
 def _frozen(layer: Layer, site: str) -> tuple[Tensor, Tensor]:
     """The projection's weight [out, in], and its bias or zeros [out]."""
     place = _place(layer, site)
@@ -163,4 +187,6 @@ _METHODS: dict[str, Callable[..., Iterator[tuple[str, Formula]]]] = {
     "prad-prefix": _in_front_only,
     "prad-prompt": _in_front_only,
     "prad-mam": _parallel,
+    "prad-para": _generated,
+    "para": partial(_generated, follows=True),
 }

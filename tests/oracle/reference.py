@@ -9,7 +9,7 @@ could be wrong; the reference under a fault is what such a server would say.
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, auto
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from tests.oracle.formulas import Change, Layer, changes
+from tests.oracle.formulas import Change, Layer, Weights, changes
 from tests.oracle.front import Front
 
 
@@ -34,6 +34,24 @@ class Fault(Enum):
     POSITIONS_OFF_BY_ONE = auto()
     TWO_KV_LAYERS_SWAPPED = auto()
     VIRTUAL_TOKENS_UNCOUNTED = auto()
+
+
+class StateFault(Enum):
+    """What can go wrong where a request's own vectors follow it."""
+
+    MISSING = auto()
+    MISSING_ON_ONE_GENERATED_TOKEN = auto()
+    NEIGHBOURS = auto()
+
+
+@dataclass
+class _Rows:
+    """Of a forward: how many positions are the prompt's; one behind them that state spares; and whose state
+    acts there, by `id` of the change's own, if it is another's."""
+
+    adapted: int
+    spared: int | None = None
+    others: dict[int, Weights] = field(default_factory=dict)
 
 
 @dataclass
@@ -119,16 +137,39 @@ class Reference:
         """The first `split` tokens, what `spoil` does to their cache, and the rest."""
         cache, front, ids = DynamicCache(), Front.of(adapter), [*prompt, *output[:-1]]
         positions = torch.arange(front.tokens, front.tokens + len(ids))
-        with torch.no_grad():
-            with self._adapted(adapter, len(prompt)):
-                first = self._forward(ids[:split], positions[:split], front, cache)
+        with torch.no_grad(), self._adapted(adapter, len(prompt)) as rows:
+            first = self._forward(ids[:split], positions[:split], front, cache)
             spoil(cache)
+            rows.adapted = 0
             rest = [self._forward(ids[split:], positions[split:], Front(), cache)] if ids[split:] else []
         return torch.cat([first[len(prompt) - 1 :], *rest])
 
+    def logits_with_wrong_state(
+        self,
+        prompt: Sequence[int],
+        output: Sequence[int],
+        adapter: Path,
+        fault: StateFault,
+        neighbour: Sequence[int],
+    ) -> Tensor:
+        """As `logits`, if the decode side were wrong; `neighbour`: another prompt, of the same adapter."""
+        with torch.no_grad(), self._adapted(adapter, len(prompt)) as rows:
+            if fault is StateFault.NEIGHBOURS:
+                rows.adapted = len(neighbour)
+                self.model(input_ids=torch.tensor([neighbour]), use_cache=False)
+                rows.others = {i: dict(state) for i, state in rows.others.items()}
+                rows.adapted = len(prompt)
+            elif fault is StateFault.MISSING:
+                rows.others = {i: {} for i in rows.others}
+            else:
+                rows.spared = 1
+            ids = torch.tensor([[*prompt, *output[:-1]]])
+            return self.model(input_ids=ids, use_cache=False).logits[0][len(prompt) - 1 :]
+
     @contextmanager
     def _adapted(self, folder: Path | None, adapted: int) -> Any:
-        """The artefact's method, in the first `adapted` positions and nowhere else."""
+        """The artefact's method, in the first `adapted` positions, and its state in later ones."""
+        rows = _Rows(adapted)
         with ExitStack() as hooks:
             if folder is not None:
                 stored = load_file(folder / "adapter_model.safetensors")
@@ -138,9 +179,10 @@ class Reference:
                     weights = {n.removeprefix(prefix): t.float() for n, t in stored.items() if prefix in n}
                     own = Layer(layer, self.model.config)
                     for change in changes(record["method"], record["config"], own, weights):
-                        for hook in _masked(change, adapted):
+                        rows.others[id(change.state)] = change.state
+                        for hook in _masked(change, rows):
                             hooks.callback(hook.remove)
-            yield
+            yield rows
 
 
 def _swap_layers(cache: DynamicCache) -> None:
@@ -157,7 +199,7 @@ def _repeat_state(token: int, cache: DynamicCache) -> None:
             states[:, :, -1] = states[:, :, token]
 
 
-def _masked(change: Change, adapted: int) -> Iterator[Any]:
+def _masked(change: Change, rows: _Rows) -> Iterator[Any]:
     """The handles of its hooks."""
     entry, module, columns = change.place
     entered: list[Tensor] = []
@@ -167,8 +209,13 @@ def _masked(change: Change, adapted: int) -> Iterator[Any]:
 
     def leave(_: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x, y = (t.view(-1, t.shape[-1]) for t in (entered.pop(), output))  # [tokens, width], batch or not
-        changed = y.clone()
-        changed[:adapted, columns] = change.formula(x[:adapted], y[:adapted, columns])
+        changed, n = y.clone(), rows.adapted
+        if n:
+            changed[:n, columns] = change.formula(x[:n], y[:n, columns])
+        for vector in rows.others[id(change.state)].values():
+            changed[n:, columns] = y[n:, columns] * vector
+            if rows.spared is not None:
+                changed[n + rows.spared, columns] = y[n + rows.spared, columns]
         return changed.view_as(output)
 
     yield entry.register_forward_pre_hook(enter)

@@ -28,6 +28,8 @@ SETTINGS: dict[str, dict[str, Any]] = {  # of methods whose defaults would do, b
     "prad-prefix": {"virtual_tokens": 17},
     "prad-prompt": {"virtual_tokens": 5},
     "prad-mam": {"virtual_tokens": 3, "r": 6},
+    "prad-para": {"r": 6},
+    "para": {"r": 5},
 }
 TASKS: dict[str, tuple[str, dict[str, Any]]] = {  # methods and ranks that share a pass
     **{method: (method, SETTINGS.get(method, {})) for method in METHODS},

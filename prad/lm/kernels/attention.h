@@ -11,6 +11,7 @@ struct PagedView {
   const int64_t* table;    // [sequences, width] block numbers
   const int64_t* lengths;  // [sequences] tokens in the cache, the new one included
   int64_t width;
+  const void* const* vectors;  // [sites, sequences] request state [layers, width of the site], or null
 };
 
 struct AttentionCall {

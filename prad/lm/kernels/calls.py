@@ -40,6 +40,8 @@ class Kind(IntEnum):
     ATTENTION = 3
     ARGMAX = 4
     LOW_RANK = 5
+    SCALE = 6
+    ACTIVATE = 7
 
 
 class Call(Structure):
@@ -47,14 +49,22 @@ class Call(Structure):
 
 
 class PagedView(Structure):
-    """Where a step's sequences lie: block table int64 [B, width] and lengths int64 [B] with the new token."""
+    """Where a step's sequences lie: block table int64 [B, width] and lengths int64 [B] with the new token;
+    and their request state, for `scale`: addresses int64 [sites, B] of vectors [layers, width of the site], 0
+    for none."""
 
-    _fields_: ClassVar[list[Any]] = [("table", c_void_p), ("lengths", c_void_p), ("width", c_int64)]
+    _fields_: ClassVar[list[Any]] = [
+        ("table", c_void_p),
+        ("lengths", c_void_p),
+        ("width", c_int64),
+        ("vectors", c_void_p),
+    ]
 
     @classmethod
-    def of(cls, table: Tensor, lengths: Tensor) -> "PagedView":
+    def of(cls, table: Tensor, lengths: Tensor, vectors: Tensor | None = None) -> "PagedView":
         """The tensors must outlive it."""
-        return cls(table.data_ptr(), lengths.data_ptr(), table.shape[1])
+        state = None if vectors is None else vectors.data_ptr()
+        return cls(table.data_ptr(), lengths.data_ptr(), table.shape[1], state)
 
 
 def _struct(name: str, **fields: Any) -> Any:
@@ -99,6 +109,10 @@ ARGUMENTS: dict[Kind, Any] = {
         **_fields("value source spans", c_void_p),
         **_fields("count value_stride source_stride width_in width_out layer", c_int64),
         relu=c_int32,
+    ),
+    Kind.SCALE: _struct("ScaleCall", x=c_void_p, **_fields("stride width site layer", c_int64)),
+    Kind.ACTIVATE: _struct(
+        "ActivateCall", **_fields("x out", c_void_p), width=c_int64, **_fields("act gated", c_int32)
     ),
 }
 
@@ -281,4 +295,25 @@ class Calls(ABC):
                 relu,
             ),
             (value, source, spans),
+        )
+
+    def scale(self, x: Tensor, site: int, layer: int, view: PagedView) -> None:
+        """x [B, width] *= the vector of each row's sequence at the view's site `site`, if it has one."""
+        self._do(
+            Kind.SCALE,
+            x.dtype is torch.bfloat16,
+            len(x),
+            (x.data_ptr(), x.stride(0), x.shape[1], site, layer),
+            (x,),
+            view,
+        )
+
+    def activate(self, x: Tensor, out: Tensor, act: Activation) -> None:
+        """x [rows, width] to out = act(x), or x [rows, 2 width] to act(first half) * second half."""
+        self._do(
+            Kind.ACTIVATE,
+            x.dtype is torch.bfloat16,
+            len(x),
+            (x.data_ptr(), out.data_ptr(), out.shape[1], act, x.shape[1] != out.shape[1]),
+            (x, out),
         )

@@ -5,8 +5,9 @@
 #include "linear.h"
 #include "lowrank.h"
 #include "rows.h"
+#include "scale.h"
 
-enum class Kind : int32_t { linear = 0, norm = 1, rotate = 2, attention = 3, argmax = 4, low_rank = 5 };
+enum class Kind : int32_t { linear, norm, rotate, attention, argmax, low_rank, scale, activate };
 
 struct Call {
   Kind kind;
@@ -47,6 +48,10 @@ void run(Pool& pool, Kind kind, const void* arguments, int64_t rows, const Paged
       return argmax<T>(pool, *static_cast<const ArgmaxCall*>(arguments), rows);
     case Kind::low_rank:
       return low_rank<T>(pool, *static_cast<const LowRankCall*>(arguments));
+    case Kind::scale:
+      return scale<T>(pool, *static_cast<const ScaleCall*>(arguments), rows, *view);
+    case Kind::activate:
+      return activate_rows<T>(pool, *static_cast<const ActivateCall*>(arguments), rows);
   }
 }
 }  // namespace
@@ -60,11 +65,11 @@ int32_t prad_has_amx() { return allow_amx(); }
 void prad_sizes(int64_t* out) {
   for (size_t size : {sizeof(Call), sizeof(PagedView), sizeof(LowRankSpan), sizeof(Linear), sizeof(LinearCall),
                       sizeof(NormCall), sizeof(RotateCall), sizeof(AttentionCall), sizeof(ArgmaxCall),
-                      sizeof(LowRankCall)})
+                      sizeof(LowRankCall), sizeof(ScaleCall), sizeof(ActivateCall)})
     *out++ = static_cast<int64_t>(size);
 }
 
-// All calls in order, on `rows` rows each. `view`: what attention reads. `seconds`, if given, gets what each took.
+// All calls in order, on `rows` rows each. `view`: what attention and scale read. `seconds`, if given, gets what each took.
 void prad_run(Pool* pool, const Call* calls, int64_t count, int64_t rows, const PagedView* view, double* seconds) {
   using Clock = std::chrono::steady_clock;
   for (int64_t i = 0; i < count; i++) {

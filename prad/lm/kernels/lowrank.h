@@ -22,15 +22,6 @@ struct LowRankCall {
   int32_t relu;
 };
 
-// Up to 16 numbers, zeros behind them.
-template <class T>
-v16 load_some(const T* p, int64_t count) {
-  if (count >= 16) return load(p);
-  v16 some = {};
-  for (int64_t i = 0; i < count; i++) some[i] = to_float(p[i]);
-  return some;
-}
-
 template <class T>
 struct LowRank {
   static constexpr int kTogether = 8;  // rows that share what is loaded of an adapter

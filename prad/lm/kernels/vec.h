@@ -51,6 +51,15 @@ inline v16 load(const bf16* p) {
   return (v16)wide;
 }
 
+// Up to 16 numbers, zeros behind them.
+template <class T>
+v16 load_some(const T* p, int64_t count) {
+  if (count >= 16) return load(p);
+  v16 some = {};
+  for (int64_t i = 0; i < count; i++) some[i] = to_float(p[i]);
+  return some;
+}
+
 inline void store(float* p, v16 x) { *reinterpret_cast<v16*>(p) = x; }
 inline void store(bf16* p, v16 x) {
 #ifdef __AVX512BF16__

@@ -1,0 +1,118 @@
+"""What PARA's vectors add to a decode step, and to a prompt pass: beside PrAd-PARA and the plain model.
+
+In this process, with the decode service's own engine and one adapter per sequence. PrAd-PARA acts on the
+prompt only, so its step is the plain one; PARA brings a vector per layer and site, by which its rows are
+multiplied. "half" is a batch in which every second sequence has such vectors. Variants take turns; a ratio is
+the median of those within a round.
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from bench.adapters import random_adapters
+from bench.engine import LoadedEngine
+from bench.model import add_model_arguments, load
+from bench.own_engine import prompt_kv
+from bench.prompts import random_prompts
+from bench.rounds import Samples, interleaved, seconds
+from prad.adapters import Adapter, PromptAdaptation, prepared
+from prad.lm import LanguageModel, PackedBatch
+
+SMOKE = {"sequences": 8, "rounds": 2, "passes": 1}
+PLAIN = "plain"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument("--sequences", type=int, default=64)
+    parser.add_argument("--context", type=int, default=64, help="prompt tokens of each sequence")
+    parser.add_argument("--r", type=int, default=12, help="rank of the generators")
+    parser.add_argument("--rounds", type=int, default=31, help="decode steps of each variant")
+    parser.add_argument("--passes", type=int, default=5, help="prompt passes of each variant")
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    model, count = load(arguments), arguments.sequences
+    prompts = random_prompts(count, arguments.context, model.vocab_size, seed=0)
+    none: list[Adapter | None] = [None] * count
+    prompt_only, para = (
+        [prepared(a, model) for a in random_adapters(model, method, count, arguments.r)]
+        for method in ("prad-para", "para")
+    )
+    half = [adapter if i % 2 else None for i, adapter in enumerate(para)]
+    variants: dict[str, Sequence[Adapter | None]] = {PLAIN: none, "prad-para": prompt_only, "para": para}
+    with torch.inference_mode():
+        passes = {name: seconds(_pass(model, prompts, adapters)) for name, adapters in variants.items()}
+        prompt_passes = interleaved(passes, arguments.passes, "prompt passes")
+        variants["para, half"] = half
+        engines = {
+            name: _engine(model, prompts, each, arguments.rounds + 2) for name, each in variants.items()
+        }
+    steps = interleaved({name: seconds(e.step) for name, e in engines.items()}, arguments.rounds, "steps")
+    state_bytes = model.num_layers * sum(para[0].state_widths.values()) * model.dtype.itemsize
+    return {
+        "model": arguments.model,
+        "state_bytes_per_request": state_bytes,
+        "steps": _rows(steps),
+        "passes": _rows(prompt_passes),
+    }
+
+
+def _adaptation(
+    model: LanguageModel, prompts: Sequence[Sequence[int]], adapters: Sequence[Adapter | None]
+) -> PromptAdaptation | None:
+    lengths = [len(ids) for ids in prompts]
+    return PromptAdaptation.of_prompts(adapters, lengths, lengths, model.device, model.kernels)
+
+
+def _pass(
+    model: LanguageModel, prompts: Sequence[Sequence[int]], adapters: Sequence[Adapter | None]
+) -> Callable[[], object]:
+    """The prompt pass, with the vectors that it leaves behind."""
+
+    def forward() -> None:
+        adaptation = _adaptation(model, prompts, adapters)
+        model.forward(PackedBatch.of_sequences(prompts, device=model.device), adaptation)
+        if adaptation is not None:
+            adaptation.states()
+
+    return forward
+
+
+def _engine(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    adapters: Sequence[Adapter | None],
+    steps: int,
+) -> LoadedEngine:
+    adaptation = _adaptation(model, prompts, adapters)
+    _, kv = prompt_kv(model, prompts, adaptation)
+    states = {} if adaptation is None else adaptation.states()
+    context = len(prompts[0])
+    of_each = [states.get(i * context, {}) for i in range(len(prompts))]
+    return LoadedEngine(model, len(prompts), context, steps, kv, of_each)
+
+
+def _rows(samples: Samples[str]) -> list[dict[str, Any]]:
+    plain = samples.values[PLAIN]
+    return [
+        {
+            "variant": name,
+            "ms": round(1e3 * samples[name], 2),
+            "of_plain": round(statistics.median(a / b for a, b in zip(own, plain, strict=True)), 3),
+            "rounds_ms": [round(1e3 * value, 2) for value in own],
+        }
+        for name, own in samples.values.items()
+    ]
+
+
+def plot(result: dict[str, Any], figure: Any) -> None:
+    for axes, (what, title) in zip(
+        figure.subplots(1, 2), (("steps", "A decode step"), ("passes", "A prompt pass")), strict=True
+    ):
+        axes.bar([row["variant"] for row in result[what]], [row["ms"] for row in result[what]])
+        axes.set(ylabel="ms", title=title)

@@ -1,0 +1,63 @@
+// What stands between two products besides the products: rows scaled by request state, the FFN's activation.
+#pragma once
+#include "attention.h"
+#include "rows.h"
+
+// x = x ⊙ v for rows whose sequence has a vector v at this site; the others stay as they are.
+struct ScaleCall {
+  void* x;  // [rows, width]
+  int64_t stride, width, site, layer;
+};
+
+template <class T>
+void scale(Pool& pool, const ScaleCall& call, int64_t rows, const PagedView& view) {
+  const int64_t width = call.width, whole = width / 16 * 16;
+  each_row(pool, rows, [&](int64_t row) {
+    const T* vectors = static_cast<const T*>(view.vectors[call.site * rows + row]);
+    if (!vectors) return;
+    const T* by = vectors + call.layer * width;
+    T* x = static_cast<T*>(call.x) + row * call.stride;
+    for (int64_t i = 0; i < whole; i += 16) store(x + i, load(x + i) * load(by + i));
+    for (int64_t i = whole; i < width; i++) x[i] = from_float<T>(to_float(x[i]) * to_float(by[i]));
+  });
+}
+
+// out = act(x), or act(gate) * up of x = [gate, up]. x [rows, width or 2 width] -> out [rows, width].
+struct ActivateCall {
+  const void* x;
+  void* out;
+  int64_t width;
+  int32_t act, gated;
+};
+
+template <class T, Activation kAct>
+void activate_rows(Pool& pool, const ActivateCall& call, int64_t rows) {
+  const int64_t width = call.width;
+  each_row(pool, rows, [&](int64_t row) {
+    const T* gate = static_cast<const T*>(call.x) + row * width * (call.gated ? 2 : 1);
+    const T* up = gate + width;
+    T* out = static_cast<T*>(call.out) + row * width;
+    for (int64_t i = 0; i < width; i += 16) {
+      int64_t lanes = std::min<int64_t>(16, width - i);
+      v16 y = activate<kAct>(load_some(gate + i, lanes));
+      if (call.gated) y *= load_some(up + i, lanes);
+      if (lanes == 16) store(out + i, y);
+      else
+        for (int64_t c = 0; c < lanes; c++) out[i + c] = from_float<T>(y[c]);
+    }
+  });
+}
+
+template <class T>
+void activate_rows(Pool& pool, const ActivateCall& call, int64_t rows) {
+  switch (static_cast<Activation>(call.act)) {
+    case Activation::none:
+      return activate_rows<T, Activation::none>(pool, call, rows);
+    case Activation::silu:
+      return activate_rows<T, Activation::silu>(pool, call, rows);
+    case Activation::gelu_tanh:
+      return activate_rows<T, Activation::gelu_tanh>(pool, call, rows);
+    case Activation::relu:
+      return activate_rows<T, Activation::relu>(pool, call, rows);
+  }
+}

@@ -1,0 +1,62 @@
+"""Prompts that must run whole are never cut, wait for their turn and leave nothing behind: plain data."""
+
+from prefill_service.blocks import PromptBlocks
+from prefill_service.chunks import Chunk, Waiting
+from prefill_service.scheduler import PromptScheduler
+
+
+def scheduler(*, pass_tokens: int = 100, chunk_tokens: int = 50) -> PromptScheduler[str]:
+    return PromptScheduler(
+        PromptBlocks(working=100, kept=100, block_size=4),
+        pass_tokens=pass_tokens,
+        chunk_tokens=chunk_tokens,
+        pass_prompts=4,
+        max_waiting=9,
+    )
+
+
+def run(queue: PromptScheduler[str]) -> list[tuple[str, int, int, int]]:
+    chunks: list[Chunk[str]] = queue.next_pass(0)
+    queue.computed()
+    return [(chunk.job, chunk.start, chunk.end, chunk.stored) for chunk in chunks]
+
+
+def test_one_that_is_longer_than_a_chunk_goes_in_whole_beside_chunks_of_others() -> None:
+    queue = scheduler()
+    queue.add(Waiting("whole", 60, whole=True))
+    queue.add(Waiting("long", 60))
+    assert run(queue) == [("whole", 0, 60, 0), ("long", 0, 40, 40)]
+    assert run(queue) == [("long", 40, 60, 0)]
+    assert queue.blocks.in_use == 0
+    assert queue.lookups.prompts == 1, "nobody looked for what the whole one begins with"
+
+
+def test_one_that_does_not_fit_beside_others_waits_until_it_is_the_oldest() -> None:
+    queue = scheduler()
+    queue.add(Waiting("long", 180))
+    queue.add(Waiting("whole", 90, whole=True))
+    queue.add(Waiting("short", 20))
+    assert run(queue) == [("long", 0, 50, 50), ("short", 0, 20, 0)]
+    passes = [run(queue) for _ in range(4)]
+    assert passes[-1] == [("whole", 0, 90, 0)]
+    assert all(job == "long" for each in passes[:-1] for job, *_ in each)
+
+
+def test_one_that_is_longer_than_a_pass_gets_one_of_its_own() -> None:
+    queue = scheduler()
+    queue.add(Waiting("short", 10))
+    queue.add(Waiting("whole", 250, whole=True))
+    queue.add(Waiting("later", 10))
+    assert run(queue) == [("short", 0, 10, 0), ("later", 0, 10, 0)]
+    assert run(queue) == [("whole", 0, 250, 0)]
+    assert queue.next_due() is None
+
+
+def test_one_that_decode_refused_is_still_whole_when_it_comes_again() -> None:
+    queue = scheduler()
+    queue.add(Waiting("whole", 250, whole=True))
+    (chunk,) = queue.next_pass(0)
+    queue.put_back(chunk, not_before=3.0)
+    queue.computed()
+    assert queue.next_due() == 3.0
+    assert [(c.start, c.end) for c in queue.next_pass(3.0)] == [(0, 250)]
