@@ -10,7 +10,7 @@ import torch
 from prad.adapters import Adapter, PromptAdaptation, load_adapter
 from prad.lm import LanguageModel, SamplingParams, SiteVectors, generate
 from prad.lm.paged import Pools
-from prad.training.objective import PromptTuning
+from prad.training.objective import AdapterTuning
 from prefill_service.generation import PromptRequest
 from prefill_service.prompt_pass import PassChunk, PassItem, run_prompt_pass
 from tests.conftest import random_artefact
@@ -96,7 +96,7 @@ def test_training_scales_what_decode_scales(
     losses = []
     for name in ("para", "prad-para"):
         artefact = random_artefact(tmp_path / name, model, 4, method=name, config={"r": 5})
-        module = PromptTuning(model, load_adapter(artefact, model))
+        module = AdapterTuning(model, load_adapter(artefact, model))
         ids = torch.tensor([*PROMPT, *OUTPUT])
         with torch.no_grad():
             rows, labels = torch.arange(len(PROMPT), len(ids) - 1), torch.tensor(OUTPUT[1:])

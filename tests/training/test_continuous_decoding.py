@@ -14,7 +14,7 @@ from prad.lm.kernels import Kernels
 from prad.training.decoding import AdaptedModel
 from prad.training.evaluate import decoder
 from prad.training.search import BeamSearch, Candidate, Child, Greedy, Limits
-from tests.conftest import EOS, VOCAB, random_artefact
+from tests.conftest import EOS, VOCAB, random_artefact, random_model
 
 LENGTHS = [3, 15, 16, 17, 1, 31, 40, 32, 5, 33, 2]  # at, before and behind the edges of blocks
 STOP_IDS = frozenset({EOS, 7, 30, 55, 81, 100})
@@ -100,9 +100,12 @@ def transformers_beams(
 
 @pytest.mark.parametrize("width", [2, 3])
 def test_beams_and_their_scores_are_transformers(
-    width: int, family: str, model: LanguageModel, prompts: list[list[int]], tiny_model: Callable[[str], Path]
+    width: int, family: str, kernels: Kernels, prompts: list[list[int]], tmp_path: Path
 ) -> None:
-    expected = [transformers_beams(tiny_model(family), p, width, 36) for p in prompts]
+    random_model(family, seed=4).save_pretrained(tmp_path)  # one whose answers end early, and late
+    model = LanguageModel.load(tmp_path, dtype=torch.float32)
+    model.accelerate(kernels)
+    expected = [transformers_beams(tmp_path, p, width, 36) for p in prompts]
     decoding = decoder(AdaptedModel(model), Limits(36, STOP_IDS), beams=width, batch=12)
     greedy = decoder(AdaptedModel(model), Limits(36, STOP_IDS))
     found: dict[int, Any] = dict(decoding.run(prompts))
