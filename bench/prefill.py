@@ -1,4 +1,5 @@
-"""What adapters add to a prompt pass: 64 prompts of 64 tasks, uniform and ragged, against the plain pass.
+"""What adapters add to a prompt pass: 64 prompts of 64 tasks, uniform and ragged, against the plain pass; and
+how the plain pass grows with its tokens, in short prompts and in one long one.
 
 Kinds of pass take turns within a round; a figure is the median of its rounds. Beside each the least work that
 the adapters are: `floor_gflop` and `floor_mb` (their weights once, the rows they read, and the rows they
@@ -19,7 +20,7 @@ from bench.model import add_model_arguments, load
 from prad.adapters import Adapter, PromptAdaptation, prepared
 from prad.lm import LanguageModel, PackedBatch
 
-SMOKE = {"tasks": 4, "rounds": 1, "ranks": [16]}
+SMOKE = {"tasks": 4, "rounds": 1, "ranks": [16], "growth": [64, 128]}
 METHODS = {"PA": "prad-pa", "LoRA": "prad-lora"}
 
 
@@ -28,6 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=64, help="per prompt of the uniform pass")
     parser.add_argument("--ranks", type=int, nargs="+", default=[16, 108], help="of the adapters")
+    parser.add_argument(
+        "--growth", type=int, nargs="+", default=[64, 256, 1024, 4096], help="tokens of passes without adapters"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, help="torch's own choice if left out")
 
@@ -46,7 +50,20 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         for shape, lengths in shapes.items():
             measured = _measure(model, lengths, sets, arguments.rounds)
             rows += [{"shape": f"{shape}, r={r}", "tokens": sum(lengths)} | row for row in measured]
-    return {"model": arguments.model, "rows": rows}
+    growth = [_grown(model, tokens, arguments) for tokens in arguments.growth]
+    return {"model": arguments.model, "rows": rows, "growth": growth}
+
+
+def _grown(model: LanguageModel, tokens: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """A pass of so many tokens, in prompts of the usual length and in a single one."""
+    short = [arguments.tokens] * max(1, tokens // arguments.tokens)
+    many, one = (_measure(model, lengths, {}, arguments.rounds)[0] for lengths in (short, [tokens]))
+    return {
+        "tokens": tokens,
+        "short_prompts_ms": round(1e3 * many["median_s"], 1),
+        "one_prompt_ms": round(1e3 * one["median_s"], 1),
+        "tokens_per_s": round(sum(short) / many["median_s"]),
+    }
 
 
 def _measure(
@@ -95,12 +112,17 @@ def _measure(
 
 
 def plot(result: dict[str, Any], figure: Any) -> None:
-    axes = figure.subplots()
+    axes, right = figure.subplots(1, 2)
     rows = [row for row in result["rows"] if row["adapters"] != "plain"][::-1]
     axes.barh([f"{row['shape']}: {row['adapters']}" for row in rows], [row["of_plain"] for row in rows])
     axes.axvline(1.0, linestyle="--", color="gray", label="no adapters")
     axes.set(xlabel="prompt pass, times the plain one", title="What adapters add to a prompt pass")
     axes.legend()
+    growth = result["growth"]
+    for name, label in (("short_prompts_ms", "short prompts"), ("one_prompt_ms", "one prompt")):
+        right.plot([g["tokens"] for g in growth], [g[name] for g in growth], marker="o", label=label)
+    right.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms", title="Prompt pass")
+    right.legend()
 
 
 def _floor(model: LanguageModel, adapters: list[Adapter], tokens: int) -> dict[str, float]:
