@@ -143,16 +143,11 @@ def test_full_fine_tuning_is_a_model_folder_and_no_adapter(
     assert record.training["validation_loss"] < 0.7 * fresh
     trained, again = LanguageModel.load(out, dtype=torch.float32), Tokenizer(out)
     kept = validation_loss(trained, again, record, data)
-    assert kept == pytest.approx(record.training["validation_loss"], rel=1e-3), (
-        "what lies there is what was kept"
-    )
+    assert kept == pytest.approx(record.training["validation_loss"], rel=1e-3)
     assert trained.fingerprint.weights != record.base.weights
 
-    shown = CliRunner().invoke(
-        app,
-        ["eval", "--adapter", str(out), "--data", str(data / "test.jsonl"), "--model", str(folder)]
-        + ["--dtype", "float32", "--show", "1"],
-    )
+    what = ["eval", "--adapter", str(out), "--data", str(data / "test.jsonl"), "--model", str(folder)]
+    shown = CliRunner().invoke(app, [*what, "--dtype", "float32", "--show", "1"])
     tuned, tuned_answer, plain, plain_answer = shown.stdout.splitlines()
     assert tuned.startswith("fine-tuned model: accuracy")
     assert plain.startswith("plain model: accuracy")
