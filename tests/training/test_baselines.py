@@ -170,6 +170,16 @@ def test_full_fine_tuning_takes_no_settings(tiny_model: Callable[[str], Path], t
         train(model, Tokenizer(folder), "tiny", settings)
 
 
+def test_what_is_made_from_the_prompt_has_no_form_for_all_positions(
+    load_tiny: Callable[[str], LanguageModel], tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    settings = TrainSettings(
+        data_folder(tmp_path / "d"), tmp_path / "o", method="prad-para", positions="all", template="{prompt}"
+    )
+    with pytest.raises(AdapterError, match="prad-para is made from the prompt"):
+        train(load_tiny("llama"), Tokenizer(tiny_model("llama")), "tiny", settings)
+
+
 def test_a_baseline_artefact_is_evaluated_as_it_was_trained(
     load_tiny: Callable[[str], LanguageModel], tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
