@@ -28,7 +28,7 @@ ROWS = (
     Row("PrAd-LoRA", "prad-lora", against="LoRA"),
     Row("PA", "prad-pa", "all"),
     Row("LoRA", "prad-lora", "all"),
-    Row("prefix tuning", "prad-prefix", learning_rate=1e-2),
+    Row("prefix tuning", "prad-prefix"),
     Row("plain model", None),
 )
 # so many that a cell takes three to four minutes on two cores

@@ -177,13 +177,13 @@ def test_a_killed_run_goes_on_and_ends_as_the_uninterrupted_one(
 ) -> None:
     """Killed for good (SIGKILL), and resumed: bit for bit what a run without a kill gives."""
     whole, out = tmp_path / "whole", tmp_path / "killed"
-    more: dict[str, Any] = {"max_steps": 300, "eval_every": 10, "accumulate": 2, "batch": 8, "patience": 200}
+    more: dict[str, Any] = {"max_steps": 120, "eval_every": 10, "accumulate": 2, "batch": 8, "patience": 200}
     model, tokenizer = load_tiny("llama"), Tokenizer(tiny_model("llama"))
     expected = train(model, tokenizer, "tiny", settings(data, whole, **more))
 
     command = [sys.executable, "-m", "prad", "train", "--task", "toy", "--data", str(data), "--out", str(out)]
     command += ["--model", str(tiny_model("llama")), "--dtype", "float32", "--r", "8", "--lr", "0.01"]
-    command += ["--max-steps", "300", "--eval-every", "10", "--accumulate", "2", "--batch", "8"]
+    command += ["--max-steps", "120", "--eval-every", "10", "--accumulate", "2", "--batch", "8"]
     command += ["--patience", "200", "--template", "{prompt}"]
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -196,8 +196,8 @@ def test_a_killed_run_goes_on_and_ends_as_the_uninterrupted_one(
         process.wait()
     assert not (out / WEIGHTS).exists(), "it was killed in mid-run"
     complete = [int(p.parent.name.split("-")[1]) for p in out.glob(f"{CHECKPOINTS}/*/trainer_state.json")]
-    (out / CHECKPOINTS / "checkpoint-299").mkdir()  # killed while writing one
-    (out / CHECKPOINTS / "checkpoint-299" / "model.safetensors").write_bytes(b"half")
+    (out / CHECKPOINTS / "checkpoint-119").mkdir()  # killed while writing one
+    (out / CHECKPOINTS / "checkpoint-119" / "model.safetensors").write_bytes(b"half")
 
     resumed: list[str] = []
     original = Trainer.train
@@ -209,7 +209,7 @@ def test_a_killed_run_goes_on_and_ends_as_the_uninterrupted_one(
     monkeypatch.setattr(Trainer, "train", noted)
     record = train(model, tokenizer, "tiny", settings(data, out, resume=True, **more))
     assert resumed == [f"checkpoint-{max(complete)}"]
-    assert record.training["steps"] == 300
+    assert record.training["steps"] == 120
     assert (out / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
     assert record.training["validation_loss"] == expected.training["validation_loss"]
     assert not (out / CHECKPOINTS).exists()
@@ -249,16 +249,16 @@ def test_training_stops_when_the_validation_loss_no_longer_falls(
 ) -> None:
     model, tokenizer = load_tiny("llama"), Tokenizer(tiny_model("llama"))
     losses = iter([3.0, 2.0, 2.5, 1.0, 1.1, 1.2, 1.3, 0.1])
-    original = Trainer.evaluate
+    original = Trainer.evaluation_loop
 
-    def noted(self: Trainer, *args: Any, **kwargs: Any) -> dict[str, float]:
-        metrics = original(self, *args, **kwargs)
-        metrics["eval_loss"] = next(losses)
-        return metrics
+    def noted(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        output = original(self, *args, **kwargs)
+        output.metrics["eval_loss"] = next(losses)
+        return output
 
-    monkeypatch.setattr(Trainer, "evaluate", noted)
+    monkeypatch.setattr(Trainer, "evaluation_loop", noted)
     record = train(model, tokenizer, "tiny", settings(data, tmp_path, max_steps=40, eval_every=2, patience=3))
-    assert record.training["steps"] == 14, "three evaluations after the best one, the fourth"
+    assert record.training["steps"] == 14, "three evaluations after the best, which is the fourth"
     assert record.training["validation_loss"] == 1.0
 
 
@@ -289,7 +289,8 @@ def test_two_processes_train_what_one_trains(
     train(model, tokenizer, "tiny", settings(data, tmp_path / "one", batch=16, max_steps=12, eval_every=4))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "prad", "train"]
     command += ["--task", "toy", "--data", str(data), "--out", str(tmp_path / "two"), "--batch", "8"]
-    command += ["--model", str(tiny_model("llama")), "--dtype", "float32", "--r", "8", "--lr", "0.01"]
+    command += ["--model", str(tiny_model("llama")), "--dtype", "float32", "--lr", "0.01"]
+    command += ["--config", '{"r": 8}']  # torch's launcher takes --r for one of its own
     command += ["--max-steps", "12", "--eval-every", "4", "--template", "{prompt}"]
     ended = subprocess.run(
         command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200
