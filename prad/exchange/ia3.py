@@ -22,7 +22,7 @@ VECTOR = "ia3_l"
 
 def import_ia3(config: IA3Source, tensors: Mapping[str, Tensor], modules: Modules) -> Imported:
     """Where the file scales nothing, or all by one, nothing is kept. Raises ExchangeError."""
-    found = by_module(tensors, (VECTOR,))
+    found = by_module(tensors, (VECTOR,), modules)
     targets = targeted(config, modules.names, modules.linear)
     require_modules(targets, found, modules)
     vectors: dict[Site, dict[int, Tensor]] = {}

@@ -60,7 +60,7 @@ BySite = dict[Site, dict[int, Change]]
 
 def import_lora(config: LoraSource, tensors: Mapping[str, Tensor], modules: Modules) -> Imported:
     """Raises ExchangeError."""
-    found = by_module(tensors, (DOWN, UP, MAGNITUDE) if config.use_dora else (DOWN, UP))
+    found = by_module(tensors, (DOWN, UP, MAGNITUDE) if config.use_dora else (DOWN, UP), modules)
     targets = targeted(config, modules.names, modules.linear)
     require_modules(targets, found, modules)
     changes: BySite = {}

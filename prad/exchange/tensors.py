@@ -12,8 +12,11 @@ PREFIX = "base_model.model."
 ByModule = dict[str, dict[str, Tensor]]
 
 
-def by_module(tensors: Mapping[str, Tensor], parameters: Collection[str]) -> ByModule:
-    """Tensors by module name and parameter name. Raises TensorError for one that is none of `parameters`."""
+def by_module(tensors: Mapping[str, Tensor], parameters: Collection[str], modules: Modules) -> ByModule:
+    """Tensors by module name and parameter name.
+
+    Raises TensorError for one that is none of `parameters`, or of a module that the model does not have.
+    """
     found: ByModule = {}
     for name, tensor in tensors.items():
         parameter = next((p for p in parameters if name.endswith(f".{p}")), None)
@@ -21,6 +24,13 @@ def by_module(tensors: Mapping[str, Tensor], parameters: Collection[str]) -> ByM
             expected = " or ".join(f"{PREFIX}<module>.{p}" for p in parameters)
             raise TensorError(name, f"a name like {expected}", "this one")
         module = name.removeprefix(PREFIX).removesuffix(f".{parameter}")
+        if module not in modules.names:
+            raise TensorError(
+                name,
+                "modules of this model",
+                "one that it does not have",
+                f"the file is for another architecture than [{modules.model.fingerprint.architecture}]",
+            )
         found.setdefault(module, {})[parameter] = tensor
     return found
 
@@ -30,13 +40,6 @@ def require_modules(targets: Collection[str], found: ByModule, modules: Modules)
 
     Raises ExchangeError, FieldError or TensorError.
     """
-    for name in sorted(found.keys() - modules.names):
-        raise TensorError(
-            f"{PREFIX}{name}",
-            "modules of this model",
-            "one that it does not have",
-            f"the file is for another architecture than [{modules.model.fingerprint.architecture}]",
-        )
     for name in sorted(targets):
         if name not in modules.projections:
             raise FieldError(

@@ -83,7 +83,7 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
         (
             "target_modules",
             ["q_proj", "v_proj", "embed_tokens"],
-            "found 'model.embed_tokens' (no adapter site",
+            "found 'model.embed_tokens' (it has no adapter site",
         ),
         ("rank_pattern", {"q_proj": "many"}, "found 'many'"),
         ("rank_pattern", {"(": 3}, "expected a regular expression"),
@@ -156,7 +156,7 @@ def test_another_base_can_be_allowed(source: Path, importing: Importing) -> None
         ),
         (
             lambda t: t.update({"base_model.model.../../x.lora_A.weight": torch.ones(2)}),
-            r"\.\./\.\./x: expected modules of this model",
+            r"\.\./\.\./x\.lora_A\.weight: expected modules of this model",
         ),
         (
             lambda t: t.update({f"{Q0}.lora_magnitude_vector": torch.ones(48)}),
