@@ -41,7 +41,8 @@ class AdaptedModel:
         """Nothing, but for request state, and for the baselines that act on generated tokens."""
         if self.adapter is None or self.positions == "prompt":
             return RowScaling.of([row.state for row in rows])
-        span = AdaptedSpan(self.adapter, 0, len(rows))
+        # the virtual tokens are behind them
+        span = AdaptedSpan(self.adapter, 0, len(rows), position=self.adapter.virtual_tokens)
         return PromptAdaptation([span], self.model.device, self.model.kernels)
 
 
