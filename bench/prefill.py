@@ -30,7 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=64, help="per prompt of the uniform pass")
     parser.add_argument("--ranks", type=int, nargs="+", default=[16, 108], help="of the adapters")
     parser.add_argument(
-        "--growth", type=int, nargs="+", default=[64, 256, 1024, 4096], help="tokens of passes without adapters"
+        "--growth",
+        type=int,
+        nargs="+",
+        default=[64, 256, 1024, 4096],
+        help="tokens of passes without adapters",
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, help="torch's own choice if left out")

@@ -47,7 +47,7 @@ def written_out(
 ) -> Tensor:
     """y_i + s Σ_j B_ij Σ_k A_jk x_k for each adapted row, in float64."""
     out = value.double().clone()
-    for adapter, start, length, _ in spans:
+    for adapter, start, length, *_ in spans:
         a, b = (adapter.parameters[f"q.{n}"][LAYER].double().T for n in ("down", "up"))
         for row in range(start, start + length):
             out[row] += factors[adapter] * torch.einsum("ij,jk,k->i", b, a, source[row].double())

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from adapter_registry.artefacts import ArtefactFolder
 from adapter_registry.errors import AdapterRefusedError
-from prad.adapters import AdapterError, find_method, load_adapter, new_adapter
+from prad.adapters import AdapterError, find_method, load_adapter, new_adapter, placeholders
 from prad.artefact import AdapterRecord, NotServableError, read_artefact, read_record, read_servable
 from prad.cli.app import app
 from prad.lm import LanguageModel, Tokenizer
@@ -31,7 +31,7 @@ EXAMPLES = [
     TokenisedExample((5, 6, 7), (8, 9, 3, 119)),
     TokenisedExample(tuple(range(20, 60)), (1, 2, 3, 4, 5, 119)),
 ]
-METHODS = ["prad-pa", "prad-sa", "prad-lora", "prad-dora"]
+METHODS = ["prad-pa", "prad-sa", "prad-lora", "prad-dora", "prad-mam"]
 
 
 def logits_of_all(
@@ -69,7 +69,8 @@ def test_the_loss_is_that_of_an_adapter_on_all_positions(
         for name in fresh.parameters
     }
     module = AdapterTuning(model, replace(fresh, parameters=parameters), "all")
-    loss = module(**collate(EXAMPLES))["loss"].detach()
+    virtual = placeholders(fresh.virtual_tokens)
+    loss = module(**collate([replace(e, prompt=virtual + e.prompt) for e in EXAMPLES]))["loss"].detach()
     assert float(loss) == pytest.approx(expected, rel=2e-5)
 
 
@@ -88,7 +89,8 @@ def test_greedy_answers_are_those_of_an_adapter_on_all_positions(
     prompts = [list(e.prompt) for e in EXAMPLES]
     decoding = decoder(AdaptedModel(model, adapter, "all"), Limits(12, frozenset({EOS})))
     differs = []
-    for index, search in decoding.run(prompts):
+    virtual = placeholders(adapter.virtual_tokens)
+    for index, search in decoding.run([[*virtual, *prompt] for prompt in prompts]):
         answer = search.answer
         rows = logits_of_all(reference, prompts[index], [*answer, EOS], artefact.folder)[: len(answer)]
         chosen = rows.gather(1, torch.tensor(answer)[:, None])[:, 0]
