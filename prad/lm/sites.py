@@ -78,6 +78,11 @@ class _Tap:
     entry: str | None = None
     shared: bool = False
 
+    @property
+    def is_projection(self) -> bool:
+        """Whether the site is what its module makes of its own input."""
+        return not self.is_input and self.entry is None
+
     def part_of(self, fused: Tensor, heads: int) -> Tensor:
         """fused [T, all parts] -> the site's own, a view: [T, width], or [T, heads, head_dim] by_head."""
         if self.by_head:
@@ -192,7 +197,7 @@ def projection(model: nn.Module, model_type: str, layer: int, site: Site) -> tup
     tap = family.taps[site]
     module = model.get_submodule(f"{family.layers}.{layer}.{tap.path}")
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    if tap.is_input or tap.entry is not None or not isinstance(weight, Tensor):
+    if not tap.is_projection or not isinstance(weight, Tensor):
         raise MissingSiteError(f"{site} is not the output of a projection")
 
     def own(fused: Tensor) -> Tensor:
@@ -224,9 +229,9 @@ def placements(model: nn.Module, model_type: str) -> Iterator[Placement]:
             module = layer.get_submodule(tap.path)
             weight = getattr(module, "weight", None)
             outputs = None
-            if isinstance(weight, Tensor) and not tap.is_input:
+            if isinstance(weight, Tensor) and tap.is_projection:
                 width = weight.shape[0] if isinstance(module, nn.Linear) else weight.shape[1]
-                outputs = torch.arange(width).chunk(tap.parts)[tap.part]
+                outputs = tap.part_of(torch.arange(width)[None], _heads(model)).flatten()
             yield Placement(index, site, f"{family.layers}.{index}.{tap.path}", outputs)
 
 
@@ -318,7 +323,7 @@ def _rows(states: Tensor) -> Tensor:
 
 def _attach_to_embedding(model: Any, adaptation: Adaptation) -> Any:
     def on_output(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        value = output.squeeze(0)
+        value = _rows(output)
         adaptation.apply(0, Site.EMBEDDING, value, value)
 
     return model.get_input_embeddings().register_forward_hook(on_output)

@@ -10,7 +10,15 @@ from tiny import SIZES, save_random
 from torch import Tensor, nn
 from transformers import OPTConfig
 
-from prad.lm import LanguageModel, MissingSiteError, PackedBatch, Site, require_sites
+from prad.lm import (
+    LanguageModel,
+    MissingSiteError,
+    PackedBatch,
+    Site,
+    placements,
+    projection,
+    require_sites,
+)
 
 FAMILIES = ("llama", "gpt2", "mistral", "qwen3", "gemma3", "opt", "gpt-neox")
 BATCH = [[5, 6, 7, 8], [9], [3, 4]]
@@ -54,6 +62,27 @@ def test_what_the_ffn_reads_is_the_source_of_what_it_says(
         assert torch.equal(looking.seen[layer, Site.DOWN_IN][0], looking.seen[layer, Site.DOWN][1])
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_projections_outputs_are_its_rows(family: str, load_tiny: Callable[[str], LanguageModel]) -> None:
+    """Fused or not: what `placements` counts is what `projection` shows, and together they are all."""
+    model = load_tiny(family)
+    counted: dict[str, list[int]] = {}
+    for layer, site, name, outputs in placements(model.module, model.config.model_type):
+        if outputs is None:
+            assert site in (Site.DOWN_IN, Site.FFN_IN, Site.FFN_OUT)
+            continue
+        module = model.module.get_submodule(name)
+        stored = module.weight if isinstance(module, nn.Linear) else module.weight.T
+        weight, bias = projection(model.module, model.config.model_type, layer, site)
+        assert torch.equal(weight, stored[outputs])
+        assert bias is None or torch.equal(bias, module.bias[outputs])
+        counted.setdefault(name, []).extend(outputs.tolist())
+        assert sorted(counted[name]) == sorted(set(counted[name])), "no output is two sites'"
+    for name, outputs in counted.items():
+        weight = model.module.get_submodule(name).weight
+        assert len(outputs) in weight.shape
+
+
 @pytest.mark.parametrize("norm_first", [True, False])
 def test_the_ffns_input_is_changed_and_the_residual_stream_is_not(norm_first: bool, tmp_path: Path) -> None:
     config = OPTConfig(**SIZES, ffn_dim=80, do_layer_norm_before=norm_first)
@@ -73,7 +102,7 @@ def test_a_pass_that_leaves_a_site_out_is_an_error(tiny_model: Callable[[str], P
         nn.functional.silu(ffn.gate_proj(x)) * ffn.up_proj(x), ffn.down_proj.weight
     )
     logits(model, Tapping(Site.UP, Site.FFN_OUT))
-    with pytest.raises(MissingSiteError, match=r"never called model\.layers\.2\.mlp\.down_proj .*down_in"):
+    with pytest.raises(MissingSiteError, match=r"never called mlp\.down_proj of layer 2 \(down_in\)"):
         logits(model, Tapping(Site.UP, Site.DOWN_IN))
 
 
