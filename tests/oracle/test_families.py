@@ -50,6 +50,7 @@ VARIANTS: dict[str, Callable[[], PreTrainedConfig]] = {
         final_logit_softcapping=30.0,
         tie_word_embeddings=False,
         sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"] * 2,  # windows alone would not reach the prompt
         pad_token_id=None,
     ),
     "opt that norms behind, projected embeddings": lambda: OPTConfig(
