@@ -4,6 +4,7 @@ A finished cell is never computed again under the same settings; a killed traini
 checkpoint.
 """
 
+import hashlib
 import json
 import shutil
 from dataclasses import asdict, dataclass
@@ -72,7 +73,9 @@ class Study:
 
     def compute(self, row: Row, column: Column, seed: int) -> dict[str, Any]:
         """Trains, scores, and keeps the cell."""
-        out = self.work / self.path(row, column, seed).stem
+        settings = json.dumps(self._settings(row, column), sort_keys=True).encode()
+        # other settings must not go on from these checkpoints
+        out = self.work / f"{self.path(row, column, seed).stem}-{hashlib.sha256(settings).hexdigest()[:8]}"
         data = self.data / column.task
         if row.method is None:
             record, adapter = self._plain(column), None

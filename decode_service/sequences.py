@@ -53,7 +53,7 @@ class Running:
     """A sequence between two steps.
 
     The next step feeds `token` (output index `index`) at `position` and stores its keys and values as the
-    `kv_len`-th token of `blocks`. With virtual prefix tokens kv_len runs ahead of position. Its rows are
+    `kv_len`-th token of `blocks`. Its rows are
     multiplied by `state`, if it has any.
     """
 

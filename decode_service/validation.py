@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from kvtransfer import Open, RejectedError, RejectReason, Sampling
 
 _LARGEST_REQUEST = 1 << 20  # tokens or choices: far beyond any real one, keeps all arithmetic harmless
+_LONGEST_SITE = 32  # characters of a name: a refusal repeats unknown ones
 _LARGEST_STATE = 8 << 20  # bytes at one site: a message carries it beside up to 4 MB of others
 
 
@@ -43,6 +44,9 @@ class Limits:
 
     def _check_state(self, request: Open) -> None:
         sites = [announced.site for announced in request.state]
+        if len(sites) > len(self.state_widths) or any(len(site) > _LONGEST_SITE for site in sites):
+            message = f"request state at {len(sites)} sites; this model takes it at {len(self.state_widths)}"
+            raise RejectedError(RejectReason.INVALID, message)
         unknown = sorted(set(sites) - set(self.state_widths))
         if unknown:
             known = ", ".join(self.state_widths) or "no site"

@@ -121,8 +121,7 @@ def _said(artefact: "Artefact", source: Path, out: Path | None) -> str:
             "plain model's: its quality may drop, measure it before you serve it"
         )
     if out is not None:
-        said += [
-            f"next:  prad eval --adapter {out} --data FILE",
-            f"       prad adapter push {out} --task NAME",
-        ]
+        if not record.chat_template:
+            said.append(f"next:  prad eval --adapter {out} --data FILE")
+        said.append(f"next:  prad adapter push {out} --task NAME")
     return "\n".join(said)

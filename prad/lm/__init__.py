@@ -4,7 +4,6 @@ from prad.lm.attention import Ragged
 from prad.lm.batch import PackedBatch
 from prad.lm.errors import MissingSiteError, ModelError, ModelNotFoundError, UnsupportedModelError
 from prad.lm.fingerprint import Fingerprint
-from prad.lm.generation import generate
 from prad.lm.kv import KVLayout, KVTarget, LayerKV, PromptKV
 from prad.lm.model import LanguageModel
 from prad.lm.sampling import Draw, SampleKey, SamplingParams, sample
@@ -37,7 +36,6 @@ __all__ = [
     "TextStream",
     "Tokenizer",
     "UnsupportedModelError",
-    "generate",
     "placements",
     "projection",
     "require_sites",

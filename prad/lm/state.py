@@ -6,24 +6,15 @@ row by its own. Nothing here knows what made them.
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from prad.lm.errors import MissingSiteError
-from prad.lm.sites import Adaptation, Site, projection
+from prad.lm.sites import Site, projection
 
 SiteVectors = Mapping[Site, Tensor]
 """One request's vectors by site, [layers, width of the site], contiguous, in the model's dtype."""
-
-
-class PromptPassAdaptation(Adaptation, Protocol):
-    """What adapters do to a prompt pass, and leave behind for the tokens that follow."""
-
-    def states(self) -> Mapping[int, SiteVectors]:
-        """After the pass: the request state that it made, by the first row of the prompt it belongs to."""
-        ...
 
 
 class RowScaling:

@@ -167,7 +167,8 @@ class Decoding:
         """Each row's best continuations; logits [R, vocab]."""
         if self._candidates == 1:
             return [[Candidate(token, 0.0)] for token in self._adapted.model.argmax(logits)]
-        best = torch.log_softmax(logits.float(), dim=-1).topk(self._candidates)
+        shown = min(self._candidates, logits.shape[1])
+        best = torch.log_softmax(logits.float(), dim=-1).topk(shown)
         return [
             [Candidate(*pair) for pair in zip(tokens, scores, strict=True)]
             for tokens, scores in zip(best.indices.tolist(), best.values.tolist(), strict=True)

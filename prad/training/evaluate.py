@@ -47,7 +47,7 @@ def evaluate(
 
     Greedy, or the best of `beams` beams. Answers are what serving gives: one leading space and what follows
     a stop string are left out. Prompts keep their last ids, as in training. `batch`: rows of a decode step.
-    Raises DataError, or AdapterError for a chat template.
+    Raises DataError, or AdapterError for a chat template or an answer that leaves no room for a prompt.
     """
     if record.chat_template:
         raise AdapterError("an adapter trained on the chat template can be served, but not evaluated yet")
@@ -55,6 +55,11 @@ def evaluate(
     max_tokens = record.generation.max_tokens or 64
     virtual = placeholders(0 if adapter is None else adapter.virtual_tokens)
     longest = model.max_context - max_tokens - len(virtual)
+    if longest < 1:
+        raise AdapterError(
+            f"answers of {max_tokens} tokens and {len(virtual)} virtual tokens leave no room for a prompt in "
+            f"the model's context of {model.max_context}"
+        )
     prompts = [(*virtual, *tokenizer.encode_prompt(record.wrap(e.prompt))[-longest:]) for e in examples]
     decoding = decoder(
         AdaptedModel(model, adapter, record.positions), Limits(max_tokens, stop_ids), beams=beams, batch=batch

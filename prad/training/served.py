@@ -25,10 +25,11 @@ def evaluate_served(
     """
     examples = read_examples(data, limit)
     connections = httpx.Limits(max_connections=concurrency)
-    with (
-        httpx.Client(base_url=url, timeout=httpx.Timeout(600, connect=10), limits=connections) as client,
-        ThreadPoolExecutor(concurrency) as pool,
-    ):
+    try:
+        opened = httpx.Client(base_url=url, timeout=httpx.Timeout(600, connect=10), limits=connections)
+    except httpx.InvalidURL as error:
+        raise ServerError(f"{url!r} is no address of a server: {error}") from error
+    with opened as client, ThreadPoolExecutor(concurrency) as pool:
         asked = [pool.submit(_ask, client, task, example.prompt) for example in examples]
         try:
             answers = [

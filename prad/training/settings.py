@@ -47,6 +47,7 @@ class TrainSettings:
     def recorded(self) -> dict[str, Any]:
         """For the training record: what the result depends on, in plain values."""
         names = (
+            "examples",
             "epochs",
             "max_steps",
             "eval_every",

@@ -42,14 +42,20 @@ def train(
     """
     record = _record(model, base_name, settings)
     module = _module(model, record, settings)
-    limits = {"max_prompt": settings.max_prompt, "max_completion": settings.max_completion}
+    room = model.max_context - record.virtual_tokens - settings.max_completion
+    if room < 1:
+        raise AdapterError(
+            f"completions of {settings.max_completion} tokens and {record.virtual_tokens} virtual tokens leave "
+            f"no room for a prompt in the model's context of {model.max_context}"
+        )
+    limits = {"max_prompt": min(settings.max_prompt, room), "max_completion": settings.max_completion}
     training = tokenise(
         read_examples(settings.data / "train.jsonl", settings.examples), tokenizer, record, **limits
     )
     validation = read_examples(settings.data / "validation.jsonl", settings.eval_examples)
     arguments = _arguments(settings, model.device)
     with arguments.main_process_first(local=False):
-        checkpoint = _last_checkpoint(settings)
+        checkpoint = _last_checkpoint(settings, record)
     line = ProgressLine()
     trainer = Trainer(
         model=module,
@@ -107,15 +113,20 @@ def _save(
     tokenizer.save(settings.out)
 
 
-def _last_checkpoint(settings: TrainSettings) -> str | None:
+def _last_checkpoint(settings: TrainSettings, record: AdapterRecord) -> str | None:
     """Raises DataError if checkpoints of an earlier run would be mixed with those of this one."""
     folder = settings.out / CHECKPOINTS
+    kept, own = folder / "run.json", record.model_dump_json(exclude={"description", "licence"})
     for unfinished in folder.glob("checkpoint-*"):  # Trainer writes the state last
         if not (unfinished / "trainer_state.json").is_file():
             shutil.rmtree(unfinished, ignore_errors=True)
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     if last is not None and not settings.resume:
         raise DataError(f"{folder} holds checkpoints of an earlier run; go on with --resume, or remove it")
+    if last is not None and kept.read_text(encoding="utf-8") != own:
+        raise DataError(f"{folder} holds checkpoints of a run with other settings; remove it, or repeat them")
+    folder.mkdir(parents=True, exist_ok=True)
+    kept.write_text(own, encoding="utf-8")
     return last
 
 

@@ -8,7 +8,8 @@ import torch
 import transformers
 from tiny import SIZES, packed_logits, save_random, some_ids
 
-from prad.lm import LanguageModel, SampleKey, SamplingParams, generate, sample
+from prad.lm import LanguageModel, SampleKey, SamplingParams, sample
+from tests.generation import generate
 
 LENGTHS = (1, 31, 33, 7, 64)
 

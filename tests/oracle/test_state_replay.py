@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from prad.adapters import Adapter, PromptAdaptation, load_adapter
-from prad.lm import LanguageModel, SamplingParams, SiteVectors, generate
+from prad.lm import LanguageModel, SamplingParams, SiteVectors
 from prad.lm.paged import Pools
 from prad.training.objective import AdapterTuning
 from prefill_service.generation import PromptRequest
 from prefill_service.prompt_pass import PassChunk, PassItem, run_prompt_pass
 from tests.conftest import random_artefact
+from tests.generation import generate
 from tests.oracle.comparing import TOP, OracleMismatchError, Served, check
 from tests.oracle.reference import Fault, Reference
 

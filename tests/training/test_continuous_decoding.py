@@ -9,12 +9,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from prad.adapters import load_adapter
-from prad.lm import LanguageModel, SamplingParams, generate
+from prad.lm import LanguageModel, SamplingParams
 from prad.lm.kernels import Kernels
 from prad.training.decoding import AdaptedModel
 from prad.training.evaluate import decoder
 from prad.training.search import BeamSearch, Candidate, Child, Greedy, Limits
 from tests.conftest import EOS, VOCAB, random_artefact, random_model
+from tests.generation import generate
 
 LENGTHS = [3, 15, 16, 17, 1, 31, 40, 32, 5, 33, 2]  # at, before and behind the edges of blocks
 STOP_IDS = frozenset({EOS, 7, 30, 55, 81, 100})

@@ -1,11 +1,9 @@
-"""Generation without services: one batch, prompt pass and decoding in one process.
+"""The split in one page, for tests: one batch, the prompt pass with an adaptation, every later token without,
+but for the request state that the prompt pass left behind."""
 
-Evaluation uses it; so does whoever wants the split in one page: the prompts run with an adaptation, every
-later token without, but for the request state that the prompt pass left behind.
-"""
-
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,7 +13,16 @@ from prad.lm.batch import PackedBatch
 from prad.lm.kv import KVLayout
 from prad.lm.model import LanguageModel
 from prad.lm.sampling import SampleKey, SamplingParams, sample
-from prad.lm.state import PromptPassAdaptation, RowScaling
+from prad.lm.sites import Adaptation
+from prad.lm.state import RowScaling, SiteVectors
+
+
+class PromptPassAdaptation(Adaptation, Protocol):
+    """What adapters do to a prompt pass, and leave behind for the tokens that follow."""
+
+    def states(self) -> Mapping[int, SiteVectors]:
+        """After the pass: the request state that it made, by the first row of the prompt it belongs to."""
+        ...
 
 
 class _PaddedKV:
