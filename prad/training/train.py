@@ -45,8 +45,8 @@ def train(
     room = model.max_context - record.virtual_tokens - settings.max_completion
     if room < 1:
         raise AdapterError(
-            f"completions of {settings.max_completion} tokens and {record.virtual_tokens} virtual tokens leave "
-            f"no room for a prompt in the model's context of {model.max_context}"
+            f"completions of {settings.max_completion} tokens and {record.virtual_tokens} virtual tokens "
+            f"leave no room for a prompt in the model's context of {model.max_context}"
         )
     limits = {"max_prompt": min(settings.max_prompt, room), "max_completion": settings.max_completion}
     training = tokenise(
