@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from prad.adapters import PromptAdaptation, load_adapter
+from prad.adapters import PromptAdaptation, load_adapter, placeholders
 from prad.artefact import Artefact
 from prad.exchange import ImportSettings
 from prad.lm import LanguageModel, PackedBatch
@@ -57,13 +57,16 @@ def said(adapted: Any) -> list[Tensor]:
 
 
 def ours(model: LanguageModel, artefact: Artefact | None) -> list[Tensor]:
-    """The same from a packed prompt pass of ours."""
+    """The same from a packed prompt pass of ours, virtual tokens in front."""
     adapter = None if artefact is None else load_adapter(artefact, model)
-    lengths = [len(p) for p in PROMPTS]
+    virtual = placeholders(0 if adapter is None else adapter.virtual_tokens)
+    sequences = [[*virtual, *prompt] for prompt in PROMPTS]
+    lengths = [len(s) for s in sequences]
     adaptation = PromptAdaptation.of_prompts([adapter] * len(PROMPTS), lengths, lengths, "cpu")
     with torch.inference_mode():
-        batch = PackedBatch.of_sequences(PROMPTS, logit_rows=range(sum(lengths)))
-        return list(model.forward(batch, adaptation).split(lengths))
+        batch = PackedBatch.of_sequences(sequences, logit_rows=range(sum(lengths)))
+        every = model.forward(batch, adaptation).split(lengths)
+    return [logits[len(virtual) :] for logits in every]
 
 
 def apart(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

@@ -1,0 +1,68 @@
+"""Prefix and prompt tuning from PEFT, served: our logits on prompts behind the learned tokens, and back."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import PrefixTuningConfig, PromptTuningConfig
+
+from prad.adapters import AdapterError
+from prad.exchange import export_folder, import_folder
+from prad.lm import LanguageModel
+from tests.conftest import random_artefact
+from tests.exchange.peft_side import IGNORED, apart, loaded, ours, said, saved, settings
+
+pytestmark = pytest.mark.filterwarnings(IGNORED)
+ADAPTERS: dict[str, Callable[[], Any]] = {
+    "prefix": lambda: PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5),
+    "projected prefix": lambda: PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=5, prefix_projection=True, encoder_hidden_size=16
+    ),
+    "prompt": lambda: PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=7),
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_imported_and_exported_again_it_says_what_peft_says(
+    name: str,
+    family: str,
+    tiny_model: Callable[[str], Path],
+    load_tiny: Callable[[str], LanguageModel],
+    tmp_path: Path,
+) -> None:
+    folder, model = tiny_model(family), load_tiny(family)
+    expected = saved(folder, tmp_path / "peft", ADAPTERS[name]())
+    artefact = import_folder(tmp_path / "peft", tmp_path / "ours", model, settings(folder))
+    assert apart(ours(model, artefact), expected) < 1e-4
+    assert apart(ours(model, None), expected) > 1e-2, "the adapter must matter"
+    export_folder(artefact, tmp_path / "back", model, base_name=str(folder))
+    assert apart(said(loaded(folder, tmp_path / "back")), expected) < 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("method", ["prad-prefix", "prad-prompt"])
+def test_peft_says_what_we_say(
+    method: str,
+    family: str,
+    tiny_model: Callable[[str], Path],
+    load_tiny: Callable[[str], LanguageModel],
+    tmp_path: Path,
+) -> None:
+    model = load_tiny(family)
+    artefact = random_artefact(tmp_path / "ours", model, 2, method=method, config={"virtual_tokens": 4})
+    export_folder(artefact, tmp_path / "peft", model)
+    expected = ours(model, artefact)
+    assert apart(said(loaded(tiny_model(family), tmp_path / "peft")), expected) < 1e-4
+    assert apart(ours(model, None), expected) > 1e-2, "the adapter must matter"
+
+
+def test_too_many_tokens_for_the_context_are_refused(
+    tiny_model: Callable[[str], Path], load_tiny: Callable[[str], LanguageModel], tmp_path: Path
+) -> None:
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=511)
+    folder = tiny_model("llama")
+    saved(folder, tmp_path / "peft", config)
+    with pytest.raises(AdapterError, match="511 virtual tokens"):
+        import_folder(tmp_path / "peft", tmp_path / "ours", load_tiny("llama"), settings(folder))
