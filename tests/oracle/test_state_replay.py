@@ -101,5 +101,9 @@ def test_training_scales_what_decode_scales(
         ids = torch.tensor([*PROMPT, *OUTPUT])
         with torch.no_grad():
             rows, labels = torch.arange(len(PROMPT), len(ids) - 1), torch.tensor(OUTPUT[1:])
-            losses.append(float(module(ids, [len(ids)], [len(PROMPT)], rows, labels)["loss"]))
+            losses.append(
+                float(
+                    module(ids, torch.tensor([len(ids)]), torch.tensor([len(PROMPT)]), rows, labels)["loss"]
+                )
+            )
     assert abs(losses[0] - losses[1]) > 1e-3 * losses[0]

@@ -113,7 +113,7 @@ def test_the_oracle_fails_if_virtual_tokens_are_left_out(
     monkeypatch.setattr(prompt_pass, "placeholders", lambda _: ())
     side.restart(pass_tokens=4096)
     with pytest.raises(OracleMismatchError):
-        side.check(side.item(task, TEXT))
+        side.check(side.item(task, TEXT[:20]))  # within a sliding window of them
 
 
 @pytest.mark.parametrize("task", OWN)

@@ -97,7 +97,7 @@ def test_push_without_waiting(prad, adapter):
 
 
 def test_push_of_what_is_no_adapter(prad, adapter, tmp_path):
-    failed(prad("push", str(tmp_path / "nowhere"), "--task", "support"), "holds no adapter_model.safetensors")
+    failed(prad("push", str(tmp_path / "nowhere"), "--task", "support"), "holds no prad.json")
     failed(prad("push", str(adapter(1)), "--task", "Support"), "is no task name")
     failed(prad("push", str(adapter(1, values=100_000)), "--task", "support"), "larger than the limit")
 

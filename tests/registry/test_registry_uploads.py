@@ -129,7 +129,7 @@ def test_bad_local_folders(registry, adapter, tmp_path):
     response = registry.http.post(PUSH, json={"path": "relative"})
     refused(registry, response, 400, "adapter_refused", "must be absolute")
     response = registry.http.post(PUSH, json={"path": str(tmp_path / "nowhere")})
-    refused(registry, response, 400, "adapter_refused", "holds no adapter_model.safetensors")
+    refused(registry, response, 400, "adapter_refused", "holds no prad.json")
     folder = adapter(1)
     (folder / "README.md").symlink_to("/etc/hostname")
     response = registry.http.post(PUSH, json={"path": str(folder)})

@@ -105,7 +105,7 @@ def test_it_learns_and_the_frozen_weights_stay(
     assert scores["adapter"] > 95
     assert scores["plain"] < 60
     learnt = validation_loss(model, tokenizer, data, load_adapter(artefact, model))
-    assert learnt == pytest.approx(record.training["validation_loss"], rel=1e-3)
+    assert learnt == pytest.approx(record.training["validation_loss"], rel=1e-3, abs=1e-4)
     assert learnt < 0.7 * fresh, "what is left is the end of the answer, which the plain model decides"
 
 

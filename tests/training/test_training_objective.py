@@ -23,6 +23,8 @@ EXAMPLES = [
     TokenisedExample((9, 9), (119,)),
 ]
 
+PRECISION = 5e-6  # relative, of the loss in float32
+
 
 @pytest.fixture(params=["llama", "gpt2", "mistral", "gemma3", "opt", "gpt-neox"])
 def family(request: pytest.FixtureRequest) -> str:
@@ -55,10 +57,10 @@ def test_loss_and_gradient_are_the_references(
     virtual = placeholders(fresh.virtual_tokens)
     loss = module(**collate([replace(e, prompt=virtual + e.prompt) for e in EXAMPLES]))["loss"]
     expected = reference_loss(reference, artefact.folder)
-    assert float(loss.detach()) == pytest.approx(expected, rel=2e-5)
+    assert float(loss.detach()) == pytest.approx(expected, rel=PRECISION)
     for fault in (Fault.ADAPTER_ON_ONE_GENERATED_TOKEN, Fault.ADAPTER_MISSING_ON_LAST_PROMPT_TOKEN):
         wrong = reference_loss(reference, artefact.folder, fault)
-        assert abs(wrong - expected) > 10 * 2e-5 * expected, "the check would notice"
+        assert abs(wrong - expected) > 4 * PRECISION * expected, "the check would notice"
 
     loss.backward()
     assert all(p.grad is None for p in model.module.parameters()), "nothing reaches the frozen model"
