@@ -10,6 +10,7 @@ import argparse
 import random
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from bench.adapters import random_adapters
 from bench.model import add_model_arguments, load
 from prad.adapters import Adapter, PromptAdaptation, prepared
 from prad.lm import LanguageModel, PackedBatch
+from prad.lm.kernels import Kind
 
 SMOKE = {"tasks": 4, "rounds": 1, "ranks": [16], "growth": [64, 128]}
 METHODS = {"PA": "prad-pa", "LoRA": "prad-lora"}
@@ -59,15 +61,25 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _grown(model: LanguageModel, tokens: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """A pass of so many tokens, in prompts of the usual length and in a single one."""
-    short = [arguments.tokens] * max(1, tokens // arguments.tokens)
-    many, one = (_measure(model, lengths, {}, arguments.rounds)[0] for lengths in (short, [tokens]))
-    return {
-        "tokens": tokens,
-        "short_prompts_ms": round(1e3 * many["median_s"], 1),
-        "one_prompt_ms": round(1e3 * one["median_s"], 1),
-        "tokens_per_s": round(sum(short) / many["median_s"]),
-    }
+    """A pass of so many tokens, in prompts of the usual length and in a single one, and what is GEMMs."""
+    shapes = {"short": [arguments.tokens] * max(1, tokens // arguments.tokens), "one": [tokens]}
+    row: dict[str, Any] = {"tokens": tokens}
+    for name, lengths in shapes.items():
+        row[f"{name}_ms"] = round(1e3 * _measure(model, lengths, {}, arguments.rounds)[0]["median_s"], 1)
+        row[f"{name}_gemms_ms"] = _gemms_ms(model, lengths)
+    return row | {"tokens_per_s": round(1e3 * sum(shapes["short"]) / row["short_ms"])}
+
+
+def _gemms_ms(model: LanguageModel, lengths: list[int]) -> float | None:
+    """Of one pass; None where torch computes."""
+    if model.kernels is None:
+        return None
+    model.kernels.spent = Counter()
+    prompts = [[100 + i for i in range(n)] for n in lengths]
+    with torch.inference_mode():
+        model.forward(PackedBatch.of_sequences(prompts, device=model.device))
+    spent, model.kernels.spent = model.kernels.spent[Kind.LINEAR], None
+    return round(1e3 * spent, 1)
 
 
 def _measure(
@@ -123,7 +135,7 @@ def plot(result: dict[str, Any], figure: Any) -> None:
     axes.set(xlabel="prompt pass, times the plain one", title="What adapters add to a prompt pass")
     axes.legend()
     growth = result["growth"]
-    for name, label in (("short_prompts_ms", "short prompts"), ("one_prompt_ms", "one prompt")):
+    for name, label in (("short_ms", "short prompts"), ("one_ms", "one prompt")):
         right.plot([g["tokens"] for g in growth], [g[name] for g in growth], marker="o", label=label)
     right.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms", title="Prompt pass")
     right.legend()
