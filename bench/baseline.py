@@ -55,9 +55,9 @@ class StackedAdapters:
     def sites(self) -> frozenset[Site]:
         return frozenset(self._stacks)
 
-    def apply(self, layer: int, site: Site, value: Tensor, source: Tensor) -> Tensor:
+    def apply(self, layer: int, site: Site, value: Tensor, source: Tensor) -> None:
         stack = self._stacks[site]
         hidden = torch.bmm(source.view(self._sequences, -1, source.shape[-1]), stack.down[layer])
         if self._nonlinear:
             hidden = hidden.relu()
-        return value + torch.bmm(hidden, stack.up[layer]).view_as(value)
+        value += torch.bmm(hidden, stack.up[layer]).view_as(value)

@@ -116,8 +116,9 @@ class _Client:
         times: list[list[float]] = [[] for _ in range(arguments.streams)]
         running = [asyncio.create_task(self._stream(_ids(arguments.short), _STREAM, each)) for each in times]
         await self.first_token(_ids(arguments.short))  # behind the streams' prompts: they all run now
-        started = time.perf_counter()
-        await self._stream(_ids(arguments.short), arguments.undisturbed, [])
+        probe: list[float] = []
+        await self._stream(_ids(arguments.short), arguments.undisturbed, probe)
+        started = probe[2]  # its own prompt pass and hand-off are over: undisturbed from here on
         sent = time.perf_counter()
         long = asyncio.create_task(self.first_token(_ids(arguments.long)))
         short = []

@@ -29,6 +29,8 @@ class Peer:
         self._log = log
         # what `prad` sets for itself is not for others
         environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "OMP_WAIT_POLICY")}
+        if python is not None and not python.is_file():
+            raise PeerError(f"there is no interpreter {python}")
         with log.open("wb") as errors:
             self._process = subprocess.Popen(
                 [str(python or sys.executable), str(_WORKERS / f"{worker}_worker.py"), json.dumps(options)],

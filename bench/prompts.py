@@ -1,4 +1,4 @@
-"""Random prompts: every variant of a round gets the same ones, no two rounds share any."""
+"""Random prompts: the same for the same seed; a larger count begins with the prompts of a smaller one."""
 
 import random
 from collections.abc import Iterator

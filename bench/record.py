@@ -37,7 +37,8 @@ def _plain(value: Any) -> Any:
 def setting() -> dict[str, Any]:
     return {
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain") else ""),
+        "commit": _git("rev-parse", "--short", "HEAD")
+        + ("+" if _git("status", "--porcelain", "--", ".", ":!bench/results") else ""),
         "cpu": _cpu(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "load": round(psutil.getloadavg()[2], 2),  # of the last 15 minutes: who else was at work

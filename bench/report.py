@@ -59,7 +59,10 @@ def _table(file: Path, path: str, columns: str) -> str:
         key, _, heading = column.strip().partition(": ")
         keys.append(key)
         headings.append(heading or key)
-    rows = _find(result, path.split("."), file.name)
+    try:
+        rows = _find(result, path.split("."), file.name)
+    except ValueError:  # a result of before the benchmark had this part
+        return f"Not measured yet: `prad bench {file.stem}`.\n"
     lines = [
         headings,
         ["---"] * len(keys),
