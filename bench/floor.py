@@ -1,7 +1,7 @@
 """The floor of a decode step on this machine, and what it is made of.
 
 GEMMs: every weight matrix of the model once, with q/k/v and gate/up joined, packed beforehand: as oneDNN
-likes them (torch's prepacked linear; plain linear where torch has none), and by this project's own kernels; the
+likes them (torch's prepacked linear; plain linear where torch has none), and by our own kernels; the
 faster of the two counts. KV: every byte in use read once. Raw memory bandwidth: one read of a buffer far
 larger than the caches. Nothing else of a step is counted: norms, softmax, RoPE, sampling, Python and gRPC are
 what a real step pays on top.
