@@ -71,6 +71,8 @@ def _parse(name: str, module: ModuleType, flags: Sequence[str]) -> argparse.Name
     if "--smoke" in flags:
         parser.set_defaults(**module.SMOKE)
     arguments = parser.parse_args(flags)
+    if getattr(arguments, "rounds", 1) < 1:
+        parser.error("--rounds: expected at least 1")
     if arguments.out is None:
         arguments.out = RESULTS / "smoke" if arguments.smoke else RESULTS
     return arguments
