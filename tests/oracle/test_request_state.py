@@ -50,7 +50,12 @@ class Case:
 
 @pytest.fixture(
     scope="module",
-    params=[("llama", "native"), ("gpt2", "native"), ("mistral", "native"), ("gpt2", "torch")],
+    params=[
+        ("llama", "native"),
+        ("gpt2", "torch"),
+        pytest.param(("gpt2", "native"), marks=pytest.mark.long),
+        pytest.param(("mistral", "native"), marks=pytest.mark.long),
+    ],
     ids=" on ".join,
 )
 def case(
