@@ -29,6 +29,11 @@ from prad.training.progress import ProgressLine, save_curve
 from prad.training.settings import TrainSettings
 
 CHECKPOINTS = "checkpoints"
+_OF_A_RUN: Any = {
+    "base": {"weights"},
+    **dict.fromkeys(("method", "config", "positions", "template", "training"), True),
+}
+"""What of a record must be the same to go on from a checkpoint."""
 
 
 def train(
@@ -116,7 +121,7 @@ def _save(
 def _last_checkpoint(settings: TrainSettings, record: AdapterRecord) -> str | None:
     """Raises DataError if checkpoints of an earlier run would be mixed with those of this one."""
     folder = settings.out / CHECKPOINTS
-    kept, own = folder / "run.json", record.model_dump_json(exclude={"description", "licence"})
+    kept, own = folder / "run.json", record.model_dump_json(include=_OF_A_RUN)
     for unfinished in folder.glob("checkpoint-*"):  # Trainer writes the state last
         if not (unfinished / "trainer_state.json").is_file():
             shutil.rmtree(unfinished, ignore_errors=True)

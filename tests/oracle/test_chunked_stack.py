@@ -48,7 +48,7 @@ class Case:
         return float(value)
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2", "mistral"])
+@pytest.fixture(scope="module", params=["llama", pytest.param("gpt2", marks=pytest.mark.long), "mistral"])
 def case(
     request: pytest.FixtureRequest,
     tiny_model: Callable[[str], Path],

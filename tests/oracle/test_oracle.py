@@ -84,9 +84,9 @@ CASES = [
     ("llama", "native"),
     ("gpt2", "native"),
     ("mistral", "native"),
-    ("llama", "torch"),
     ("gemma3", "torch"),
     # in process these are compared by test_families.py each time
+    pytest.param(("llama", "torch"), marks=pytest.mark.long),
     *(pytest.param((family, "native"), marks=pytest.mark.long) for family in ("qwen3", "opt", "gpt-neox")),
 ]
 

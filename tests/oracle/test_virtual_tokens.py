@@ -27,7 +27,7 @@ VIRTUAL = {task: config.get("virtual_tokens", 0) for task, (_, config) in TASKS.
 OWN = [task for task, count in VIRTUAL.items() if count]
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2", "mistral"])
+@pytest.fixture(scope="module", params=["llama", pytest.param("gpt2", marks=pytest.mark.long), "mistral"])
 def side(
     request: pytest.FixtureRequest,
     tiny_model: Callable[[str], Path],

@@ -26,7 +26,13 @@ EXAMPLES = [
 PRECISION = 5e-6  # relative, of the loss in float32
 
 
-@pytest.fixture(params=["llama", "gpt2", "mistral", "gemma3", "opt", "gpt-neox"])
+@pytest.fixture(
+    params=[
+        "llama",
+        "gpt2",
+        *(pytest.param(f, marks=pytest.mark.long) for f in ("mistral", "gemma3", "opt", "gpt-neox")),
+    ]
+)
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
