@@ -7,12 +7,14 @@ checkpoint.
 import hashlib
 import json
 import shutil
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from sacrebleu.metrics.bleu import BLEU
 
+from bench.record import setting
 from prad.adapters import load_adapter
 from prad.artefact import AdapterRecord, BaseModelRef, GenerationDefaults, read_artefact
 from prad.lm import LanguageModel, Tokenizer
@@ -44,7 +46,6 @@ class Column:
     epochs: float
     test: int
     max_tokens: int
-    seeds: tuple[int, ...] = (0,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,7 @@ class Study:
 
     def compute(self, row: Row, column: Column, seed: int) -> dict[str, Any]:
         """Trains, scores, and keeps the cell."""
+        started = time.monotonic()
         settings = json.dumps(self._settings(row, column), sort_keys=True).encode()
         # other settings must not go on from these checkpoints
         out = self.work / f"{self.path(row, column, seed).stem}-{hashlib.sha256(settings).hexdigest()[:8]}"
@@ -118,6 +120,8 @@ class Study:
             "row": row.name,
             "column": column.task,
             "seed": seed,
+            "setting": setting(),
+            "seconds": round(time.monotonic() - started),
             "scores": result.scores,
             "training": record.training,
             "each": _each(column.metric, read_examples(test, column.test), result),
@@ -127,9 +131,13 @@ class Study:
         return cell
 
     def _settings(self, row: Row, column: Column) -> dict[str, Any]:
-        shared = {name: value for name, value in asdict(column).items() if name != "seeds"}
         own = {"method": row.method, "positions": row.positions, "learning_rate": row.learning_rate}
-        return {"model": self.name, "beams": self.beams} | own | shared
+        shared = {
+            "model": self.name,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "beams": self.beams,
+        }
+        return shared | own | asdict(column)
 
     def _plain(self, column: Column) -> AdapterRecord:
         """No adapter, but the same template and limits."""

@@ -40,6 +40,7 @@ def setting() -> dict[str, Any]:
         "commit": _git("rev-parse", "--short", "HEAD")
         + ("+" if _git("status", "--porcelain", "--", ".", ":!bench/results") else ""),
         "cpu": _cpu(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "load": round(psutil.getloadavg()[2], 2),  # of the last 15 minutes: who else was at work
         "threads": torch.get_num_threads(),

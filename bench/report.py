@@ -70,7 +70,8 @@ def _table(file: Path, path: str, columns: str) -> str:
     ]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     setting = result["setting"]
-    return f"{table}\n\n`{file.stem}` at {setting['commit']}, {setting['when'][:10]}, {setting['cpu']}\n"
+    machine = setting.get("gpu") or setting["cpu"]
+    return f"{table}\n\n`{file.stem}` at {setting['commit']}, {setting['when'][:10]}, {machine}\n"
 
 
 def _find(value: Any, path: list[str], where: str) -> Any:

@@ -74,6 +74,18 @@ SEEDS = {"llama": 1, "gpt2": 1, "mistral": 4, "qwen3": 1, "gemma3": 12, "opt": 1
 KERNEL_CACHE = Path("~/.cache/prad")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="where the services of a running stack compute")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    global _device
+    _device = config.getoption("--device")
+
+
+_device = "cpu"
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Makes (once) a model folder of a family: random float32 weights, one token per word "t<id>"."""
@@ -191,7 +203,8 @@ def running_stack(
     prefill: Mapping[str, Any] = MappingProxyType({}),
     **decode: Any,
 ) -> Iterator[RunningStack]:
-    """The real processes on free ports, in float32.
+    """The real processes on free ports, in float32. On another device than the CPU torch computes, whatever
+    `kernels` says.
 
     `adapters`: a folder of adapter folders, pushed as tasks of their names. `prefill` and `decode`: their
     settings; `decode_model`: another model for decode, with which prefill never gets ready.
@@ -199,9 +212,12 @@ def running_stack(
     api_port, registry_port, decode_port = free_ports(3)
     api, registry = f"http://127.0.0.1:{api_port}", f"http://127.0.0.1:{registry_port}"
     (root / "cache").mkdir()
-    (root / "cache" / "kernels").symlink_to(built(KERNEL_CACHE).parent)  # compiled once for all tests
     common = ["--dtype", "float32", "--cache-dir", str(root / "cache"), "--threads", "1"]
-    common += ["--kernels", kernels]
+    if _device != "cpu":
+        common += ["--device", _device, "--kernels", "torch"]
+    else:
+        (root / "cache" / "kernels").symlink_to(built(KERNEL_CACHE).parent)  # compiled once for all tests
+        common += ["--kernels", kernels]
     with Stack(root / "logs") as stack:
 
         def start_decode() -> None:

@@ -2,10 +2,12 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from sacrebleu.metrics.bleu import BLEU
 
 from bench.quality_bootstrap import counts, mean_score, paired_difference, score
@@ -75,7 +77,8 @@ def test_a_pair_is_resampled_together() -> None:
 def test_a_finished_cell_counts_under_its_own_settings_only(tmp_path: Path) -> None:
     row, column = Row("PrAd-PA", "prad-pa"), Column("e2e", "bleu", 16, 1.0, 8, 8)
     anything: Any = None
-    study = Study(anything, anything, frozenset(), "m", tmp_path, tmp_path / "cells", tmp_path / "work", 1)
+    model: Any = SimpleNamespace(dtype=torch.bfloat16)
+    study = Study(model, anything, frozenset(), "m", tmp_path, tmp_path / "cells", tmp_path / "work", 1)
     assert study.finished(row, column, 0) is None
     cell = {"settings": study._settings(row, column), "each": [[1]]}
     study._keep(study.path(row, column, 0), cell)
