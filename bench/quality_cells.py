@@ -46,6 +46,7 @@ class Column:
     epochs: float
     test: int
     max_tokens: int
+    seeds: tuple[int, ...] = (0,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +138,8 @@ class Study:
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "beams": self.beams,
         }
-        return shared | own | asdict(column)
+        of_column = {name: value for name, value in asdict(column).items() if name != "seeds"}
+        return shared | own | of_column
 
     def _plain(self, column: Column) -> AdapterRecord:
         """No adapter, but the same template and limits."""
