@@ -15,11 +15,11 @@ help: ## list the targets
 serve: $(VENV)/.served ## the whole stack with the demo adapters, on this machine
 	$(BIN)/prad serve --adapters examples/adapters
 
-test: $(VENV)/.tested ## install what the tests need and run them
-	$(BIN)/pytest -m "not long"
+test: $(VENV)/.tested ## install what the tests need and run them (two at a time: they wait more than they compute)
+	$(BIN)/pytest -m "not long" -n 2 --dist loadfile
 
 test-long: $(VENV)/.tested ## the tests that run for minutes
-	$(BIN)/pytest -m long
+	$(BIN)/pytest -m long -n 2 --dist loadfile
 
 check: $(VENV)/.tested ## format, lint, types, imports, generated files
 	$(BIN)/ruff format --check .

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from prad.adapters import Adapter, find_method, new_adapter, save_parameters
+from prad.adapters import Adapter, find_method, new_adapter, prepared, save_parameters
 from prad.artefact import AdapterRecord, BaseModelRef, write_record
 from prad.lm import LanguageModel
 
@@ -24,6 +24,11 @@ def random_adapters(model: LanguageModel, method: str, count: int, r: int) -> li
         }
         adapters.append(Adapter(kind, config, parameters))
     return adapters
+
+
+def ready_adapters(model: LanguageModel, method: str, count: int, r: int) -> list[Adapter]:
+    """The same as a pass uses them."""
+    return [prepared(adapter, model) for adapter in random_adapters(model, method, count, r)]
 
 
 def write_artefacts(folder: Path, model: LanguageModel, method: str, count: int, r: int) -> list[str]:

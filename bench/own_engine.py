@@ -1,7 +1,9 @@
-"""Our prompt pass and decode step in one process, with an adaptation wherever the benchmark wants one.
+"""Our prompt pass and decode step in one process, with adapters wherever the benchmark wants them.
 
-No HTTP, no gRPC, no queue: what is measured here is not burdened with serving. A step with an adaptation is
-not recorded, so Python runs between its layers, some 5 ms a step that the decode service does not pay.
+With adapters at every token this is the honest baseline: what others do, by the same engine. No HTTP, no
+gRPC, no queue burdens it; in a step as in a prompt pass one call per site applies all adapters where they
+lie. One handicap remains: such a step is not recorded, so Python runs between its layers, some 5 ms a step
+that the decode service does not pay.
 """
 
 from collections.abc import Sequence
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bench.rounds import seconds
+from prad.adapters import Adapter, PromptAdaptation
 from prad.lm import Adaptation, LanguageModel, PackedBatch, SampleKey, SamplingParams, sample
 from prad.lm.paged import Pools
 
@@ -33,47 +36,59 @@ def prompt_kv(
 class _Sequence:
     blocks: tuple[int, ...]
     kv_len: int
-    token: int
+    tokens: list[int]
 
 
 class OwnEngine:
-    """`adaptation` acts on the prompt and on every generated token; None is the plain model."""
+    """`adapters`: each prompt's own, prepared, which acts on the prompt and on every generated token; None
+    for the plain model."""
 
-    def __init__(self, model: LanguageModel, adaptation: Adaptation | None = None) -> None:
+    def __init__(self, model: LanguageModel, adapters: Sequence[Adapter] | None = None) -> None:
         self._model = model
-        self._adaptation = adaptation
+        self._adapters = adapters
 
     def generate(self, prompts: Sequence[Sequence[int]], output: int, _: Sequence[str | None] = ()) -> float:
-        """Seconds until every prompt has `output` tokens, greedy, whatever the end token says."""
-        return seconds(lambda: self._generate(prompts, output))()
+        """Seconds until every prompt has `output` tokens."""
+        return seconds(lambda: self.answers(prompts, output))()
 
-    def _generate(self, prompts: Sequence[Sequence[int]], output: int) -> None:
-        each = -(-(len(prompts[0]) + output) // _BLOCK)
+    def answers(self, prompts: Sequence[Sequence[int]], output: int) -> list[list[int]]:
+        """`output` tokens for every prompt, greedy, whatever the end token says."""
+        each = -(-(max(map(len, prompts)) + output) // _BLOCK)
         pools = Pools(
             self._model.layout, each * len(prompts), _BLOCK, str(self._model.device), self._model.kernels
         )
-        logits, layers = prompt_kv(self._model, prompts, self._adaptation)
+        logits, layers = prompt_kv(self._model, prompts, self._adapted([len(ids) for ids in prompts]))
         sequences = [
-            _Sequence(tuple(range(i * each, (i + 1) * each)), len(ids), 0) for i, ids in enumerate(prompts)
+            _Sequence(tuple(range(i * each, (i + 1) * each)), len(ids), []) for i, ids in enumerate(prompts)
         ]
         slots = torch.cat([pools.slots(s.blocks, s.kv_len) for s in sequences])
         for layer, (key, value) in enumerate(layers):
             pools.keys[layer].flatten(0, 1).index_copy_(0, slots, key)
             pools.values[layer].flatten(0, 1).index_copy_(0, slots, value)
         self._draw(sequences, logits)
+        adaptation = self._adapted([1] * len(prompts))  # the same rows in each step
         with torch.inference_mode():
             for _ in range(output - 1):
-                self._decode(pools, sequences)
+                self._decode(pools, sequences, adaptation)
+        return [s.tokens for s in sequences]
 
-    def _decode(self, pools: Pools, sequences: Sequence[_Sequence]) -> None:
+    def _adapted(self, lengths: Sequence[int]) -> Adaptation | None:
+        """Every sequence's rows under its adapter."""
+        if self._adapters is None:
+            return None
+        return PromptAdaptation.of_prompts(
+            self._adapters, lengths, lengths, self._model.device, self._model.kernels
+        )
+
+    def _decode(self, pools: Pools, sequences: Sequence[_Sequence], adaptation: Adaptation | None) -> None:
         device = self._model.device
         batch = PackedBatch(
-            ids=torch.tensor([s.token for s in sequences], device=device),
+            ids=torch.tensor([s.tokens[-1] for s in sequences], device=device),
             positions=torch.tensor([s.kv_len for s in sequences], device=device),
             kv=pools.step(sequences),
             logit_rows=torch.arange(len(sequences), device=device),
         )
-        logits = self._model.forward(batch, self._adaptation)
+        logits = self._model.forward(batch, adaptation)
         for sequence in sequences:
             sequence.kv_len += 1
         self._draw(sequences, logits)
@@ -82,4 +97,4 @@ class OwnEngine:
         greedy = [SamplingParams(max_tokens=1)] * len(sequences)
         keys = [SampleKey(0, 0, 0, 0)] * len(sequences)
         for sequence, draw in zip(sequences, sample(logits, greedy, keys, self._model.argmax), strict=True):
-            sequence.token = draw.token
+            sequence.tokens.append(draw.token)

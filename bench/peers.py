@@ -1,6 +1,6 @@
 """Our server beside others: 64 requests at once, 64 random tokens in, 64 out, greedy, end token ignored.
 
-Ours: through HTTP, requests of as many tasks as there are requests, and the plain model; the tasks again with
+Ours: through HTTP, as many tasks as requests, PrAd-PA and PrAd-LoRA, and the plain model; PrAd-PA again with
 weights rounded to 8 bits in decode. Our own engine with LoRA at every token, in-process. transformers'
 generate, alone and with PEFT's mixed-adapter batch: always. vLLM, with as many LoRAs (r on q and v) and
 without, and OpenVINO GenAI (4-bit .gguf): where --vllm-python and --openvino-python name an interpreter that
@@ -14,14 +14,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from bench.adapters import write_peft_lora
-from bench.baseline import StackedAdapters
+from bench.adapters import ready_adapters, write_peft_lora
 from bench.contest import Contestant, add_shape_arguments, contest
 from bench.model import add_model_arguments, load, model_folder
 from bench.own_engine import OwnEngine
 from bench.peer import Peer, PeerError
 from bench.serving import served
 
+_METHODS = {"PrAd-PA": "prad-pa", "PrAd-LoRA": "prad-lora"}
 SMOKE = {"requests": 2, "prompt": 8, "output": 4, "rounds": 1, "r": 8}
 
 
@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             return Contestant(peers[label].generate, list(options.get("adapters", {})) or plain)
 
         base = {"model": str(model_folder(arguments)), "adapters": {}}
-        own = OwnEngine(model, StackedAdapters("lora", model, number, arguments.r))
+        own = OwnEngine(model, ready_adapters(model, "prad-lora", number, arguments.r))
         others = {
             "transformers generate, no adapters": start("transformers", "transformers", None, base),
             f"PEFT mixed batch, {number} LoRAs": start(
@@ -73,17 +73,19 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             others["OpenVINO GenAI 4-bit, no adapters"] = start(
                 "openvino", "openvino", arguments.openvino_python, options
             )
-        server = running.enter_context(served(arguments, model, {"prad-pa": number}))
+        server = running.enter_context(served(arguments, model, dict.fromkeys(_METHODS.values(), number)))
         rounded = running.enter_context(
             served(arguments, model, {"prad-pa": number}, decode=["--weights", "int8"])
         )
         ours = {
-            f"PrAd server, {number} tasks": Contestant(server.generate, server.tasks["prad-pa"]),
+            f"PrAd server, {number} tasks, {name}": Contestant(server.generate, server.tasks[method])
+            for name, method in _METHODS.items()
+        } | {
             "PrAd server, no adapters": Contestant(server.generate, plain),
-            f"PrAd server, {number} tasks, int8 decode weights": Contestant(
+            f"PrAd server, {number} tasks, PrAd-PA, int8 decode weights": Contestant(
                 rounded.generate, rounded.tasks["prad-pa"]
             ),
-            f"our engine, {number} LoRAs": Contestant(own.generate, plain),
+            f"our engine, {number} LoRAs at every token": Contestant(own.generate, plain),
         }
         for peer in peers.values():
             peer.wait_ready()

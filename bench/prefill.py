@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from bench.adapters import random_adapters
+from bench.adapters import ready_adapters
 from bench.model import add_model_arguments, load
-from prad.adapters import Adapter, PromptAdaptation, prepared
+from prad.adapters import Adapter, PromptAdaptation
 from prad.lm import LanguageModel, PackedBatch
 from prad.lm.kernels import Kind
 
@@ -49,10 +49,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     shapes = {"uniform": [arguments.tokens] * tasks, "ragged": _ragged(tasks)}
     rows: list[dict[str, Any]] = []
     for r in arguments.ranks:
-        sets = {
-            f"{name} r={r}": [prepared(a, model) for a in random_adapters(model, method, tasks, r)]
-            for name, method in METHODS.items()
-        }
+        sets = {f"{name} r={r}": ready_adapters(model, method, tasks, r) for name, method in METHODS.items()}
         for shape, lengths in shapes.items():
             measured = _measure(model, lengths, sets, arguments.rounds)
             rows += [{"shape": f"{shape}, r={r}", "tokens": sum(lengths)} | row for row in measured]

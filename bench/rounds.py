@@ -40,10 +40,15 @@ def interleaved(
 ) -> Samples[K]:
     """Calls each variant once per round; a variant returns its own measure. The first rounds warm up.
 
-    One that took longer than `patience_s` is not asked again.
+    Each round begins with another variant. One that took longer than `patience_s` is not asked again.
     """
     values: dict[K, list[float]] = {name: [] for name in variants}
-    turns = [(number, name) for number in range(-warm_up, rounds) for name in variants]
+    names = list(variants)
+    turns = [
+        (number, names[(number + turn) % len(names)])
+        for number in range(-warm_up, rounds)
+        for turn in range(len(names))
+    ]
     for number, name in track(turns, description=what, console=Console(stderr=True), transient=True):
         if any(took > patience_s for took in values[name]):
             continue

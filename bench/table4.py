@@ -1,8 +1,8 @@
 """The paper's Table 4 on this machine: N requests of N different tasks at once; prefill, decode and total.
 
 PrAd-PA and PrAd-LoRA are our server, asked through HTTP. PA and LoRA apply an adapter at every generated
-token: in our own engine with stacked matmuls (in-process, without HTTP: the honest baseline), and LoRA also
-in PEFT's mixed-adapter batch. Speed-up: against PEFT's LoRA, and against the same method in our own engine.
+token: in our own engine (in-process, no HTTP: the honest baseline), and LoRA also in PEFT's mixed-adapter
+batch. Speed-up: against PEFT's LoRA, and against the same method in our own engine.
 """
 
 import argparse
@@ -11,8 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from bench.adapters import write_peft_lora
-from bench.baseline import StackedAdapters
+from bench.adapters import ready_adapters, write_peft_lora
 from bench.contest import Contestant, add_shape_arguments, contest
 from bench.model import add_model_arguments, load, model_folder
 from bench.own_engine import OwnEngine
@@ -22,7 +21,7 @@ from prad.adapters import METHODS
 
 SMOKE = {"tasks": [2], "prompt": 8, "output": 4, "rounds": 1, "r": 4}
 _METHODS = {"prad-pa": "PrAd-PA", "prad-lora": "PrAd-LoRA"}
-_OWN = {"pa": "PA, our engine", "lora": "LoRA, our engine"}
+_OWN = {"prad-pa": "PA, our engine", "prad-lora": "LoRA, our engine"}
 _PEFT = "LoRA, PEFT"
 
 
@@ -49,8 +48,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 _METHODS[method]: Contestant(server.generate, server.tasks[method][:tasks])
                 for method in methods
             }
-            for kind, label in _OWN.items():
-                own = OwnEngine(model, StackedAdapters(kind, model, tasks, arguments.r))
+            for method, label in _OWN.items():
+                own = OwnEngine(model, ready_adapters(model, method, tasks, arguments.r))
                 contestants[label] = Contestant(own.generate, [label] * tasks)
             contestants[_PEFT] = Contestant(peft.generate, list(folders)[:tasks])
             rows = contest(contestants, arguments, model, f"{tasks} tasks")

@@ -31,7 +31,7 @@ from prad.lm.paged import Pools, blocks_in
 logger = logging.getLogger(__name__)
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["Decode"].full_name
-_FLUSH_S = 2.0
+_FLUSH_S = 10.0  # a client's process may not get a core at once
 _GRACE_S = 1.0
 _DRAIN_LOOK_S = 0.05
 

@@ -11,7 +11,17 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from decode_service import DecodeServer, DecodeSettings, model_spec
-from kvtransfer import DecodeClient, HandOff, Open, Sampling, Token, TokenEvent, TokenStream, TransferSettings
+from kvtransfer import (
+    DecodeClient,
+    HandOff,
+    LostError,
+    Open,
+    Sampling,
+    Token,
+    TokenEvent,
+    TokenStream,
+    TransferSettings,
+)
 from prad.lm import LanguageModel, PackedBatch
 from prad.lm.attention import NAME
 
@@ -52,17 +62,24 @@ class Collected:
     events: dict[tuple[str, int], list[TokenEvent]] = field(default_factory=dict)
     numbers: list[int] = field(default_factory=list)
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+    lost: LostError | None = None
 
     async def read(self, stream: TokenStream) -> None:
-        async for frame in stream:
+        try:
+            async for frame in stream:
+                async with self.changed:
+                    self.numbers.append(frame.number)
+                    for event in frame.events:
+                        self.events.setdefault((event.request_id, event.choice), []).append(event)
+                    self.changed.notify_all()
+        except LostError as error:
             async with self.changed:
-                self.numbers.append(frame.number)
-                for event in frame.events:
-                    self.events.setdefault((event.request_id, event.choice), []).append(event)
+                self.lost = error
                 self.changed.notify_all()
+            raise
 
     async def until(self, request_id: str, choice: int = 0, count: int | None = None) -> list[TokenEvent]:
-        """A sequence's events, once it has finished (or has `count` of them)."""
+        """A sequence's events, once it has finished (or has `count` of them); LostError if it never will."""
 
         def there() -> bool:
             events = self.events.get((request_id, choice), [])
@@ -71,7 +88,10 @@ class Collected:
             )
 
         async with self.changed:
-            await self.changed.wait_for(there)
+            await self.changed.wait_for(lambda: there() or self.lost is not None)
+        if not there():
+            assert self.lost is not None
+            raise self.lost
         return self.events[request_id, choice]
 
 
