@@ -1,6 +1,7 @@
 """The decode service's own engine in this process: real steps, no HTTP, no gRPC."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,4 +90,5 @@ def _random_kv(model: LanguageModel, tokens: int) -> LayersKV:
 
 
 def _raw(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    data: Any = tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return memoryview(data)

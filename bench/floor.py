@@ -117,11 +117,15 @@ def _gemms(
     if packed and model.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         ready = [torch.ops.mkldnn._reorder_linear_weight(w, batch) for w in weights]
 
-        def linear(x: Tensor, w: Tensor) -> Tensor:
+        def linear(x: Tensor, w: Tensor) -> Any:
             return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
 
     else:
-        ready, linear = list(weights), torch.nn.functional.linear
+        ready = list(weights)
+
+        def linear(x: Tensor, w: Tensor) -> Any:
+            return torch.nn.functional.linear(x, w)
+
     pairs = [(inputs[w.shape[1]], p) for w, p in zip(weights, ready, strict=True)]
 
     def once() -> None:

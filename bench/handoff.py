@@ -211,11 +211,11 @@ def _cpu_s(process: psutil.Process) -> float:
 
 
 def _median(values: Any) -> float:
-    return round(statistics.median(values), 4)
+    return round(float(statistics.median(values)), 4)
 
 
 def _ms(seconds: Any) -> float:
-    return round(1000 * statistics.median(seconds), 1)
+    return round(1000 * float(statistics.median(seconds)), 1)
 
 
 def _shape(text: str) -> tuple[int, int]:

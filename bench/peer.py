@@ -26,6 +26,7 @@ class Peer:
     """Use it in a `with`. `versions` are those of the peer's own packages, once it is ready."""
 
     def __init__(self, worker: str, python: Path | None, options: dict[str, Any], log: Path) -> None:
+        self._worker = worker
         self._log = log
         # what `prad` sets for itself is not for others
         environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "OMP_WAIT_POLICY")}
@@ -81,7 +82,7 @@ class Peer:
     def _ended(self) -> PeerError:
         status = self._process.wait()
         tail = "\n".join(f"  {line}" for line in self._log.read_text(errors="replace").splitlines()[-12:])
-        return PeerError(f"{' '.join(self._process.args[:2])} ended with status {status}:\n{tail}")
+        return PeerError(f"the worker {self._worker} ended with status {status}:\n{tail}")
 
     def _stop(self) -> None:
         assert self._process.stdin is not None

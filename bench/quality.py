@@ -103,23 +103,23 @@ def figures(study: Study, rows: list[Row], columns: list[Column]) -> dict[str, A
             found = [study.finished(row, column, seed) for seed in _seeds(row, column)]
             if all(found):
                 each[row.name, column.task] = counts([cell["each"] for cell in found if cell])
-    scores = [
-        {"name": row.name} | {c.task: _shown(c, each.get((row.name, c.task))) for c in columns}
+    scores: list[dict[str, Any]] = [
+        {"name": row.name, **{c.task: _shown(c, each.get((row.name, c.task))) for c in columns}}
         for row in rows
     ]
     differences = []
     for row in rows:
         for column in columns:
-            pair = each.get((row.name, column.task)), each.get((row.against or "", column.task))
-            if pair[0] is not None and pair[1] is not None:
-                found = paired_difference(column.metric, *pair)
+            ours, theirs = (each.get((name or "", column.task)) for name in (row.name, row.against))
+            if ours is not None and theirs is not None:
+                difference = paired_difference(column.metric, ours, theirs)
                 differences.append(
                     {
                         "pair": f"{row.name} − {row.against}",
                         "task": column.task,
-                        "difference": f"{found.value:+.2f}",
-                        "interval": f"{found.low:+.2f} … {found.high:+.2f}",
-                        "holds_zero": "yes" if found.low <= 0 <= found.high else "no",
+                        "difference": f"{difference.value:+.2f}",
+                        "interval": f"{difference.low:+.2f} … {difference.high:+.2f}",
+                        "holds_zero": "yes" if difference.low <= 0 <= difference.high else "no",
                     }
                 )
     settings = [

@@ -95,7 +95,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 def _effect(exact: Tensor, changed: Tensor, batch: PackedBatch, following: Tensor) -> dict[str, float]:
     difference = (changed - exact).abs()
     spread = exact.amax(dim=-1) - exact.amin(dim=-1)
-    figures = {
+    figures: dict[str, Any] = {
         "logit_difference_max": difference.max(),
         "logit_difference_mean": difference.mean(),
         "difference_max_of_range": (difference.amax(dim=-1) / spread).max(),
@@ -114,7 +114,8 @@ def _nll(logits: Tensor, batch: PackedBatch, following: Tensor) -> float:
 
 
 def _through_int8(states: Tensor) -> Tensor:
-    data, scales = (memoryview(part.view(torch.uint8).numpy()).cast("B") for part in quantise(states.cpu()))
+    raws: list[Any] = [part.view(torch.uint8).numpy() for part in quantise(states.cpu())]
+    data, scales = (memoryview(raw).cast("B") for raw in raws)
     raw = dequantise(data, scales, (states.shape[1], states.shape[2]), states.dtype)
     return torch.frombuffer(bytearray(raw), dtype=states.dtype).view(states.shape).to(states.device)
 

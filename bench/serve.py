@@ -146,8 +146,12 @@ def _streaming(
 
     def alone() -> float:
         engine = LoadedEngine(model, number, arguments.prompt, arguments.output)
-        took = seconds(lambda: [engine.step() for _ in range(arguments.output)])()
-        return number * arguments.output / took
+
+        def steps() -> None:
+            for _ in range(arguments.output):
+                engine.step()
+
+        return float(number * arguments.output / seconds(steps)())
 
     rates = interleaved({"http": through_http, "alone": alone}, arguments.rounds, "streaming")
     in_service = statistics.median(per_engine[1:])

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -124,7 +125,7 @@ class Served:
         return {name: round(p.memory_full_info().uss / 2**20, 1) for name, p in sorted(services.items())}
 
     def steps(self) -> Steps:
-        found = {}
+        found: dict[str, float] = {}
         for family in text_string_to_metric_families(httpx.get(self._metrics, trust_env=False).text):
             found |= {s.name: s.value for s in family.samples if not s.labels}
         name = "prad_decode_step_seconds"
@@ -181,7 +182,7 @@ def served(
                     raise StackError(f"adapters were refused: {failed}")
             for task in (task for each in tasks.values() for task in each):
                 listed = f"http://127.0.0.1:{api}/v1/models/{task}"
-                stack.wait_until(lambda url=listed: answers(url), 60, task)
+                stack.wait_until(partial(answers, listed), 60, task)
             status.stop()
             with Client(api) as client:
                 yield Served(client, f"http://127.0.0.1:{metrics}/metrics", tasks)
