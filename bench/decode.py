@@ -122,7 +122,7 @@ def plot(result: dict[str, Any], figure: Any) -> None:
         at.plot([r[x] for r in rows], [r["step_ms"] for r in rows], marker="o", label="step")
         at.plot([r[x] for r in rows], [r["floor_ms"] for r in rows], linestyle="--", label="floor")
         at.set(xscale="log", yscale="log", xlabel=x, ylabel="ms")
-        at.set_xticks([r[x] for r in rows], [str(r[x]) for r in rows])
+        at.set_xticks([r[x] for r in rows], [str(r[x]) for r in rows], rotation=60)
         at.minorticks_off()
         at.legend()
     rows = result["by_tasks"]

@@ -130,7 +130,7 @@ def plot(result: dict[str, Any], figure: Any) -> None:
     axes.barh([f"{row['shape']}: {row['adapters']}" for row in rows], [row["of_plain"] for row in rows])
     axes.axvline(1.0, linestyle="--", color="gray", label="no adapters")
     axes.set(xlabel="prompt pass, times the plain one", title="What adapters add to a prompt pass")
-    axes.legend()
+    figure.legend(loc="outside lower left")
     growth = result["growth"]
     for name, label in (("short_ms", "short prompts"), ("one_ms", "one prompt")):
         right.plot([g["tokens"] for g in growth], [g[name] for g in growth], marker="o", label=label)

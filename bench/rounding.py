@@ -126,3 +126,13 @@ def _texts(tokenizer: Tokenizer, count: int) -> list[list[int]]:
     ids = [i for file in files for i in tokenizer.encode_continuation(file.read_text())]
     length = PROMPT + FOLLOWING
     return [ids[k * (len(ids) - length) // count :][:length] for k in range(count)]
+
+
+def plot(result: dict[str, Any], figure: Any) -> None:
+    rows = result["rows"][::-1]
+    names = [row["rounded"] for row in rows]
+    left, right = figure.subplots(1, 2, sharey=True)
+    left.barh(names, [100 * row["difference_max_of_range"] for row in rows])
+    left.set(xlabel="% of the logits' range", title="largest difference of a logit")
+    right.barh(names, [100 * row["greedy_tokens_changed"] for row in rows])
+    right.set(xlabel="%", title="greedy tokens changed")
