@@ -25,7 +25,7 @@ from bench.model import add_model_arguments, load, model_flags
 from decode_service import model_spec
 from kvtransfer import DecodeClient, Encoding, LostError, Open, PassRows, Sampling, Token, TransferSettings
 from prad.cli.stack import Stack
-from prad.lm import LanguageModel, PackedBatch
+from prad.lm import LanguageModel, PackedBatch, share_interpreter
 from prefill_service.layers import PassLayers
 
 SMOKE = {"rounds": 1, "bursts": [(4, 16), (1, 64)]}
@@ -122,6 +122,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    share_interpreter()  # as prefill does, whose part this process plays
     with tempfile.TemporaryDirectory() as folder, Stack(Path(folder)) as stack:
         stack.start("decode", [*model_flags(arguments), "--port", str(DECODE), "--kv-cache-mib", "256"])
         (decode,) = (p for p in psutil.Process().children() if "decode" in p.cmdline())

@@ -4,6 +4,7 @@ from prad.lm.attention import Ragged
 from prad.lm.batch import PackedBatch
 from prad.lm.errors import MissingSiteError, ModelError, ModelNotFoundError, UnsupportedModelError
 from prad.lm.fingerprint import Fingerprint
+from prad.lm.interpreter import share_interpreter
 from prad.lm.kv import KVLayout, KVTarget, LayerKV, PromptKV
 from prad.lm.model import LanguageModel
 from prad.lm.sampling import Draw, SampleKey, SamplingParams, sample
@@ -42,4 +43,5 @@ __all__ = [
     "resolve_model",
     "sample",
     "served_name",
+    "share_interpreter",
 ]
