@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import PrefixTuningConfig, PromptTuningConfig
 
 from prad.adapters import AdapterError
-from prad.exchange import export_folder, import_folder
+from prad.exchange import TensorError, export_folder, import_folder
 from prad.lm import LanguageModel
-from tests.conftest import random_artefact
+from tests.conftest import CONFIGS, random_artefact, randomised
 from tests.exchange.peft_side import IGNORED, apart, loaded, ours, said, saved, settings
 
 pytestmark = pytest.mark.filterwarnings(IGNORED)
@@ -66,3 +67,40 @@ def test_too_many_tokens_for_the_context_are_refused(
     saved(folder, tmp_path / "peft", config)
     with pytest.raises(AdapterError, match="511 virtual tokens"):
         import_folder(tmp_path / "peft", tmp_path / "ours", load_tiny("llama"), settings(folder))
+
+
+@pytest.fixture
+def narrow(tmp_path: Path) -> Path:
+    """As OPT-350m: embeddings of 32 are projected to the layers' 48."""
+    config = CONFIGS["opt"]()
+    config.word_embed_proj_dim = 32
+    randomised(config, seed=1).save_pretrained(tmp_path / "narrow")
+    return tmp_path / "narrow"
+
+
+def test_tokens_are_as_wide_as_embeddings_that_are_projected(narrow: Path, tmp_path: Path) -> None:
+    model = LanguageModel.load(narrow, dtype=torch.float32)
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5, token_dim=32)
+    expected = saved(narrow, tmp_path / "peft", config)
+    artefact = import_folder(tmp_path / "peft", tmp_path / "ours", model, settings(narrow))
+    assert apart(ours(model, artefact), expected) < 1e-4
+    assert apart(ours(model, None), expected) > 1e-2, "the adapter must matter"
+    export_folder(artefact, tmp_path / "back", model, base_name=str(narrow))
+    assert apart(said(loaded(narrow, tmp_path / "back")), expected) < 1e-4
+
+
+def test_tokens_as_wide_as_the_layers_are_refused_there(
+    narrow: Path, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """PEFT makes them so unless it is told; its own forward fails on them."""
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    saved(tiny_model("opt"), tmp_path / "peft", config)
+    model, told = (
+        LanguageModel.load(narrow, dtype=torch.float32),
+        settings(Path("opt"), allow_other_base=True),
+    )
+    said = (
+        r"expected \(5, 32\), found \(5, 48\) \(PROMPT_TUNING: as wide as model\.decoder\.embed_tokens, for"
+    )
+    with pytest.raises(TensorError, match=said):
+        import_folder(tmp_path / "peft", tmp_path / "ours", model, told)
