@@ -2,7 +2,7 @@
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -38,6 +38,10 @@ def import_command(
     max_tokens: Annotated[int | None, typer.Option(help="Generation default of the task.", min=1)] = None,
     licence: Annotated[str | None, typer.Option(help="Licence, recorded in the artefact.")] = None,
     description: Annotated[str | None, typer.Option(help="One line about the task, recorded too.")] = None,
+    positions: Annotated[
+        Literal["prompt", "all"],
+        typer.Option(help="What it acts on. all: as in PEFT, a baseline for prad eval, never served."),
+    ] = "prompt",
     allow_other_base: OtherBase = False,
     model: ModelOption = "smollm2-135m",
     cache_dir: CacheOption = DEFAULT_CACHE,
@@ -53,6 +57,8 @@ def import_command(
     """
     if out is None and task is None:
         raise typer.BadParameter("name a DIR to write, or a --task to push to, or both")
+    if task is not None and positions == "all":
+        raise typer.BadParameter("what acts on all positions is not served: drop --task")
     from prad.exchange import ImportSettings, import_folder
     from prad.lm import served_name
 
@@ -64,6 +70,7 @@ def import_command(
         licence=licence,
         description=description,
         allow_other_base=allow_other_base,
+        positions=positions,
     )
     language_model, _ = load_model(model, cache_dir, dtype, "cpu")
     with tempfile.TemporaryDirectory() as passing:
@@ -87,7 +94,7 @@ def export_command(
     cache_dir: CacheOption = DEFAULT_CACHE,
     dtype: DTypeOption = "bfloat16",
 ) -> None:
-    """Write an adapter as PEFT loads it: prad-lora, -dora, -ia3, -prefix or -prompt.
+    """Write an adapter as PEFT loads it: prad-lora, -dora, -ia3, -prefix or -prompt, baselines too.
 
     What PEFT cannot hold (template, generation defaults, the base's digest) lies beside it in prad.json, and
     [bold]prad adapter import[/bold] reads it back.
@@ -101,7 +108,7 @@ def export_command(
     typer.echo(
         f"{out}: {artefact.record.method} for PEFT\nload it:  PeftModel.from_pretrained(model, '{out}')"
     )
-    if artefact.record.method not in _VIRTUAL:
+    if artefact.record.method not in _VIRTUAL and artefact.record.positions == "prompt":
         typer.echo(
             "note: PEFT applies it to generated tokens too, not to the prompt alone. To do as here: run the "
             "prompt with it, then generate from that KV cache under model.disable_adapter()"
@@ -115,13 +122,17 @@ def _said(artefact: "Artefact", source: Path, out: Path | None) -> str:
     said = [f"{source} imported: {record.method} for {record.base.name} (weights {record.base.weights[:12]})"]
     if record.method in _VIRTUAL:
         said.append("note: its virtual tokens stand in front of the prompt here as in PEFT: nothing changes")
+    elif record.positions == "all":
+        said.append("note: it acts on all positions, as in PEFT: a baseline, to be evaluated and not served")
     elif not was_prompt_only(record):
         said.append(
-            "note: PEFT trained it on all positions. Here it acts on the prompt only, later tokens are the "
-            "plain model's: its quality may drop, measure it before you serve it"
+            "note: it was trained on all positions. Here it acts on the prompt only, later tokens are the "
+            "plain model's: its quality may drop, so measure it before you serve it, beside what --positions "
+            "all imports: that is what PEFT does"
         )
     if out is not None:
         if not record.chat_template:
             said.append(f"next:  prad eval --adapter {out} --data FILE")
-        said.append(f"next:  prad adapter push {out} --task NAME")
+        if record.positions == "prompt":
+            said.append(f"next:  prad adapter push {out} --task NAME")
     return "\n".join(said)

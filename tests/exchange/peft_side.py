@@ -50,10 +50,10 @@ def loaded(model: Path, folder: Path) -> Any:
     return peft.PeftModel.from_pretrained(base(model), folder).eval()
 
 
-def said(adapted: Any) -> list[Tensor]:
-    """Logits [tokens, vocab] of each prompt."""
+def said(adapted: Any, texts: Sequence[Sequence[int]] = PROMPTS) -> list[Tensor]:
+    """Logits [tokens, vocab] of each text."""
     with torch.inference_mode():
-        return [adapted(input_ids=torch.tensor([p])).logits[0, -len(p) :].clone() for p in PROMPTS]
+        return [adapted(input_ids=torch.tensor([t])).logits[0, -len(t) :].clone() for t in texts]
 
 
 def ours(model: LanguageModel, artefact: Artefact | None) -> list[Tensor]:
