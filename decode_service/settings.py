@@ -31,7 +31,7 @@ class DecodeSettings(BaseSettings):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """What the model computes in; prefill must use the same."""
     device: str = "cpu"
-    """cpu or cuda."""
+    """cpu, cuda or cuda:N."""
     threads: int | None = Field(default=None, ge=1)
     """Computing threads; torch's default if not given."""
     kernels: Choice = "auto"

@@ -35,7 +35,7 @@ class PrefillSettings(BaseSettings):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """What the model computes in; decode must use the same."""
     device: str = "cpu"
-    """cpu or cuda."""
+    """cpu, cuda or cuda:N."""
     threads: Annotated[int, Field(ge=1)] | None = None
     """Computing threads; torch's default if not given."""
     kernels: Choice = "auto"
