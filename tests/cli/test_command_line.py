@@ -32,6 +32,7 @@ def one_line(text: str) -> str:
     [
         ((), ["serve", "prefill", "decode", "registry", "adapter", "train", "eval"]),
         (("serve",), ["prad serve --adapters examples/adapters", "--port", "--registry-port", "--data-dir"]),
+        (("serve",), ["--weights", "int8", "--threads", "--nice", "PRAD_DECODE_*"]),
         (
             ("train",),
             ["prad train --task sentiment --data", "--eval-every", "--resume", "--seed", "--template"],
