@@ -11,7 +11,7 @@ from prad.lm.kernels import Choice, Precision
 
 
 class DecodeSettings(BaseSettings):
-    """Keyword arguments, flags of `prad decode`, or PRAD_DECODE_* in the environment. Times in seconds."""
+    """Set by flags of `prad decode`, or PRAD_DECODE_* in the environment; flags win. Times in seconds."""
 
     model_config = SettingsConfigDict(
         env_prefix="PRAD_DECODE_", frozen=True, extra="forbid", use_attribute_docstrings=True

@@ -11,7 +11,7 @@ from prad.lm.kernels import Choice
 
 
 class PrefillSettings(BaseSettings):
-    """Read once at the start; parts receive only their slice."""
+    """Set by flags of `prad prefill`, or PRAD_PREFILL_* in the environment; flags win."""
 
     model_config = SettingsConfigDict(
         env_prefix="PRAD_PREFILL_", frozen=True, extra="forbid", use_attribute_docstrings=True

@@ -12,9 +12,7 @@ if TYPE_CHECKING:
     from prad.artefact import Artefact
 
 _VIRTUAL = ("prad-prefix", "prad-prompt")
-OtherBase = Annotated[
-    bool, typer.Option("--allow-other-base", help="Also if the file was trained on a model of another name.")
-]
+_DEFAULT_MODEL = "smollm2-135m"
 
 
 def import_command(
@@ -42,8 +40,10 @@ def import_command(
         Literal["prompt", "all"],
         typer.Option(help="What it acts on. all: as in PEFT, a baseline for prad eval, never served."),
     ] = "prompt",
-    allow_other_base: OtherBase = False,
-    model: ModelOption = "smollm2-135m",
+    allow_other_base: Annotated[
+        bool, typer.Option("--allow-other-base", help="Also if the file names another base than --model.")
+    ] = False,
+    model: ModelOption = _DEFAULT_MODEL,
     cache_dir: CacheOption = DEFAULT_CACHE,
     dtype: DTypeOption = "bfloat16",
     registry: Annotated[
@@ -76,7 +76,7 @@ def import_command(
     with tempfile.TemporaryDirectory() as passing:
         folder = Path(passing) / "artefact" if out is None else out
         artefact = import_folder(source, folder, language_model, settings)
-        typer.echo(_said(artefact, source, out))
+        typer.echo(_said(artefact, source, out, model))
         if task is not None:
             from prad.cli.adapter import push
 
@@ -89,8 +89,11 @@ def export_command(
     base: Annotated[
         str | None, typer.Option(help="What PEFT shall call the base model, e.g. its Hugging Face id.")
     ] = None,
-    allow_other_base: OtherBase = False,
-    model: ModelOption = "smollm2-135m",
+    allow_other_base: Annotated[
+        bool,
+        typer.Option("--allow-other-base", help="Also if it was trained on other weights than --model's."),
+    ] = False,
+    model: ModelOption = _DEFAULT_MODEL,
     cache_dir: CacheOption = DEFAULT_CACHE,
     dtype: DTypeOption = "bfloat16",
 ) -> None:
@@ -115,7 +118,7 @@ def export_command(
         )
 
 
-def _said(artefact: "Artefact", source: Path, out: Path | None) -> str:
+def _said(artefact: "Artefact", source: Path, out: Path | None, model: str) -> str:
     from prad.exchange import was_prompt_only
 
     record = artefact.record
@@ -132,7 +135,8 @@ def _said(artefact: "Artefact", source: Path, out: Path | None) -> str:
         )
     if out is not None:
         if not record.chat_template:
-            said.append(f"next:  prad eval --adapter {out} --data FILE")
+            named = "" if model == _DEFAULT_MODEL else f" --model {model}"
+            said.append(f"next:  prad eval --adapter {out} --data FILE{named}")
         if record.positions == "prompt":
             said.append(f"next:  prad adapter push {out} --task NAME")
     return "\n".join(said)

@@ -17,7 +17,11 @@ _START_S = 300.0  # the first start converts or fetches the model
 def serve_command(
     adapters: Annotated[
         Path | None,
-        typer.Option(help="Folder of adapter folders; each is pushed as a task of its name.", exists=True),
+        typer.Option(
+            help="Folder of adapter folders; each is pushed as a task of its name.",
+            exists=True,
+            file_okay=False,
+        ),
     ] = None,
     model: ModelOption = "smollm2-135m",
     model_name: Annotated[str | None, typer.Option(help="The plain model's id in the API.")] = None,
@@ -32,13 +36,23 @@ def serve_command(
     device: DeviceOption = "cpu",
     weights: Annotated[
         Literal["full", "int8"] | None,
-        typer.Option(help="int8: decode's linear layers rounded to 8 bits, faster for few sequences."),
+        typer.Option(
+            help="int8: decode's linear layers rounded to 8 bits, faster for few sequences; full if left out."
+        ),
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(help="Computing threads of prefill and of decode, each.", min=1)
+        int | None,
+        typer.Option(
+            help="Computing threads of prefill and of decode, each; torch's default if left out.", min=1
+        ),
     ] = None,
     nice: Annotated[
-        int | None, typer.Option(help="How far prompt passes step back for decode (Linux).", min=0, max=19)
+        int | None,
+        typer.Option(
+            help="How far prompt passes step back for decode (Linux); 0, not at all, if left out.",
+            min=0,
+            max=19,
+        ),
     ] = None,
 ) -> None:
     """Run everything on this machine, with nothing else installed.

@@ -140,6 +140,14 @@ def test_8_bit_weights_are_decodes_to_make_or_refuse(model: Path, tmp_path: Path
         assert "Traceback" not in serve.said
 
 
+def test_a_data_folder_that_cannot_be_made_is_said_clearly(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").touch()
+    with serving(model, tmp_path, *free_ports(3)) as serve:
+        assert serve.process.wait() == 1
+        assert serve.said.startswith(f"error: logs cannot be kept in {tmp_path / 'data' / 'logs'}")
+        assert "Traceback" not in serve.said
+
+
 @pytest.mark.parametrize("taken", [0, 2], ids=["the API's port", "decode's port"])
 def test_a_taken_port_is_said_clearly(taken: int, model: Path, tmp_path: Path) -> None:
     ports = free_ports(3)
