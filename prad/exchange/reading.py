@@ -22,7 +22,7 @@ from prad.exchange.virtual import import_prefix, import_prompt
 from prad.lm import LanguageModel
 
 _PICKLE = "adapter_model.bin"
-_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def import_folder(source: Path, out: Path, model: LanguageModel, settings: ImportSettings) -> Artefact:
@@ -82,5 +82,5 @@ def _read_weights(source: Path) -> dict[str, Tensor]:
         ) from error
     for name, tensor in sorted(tensors.items()):
         if tensor.dtype not in _DTYPES:
-            raise TensorError(name, " or ".join(_DTYPES.values()), tensor.dtype)
+            raise TensorError(name, " or ".join(map(str, _DTYPES)), tensor.dtype)
     return tensors
