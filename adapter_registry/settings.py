@@ -11,7 +11,7 @@ MIB = 1 << 20
 
 
 class RegistrySettings(BaseSettings):
-    """Keyword arguments, flags of `prad registry`, or PRAD_REGISTRY_* in the environment."""
+    """Set by flags of `prad registry`, or PRAD_REGISTRY_* in the environment; flags win."""
 
     model_config = SettingsConfigDict(
         env_prefix="PRAD_REGISTRY_", extra="forbid", frozen=True, use_attribute_docstrings=True

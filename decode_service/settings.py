@@ -11,7 +11,7 @@ from prad.lm.kernels import Choice, Precision
 
 
 class DecodeSettings(BaseSettings):
-    """Keyword arguments, flags of `prad decode`, or PRAD_DECODE_* in the environment. Times in seconds."""
+    """Set by flags of `prad decode`, or PRAD_DECODE_* in the environment; flags win. Times in seconds."""
 
     model_config = SettingsConfigDict(
         env_prefix="PRAD_DECODE_", frozen=True, extra="forbid", use_attribute_docstrings=True
@@ -31,7 +31,7 @@ class DecodeSettings(BaseSettings):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """What the model computes in; prefill must use the same."""
     device: str = "cpu"
-    """cpu or cuda."""
+    """cpu, cuda or cuda:N."""
     threads: int | None = Field(default=None, ge=1)
     """Computing threads; torch's default if not given."""
     kernels: Choice = "auto"

@@ -11,7 +11,7 @@ from prad.lm.kernels import Choice
 
 
 class PrefillSettings(BaseSettings):
-    """Read once at the start; parts receive only their slice."""
+    """Set by flags of `prad prefill`, or PRAD_PREFILL_* in the environment; flags win."""
 
     model_config = SettingsConfigDict(
         env_prefix="PRAD_PREFILL_", frozen=True, extra="forbid", use_attribute_docstrings=True
@@ -35,7 +35,7 @@ class PrefillSettings(BaseSettings):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """What the model computes in; decode must use the same."""
     device: str = "cpu"
-    """cpu or cuda."""
+    """cpu, cuda or cuda:N."""
     threads: Annotated[int, Field(ge=1)] | None = None
     """Computing threads; torch's default if not given."""
     kernels: Choice = "auto"

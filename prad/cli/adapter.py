@@ -26,7 +26,8 @@ DEFAULT_REGISTRY = "http://127.0.0.1:8001"
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
-    help="Push adapter versions, look at them, promote and retire them, while traffic runs.",
+    help="Push adapter versions, look at them, promote and retire them, while traffic runs; and exchange "
+    "adapters with PEFT.",
 )
 
 Registry = Annotated[

@@ -47,8 +47,9 @@ def eval_command(
 ) -> None:
     """Score an adapter on a file of examples.
 
-    Examples:  prad eval --adapter examples/adapters/sentiment --data test.jsonl
-               prad eval --url http://127.0.0.1:8000 --task sentiment --data test.jsonl
+    Examples:  prad eval --adapter adapters/sentiment --data data/sentiment/test.jsonl
+
+    prad eval --url http://127.0.0.1:8000 --task sentiment --data data/sentiment/test.jsonl
     """
     if (adapter is None) == (url is None):
         raise typer.BadParameter("give either --adapter or --url")

@@ -2,7 +2,7 @@
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -12,9 +12,7 @@ if TYPE_CHECKING:
     from prad.artefact import Artefact
 
 _VIRTUAL = ("prad-prefix", "prad-prompt")
-OtherBase = Annotated[
-    bool, typer.Option("--allow-other-base", help="Also if the file was trained on a model of another name.")
-]
+_DEFAULT_MODEL = "smollm2-135m"
 
 
 def import_command(
@@ -38,8 +36,14 @@ def import_command(
     max_tokens: Annotated[int | None, typer.Option(help="Generation default of the task.", min=1)] = None,
     licence: Annotated[str | None, typer.Option(help="Licence, recorded in the artefact.")] = None,
     description: Annotated[str | None, typer.Option(help="One line about the task, recorded too.")] = None,
-    allow_other_base: OtherBase = False,
-    model: ModelOption = "smollm2-135m",
+    positions: Annotated[
+        Literal["prompt", "all"],
+        typer.Option(help="What it acts on. all: as in PEFT, a baseline for prad eval, never served."),
+    ] = "prompt",
+    allow_other_base: Annotated[
+        bool, typer.Option("--allow-other-base", help="Also if the file names another base than --model.")
+    ] = False,
+    model: ModelOption = _DEFAULT_MODEL,
     cache_dir: CacheOption = DEFAULT_CACHE,
     dtype: DTypeOption = "bfloat16",
     registry: Annotated[
@@ -53,6 +57,8 @@ def import_command(
     """
     if out is None and task is None:
         raise typer.BadParameter("name a DIR to write, or a --task to push to, or both")
+    if task is not None and positions == "all":
+        raise typer.BadParameter("what acts on all positions is not served: drop --task")
     from prad.exchange import ImportSettings, import_folder
     from prad.lm import served_name
 
@@ -64,12 +70,13 @@ def import_command(
         licence=licence,
         description=description,
         allow_other_base=allow_other_base,
+        positions=positions,
     )
     language_model, _ = load_model(model, cache_dir, dtype, "cpu")
     with tempfile.TemporaryDirectory() as passing:
         folder = Path(passing) / "artefact" if out is None else out
         artefact = import_folder(source, folder, language_model, settings)
-        typer.echo(_said(artefact, source, out))
+        typer.echo(_said(artefact, source, out, model))
         if task is not None:
             from prad.cli.adapter import push
 
@@ -82,12 +89,15 @@ def export_command(
     base: Annotated[
         str | None, typer.Option(help="What PEFT shall call the base model, e.g. its Hugging Face id.")
     ] = None,
-    allow_other_base: OtherBase = False,
-    model: ModelOption = "smollm2-135m",
+    allow_other_base: Annotated[
+        bool,
+        typer.Option("--allow-other-base", help="Also if it was trained on other weights than --model's."),
+    ] = False,
+    model: ModelOption = _DEFAULT_MODEL,
     cache_dir: CacheOption = DEFAULT_CACHE,
     dtype: DTypeOption = "bfloat16",
 ) -> None:
-    """Write an adapter as PEFT loads it: prad-lora, -dora, -ia3, -prefix or -prompt.
+    """Write an adapter as PEFT loads it: prad-lora, -dora, -ia3, -prefix or -prompt, baselines too.
 
     What PEFT cannot hold (template, generation defaults, the base's digest) lies beside it in prad.json, and
     [bold]prad adapter import[/bold] reads it back.
@@ -101,27 +111,32 @@ def export_command(
     typer.echo(
         f"{out}: {artefact.record.method} for PEFT\nload it:  PeftModel.from_pretrained(model, '{out}')"
     )
-    if artefact.record.method not in _VIRTUAL:
+    if artefact.record.method not in _VIRTUAL and artefact.record.positions == "prompt":
         typer.echo(
             "note: PEFT applies it to generated tokens too, not to the prompt alone. To do as here: run the "
             "prompt with it, then generate from that KV cache under model.disable_adapter()"
         )
 
 
-def _said(artefact: "Artefact", source: Path, out: Path | None) -> str:
+def _said(artefact: "Artefact", source: Path, out: Path | None, model: str) -> str:
     from prad.exchange import was_prompt_only
 
     record = artefact.record
     said = [f"{source} imported: {record.method} for {record.base.name} (weights {record.base.weights[:12]})"]
     if record.method in _VIRTUAL:
         said.append("note: its virtual tokens stand in front of the prompt here as in PEFT: nothing changes")
+    elif record.positions == "all":
+        said.append("note: it acts on all positions, as in PEFT: a baseline, to be evaluated and not served")
     elif not was_prompt_only(record):
         said.append(
-            "note: PEFT trained it on all positions. Here it acts on the prompt only, later tokens are the "
-            "plain model's: its quality may drop, measure it before you serve it"
+            "note: it was trained on all positions. Here it acts on the prompt only, later tokens are the "
+            "plain model's: its quality may drop, so measure it before you serve it, beside what --positions "
+            "all imports: that is what PEFT does"
         )
     if out is not None:
         if not record.chat_template:
-            said.append(f"next:  prad eval --adapter {out} --data FILE")
-        said.append(f"next:  prad adapter push {out} --task NAME")
+            named = "" if model == _DEFAULT_MODEL else f" --model {model}"
+            said.append(f"next:  prad eval --adapter {out} --data FILE{named}")
+        if record.positions == "prompt":
+            said.append(f"next:  prad adapter push {out} --task NAME")
     return "\n".join(said)

@@ -18,7 +18,7 @@ CacheOption = Annotated[
     Path, typer.Option("--cache-dir", help="Where converted models are kept.", envvar="PRAD_CACHE_DIR")
 ]
 DTypeOption = Annotated[str, typer.Option("--dtype", help="bfloat16 or float32.")]
-DeviceOption = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")]
 DEFAULT_CACHE = Path("~/.cache/prad")
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -17,7 +17,11 @@ _START_S = 300.0  # the first start converts or fetches the model
 def serve_command(
     adapters: Annotated[
         Path | None,
-        typer.Option(help="Folder of adapter folders; each is pushed as a task of its name.", exists=True),
+        typer.Option(
+            help="Folder of adapter folders; each is pushed as a task of its name.",
+            exists=True,
+            file_okay=False,
+        ),
     ] = None,
     model: ModelOption = "smollm2-135m",
     model_name: Annotated[str | None, typer.Option(help="The plain model's id in the API.")] = None,
@@ -30,10 +34,33 @@ def serve_command(
     cache_dir: CacheOption = DEFAULT_CACHE,
     dtype: DTypeOption = "bfloat16",
     device: DeviceOption = "cpu",
+    weights: Annotated[
+        Literal["full", "int8"] | None,
+        typer.Option(
+            help="int8: decode's linear layers rounded to 8 bits, faster for few sequences; full if left out."
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            help="Computing threads of prefill and of decode, each; torch's default if left out.", min=1
+        ),
+    ] = None,
+    nice: Annotated[
+        int | None,
+        typer.Option(
+            help="How far prompt passes step back for decode (Linux); 0, not at all, if left out.",
+            min=0,
+            max=19,
+        ),
+    ] = None,
 ) -> None:
     """Run everything on this machine, with nothing else installed.
 
     Example:  prad serve --adapters examples/adapters
+
+    What has no flag here is set as PRAD_PREFILL_*, PRAD_DECODE_* and PRAD_REGISTRY_* in the environment: see
+    prad prefill --help and so on.
     """
     from rich.console import Console
 
@@ -43,7 +70,8 @@ def serve_command(
     data_dir = data_dir.expanduser()
     api, registry = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{registry_port}"
     shared = ["--model", model, "--cache-dir", str(cache_dir), "--dtype", dtype, "--device", device]
-    named = [] if model_name is None else ["--model-name", model_name]
+    shared += _given({"--threads": threads})
+    own = _given({"--model-name": model_name, "--nice": nice})
     decode = ["--decode", f"127.0.0.1:{decode_port}"]
     logs = data_dir / "logs"
     for wanted in (port, registry_port, decode_port):
@@ -51,8 +79,8 @@ def serve_command(
     with stopped_by_signals(), Stack(logs) as stack:
         with console.status("starting the registry"):
             stack.start("registry", ["--port", str(registry_port), "--data-dir", str(data_dir / "registry")])
-            stack.start("decode", [*shared, "--port", str(decode_port)])
-            stack.start("prefill", [*shared, *named, *decode, "--registry", registry, "--port", str(port)])
+            stack.start("decode", [*shared, *_given({"--weights": weights}), "--port", str(decode_port)])
+            stack.start("prefill", [*shared, *own, *decode, "--registry", registry, "--port", str(port)])
             stack.wait_until(lambda: answers(f"{registry}/ready"), 30.0, "starting the registry")
         with console.status("loading the model (the first start converts it: about a minute)"):
             stack.wait_until(lambda: answers(f"{api}/ready"), _START_S, "starting")
@@ -65,6 +93,11 @@ def serve_command(
             console.print(f"[red]{name} cannot be served:[/] {reason}")
         _say_what_next(console.print, api, registry, tasks, logs)
         stack.watch()
+
+
+def _given(flags: dict[str, Any]) -> list[str]:
+    """Those that were given: the others are the environment's, or the service's own default."""
+    return [part for flag, value in flags.items() if value is not None for part in (flag, str(value))]
 
 
 def push_all(folder: Path, registry: str) -> dict[str, str]:

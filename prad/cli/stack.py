@@ -47,7 +47,10 @@ class Stack:
         self._services: list[Service] = []
 
     def __enter__(self) -> Self:
-        self._logs.mkdir(parents=True, exist_ok=True)
+        try:
+            self._logs.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StackError(f"logs cannot be kept in {self._logs}: {error}") from error
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -53,6 +53,14 @@ class Modules:
             if place.site is Site.DOWN_IN
         }
 
+    @cached_property
+    def embedding(self) -> tuple[str, int]:
+        """Name and width of the input embedding: not the hidden size where it is projected (some of OPT)."""
+        module: Any = self.model.module
+        embedding = module.get_input_embeddings()
+        name = next(name for name, found in module.named_modules() if found is embedding)
+        return name, embedding.embedding_dim
+
     def width(self, name: str) -> tuple[int, int]:
         """(in, out) of a projection, fused or not."""
         module = self.model.module.get_submodule(name)

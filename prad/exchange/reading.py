@@ -1,17 +1,17 @@
 """A PEFT folder becomes an artefact: checked, converted, loaded once as serving would, then put in place."""
 
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from prad.adapters import load_adapter, save_parameters
 from prad.artefact import WEIGHTS, Artefact, read_artefact, write_record
-from prad.exchange.errors import ExchangeError
+from prad.exchange.errors import ExchangeError, TensorError
+from prad.exchange.folders import new_folder, require_new
 from prad.exchange.ia3 import import_ia3
 from prad.exchange.imported import Imported
 from prad.exchange.lora import import_lora
@@ -22,6 +22,7 @@ from prad.exchange.virtual import import_prefix, import_prompt
 from prad.lm import LanguageModel
 
 _PICKLE = "adapter_model.bin"
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def import_folder(source: Path, out: Path, model: LanguageModel, settings: ImportSettings) -> Artefact:
@@ -40,21 +41,17 @@ def import_folder(source: Path, out: Path, model: LanguageModel, settings: Impor
             "virtual_tokens": imported.virtual_tokens,
         }
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as unfinished:
-        folder = Path(unfinished) / "artefact"
-        folder.mkdir()
+    if record.positions == "all" and imported.virtual_tokens:
+        raise ExchangeError(
+            f"{config.peft_type} puts tokens in front of the prompt and acts nowhere else: it has no form "
+            "for all positions"
+        )
+    with new_folder(out) as folder:
         save_parameters(imported.parameters, folder, imported.dtype)
         write_record(folder, record)
-        load_adapter(read_artefact(folder), model)  # what would be refused on a server is refused here
-        shutil.move(folder, out)
+        # what would be refused later is refused here
+        load_adapter(read_artefact(folder), model, allow_all_positions=True)
     return read_artefact(out)
-
-
-def require_new(out: Path) -> None:
-    """Raises ExchangeError if something would be overwritten."""
-    if out.exists():
-        raise ExchangeError(f"{out} is there already; name a folder that is not")
 
 
 def _convert(config: Source, tensors: Mapping[str, Tensor], modules: Modules) -> Imported:
@@ -77,6 +74,13 @@ def _read_weights(source: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise ExchangeError(f"{source} holds no {WEIGHTS}")
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ExchangeError(f"{WEIGHTS} is not a safetensors file: {error}") from error
+        raise ExchangeError(
+            f"{path} is not a whole safetensors file ({error}); was it cut off, or only a pointer to it "
+            "fetched?"
+        ) from error
+    for name, tensor in sorted(tensors.items()):
+        if tensor.dtype not in _DTYPES:
+            raise TensorError(name, " or ".join(map(str, _DTYPES)), tensor.dtype)
+    return tensors

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -17,7 +17,8 @@ class ImportSettings:
     """What a PEFT file cannot say about itself.
 
     `base_name`: what the model is called. None leaves a field to the `prad.json` beside an exported adapter;
-    where there is none, a prompt goes in as it is and generation is the API's.
+    where there is none, a prompt goes in as it is and generation is the API's. `positions`: what the adapter
+    shall act on here; "all" is PEFT's own meaning, as a baseline that is evaluated and not served.
     """
 
     base_name: str
@@ -27,6 +28,7 @@ class ImportSettings:
     licence: str | None = None
     description: str | None = None
     allow_other_base: bool = False
+    positions: Literal["prompt", "all"] = "prompt"
 
 
 def imported_record(
@@ -53,6 +55,7 @@ def imported_record(
         origin |= {"positions": "all"}
     told = {
         "base": base.model_dump(),
+        "positions": settings.positions,
         "template": settings.template,
         "chat_template": settings.chat_template,
         "licence": settings.licence,
@@ -69,9 +72,9 @@ def imported_record(
 
 
 def _positions(exported: AdapterRecord) -> str:
-    """What an exported adapter was trained on: by us the prompt, unless it had itself been imported."""
+    """What an exported adapter was trained on: what its record says, unless it had itself been imported."""
     earlier = exported.training.get("imported")
-    return str(earlier.get("positions", "all")) if isinstance(earlier, dict) else "prompt"
+    return str(earlier.get("positions", "all")) if isinstance(earlier, dict) else exported.positions
 
 
 def was_prompt_only(record: AdapterRecord) -> bool:

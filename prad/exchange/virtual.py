@@ -1,6 +1,6 @@
 """Prefix and prompt tuning: PEFT keeps both as one matrix `prompt_embeddings`, a row per virtual token.
 
-prompt tuning  [n, hidden]: what stands in the place of embeddings.
+prompt tuning  [n, width]: what stands in the place of embeddings, and so is as wide as they are.
 prefix tuning  [n, layers · 2 · kv_heads · dim]: by layer keys, as they are cached (after RoPE), then values;
 a projection through which it was trained is already applied in the file.
 """
@@ -24,7 +24,8 @@ KEY, VALUE, INPUT = "prefix.key", "prefix.value", "input.embedding"
 
 def import_prompt(config: PromptSource, tensors: Mapping[str, Tensor], modules: Modules) -> Imported:
     """Raises TensorError."""
-    matrix = _matrix(config, tensors, modules.model.hidden_size, modules)
+    embedding, width = modules.embedding
+    matrix = _matrix(config, tensors, width, f"as wide as {embedding}, {_of(modules)}")
     count = config.num_virtual_tokens
     return Imported("prad-prompt", {"virtual_tokens": count}, {INPUT: matrix.unsqueeze(0)}, count)
 
@@ -33,7 +34,7 @@ def import_prefix(config: PrefixSource, tensors: Mapping[str, Tensor], modules: 
     """Raises TensorError, or ExchangeError for a model whose layers differ."""
     layers, heads, dim = _cached(modules)
     count = config.num_virtual_tokens
-    matrix = _matrix(config, tensors, layers * 2 * heads * dim, modules)
+    matrix = _matrix(config, tensors, layers * 2 * heads * dim, _of(modules))
     both = matrix.view(count, layers, 2, heads, dim).transpose(0, 1)  # [layers, n, 2, heads, dim]
     parameters = {KEY: both[:, :, 0].contiguous(), VALUE: both[:, :, 1].contiguous()}
     return Imported("prad-prefix", {"virtual_tokens": count, "projection": None}, parameters, count)
@@ -45,7 +46,7 @@ def export_prompt(parameters: Parameters, modules: Modules) -> Exported:
     fields = {
         "peft_type": "PROMPT_TUNING",
         "num_attention_heads": config.num_attention_heads,
-        "token_dim": modules.model.hidden_size,
+        "token_dim": matrix.shape[1],
     }
     return _exported(fields, matrix, modules)
 
@@ -74,17 +75,18 @@ def _exported(fields: dict[str, Any], matrix: Tensor, modules: Modules) -> Expor
     return Exported(fields | more, {EMBEDDINGS: matrix.contiguous()})
 
 
-def _matrix(
-    config: VirtualTokensSource, tensors: Mapping[str, Tensor], width: int, modules: Modules
-) -> Tensor:
+def _matrix(config: VirtualTokensSource, tensors: Mapping[str, Tensor], width: int, why: str) -> Tensor:
     for name in sorted(tensors.keys() - {EMBEDDINGS}):
         raise TensorError(name, f"{EMBEDDINGS} only", "this one")
     found = tuple(tensors[EMBEDDINGS].shape) if EMBEDDINGS in tensors else "none"
     expected = (config.num_virtual_tokens, width)
     if found != expected:
-        why = f"for a model [{modules.model.fingerprint.architecture}]"
-        raise TensorError(EMBEDDINGS, expected, found, why)
+        raise TensorError(EMBEDDINGS, expected, found, f"{config.peft_type}: {why}")
     return tensors[EMBEDDINGS]
+
+
+def _of(modules: Modules) -> str:
+    return f"for a model [{modules.model.fingerprint.architecture}]"
 
 
 def _cached(modules: Modules) -> tuple[int, int, int]:

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import tempfile
 from pathlib import Path
 
 import torch
@@ -17,10 +16,10 @@ from prad.adapters.method import Parameters
 from prad.artefact import CARD, PEFT_CONFIG, RECORD, WEIGHTS, Artefact
 from prad.exchange.errors import ExchangeError
 from prad.exchange.exported import Exported
+from prad.exchange.folders import new_folder, require_new
 from prad.exchange.ia3 import export_ia3
 from prad.exchange.lora_export import export_lora
 from prad.exchange.modules import Modules
-from prad.exchange.reading import require_new
 from prad.exchange.virtual import export_prefix, export_prompt
 from prad.lm import LanguageModel
 
@@ -38,6 +37,8 @@ def export_folder(
 ) -> None:
     """Writes the PEFT folder `out`; `base_name` is what it calls the base model, the artefact's name if None.
 
+    A baseline on all positions is just what PEFT means; one on the prompt acts on later tokens there as well.
+
     Raises ExchangeError, AdapterError or ModelError; then `out` is not there.
     """
     require_new(out)
@@ -46,17 +47,14 @@ def export_folder(
             f"PEFT has no {artefact.record.method}; it has {', '.join(EXPORTED)} (as LORA with and without "
             "DoRA, IA3, PREFIX_TUNING, PROMPT_TUNING)"
         )
-    checked = load_adapter(artefact, model, allow_other_weights=allow_other_weights)
+    checked = load_adapter(artefact, model, allow_other_weights=allow_other_weights, allow_all_positions=True)
     exported = _convert(checked, _stored(artefact), Modules(model))
     config = exported.fields | {
         "base_model_name_or_path": base_name or artefact.record.base.name,
         "inference_mode": True,
         "task_type": "CAUSAL_LM",
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as unfinished:
-        folder = Path(unfinished) / "peft"
-        folder.mkdir()
+    with new_folder(out) as folder:
         save_file(exported.tensors, folder / WEIGHTS, metadata={"format": "pt"})
         (folder / WEIGHTS).chmod(0o644)
         (folder / PEFT_CONFIG).write_text(
@@ -65,7 +63,6 @@ def export_folder(
         for name in (RECORD, CARD):
             if (artefact.folder / name).is_file():
                 shutil.copyfile(artefact.folder / name, folder / name)
-        shutil.move(folder, out)
 
 
 def _convert(adapter: Adapter, stored: Parameters, modules: Modules) -> Exported:

@@ -2,7 +2,13 @@
 
 from prad.lm.attention import Ragged
 from prad.lm.batch import PackedBatch
-from prad.lm.errors import MissingSiteError, ModelError, ModelNotFoundError, UnsupportedModelError
+from prad.lm.errors import (
+    DeviceError,
+    MissingSiteError,
+    ModelError,
+    ModelNotFoundError,
+    UnsupportedModelError,
+)
 from prad.lm.fingerprint import Fingerprint
 from prad.lm.interpreter import share_interpreter
 from prad.lm.kv import KVLayout, KVTarget, LayerKV, PromptKV
@@ -16,6 +22,7 @@ from prad.lm.tokenizer import TextStream, Tokenizer
 __all__ = [
     "DEFAULT_MODEL",
     "Adaptation",
+    "DeviceError",
     "Draw",
     "Fingerprint",
     "KVLayout",

@@ -9,6 +9,10 @@ class ModelNotFoundError(ModelError):
     """The named model is not a folder, a `.gguf` file, or a reachable Hugging Face id."""
 
 
+class DeviceError(ModelError):
+    """The named device is none, or not on this machine."""
+
+
 class UnsupportedModelError(ModelError):
     """The model computes something that plain K and V per layer cannot express."""
 

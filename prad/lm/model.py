@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from prad.lm import attention
 from prad.lm.attention import Ragged
 from prad.lm.batch import PackedBatch
+from prad.lm.device import require_device
 from prad.lm.errors import ModelNotFoundError, UnsupportedModelError
 from prad.lm.fingerprint import Fingerprint, config_digest, weights_digest
 from prad.lm.fused import FusedModel, fuse
@@ -57,8 +58,10 @@ class LanguageModel:
     ) -> "LanguageModel":
         """Maps the safetensors in `folder`; in the files' own dtype on CPU nothing is copied.
 
-        Raises ModelNotFoundError (no model there) or UnsupportedModelError (not plain K and V).
+        `device`: cpu, cuda or cuda:N. Raises DeviceError, ModelNotFoundError (no model there) or
+        UnsupportedModelError (not plain K and V).
         """
+        require_device(device)
         try:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError) as error:

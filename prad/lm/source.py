@@ -28,7 +28,16 @@ def resolve_model(name: str, cache_dir: Path) -> Path:
         if not path.is_file():
             raise ModelNotFoundError(f"there is no file {path}")
         return convert_gguf(path, cache_dir)
+    if path.is_file():
+        raise ModelNotFoundError(f"expected a folder or a .gguf file, {path} is another file")
+    if _is_path(name):
+        raise ModelNotFoundError(f"no such file or folder: {path}")
     return _from_hub(name)
+
+
+def _is_path(name: str) -> bool:
+    """Whether it can only be one: a Hugging Face id has at most one slash, between two names."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def served_name(name: str) -> str:

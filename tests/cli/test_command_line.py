@@ -32,6 +32,7 @@ def one_line(text: str) -> str:
     [
         ((), ["serve", "prefill", "decode", "registry", "adapter", "train", "eval"]),
         (("serve",), ["prad serve --adapters examples/adapters", "--port", "--registry-port", "--data-dir"]),
+        (("serve",), ["--weights", "int8", "--threads", "--nice", "PRAD_DECODE_*"]),
         (
             ("train",),
             ["prad train --task sentiment --data", "--eval-every", "--resume", "--seed", "--template"],
@@ -85,6 +86,17 @@ def test_a_missing_model_is_one_line(tmp_path: Path) -> None:
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.parametrize("service", ["decode", "prefill"])
+def test_a_device_that_is_none_is_one_line(
+    service: str, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    where = ["--port", "0", "--cache-dir", tmp_path, "--model", tiny_model("llama")]
+    ended = prad(service, *where, "--device", "gpu")
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1] == "error: device: expected cpu, cuda or cuda:N, got 'gpu'"
+    assert "Traceback" not in ended.stderr
+
+
 def test_mistakes_of_train_and_eval_are_one_line(
     tiny_model: Callable[[str], Path], load_tiny: Callable[[str], LanguageModel], tmp_path: Path
 ) -> None:
@@ -99,6 +111,10 @@ def test_mistakes_of_train_and_eval_are_one_line(
     ended = prad("eval", "--adapter", artefact.folder, "--data", tmp_path / "train.jsonl", *model)
     assert ended.returncode == 1
     assert "trained for architecture [gpt2" in one_line(ended.stderr)
+    ended = prad(
+        "eval", "--adapter", artefact.folder, "--data", tmp_path / "train.jsonl", "--model", "/nowhere"
+    )
+    assert (ended.returncode, one_line(ended.stderr)) == (1, "error: no such file or folder: /nowhere")
     assert not (tmp_path / "out").exists()
 
 

@@ -39,14 +39,14 @@ class Command:
 
 
 @contextmanager
-def serving(model: Path, root: Path, api: int, registry: int, decode: int) -> Iterator[Command]:
+def serving(model: Path, root: Path, api: int, registry: int, decode: int, *more: str) -> Iterator[Command]:
     """Fails if the command leaves a child behind, however it ends."""
     ports = ["--port", str(api), "--registry-port", str(registry), "--decode-port", str(decode)]
     kept = ["--data-dir", str(root / "data"), "--cache-dir", str(root / "cache")]
     command = [sys.executable, "-m", "prad", "serve", "--model", str(model), "--dtype", "float32"]
     with (root / "stderr").open("wb") as stderr:
         process = subprocess.Popen(
-            [*command, *ports, *kept],
+            [*command, *ports, *kept, *more],
             stderr=stderr,
             env=os.environ | {"COLUMNS": "200", "OMP_NUM_THREADS": "1"} | TORCH,
             start_new_session=True,
@@ -89,13 +89,16 @@ def model(tiny_model: Callable[[str], Path]) -> Path:
 
 def test_ctrl_c_stops_the_last_started_first(model: Path, tmp_path: Path) -> None:
     api, *others = free_ports(3)
-    with serving(model, tmp_path, api, *others) as serve:
+    with serving(model, tmp_path, api, *others, "--threads", "1", "--nice", "3") as serve:
         until(lambda: serve.process.poll() is not None or "Ctrl-C stops everything" in serve.said)
         assert serve.process.poll() is None, serve.said
         assert f"http://127.0.0.1:{api}" in serve.said
         assert answers(f"http://127.0.0.1:{api}/ready")
         running = children(tmp_path)
         assert set(running) == set(SERVICES)
+        given = {name: " ".join(process.cmdline()) for name, process in running.items()}
+        assert [name for name in SERVICES if "--threads 1" in given[name]] == ["decode", "prefill"]
+        assert [name for name in SERVICES if "--nice 3" in given[name]] == ["prefill"]
         serve.process.send_signal(signal.SIGINT)
         while any(map(alive, running.values())):
             registry, decode = alive(running["registry"]), alive(running["decode"])
@@ -126,6 +129,22 @@ def test_a_second_ctrl_c_kills_whoever_hangs(model: Path, tmp_path: Path) -> Non
             serve.process.wait(1)
         serve.process.send_signal(signal.SIGINT)
         assert serve.process.wait() in INTERRUPTED
+        assert "Traceback" not in serve.said
+
+
+def test_8_bit_weights_are_decodes_to_make_or_refuse(model: Path, tmp_path: Path) -> None:
+    with serving(model, tmp_path, *free_ports(3), "--weights", "int8") as serve:
+        assert serve.process.wait() == 1
+        assert "error: decode ended with status 1" in serve.said
+        assert "error: int8 weights need the kernels" in serve.said
+        assert "Traceback" not in serve.said
+
+
+def test_a_data_folder_that_cannot_be_made_is_said_clearly(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").touch()
+    with serving(model, tmp_path, *free_ports(3)) as serve:
+        assert serve.process.wait() == 1
+        assert serve.said.startswith(f"error: logs cannot be kept in {tmp_path / 'data' / 'logs'}")
         assert "Traceback" not in serve.said
 
 

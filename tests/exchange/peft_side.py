@@ -11,11 +11,12 @@ from transformers import AutoModelForCausalLM
 
 from prad.adapters import PromptAdaptation, load_adapter, placeholders
 from prad.artefact import Artefact
-from prad.exchange import ImportSettings
+from prad.exchange import ImportSettings, export_folder, import_folder
 from prad.lm import LanguageModel, PackedBatch
 
 # PEFT asks transformers for a property that it renamed: not the adapter's fault, whatever adapter it is
 IGNORED = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+TOLERANCE = 1e-4
 PROMPTS = [[3, 17, 64, 9, 9, 101], list(range(40, 75)), [7]]  # one longer than mistral's window of 24
 
 
@@ -50,10 +51,10 @@ def loaded(model: Path, folder: Path) -> Any:
     return peft.PeftModel.from_pretrained(base(model), folder).eval()
 
 
-def said(adapted: Any) -> list[Tensor]:
-    """Logits [tokens, vocab] of each prompt."""
+def said(adapted: Any, texts: Sequence[Sequence[int]] = PROMPTS) -> list[Tensor]:
+    """Logits [tokens, vocab] of each text."""
     with torch.inference_mode():
-        return [adapted(input_ids=torch.tensor([p])).logits[0, -len(p) :].clone() for p in PROMPTS]
+        return [adapted(input_ids=torch.tensor([t])).logits[0, -len(t) :].clone() for t in texts]
 
 
 def ours(model: LanguageModel, artefact: Artefact | None) -> list[Tensor]:
@@ -73,3 +74,25 @@ def apart(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """The largest difference, as a share of the expected logits' range."""
     spans = [float(e.max() - e.min()) for e in expected]
     return max(float((g - e).abs().max()) / s for g, e, s in zip(got, expected, spans, strict=True))
+
+
+def import_and_back(config: peft.PeftConfig, folder: Path, model: LanguageModel, root: Path) -> Artefact:
+    """Asserts that a random adapter of PEFT's says the same imported here, and in PEFT when exported again.
+
+    Leaves `peft`, `ours` (which is returned) and `back` below `root`.
+    """
+    expected = saved(folder, root / "peft", config)
+    artefact = import_folder(root / "peft", root / "ours", model, settings(folder))
+    assert apart(ours(model, artefact), expected) < TOLERANCE
+    assert apart(ours(model, None), expected) > 100 * TOLERANCE, "the adapter must matter"
+    export_folder(artefact, root / "back", model, base_name=str(folder))
+    assert apart(said(loaded(folder, root / "back")), expected) < TOLERANCE
+    return artefact
+
+
+def export_and_compare(artefact: Artefact, folder: Path, model: LanguageModel, out: Path) -> None:
+    """Asserts that PEFT, loading what is exported to `out`, says what we say."""
+    export_folder(artefact, out, model)
+    expected = ours(model, artefact)
+    assert apart(said(loaded(folder, out)), expected) < TOLERANCE
+    assert apart(ours(model, None), expected) > 100 * TOLERANCE, "the adapter must matter"

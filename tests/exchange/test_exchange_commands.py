@@ -45,8 +45,8 @@ def test_a_lora_comes_in_and_goes_out(tiny_model: Callable[[str], Path], tmp_pat
     ended = prad("import", tmp_path / "peft", tmp_path / "ours", *told)
     assert ended.returncode == 0, ended.stderr
     assert "prad-lora for llama" in ended.stdout
-    assert "PEFT trained it on all positions" in ended.stdout
-    assert f"prad eval --adapter {tmp_path / 'ours'}" in ended.stdout
+    assert "it was trained on all positions" in ended.stdout
+    assert f"prad eval --adapter {tmp_path / 'ours'} --data FILE --model {folder}" in ended.stdout
     record = read_artefact(tmp_path / "ours").record
     assert (record.template, record.generation.max_tokens, record.licence) == ("Q: {prompt} A:", 7, "MIT")
 
@@ -55,6 +55,14 @@ def test_a_lora_comes_in_and_goes_out(tiny_model: Callable[[str], Path], tmp_pat
     assert "PeftModel.from_pretrained" in ended.stdout
     assert apart(said(loaded(folder, tmp_path / "back")), expected) < 1e-4
     assert apart(said(base(folder)), expected) > 1e-2
+
+    ended = prad("import", tmp_path / "peft", tmp_path / "all", "--positions", "all", "--model", folder)
+    assert ended.returncode == 0, ended.stderr
+    assert "a baseline, to be evaluated and not served" in ended.stdout
+    assert "prad adapter push" not in ended.stdout
+    ended = prad("export", tmp_path / "all", tmp_path / "all-back", "--model", folder)
+    assert ended.returncode == 0, ended.stderr
+    assert "generated tokens too" not in ended.stdout, "that is what it was trained for"
 
 
 def test_mistakes_are_one_line(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
@@ -66,3 +74,6 @@ def test_mistakes_are_one_line(tiny_model: Callable[[str], Path], tmp_path: Path
     ended = prad("import", tmp_path / "nowhere", "--model", folder)
     assert ended.returncode == 2
     assert "name a DIR to write, or a --task to push to" in ended.stderr
+    ended = prad("import", tmp_path / "nowhere", "--task", "x", "--positions", "all", "--model", folder)
+    assert ended.returncode == 2
+    assert "what acts on all positions is not served" in ended.stderr

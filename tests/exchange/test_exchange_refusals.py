@@ -238,8 +238,37 @@ def test_a_pickle_is_refused_and_not_run(source: Path, importing: Importing) -> 
 
 def test_a_pickle_by_the_right_name_is_no_safetensors(source: Path, importing: Importing) -> None:
     (source / "adapter_model.safetensors").write_bytes(pickle.dumps(_Runs()))
-    with pytest.raises(ExchangeError, match=r"adapter_model\.safetensors is not a safetensors file"):
+    with pytest.raises(ExchangeError, match=r"adapter_model\.safetensors is not a whole safetensors file"):
         importing()
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.001, 0.5, 0.999])
+def test_weights_that_are_cut_off_are_said_so(kept: float, source: Path, importing: Importing) -> None:
+    path = source / "adapter_model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(kept * len(whole))])
+    with pytest.raises(ExchangeError, match=rf"^{path} is not a whole safetensors file .*was it cut off"):
+        importing()
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float64, torch.int8])
+def test_numbers_of_another_type_are_named(dtype: torch.dtype, source: Path, importing: Importing) -> None:
+    name = f"{Q0}.lora_A.weight"
+    change_tensors(source, lambda t: t.update({name: t[name].to(dtype)}))
+    expected = r"expected torch\.float32 or torch\.float16 or torch\.bfloat16"
+    with pytest.raises(TensorError, match=rf"q_proj\.lora_A\.weight: {expected}, found {dtype}"):
+        importing()
+
+
+def test_a_folder_that_cannot_be_written_is_named(
+    source: Path, load_tiny: Callable[[str], LanguageModel], tiny_model: Callable[[str], Path]
+) -> None:
+    model, out = load_tiny("llama"), source / "adapter_config.json" / "out"
+    with pytest.raises(ExchangeError, match=f"^{out} cannot be written: .*adapter_config"):
+        import_folder(source, out, model, settings(tiny_model("llama")))
+    artefact = import_folder(source, source / "ours", model, settings(tiny_model("llama")))
+    with pytest.raises(ExchangeError, match=f"^{out} cannot be written: .*adapter_config"):
+        export_folder(artefact, out, model)
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])

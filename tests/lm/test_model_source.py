@@ -114,7 +114,7 @@ def test_missing_weights_are_refused(tiny_model: Callable[[str], Path], tmp_path
 
 def test_a_name_that_is_nothing_is_said_clearly(tmp_path: Path) -> None:
     """In a process of its own: the hub's client reads HF_HUB_OFFLINE when it is imported."""
-    names = ["no-such-org/no-such-model", "no such model", "./no/such/folder"]
+    names = ["no-such-org/no-such-model", "no such model"]
     program = (
         "import sys; from pathlib import Path; from prad.lm import ModelNotFoundError, resolve_model\n"
         "for name in sys.argv[1:]:\n"
@@ -132,6 +132,23 @@ def test_a_name_that_is_nothing_is_said_clearly(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     for name, said in zip(names, ended.stdout.splitlines(), strict=True):
         assert f"'{name}' is not a folder, not a .gguf file, not 'smollm2-135m'" in said
+
+
+@pytest.mark.parametrize("name", ["/no-such-folder", "./no/such/folder", "no/such/folder", "~/no-such"])
+def test_a_path_that_leads_nowhere_is_not_taken_for_an_id(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(ModelNotFoundError, match=f"^no such file or folder: {Path(name).expanduser()}$"):
+        resolve_model(name, tmp_path)
+
+
+def test_a_file_of_another_kind_is_said_clearly(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(
+        ModelNotFoundError, match=r"expected a folder or a \.gguf file, .*safetensors is another"
+    ):
+        resolve_model(str(tmp_path / "model.safetensors"), tmp_path)
 
 
 def test_a_missing_gguf_file_is_said_clearly(tmp_path: Path) -> None:
