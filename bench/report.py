@@ -9,6 +9,8 @@ of a list in it (a dot steps into an object or picks from a list), and the colum
 
     <!-- table decode by_batch | sequences | step_ms: step, ms | floor_ms: floor, ms -->
     <!-- end -->
+
+Between `<!-- gates -->` and the end stands what was asked of the server: see bench.gates.
 """
 
 import argparse
@@ -18,9 +20,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bench import gates
 from bench.record import RESULTS, ROOT
 
 DOCUMENTS = (ROOT / "docs" / "performance.md", ROOT / "docs" / "quality.md")
+_GATES = re.compile(r"(<!-- gates -->\n).*?(<!-- end -->)", re.DOTALL)
 _TABLE = re.compile(r"(<!-- table (\S+) (\S+) \|(.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -49,7 +53,8 @@ def render(document: str, results: Path) -> str:
         body = _table(file, path, columns) if file.is_file() else f"Not measured yet: `prad bench {name}`.\n"
         return f"{head}\n{body}\n{end}"
 
-    return _TABLE.sub(fill, document)
+    filled = _TABLE.sub(fill, document)
+    return _GATES.sub(lambda found: f"{found[1]}\n{gates.table(results)}\n\n{found[2]}", filled)
 
 
 def _table(file: Path, path: str, columns: str) -> str:

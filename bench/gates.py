@@ -1,0 +1,178 @@
+"""What was asked of the server (its gate, and the goal beyond) and what bench/results says about it."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """`measure` reads it off the result `source`; `unit` stands behind the numbers."""
+
+    what: str
+    gate: float
+    goal: float | None
+    unit: str
+    source: str
+    measure: Callable[[Any], float]
+    at_least: bool = False
+
+    def row(self, results: Path) -> list[str]:
+        sign = "≥" if self.at_least else "≤"
+        goal = "–" if self.goal is None else f"{sign} {self.goal:g}{self.unit}"
+        asked = [self.what, f"{sign} {self.gate:g}{self.unit}", goal]
+        try:
+            found = self.measure(json.loads((results / f"{self.source}.json").read_text(encoding="utf-8")))
+        except (OSError, LookupError, StopIteration):  # not measured, or before the benchmark had this part
+            return [*asked, "–", "–", self.source]
+        return [*asked, f"{found:.3g}{self.unit}", self._verdict(found), self.source]
+
+    def _verdict(self, found: float) -> str:
+        def reached(limit: float) -> bool:
+            return found >= limit if self.at_least else found <= limit
+
+        if self.goal is not None and reached(self.goal):
+            return "goal"
+        return "gate" if reached(self.gate) else "missed"
+
+
+def _row(rows: list[dict[str, Any]], **wanted: object) -> dict[str, Any]:
+    return next(row for row in rows if all(str(row[k]).startswith(str(v)) for k, v in wanted.items()))
+
+
+def _faster(name: str) -> Callable[[Any], float]:
+    return lambda result: float(_row(result["rows"], name=name)["ours_is_faster"])
+
+
+def _times_floor(sequences: int) -> Callable[[Any], float]:
+    def measure(result: Any) -> float:
+        return next(float(r["times_floor"]) for r in result["by_batch"] if r["sequences"] == sequences)
+
+    return measure
+
+
+def _handed_over(burst: str, payload: str, figure: str) -> Callable[[Any], float]:
+    return lambda result: 100 * float(_row(result["rows"], burst=burst, payload=payload)[figure])
+
+
+def _spread(steps: list[float]) -> float:
+    """In percent."""
+    return 100 * (max(steps) / min(steps) - 1)
+
+
+def _adapted(shape: str) -> Callable[[Any], float]:
+    """What the dearer of two methods adds to a prompt pass, in percent."""
+
+    def measure(result: Any) -> float:
+        return max(
+            100 * (float(row["of_plain"]) - 1)
+            for row in result["rows"]
+            if row["shape"] == f"{shape}, r=16" and row["adapters"] != "plain"
+        )
+
+    return measure
+
+
+GATES = (
+    Gate("64 tasks, faster than PEFT's mixed batch of 64 LoRAs", 10, 16, "×", "peers", _faster("PEFT"), True),
+    Gate("than vLLM with 64 LoRAs", 25, 40, "×", "peers", _faster("vLLM, 64"), True),
+    Gate("than vLLM without adapters", 1.7, 3, "×", "peers", _faster("vLLM, no"), True),
+    Gate("than OpenVINO, 4-bit, without adapters", 1.4, 2.5, "×", "peers", _faster("OpenVINO"), True),
+    Gate("a decode step of 64 sequences, times its floor", 1.8, 1.2, "×", "decode", _times_floor(64)),
+    Gate("of 8", 1.8, 1.2, "×", "decode", _times_floor(8)),
+    Gate("of one", 1.3, None, "×", "decode", _times_floor(1)),
+    Gate(
+        "step time by number of tasks (0 to 512), in-process: spread",
+        2,
+        None,
+        " %",
+        "decode",
+        lambda result: _spread([row["step_ms"] for row in result["by_tasks"]]),
+    ),
+    Gate(
+        "step time of 64 tasks, one and none, through HTTP: spread",
+        2,
+        None,
+        " %",
+        "serve",
+        lambda result: _spread([row["step_ms"] for row in result["tasks"][:3]]),
+    ),
+    Gate(
+        "time between tokens, p99, during a 4k prompt, times undisturbed",
+        3,
+        None,
+        "×",
+        "chunking",
+        lambda result: float(_row(result["long_prompt"], name="chunks")["itl_p99_ratio"]),
+    ),
+    Gate(
+        "adapters' part of a prompt pass, r=16, 64 × 64 tokens", 10, 5, " %", "prefill", _adapted("uniform")
+    ),
+    Gate("the same, 16 to 256 tokens each", 10, 5, " %", "prefill", _adapted("ragged")),
+    Gate(
+        "hand-off over gRPC, 64 × 64: CPU, of the pass",
+        15,
+        5,
+        " %",
+        "handoff",
+        _handed_over("64 x 64", "messages", "cpu_of_pass"),
+    ),
+    Gate(
+        "the same: time added to the pass",
+        15,
+        5,
+        " %",
+        "handoff",
+        _handed_over("64 x 64", "messages", "wall_of_pass"),
+    ),
+    Gate(
+        "through shared memory: CPU",
+        5,
+        None,
+        " %",
+        "handoff",
+        _handed_over("64 x 64", "shared", "cpu_of_pass"),
+    ),
+    Gate(
+        "time added",
+        5,
+        None,
+        " %",
+        "handoff",
+        _handed_over("64 x 64", "shared", "wall_of_pass"),
+    ),
+    Gate(
+        "over gRPC, 8 × 512: CPU",
+        5,
+        None,
+        " %",
+        "handoff",
+        _handed_over("8 x 512", "messages", "cpu_of_pass"),
+    ),
+    Gate(
+        "64 streams through HTTP, of the engine's own tokens/s",
+        90,
+        None,
+        " %",
+        "serve",
+        lambda result: 100 * float(result["streaming"][0]["of_engine_alone"]),
+        True,
+    ),
+    Gate(
+        "one stream with 8-bit weights, tokens/s",
+        75,
+        None,
+        "",
+        "step",
+        lambda result: 1e3 / float(_row(result["rows"], sequences=1, weights="int8")["step_ms"]),
+        True,
+    ),
+)
+
+
+def table(results: Path) -> str:
+    lines = [["", "gate", "goal", "measured", "reached", "by"], ["---"] * 6]
+    lines += [gate.row(results) for gate in GATES]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
