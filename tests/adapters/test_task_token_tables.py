@@ -37,7 +37,7 @@ def with_tokens(folder: Path, model: LanguageModel, method: str = "prad-pa") -> 
 def test_one_that_begins_as_a_word_is_that_word(
     family: str, fused: bool, tiny_model: Callable[[str], Path], kernels: Kernels
 ) -> None:
-    """A fresh adapter changes nothing else. Gemma 3 scales embeddings, GPT-2 and OPT add positions to them."""
+    """A fresh adapter changes nothing else. Gemma 3 scales embeddings, GPT-2 and OPT add positions."""
     model, tokenizer = (
         LanguageModel.load(tiny_model(family), dtype=torch.float32),
         Tokenizer(tiny_model(family)),
