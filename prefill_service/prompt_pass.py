@@ -7,7 +7,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from prad.adapters import Adapter, PromptAdaptation, placeholders
+from prad.adapters import Adapter, PromptAdaptation, TaskRows, placeholders, stand_ins
 from prad.lm import Draw, LanguageModel, SampleKey, SiteVectors, sample
 from prad.lm.chunked import SequenceChunk, chunked_batch
 from prad.lm.kv import LayerDone
@@ -20,7 +20,8 @@ from prefill_service.generation import PromptRequest
 class PassItem:
     """A prompt, with its adapter in memory (None: the plain model). Compared by identity.
 
-    ids: of its rows, in order: placeholders for the adapter's virtual tokens, prompt, continuation.
+    ids: of its rows, in order: placeholders for the adapter's virtual tokens, prompt, continuation. Task
+    tokens are virtual ids among the prompt's.
     """
 
     request: PromptRequest
@@ -34,6 +35,10 @@ class PassItem:
     @property
     def virtual_tokens(self) -> int:
         return 0 if self.adapter is None else self.adapter.virtual_tokens
+
+    @property
+    def task_embeddings(self) -> Tensor | None:
+        return None if self.adapter is None else self.adapter.task_embeddings
 
     @property
     def adapted(self) -> int:
@@ -102,6 +107,8 @@ def run_prompt_pass(
     """
     assert all(c.start == 0 and c.is_last for c in chunks if c.item.whole), "a whole prompt was cut"
     lengths = [chunk.end - chunk.start for chunk in chunks]
+    tables = [chunk.item.task_embeddings for chunk in chunks]
+    ids = [chunk.item.ids[chunk.start : chunk.end] for chunk in chunks]
     adaptation = PromptAdaptation.of_prompts(
         [chunk.item.adapter if chunk.adapted else None for chunk in chunks],
         lengths,
@@ -109,10 +116,14 @@ def run_prompt_pass(
         model.device,
         model.kernels,
         [chunk.start for chunk in chunks],
+        TaskRows.of(tables, ids, model.device),
     )
     last_rows = [row - 1 for row in accumulate(lengths)]
     batch = chunked_batch(
-        [SequenceChunk(c.item.ids[c.start : c.end], c.start, c.table, c.stored) for c in chunks],
+        [
+            SequenceChunk(own if table is None else stand_ins(own), c.start, c.table, c.stored)
+            for c, own, table in zip(chunks, ids, tables, strict=True)
+        ],
         pools,
         logit_rows=[row for row, chunk in zip(last_rows, chunks, strict=True) if chunk.is_last],
         layer_done=layer_done,

@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 from adapter_registry.client import AsyncRegistryClient
 from kvtransfer.client import DecodeClient
 from kvtransfer.settings import TransferSettings
-from prad.adapters import Adapter, load_adapter
+from prad.adapters import Adapter, load_adapter, require_free_names
 from prad.artefact import Artefact
 from prad.lm import LanguageModel, SamplingParams, Tokenizer, resolve_model, share_interpreter
 from prad.lm.kernels import load_kernels
@@ -63,6 +63,7 @@ async def _serve(
     info: ModelInfo,
 ) -> None:
     def load(artefact: Artefact) -> Adapter:
+        require_free_names(artefact.record, tokenizer)
         return load_adapter(artefact, model, allow_other_weights=settings.allow_other_weights)
 
     replica = f"{socket.gethostname()}-{uuid.uuid4().hex[:6]}"

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from prad.adapters import find_method, new_adapter, save_parameters
+from prad.adapters.method import FrozenModel
 from prad.artefact import AdapterRecord, Artefact, BaseModelRef, read_artefact, write_record
 from prad.cli.serve import push_all
 from prad.cli.stack import Stack, answers
@@ -164,7 +165,9 @@ def random_artefact(
     folder.mkdir(parents=True)
     adapter_method = find_method(method)
     settings = adapter_method.configure({"r": r} if config is None else config)
-    adapter = new_adapter(adapter_method, settings, model, seed)
+    names = record.get("task_tokens", ())
+    table = torch.zeros(len(names), FrozenModel(model).embedding_width) if names else None
+    adapter = new_adapter(adapter_method, settings, model, seed, table)
     generator = torch.Generator().manual_seed(seed)
     for parameter in adapter.parameters.values():
         if parameter.dim() == 2 and parameter.any():  # a factor that starts at one, or at a norm

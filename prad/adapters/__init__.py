@@ -17,6 +17,7 @@ from prad.adapters.errors import (
     ParameterMismatchError,
     UnknownMethodError,
 )
+from prad.adapters.task_tokens import TaskRows, first_embeddings, require_free_names, stand_ins
 from prad.adapters.virtual import placeholders
 
 __all__ = [
@@ -27,12 +28,16 @@ __all__ = [
     "BaseMismatchError",
     "ParameterMismatchError",
     "PromptAdaptation",
+    "TaskRows",
     "UnknownMethodError",
     "find_method",
+    "first_embeddings",
     "load_adapter",
     "new_adapter",
     "placeholders",
     "prepared",
     "reparametrised",
+    "require_free_names",
     "save_parameters",
+    "stand_ins",
 ]

@@ -1,6 +1,7 @@
 """All adapters of one packed prompt pass, as the forward asks for them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from prad.adapters.adapter import Adapter
 from prad.adapters.method import Group
 from prad.adapters.segments import Span
+from prad.adapters.task_tokens import TaskRows
 from prad.lm import Site, SiteVectors
 from prad.lm.kernels import Kernels
 
@@ -36,17 +38,20 @@ class PromptAdaptation:
         spans: Sequence[AdaptedSpan],
         device: torch.device | str,
         kernels: Kernels | None = None,
+        task_rows: TaskRows | None = None,
     ) -> None:
         alike: dict[tuple[str, frozenset[str]], dict[Adapter, int]] = {}  # numbered in order
         rows: dict[tuple[str, frozenset[str]], list[Span]] = {}
         for span in sorted(spans, key=lambda span: span.start):
-            key = (span.adapter.method.name, frozenset(span.adapter.parameters))
+            key = (span.adapter.method.name, span.adapter.own_names)
             numbers = alike.setdefault(key, {})
             number = numbers.setdefault(span.adapter, len(numbers))
             own = Span(span.start, span.start + span.length, number, span.position, span.after)
             rows.setdefault(key, []).append(own)
         self._groups: list[Group] = []
-        self._by_site: dict[Site, list[Group]] = {}
+        self._by_site: dict[Site, list[Callable[[int, Site, Tensor, Tensor], None]]] = {}
+        if task_rows is not None:
+            self._by_site[Site.EMBEDDING] = [task_rows.contribute]
         for key, adapters in alike.items():
             first = next(iter(adapters))
             group = Group(
@@ -59,7 +64,7 @@ class PromptAdaptation:
             )
             self._groups.append(group)
             for site in first.sites:
-                self._by_site.setdefault(site, []).append(group)
+                self._by_site.setdefault(site, []).append(partial(first.method.contribute, group))
 
     @classmethod
     def of_prompts(
@@ -70,6 +75,7 @@ class PromptAdaptation:
         device: torch.device | str,
         kernels: Kernels | None = None,
         positions: Sequence[int] | None = None,
+        task_rows: TaskRows | None = None,
     ) -> "PromptAdaptation | None":
         """For packed sequences of `lengths`, of which the first `prompt_lengths` rows are adapted: virtual
         tokens and prompt.
@@ -85,15 +91,15 @@ class PromptAdaptation:
             )
             if adapter is not None and prompt > 0
         ]
-        return cls(spans, device, kernels) if spans else None
+        return cls(spans, device, kernels, task_rows) if spans else None
 
     @property
     def sites(self) -> frozenset[Site]:
         return frozenset(self._by_site)
 
     def apply(self, layer: int, site: Site, value: Tensor, source: Tensor) -> None:
-        for group in self._by_site[site]:
-            group.method.contribute(group, layer, site, value, source)
+        for contribute in self._by_site[site]:
+            contribute(layer, site, value, source)
 
     def states(self) -> dict[int, SiteVectors]:
         """After the pass: the request state of spans whose method makes any, by the span's first row."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from prad.adapters.bitfit import BitFit
 from prad.adapters.dora import DoRA
@@ -26,6 +26,7 @@ from prad.adapters.parallel import ParallelAdapter
 from prad.adapters.prefix import PrefixTuning
 from prad.adapters.prompt import PromptTuning
 from prad.adapters.sequential import SequentialAdapter
+from prad.adapters.task_tokens import TASK_TOKENS
 from prad.artefact import WEIGHTS, Artefact, require_servable
 from prad.lm import LanguageModel, Site, require_sites
 
@@ -52,7 +53,8 @@ METHODS: dict[str, Method] = {
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """A method, its configuration and its parameters [layers, ...] on the model's device and dtype.
+    """A method, its configuration and its parameters [layers, ...] on the model's device and dtype, with the
+    task tokens' embeddings if it has any.
 
     Compared by identity: two loads of the same file are two adapters.
     """
@@ -69,6 +71,16 @@ class Adapter:
     def virtual_tokens(self) -> int:
         """Tokens that every prompt gets in front; in a pass `placeholders` stand for them."""
         return self.method.virtual_tokens(self.config)
+
+    @cached_property
+    def task_embeddings(self) -> Tensor | None:
+        """[task tokens, embedding width]"""
+        return self.parameters[TASK_TOKENS][0] if TASK_TOKENS in self.parameters else None
+
+    @cached_property
+    def own_names(self) -> frozenset[str]:
+        """Of its method's parameters."""
+        return frozenset(self.parameters) - {TASK_TOKENS}
 
     @cached_property
     def per_layer(self) -> LayerParameters:
@@ -91,12 +103,21 @@ def find_method(name: str) -> Method:
     return METHODS[name]
 
 
-def new_adapter(method: Method, config: MethodConfig, model: LanguageModel, seed: int) -> Adapter:
+def new_adapter(
+    method: Method,
+    config: MethodConfig,
+    model: LanguageModel,
+    seed: int,
+    task_embeddings: Tensor | None = None,
+) -> Adapter:
     """A fresh float32 adapter, as `Method.initialise` says. Raises MissingSiteError or AdapterError."""
     require_sites(model.config.model_type, method.sites(config), method.name)
     _check_room(method, config, model)
     generator = torch.Generator().manual_seed(seed)
-    return Adapter(method, config, method.initialise(config, FrozenModel(model), generator))
+    parameters = method.initialise(config, FrozenModel(model), generator)
+    if task_embeddings is not None:
+        parameters[TASK_TOKENS] = task_embeddings[None]
+    return Adapter(method, config, parameters)
 
 
 def reparametrised(fresh: Adapter, model: LanguageModel, seed: int) -> nn.Module | None:
@@ -140,6 +161,8 @@ def load_adapter(
             f"{record.virtual_tokens} in prad.json itself"
         )
     shapes = method.shapes(config, FrozenModel(model))
+    if record.task_tokens:
+        shapes[TASK_TOKENS] = (len(record.task_tokens), FrozenModel(model).embedding_width)
     files = {name: _file_names(name, model.num_layers) for name in shapes}
     expected = {file: shapes[name] for name, own in files.items() for file in own}
     for name, info in artefact.tensors.items():
@@ -160,6 +183,8 @@ def load_adapter(
 def prepared(adapter: Adapter, model: LanguageModel) -> Adapter:
     """The adapter as a pass applies it: its method's derived parameters in the model's dtype."""
     parameters = adapter.method.prepare(adapter.config, adapter.parameters, FrozenModel(model))
+    if TASK_TOKENS in adapter.parameters:
+        parameters = parameters | {TASK_TOKENS: adapter.parameters[TASK_TOKENS]}
     return Adapter(
         adapter.method, adapter.config, {name: p.to(model.dtype) for name, p in parameters.items()}
     )

@@ -24,6 +24,7 @@ from prad.artefact.schema import (
     AdapterRecord,
     BaseModelRef,
     GenerationDefaults,
+    virtual_id,
 )
 
 __all__ = [
@@ -47,5 +48,6 @@ __all__ = [
     "read_record",
     "read_servable",
     "require_servable",
+    "virtual_id",
     "write_record",
 ]

@@ -1,7 +1,8 @@
 """An adapter on disk: a folder of known files, checked without running or loading anything.
 
-adapter_model.safetensors   the weights
-prad.json                   method, base model, template, generation defaults, training record, licence
+adapter_model.safetensors   the weights: layers.<i>.<name>, or input.<name> for what is before the layers
+prad.json                   method, base model, template and its task tokens, generation defaults, training
+                            record, licence
 adapter_config.json         PEFT's own configuration, where PEFT has the method (optional)
 README.md                   the card (optional)
 """

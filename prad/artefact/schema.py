@@ -1,8 +1,9 @@
 """`prad.json`: what an adapter folder says about itself beyond its weights."""
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 PROMPT_FIELD = "{prompt}"
 DEFAULT_TEMPLATE = f"#INPUT: {PROMPT_FIELD} #OUTPUT:"
@@ -11,6 +12,17 @@ DEFAULT_TEMPLATE = f"#INPUT: {PROMPT_FIELD} #OUTPUT:"
 
 FULL = "full"
 """The method of a record beside a whole fine-tuned model: no adapter, and so not loaded as one."""
+
+_NAME = re.compile(r"<\|[^\s|<>{}=]+\|>")
+
+
+def virtual_id(row: int) -> int:
+    """The id that stands for a task token in a prompt; row: its place in the record and in the table.
+
+    Negative: no vocabulary has such an id, however it is padded, no client can send one, and the hand-off's
+    unsigned fields cannot carry it. It means something in prompts of one adapter version only.
+    """
+    return -1 - row
 
 
 class _Record(BaseModel):
@@ -40,7 +52,11 @@ class GenerationDefaults(_Record):
 
 
 class AdapterRecord(_Record):
-    """The whole of `prad.json`. `config` is the method's own part, read by `prad.adapters`."""
+    """The whole of `prad.json`. `config` is the method's own part, read by `prad.adapters`.
+
+    task_tokens: names in the template whose input embeddings the weights hold, in the order of the rows.
+    end_token: what the data write where an answer ends; the base model's EOS is trained in its place.
+    """
 
     format: Literal[1] = 1
     method: str
@@ -48,6 +64,8 @@ class AdapterRecord(_Record):
     base: BaseModelRef
     template: str = DEFAULT_TEMPLATE
     chat_template: bool = False
+    task_tokens: tuple[str, ...] = ()
+    end_token: str | None = None
     positions: Literal["prompt", "all"] = "prompt"
     """What the adapter acts on. "all" is a baseline: it can be trained and evaluated, not served."""
     virtual_tokens: Annotated[int, Field(ge=0)] = 0
@@ -63,6 +81,58 @@ class AdapterRecord(_Record):
             raise ValueError(f"a template holds {PROMPT_FIELD} exactly once, got {template!r}")
         return template
 
+    @field_validator("task_tokens")
+    @classmethod
+    def _in_the_template(cls, names: tuple[str, ...], record: ValidationInfo) -> tuple[str, ...]:
+        template = record.data.get("template")
+        for index, name in enumerate(names):
+            _require_name(name)
+            if name in names[:index]:
+                raise ValueError(f"{name} is named twice")
+            if template is not None and name not in template:
+                raise ValueError(f"the template does not use {name}: {template!r}")
+        if names and record.data.get("chat_template"):
+            raise ValueError("the model's chat template has no place for task tokens")
+        if names and record.data.get("method") == FULL:
+            raise ValueError("a fully fine-tuned model has embeddings of its own, and no task tokens")
+        return names
+
+    @field_validator("end_token")
+    @classmethod
+    def _not_in_the_template(cls, name: str | None, record: ValidationInfo) -> str | None:
+        if name is None:
+            return None
+        _require_name(name)
+        if name in record.data.get("template", ""):
+            raise ValueError(f"{name} ends answers and has no embedding: the template cannot use it")
+        return name
+
     def wrap(self, prompt: str) -> str:
-        """`prompt` inside the template; other braces stay as they are."""
+        """`prompt` inside the template; other braces stay as they are. Task tokens need `parts`."""
         return self.template.replace(PROMPT_FIELD, prompt)
+
+    def parts(self, prompt: str) -> tuple[str, *tuple[str | int, ...]]:
+        """The same, cut at task tokens: a text, then their `virtual_id`s and texts in turn.
+
+        The template is cut before `prompt` goes in: what looks like a task token there stays text.
+        """
+        if not self.task_tokens:
+            return (self.wrap(prompt),)
+        rows = {name: virtual_id(row) for row, name in enumerate(self.task_tokens)}
+        cut = re.split(f"({'|'.join(map(re.escape, rows))})", self.template)
+        first, *more = (rows[p] if p in rows else p.replace(PROMPT_FIELD, prompt) for p in cut)
+        return str(first), *more
+
+    def answer(self, text: str) -> str:
+        """An answer of the data without the end token. Raises ValueError if it goes on behind that."""
+        if self.end_token is None or self.end_token not in text:
+            return text
+        ended, _, rest = text.partition(self.end_token)
+        if rest.strip():
+            raise ValueError(f"the answer goes on behind {self.end_token}")
+        return ended.rstrip()
+
+
+def _require_name(name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"a task token is called like <|sentiment|>, got {name!r}")

@@ -69,6 +69,17 @@ def train_command(
     template: Annotated[
         str | None, typer.Option(help="Prompt template with {prompt} once; default as in the paper.")
     ] = None,
+    task_tokens: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A token of the template whose embedding is trained too, and the words it begins as: "
+            "'<|topic|>=subject of the text'. Without words it begins as the vocabulary's mean. Repeatable."
+        ),
+    ] = None,
+    end_token: Annotated[
+        str | None,
+        typer.Option(help="What ends the answers in the data; the model's EOS is trained in its place."),
+    ] = None,
     max_tokens: Annotated[int, typer.Option(help="Generation default that serving will use.", min=1)] = 64,
     licence: Annotated[str, typer.Option(help="Licence of the data, recorded in the artefact.")] = "",
     description: Annotated[str, typer.Option(help="One line about the task, recorded in the artefact.")] = "",
@@ -117,6 +128,8 @@ def train_command(
             examples=examples,
             accumulate=accumulate,
             template=template,
+            task_tokens=_named(task_tokens or []),
+            end_token=end_token,
             seed=seed,
             max_tokens=max_tokens,
             dtype=dtype,
@@ -146,6 +159,17 @@ def _own(device: str) -> str:
     """This process's GPU where several were started together."""
     rank = os.environ.get("LOCAL_RANK")
     return f"cuda:{rank}" if device == "cuda" and rank is not None else device
+
+
+def _named(task_tokens: list[str]) -> dict[str, str | None]:
+    """The words that each begins as, by name."""
+    named: dict[str, str | None] = {}
+    for given in task_tokens:
+        name, separator, words = given.partition("=")
+        if name in named:
+            raise typer.BadParameter(f"{name} is named twice", param_hint="--task-tokens")
+        named[name] = words if separator else None
+    return named
 
 
 def _fields(config: str) -> dict[str, Any]:

@@ -47,6 +47,11 @@ def export_folder(
             f"PEFT has no {artefact.record.method}; it has {', '.join(EXPORTED)} (as LORA with and without "
             "DoRA, IA3, PREFIX_TUNING, PROMPT_TUNING)"
         )
+    if artefact.record.task_tokens:
+        raise ExchangeError(
+            f"PEFT has no place for task tokens: {', '.join(artefact.record.task_tokens)} are no ids of the "
+            "base model's vocabulary"
+        )
     checked = load_adapter(artefact, model, allow_other_weights=allow_other_weights, allow_all_positions=True)
     exported = _convert(checked, _stored(artefact), Modules(model))
     config = exported.fields | {

@@ -37,9 +37,19 @@ class Tokenizer:
     def __len__(self) -> int:
         return len(self._tokenizer)
 
-    def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a prompt, with the special tokens that the model expects in front."""
-        return list(self._tokenizer(text).input_ids)
+    def knows(self, token: str) -> bool:
+        """Whether the vocabulary has it, special tokens included."""
+        return self._tokenizer.backend_tokenizer.token_to_id(token) is not None
+
+    def encode_prompt(self, text: str, *more: str | int) -> list[int]:
+        """Ids of a prompt, with the special tokens that the model expects in front.
+
+        more: further parts, texts that are tokenised alone, and ids.
+        """
+        ids = list(self._tokenizer(text).input_ids)
+        for part in more:
+            ids += [part] if isinstance(part, int) else self.encode_continuation(part)
+        return ids
 
     def encode_continuation(self, text: str) -> list[int]:
         """Ids of text that follows a prompt: no special tokens."""

@@ -67,6 +67,21 @@ def _where(location: tuple[int | str, ...]) -> str:
     return ".".join(map(str, location)) or "line"
 
 
+def without_end(examples: Sequence[Example], record: AdapterRecord) -> list[Example]:
+    """The examples, with answers that lack the record's end token. Raises DataError."""
+    if record.end_token is None:
+        return list(examples)
+    settled = []
+    for number, example in enumerate(examples, start=1):
+        try:
+            answers = [record.answer(answer) for answer in example.references or ()]
+            changed = {"completion": record.answer(example.completion), "references": answers or None}
+        except ValueError as error:
+            raise DataError(f"example {number}: {error}") from error
+        settled.append(example.model_copy(update=changed))
+    return settled
+
+
 def tokenise(
     examples: Sequence[Example],
     tokenizer: Tokenizer,
@@ -75,14 +90,16 @@ def tokenise(
     max_prompt: int,
     max_completion: int,
 ) -> list[TokenisedExample]:
-    """Prompt inside the template, completion as " " + text + EOS, each tokenised alone.
+    """Prompt inside the template, completion as " " + text + EOS, each tokenised alone. EOS takes the place
+    of the record's end token.
 
     Longer prompts keep their last `max_prompt` ids, as `truncate_prompt_tokens` does in serving; longer
-    completions lose their end, EOS included. Raises DataError for a prompt without ids.
+    completions lose their end, EOS included. Raises DataError for a prompt without ids, or an answer that
+    goes on behind its end token.
     """
     tokenised = []
-    for number, example in enumerate(examples, start=1):
-        prompt = tokenizer.encode_prompt(record.wrap(example.prompt))[-max_prompt:]
+    for number, example in enumerate(without_end(examples, record), start=1):
+        prompt = tokenizer.encode_prompt(*record.parts(example.prompt))[-max_prompt:]
         if not prompt:
             raise DataError(
                 f"example {number} has an empty prompt: there is nothing for an adapter to act on"

@@ -12,7 +12,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from prad.adapters import AdaptedSpan, Adapter, PromptAdaptation
+from prad.adapters import AdaptedSpan, Adapter, PromptAdaptation, TaskRows, stand_ins
 from prad.lm import Adaptation, LanguageModel, PackedBatch, RowScaling
 from prad.lm.chunked import SequenceChunk, chunked_batch
 from prad.lm.paged import Pools
@@ -32,10 +32,24 @@ class AdaptedModel:
     adapter: Adapter | None = None
     positions: Positions = "prompt"
 
-    def for_prompts(self, lengths: Sequence[int]) -> PromptAdaptation | None:
-        model = self.model
-        adapters = [self.adapter] * len(lengths)
-        return PromptAdaptation.of_prompts(adapters, lengths, lengths, model.device, model.kernels)
+    def for_prompts(self, prompts: Sequence[Sequence[int]]) -> PromptAdaptation | None:
+        model, lengths, table = self.model, [len(ids) for ids in prompts], self._task_embeddings
+        return PromptAdaptation.of_prompts(
+            [self.adapter] * len(lengths),
+            lengths,
+            lengths,
+            model.device,
+            model.kernels,
+            task_rows=TaskRows.of([table] * len(lengths), prompts, model.device),
+        )
+
+    def stand_ins(self, ids: Sequence[int]) -> Sequence[int]:
+        """A prompt's ids as the model gets them."""
+        return ids if self._task_embeddings is None else stand_ins(ids)
+
+    @property
+    def _task_embeddings(self) -> Tensor | None:
+        return None if self.adapter is None else self.adapter.task_embeddings
 
     def for_step(self, rows: Sequence[Row]) -> Adaptation | None:
         """Nothing, but for request state, and for the baselines that act on generated tokens."""
@@ -114,11 +128,12 @@ class Decoding:
         for one in admitted:
             ids = prompts[one.index]
             one.rows = [self._blocks.new(len(ids))]
-            chunks.append(SequenceChunk(ids, table=one.rows[0].blocks, stored=len(ids)))
+            own = self._adapted.stand_ins(ids)
+            chunks.append(SequenceChunk(own, table=one.rows[0].blocks, stored=len(ids)))
         lengths = [len(chunk.ids) for chunk in chunks]
         last = [end - 1 for end in accumulate(lengths)]
         batch = chunked_batch(chunks, self._pools, logit_rows=last)
-        adaptation = self._adapted.for_prompts(lengths)
+        adaptation = self._adapted.for_prompts([prompts[one.index] for one in admitted])
         logits = self._adapted.model.forward(batch, adaptation)
         states = {} if adaptation is None else adaptation.states()
         for one, start in zip(admitted, accumulate(lengths[:-1], initial=0), strict=True):

@@ -11,7 +11,7 @@ from rich.progress import track
 from prad.adapters import Adapter, AdapterError, placeholders
 from prad.artefact import AdapterRecord
 from prad.lm import LanguageModel, Tokenizer
-from prad.training.data import Example, read_examples
+from prad.training.data import Example, read_examples, without_end
 from prad.training.decoding import AdaptedModel, Decoding
 from prad.training.metrics import Judged, scores
 from prad.training.search import BeamSearch, Greedy, Limits
@@ -43,7 +43,8 @@ def evaluate(
     beams: int = 1,
     batch: int = 64,
 ) -> Evaluation:
-    """Answers to the prompts of `data` inside the record's template; adapter None: the plain model.
+    """Answers to the prompts of `data` inside the record's template; adapter None: the plain model, which
+    gets the template without its task tokens.
 
     Greedy, or the best of `beams` beams. Answers are what serving gives: one leading space and what follows
     a stop string are left out. Prompts keep their last ids, as in training. `batch`: rows of a decode step.
@@ -51,7 +52,7 @@ def evaluate(
     """
     if record.chat_template:
         raise AdapterError("an adapter trained on the chat template can be served, but not evaluated yet")
-    examples = read_examples(data, limit)
+    examples = without_end(read_examples(data, limit), record)
     max_tokens = record.generation.max_tokens or 64
     virtual = placeholders(0 if adapter is None else adapter.virtual_tokens)
     longest = model.max_context - max_tokens - len(virtual)
@@ -60,7 +61,11 @@ def evaluate(
             f"answers of {max_tokens} tokens and {len(virtual)} virtual tokens leave no room for a prompt in "
             f"the model's context of {model.max_context}"
         )
-    prompts = [(*virtual, *tokenizer.encode_prompt(record.wrap(e.prompt))[-longest:]) for e in examples]
+    prompts = []
+    for example in examples:
+        ids = tokenizer.encode_prompt(*record.parts(example.prompt))
+        own = ids if adapter is not None else [token for token in ids if token >= 0]
+        prompts.append((*virtual, *own[-longest:]))
     decoding = decoder(
         AdaptedModel(model, adapter, record.positions), Limits(max_tokens, stop_ids), beams=beams, batch=batch
     )

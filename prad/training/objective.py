@@ -3,13 +3,14 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from prad.adapters import Adapter, PromptAdaptation, prepared
+from prad.adapters import Adapter, PromptAdaptation, TaskRows, prepared
 from prad.lm import KVTarget, LanguageModel, PackedBatch, PromptKV, Ragged
 from prad.training.attention import TrainingKV
 
@@ -96,8 +97,13 @@ class AdapterTuning(CompletionLoss):
     def logits(self, batch: PackedBatch, lengths: list[int], prompt_lengths: list[int]) -> Tensor:
         (model,) = self._model
         adapted = prompt_lengths if self._positions == "prompt" else lengths
-        adapters = [prepared(self.adapter, model)] * len(lengths)
-        adaptation = PromptAdaptation.of_prompts(adapters, lengths, adapted, batch.ids.device)
+        adapter, device, task_rows = prepared(self.adapter, model), batch.ids.device, None
+        if (table := adapter.task_embeddings) is not None:
+            task_rows = TaskRows.of([table], [batch.ids.tolist()], device)
+            batch = replace(batch, ids=batch.ids.clamp(min=0))
+        adaptation = PromptAdaptation.of_prompts(
+            [adapter] * len(lengths), lengths, adapted, device, task_rows=task_rows
+        )
         return model.forward(batch, adaptation)
 
 

@@ -21,6 +21,9 @@ class TrainSettings:
     config: dict[str, Any] = field(default_factory=dict)
     positions: Positions = "prompt"
     template: str | None = None
+    task_tokens: dict[str, str | None] = field(default_factory=dict)
+    """Their names, and the words whose mean each begins as; None: the whole vocabulary's."""
+    end_token: str | None = None
     examples: int | None = None
     """Only the first so many training examples."""
     epochs: float = 1.0
@@ -60,5 +63,6 @@ class TrainSettings:
             "seed",
             "max_prompt",
             "max_completion",
+            "task_tokens",
         )
         return {"data": self.data.name} | {name: getattr(self, name) for name in names}

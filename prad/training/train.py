@@ -8,15 +8,23 @@ import time
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from prad import __version__
-from prad.adapters import AdapterError, find_method, new_adapter, reparametrised, save_parameters
+from prad.adapters import (
+    AdapterError,
+    find_method,
+    first_embeddings,
+    new_adapter,
+    reparametrised,
+    require_free_names,
+    save_parameters,
+)
 from prad.artefact import (
     FULL,
-    PROMPT_FIELD,
     AdapterRecord,
     BaseModelRef,
     GenerationDefaults,
@@ -31,7 +39,9 @@ from prad.training.settings import TrainSettings
 CHECKPOINTS = "checkpoints"
 _OF_A_RUN: Any = {
     "base": {"weights"},
-    **dict.fromkeys(("method", "config", "positions", "template", "training"), True),
+    **dict.fromkeys(
+        ("method", "config", "positions", "template", "task_tokens", "end_token", "training"), True
+    ),
 }
 """What of a record must be the same to go on from a checkpoint."""
 
@@ -46,7 +56,8 @@ def train(
     Raises DataError, AdapterError or MissingSiteError.
     """
     record = _record(model, base_name, settings)
-    module = _module(model, record, settings)
+    require_free_names(record, tokenizer)
+    module = _module(model, tokenizer, record, settings)
     room = model.max_context - record.virtual_tokens - settings.max_completion
     if room < 1:
         raise AdapterError(
@@ -98,11 +109,15 @@ def train(
     return record
 
 
-def _module(model: LanguageModel, record: AdapterRecord, settings: TrainSettings) -> CompletionLoss:
+def _module(
+    model: LanguageModel, tokenizer: Tokenizer, record: AdapterRecord, settings: TrainSettings
+) -> CompletionLoss:
     if record.method == FULL:
         return FullTuning(model, getattr(torch, settings.dtype))
     method = find_method(record.method)
-    adapter = new_adapter(method, method.configure(record.config), model, settings.seed)
+    words = list(settings.task_tokens.values())
+    first = first_embeddings(words, tokenizer, model) if words else None
+    adapter = new_adapter(method, method.configure(record.config), model, settings.seed, first)
     derived = reparametrised(adapter, model, settings.seed)
     return AdapterTuning(model, adapter, record.positions, derived).to(model.device)
 
@@ -137,8 +152,6 @@ def _last_checkpoint(settings: TrainSettings, record: AdapterRecord) -> str | No
 
 def _record(model: LanguageModel, base_name: str, settings: TrainSettings) -> AdapterRecord:
     fields: dict[str, Any] = {} if settings.template is None else {"template": settings.template}
-    if settings.template is not None and settings.template.count(PROMPT_FIELD) != 1:
-        raise DataError(f"a template holds {PROMPT_FIELD} exactly once, got {settings.template!r}")
     full = settings.method == FULL
     if full and settings.config:
         raise AdapterError(f"full fine-tuning has no settings, got {', '.join(settings.config)}")
@@ -150,22 +163,27 @@ def _record(model: LanguageModel, base_name: str, settings: TrainSettings) -> Ad
         configured = method.configure(settings.config)
         config, virtual = configured.model_dump(mode="json"), method.virtual_tokens(configured)
     dtype = settings.dtype if full else str(model.dtype).removeprefix("torch.")
-    return AdapterRecord(
-        method=settings.method,
-        config=config,
-        base=BaseModelRef(
-            name=base_name,
-            architecture=model.fingerprint.architecture,
-            weights=model.fingerprint.weights,
-        ),
-        virtual_tokens=virtual,
-        positions="all" if full else settings.positions,
-        generation=GenerationDefaults(temperature=0.0, max_tokens=settings.max_tokens),
-        licence=settings.licence,
-        description=settings.description,
-        training=settings.recorded() | {"dtype": dtype},
-        **fields,
+    base = BaseModelRef(
+        name=base_name, architecture=model.fingerprint.architecture, weights=model.fingerprint.weights
     )
+    try:
+        return AdapterRecord(
+            method=settings.method,
+            config=config,
+            base=base,
+            task_tokens=tuple(settings.task_tokens),
+            end_token=settings.end_token,
+            virtual_tokens=virtual,
+            positions="all" if full else settings.positions,
+            generation=GenerationDefaults(temperature=0.0, max_tokens=settings.max_tokens),
+            licence=settings.licence,
+            description=settings.description,
+            training=settings.recorded() | {"dtype": dtype},
+            **fields,
+        )
+    except ValidationError as error:
+        problems = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise DataError("; ".join(p.replace("Value error, ", "") for p in problems)) from error
 
 
 def _early_stop(settings: TrainSettings) -> list[EarlyStoppingCallback]:

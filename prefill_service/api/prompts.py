@@ -9,6 +9,9 @@
     chat, plain model        the model's chat template over all messages
 
 A completion of a task that was trained on the chat template is a conversation of one user message.
+
+Task tokens come from the template alone: a prompt's text that looks like one is text, and ids outside the
+vocabulary are refused.
 """
 
 import asyncio
@@ -46,7 +49,7 @@ class PromptEncoder:
             return await self._text(prompt)
         if record.chat_template:
             return await self._chat([{"role": "user", "content": record.wrap(prompt)}], "prompt")
-        return await self._text(record.wrap(prompt))
+        return await self._text(*record.parts(prompt))
 
     async def chat(
         self, record: AdapterRecord | None, messages: Sequence[Message], *, raw: bool
@@ -59,8 +62,8 @@ class PromptEncoder:
                 "is not supported yet",
                 param="messages",
             )
-        content = last.content if raw or record is None else record.wrap(last.content)
         if record is None or record.chat_template:
+            content = last.content if raw or record is None else record.wrap(last.content)
             turns = [{"role": m.template_role, "content": m.content} for m in messages[:-1]]
             return await self._chat([*turns, {"role": "user", "content": content}], "messages")
         if len(messages) > 1:
@@ -72,7 +75,7 @@ class PromptEncoder:
             )
         if not last.content:
             raise InvalidRequestError("the message is empty", param="messages")
-        return await self._text(content)
+        return await self._text(*((last.content,) if raw else record.parts(last.content)))
 
     def _checked(self, ids: tuple[int, ...]) -> tuple[int, ...]:
         if ids and not (min(ids) >= 0 and max(ids) < self.vocab_size):
@@ -82,10 +85,10 @@ class PromptEncoder:
             )
         return ids
 
-    async def _text(self, text: str) -> tuple[int, ...]:
-        if len(text) <= self.thread_chars:
-            return tuple(self.tokenizer.encode_prompt(text))
-        return tuple(await asyncio.to_thread(self.tokenizer.encode_prompt, text))
+    async def _text(self, text: str, *more: str | int) -> tuple[int, ...]:
+        if sum(len(part) for part in (text, *more) if isinstance(part, str)) <= self.thread_chars:
+            return tuple(self.tokenizer.encode_prompt(text, *more))
+        return tuple(await asyncio.to_thread(self.tokenizer.encode_prompt, text, *more))
 
     async def _chat(self, turns: ChatTurns, param: str) -> tuple[int, ...]:
         if not self.tokenizer.has_chat_template:

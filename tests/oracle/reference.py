@@ -69,13 +69,14 @@ class Reference:
 
     def logits(
         self,
-        prompt: Sequence[int],
+        prompt: Sequence[int | str],
         output: Sequence[int],
         adapter: Path | None,
         fault: Fault | None = None,
         neighbour: Path | None = None,
     ) -> Tensor:
-        """Logits [len(output), vocab] that predict each token of `output`, teacher-forced."""
+        """Logits [len(output), vocab] that predict each token of `output`, teacher-forced. In a prompt the
+        artefact's task tokens stand by their names."""
         adapted = len(prompt)
         if fault is Fault.ADAPTER_ON_ONE_GENERATED_TOKEN:
             adapted += 1
@@ -102,7 +103,7 @@ class Reference:
         return every[len(prompt) - 1 :]
 
     def _forward(
-        self, ids: Sequence[int], positions: Tensor, front: Front, cache: DynamicCache | None = None
+        self, ids: Sequence[int | str], positions: Tensor, front: Front, cache: DynamicCache | None = None
     ) -> Tensor:
         """Logits [len(ids), vocab] of ids at `positions` [len(ids)], behind `front` and the cache."""
         if front.states and cache is None:
@@ -111,7 +112,7 @@ class Reference:
             assert cache is not None
             cache.update(key, value, layer)
         before = 0 if cache is None else cache.get_seq_length()
-        embedded = self.model.get_input_embeddings()(torch.tensor(ids))
+        embedded = front.embedded(ids, self.model.get_input_embeddings())
         if front.vectors is not None:
             embedded = torch.cat([front.vectors, embedded])
             positions = torch.cat([torch.arange(len(front.vectors)), positions])
@@ -128,7 +129,7 @@ class Reference:
 
     def _in_two_passes(
         self,
-        prompt: Sequence[int],
+        prompt: Sequence[int | str],
         output: Sequence[int],
         adapter: Path | None,
         split: int,

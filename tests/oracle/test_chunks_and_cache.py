@@ -11,7 +11,7 @@ import torch
 
 from prad.adapters import load_adapter
 from prad.artefact import Artefact
-from prad.lm import LanguageModel, PackedBatch, SamplingParams
+from prad.lm import Draw, LanguageModel, PackedBatch, SamplingParams
 from prad.lm.paged import Pools
 from prefill_service import prompt_pass
 from prefill_service.blocks import PromptBlocks, block_keys
@@ -71,14 +71,15 @@ class PromptSide:
     def check(self, *items: PassItem) -> None:
         """Raises OracleMismatchError if one of them, run together, is not what the reference says."""
         for item, draws in self.run(*items).items():
-            assert draws is not None
-            (draw,) = draws
-            request = item.request
-            adapter = None if request.version is None else request.version.artefact.folder
-            expected = self.reference.logits(
-                request.prompt_ids, [*request.continuation_ids, draw.token], adapter
-            )
-            check(Served([draw.token], [dict(draw.top)]), expected[-1:])
+            self.compare(item, draws)
+
+    def compare(self, item: PassItem, draws: list[Draw] | None) -> None:
+        assert draws is not None
+        (draw,) = draws
+        request = item.request
+        adapter = None if request.version is None else request.version.artefact.folder
+        expected = self.reference.logits(request.prompt_ids, [*request.continuation_ids, draw.token], adapter)
+        check(Served([draw.token], [dict(draw.top)]), expected[-1:])
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2", "mistral"])

@@ -1,6 +1,6 @@
 """Answers in continuous batches equal those of each prompt alone; beam search equals transformers'."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from prad.adapters import load_adapter
+from prad.adapters import PromptAdaptation, load_adapter
 from prad.lm import LanguageModel, SamplingParams
 from prad.lm.kernels import Kernels
 from prad.training.decoding import AdaptedModel
@@ -49,10 +49,14 @@ def test_continuous_batches_say_what_each_prompt_alone_says(
 ) -> None:
     adapter = load_adapter(random_artefact(tmp_path / "a", model, seed=3), model) if adapted else None
     one = AdaptedModel(model, adapter)
-    endless = generate(model, prompts[:3], SamplingParams(max_tokens=40), one.for_prompts)
+
+    def adapt(lengths: Sequence[int]) -> PromptAdaptation | None:
+        return one.for_prompts([[0] * length for length in lengths])  # without task tokens ids do not matter
+
+    endless = generate(model, prompts[:3], SamplingParams(max_tokens=40), adapt)
     stop_ids = frozenset(answer[20] for answer in endless)  # so that some end early
     params = SamplingParams(max_tokens=40, stop_ids=stop_ids)
-    alone = [tuple(generate(model, [p], params, one.for_prompts)[0]) for p in prompts]
+    alone = [tuple(generate(model, [p], params, adapt)[0]) for p in prompts]
     assert {len(a) for a in alone} - {40}
     decoding = decoder(one, Limits(40, stop_ids), batch=batch)
     answers = {index: search.answer for index, search in decoding.run(prompts)}
