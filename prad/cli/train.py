@@ -48,19 +48,19 @@ def train_command(
     examples: Annotated[
         int | None, typer.Option(help="Only the first so many training examples.", min=1)
     ] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the data.  [default: 1]")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data.  \\[default: 1]")] = None,
     max_steps: Annotated[
-        int | None, typer.Option(help="Stop after this many steps.  [default: by epochs]", min=1)
+        int | None, typer.Option(help="Stop after this many steps.  \\[default: by epochs]", min=1)
     ] = None,
     batch: Annotated[
-        int | None, typer.Option(help="Examples per forward pass and process.  [default: 16]", min=1)
+        int | None, typer.Option(help="Examples per forward pass and process.  \\[default: 16]", min=1)
     ] = None,
     accumulate: Annotated[int, typer.Option(help="Forward passes per step.", min=1)] = 1,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate.  [default: 0.001]")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.  \\[default: 0.001]")] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     eval_every: Annotated[
         int | None,
-        typer.Option(help="Steps between evaluations and checkpoints.  [default: 100]", min=1),
+        typer.Option(help="Steps between evaluations and checkpoints.  \\[default: 100]", min=1),
     ] = None,
     patience: Annotated[
         int | None,

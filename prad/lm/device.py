@@ -17,10 +17,8 @@ def require_device(name: str) -> None:
     if name == "cpu":
         return
     if not torch.cuda.is_available():
-        built = "" if torch.backends.cuda.is_built() else ", which is built without CUDA,"  # type: ignore[no-untyped-call]
         raise DeviceError(
-            f"device '{name}': torch {torch.__version__}{built} finds no GPU on this machine; "
-            "cpu works everywhere"
+            f"device '{name}': torch {torch.__version__} finds no GPU on this machine; cpu works everywhere"
         )
     count = torch.cuda.device_count()
     if int(found["index"] or 0) >= count:
