@@ -11,12 +11,13 @@ from prad.artefact import AdapterRecord, BaseModelRef, write_record
 from prad.lm import LanguageModel
 
 
-def random_adapters(model: LanguageModel, method: str, count: int, r: int) -> list[Adapter]:
-    """Adapters of a PrAd method as its files hold them, every parameter with weight, in the model's dtype."""
+def random_adapters(model: LanguageModel, method: str, count: int, r: int, first: int = 0) -> list[Adapter]:
+    """`count` adapters of a PrAd method, from number `first` on, as its files hold them: every parameter with
+    weight, in the model's dtype."""
     kind = find_method(method)
     config = kind.config_type.model_validate({"r": r})
     adapters = []
-    for seed in range(count):
+    for seed in range(first, first + count):
         generator = torch.Generator().manual_seed(seed)
         parameters = {
             name: parameter.normal_(0.0, 0.02, generator=generator).to(model.device, model.dtype)
@@ -31,12 +32,14 @@ def ready_adapters(model: LanguageModel, method: str, count: int, r: int) -> lis
     return [prepared(adapter, model) for adapter in random_adapters(model, method, count, r)]
 
 
-def write_artefacts(folder: Path, model: LanguageModel, method: str, count: int, r: int) -> list[str]:
+def write_artefacts(
+    folder: Path, model: LanguageModel, method: str, count: int, r: int, first: int = 0
+) -> list[str]:
     """Artefacts of `random_adapters`, a folder each; returns the folders' names, which become tasks."""
     fingerprint = model.fingerprint
     base = BaseModelRef(name="bench", architecture=fingerprint.architecture, weights=fingerprint.weights)
-    names = [f"{method}-{i:03}" for i in range(count)]
-    for name, adapter in zip(names, random_adapters(model, method, count, r), strict=True):
+    names = [f"{method}-{i:03}" for i in range(first, first + count)]
+    for name, adapter in zip(names, random_adapters(model, method, count, r, first), strict=True):
         path = folder / name
         path.mkdir(parents=True)
         save_parameters(adapter.parameters, path, model.dtype)

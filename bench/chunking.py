@@ -167,8 +167,11 @@ def _gaps(times: Sequence[float], start: float, end: float) -> list[float]:
     return [later - earlier for earlier, later in pairwise(times) if start <= later < end]
 
 
+_RANDOM = random.Random(0)
+
+
 def _ids(count: int) -> list[int]:
-    return [random.randrange(100, 40_000) for _ in range(count)]
+    return [_RANDOM.randrange(100, 40_000) for _ in range(count)]
 
 
 def _long_prompt_row(name: str, rounds: Sequence[dict[str, list[float]]]) -> dict[str, Any]:

@@ -55,25 +55,28 @@ def contest(
 
         return measure
 
-    variants = {}
+    variants: dict[tuple[str, Any], Callable[[], float]] = {}
     for name, contestant in contestants.items():
         variants[name, "prefill"] = variant(contestant, 1, 0)
         variants[name, "total"] = variant(contestant, arguments.output, 1)
     for contestant in track(contestants.values(), "warm-up", console=Console(stderr=True), transient=True):
         prompts = random_prompts(number, arguments.prompt, model.vocab_size, seed=1 << 20)
         contestant.generate(prompts, _WARM_UP_TOKENS, contestant.adapters)
-    took = interleaved(variants, arguments.rounds, what, warm_up=0, patience_s=_PATIENCE_S)
-    prefill, step = floor.contest_floor(model, number, arguments.prompt, arguments.output)
+    ground = floor.ContestGround(model, number, arguments.prompt, arguments.output)
+    for measure in ground.kinds.values():
+        measure()
+    took = interleaved(variants | ground.kinds, arguments.rounds, what, warm_up=0, patience_s=_PATIENCE_S)
+    prefill, step = ground.floor_s(took)
     decode = step * (arguments.output - 1)
-    ground = [_row("floor", prefill, prefill + decode, arguments.output)]
     rows = []
     for name in contestants:
         row = _row(name, took[name, "prefill"], took[name, "total"], arguments.output)
         row["rounds_s"] = {
             kind: [round(s, 3) for s in took.values[name, kind]] for kind in ("prefill", "total")
         }
+        row["times_asked"] = len(took.values[name, "total"])
         rows.append(row)
-    return rows + ground
+    return [*rows, _row("floor", prefill, prefill + decode, arguments.output)]
 
 
 def _row(name: str, prefill: float, total: float, output: int) -> dict[str, Any]:

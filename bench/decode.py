@@ -1,20 +1,22 @@
 """Time of one decode step, by number of sequences, by context and by number of tasks; memory by sequences.
 
 In this process, with the decode service's own engine: schedule, forward, sampling and booking, without HTTP
-and gRPC. The floor (packed GEMMs plus one read of the KV in use) is measured in the same run. Tasks: the
+and gRPC. The floor (packed GEMMs plus one read of the KV in use) is measured in the same rounds. Tasks: the
 sequences' KV comes from adapted prompts of so many tasks, all adapters in memory, no prompt pass running.
 """
 
 import argparse
+import statistics
+from collections.abc import Sequence
 from typing import Any
 
 from bench import floor
-from bench.adapters import random_adapters
+from bench.adapters import ready_adapters
 from bench.engine import LoadedEngine
 from bench.model import add_model_arguments, load
 from bench.own_engine import prompt_kv
-from bench.rounds import Samples, interleaved, seconds
-from prad.adapters import PromptAdaptation, prepared
+from bench.rounds import interleaved, seconds
+from prad.adapters import PromptAdaptation
 from prad.lm import LanguageModel
 
 SMOKE = {
@@ -36,56 +38,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--contexts", type=int, nargs="+", default=[64, 128, 256, 512, 1024, 2048, 4096])
     parser.add_argument("--context-batch", type=int, default=16, help="sequences in the sweep of contexts")
-    parser.add_argument("--tasks", type=int, nargs="+", default=[0, 1, 8, 64, 512], help="0: the plain model")
+    parser.add_argument("--tasks", type=int, nargs="+", default=[0, 1, 8, 64], help="0: the plain model")
     parser.add_argument("--sequences", type=int, default=64, help="sequences in the sweep of tasks")
     parser.add_argument("--r", type=int, default=16, help="rank of the adapters")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--bandwidth-mib", type=int, default=1024, help="buffer of the floor's bandwidth")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     model = load(arguments)
-    batches = sorted({*arguments.batches, arguments.context_batch, arguments.sequences})
-    ground = floor.measure(model, batches, arguments.rounds, arguments.bandwidth_mib)
     return {
         "model": arguments.model,
-        "floor": ground,
-        "by_batch": _by_batch(model, ground, arguments),
-        "by_context": _by_context(model, ground, arguments),
+        "by_batch": _by_batch(model, arguments),
+        "by_context": _by_context(model, arguments),
         "by_tasks": _by_tasks(model, arguments),
     }
 
 
-def _by_batch(
-    model: LanguageModel, ground: dict[str, Any], arguments: argparse.Namespace
-) -> list[dict[str, Any]]:
-    engines = {
-        batch: LoadedEngine(model, batch, arguments.batch_context, arguments.rounds + 2)
-        for batch in arguments.batches
-    }
-    steps = interleaved(
-        {batch: seconds(engine.step) for batch, engine in engines.items()}, arguments.rounds, "batches"
-    )
+def _by_batch(model: LanguageModel, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     context = arguments.batch_context
-    rows = [
-        _row(steps, batch, floor.step_floor_ms(ground, batch, context), sequences=batch, context=context)
+    engines = {
+        batch: LoadedEngine(model, batch, context, arguments.rounds + 2) for batch in arguments.batches
+    }
+    ground = floor.Ground(model, arguments.batches, arguments.bandwidth_mib)
+    steps = {("step", batch): seconds(engine.step) for batch, engine in engines.items()}
+    took = interleaved(steps | ground.kinds, arguments.rounds, "batches")
+    return [
+        {"sequences": batch, "context": context, "kv_mib": round(engines[batch].kv_bytes / 2**20, 2)}
+        | _step(took.values["step", batch], ground.floors_s(took, batch, context))
         for batch in arguments.batches
     ]
-    for row in rows:
-        row["kv_mib"] = round(engines[row["sequences"]].kv_bytes / 2**20, 2)
-    return rows
 
 
-def _by_context(
-    model: LanguageModel, ground: dict[str, Any], arguments: argparse.Namespace
-) -> list[dict[str, Any]]:
+def _by_context(model: LanguageModel, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     batch = arguments.context_batch
     longest = model.max_context - arguments.rounds - 2
     contexts = [min(context, longest) for context in arguments.contexts]
     engines = {c: LoadedEngine(model, batch, c, arguments.rounds + 2) for c in contexts}
-    steps = interleaved({c: seconds(e.step) for c, e in engines.items()}, arguments.rounds, "contexts")
+    ground = floor.Ground(model, [batch], arguments.bandwidth_mib)
+    steps = {("step", c): seconds(engine.step) for c, engine in engines.items()}
+    took = interleaved(ground.kinds | steps, arguments.rounds, "contexts")
     return [
-        _row(steps, c, floor.step_floor_ms(ground, batch, c), sequences=batch, context=c) for c in contexts
+        {"context": c, "sequences": batch} | _step(took.values["step", c], ground.floors_s(took, batch, c))
+        for c in contexts
     ]
 
 
@@ -94,7 +89,7 @@ def _by_tasks(model: LanguageModel, arguments: argparse.Namespace) -> list[dict[
     length = 64
     prompts = [[100 + i] * length for i in range(arguments.sequences)]
     most = max(arguments.tasks)
-    adapters = [prepared(a, model) for a in random_adapters(model, "prad-pa", most, arguments.r)]
+    adapters = ready_adapters(model, "prad-pa", most, arguments.r)
     engines = {}
     for tasks in arguments.tasks:
         chosen = [adapters[i % tasks] if tasks else None for i in range(len(prompts))]
@@ -104,15 +99,18 @@ def _by_tasks(model: LanguageModel, arguments: argparse.Namespace) -> list[dict[
         _, kv = prompt_kv(model, prompts, adaptation)
         engines[tasks] = LoadedEngine(model, len(prompts), length, arguments.rounds + 2, kv)
     steps = interleaved({t: seconds(e.step) for t, e in engines.items()}, arguments.rounds, "tasks")
-    return [_row(steps, tasks, None, tasks=tasks, sequences=len(prompts)) for tasks in arguments.tasks]
+    return [
+        {"tasks": tasks, "sequences": len(prompts)} | _step(steps.values[tasks]) for tasks in arguments.tasks
+    ]
 
 
-def _row(steps: Samples[int], key: int, floor_ms: float | None, **shape: int) -> dict[str, Any]:
-    step_ms = 1e3 * steps[key]
-    row: dict[str, Any] = {**shape, "step_ms": round(step_ms, 3)}
-    if floor_ms is not None:
-        row |= {"floor_ms": round(floor_ms, 3), "times_floor": round(step_ms / floor_ms, 2)}
-    return row | {"rounds_ms": [round(1e3 * s, 3) for s in steps.values[key]]}
+def _step(took_s: Sequence[float], floors_s: Sequence[float] | None = None) -> dict[str, Any]:
+    """Of each round's step and floor: medians, and the median of the rounds' ratios."""
+    row: dict[str, Any] = {"step_ms": round(1e3 * statistics.median(took_s), 3)}
+    if floors_s is not None:
+        ratio = statistics.median(step / ground for step, ground in zip(took_s, floors_s, strict=True))
+        row |= {"floor_ms": round(1e3 * statistics.median(floors_s), 3), "times_floor": round(ratio, 2)}
+    return row | {"rounds_ms": [round(1e3 * s, 3) for s in took_s]}
 
 
 def plot(result: dict[str, Any], figure: Any) -> None:

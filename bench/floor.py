@@ -8,14 +8,16 @@ what a real step pays on top.
 """
 
 import argparse
+import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bench.model import add_model_arguments, load
-from bench.rounds import interleaved, seconds
+from bench.rounds import Samples, interleaved, seconds
 from prad.lm import LanguageModel
 from prad.lm.kernels import Out, PackedLinear
 
@@ -31,65 +33,83 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    return measure(load(arguments), arguments.batches, arguments.rounds, arguments.bandwidth_mib)
+    ground = Ground(load(arguments), arguments.batches, arguments.bandwidth_mib, stored=True)
+    return ground.figures(interleaved(ground.kinds, arguments.rounds, "floor"))
 
 
-def measure(model: LanguageModel, batches: Sequence[int], rounds: int, bandwidth_mib: int) -> dict[str, Any]:
-    """Everything in milliseconds, but bandwidth in GB/s; `gemms` by batch size as stored and packed."""
-    reader = torch.ones(bandwidth_mib << 18, dtype=torch.float32, device=model.device)
-    weights = weight_matrices(model)
-    kinds: dict[tuple[str, int], Callable[[], float]] = {("read", 0): seconds(reader.sum)}
-    for batch in batches:
-        kinds["stored", batch] = seconds(_gemms(model, weights, batch, packed=False))
-        kinds["packed", batch] = seconds(_gemms(model, weights, batch, packed=True))
-        kinds["own", batch] = seconds(_own_gemms(model, weights, batch))
-    with torch.inference_mode():
-        measured = interleaved(kinds, rounds, "floor")
-    bandwidth = reader.nbytes / measured["read", 0]
-    weight_bytes = sum(w.nbytes for w in weights)
-    return {
-        "bandwidth_gb_s": round(bandwidth / 1e9, 2),
-        "weight_bytes": weight_bytes,
-        "weights_read_ms": round(1e3 * weight_bytes / bandwidth, 3),
-        "kv_bytes_per_token": model.layout.bytes_per_token,
-        "kv_read_ms_per_token": 1e3 * model.layout.bytes_per_token / bandwidth,
-        "gemms": [
-            {
-                "batch": batch,
-                "stored_ms": round(1e3 * measured["stored", batch], 3),
-                "packed_ms": round(1e3 * measured["packed", batch], 3),
-                "own_ms": round(1e3 * measured["own", batch], 3),
-            }
-            for batch in batches
-        ],
-    }
+Part = tuple[str, int]
+"""What is measured, and for how many rows."""
 
 
-def step_floor_ms(floor: dict[str, Any], batch: int, context: int) -> float:
-    """The fastest GEMMs plus one read of the KV in use, for `batch` sequences of `context` tokens."""
-    (gemms,) = (min(g["packed_ms"], g["own_ms"]) for g in floor["gemms"] if g["batch"] == batch)
-    return float(gemms) + batch * context * float(floor["kv_read_ms_per_token"])
+class Ground:
+    """What floors are made of: `kinds` are to be measured in the same rounds as what stands on them.
+
+    batches: rows of a GEMM, all weights once. stored: also with the weights as they lie in the model.
+    """
+
+    def __init__(
+        self, model: LanguageModel, batches: Sequence[int], bandwidth_mib: int, *, stored: bool = False
+    ) -> None:
+        self._weights = weight_matrices(model)
+        self._batches = batches
+        self._kv_bytes = model.layout.bytes_per_token
+        self._reader = torch.ones(bandwidth_mib << 18, dtype=torch.float32, device=model.device)
+        self.kinds: dict[Part, Callable[[], float]] = {("read", 0): seconds(self._reader.sum)}
+        for batch in batches:
+            if stored:
+                self.kinds["stored", batch] = seconds(_gemms(model, self._weights, batch, packed=False))
+            self.kinds["packed", batch] = seconds(_gemms(model, self._weights, batch, packed=True))
+            self.kinds["own", batch] = seconds(_own_gemms(model, self._weights, batch))
+
+    def floors_s(self, took: Samples[Any], batch: int, context: int) -> list[float]:
+        """By round: the GEMMs (those of the two that are faster by their medians) and one read of the KV in
+        use, for `batch` sequences of `context` tokens."""
+        faster = min(("packed", "own"), key=lambda kind: took[kind, batch])
+        kv = batch * context * self._kv_bytes / self._reader.nbytes
+        rounds = zip(took.values[faster, batch], took.values["read", 0], strict=True)
+        return [gemms + kv * read for gemms, read in rounds]
+
+    def figures(self, took: Samples[Any]) -> dict[str, Any]:
+        """In milliseconds, but bandwidth in GB/s."""
+        bandwidth = self._reader.nbytes / took["read", 0]
+        weight_bytes = sum(w.nbytes for w in self._weights)
+        names = [name for name in ("stored", "packed", "own") if (name, self._batches[0]) in self.kinds]
+        return {
+            "bandwidth_gb_s": round(bandwidth / 1e9, 2),
+            "weight_bytes": weight_bytes,
+            "weights_read_ms": round(1e3 * weight_bytes / bandwidth, 3),
+            "kv_bytes_per_token": self._kv_bytes,
+            "kv_read_ms_per_token": 1e3 * self._kv_bytes / bandwidth,
+            "gemms": [
+                {"batch": batch} | {f"{name}_ms": round(1e3 * took[name, batch], 3) for name in names}
+                for batch in self._batches
+            ],
+        }
 
 
-def contest_floor(model: LanguageModel, prompts: int, length: int, output: int) -> tuple[float, float]:
-    """Seconds of a prompt pass of `prompts` prompts, and of one decode step half-way through the output.
+class ContestGround:
+    """The floor of a contest: a prompt pass of `prompts` prompts of `length` tokens, then decode steps.
 
     A prompt pass multiplies every row with every matrix but the vocabulary's, which takes last rows only.
     """
-    ground = measure(model, [prompts], rounds=5, bandwidth_mib=256)
-    weights = weight_matrices(model)
-    body = [w for w in weights if w.shape[0] != model.vocab_size]
-    head = [w for w in weights if w.shape[0] == model.vocab_size]
-    parts = {
-        "body": seconds(_gemms(model, body, prompts * length, packed=True)),
-        "head": seconds(_gemms(model, head, prompts, packed=True)),
-        "own body": seconds(_own_gemms(model, body, prompts * length)),
-        "own head": seconds(_own_gemms(model, head, prompts)),
-    }
-    with torch.inference_mode():
-        took = interleaved(parts, 5, "floor")
-    step_ms = step_floor_ms(ground, prompts, length + output // 2)
-    return sum(min(took[part], took[f"own {part}"]) for part in ("body", "head")), step_ms / 1e3
+
+    def __init__(self, model: LanguageModel, prompts: int, length: int, output: int) -> None:
+        self._prompts, self._middle = prompts, length + output // 2
+        self._step = Ground(model, [prompts], bandwidth_mib=256)
+        weights = weight_matrices(model)
+        body = [w for w in weights if w.shape[0] != model.vocab_size]
+        head = [w for w in weights if w.shape[0] == model.vocab_size]
+        self.kinds: dict[Part, Callable[[], float]] = dict(self._step.kinds)
+        for name, gemms in (("packed", partial(_gemms, packed=True)), ("own", _own_gemms)):
+            self.kinds[f"{name} body", 0] = seconds(gemms(model, body, prompts * length))
+            self.kinds[f"{name} head", 0] = seconds(gemms(model, head, prompts))
+
+    def floor_s(self, took: Samples[Any]) -> tuple[float, float]:
+        """Of the prompt pass, and of one decode step half-way through the output."""
+        prefill = sum(
+            min(took[f"{name} {part}", 0] for name in ("packed", "own")) for part in ("body", "head")
+        )
+        return prefill, statistics.median(self._step.floors_s(took, self._prompts, self._middle))
 
 
 def weight_matrices(model: LanguageModel) -> list[Tensor]:
@@ -128,6 +148,7 @@ def _gemms(
 
     pairs = [(inputs[w.shape[1]], p) for w, p in zip(weights, ready, strict=True)]
 
+    @torch.inference_mode()
     def once() -> None:
         for x, w in pairs:
             linear(x, w)

@@ -14,7 +14,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache-dir", type=Path, default=Path("~/.cache/prad"), help="where converted models are"
     )
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    parser.set_defaults(device="cpu")  # nothing here waits for a GPU before it looks at the clock
 
 
 def model_folder(arguments: argparse.Namespace) -> Path:

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from bench.adapters import random_adapters
+from bench.adapters import ready_adapters
 from bench.engine import LoadedEngine
 from bench.model import add_model_arguments, load
 from bench.own_engine import prompt_kv
 from bench.prompts import random_prompts
 from bench.rounds import Samples, interleaved, seconds
-from prad.adapters import Adapter, PromptAdaptation, prepared
+from prad.adapters import Adapter, PromptAdaptation
 from prad.lm import LanguageModel, PackedBatch
 
 SMOKE = {"sequences": 8, "rounds": 2, "passes": 1}
@@ -40,8 +40,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     prompts = random_prompts(count, arguments.context, model.vocab_size, seed=0)
     none: list[Adapter | None] = [None] * count
     prompt_only, para = (
-        [prepared(a, model) for a in random_adapters(model, method, count, arguments.r)]
-        for method in ("prad-para", "para")
+        ready_adapters(model, method, count, arguments.r) for method in ("prad-para", "para")
     )
     half = [adapter if i % 2 else None for i, adapter in enumerate(para)]
     variants: dict[str, Sequence[Adapter | None]] = {PLAIN: none, "prad-para": prompt_only, "para": para}

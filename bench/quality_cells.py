@@ -121,7 +121,7 @@ class Study:
             "row": row.name,
             "column": column.task,
             "seed": seed,
-            "setting": setting(),
+            "setting": setting(str(self.model.device)),
             "seconds": round(time.monotonic() - started),
             "scores": result.scores,
             "training": record.training,

@@ -24,7 +24,8 @@ def write_result(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     given = {} if arguments is None else {k: _plain(v) for k, v in vars(arguments).items() if k != "out"}
-    content = {"setting": setting()} | ({"arguments": given} if given else {}) | figures
+    device = "cpu" if arguments is None else getattr(arguments, "device", "cpu")
+    content = {"setting": setting(device)} | ({"arguments": given} if given else {}) | figures
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
     return path
 
@@ -34,13 +35,13 @@ def _plain(value: Any) -> Any:
     return value.name if isinstance(value, Path) and value.is_absolute() else value
 
 
-def setting() -> dict[str, Any]:
+def setting(device: str = "cpu") -> dict[str, Any]:
     return {
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "--short", "HEAD")
         + ("+" if _git("status", "--porcelain", "--", ".", ":!bench/results") else ""),
         "cpu": _cpu(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name(device) if device.startswith("cuda") else None,
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "load": round(psutil.getloadavg()[2], 2),  # of the last 15 minutes: who else was at work
         "threads": torch.get_num_threads(),

@@ -1,7 +1,8 @@
 """The server under load, through HTTP, from a light client in a process of its own.
 
-tasks      N requests at once: of N tasks, of one task, of the plain model, and of N out of all loaded tasks
-           in turn (more than fit in memory at once, if --adapters-mib says so); the decode step in each.
+tasks      N requests at once: of N tasks, of one task, of the plain model, of N tasks while others are
+           pushed, and of N out of all loaded tasks in turn (more than fit in memory at once, if --adapters-mib
+           says so); the decode step in each, and how many sequences it had.
 closed     so many streaming clients at a time, each asking again as soon as it is answered.
 open       streaming requests that arrive at random (Poisson), whatever the server does.
 streaming  N streaming clients at once against the engine's own tokens/s: as the decode service counts it
@@ -10,20 +11,26 @@ streaming  N streaming clients at once against the engine's own tokens/s: as the
 
 import argparse
 import statistics
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from itertools import count, cycle, islice
+from pathlib import Path
 from typing import Any
 
 import psutil
 
+from bench.adapters import write_artefacts
 from bench.engine import LoadedEngine
 from bench.latency import latencies, steady_tokens_per_s
 from bench.model import add_model_arguments, load
 from bench.prompts import poisson_arrivals, random_prompts
 from bench.rounds import interleaved, seconds
-from bench.serving import Served, bodies, served
+from bench.serving import Served, Steps, bodies, served
 from prad.lm import LanguageModel
 
+_PUSHED = 8  # adapters in a round
 SMOKE = {
     "requests": 2,
     "loaded": 3,
@@ -60,7 +67,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         prompts = _Prompts(model, arguments)
         return {
             "model": arguments.model,
-            "tasks": _tasks(server, prompts, arguments),
+            "tasks": _tasks(server, model, prompts, arguments),
             "closed": [_closed(server, prompts, clients, arguments) for clients in arguments.clients],
             "open": [_open(server, prompts, rate, arguments) for rate in arguments.rates],
             "streaming": [_streaming(server, model, prompts, arguments)],
@@ -78,42 +85,73 @@ class _Prompts:
         return random_prompts(number, self._length, self._vocabulary, next(self._seeds))
 
 
-def _tasks(server: Served, prompts: _Prompts, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def _tasks(
+    server: Served, model: LanguageModel, prompts: _Prompts, arguments: argparse.Namespace
+) -> list[dict[str, Any]]:
     number, names = arguments.requests, server.tasks["prad-pa"]
     in_turn = cycle(names)
+    few = f"{number} tasks"
+    pushed = f"{few}, adapters pushed meanwhile"
     kinds: dict[str, Callable[[], Sequence[str | None]]] = {
-        f"{number} tasks": lambda: names[:number],
+        few: lambda: names[:number],
         "one task": lambda: names[:1] * number,
         "plain model": lambda: [None] * number,
+        pushed: lambda: names[:number],
         f"{number} of {len(names)} tasks in turn": lambda: list(islice(in_turn, number)),
     }
-    steps_ms: dict[str, list[float]] = {name: [] for name in kinds}
+    steps: dict[str, list[Steps]] = {name: [] for name in kinds}
 
     def variant(name: str) -> Callable[[], float]:
         def measure() -> float:
-            before = server.steps()
-            took = server.generate(prompts.take(number), arguments.output, kinds[name]())
-            steps = server.steps() - before
-            steps_ms[name].append(1e3 * steps.seconds / steps.count)
+            asked = prompts.take(number), arguments.output, kinds[name]()
+            with _pushing(server, next(new)) if name == pushed else nullcontext():
+                before = server.steps()
+                took = server.generate(*asked)
+                steps[name].append(server.steps() - before)
             return took
 
         return measure
 
-    took = interleaved({name: variant(name) for name in kinds}, arguments.rounds, "tasks")
+    with _new_adapters(model, len(names), arguments) as new:
+        took = interleaved({name: variant(name) for name in kinds}, arguments.rounds, "tasks")
     return [
         {
             "name": name,
             "total_s": round(took[name], 3),
             "tokens_per_s": round(number * arguments.output / took[name], 1),
-            "step_ms": round(statistics.median(steps_ms[name][1:]), 2),  # the first one warms up
+            # the first one warms up
+            "step_ms": round(statistics.median(1e3 * s.seconds / s.count for s in steps[name][1:]), 2),
+            "sequences_per_step": round(statistics.median(s.tokens / s.count for s in steps[name][1:]), 1),
             "rounds_s": [round(s, 3) for s in took.values[name]],
+            "rounds_step_ms": [round(1e3 * s.seconds / s.count, 2) for s in steps[name][1:]],
         }
         for name in kinds
     ]
 
 
+@contextmanager
+def _new_adapters(
+    model: LanguageModel, first: int, arguments: argparse.Namespace
+) -> Iterator[Iterator[Path]]:
+    """Folders of adapters that the server does not know, numbered from `first` on; one for every round."""
+    with tempfile.TemporaryDirectory() as name:
+        folders = [Path(name) / str(number) for number in range(arguments.rounds + 1)]
+        for number, folder in enumerate(folders):
+            write_artefacts(folder, model, "prad-pa", _PUSHED, arguments.r, first + number * _PUSHED)
+        yield iter(folders)
+
+
+@contextmanager
+def _pushing(server: Served, folder: Path) -> Iterator[None]:
+    """Pushes the adapters of a folder, each probed and made ready by prefill, while what is inside runs."""
+    with ThreadPoolExecutor(1) as pool:
+        pushed = pool.submit(server.push, folder)
+        yield
+        pushed.result()
+
+
 def _closed(server: Served, prompts: _Prompts, clients: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    number = max(2 * clients, 4)
+    number = max(2 * clients, 16)
     tasks = list(islice(cycle(server.tasks["prad-pa"]), number))
     asked = bodies(prompts.take(number), arguments.output, tasks, stream=True)
     done = server.client.run(asked, at_once=clients)

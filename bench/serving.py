@@ -106,10 +106,18 @@ class Client:
 class Served:
     """A running stack; `tasks` by method."""
 
-    def __init__(self, client: Client, metrics: str, tasks: Mapping[str, Sequence[str]]) -> None:
+    def __init__(
+        self, client: Client, metrics: str, tasks: Mapping[str, Sequence[str]], registry: str
+    ) -> None:
         self.client = client
         self.tasks = tasks
         self._metrics = metrics
+        self._registry = registry
+
+    def push(self, folder: Path) -> None:
+        """Every adapter folder below, one after the other; raises StackError."""
+        if failed := push_all(folder, self._registry):
+            raise StackError(f"adapters were refused: {failed}")
 
     def generate(
         self, prompts: Sequence[Sequence[int]], output: int, adapters: Sequence[str | None]
@@ -177,15 +185,14 @@ def served(
             stack.wait_until(lambda: answers(f"http://127.0.0.1:{api}/ready"), 300, "prefill")
             if tasks:
                 status.update("verifying the adapters")
-                failed = push_all(root / "adapters", registry)
-                if failed:
+                if failed := push_all(root / "adapters", registry):
                     raise StackError(f"adapters were refused: {failed}")
             for task in (task for each in tasks.values() for task in each):
                 listed = f"http://127.0.0.1:{api}/v1/models/{task}"
                 stack.wait_until(partial(answers, listed), 60, task)
             status.stop()
             with Client(api) as client:
-                yield Served(client, f"http://127.0.0.1:{metrics}/metrics", tasks)
+                yield Served(client, f"http://127.0.0.1:{metrics}/metrics", tasks, registry)
 
 
 def _free_ports(count: int) -> list[int]:

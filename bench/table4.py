@@ -51,6 +51,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             for method, label in _OWN.items():
                 own = OwnEngine(model, ready_adapters(model, method, tasks, arguments.r))
                 contestants[label] = Contestant(own.generate, [label] * tasks)
+            contestants["no adapters, our engine"] = Contestant(OwnEngine(model).generate, [None] * tasks)
             contestants[_PEFT] = Contestant(peft.generate, list(folders)[:tasks])
             rows = contest(contestants, arguments, model, f"{tasks} tasks")
             tables.append({"tasks": tasks, "rows": _with_speed_ups(rows)})

@@ -24,7 +24,7 @@ from decode_service.settings import DecodeSettings
 from kvtransfer import LayerSpec, ModelSpec, TransferSettings
 from kvtransfer.proto import handoff_pb2 as pb
 from kvtransfer.proto.handoff_pb2_grpc import add_DecodeServicer_to_server
-from prad.lm import LanguageModel, UnsupportedModelError, resolve_model, share_interpreter
+from prad.lm import LanguageModel, UnsupportedModelError, resolve_model
 from prad.lm.kernels import load_kernels
 from prad.lm.paged import Pools, blocks_in
 
@@ -41,7 +41,6 @@ def run(settings: DecodeSettings) -> None:
 
     Raises BindError, CacheTooSmallError, or prad.lm's ModelError before anything is served.
     """
-    share_interpreter()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     asyncio.run(_run(settings))

@@ -1,7 +1,7 @@
 """The engine behind the HTTP face: schedule -> run -> deliver.
 
 schedule   choose the chunks of the next pass, reserve room at decode for prompts that begin (Open)
-run        one packed prompt pass in the computing thread; its layers go out while it runs
+run        one packed prompt pass in the computing thread; its layers go out while it runs, or behind it
 deliver    first tokens to the client and, with Commit, to decode; later ones come from decode
 """
 
@@ -31,7 +31,7 @@ from prefill_service.errors import (
 from prefill_service.generation import PromptRequest, TokenOut
 from prefill_service.hand_over import HandOver, send_cached
 from prefill_service.job import Job, Stage, deliver_first_tokens
-from prefill_service.passes import PassRunner
+from prefill_service.passes import PassRunner, a_core_is_left
 from prefill_service.prompt_pass import PassItem
 from prefill_service.residents import Residents
 from prefill_service.scheduler import PromptScheduler
@@ -61,7 +61,8 @@ class PrefillEngine:
             blocks_in(model.layout, size, mib) for mib in (settings.chunked_kv_mib, settings.prefix_cache_mib)
         )
         self._pools = Pools(model.layout, working + kept, size, str(model.device))
-        self._passes = PassRunner(model, self._pools, self._encoding, settings.nice)
+        overlap = a_core_is_left(model) if settings.kv_overlap == "auto" else settings.kv_overlap == "yes"
+        self._passes = PassRunner(model, self._pools, self._encoding, overlap=overlap, nice=settings.nice)
         self.blocks = PromptBlocks(working=working, kept=kept, block_size=size)
         self._scheduler: PromptScheduler[Job] = PromptScheduler(
             self.blocks,

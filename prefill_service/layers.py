@@ -15,16 +15,23 @@ T = TypeVar("T")
 
 
 class PassLayers:
-    """One pass's keys and values, sent layer by layer while later ones compute, then its first tokens.
+    """One pass's keys and values, sent layer by layer, then its first tokens.
 
     `put` and `put_state` are called from the computing thread, all others in the event loop.
     """
 
     def __init__(
-        self, num_layers: int, rows: Sequence[PassRows], encoding: Encoding, after: "PassLayers | None"
+        self,
+        num_layers: int,
+        rows: Sequence[PassRows],
+        encoding: Encoding,
+        *,
+        overlap: bool,
+        after: "PassLayers | None",
     ) -> None:
-        """rows: which rows of the pass are handed over, and with which hand-off. `after`: the pass before,
-        whose layers go first: a hand-off's tokens go out in order."""
+        """rows: which rows of the pass are handed over, and with which hand-off. `overlap`: whether a layer
+        goes out while later ones compute, or all of them behind the last. `after`: the pass before, whose
+        layers go first: a hand-off's tokens go out in order."""
         self._loop = asyncio.get_running_loop()
         self._rows = rows
         self._encoding = encoding
@@ -33,7 +40,7 @@ class PassLayers:
         ]
         self._states: dict[PassItem, dict[Site, memoryview]] = {}
         self._draws: asyncio.Future[FirstTokens] = self._loop.create_future()
-        self._sending = self._loop.create_task(self._send(after))
+        self._sending = self._loop.create_task(self._send(overlap, after))
 
     def put(self, layer: int, key: Tensor, value: Tensor) -> None:
         """key, value [T, kv_heads, dim] of the whole pass; brought to the CPU, each in one piece."""
@@ -67,9 +74,11 @@ class PassLayers:
         """Returns when every layer is on its way, or the pass or its sending has failed."""
         await asyncio.wait([self._sending])
 
-    async def _send(self, after: "PassLayers | None") -> None:
+    async def _send(self, overlap: bool, after: "PassLayers | None") -> None:
         if after is not None:
             await after.settled()
+        if not overlap:
+            await asyncio.wait(self._layers)
         for layer, data in enumerate(self._layers):
             await send_layer(layer, await data, self._rows, self._encoding)
         self._layers.clear()

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 
+import torch
+
 from kvtransfer import Encoding, PassRows
 from prad.lm import Draw, LanguageModel
 from prad.lm.paged import Pools
@@ -19,13 +21,24 @@ from prefill_service.layers import PassLayers
 from prefill_service.prompt_pass import FirstTokens, PassChunk, PassItem, run_prompt_pass
 
 
-class PassRunner:
-    """One pass at a time. `nice`: how far its threads step back for others on the same cores."""
+def a_core_is_left(model: LanguageModel) -> bool:
+    """Whether sending could use one while a pass computes. Without, the pass would wait for whichever of its
+    threads the sender keeps from a core, and decode would not take what is sent at the same time."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return model.device.type != "cpu" or cores > torch.get_num_threads()
 
-    def __init__(self, model: LanguageModel, pools: Pools, encoding: Encoding, nice: int) -> None:
+
+class PassRunner:
+    """One pass at a time. `overlap`: see `PassLayers`. `nice`: how far its threads step back for others on
+    the same cores."""
+
+    def __init__(
+        self, model: LanguageModel, pools: Pools, encoding: Encoding, *, overlap: bool, nice: int
+    ) -> None:
         self._model = model
         self._pools = pools
         self._encoding = encoding
+        self._overlap = overlap
         self._computing = ThreadPoolExecutor(
             max_workers=1, thread_name_prefix="prompt-pass", initializer=_step_back, initargs=(nice,)
         )
@@ -40,7 +53,7 @@ class PassRunner:
         if len(self._sending) > 1:  # at most two passes' KV is in memory: one goes out, one computes
             await self._sending.popleft().settled()
         rows, before = list(_rows(chunks, hand_overs)), self._sending[-1] if self._sending else None
-        layers = PassLayers(self._model.num_layers, rows, self._encoding, before)
+        layers = PassLayers(self._model.num_layers, rows, self._encoding, overlap=self._overlap, after=before)
         self._sending.append(layers)
         for chunk in chunks:
             if chunk.is_last and chunk.job in hand_overs:

@@ -17,7 +17,7 @@ from kvtransfer.client import DecodeClient
 from kvtransfer.settings import TransferSettings
 from prad.adapters import Adapter, load_adapter, require_free_names
 from prad.artefact import Artefact
-from prad.lm import LanguageModel, SamplingParams, Tokenizer, resolve_model, share_interpreter
+from prad.lm import LanguageModel, SamplingParams, Tokenizer, resolve_model
 from prad.lm.kernels import load_kernels
 from prefill_service.api.app import create_app
 from prefill_service.api.protocols import ModelInfo
@@ -43,7 +43,6 @@ def run(settings: PrefillSettings) -> None:
     logging.basicConfig(level="INFO", format="%(asctime)s prefill %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel("WARNING")
     listening = _bind(settings.host, settings.port)
-    share_interpreter()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     folder = resolve_model(settings.model, settings.cache_dir)

@@ -69,6 +69,9 @@ class PrefillSettings(BaseSettings):
 
     kv_wire: Literal["raw", "int8"] = "raw"
     """How KV travels to decode: raw (exact), or as 8-bit numbers (half the bytes, not exact)."""
+    kv_overlap: Literal["auto", "yes", "no"] = "auto"
+    """Whether a layer's KV goes out while later layers compute, or all of it behind the pass, which is faster
+    on cores that the pass keeps busy; auto: while they compute if a core is left, or a GPU computes."""
     kv_shared_mib: Annotated[int, Field(ge=0, le=1024)] = 16
     """Shared memory offered to a decode service of this host for KV; 0: none."""
 

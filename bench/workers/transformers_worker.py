@@ -40,9 +40,10 @@ def _with_adapters(model: Any, folders: dict[str, str]) -> Any:
     from peft import PeftModel
 
     (first, folder), *others = folders.items()
-    adapted = PeftModel.from_pretrained(model, folder, adapter_name=first)
+    kept = {"autocast_adapter_dtype": False}  # in bf16, as the model and as our adapters are
+    adapted = PeftModel.from_pretrained(model, folder, adapter_name=first, **kept)
     for name, path in others:
-        adapted.load_adapter(path, adapter_name=name)
+        adapted.load_adapter(path, adapter_name=name, **kept)
     return adapted.eval()
 
 

@@ -1,4 +1,7 @@
-"""vLLM, with or without LoRA. Options: model, adapters {name: folder}, r, sequences, context."""
+"""vLLM, with or without LoRA. Options: model, adapters {name: folder}, r, sequences, context, all_cores.
+
+all_cores: whether to compute on every core; it leaves one to its scheduler by itself.
+"""
 
 import os
 
@@ -9,6 +12,8 @@ def main() -> None:
     answers = claim_stdout()
     wanted = options()
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB; its default takes half of the machine
+    if wanted["all_cores"]:
+        os.environ["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from vllm import LLM, SamplingParams

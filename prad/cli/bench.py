@@ -51,7 +51,12 @@ def _run(name: str, arguments: list[str]) -> None:
         )
         raise typer.Exit(1)
     sys.path.insert(0, str(root))  # an editable install knows the shipped packages alone
-    importlib.import_module("bench.runner").run(name, arguments)
+    try:
+        runner = importlib.import_module("bench.runner")
+    except ModuleNotFoundError as error:
+        typer.secho(f"error: {error.name} is missing: pip install -e '.[bench]'", fg="red", err=True)
+        raise typer.Exit(1) from error
+    runner.run(name, arguments)
 
 
 for _name, _help in BENCHMARKS.items():

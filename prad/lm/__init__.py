@@ -10,7 +10,6 @@ from prad.lm.errors import (
     UnsupportedModelError,
 )
 from prad.lm.fingerprint import Fingerprint
-from prad.lm.interpreter import share_interpreter
 from prad.lm.kv import KVLayout, KVTarget, LayerKV, PromptKV
 from prad.lm.model import LanguageModel
 from prad.lm.sampling import Draw, SampleKey, SamplingParams, sample
@@ -50,5 +49,4 @@ __all__ = [
     "resolve_model",
     "sample",
     "served_name",
-    "share_interpreter",
 ]

@@ -65,7 +65,7 @@ def case(
         method="prad-prefix",
         config={"virtual_tokens": 17},
     )
-    small = {"pass_tokens": 40, "chunked_kv_mib": 2, "prefix_cache_mib": 2}
+    small = {"pass_tokens": 40, "chunked_kv_mib": 2, "prefix_cache_mib": 2, "kv_overlap": "no"}
     with running_stack(model, root / "adapters", root, prefill=small) as running:
         yield Case(running.api, root / "adapters", Reference(model))
 
