@@ -2,9 +2,9 @@
 
 Ours: through HTTP, as many tasks as requests, PrAd-PA and PrAd-LoRA, and the plain model; PrAd-PA again with
 weights rounded to 8 bits in decode. Our own engine in-process, with LoRA at every token and without.
-transformers' generate, alone and with PEFT's mixed-adapter batch: always. vLLM, with as many LoRAs (r on q and v) and
-without, and OpenVINO GenAI (4-bit .gguf): where --vllm-python and --openvino-python name an interpreter that
-has them. All are alive at once and asked in turn, same prompts. Then one request alone.
+transformers' generate, alone and with PEFT's mixed-adapter batch: always. vLLM, with as many LoRAs (r on q
+and v) and without, and OpenVINO GenAI (4-bit .gguf): where --vllm-python and --openvino-python name an
+interpreter that has them. All are alive at once and asked in turn, same prompts. Then one request alone.
 """
 
 import argparse
