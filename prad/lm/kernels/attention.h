@@ -1,6 +1,7 @@
 // One decode step's attention: each sequence stores its new key and value in its blocks and attends over them.
 #pragma once
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "pool.h"
@@ -138,26 +139,33 @@ void scores_of(const Dot& products, const Tokens<T>& keys, const Tokens<T>& valu
   });
 }
 
-// Turns scores [count] into weights that add up to 1; room for a multiple of 16 behind them.
-inline void softmax(float* scores, int64_t count) {
-  for (int64_t i = count; i % 16; i++) scores[i] = -INFINITY;
-  v16 best = splat(-INFINITY), total = {};
-  for (int64_t i = 0; i < count; i += 16) best = larger(load(scores + i), best);
-  float most = largest(best);
-  for (int64_t i = 0; i < count; i += 16) {
-    v16 e = exponential(load(scores + i) - most);
-    store(scores + i, e);
-    total += e;
-  }
-  float share = 1.0f / sum(total);
-  for (int64_t i = 0; i < count; i += 16) store(scores + i, load(scores + i) * share);
-}
+// One query's answer while its context is seen in parts: the sum of values, each weighted with
+// exp(score - most), and the sum of the weights.
+struct Answer {
+  float *sum, *most, *total;  // [value_dim], one, one
 
-// kQueries weighted sums of 16 * kVectors value columns from `first` on.
+  // Makes scores [count] of a further part weights, and what was summed so far comparable with them. Room for a
+  // multiple of 16 behind them.
+  void weigh(float* scores, int64_t count, int64_t dim) const {
+    for (int64_t i = count; i % 16; i++) scores[i] = -INFINITY;
+    v16 best = splat(*most), added = {};
+    for (int64_t i = 0; i < count; i += 16) best = larger(load(scores + i), best);
+    float now = largest(best), shrink = std::exp(*most - now);
+    for (int64_t i = 0; i < count; i += 16) {
+      v16 e = exponential(load(scores + i) - now);
+      store(scores + i, e);
+      added += e;
+    }
+    for (int64_t d = 0; d < dim; d++) sum[d] *= shrink;
+    *most = now;
+    *total = *total * shrink + ::sum(added);
+  }
+};
+
+// Adds kQueries weighted sums of 16 * kVectors value columns from `first` on.
 template <class T, int kQueries, int kVectors>
 void mix(const float* weights, int64_t room, const Tokens<T>& values, const Tokens<T>& next_keys, int64_t first,
-         T* out) {
-  int64_t dim = values.dim;
+         const Answer* answers) {
   v16 acc[kQueries][kVectors] = {};
   values.each_stretch([&](int64_t t, const T* place, int count) {
     const T* soon = next_keys.at(std::min(next_keys.end - 1, next_keys.start + t - values.start));
@@ -173,12 +181,16 @@ void mix(const float* weights, int64_t room, const Tokens<T>& values, const Toke
     }
   });
   for (int g = 0; g < kQueries; g++)
-    for (int j = 0; j < kVectors; j++) store(out + g * dim + first + 16 * j, acc[g][j]);
+    for (int j = 0; j < kVectors; j++) {
+      float* to = answers[g].sum + first + 16 * j;
+      store(to, load(to) + acc[g][j]);
+    }
 }
 
+// A part of a context: keys and values are its tokens.
 template <class T, int kQueries>
 void attend(const AttentionCall& p, const T* query, const Tokens<T>& keys, const Tokens<T>& values,
-            const Tokens<T>& next_keys, T* out) {
+            const Tokens<T>& next_keys, const Answer* answers) {
   thread_local std::vector<float> memory, wide;
   int64_t count = keys.end - keys.start, room = count + 32, dim = values.dim;
   memory.resize(kQueries * room);
@@ -194,68 +206,90 @@ void attend(const AttentionCall& p, const T* query, const Tokens<T>& keys, const
   } else
 #endif
     score(Products<T, kQueries>(query, keys.dim, wide));
-  for (int g = 0; g < kQueries; g++) softmax(scores + g * room, count);
+  for (int g = 0; g < kQueries; g++) answers[g].weigh(scores + g * room, count, dim);
   int64_t d = 0;
-  for (; d + 64 <= dim; d += 64) mix<T, kQueries, 4>(scores, room, values, next_keys, d, out);
-  for (; d + 16 <= dim; d += 16) mix<T, kQueries, 1>(scores, room, values, next_keys, d, out);
+  for (; d + 64 <= dim; d += 64) mix<T, kQueries, 4>(scores, room, values, next_keys, d, answers);
+  for (; d + 16 <= dim; d += 16) mix<T, kQueries, 1>(scores, room, values, next_keys, d, answers);
   for (; d < dim; d++)
-    for (int g = 0; g < kQueries; g++) {
-      float total = 0;
+    for (int g = 0; g < kQueries; g++)
       for (int64_t t = values.start; t < values.end; t++)
-        total += scores[g * room + t - values.start] * to_float(values.at(t)[d]);
-      out[g * dim + d] = from_float<T>(total);
-    }
+        answers[g].sum[d] += scores[g * room + t - values.start] * to_float(values.at(t)[d]);
 }
 
-// The KV heads [first, last) of all sequences, in the order in which their memory lies.
+// Some KV heads of one sequence. They share lines and pages of memory, so all of them see a part of the context
+// that fits into a core's cache before the next part is read.
 template <class T>
 struct Heads {
+  static constexpr int64_t kPart = 512;  // tokens
+
   const AttentionCall& p;
   const PagedView& view;
+  int64_t sequence, first, last;
 
-  Tokens<T> tokens(void* pool, int64_t dim, int64_t item) const {
-    int64_t s = item / p.kv_heads, end = view.lengths[s];
-    int64_t start = p.window ? std::max<int64_t>(0, end - p.window) : 0;
-    return {static_cast<T*>(pool) + item % p.kv_heads * dim, view.table + s * view.width, p.block_size,
-            p.kv_heads * dim, dim, start, end};
-  }
-
-  void run(int64_t first, int64_t last) const {
-    Tokens<T> keys = tokens(p.keys, p.key_dim, first);
-    for (int64_t item = first; item < last; item++) {
-      Tokens<T> next_keys = tokens(p.keys, p.key_dim, std::min(item + 1, last - 1));
-      attend_all(item, keys, next_keys);
-      keys = next_keys;
+  void run() const {
+    int64_t end = view.lengths[sequence], start = p.window ? std::max<int64_t>(0, end - p.window) : 0;
+    thread_local std::vector<float> memory;
+    int64_t each = p.value_dim + 2;
+    memory.assign((last - first) * groups() * each, 0.0f);
+    std::vector<Answer> answers((last - first) * groups());
+    for (size_t i = 0; i < answers.size(); i++) {
+      float* sum = memory.data() + i * each;
+      answers[i] = {sum, sum + p.value_dim, sum + p.value_dim + 1};
+      *answers[i].most = -INFINITY;
     }
+    for (int64_t head = first; head < last; head++) keep(head, end);
+    for (int64_t at = start; at < end; at += kPart) {
+      int64_t stop = std::min(end, at + kPart);
+      for (int64_t head = first; head < last; head++) {
+        bool turns = head + 1 == last;  // to the next part, if there is one
+        int64_t soon = turns ? std::min(stop, end - 1) : at;
+        Tokens<T> next_keys = tokens(p.keys, p.key_dim, turns ? first : head + 1, soon, std::min(end, soon + kPart));
+        attend_all(head, tokens(p.keys, p.key_dim, head, at, stop), tokens(p.values, p.value_dim, head, at, stop),
+                   next_keys, answers.data() + (head - first) * groups());
+      }
+    }
+    T* out = static_cast<T*>(p.out) + (sequence * p.heads + first * groups()) * p.value_dim;
+    for (const Answer& answer : answers)
+      for (int64_t d = 0; d < p.value_dim; d++) *out++ = from_float<T>(answer.sum[d] / *answer.total);
   }
 
  private:
-  void attend_all(int64_t item, const Tokens<T>& keys, const Tokens<T>& next_keys) const {
-    int64_t s = item / p.kv_heads, head = item % p.kv_heads, groups = p.heads / p.kv_heads;
-    Tokens<T> values = tokens(p.values, p.value_dim, item);
-    const T* key = static_cast<const T*>(p.key) + s * p.key_stride + head * p.key_dim;
-    const T* value = static_cast<const T*>(p.value) + s * p.value_stride + head * p.value_dim;
-    std::copy(key, key + p.key_dim, keys.at(keys.end - 1));
-    std::copy(value, value + p.value_dim, values.at(values.end - 1));
-    const T* query = static_cast<const T*>(p.query) + s * p.query_stride + head * groups * p.key_dim;
-    T* out = static_cast<T*>(p.out) + (s * p.heads + head * groups) * p.value_dim;
-    while (groups > 0) {
-      int taken = static_cast<int>(std::min<int64_t>(groups, 4));
-      if (taken == 4) attend<T, 4>(p, query, keys, values, next_keys, out);
-      else if (taken == 3) attend<T, 3>(p, query, keys, values, next_keys, out);
-      else if (taken == 2) attend<T, 2>(p, query, keys, values, next_keys, out);
-      else attend<T, 1>(p, query, keys, values, next_keys, out);
-      groups -= taken;
+  int64_t groups() const { return p.heads / p.kv_heads; }
+
+  Tokens<T> tokens(void* pool, int64_t dim, int64_t head, int64_t start, int64_t end) const {
+    return {static_cast<T*>(pool) + head * dim, view.table + sequence * view.width, p.block_size,
+            p.kv_heads * dim, dim, start, end};
+  }
+
+  // Stores the new key and value of a head.
+  void keep(int64_t head, int64_t end) const {
+    const T* key = static_cast<const T*>(p.key) + sequence * p.key_stride + head * p.key_dim;
+    const T* value = static_cast<const T*>(p.value) + sequence * p.value_stride + head * p.value_dim;
+    std::copy(key, key + p.key_dim, tokens(p.keys, p.key_dim, head, 0, end).at(end - 1));
+    std::copy(value, value + p.value_dim, tokens(p.values, p.value_dim, head, 0, end).at(end - 1));
+  }
+
+  void attend_all(int64_t head, const Tokens<T>& keys, const Tokens<T>& values, const Tokens<T>& next_keys,
+                  const Answer* answers) const {
+    const T* query = static_cast<const T*>(p.query) + sequence * p.query_stride + head * groups() * p.key_dim;
+    for (int64_t left = groups(); left > 0;) {
+      int taken = static_cast<int>(std::min<int64_t>(left, 4));
+      if (taken == 4) attend<T, 4>(p, query, keys, values, next_keys, answers);
+      else if (taken == 3) attend<T, 3>(p, query, keys, values, next_keys, answers);
+      else if (taken == 2) attend<T, 2>(p, query, keys, values, next_keys, answers);
+      else attend<T, 1>(p, query, keys, values, next_keys, answers);
+      left -= taken;
       query += taken * p.key_dim;
-      out += taken * p.value_dim;
+      answers += taken;
     }
   }
 };
 
 template <class T>
 void paged_attention(Pool& pool, const AttentionCall& p, int64_t sequences, const PagedView& view) {
-  int64_t heads = sequences * p.kv_heads, share = sequences < 4 * pool.threads() ? 1 : p.kv_heads;
-  pool.run((heads + share - 1) / share, [&](int64_t item) {
-    Heads<T>{p, view}.run(item * share, std::min(heads, (item + 1) * share));
+  int64_t share = sequences < 4 * pool.threads() ? 1 : p.kv_heads, parts = p.kv_heads / share;
+  pool.run(sequences * parts, [&](int64_t item) {
+    int64_t first = item % parts * share;
+    Heads<T>{p, view, item / parts, first, first + share}.run();
   });
 }
