@@ -1,8 +1,8 @@
 """The server under load, through HTTP, from a light client in a process of its own.
 
 tasks      N requests at once: of N tasks, of one task, of the plain model, of N tasks while others are
-           pushed, of N out of all loaded tasks in turn (more than fit in memory, if --adapters-mib says so); the
-           decode step in each, and how many sequences it had.
+           pushed, of N out of all loaded tasks in turn (more than fit in memory, if --adapters-mib says
+           so); the decode step in each, and how many sequences it had.
 closed     so many streaming clients at a time, each asking again as soon as it is answered.
 open       streaming requests that arrive at random (Poisson), whatever the server does.
 streaming  N streaming clients at once against the engine's own tokens/s: as the decode service counts it
