@@ -1,4 +1,4 @@
-"""Prefill's side of one hand-off: layers go out while later ones still compute, then Commit or Abort."""
+"""Prefill's side of one hand-off: layers go out in order, then Commit or Abort."""
 
 import asyncio
 from collections.abc import Sequence
