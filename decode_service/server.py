@@ -24,7 +24,7 @@ from decode_service.settings import DecodeSettings
 from kvtransfer import LayerSpec, ModelSpec, TransferSettings
 from kvtransfer.proto import handoff_pb2 as pb
 from kvtransfer.proto.handoff_pb2_grpc import add_DecodeServicer_to_server
-from prad.lm import LanguageModel, UnsupportedModelError, resolve_model
+from prad.lm import LanguageModel, UnsupportedModelError, require_device, resolve_model
 from prad.lm.kernels import load_kernels
 from prad.lm.paged import Pools, blocks_in
 
@@ -82,6 +82,7 @@ async def serving(
 
 def load(settings: DecodeSettings) -> LanguageModel:
     """The settings' model. Raises prad.lm's ModelError."""
+    require_device(settings.device)  # before a model is fetched or converted
     folder = resolve_model(settings.model, settings.cache_dir)
     model = LanguageModel.load(folder, dtype=getattr(torch, settings.dtype), device=settings.device)
     kernels = load_kernels(settings.kernels, settings.cache_dir, settings.device)

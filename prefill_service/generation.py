@@ -29,7 +29,7 @@ class PromptRequest:
     `choices` sequences start from the same KV cache; the prompt pass is paid once. `version` None is the
     plain model. `output_offset`: output tokens that the client has already (a replay's continuation); the
     next one draws under that index, and `sampling.max_tokens` counts them. prompt_ids: of the vocabulary, or
-    the virtual ones of the version's task tokens; these stay on the prompt side.
+    `task_token_id`s of the version; these stay on the prompt side.
     """
 
     request_id: str

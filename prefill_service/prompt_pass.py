@@ -7,7 +7,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from prad.adapters import Adapter, PromptAdaptation, TaskRows, placeholders, stand_ins
+from prad.adapters import Adapter, PromptAdaptation, placeholders, split_task_tokens
 from prad.lm import Draw, LanguageModel, SampleKey, SiteVectors, sample
 from prad.lm.chunked import SequenceChunk, chunked_batch
 from prad.lm.kv import LayerDone
@@ -21,7 +21,7 @@ class PassItem:
     """A prompt, with its adapter in memory (None: the plain model). Compared by identity.
 
     ids: of its rows, in order: placeholders for the adapter's virtual tokens, prompt, continuation. Task
-    tokens are virtual ids among the prompt's.
+    tokens are negative ids among the prompt's.
     """
 
     request: PromptRequest
@@ -107,8 +107,11 @@ def run_prompt_pass(
     """
     assert all(c.start == 0 and c.is_last for c in chunks if c.item.whole), "a whole prompt was cut"
     lengths = [chunk.end - chunk.start for chunk in chunks]
-    tables = [chunk.item.task_embeddings for chunk in chunks]
-    ids = [chunk.item.ids[chunk.start : chunk.end] for chunk in chunks]
+    ids, task_rows = split_task_tokens(
+        [chunk.item.task_embeddings for chunk in chunks],
+        [chunk.item.ids[chunk.start : chunk.end] for chunk in chunks],
+        model.device,
+    )
     adaptation = PromptAdaptation.of_prompts(
         [chunk.item.adapter if chunk.adapted else None for chunk in chunks],
         lengths,
@@ -116,14 +119,11 @@ def run_prompt_pass(
         model.device,
         model.kernels,
         [chunk.start for chunk in chunks],
-        TaskRows.of(tables, ids, model.device),
+        task_rows,
     )
     last_rows = [row - 1 for row in accumulate(lengths)]
     batch = chunked_batch(
-        [
-            SequenceChunk(own if table is None else stand_ins(own), c.start, c.table, c.stored)
-            for c, own, table in zip(chunks, ids, tables, strict=True)
-        ],
+        [SequenceChunk(own, c.start, c.table, c.stored) for c, own in zip(chunks, ids, strict=True)],
         pools,
         logit_rows=[row for row, chunk in zip(last_rows, chunks, strict=True) if chunk.is_last],
         layer_done=layer_done,

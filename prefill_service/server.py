@@ -5,7 +5,7 @@ import logging
 import signal
 import socket
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 
 import torch
@@ -16,8 +16,8 @@ from adapter_registry.client import AsyncRegistryClient
 from kvtransfer.client import DecodeClient
 from kvtransfer.settings import TransferSettings
 from prad.adapters import Adapter, load_adapter, require_free_names
-from prad.artefact import Artefact
-from prad.lm import LanguageModel, SamplingParams, Tokenizer, resolve_model
+from prad.artefact import AdapterRecord, Artefact, task_token_id
+from prad.lm import LanguageModel, SamplingParams, Tokenizer, require_device, resolve_model
 from prad.lm.kernels import load_kernels
 from prefill_service.api.app import create_app
 from prefill_service.api.protocols import ModelInfo
@@ -42,6 +42,7 @@ def run(settings: PrefillSettings) -> None:
     """Serves until SIGINT or SIGTERM. Raises CannotStartError or ModelError."""
     logging.basicConfig(level="INFO", format="%(asctime)s prefill %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel("WARNING")
+    require_device(settings.device)  # before a model is fetched or converted
     listening = _bind(settings.host, settings.port)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
@@ -75,7 +76,8 @@ async def _serve(
         engine = PrefillEngine(model, residents, decode, settings)
 
         async def probe(artefact: Artefact) -> None:
-            await engine.probe(PassItem(_PROBE, await asyncio.to_thread(load, artefact)))
+            adapter = await asyncio.to_thread(load, artefact)
+            await engine.probe(probe_item(artefact.record, adapter))
 
         catalogue = TaskCatalogue(settings.base_name)
         follower = RegistryFollower(registry, catalogue, probe)
@@ -91,6 +93,12 @@ async def _serve(
             await _Server(config).serve(sockets=[listening])
             for task in background:
                 task.cancel()
+
+
+def probe_item(record: AdapterRecord, adapter: Adapter) -> PassItem:
+    """The prompt that a new version is tried on: each of its task tokens, then some of the vocabulary."""
+    own = (task_token_id(row) for row in range(len(record.task_tokens)))
+    return PassItem(replace(_PROBE, prompt_ids=(*own, *_PROBE.prompt_ids)), adapter)
 
 
 class _Server(uvicorn.Server):

@@ -17,7 +17,7 @@ from prad.adapters.errors import (
     ParameterMismatchError,
     UnknownMethodError,
 )
-from prad.adapters.task_tokens import TaskRows, first_embeddings, require_free_names, stand_ins
+from prad.adapters.task_tokens import first_embeddings, require_free_names, split_task_tokens
 from prad.adapters.virtual import placeholders
 
 __all__ = [
@@ -28,7 +28,6 @@ __all__ = [
     "BaseMismatchError",
     "ParameterMismatchError",
     "PromptAdaptation",
-    "TaskRows",
     "UnknownMethodError",
     "find_method",
     "first_embeddings",
@@ -39,5 +38,5 @@ __all__ = [
     "reparametrised",
     "require_free_names",
     "save_parameters",
-    "stand_ins",
+    "split_task_tokens",
 ]

@@ -223,6 +223,8 @@ class Method(ABC):
     config_type: ClassVar[type[MethodConfig]]
     needs_whole_prompt: ClassVar[bool] = False
     """Whether a prompt can neither be cut into chunks nor begin with what an earlier one has left."""
+    only_in_front: ClassVar[bool] = False
+    """Whether virtual tokens are all it is: no token of the prompt, nor a generated one, is adapted."""
 
     def configure(self, fields: Mapping[str, Any]) -> Any:
         """The method's configuration out of plain fields. Raises AdapterError."""

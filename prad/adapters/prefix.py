@@ -33,6 +33,7 @@ class PrefixConfig(VirtualConfig):
 class PrefixTuning(Method):
     name = "prad-prefix"
     config_type = PrefixConfig
+    only_in_front = True
 
     def virtual_tokens(self, config: PrefixConfig) -> int:
         return config.virtual_tokens

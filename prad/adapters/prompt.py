@@ -18,6 +18,7 @@ _EMBEDDING = f"{INPUT}embedding"
 class PromptTuning(Method):
     name = "prad-prompt"
     config_type = VirtualConfig
+    only_in_front = True
 
     def virtual_tokens(self, config: VirtualConfig) -> int:
         return config.virtual_tokens

@@ -24,7 +24,7 @@ from prad.artefact.schema import (
     AdapterRecord,
     BaseModelRef,
     GenerationDefaults,
-    virtual_id,
+    task_token_id,
 )
 
 __all__ = [
@@ -48,6 +48,6 @@ __all__ = [
     "read_record",
     "read_servable",
     "require_servable",
-    "virtual_id",
+    "task_token_id",
     "write_record",
 ]

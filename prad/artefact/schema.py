@@ -16,7 +16,7 @@ FULL = "full"
 _NAME = re.compile(r"<\|[^\s|<>{}=]+\|>")
 
 
-def virtual_id(row: int) -> int:
+def task_token_id(row: int) -> int:
     """The id that stands for a task token in a prompt; row: its place in the record and in the table.
 
     Negative: no vocabulary has such an id, however it is padded, no client can send one, and the hand-off's
@@ -55,7 +55,7 @@ class AdapterRecord(_Record):
     """The whole of `prad.json`. `config` is the method's own part, read by `prad.adapters`.
 
     task_tokens: names in the template whose input embeddings the weights hold, in the order of the rows.
-    end_token: what the data write where an answer ends; the base model's EOS is trained in its place.
+    end_token: what the data write where an answer ends, any text; the base's EOS is trained in its place.
     """
 
     format: Literal[1] = 1
@@ -99,38 +99,33 @@ class AdapterRecord(_Record):
 
     @field_validator("end_token")
     @classmethod
-    def _not_in_the_template(cls, name: str | None, record: ValidationInfo) -> str | None:
-        if name is None:
+    def _not_in_the_template(cls, text: str | None, record: ValidationInfo) -> str | None:
+        """And so none of the task tokens."""
+        if text is None:
             return None
-        _require_name(name)
-        if name in record.data.get("template", ""):
-            raise ValueError(f"{name} ends answers and has no embedding: the template cannot use it")
-        return name
+        if not text:
+            raise ValueError("an end token is a text that ends answers, got ''")
+        if text in record.data.get("template", ""):
+            raise ValueError(
+                f"the end token {text!r} ends answers and has no embedding: the template cannot use it"
+            )
+        return text
 
     def wrap(self, prompt: str) -> str:
         """`prompt` inside the template; other braces stay as they are. Task tokens need `parts`."""
         return self.template.replace(PROMPT_FIELD, prompt)
 
     def parts(self, prompt: str) -> tuple[str, *tuple[str | int, ...]]:
-        """The same, cut at task tokens: a text, then their `virtual_id`s and texts in turn.
+        """The same, cut at task tokens: a text, then their `task_token_id`s and texts in turn.
 
         The template is cut before `prompt` goes in: what looks like a task token there stays text.
         """
         if not self.task_tokens:
             return (self.wrap(prompt),)
-        rows = {name: virtual_id(row) for row, name in enumerate(self.task_tokens)}
+        rows = {name: task_token_id(row) for row, name in enumerate(self.task_tokens)}
         cut = re.split(f"({'|'.join(map(re.escape, rows))})", self.template)
         first, *more = (rows[p] if p in rows else p.replace(PROMPT_FIELD, prompt) for p in cut)
         return str(first), *more
-
-    def answer(self, text: str) -> str:
-        """An answer of the data without the end token. Raises ValueError if it goes on behind that."""
-        if self.end_token is None or self.end_token not in text:
-            return text
-        ended, _, rest = text.partition(self.end_token)
-        if rest.strip():
-            raise ValueError(f"the answer goes on behind {self.end_token}")
-        return ended.rstrip()
 
 
 def _require_name(name: str) -> None:

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from prad.cli.model import DEFAULT_CACHE, CacheOption, DeviceOption, DTypeOption, ModelOption, load_model
+from prad.cli.model import (
+    DEFAULT_CACHE,
+    DEFAULT_MODEL,
+    CacheOption,
+    DeviceOption,
+    DTypeOption,
+    ModelOption,
+    load_model,
+)
 
 if TYPE_CHECKING:
     from prad.adapters import Adapter
@@ -40,7 +48,7 @@ def eval_command(
     plain: Annotated[bool, typer.Option(help="Score the plain model on the same prompts as well.")] = True,
     show: Annotated[int, typer.Option(help="Print so many answers.", min=0)] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Print scores as JSON.")] = False,
-    model: ModelOption = "smollm2-135m",
+    model: ModelOption = DEFAULT_MODEL,
     cache_dir: CacheOption = DEFAULT_CACHE,
     dtype: DTypeOption = "bfloat16",
     device: DeviceOption = "cpu",

@@ -6,13 +6,18 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from prad.cli.model import DEFAULT_CACHE, CacheOption, DTypeOption, ModelOption, load_model
+from prad.cli.model import (
+    DEFAULT_CACHE,
+    DEFAULT_MODEL,
+    CacheOption,
+    DTypeOption,
+    ModelOption,
+    load_model,
+    model_flag,
+)
 
 if TYPE_CHECKING:
     from prad.artefact import Artefact
-
-_VIRTUAL = ("prad-prefix", "prad-prompt")
-_DEFAULT_MODEL = "smollm2-135m"
 
 
 def import_command(
@@ -43,7 +48,7 @@ def import_command(
     allow_other_base: Annotated[
         bool, typer.Option("--allow-other-base", help="Also if the file names another base than --model.")
     ] = False,
-    model: ModelOption = _DEFAULT_MODEL,
+    model: ModelOption = DEFAULT_MODEL,
     cache_dir: CacheOption = DEFAULT_CACHE,
     dtype: DTypeOption = "bfloat16",
     registry: Annotated[
@@ -93,7 +98,7 @@ def export_command(
         bool,
         typer.Option("--allow-other-base", help="Also if it was trained on other weights than --model's."),
     ] = False,
-    model: ModelOption = _DEFAULT_MODEL,
+    model: ModelOption = DEFAULT_MODEL,
     cache_dir: CacheOption = DEFAULT_CACHE,
     dtype: DTypeOption = "bfloat16",
 ) -> None:
@@ -102,6 +107,7 @@ def export_command(
     What PEFT cannot hold (template, generation defaults, the base's digest) lies beside it in prad.json, and
     [bold]prad adapter import[/bold] reads it back.
     """
+    from prad.adapters import find_method
     from prad.artefact import read_artefact
     from prad.exchange import export_folder
 
@@ -111,7 +117,7 @@ def export_command(
     typer.echo(
         f"{out}: {artefact.record.method} for PEFT\nload it:  PeftModel.from_pretrained(model, '{out}')"
     )
-    if artefact.record.method not in _VIRTUAL and artefact.record.positions == "prompt":
+    if not find_method(artefact.record.method).only_in_front and artefact.record.positions == "prompt":
         typer.echo(
             "note: PEFT applies it to generated tokens too, not to the prompt alone. To do as here: run the "
             "prompt with it, then generate from that KV cache under model.disable_adapter()"
@@ -119,11 +125,12 @@ def export_command(
 
 
 def _said(artefact: "Artefact", source: Path, out: Path | None, model: str) -> str:
+    from prad.adapters import find_method
     from prad.exchange import was_prompt_only
 
     record = artefact.record
     said = [f"{source} imported: {record.method} for {record.base.name} (weights {record.base.weights[:12]})"]
-    if record.method in _VIRTUAL:
+    if find_method(record.method).only_in_front:
         said.append("note: its virtual tokens stand in front of the prompt here as in PEFT: nothing changes")
     elif record.positions == "all":
         said.append("note: it acts on all positions, as in PEFT: a baseline, to be evaluated and not served")
@@ -135,8 +142,7 @@ def _said(artefact: "Artefact", source: Path, out: Path | None, model: str) -> s
         )
     if out is not None:
         if not record.chat_template:
-            named = "" if model == _DEFAULT_MODEL else f" --model {model}"
-            said.append(f"next:  prad eval --adapter {out} --data FILE{named}")
+            said.append(f"next:  prad eval --adapter {out} --data FILE{model_flag(model)}")
         if record.positions == "prompt":
             said.append(f"next:  prad adapter push {out} --task NAME")
     return "\n".join(said)

@@ -19,6 +19,8 @@ CacheOption = Annotated[
 ]
 DTypeOption = Annotated[str, typer.Option("--dtype", help="bfloat16 or float32.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")]
+DEFAULT_MODEL = "smollm2-135m"
+"""`prad.lm`'s, which is not imported at `--help`."""
 DEFAULT_CACHE = Path("~/.cache/prad")
 
 
@@ -26,10 +28,16 @@ def load_model(name: str, cache_dir: Path, dtype: str, device: str) -> "tuple[La
     """Resolves and loads; torch and transformers are imported here, not at `--help`."""
     import torch
 
-    from prad.lm import LanguageModel, Tokenizer, resolve_model
+    from prad.lm import LanguageModel, Tokenizer, require_device, resolve_model
 
     dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
     if dtype not in dtypes:
         raise typer.BadParameter(f"expected bfloat16 or float32, got '{dtype}'", param_hint="--dtype")
+    require_device(device)  # before a model is fetched or converted
     folder = resolve_model(name, cache_dir)
     return LanguageModel.load(folder, dtype=dtypes[dtype], device=device), Tokenizer(folder)
+
+
+def model_flag(name: str) -> str:
+    """What a command that is told as the next step needs to use the same model."""
+    return "" if name == DEFAULT_MODEL else f" --model {name}"

@@ -9,7 +9,14 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from prad.cli.model import DEFAULT_CACHE, CacheOption, DeviceOption, DTypeOption, ModelOption
+from prad.cli.model import (
+    DEFAULT_CACHE,
+    DEFAULT_MODEL,
+    CacheOption,
+    DeviceOption,
+    DTypeOption,
+    ModelOption,
+)
 
 _START_S = 300.0  # the first start converts or fetches the model
 
@@ -23,7 +30,7 @@ def serve_command(
             file_okay=False,
         ),
     ] = None,
-    model: ModelOption = "smollm2-135m",
+    model: ModelOption = DEFAULT_MODEL,
     model_name: Annotated[str | None, typer.Option(help="The plain model's id in the API.")] = None,
     port: Annotated[int, typer.Option(help="The API's port.")] = 8000,
     registry_port: Annotated[int, typer.Option(help="The adapter registry's port.")] = 8001,
@@ -37,19 +44,22 @@ def serve_command(
     weights: Annotated[
         Literal["full", "int8"] | None,
         typer.Option(
-            help="int8: decode's linear layers rounded to 8 bits, faster for few sequences; full if left out."
+            help="int8: decode's linear layers rounded to 8 bits, faster for few sequences. If left out: "
+            "PRAD_DECODE_WEIGHTS, or full."
         ),
     ] = None,
     threads: Annotated[
         int | None,
         typer.Option(
-            help="Computing threads of prefill and of decode, each; torch's default if left out.", min=1
+            help="Computing threads of prefill and of decode, each. If left out: PRAD_PREFILL_THREADS and "
+            "PRAD_DECODE_THREADS, or torch's default.",
+            min=1,
         ),
     ] = None,
     nice: Annotated[
         int | None,
         typer.Option(
-            help="How far prompt passes step back for decode (Linux); 0, not at all, if left out.",
+            help="How far prompt passes step back for decode (Linux). If left out: PRAD_PREFILL_NICE, or 0.",
             min=0,
             max=19,
         ),

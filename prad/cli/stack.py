@@ -15,7 +15,8 @@ from typing import Self
 import httpx
 
 _POLL_S = 0.1
-_STOP_S = 40.0
+_STOP_S = 50.0
+"""More than decode takes at most: its drain, and what it still sends."""
 _LOG_LINES = 12
 
 
@@ -65,9 +66,14 @@ class Stack:
                 service.process.wait()
 
     def start(self, name: str, arguments: Sequence[str]) -> None:
-        """Starts `prad NAME ARGUMENTS` in a session of its own: Ctrl-C reaches it through us, in order."""
+        """Starts `prad NAME ARGUMENTS` in a session of its own: Ctrl-C reaches it through us, in order.
+        Raises StackError if its log cannot be written."""
         log = self._logs / f"{name}.log"
-        with log.open("wb") as file, _signals_later():
+        try:
+            opened = log.open("wb")
+        except OSError as error:
+            raise StackError(f"the log of {name} cannot be kept: {error}") from error
+        with opened as file, _signals_later():
             process = subprocess.Popen(
                 [sys.executable, "-m", "prad", name, *arguments],
                 stdin=subprocess.DEVNULL,

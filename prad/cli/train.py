@@ -7,7 +7,16 @@ from typing import Annotated, Any, Literal, cast
 
 import typer
 
-from prad.cli.model import DEFAULT_CACHE, CacheOption, DeviceOption, DTypeOption, ModelOption, load_model
+from prad.cli.model import (
+    DEFAULT_CACHE,
+    DEFAULT_MODEL,
+    CacheOption,
+    DeviceOption,
+    DTypeOption,
+    ModelOption,
+    load_model,
+    model_flag,
+)
 
 
 def train_command(
@@ -84,7 +93,7 @@ def train_command(
     licence: Annotated[str, typer.Option(help="Licence of the data, recorded in the artefact.")] = "",
     description: Annotated[str, typer.Option(help="One line about the task, recorded in the artefact.")] = "",
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint under --out.")] = False,
-    model: ModelOption = "smollm2-135m",
+    model: ModelOption = DEFAULT_MODEL,
     cache_dir: CacheOption = DEFAULT_CACHE,
     dtype: DTypeOption = "bfloat16",
     device: DeviceOption = "cpu",
@@ -140,14 +149,14 @@ def train_command(
         ),
     )
     if int(os.environ.get("RANK", "0")) == 0:
-        _say(record.training, record.positions == "all", task, data, out)
+        _say(record.training, record.positions == "all", task, data, out, model)
 
 
-def _say(outcome: dict[str, Any], baseline: bool, task: str, data: Path, out: Path) -> None:
+def _say(outcome: dict[str, Any], baseline: bool, task: str, data: Path, out: Path, model: str) -> None:
     typer.echo(
         f"{out}: {outcome['steps']} steps in {outcome['seconds']} s, "
         f"{outcome['tokens_per_second']} tokens/s, validation loss {outcome['validation_loss']}\n"
-        f"next:  prad eval --adapter {out} --data {data / 'test.jsonl'}"
+        f"next:  prad eval --adapter {out} --data {data / 'test.jsonl'}{model_flag(model)}"
     )
     if baseline:
         typer.echo("This is a baseline: it acts on generated tokens too, so it can be evaluated, not served.")

@@ -2,6 +2,7 @@
 
 from prad.lm.attention import Ragged
 from prad.lm.batch import PackedBatch
+from prad.lm.device import require_device
 from prad.lm.errors import (
     DeviceError,
     MissingSiteError,
@@ -45,6 +46,7 @@ __all__ = [
     "UnsupportedModelError",
     "placements",
     "projection",
+    "require_device",
     "require_sites",
     "resolve_model",
     "sample",

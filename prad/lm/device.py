@@ -6,7 +6,7 @@ import torch
 
 from prad.lm.errors import DeviceError
 
-_NAMES = re.compile(r"cpu|cuda(:(?P<index>\d+))?")
+_NAMES = re.compile(r"cpu|cuda(:(?P<index>0|[1-9][0-9]*))?")
 
 
 def require_device(name: str) -> None:

@@ -21,7 +21,10 @@ def resolve_model(name: str, cache_dir: Path) -> Path:
     """
     if name == DEFAULT_MODEL:
         return convert_gguf(_default_gguf(), cache_dir)
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError as error:
+        raise ModelNotFoundError(f"no such file or folder: {name}: nobody here has that name") from error
     if path.is_dir():
         return path
     if path.suffix == ".gguf":

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from prad.adapters import placeholders
-from prad.artefact import AdapterRecord
+from prad.artefact import PROMPT_FIELD, AdapterRecord
 from prad.lm import Tokenizer
 
 
@@ -67,19 +67,50 @@ def _where(location: tuple[int | str, ...]) -> str:
     return ".".join(map(str, location)) or "line"
 
 
-def without_end(examples: Sequence[Example], record: AdapterRecord) -> list[Example]:
-    """The examples, with answers that lack the record's end token. Raises DataError."""
-    if record.end_token is None:
+def without_end(examples: Sequence[Example], end_token: str | None) -> list[Example]:
+    """The examples, with answers and labels that lack the end token. Raises DataError if one goes on behind
+    it."""
+    if end_token is None:
         return list(examples)
     settled = []
     for number, example in enumerate(examples, start=1):
-        try:
-            answers = [record.answer(answer) for answer in example.references or ()]
-            changed = {"completion": record.answer(example.completion), "references": answers or None}
-        except ValueError as error:
-            raise DataError(f"example {number}: {error}") from error
+        changed = {
+            "completion": _ended(example.completion, end_token, number),
+            "label": None if example.label is None else _ended(example.label, end_token, number),
+            "references": [_ended(answer, end_token, number) for answer in example.references or ()] or None,
+        }
         settled.append(example.model_copy(update=changed))
     return settled
+
+
+def _ended(text: str, end_token: str, number: int) -> str:
+    answer, end, rest = text.partition(end_token)
+    if rest.strip():
+        raise DataError(f"example {number}: the answer goes on behind {end_token}")
+    return answer.rstrip() if end else text
+
+
+def prompt_ids(text: str, tokenizer: Tokenizer, record: AdapterRecord, most: int) -> list[int]:
+    """Ids of a prompt inside its template, as serving computes them, at most `most`.
+
+    Longer ones keep their last, as with `truncate_prompt_tokens` in serving. With task tokens only the piece
+    between them that holds the prompt is shortened, from its front. Raises DataError if nothing of it fits.
+    """
+    first, *more = record.parts(text)
+    ids = tokenizer.encode_prompt(first, *more)
+    over = len(ids) - most
+    if over <= 0:
+        return ids
+    # parts are tokenised alone: what some of them give is how what all of them give begins
+    at = next(i for i, part in enumerate(record.parts(PROMPT_FIELD)) if PROMPT_FIELD in str(part))
+    start = len(tokenizer.encode_prompt(first, *more[: at - 1])) if at else 0
+    end = len(tokenizer.encode_prompt(first, *more[:at]))
+    if end - start <= over:
+        raise DataError(
+            f"the template takes {len(ids) - (end - start)} tokens beside the prompt's: within {most} there "
+            "is no room for a prompt"
+        )
+    return ids[:start] + ids[start + over :]
 
 
 def tokenise(
@@ -93,13 +124,13 @@ def tokenise(
     """Prompt inside the template, completion as " " + text + EOS, each tokenised alone. EOS takes the place
     of the record's end token.
 
-    Longer prompts keep their last `max_prompt` ids, as `truncate_prompt_tokens` does in serving; longer
-    completions lose their end, EOS included. Raises DataError for a prompt without ids, or an answer that
-    goes on behind its end token.
+    Prompts longer than `max_prompt` are shortened as `prompt_ids` says; longer completions lose their end,
+    EOS included. Raises DataError for a prompt without ids or room, or an answer that goes on behind its end
+    token.
     """
     tokenised = []
-    for number, example in enumerate(without_end(examples, record), start=1):
-        prompt = tokenizer.encode_prompt(*record.parts(example.prompt))[-max_prompt:]
+    for number, example in enumerate(without_end(examples, record.end_token), start=1):
+        prompt = prompt_ids(example.prompt, tokenizer, record, max_prompt)
         if not prompt:
             raise DataError(
                 f"example {number} has an empty prompt: there is nothing for an adapter to act on"

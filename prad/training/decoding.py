@@ -12,7 +12,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from prad.adapters import AdaptedSpan, Adapter, PromptAdaptation, TaskRows, stand_ins
+from prad.adapters import AdaptedSpan, Adapter, PromptAdaptation, split_task_tokens
 from prad.lm import Adaptation, LanguageModel, PackedBatch, RowScaling
 from prad.lm.chunked import SequenceChunk, chunked_batch
 from prad.lm.paged import Pools
@@ -32,24 +32,22 @@ class AdaptedModel:
     adapter: Adapter | None = None
     positions: Positions = "prompt"
 
-    def for_prompts(self, prompts: Sequence[Sequence[int]]) -> PromptAdaptation | None:
-        model, lengths, table = self.model, [len(ids) for ids in prompts], self._task_embeddings
-        return PromptAdaptation.of_prompts(
+    def for_prompts(
+        self, prompts: Sequence[Sequence[int]]
+    ) -> tuple[list[Sequence[int]], PromptAdaptation | None]:
+        """The prompts' ids as the model gets them, and what adapts a pass over them."""
+        model, lengths = self.model, [len(ids) for ids in prompts]
+        table = None if self.adapter is None else self.adapter.task_embeddings
+        ids, task_rows = split_task_tokens([table] * len(prompts), prompts, model.device)
+        adaptation = PromptAdaptation.of_prompts(
             [self.adapter] * len(lengths),
             lengths,
             lengths,
             model.device,
             model.kernels,
-            task_rows=TaskRows.of([table] * len(lengths), prompts, model.device),
+            task_rows=task_rows,
         )
-
-    def stand_ins(self, ids: Sequence[int]) -> Sequence[int]:
-        """A prompt's ids as the model gets them."""
-        return ids if self._task_embeddings is None else stand_ins(ids)
-
-    @property
-    def _task_embeddings(self) -> Tensor | None:
-        return None if self.adapter is None else self.adapter.task_embeddings
+        return ids, adaptation
 
     def for_step(self, rows: Sequence[Row]) -> Adaptation | None:
         """Nothing, but for request state, and for the baselines that act on generated tokens."""
@@ -124,16 +122,14 @@ class Decoding:
         return admitted
 
     def _prefill(self, prompts: Sequence[Sequence[int]], admitted: Sequence[_Running]) -> list[_Running]:
+        own, adaptation = self._adapted.for_prompts([prompts[one.index] for one in admitted])
         chunks = []
-        for one in admitted:
-            ids = prompts[one.index]
+        for one, ids in zip(admitted, own, strict=True):
             one.rows = [self._blocks.new(len(ids))]
-            own = self._adapted.stand_ins(ids)
-            chunks.append(SequenceChunk(own, table=one.rows[0].blocks, stored=len(ids)))
+            chunks.append(SequenceChunk(ids, table=one.rows[0].blocks, stored=len(ids)))
         lengths = [len(chunk.ids) for chunk in chunks]
         last = [end - 1 for end in accumulate(lengths)]
         batch = chunked_batch(chunks, self._pools, logit_rows=last)
-        adaptation = self._adapted.for_prompts([prompts[one.index] for one in admitted])
         logits = self._adapted.model.forward(batch, adaptation)
         states = {} if adaptation is None else adaptation.states()
         for one, start in zip(admitted, accumulate(lengths[:-1], initial=0), strict=True):

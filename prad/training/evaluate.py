@@ -11,7 +11,7 @@ from rich.progress import track
 from prad.adapters import Adapter, AdapterError, placeholders
 from prad.artefact import AdapterRecord
 from prad.lm import LanguageModel, Tokenizer
-from prad.training.data import Example, read_examples, without_end
+from prad.training.data import Example, prompt_ids, read_examples, without_end
 from prad.training.decoding import AdaptedModel, Decoding
 from prad.training.metrics import Judged, scores
 from prad.training.search import BeamSearch, Greedy, Limits
@@ -47,12 +47,12 @@ def evaluate(
     gets the template without its task tokens.
 
     Greedy, or the best of `beams` beams. Answers are what serving gives: one leading space and what follows
-    a stop string are left out. Prompts keep their last ids, as in training. `batch`: rows of a decode step.
+    a stop string are left out. Long prompts are shortened as in training. `batch`: rows of a decode step.
     Raises DataError, or AdapterError for a chat template or an answer that leaves no room for a prompt.
     """
     if record.chat_template:
         raise AdapterError("an adapter trained on the chat template can be served, but not evaluated yet")
-    examples = without_end(read_examples(data, limit), record)
+    examples = without_end(read_examples(data, limit), record.end_token)
     max_tokens = record.generation.max_tokens or 64
     virtual = placeholders(0 if adapter is None else adapter.virtual_tokens)
     longest = model.max_context - max_tokens - len(virtual)
@@ -63,9 +63,9 @@ def evaluate(
         )
     prompts = []
     for example in examples:
-        ids = tokenizer.encode_prompt(*record.parts(example.prompt))
+        ids = prompt_ids(example.prompt, tokenizer, record, longest)
         own = ids if adapter is not None else [token for token in ids if token >= 0]
-        prompts.append((*virtual, *own[-longest:]))
+        prompts.append((*virtual, *own))
     decoding = decoder(
         AdaptedModel(model, adapter, record.positions), Limits(max_tokens, stop_ids), beams=beams, batch=batch
     )

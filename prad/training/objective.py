@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from prad.adapters import Adapter, PromptAdaptation, TaskRows, prepared
+from prad.adapters import Adapter, PromptAdaptation, prepared, split_task_tokens
 from prad.lm import KVTarget, LanguageModel, PackedBatch, PromptKV, Ragged
 from prad.training.attention import TrainingKV
 
@@ -99,8 +99,8 @@ class AdapterTuning(CompletionLoss):
         adapted = prompt_lengths if self._positions == "prompt" else lengths
         adapter, device, task_rows = prepared(self.adapter, model), batch.ids.device, None
         if (table := adapter.task_embeddings) is not None:
-            task_rows = TaskRows.of([table], [batch.ids.tolist()], device)
-            batch = replace(batch, ids=batch.ids.clamp(min=0))
+            (ids,), task_rows = split_task_tokens([table], [batch.ids.tolist()], device)
+            batch = replace(batch, ids=torch.tensor(ids, device=device))
         adaptation = PromptAdaptation.of_prompts(
             [adapter] * len(lengths), lengths, adapted, device, task_rows=task_rows
         )

@@ -3,12 +3,13 @@
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 from rich.console import Console
 from rich.progress import track
 
-from prad.training.data import read_examples
+from prad.training.data import read_examples, without_end
 from prad.training.evaluate import Evaluation
 
 
@@ -21,6 +22,7 @@ def evaluate_served(
 ) -> Evaluation:
     """Greedy answers of the server at `url` for `task` (None: its plain model, with bare prompts).
 
+    They are compared without the task's end token, which the server tells.
     `concurrency` requests are under way at once. Raises DataError or ServerError.
     """
     examples = read_examples(data, limit)
@@ -30,6 +32,7 @@ def evaluate_served(
     except httpx.InvalidURL as error:
         raise ServerError(f"{url!r} is no address of a server: {error}") from error
     with opened as client, ThreadPoolExecutor(concurrency) as pool:
+        examples = without_end(examples, None if task is None else _end_token(client, task))
         asked = [pool.submit(_ask, client, task, example.prompt) for example in examples]
         try:
             answers = [
@@ -47,14 +50,25 @@ def _ask(client: httpx.Client, task: str | None, prompt: str) -> str:
     body: dict[str, Any] = {"prompt": prompt, "temperature": 0.0}
     if task is not None:
         body["task"] = task
+    text: str = _answered(client, "POST", "/v1/completions", body)["choices"][0]["text"]
+    return text if task is not None else text.removeprefix(" ")  # for a task the server leaves it out
+
+
+def _end_token(client: httpx.Client, task: str) -> str | None:
+    described = _answered(client, "GET", f"/v1/models/{quote(task)}")
+    found: str | None = described.get("prad", {}).get("end_token")
+    return found
+
+
+def _answered(client: httpx.Client, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    """The JSON of an answer. Raises ServerError."""
     try:
-        response = client.post("/v1/completions", json=body)
+        response = client.request(method, path, json=body)
     except httpx.HTTPError as error:
         raise ServerError(f"no answer from {client.base_url}: {error}") from error
     if response.is_error:
         raise ServerError(f"{client.base_url} answers {response.status_code}: {_reason(response)}")
-    text: str = response.json()["choices"][0]["text"]
-    return text if task is not None else text.removeprefix(" ")  # for a task the server leaves it out
+    return response.json()
 
 
 def _reason(response: httpx.Response) -> str:

@@ -160,6 +160,11 @@ def _record(model: LanguageModel, base_name: str, settings: TrainSettings) -> Ad
         method = find_method(settings.method)
         if settings.positions == "all" and method.needs_whole_prompt:
             raise AdapterError(f"{method.name} is made from the prompt: it has no form for all positions")
+        if settings.positions == "all" and method.only_in_front:
+            raise AdapterError(
+                f"{method.name} puts tokens in front of the prompt and acts nowhere else: it has no form for "
+                "all positions"
+            )
         configured = method.configure(settings.config)
         config, virtual = configured.model_dump(mode="json"), method.virtual_tokens(configured)
     dtype = settings.dtype if full else str(model.dtype).removeprefix("torch.")

@@ -41,6 +41,7 @@ def models_router(context: Context) -> APIRouter:
                 "versions": list(versions),
                 "digest": version.digest,
                 "method": record.method,
+                "end_token": record.end_token,
                 "description": record.description,
                 "licence": record.licence,
             },

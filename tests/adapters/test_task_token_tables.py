@@ -1,6 +1,8 @@
-"""The table of a task token: how it begins, in every family's own scale, and what is refused on load."""
+"""The table of a task token: how it begins, in every family's own scale, and what is refused on load or by a
+probe."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,17 +13,19 @@ from prad.adapters import (
     AdapterError,
     ParameterMismatchError,
     PromptAdaptation,
-    TaskRows,
     find_method,
     first_embeddings,
     load_adapter,
     new_adapter,
     require_free_names,
-    stand_ins,
+    split_task_tokens,
 )
 from prad.artefact import WEIGHTS, Artefact, read_artefact, write_record
 from prad.lm import LanguageModel, PackedBatch, Tokenizer
 from prad.lm.kernels import Kernels
+from prad.lm.paged import Pools
+from prefill_service.prompt_pass import PassChunk, run_prompt_pass
+from prefill_service.server import probe_item
 from tests.conftest import random_artefact
 
 TEMPLATE, NAMES = "<|one|> {prompt} <|two|>", ("<|one|>", "<|two|>")
@@ -49,13 +53,12 @@ def test_one_that_begins_as_a_word_is_that_word(
     adapter = new_adapter(method, method.configure({}), model, 0, first)
     table = adapter.task_embeddings
     assert table is not None
-    adaptation = PromptAdaptation.of_prompts(
-        [adapter], [6], [6], "cpu", model.kernels, task_rows=TaskRows.of([table], [PROMPT], "cpu")
-    )
+    ids, task_rows = split_task_tokens([table], [PROMPT], "cpu")
+    adaptation = PromptAdaptation.of_prompts([adapter], [6], [6], "cpu", model.kernels, task_rows=task_rows)
     with torch.inference_mode():
-        found = model.forward(PackedBatch.of_sequences([stand_ins(PROMPT)]), adaptation)
+        found = model.forward(PackedBatch.of_sequences(ids), adaptation)
         expected = model.forward(PackedBatch.of_sequences([[40, 5, 80, 50, 7, 40]]))
-        without = model.forward(PackedBatch.of_sequences([stand_ins(PROMPT)]))
+        without = model.forward(PackedBatch.of_sequences(ids))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert not torch.allclose(without, expected, atol=1e-2)
 
@@ -70,6 +73,19 @@ def test_they_begin_as_means(
     torch.testing.assert_close(every, weight.mean(dim=0))
     with pytest.raises(AdapterError, match="a task token cannot begin as ' ': these are no words"):
         first_embeddings([" "], tokenizer, model)
+
+
+def test_blank_words_are_none_even_if_a_space_is_a_token(
+    tiny_model: Callable[[str], Path],
+    load_tiny: Callable[[str], LanguageModel],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokenizer = Tokenizer(tiny_model("llama"))
+    monkeypatch.setattr(tokenizer, "encode_continuation", lambda _: [3])
+    first_embeddings(["t3"], tokenizer, load_tiny("llama"))
+    for blank in ("", " \t"):
+        with pytest.raises(AdapterError, match="these are no words"):
+            first_embeddings([blank], tokenizer, load_tiny("llama"))
 
 
 @pytest.mark.parametrize(
@@ -120,14 +136,31 @@ def test_a_table_that_does_not_fit_quotes_both(
         load_adapter(read_artefact(artefact.folder), model)
 
 
+def test_a_probe_reads_the_whole_table(load_tiny: Callable[[str], LanguageModel], tmp_path: Path) -> None:
+    """Whatever becomes infinite on the way: the logits of the version's probe tell."""
+    model = load_tiny("llama")
+    artefact = with_tokens(tmp_path / "a", model)
+    adapter, pools = load_adapter(artefact, model), Pools(model.layout, 1, 16, "cpu")
+    for broken in (None, 0, 1):
+        table = adapter.parameters["input.task_tokens"].clone()
+        if broken is not None:
+            table[0, broken] = torch.inf
+        tried = replace(adapter, parameters=adapter.parameters | {"input.task_tokens": table})
+        item = probe_item(artefact.record, tried)
+        first = run_prompt_pass(model, pools, [PassChunk.whole(item)])[item]
+        assert (first is None) == (broken is not None)
+
+
 def test_a_name_of_the_base_models_is_refused(
     tiny_model: Callable[[str], Path], load_tiny: Callable[[str], LanguageModel], tmp_path: Path
 ) -> None:
+    """Of a task token; an end token is text, which may be that of the base's own EOS."""
     record = with_tokens(tmp_path / "a", load_tiny("llama")).record
     require_free_names(record, Tokenizer(tiny_model("llama")))
     known = Tokenizer(tiny_model("llama"))
     known._tokenizer.add_tokens(["<|two|>"], special_tokens=True)
     known.save(tmp_path / "known")
-    for taken in (record, record.model_copy(update={"task_tokens": (), "end_token": "<|two|>"})):
-        with pytest.raises(AdapterError, match=r"<\|two\|> is a token of the base model"):
-            require_free_names(taken, Tokenizer(tmp_path / "known"))
+    with pytest.raises(AdapterError, match=r"<\|two\|> is a token of the base model"):
+        require_free_names(record, Tokenizer(tmp_path / "known"))
+    ending = record.model_copy(update={"task_tokens": (), "end_token": "<|two|>"})
+    require_free_names(ending, Tokenizer(tmp_path / "known"))

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from prad.artefact import FULL, AdapterRecord, BaseModelRef, virtual_id
+from prad.artefact import FULL, AdapterRecord, BaseModelRef, task_token_id
 
 BASE = BaseModelRef(name="tiny", architecture="llama layers=2", weights="ab" * 32)
 TOPIC, ANSWER = "<|topic|>", "<|answer|>"
@@ -17,8 +17,8 @@ def record(**fields: Any) -> AdapterRecord:
 
 
 def test_the_template_is_cut_at_them() -> None:
-    one, two = virtual_id(0), virtual_id(1)
-    assert (one, two, virtual_id(one), virtual_id(two)) == (-1, -2, 0, 1)
+    one, two = task_token_id(0), task_token_id(1)
+    assert (one, two, task_token_id(one), task_token_id(two)) == (-1, -2, 0, 1)
     assert record().parts("a film") == ("", one, "Q: a film {x}", two, "", one, " A:")
     assert record(task_tokens=(ANSWER, TOPIC)).parts("?")[1] == two, "rows are in the record's order"
 
@@ -44,8 +44,9 @@ def test_a_prompt_cannot_bring_its_own(prompt: str) -> None:
         ({"task_tokens": (TOPIC, "<|other|>")}, "the template does not use <|other|>: '<|topic|>Q:"),
         ({"chat_template": True}, "no place for task tokens"),
         ({"method": FULL}, "a fully fine-tuned model has embeddings of its own"),
-        ({"end_token": "END"}, "called like <|sentiment|>, got 'END'"),
-        ({"end_token": ANSWER}, "<|answer|> ends answers and has no embedding"),
+        ({"end_token": ""}, "an end token is a text"),
+        ({"end_token": ANSWER}, "the end token '<|answer|>' ends answers and has no embedding"),
+        ({"end_token": "Q:"}, "the template cannot use it"),
     ],
 )
 def test_what_makes_no_sense_is_refused(fields: dict[str, Any], message: str) -> None:
@@ -55,15 +56,6 @@ def test_what_makes_no_sense_is_refused(fields: dict[str, Any], message: str) ->
     assert message in problem["msg"]
 
 
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [("good<|end|>", "good"), ("good <|end|>\n", "good"), ("good", "good"), ("good ", "good "), ("", "")],
-)
-def test_an_answer_ends_at_the_end_token(text: str, answer: str) -> None:
-    assert record(end_token="<|end|>").answer(text) == answer
-    assert record().answer(text) == text
-
-
-def test_an_answer_does_not_go_on_behind_it() -> None:
-    with pytest.raises(ValueError, match=r"goes on behind <\|end\|>"):
-        record(end_token="<|end|>").answer("good<|end|> bad")
+@pytest.mark.parametrize("text", ["END", "<|im_end|>", "</s>", "\n\n"])
+def test_any_other_text_may_end_answers(text: str) -> None:
+    assert record(end_token=text).end_token == text

@@ -86,12 +86,13 @@ def test_a_missing_model_is_one_line(tmp_path: Path) -> None:
     assert "Traceback" not in ended.stderr
 
 
-@pytest.mark.parametrize("service", ["decode", "prefill"])
-def test_a_device_that_is_none_is_one_line(
-    service: str, tiny_model: Callable[[str], Path], tmp_path: Path
-) -> None:
-    where = ["--port", "0", "--cache-dir", tmp_path, "--model", tiny_model("llama")]
-    ended = prad(service, *where, "--device", "gpu")
+@pytest.mark.parametrize(
+    "command", ["decode --port 0", "prefill --port 0", "train --task t --data . --out out"]
+)
+def test_a_device_that_is_none_is_one_line(command: str, tmp_path: Path) -> None:
+    """Said before a model is looked for."""
+    where = ["--cache-dir", tmp_path, "--model", "/nowhere"]
+    ended = prad(*command.split(), *where, "--device", "gpu")
     assert ended.returncode == 1
     assert ended.stderr.splitlines()[-1] == "error: device: expected cpu, cuda or cuda:N, got 'gpu'"
     assert "Traceback" not in ended.stderr

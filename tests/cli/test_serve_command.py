@@ -1,6 +1,7 @@
 """`prad serve` as a person runs it: it tells what is wrong, and leaves nothing behind however it ends."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,7 +15,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from prad.cli.stack import answers
+import prad
+from decode_service import DecodeSettings
+from decode_service.server import _FLUSH_S, _GRACE_S
+from prad.cli.stack import _STOP_S, answers
 from tests.conftest import free_ports
 
 SERVICES = ("registry", "decode", "prefill")
@@ -146,6 +150,23 @@ def test_a_data_folder_that_cannot_be_made_is_said_clearly(model: Path, tmp_path
         assert serve.process.wait() == 1
         assert serve.said.startswith(f"error: logs cannot be kept in {tmp_path / 'data' / 'logs'}")
         assert "Traceback" not in serve.said
+
+
+def test_a_log_that_cannot_be_written_is_said_clearly(model: Path, tmp_path: Path) -> None:
+    log = tmp_path / "data" / "logs" / "registry.log"
+    log.mkdir(parents=True)
+    with serving(model, tmp_path, *free_ports(3)) as serve:
+        assert serve.process.wait() == 1
+        assert "error: the log of registry cannot be kept: " in serve.said
+        assert str(log) in serve.said
+        assert "Traceback" not in serve.said
+
+
+def test_whoever_stops_decode_gives_it_the_time_to_end() -> None:
+    needed = DecodeSettings.model_fields["drain_s"].default + _FLUSH_S + _GRACE_S
+    compose = (Path(prad.__file__).parents[1] / "docker-compose.yml").read_text()
+    (grace,) = re.findall(r"stop_grace_period: (\d+)s", compose)
+    assert needed < min(_STOP_S, float(grace))
 
 
 @pytest.mark.parametrize("taken", [0, 2], ids=["the API's port", "decode's port"])

@@ -16,7 +16,13 @@ def gpus(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Non
     monkeypatch.setattr(torch.cuda, "device_count", lambda: request.param)
 
 
-@pytest.mark.parametrize("name", ["", "gpu", "cpu:0", "cuda:", "cuda:-1", "cuda:x", "CUDA", "mps", "meta"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("", "gpu", "cpu:0", "CUDA", "mps", "meta", "cuda:", "cuda:-1", "cuda:x"),
+        *("cuda:00", "cuda:01", "cuda:\N{ARABIC-INDIC DIGIT ONE}"),
+    ],
+)
 @pytest.mark.parametrize("gpus", [2], indirect=True)
 @pytest.mark.usefixtures("gpus")
 def test_other_names_are_refused_with_those_that_are_known(name: str) -> None:

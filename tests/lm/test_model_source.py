@@ -143,6 +143,11 @@ def test_a_path_that_leads_nowhere_is_not_taken_for_an_id(
         resolve_model(name, tmp_path)
 
 
+def test_a_home_folder_of_nobody_is_no_path(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFoundError, match=r"^no such file or folder: ~no-such-user/model"):
+        resolve_model("~no-such-user/model", tmp_path)
+
+
 def test_a_file_of_another_kind_is_said_clearly(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(

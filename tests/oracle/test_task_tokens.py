@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from prad.adapters import TaskRows
+from prad.adapters import split_task_tokens
+from prad.adapters.task_tokens import TaskRows
 from prad.lm import LanguageModel
 from prad.lm.kernels import Kernels
 from prefill_service import prompt_pass
@@ -41,12 +42,12 @@ class NamedSide(PromptSide):
 
     def named(self, task: str | None, prompt: Prompt, continuation: Sequence[int] = ()) -> PassItem:
         names = () if task is None else TASKS[task][2]
-        virtual = [~names.index(token) if isinstance(token, str) else token for token in prompt]
-        return self.item(task, virtual, continuation)
+        ids = [~names.index(token) if isinstance(token, str) else token for token in prompt]
+        return self.item(task, ids, continuation)
 
 
 class _ByName(Reference):
-    """The reference for prompts with virtual ids: back to names first."""
+    """The reference for prompts with task tokens' ids: back to names first."""
 
     def logits(self, prompt: Sequence[int | str], *rest: Any, **more: Any) -> Tensor:
         adapter = rest[1]
@@ -153,13 +154,12 @@ def test_what_decode_gets_are_counts(side: NamedSide, task: str) -> None:
 # ---- faults: each is a way in which a server with task tokens could be wrong
 
 
-def _spoilt(wrong: Callable[[list[Tensor | None], list[list[int]]], TaskRows | None]) -> Any:
-    class Spoilt(TaskRows):
-        @classmethod
-        def of(cls, tables: Any, sequences: Any, device: Any) -> TaskRows | None:
-            return wrong(list(tables), [list(ids) for ids in sequences])
+def _spoilt(wrong: Callable[[list[Tensor | None], list[list[int]]], TaskRows | None]) -> Callable[..., Any]:
+    def split(tables: Any, sequences: Any, device: Any) -> Any:
+        ids, _ = split_task_tokens(tables, sequences, device)
+        return ids, wrong(list(tables), [list(own) for own in sequences])
 
-    return Spoilt
+    return split
 
 
 def _neighbours(tables: list[Tensor | None], sequences: list[list[int]]) -> TaskRows | None:
@@ -186,19 +186,19 @@ def test_the_oracle_fails_under(
     items = [side.named(task, placed(20, 8, 17)) for task in ("pa", "lora")]
     side.restart(pass_tokens=4096)
     side.check(*items)
-    monkeypatch.setattr(prompt_pass, "TaskRows", _spoilt(wrong))
+    monkeypatch.setattr(prompt_pass, "split_task_tokens", _spoilt(wrong))
     side.restart(pass_tokens=4096)
     for item, draws in side.run(*items).items():
         with pytest.raises(OracleMismatchError):
             side.compare(item, draws)
 
 
-def test_the_oracle_fails_if_keys_hold_stand_ins(side: NamedSide, monkeypatch: pytest.MonkeyPatch) -> None:
-    def of_stand_ins(digest: str | None, virtual: int, ids: Sequence[int], size: int) -> tuple[bytes, ...]:
+def test_the_oracle_fails_if_keys_hold_placeholders(side: NamedSide, monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_placeholders(digest: str | None, virtual: int, ids: Sequence[int], size: int) -> tuple[bytes, ...]:
         return original(digest, virtual, [max(i, 0) for i in ids], size)
 
     original = prompt_pass.block_keys
-    monkeypatch.setattr(prompt_pass, "block_keys", of_stand_ins)
+    monkeypatch.setattr(prompt_pass, "block_keys", of_placeholders)
     side.restart(pass_tokens=4096)
     side.check(side.named("pa", placed(40, 13)))
     other: Prompt = list(TEXT[:40])

@@ -174,13 +174,25 @@ def test_full_fine_tuning_takes_no_settings(tiny_model: Callable[[str], Path], t
         train(model, Tokenizer(folder), "tiny", settings)
 
 
-def test_what_is_made_from_the_prompt_has_no_form_for_all_positions(
-    load_tiny: Callable[[str], LanguageModel], tiny_model: Callable[[str], Path], tmp_path: Path
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [
+        ("prad-para", "is made from the prompt"),
+        ("prad-prefix", "puts tokens in front of the prompt and acts nowhere else"),
+        ("prad-prompt", "puts tokens in front of the prompt and acts nowhere else"),
+    ],
+)
+def test_what_has_no_form_for_all_positions_is_refused(
+    method: str,
+    reason: str,
+    load_tiny: Callable[[str], LanguageModel],
+    tiny_model: Callable[[str], Path],
+    tmp_path: Path,
 ) -> None:
     settings = TrainSettings(
-        data_folder(tmp_path / "d"), tmp_path / "o", method="prad-para", positions="all", template="{prompt}"
+        data_folder(tmp_path / "d"), tmp_path / "o", method=method, positions="all", template="{prompt}"
     )
-    with pytest.raises(AdapterError, match="prad-para is made from the prompt"):
+    with pytest.raises(AdapterError, match=f"{method} {reason}: it has no form for all positions"):
         train(load_tiny("llama"), Tokenizer(tiny_model("llama")), "tiny", settings)
 
 

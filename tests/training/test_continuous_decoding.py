@@ -51,7 +51,8 @@ def test_continuous_batches_say_what_each_prompt_alone_says(
     one = AdaptedModel(model, adapter)
 
     def adapt(lengths: Sequence[int]) -> PromptAdaptation | None:
-        return one.for_prompts([[0] * length for length in lengths])  # without task tokens ids do not matter
+        _, adaptation = one.for_prompts([[0] * length for length in lengths])  # any ids will do
+        return adaptation
 
     endless = generate(model, prompts[:3], SamplingParams(max_tokens=40), adapt)
     stop_ids = frozenset(answer[20] for answer in endless)  # so that some end early

@@ -18,7 +18,8 @@ from tests.conftest import free_ports, random_artefact, running_stack
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    lines = [json.dumps({"prompt": f"t{i} t{2 * i} t3", "completion": f"t{i} t5"}) for i in range(40)]
+    """With an end token."""
+    lines = [json.dumps({"prompt": f"t{i} t{2 * i} t3", "completion": f"t{i} t5 END"}) for i in range(40)]
     path = tmp_path / "test.jsonl"
     path.write_text("\n".join(lines))
     return path
@@ -34,6 +35,7 @@ def test_a_server_scores_as_the_folder_does(
         model,
         seed=3,
         template="{prompt}",
+        end_token="END",
         generation=GenerationDefaults(temperature=0.0, max_tokens=8),
     )
     stop_ids = model.stop_ids(folder) | {tokenizer.eos_id}
@@ -44,6 +46,9 @@ def test_a_server_scores_as_the_folder_does(
     with running_stack(folder, tmp_path / "adapters", root) as stack:
         url = str(stack.api.base_url)
         assert evaluate_served(url, "toy", data, concurrency=16) == here
+        with_end = artefact.record.model_copy(update={"end_token": None})
+        other = evaluate(model, tokenizer, with_end, load_adapter(artefact, model), data, stop_ids=stop_ids)
+        assert other.scores != here.scores, "it matters that the end token is left out"
         flags = ["--url", url, "--task", "toy", "--data", str(data), "--limit", "5", "--json"]
         shown = CliRunner().invoke(app, ["eval", *flags])
         assert json.loads(shown.stdout)["toy"]["examples"] == 5

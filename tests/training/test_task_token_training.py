@@ -2,7 +2,7 @@
 is, and the end token is the base's EOS."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +13,31 @@ from transformers import Trainer
 from typer.testing import CliRunner
 
 from prad.adapters import AdapterError, first_embeddings, load_adapter
-from prad.artefact import WEIGHTS, AdapterRecord, BaseModelRef, read_artefact
+from prad.artefact import WEIGHTS, AdapterRecord, BaseModelRef, GenerationDefaults, read_artefact
 from prad.cli.app import app
 from prad.lm import LanguageModel, Tokenizer
 from prad.training.data import DataError, Example, collate, read_examples, tokenise
+from prad.training.decoding import Decoding
 from prad.training.evaluate import evaluate
 from prad.training.objective import AdapterTuning
 from prad.training.train import train
-from tests.conftest import EOS
+from tests.conftest import EOS, random_artefact
 from tests.training.test_train import frozen_digest, settings
 
-END = "<|done|>"
+END = "</s>"  # the model's own EOS
 TOKENS = {
     "template": "<|topic|> {prompt} <|answer|>",
     "task_tokens": {"<|topic|>": "t7 t8", "<|answer|>": None},
     "end_token": END,
 }
+RECORD = AdapterRecord(
+    method="prad-pa",
+    config={},
+    base=BaseModelRef(name="", architecture="", weights=""),
+    template="t1 <|topic|> {prompt} <|answer|>",
+    task_tokens=("<|answer|>", "<|topic|>"),
+    end_token=END,
+)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +88,7 @@ def test_they_are_learned_and_the_base_stays(
     found = evaluate(model, tokenizer, record, adapter, data / "validation.jsonl", stop_ids=stop)
     assert found.scores["exact_match"] > 95, "answers are compared without the end token"
     plain = evaluate(model, tokenizer, record, None, data / "validation.jsonl", stop_ids=stop)
-    assert plain.scores["exact_match"] < 60, "the plain model gets no virtual ids"
+    assert plain.scores["exact_match"] < 60, "the plain model gets no task tokens"
 
 
 def test_a_resumed_run_ends_as_the_uninterrupted_one(
@@ -113,26 +122,47 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(
 
 
 def test_ids_of_an_example(tiny_model: Callable[[str], Path]) -> None:
-    record = AdapterRecord(
-        method="prad-pa",
-        config={},
-        base=BaseModelRef(name="", architecture="", weights=""),
-        template="t1 <|topic|> {prompt} <|answer|>",
-        task_tokens=("<|answer|>", "<|topic|>"),
-        end_token=END,
-    )
     tokenizer = Tokenizer(tiny_model("llama"))
 
-    def ids(completion: str) -> Any:
+    def ids(completion: str, most: int = 99) -> Any:
         example = Example(prompt="t5 <|topic|> t6", completion=completion)
-        (one,) = tokenise([example], tokenizer, record, max_prompt=99, max_completion=99)
+        (one,) = tokenise([example], tokenizer, RECORD, max_prompt=most, max_completion=99)
         return one
 
     unknown = 0
     assert ids(f"t9 t8{END}").prompt == (1, -2, 5, unknown, 6, -1)
     assert ids(f"t9 t8{END}").completion == ids("t9 t8").completion == (9, 8, EOS)
-    with pytest.raises(DataError, match=r"example 1: the answer goes on behind <\|done\|>"):
+    with pytest.raises(DataError, match="example 1: the answer goes on behind </s>"):
         ids(f"t9 {END} t8")
+    assert ids("t9", most=6).prompt == (1, -2, 5, unknown, 6, -1)
+    assert ids("t9", most=4).prompt == (1, -2, 6, -1), "what is too long is taken off the user's text"
+    with pytest.raises(DataError, match=r"the template takes 3 tokens .* within 3 there is no room"):
+        ids("t9", most=3)
+
+
+def test_an_evaluation_keeps_them_too(
+    tiny_model: Callable[[str], Path],
+    load_tiny: Callable[[str], LanguageModel],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, tokenizer = load_tiny("llama"), Tokenizer(tiny_model("llama"))
+    named = {"template": RECORD.template, "task_tokens": RECORD.task_tokens}
+    adapter = load_adapter(random_artefact(tmp_path / "a", model, 1, **named), model)
+    path = tmp_path / "test.jsonl"
+    path.write_text(json.dumps({"prompt": "t5 t6 t7", "completion": "t9", "label": "t9"}))
+    seen: list[Sequence[int]] = []
+
+    def run(_: Decoding, prompts: Sequence[Sequence[int]]) -> Iterator[Any]:
+        seen.extend(prompts)
+        return iter(())
+
+    monkeypatch.setattr(Decoding, "run", run)
+    generation = GenerationDefaults(max_tokens=model.max_context - 4)
+    record = RECORD.model_copy(update={"generation": generation})
+    for asked in (adapter, None):
+        evaluate(model, tokenizer, record, asked, path, stop_ids=frozenset({EOS}))
+    assert seen == [(1, -2, 7, -1), (1, 7)]
 
 
 @pytest.mark.parametrize(
@@ -141,7 +171,7 @@ def test_ids_of_an_example(tiny_model: Callable[[str], Path]) -> None:
         ({"task_tokens": {"<|other|>": None}}, r"task_tokens: the template does not use <\|other\|>"),
         ({"task_tokens": {"topic": None}}, r"task_tokens: a task token is called like"),
         ({"method": "full", "config": {}}, "task_tokens: a fully fine-tuned model has embeddings of its own"),
-        ({"end_token": "<|topic|>"}, r"end_token: <\|topic\|> ends answers"),
+        ({"end_token": "<|topic|>"}, r"end_token: the end token '<\|topic\|>' ends answers"),
         ({"template": "<|topic|><|answer|>"}, r"template: a template holds \{prompt\} exactly once"),
         ({"task_tokens": {"<|topic|>": "", "<|answer|>": None}}, "cannot begin as ''"),
     ],
@@ -167,6 +197,8 @@ def test_the_command(data: Path, tiny_model: Callable[[str], Path], tmp_path: Pa
     command += ["--task-tokens", "<|answer|>", "--task-tokens", "<|topic|>=t7 t8"]
     ended = CliRunner().invoke(app, command)
     assert ended.exit_code == 0, ended.output
+    told = f"prad eval --adapter {tmp_path / 'out'} --data {data / 'test.jsonl'}"
+    assert f"{told} --model {tiny_model('llama')}\n" in ended.output
     record = read_artefact(tmp_path / "out").record
     assert record.training["task_tokens"] == {"<|answer|>": None, "<|topic|>": "t7 t8"}
     twice = CliRunner().invoke(app, [*command, "--task-tokens", "<|topic|>"])

@@ -7,7 +7,15 @@ import pytest
 
 from prad.artefact import AdapterRecord, BaseModelRef
 from prad.lm import DEFAULT_MODEL, Tokenizer, resolve_model
-from prad.training.data import DataError, TokenisedExample, collate, read_examples, tokenise
+from prad.training.data import (
+    DataError,
+    Example,
+    TokenisedExample,
+    collate,
+    read_examples,
+    tokenise,
+    without_end,
+)
 from prefill_service.api.prompts import PromptEncoder
 
 GOOD = '{"prompt": "a film", "completion": "positive"}'
@@ -79,6 +87,26 @@ def test_every_line_is_read_whatever_its_text_holds(tmp_path: Path) -> None:
 
 def test_a_line_behind_the_limit_is_not_looked_at(tmp_path: Path) -> None:
     assert len(read_examples(write(tmp_path / "f", GOOD, GOOD, "junk"), limit=2)) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [("good<|end|>", "good"), ("good <|end|>\n", "good"), ("good", "good"), ("good ", "good "), ("", "")],
+)
+def test_answers_and_labels_end_at_the_end_token(text: str, answer: str) -> None:
+    given = Example(prompt="x<|end|>", completion=text, label=text, references=[text, "fine"])
+    (ended,) = without_end([given], "<|end|>")
+    assert ended == Example(prompt="x<|end|>", completion=answer, label=answer, references=[answer, "fine"])
+    assert without_end([given], None) == [given]
+    (alone,) = without_end([Example(prompt="x", completion=text)], "<|end|>")
+    assert (alone.label, alone.answers) == (None, [answer])
+
+
+@pytest.mark.parametrize("name", ["completion", "label"])
+def test_nothing_goes_on_behind_the_end_token(name: str) -> None:
+    example = Example.model_validate({"prompt": "x", "completion": "good", name: "good<|end|> bad"})
+    with pytest.raises(DataError, match=r"example 1: the answer goes on behind <\|end\|>"):
+        without_end([example], "<|end|>")
 
 
 @pytest.fixture(scope="module")
