@@ -11,7 +11,7 @@ from protocol import Prompts, claim_stdout, options, serve
 def main() -> None:
     answers = claim_stdout()
     wanted = options()
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB; its default takes half of the machine
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; its default takes half of the machine
     if wanted["all_cores"]:
         os.environ["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
