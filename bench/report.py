@@ -71,12 +71,20 @@ def _table(file: Path, path: str, columns: str) -> str:
     lines = [
         headings,
         ["---"] * len(keys),
-        *([_cell(_find(row, k.split("."), path)) for k in keys] for row in rows),
+        *([_cell(_known(row, k.split("."))) for k in keys] for row in rows),
     ]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     setting = result["setting"]
     machine = setting.get("gpu") or setting["cpu"]
     return f"{table}\n\n`{file.stem}` at {setting['commit']}, {setting['when'][:10]}, {machine}\n"
+
+
+def _known(row: Any, path: list[str]) -> Any:
+    """None if the result is of before the benchmark had this column."""
+    try:
+        return _find(row, path, "row")
+    except ValueError:
+        return None
 
 
 def _find(value: Any, path: list[str], where: str) -> Any:
