@@ -21,6 +21,9 @@ from adapter_registry.settings import RegistrySettings
 from adapter_registry.sqlite import SqliteStore
 
 
+_KEEP_ALIVE_S = 75  # longer than clients keep idle connections: a request must not meet one being closed
+
+
 def run(settings: RegistrySettings) -> None:
     """Serves until SIGINT or SIGTERM. Raises CannotStartError."""
     RegistryServer(settings).run()
@@ -55,6 +58,7 @@ class RegistryServer:
             log_level=settings.log_level,
             access_log=False,
             lifespan="off",
+            timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_graceful_shutdown=settings.shutdown_seconds,
         )
         self._server = _DrainingServer(config, self._feed)

@@ -31,6 +31,7 @@ from prefill_service.residents import Residents
 from prefill_service.settings import PrefillSettings
 
 _DRAIN_S = 30
+_KEEP_ALIVE_S = 75  # longer than clients keep idle connections: a request must not meet one being closed
 _PROBE = PromptRequest("probe", None, prompt_ids=(0, 1, 2), sampling=SamplingParams(max_tokens=1))
 
 
@@ -86,7 +87,11 @@ async def _serve(
         readiness = _Readiness(engine, follower)
         app = create_app(engine, catalogue, readiness, tokenizer, info, registry=metrics)
         config = uvicorn.Config(
-            app, log_level="warning", access_log=False, timeout_graceful_shutdown=_DRAIN_S
+            app,
+            log_level="warning",
+            access_log=False,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_graceful_shutdown=_DRAIN_S,
         )
         async with asyncio.TaskGroup() as tasks:
             background = [tasks.create_task(engine.run()), tasks.create_task(follower.run())]
