@@ -20,7 +20,6 @@ from adapter_registry.replicas import Replicas
 from adapter_registry.settings import RegistrySettings
 from adapter_registry.sqlite import SqliteStore
 
-
 _KEEP_ALIVE_S = 75  # longer than clients keep idle connections: a request must not meet one being closed
 
 
