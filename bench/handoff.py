@@ -102,7 +102,12 @@ class Burst:
     def _forward(self, layer_done: Callable[[int, Tensor, Tensor], None]) -> None:
         with torch.inference_mode():
             self._model.forward(
-                PackedBatch.of_sequences(self._ids, device=self._model.device, layer_done=layer_done)
+                PackedBatch.of_sequences(
+                    self._ids,
+                    device=self._model.device,
+                    layer_done=layer_done,
+                    kernels=self._model.kernels,
+                )
             )
 
     def _put_all(self, layers: PassLayers) -> None:

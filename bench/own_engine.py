@@ -26,7 +26,10 @@ def prompt_kv(
     """One packed prompt pass: logits [prompts, vocab]; per layer keys and values [tokens, kv_heads, dim]."""
     layers: list[tuple[Tensor, Tensor]] = []
     batch = PackedBatch.of_sequences(
-        prompts, device=model.device, layer_done=lambda _, key, value: layers.append((key, value))
+        prompts,
+        device=model.device,
+        layer_done=lambda _, key, value: layers.append((key, value)),
+        kernels=model.kernels,
     )
     with torch.inference_mode():
         return model.forward(batch, adaptation), layers

@@ -75,7 +75,9 @@ def _pass(
 
     def forward() -> None:
         adaptation = _adaptation(model, prompts, adapters)
-        model.forward(PackedBatch.of_sequences(prompts, device=model.device), adaptation)
+        model.forward(
+            PackedBatch.of_sequences(prompts, device=model.device, kernels=model.kernels), adaptation
+        )
         if adaptation is not None:
             adaptation.states()
 

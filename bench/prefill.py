@@ -74,7 +74,7 @@ def _gemms_ms(model: LanguageModel, lengths: list[int]) -> float | None:
     model.kernels.spent = Counter()
     prompts = [[100 + i for i in range(n)] for n in lengths]
     with torch.inference_mode():
-        model.forward(PackedBatch.of_sequences(prompts, device=model.device))
+        model.forward(PackedBatch.of_sequences(prompts, device=model.device, kernels=model.kernels))
     spent, model.kernels.spent = model.kernels.spent[Kind.LINEAR], None
     return round(1e3 * spent, 1)
 
@@ -93,7 +93,9 @@ def _measure(
                 adaptation = PromptAdaptation.of_prompts(
                     adapters, lengths, lengths, model.device, model.kernels
                 )
-            return model.forward(PackedBatch.of_sequences(prompts, device=model.device), adaptation)
+            return model.forward(
+                PackedBatch.of_sequences(prompts, device=model.device, kernels=model.kernels), adaptation
+            )
 
         return forward
 

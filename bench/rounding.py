@@ -17,7 +17,7 @@ from bench.model import add_model_arguments, load, model_folder
 from bench.record import ROOT
 from kvtransfer.int8 import dequantise, quantise
 from prad.lm import LanguageModel, ModelError, PackedBatch, Tokenizer
-from prad.lm.attention import Ragged, causal_attention
+from prad.lm.attention import Ragged
 
 PROMPT, FOLLOWING = 64, 32
 SMOKE = {"tokens": FOLLOWING}
@@ -45,7 +45,7 @@ class GivenPrompts:
             torch.where(prompt, given, own)
             for given, own in zip(self.given[layer], (key, value), strict=True)
         )
-        return causal_attention(query, key, value, self.ragged, scale, window)
+        return self.ragged.attend(query, key, value, scale, window)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -60,7 +60,7 @@ class PrefillEngine:
         working, kept = (
             blocks_in(model.layout, size, mib) for mib in (settings.chunked_kv_mib, settings.prefix_cache_mib)
         )
-        self._pools = Pools(model.layout, working + kept, size, str(model.device))
+        self._pools = Pools(model.layout, working + kept, size, str(model.device), model.kernels)
         overlap = a_core_is_left(model) if settings.kv_overlap == "auto" else settings.kv_overlap == "yes"
         self._passes = PassRunner(model, self._pools, self._encoding, overlap=overlap, nice=settings.nice)
         self.blocks = PromptBlocks(working=working, kept=kept, block_size=size)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +25,26 @@ _BUCKET = 32  # tokens; sequences whose lengths round up to the same multiple sh
 _PLAIN_ARGUMENTS = frozenset(
     {"dropout", "position_ids", "use_cache", "is_causal", "output_attentions", "output_hidden_states"}
 )
+
+
+class CausalAttention(Protocol):
+    """Causal attention within each of several packed sequences: made once per pass, used by every layer."""
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: int | None,
+        stored: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """query [T, heads, key_dim], key [T, kv_heads, key_dim], value [T, kv_heads, value_dim]; returns
+        [T, heads, value_dim].
+
+        `stored`: keys and values [slots, kv_heads, dim], where the tokens lie that sequences go on from.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +98,7 @@ class Bucket:
 
 @dataclass(frozen=True, slots=True)
 class Ragged:
-    """Geometry of packed sequences, computed once per pass and used by every layer.
+    """Attention on torch: sequences of similar length share a call.
 
     restore [T]: where each packed row lies among all padded places of all buckets.
     """
@@ -111,40 +131,34 @@ class Ragged:
                 place += longest
         return cls(tuple(buckets), torch.tensor(restore, device=device))
 
-
-def causal_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    ragged: Ragged,
-    scale: float,
-    window: int | None,
-    stored: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """Causal attention within each of several packed sequences.
-
-    query [T, heads, key_dim], key [T, kv_heads, key_dim], value [T, kv_heads, value_dim]. `stored`: the keys
-    and values [slots, kv_heads, dim] that contexts point into. Returns [T, heads, value_dim]. Padding lies
-    behind a sequence's tokens, where causality hides it.
-    """
-    dtype = query.dtype
-    if query.requires_grad and query.device.type == "cpu":
-        # torch's backward of CPU attention is several times slower in bf16 than in float32
-        query, key, value = query.float(), key.float(), value.float()
-    groups = query.shape[1] // key.shape[1]
-    outputs = []
-    for bucket in ragged.buckets:
-        q, k, v = (
-            x.index_select(0, bucket.rows.flatten()).view(*bucket.rows.shape, *x.shape[1:])
-            for x in (query, key, value)
-        )
-        if bucket.context is None:
-            out = _from_the_start(q, k, v, groups, scale, window)
-        else:
-            assert stored is not None
-            out = _going_on(q, k, v, groups, scale, window, bucket.context, stored)
-        outputs.append(out.flatten(0, 1))
-    return torch.cat(outputs).index_select(0, ragged.restore).to(dtype)
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: int | None,
+        stored: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """On torch. Padding lies behind a sequence's tokens, where causality hides it."""
+        dtype = query.dtype
+        if query.requires_grad and query.device.type == "cpu":
+            # torch's backward of CPU attention is several times slower in bf16 than in float32
+            query, key, value = query.float(), key.float(), value.float()
+        groups = query.shape[1] // key.shape[1]
+        outputs = []
+        for bucket in self.buckets:
+            q, k, v = (
+                x.index_select(0, bucket.rows.flatten()).view(*bucket.rows.shape, *x.shape[1:])
+                for x in (query, key, value)
+            )
+            if bucket.context is None:
+                out = _from_the_start(q, k, v, groups, scale, window)
+            else:
+                assert stored is not None
+                out = _going_on(q, k, v, groups, scale, window, bucket.context, stored)
+            outputs.append(out.flatten(0, 1))
+        return torch.cat(outputs).index_select(0, self.restore).to(dtype)
 
 
 def _from_the_start(q: Tensor, k: Tensor, v: Tensor, groups: int, scale: float, window: int | None) -> Tensor:

@@ -7,8 +7,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from prad.lm.attention import Ragged
+from prad.lm.kernels import Kernels
 from prad.lm.kv import KVTarget, LayerDone, PromptKV
+from prad.lm.prompt_attention import causal_attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +33,17 @@ class PackedBatch:
         device: torch.device | str = "cpu",
         logit_rows: Sequence[int] | None = None,
         layer_done: LayerDone | None = None,
+        kernels: Kernels | None = None,
     ) -> "PackedBatch":
-        """Whole sequences from position 0; logits of each one's last token unless `logit_rows` says else."""
+        """Whole sequences from position 0; logits of each one's last token unless `logit_rows` says else.
+
+        `kernels` may compute its attention, without gradients.
+        """
         lengths = tuple(len(s) for s in sequences)
         rows = [end - 1 for end in accumulate(lengths)] if logit_rows is None else logit_rows
         return cls(
             ids=torch.tensor([i for s in sequences for i in s], device=device),
             positions=torch.cat([torch.arange(n, device=device) for n in lengths]),
-            kv=PromptKV(Ragged.of(lengths, device), layer_done),
+            kv=PromptKV(causal_attention(lengths, device=device, kernels=kernels), layer_done),
             logit_rows=torch.tensor(rows, device=device, dtype=torch.long),
         )

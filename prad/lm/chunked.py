@@ -11,10 +11,11 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from prad.lm.attention import Ragged, causal_attention
+from prad.lm.attention import CausalAttention
 from prad.lm.batch import PackedBatch
 from prad.lm.kv import LayerDone
 from prad.lm.paged import Pools
+from prad.lm.prompt_attention import causal_attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,11 @@ def chunked_batch(
     """The chunks packed end to end; as `PackedBatch.of_sequences` if none of them touches a block."""
     if not any(chunk.table for chunk in chunks):
         return PackedBatch.of_sequences(
-            [chunk.ids for chunk in chunks], device=pools.device, logit_rows=logit_rows, layer_done=layer_done
+            [chunk.ids for chunk in chunks],
+            device=pools.device,
+            logit_rows=logit_rows,
+            layer_done=layer_done,
+            kernels=pools.kernels,
         )
     device = pools.device
     positions = [torch.arange(c.start, c.start + len(c.ids), device=device) for c in chunks]
@@ -61,7 +66,7 @@ class ChunkedKV:
     """
 
     pools: Pools
-    ragged: Ragged
+    attention: CausalAttention
     rows: Tensor
     slots: Tensor
     layer_done: LayerDone | None
@@ -77,9 +82,8 @@ class ChunkedKV:
                 contexts[i] = known[: chunk.start]
             rows.append(torch.arange(row, row + chunk.stored, device=pools.device))
             slots.append(known[chunk.start :].to(pools.device))
-        return cls(
-            pools, Ragged.of(lengths, pools.device, contexts), torch.cat(rows), torch.cat(slots), layer_done
-        )
+        attention = causal_attention(lengths, device=pools.device, contexts=contexts, kernels=pools.kernels)
+        return cls(pools, attention, torch.cat(rows), torch.cat(slots), layer_done)
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
@@ -90,4 +94,4 @@ class ChunkedKV:
         if len(self.rows):
             for pool, new in zip(stored, (key, value), strict=True):
                 pool.index_copy_(0, self.slots, new.index_select(0, self.rows))
-        return causal_attention(query, key, value, self.ragged, scale, window, stored)
+        return self.attention.attend(query, key, value, scale, window, stored)

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from prad.lm.attention import Ragged, causal_attention
+from prad.lm.attention import CausalAttention
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class PromptKV:
     later layers are still to come: the hand-off starts there.
     """
 
-    ragged: Ragged
+    attention: CausalAttention
     layer_done: LayerDone | None = None
 
     def attend(
@@ -71,4 +71,4 @@ class PromptKV:
     ) -> Tensor:
         if self.layer_done is not None:
             self.layer_done(layer, key, value)
-        return causal_attention(query, key, value, self.ragged, scale, window)
+        return self.attention.attend(query, key, value, scale, window)

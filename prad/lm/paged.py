@@ -39,7 +39,7 @@ class Pools:
         kernels: Kernels | None = None,
     ) -> None:
         self.layout = layout
-        self._kernels = kernels
+        self.kernels = kernels
         self.block_size = block_size
         self.device = device
         self.recorded: dict[Any, Any] = {}  # steps over these pools, kept by whoever computes them
@@ -55,8 +55,8 @@ class Pools:
 
     def step(self, batch: Sequence[PagedSequence]) -> KVTarget:
         """The KV target of one decode step: one new token per sequence, in the order of the batch."""
-        if self._kernels is not None:
-            return PagedStep.of(self, self._kernels, batch)
+        if self.kernels is not None:
+            return PagedStep.of(self, self.kernels, batch)
         return _TorchStep(self, batch)
 
     def clear(self, blocks: Sequence[int]) -> None:
@@ -126,13 +126,7 @@ class PagedStep:
     ) -> Tensor:
         """query [B, heads, key_dim], key and value [B, kv_heads, dim]; returns [B, heads, value_dim]."""
         pools = self.pools.keys[layer], self.pools.values[layer]
-        query, key, value = (_whole_rows(x) for x in (query, key, value))
         return self.calls.paged_attention(query, key, value, pools, self.view, scale, window)
-
-
-def _whole_rows(x: Tensor) -> Tensor:
-    """x [B, heads, dim] with each row's heads side by side, as the kernel reads them."""
-    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
 
 
 class _TorchStep:

@@ -23,6 +23,7 @@ from prad.lm.kernels import (
 )
 from prad.lm.kernels.build import built
 from prad.lm.paged import Pools
+from prad.lm.prompt_attention import causal_attention, prompt_spans
 
 ROWS = (1, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 100, 257)
 SIZES = ((48, 64), (50, 96), (96, 32), (720, 160))  # columns: whole panels or not, an odd number of them
@@ -200,6 +201,77 @@ def relu_or_not(x: Tensor, wanted: bool) -> Tensor:
 
 
 LENGTHS = (1, 2, 15, 16, 17, 31, 32, 33, 100)
+
+
+PROMPTS = (1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 130, 600)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 5, 40, 256])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "key_dim", "value_dim"),
+    [(6, 2, 64, 64), (2, 1, 128, 128), (4, 4, 16, 16), (6, 2, 24, 12), (2, 1, 5, 7)],
+)
+@pytest.mark.parametrize("going_on", [False, True])
+def test_prompt_attention(
+    kernels: Kernels,
+    dtype: torch.dtype,
+    window: int | None,
+    heads: int,
+    kv_heads: int,
+    key_dim: int,
+    value_dim: int,
+    going_on: bool,
+) -> None:
+    """Equals each sequence's attention alone in float64, some of them behind tokens that lie in pools."""
+    shapes = ((heads, key_dim), (kv_heads, key_dim), (kv_heads, value_dim))
+    query, key, value = (some(sum(PROMPTS), *shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes))
+    pools = (
+        some(900, kv_heads, key_dim, dtype=dtype, seed=3),
+        some(900, kv_heads, value_dim, dtype=dtype, seed=4),
+    )
+    places = torch.randperm(900, generator=torch.Generator().manual_seed(0))
+    contexts = {i: places[: 41 * i + 1] for i in range(0, len(PROMPTS), 2)} if going_on else {}
+    spans = prompt_spans(PROMPTS, contexts)  # not `causal_attention`, which leaves some to torch
+    found = kernels.prompt_attention(query, key, value, spans, pools, 0.3, window)
+    parts = zip(*(x.double().split(PROMPTS) for x in (query, key, value)), strict=True)
+    for i, ((q, k, v), ours) in enumerate(zip(parts, found.split(PROMPTS), strict=True)):
+        if i in contexts:
+            k, v = (torch.cat((pool.double()[contexts[i]], x)) for pool, x in zip(pools, (k, v), strict=True))
+        assert_near(ours, one_sequence(q, k, v, 0.3, window), 2 * DTYPES[dtype])
+
+
+def one_sequence(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+    """The last queries of a sequence over all its keys, written out."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    at, query_at = torch.arange(len(key)), torch.arange(len(key) - len(query), len(key))[:, None]
+    seen = (at <= query_at) & (at > query_at - (window or len(key)))
+    scores = torch.einsum("qhd,khd->hqk", query, key) * scale
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(dim=-1), value)
+
+
+def test_prompts_of_others_stay_theirs(kernels: Kernels) -> None:
+    """NaN of a neighbour, on either side, reach nobody else; later tokens reach no earlier one."""
+    lengths = (20, 33, 40)
+    states = [some(sum(lengths), n, 32, seed=n) for n in (4, 2, 2)]
+    attention = causal_attention(lengths, kernels=kernels)
+    before = attention.attend(states[0], states[1], states[2], 0.5, None)
+    for x in states:
+        x[:20] = x[53:] = torch.nan
+    after = attention.attend(states[0], states[1], states[2], 0.5, None)
+    assert torch.equal(after[20:53], before[20:53])
+    assert after[:20].isnan().all()
+
+
+@pytest.mark.parametrize("threads", [1, 5])
+def test_prompt_attention_with_any_number_of_threads(kernels: Kernels, threads: int) -> None:
+    states = [some(sum(PROMPTS), n, 32, seed=n) for n in (4, 2, 2)]
+    results = [
+        causal_attention(PROMPTS, kernels=own).attend(states[0], states[1], states[2], 0.5, None)
+        for own in (kernels, Kernels(built(Path("~/.cache/prad")), threads))
+    ]
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

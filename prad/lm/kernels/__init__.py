@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from prad.lm.kernels.build import BuildError, built
-from prad.lm.kernels.calls import Activation, Calls, Kind, LowRankSpan, Out, PagedView
+from prad.lm.kernels.calls import Activation, Calls, Kind, LowRankSpan, Out, PagedView, PromptSpan
 from prad.lm.kernels.library import Kernels
 from prad.lm.kernels.packed import PackedLinear, Precision, fits
 from prad.lm.kernels.recording import Recording
@@ -45,6 +45,7 @@ __all__ = [
     "PackedLinear",
     "PagedView",
     "Precision",
+    "PromptSpan",
     "Recording",
     "fits",
     "load_kernels",

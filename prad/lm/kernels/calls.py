@@ -42,6 +42,7 @@ class Kind(IntEnum):
     LOW_RANK = 5
     SCALE = 6
     ACTIVATE = 7
+    PROMPT = 8
 
 
 class Call(Structure):
@@ -114,6 +115,13 @@ ARGUMENTS: dict[Kind, Any] = {
     Kind.ACTIVATE: _struct(
         "ActivateCall", **_fields("x out", c_void_p), width=c_int64, **_fields("act gated", c_int32)
     ),
+    Kind.PROMPT: _struct(
+        "PromptCall",
+        **_fields("query key value keys values out spans", c_void_p),
+        **_fields("count query_stride key_stride value_stride heads kv_heads", c_int64),
+        **_fields("key_dim value_dim window", c_int64),
+        scale=c_float,
+    ),
 }
 
 
@@ -125,6 +133,17 @@ class LowRankSpan(Structure):
         *((name, c_void_p) for name in ("down", "bias", "up")),
         ("r", c_int64),
         ("factor", c_float),
+    ]
+
+
+class PromptSpan(Structure):
+    """A sequence: rows [start, start + rows) of a pass, behind tokens that lie at slots int64 [stored]."""
+
+    _fields_: ClassVar[list[Any]] = [
+        ("start", c_int64),
+        ("rows", c_int64),
+        ("slots", c_void_p),
+        ("stored", c_int64),
     ]
 
 
@@ -245,6 +264,7 @@ class Calls(ABC):
         dim]. Returns [B, heads, value_dim].
         """
         heads, dim = query.shape[1], value.shape[2]
+        query, key, value = (_whole_rows(x) for x in (query, key, value))
         out = self.empty("attended", len(query), heads * dim, query.dtype)
         self._do(
             Kind.ATTENTION,
@@ -270,6 +290,51 @@ class Calls(ABC):
             ),
             (query, key, value, pools, out),
             view,
+        )
+        return out.view(len(query), heads, dim)
+
+    def prompt_attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        spans: Any,
+        pools: tuple[Tensor, Tensor] | None,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        """Causal attention within each span: an array of `PromptSpan`, together all rows.
+
+        query [T, heads, key_dim], key and value [T, kv_heads, dim]; pools [slots, kv_heads, dim] if any span
+        has stored tokens. Returns [T, heads, value_dim].
+        """
+        heads, dim = query.shape[1], value.shape[2]
+        query, key, value = (_whole_rows(x) for x in (query, key, value))
+        out = self.empty("attended", len(query), heads * dim, query.dtype)
+        stored = (None, None) if pools is None else (pools[0].data_ptr(), pools[1].data_ptr())
+        self._do(
+            Kind.PROMPT,
+            query.dtype is torch.bfloat16,
+            len(query),
+            (
+                query.data_ptr(),
+                key.data_ptr(),
+                value.data_ptr(),
+                *stored,
+                out.data_ptr(),
+                ctypes.addressof(spans),
+                len(spans),
+                query.stride(0),
+                key.stride(0),
+                value.stride(0),
+                heads,
+                key.shape[1],
+                key.shape[2],
+                dim,
+                window or 0,
+                scale,
+            ),
+            (query, key, value, pools, spans, out),
         )
         return out.view(len(query), heads, dim)
 
@@ -317,3 +382,8 @@ class Calls(ABC):
             (x.data_ptr(), out.data_ptr(), out.shape[1], act, x.shape[1] != out.shape[1]),
             (x, out),
         )
+
+
+def _whole_rows(x: Tensor) -> Tensor:
+    """x [T, heads, dim] with each row's heads side by side, as the kernels read them."""
+    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()

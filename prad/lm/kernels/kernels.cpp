@@ -4,10 +4,11 @@
 #include "attention.h"
 #include "linear.h"
 #include "lowrank.h"
+#include "prompt.h"
 #include "rows.h"
 #include "scale.h"
 
-enum class Kind : int32_t { linear, norm, rotate, attention, argmax, low_rank, scale, activate };
+enum class Kind : int32_t { linear, norm, rotate, attention, argmax, low_rank, scale, activate, prompt };
 
 struct Call {
   Kind kind;
@@ -52,6 +53,8 @@ void run(Pool& pool, Kind kind, const void* arguments, int64_t rows, const Paged
       return scale<T>(pool, *static_cast<const ScaleCall*>(arguments), rows, *view);
     case Kind::activate:
       return activate_rows<T>(pool, *static_cast<const ActivateCall*>(arguments), rows);
+    case Kind::prompt:
+      return prompt_attention<T>(pool, *static_cast<const PromptCall*>(arguments));
   }
 }
 }  // namespace
@@ -63,9 +66,10 @@ int32_t prad_has_amx() { return allow_amx(); }
 
 // In bytes, of every struct that library.py declares as well, in its order.
 void prad_sizes(int64_t* out) {
-  for (size_t size : {sizeof(Call), sizeof(PagedView), sizeof(LowRankSpan), sizeof(Linear), sizeof(LinearCall),
-                      sizeof(NormCall), sizeof(RotateCall), sizeof(AttentionCall), sizeof(ArgmaxCall),
-                      sizeof(LowRankCall), sizeof(ScaleCall), sizeof(ActivateCall)})
+  for (size_t size : {sizeof(Call), sizeof(PagedView), sizeof(LowRankSpan), sizeof(PromptSpan), sizeof(Linear),
+                      sizeof(LinearCall), sizeof(NormCall), sizeof(RotateCall), sizeof(AttentionCall),
+                      sizeof(ArgmaxCall), sizeof(LowRankCall), sizeof(ScaleCall), sizeof(ActivateCall),
+                      sizeof(PromptCall)})
     *out++ = static_cast<int64_t>(size);
 }
 

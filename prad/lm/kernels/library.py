@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from prad.lm.kernels.build import BuildError
-from prad.lm.kernels.calls import ARGUMENTS, Call, Calls, Kind, LowRankSpan, PagedView
+from prad.lm.kernels.calls import ARGUMENTS, Call, Calls, Kind, LowRankSpan, PagedView, PromptSpan
 from prad.lm.kernels.packed import LinearStruct
 
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
@@ -25,7 +25,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     ),
 }
 
-_STRUCTS = (Call, PagedView, LowRankSpan, LinearStruct, *ARGUMENTS.values())
+_STRUCTS = (Call, PagedView, LowRankSpan, PromptSpan, LinearStruct, *ARGUMENTS.values())
 
 
 class Kernels(Calls):

@@ -43,17 +43,20 @@ constexpr int kAhead = 8;  // tiles
 
 inline int64_t panel_elements(const Linear& w) { return w.in * kColumns; }
 
-// ---- up to 64 rows by one panel into c[64][16]
+// ---- up to 64 rows by one panel into c[rows][16], or added to it; `width` from row to row of c
 
-inline void multiply_plain(const float* x, int64_t stride, int rows, const float* panel, int64_t in, float* c) {
+template <bool kAdd = false>
+void multiply_plain(const float* x, int64_t stride, int rows, const float* panel, int64_t in, float* c,
+                    int64_t width = kColumns) {
   for (int first = 0; first < rows; first += 8) {
     int count = std::min(8, rows - first);
     v16 acc[8] = {};
+    for (int r = 0; kAdd && r < count; r++) acc[r] = load(c + (first + r) * width);
     for (int64_t k = 0; k < in; k++) {
       v16 w = load(panel + k * kColumns);
       for (int r = 0; r < count; r++) acc[r] += x[(first + r) * stride + k] * w;
     }
-    for (int r = 0; r < count; r++) store(c + (first + r) * kColumns, acc[r]);
+    for (int r = 0; r < count; r++) store(c + (first + r) * width, acc[r]);
   }
 }
 
@@ -69,11 +72,13 @@ inline void pair(const int8_t* at, v16& even, v16& odd) {
   odd = __builtin_convertvector((both << 16) >> 24, v16);
 }
 
-template <class W>
-void multiply_plain(const bf16* x, int64_t stride, int rows, const W* panel, int64_t in, float* c) {
+template <bool kAdd = false, class W>
+void multiply_plain(const bf16* x, int64_t stride, int rows, const W* panel, int64_t in, float* c,
+                    int64_t width = kColumns) {
   for (int first = 0; first < rows; first += 8) {
     int count = std::min(8, rows - first);
     v16 acc[8] = {};
+    for (int r = 0; kAdd && r < count; r++) acc[r] = load(c + (first + r) * width);
     for (int64_t k = 0; k < in; k += 2) {
       v16 even, odd;
       pair(panel + k * kColumns, even, odd);
@@ -82,7 +87,7 @@ void multiply_plain(const bf16* x, int64_t stride, int rows, const W* panel, int
         acc[r] += to_float(at[0]) * even + to_float(at[1]) * odd;
       }
     }
-    for (int r = 0; r < count; r++) store(c + (first + r) * kColumns, acc[r]);
+    for (int r = 0; r < count; r++) store(c + (first + r) * width, acc[r]);
   }
 }
 
@@ -130,13 +135,20 @@ inline void fetch_rows(const bf16* x, int64_t stride) {
   for (int row = 0; row < 16; row++) _mm_prefetch(x + row * stride, _MM_HINT_T0);
 }
 
-template <int kTiles, class W>
-void multiply_amx(const bf16* x, int64_t stride, const W* panel, int64_t in, float* c) {
+template <int kTiles, bool kAdd, class W>
+void multiply_amx(const bf16* x, int64_t stride, const W* panel, int64_t in, float* c, int64_t width) {
   alignas(64) bf16 room[512];
-  _tile_zero(0);
-  if (kTiles > 1) _tile_zero(1);
-  if (kTiles > 2) _tile_zero(2);
-  if (kTiles > 3) _tile_zero(3);
+  if constexpr (kAdd) {
+    _tile_loadd(0, c, width * 4);
+    if (kTiles > 1) _tile_loadd(1, c + 16 * width, width * 4);
+    if (kTiles > 2) _tile_loadd(2, c + 32 * width, width * 4);
+    if (kTiles > 3) _tile_loadd(3, c + 48 * width, width * 4);
+  } else {
+    _tile_zero(0);
+    if (kTiles > 1) _tile_zero(1);
+    if (kTiles > 2) _tile_zero(2);
+    if (kTiles > 3) _tile_zero(3);
+  }
   for (int64_t k = 0; k < in / kDepth; k++) {
     const bf16* at = x + k * kDepth;
     fetch_weights<_MM_HINT_T0>(panel, k + kAhead);
@@ -159,10 +171,10 @@ void multiply_amx(const bf16* x, int64_t stride, const W* panel, int64_t in, flo
     if constexpr (kTiles == 3) _tile_dpbf16ps(2, 5, 6);
     if constexpr (kTiles == 4) _tile_dpbf16ps(3, 5, 6);
   }
-  _tile_stored(0, c, 64);
-  if (kTiles > 1) _tile_stored(1, c + 256, 64);
-  if (kTiles > 2) _tile_stored(2, c + 512, 64);
-  if (kTiles > 3) _tile_stored(3, c + 768, 64);
+  _tile_stored(0, c, width * 4);
+  if (kTiles > 1) _tile_stored(1, c + 16 * width, width * 4);
+  if (kTiles > 2) _tile_stored(2, c + 32 * width, width * 4);
+  if (kTiles > 3) _tile_stored(3, c + 48 * width, width * 4);
 }
 
 // 32 rows by two panels into c[2][32][16]; all tiles full. Meanwhile panel `ahead`, if any, comes into the L2 cache.
@@ -193,18 +205,18 @@ void multiply_amx_square(const bf16* x, int64_t stride, const W* panel, int64_t 
   _tile_stored(3, c + 768, 64);
 }
 
-template <class W>
-void multiply(const bf16* x, int64_t stride, int rows, const W* panel, int64_t in, float* c) {
-  if (!allow_amx()) return multiply_plain(x, stride, rows, panel, in, c);
+template <bool kAdd = false, class W>
+void multiply(const bf16* x, int64_t stride, int rows, const W* panel, int64_t in, float* c, int64_t width = kColumns) {
+  if (!allow_amx()) return multiply_plain<kAdd>(x, stride, rows, panel, in, c, width);
   switch ((rows + 15) / 16) {
     case 1:
-      return multiply_amx<1>(x, stride, panel, in, c);
+      return multiply_amx<1, kAdd>(x, stride, panel, in, c, width);
     case 2:
-      return multiply_amx<2>(x, stride, panel, in, c);
+      return multiply_amx<2, kAdd>(x, stride, panel, in, c, width);
     case 3:
-      return multiply_amx<3>(x, stride, panel, in, c);
+      return multiply_amx<3, kAdd>(x, stride, panel, in, c, width);
     default:
-      return multiply_amx<4>(x, stride, panel, in, c);
+      return multiply_amx<4, kAdd>(x, stride, panel, in, c, width);
   }
 }
 inline void begin_rows(int rows) {
@@ -215,15 +227,17 @@ inline void end_rows() {
 }
 #else
 inline bool allow_amx() { return false; }
-template <class W>
-void multiply(const bf16* x, int64_t stride, int rows, const W* panel, int64_t in, float* c) {
-  multiply_plain(x, stride, rows, panel, in, c);
+template <bool kAdd = false, class W>
+void multiply(const bf16* x, int64_t stride, int rows, const W* panel, int64_t in, float* c, int64_t width = kColumns) {
+  multiply_plain<kAdd>(x, stride, rows, panel, in, c, width);
 }
 inline void begin_rows(int) {}
 inline void end_rows() {}
 #endif
-inline void multiply(const float* x, int64_t stride, int rows, const float* panel, int64_t in, float* c) {
-  multiply_plain(x, stride, rows, panel, in, c);
+template <bool kAdd = false>
+void multiply(const float* x, int64_t stride, int rows, const float* panel, int64_t in, float* c,
+              int64_t width = kColumns) {
+  multiply_plain<kAdd>(x, stride, rows, panel, in, c, width);
 }
 
 // ---- what becomes of the products

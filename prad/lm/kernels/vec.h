@@ -74,33 +74,48 @@ inline void store(bf16* p, v16 x) {
 }
 
 inline float sum(v16 x) {
+#ifdef __AVX512F__
+  return _mm512_reduce_add_ps((__m512)x);
+#endif
   float total = 0;
   for (int i = 0; i < 16; i++) total += x[i];
   return total;
 }
 inline float largest(v16 x) {
+#ifdef __AVX512F__
+  return _mm512_reduce_max_ps((__m512)x);
+#endif
   float most = x[0];
   for (int i = 1; i < 16; i++) most = x[i] > most ? x[i] : most;
   return most;
 }
 inline v16 larger(v16 a, v16 b) { return a > b ? a : b; }
 
-// e^x to about one unit in the last place; x at most 88. What lies below -87 becomes 0.
-inline v16 exponential(v16 x) {
-  v16 scaled = x * 1.44269504088896341f;
-  v16 rounded = (scaled + 12582912.0f) - 12582912.0f;  // to the nearest integer
-  v16 r = x - rounded * 0.693359375f - rounded * -2.12194440e-4f;
-  v16 p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  i16x power = (__builtin_convertvector(rounded, i16x) + 127) << 23;
-  v16 out = p * (v16)power;
-  return x < -87.0f ? splat(0) : out;
+// 2^x to about one unit in the last place (Cephes' coefficients); x below 128. What lies below -126 becomes 0.
+inline v16 power_of_two(v16 x) {
+#ifdef __AVX512F__
+  v16 whole = (v16)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  v16 whole = (x + 12582912.0f) - 12582912.0f;  // to the nearest integer
+#endif
+  v16 r = x - whole;
+  v16 p = splat(1.535336188319500e-4f);
+  p = p * r + 1.339887440266574e-3f;
+  p = p * r + 9.618437357674640e-3f;
+  p = p * r + 5.550332471162809e-2f;
+  p = p * r + 2.402264791363012e-1f;
+  p = p * r + 6.931472028550421e-1f;
+  p = p * r + 1.0f;
+#ifdef __AVX512F__
+  __mmask16 seen = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126), _CMP_NLT_UQ);  // NaN stays NaN
+  return (v16)_mm512_maskz_scalef_ps(seen, (__m512)p, (__m512)whole);
+#endif
+  v16 out = p * (v16)((__builtin_convertvector(whole, i16x) + 127) << 23);
+  return x < -126.0f ? splat(0) : out;
 }
+
+constexpr float kLog2E = 1.44269504088896341f;
+inline v16 exponential(v16 x) { return power_of_two(x * kLog2E); }
 
 enum class Activation : int32_t { none = 0, silu = 1, gelu_tanh = 2, relu = 3 };
 
