@@ -10,7 +10,6 @@ what a real step pays on top.
 import argparse
 import statistics
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -50,16 +49,38 @@ class Ground:
     def __init__(
         self, model: LanguageModel, batches: Sequence[int], bandwidth_mib: int, *, stored: bool = False
     ) -> None:
-        self._weights = weight_matrices(model)
+        self._model = model
+        self.weights = weight_matrices(model)
+        self._own = _packed_once(model, self.weights)
         self._batches = batches
         self._kv_bytes = model.layout.bytes_per_token
         self._reader = torch.ones(bandwidth_mib << 18, dtype=torch.float32, device=model.device)
         self.kinds: dict[Part, Callable[[], float]] = {("read", 0): seconds(self._reader.sum)}
         for batch in batches:
             if stored:
-                self.kinds["stored", batch] = seconds(_gemms(model, self._weights, batch, packed=False))
-            self.kinds["packed", batch] = seconds(_gemms(model, self._weights, batch, packed=True))
-            self.kinds["own", batch] = seconds(_own_gemms(model, self._weights, batch))
+                self.kinds["stored", batch] = seconds(_gemms(model, self.weights, batch, packed=False))
+            self.kinds["packed", batch] = seconds(_gemms(model, self.weights, batch, packed=True))
+            self.kinds["own", batch] = seconds(self.own_gemms(batch, self.weights))
+
+    def own_gemms(self, batch: int, weights: Sequence[Tensor]) -> Callable[[], None]:
+        """By the kernels, with some of the weights; as packed for oneDNN where there are no kernels."""
+        kernels = self._model.kernels
+        if kernels is None:
+            return _gemms(self._model, weights, batch, packed=True)
+        calls = [
+            (
+                self._own[id(w)],
+                torch.randn(batch, w.shape[1]).to(w.dtype),
+                torch.empty(batch, w.shape[0], dtype=w.dtype),
+            )
+            for w in weights
+        ]
+
+        def once() -> None:
+            for packed, x, out in calls:
+                kernels.linear(packed, x, out, Out.STORE)
+
+        return once
 
     def floors_s(self, took: Samples[Any], batch: int, context: int) -> list[float]:
         """By round: the GEMMs (those of the two that are faster by their medians) and one read of the KV in
@@ -72,7 +93,7 @@ class Ground:
     def figures(self, took: Samples[Any]) -> dict[str, Any]:
         """In milliseconds, but bandwidth in GB/s."""
         bandwidth = self._reader.nbytes / took["read", 0]
-        weight_bytes = sum(w.nbytes for w in self._weights)
+        weight_bytes = sum(w.nbytes for w in self.weights)
         names = [name for name in ("stored", "packed", "own") if (name, self._batches[0]) in self.kinds]
         return {
             "bandwidth_gb_s": round(bandwidth / 1e9, 2),
@@ -96,13 +117,12 @@ class ContestGround:
     def __init__(self, model: LanguageModel, prompts: int, length: int, output: int) -> None:
         self._prompts, self._middle = prompts, length + output // 2
         self._step = Ground(model, [prompts], bandwidth_mib=256)
-        weights = weight_matrices(model)
-        body = [w for w in weights if w.shape[0] != model.vocab_size]
-        head = [w for w in weights if w.shape[0] == model.vocab_size]
+        body = [w for w in self._step.weights if w.shape[0] != model.vocab_size]
+        head = [w for w in self._step.weights if w.shape[0] == model.vocab_size]
         self.kinds: dict[Part, Callable[[], float]] = dict(self._step.kinds)
-        for name, gemms in (("packed", partial(_gemms, packed=True)), ("own", _own_gemms)):
-            self.kinds[f"{name} body", 0] = seconds(gemms(model, body, prompts * length))
-            self.kinds[f"{name} head", 0] = seconds(gemms(model, head, prompts))
+        for part, weights, rows in (("body", body, prompts * length), ("head", head, prompts)):
+            self.kinds[f"packed {part}", 0] = seconds(_gemms(model, weights, rows, packed=True))
+            self.kinds[f"own {part}", 0] = seconds(self._step.own_gemms(rows, weights))
 
     def floor_s(self, took: Samples[Any]) -> tuple[float, float]:
         """Of the prompt pass, and of one decode step half-way through the output."""
@@ -156,25 +176,9 @@ def _gemms(
     return once
 
 
-def _own_gemms(model: LanguageModel, weights: Sequence[Tensor], batch: int) -> Callable[[], None]:
-    """By the kernels; as packed for oneDNN where there are none."""
-    kernels = model.kernels
-    if kernels is None:
-        return _gemms(model, weights, batch, packed=True)
-    calls = [
-        (
-            PackedLinear.of(w),
-            torch.randn(batch, w.shape[1]).to(w.dtype),
-            torch.empty(batch, w.shape[0], dtype=w.dtype),
-        )
-        for w in weights
-    ]
-
-    def once() -> None:
-        for packed, x, out in calls:
-            kernels.linear(packed, x, out, Out.STORE)
-
-    return once
+def _packed_once(model: LanguageModel, weights: Sequence[Tensor]) -> dict[int, PackedLinear]:
+    """By the matrices' ids; their order is the same for every number of rows."""
+    return {} if model.kernels is None else {id(w): PackedLinear.of(w) for w in weights}
 
 
 def plot(result: dict[str, Any], figure: Any) -> None:

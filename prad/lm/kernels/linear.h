@@ -97,6 +97,9 @@ inline bool allow_amx() {  // Linux gives the tiles' registers to whoever asks
   return allowed;
 }
 
+// GCC does not know that tile loads read memory: what is stored above stays above.
+inline void after_stores() { asm volatile("" ::: "memory"); }
+
 // Tiles 0-3 hold results, 4 and 5 rows (5 the last, maybe shorter, ones), 6 and 7 weights.
 inline void configure_tiles(int row_tiles, int last_rows) {
   alignas(64) struct {
@@ -121,7 +124,7 @@ inline const bf16* tile_of(const int8_t* panel, int64_t k, bf16* room) {
     __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from + i + 1)));
     _mm512_store_si512(room + i * 16, (__m512i)_mm512_cvtne2ps_pbh(high, low));
   }
-  asm volatile("" ::: "memory");  // GCC does not know that a tile load reads memory
+  after_stores();
   return room;
 }
 
@@ -138,6 +141,7 @@ inline void fetch_rows(const bf16* x, int64_t stride) {
 template <int kTiles, bool kAdd, class W>
 void multiply_amx(const bf16* x, int64_t stride, const W* panel, int64_t in, float* c, int64_t width) {
   alignas(64) bf16 room[512];
+  after_stores();
   if constexpr (kAdd) {
     _tile_loadd(0, c, width * 4);
     if (kTiles > 1) _tile_loadd(1, c + 16 * width, width * 4);
@@ -182,6 +186,7 @@ template <class W>
 void multiply_amx_square(const bf16* x, int64_t stride, const W* panel, int64_t panel_size, int64_t in,
                          const W* ahead, float* c) {
   alignas(64) bf16 room[2][512];
+  after_stores();
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
