@@ -11,9 +11,10 @@ import asyncio
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -169,19 +170,23 @@ async def _measure(
 
 async def _figures(burst: Burst, clients: dict[str, DecodeClient], rounds: int) -> list[dict[str, Any]]:
     """A row for each payload."""
-    passes: list[Cost] = []
-    overlapped: dict[str, list[Cost]] = {payload: [] for payload in clients}
-    behind: dict[str, list[Cost]] = {payload: [] for payload in clients}
-    alone: dict[str, list[Cost]] = {payload: [] for payload in clients}
-    for payload, client in clients.items():  # warms up; the pass was run once to keep its layers
-        await burst.run(client, PAYLOADS[payload][1], compute=False)
-    for _ in range(rounds):
-        passes.append(await burst.run(None, Encoding.RAW, compute=True))
-        for payload, client in clients.items():
-            encoding = PAYLOADS[payload][1]
-            overlapped[payload].append(await burst.run(client, encoding, compute=True))
-            behind[payload].append(await burst.run(client, encoding, compute=True, overlap=False))
-            alone[payload].append(await burst.run(client, encoding, compute=False))
+    kinds: dict[tuple[str, str], Callable[[], Awaitable[Cost]]] = {
+        ("pass", ""): lambda: burst.run(None, Encoding.RAW, compute=True)
+    }
+    for payload, client in clients.items():
+        run = partial(burst.run, client, PAYLOADS[payload][1])
+        kinds["overlapped", payload] = partial(run, compute=True)
+        kinds["behind", payload] = partial(run, compute=True, overlap=False)
+        kinds["alone", payload] = partial(run, compute=False)
+        await kinds["alone", payload]()  # warms up; the pass was run once to keep its layers
+    costs: dict[tuple[str, str], list[Cost]] = {kind: [] for kind in kinds}
+    for number in range(rounds):  # each begins with another
+        for kind in (*list(kinds)[number % len(kinds) :], *list(kinds)[: number % len(kinds)]):
+            costs[kind].append(await kinds[kind]())
+    passes = costs["pass", ""]
+    overlapped, behind, alone = (
+        {payload: costs[what, payload] for payload in clients} for what in ("overlapped", "behind", "alone")
+    )
     return [
         {
             "payload": payload,
@@ -203,6 +208,14 @@ async def _figures(burst: Burst, clients: dict[str, DecodeClient], rounds: int) 
             "cpu_prefill_ms": _ms(c.prefill for c in alone[payload]),
             "cpu_decode_ms": _ms(c.decode for c in alone[payload]),
             "wall_ms": _ms(c.wall for c in alone[payload]),
+            "rounds_wall_ms": {
+                what: [round(1000 * c.wall, 1) for c in own]
+                for what, own in {
+                    "pass": passes,
+                    "overlapped": overlapped[payload],
+                    "behind": behind[payload],
+                }.items()
+            },
         }
         for payload in clients
     ]

@@ -105,7 +105,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         }
         one = contest(alone, arguments, model, "one request")
         for row in one:
-            row["tokens_per_s"] = round(1e3 / row["step_ms"], 1)
+            row["tokens_per_s"] = round(1e3 / row["step_ms"], 1)  # after the first
         versions = {label: peer.versions for label, peer in peers.items()}
         return {"model": arguments.model, "peers": versions, "rows": rows, "one": one}
 

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[64, 256, 1024, 4096],
         help="tokens of passes without adapters",
     )
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, help="torch's own choice if left out")
 
 
@@ -120,6 +120,7 @@ def _measure(
             "median_s": round(statistics.median(seconds[name][1:]), 4),
             "cpu_s": round(statistics.median(cpu[name][1:]), 4),
             "of_plain": round(statistics.median(ratios), 4),
+            "rounds_s": [round(s, 3) for s in seconds[name][1:]],
             "cpu_of_plain": round(statistics.median(cpu[name][1:]) / statistics.median(cpu["plain"][1:]), 4),
             **(_floor(model, sets[name], sum(lengths)) if name in sets else {}),
         }

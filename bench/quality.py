@@ -97,23 +97,24 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def figures(study: Study, rows: list[Row], columns: list[Column]) -> dict[str, Any]:
-    """The tables, from the finished cells; None where one is missing."""
-    each: dict[tuple[str, str], Any] = {}
+    """The tables, from the finished cells; None where there is none. A pair is compared over the seeds that
+    both have."""
+    each: dict[tuple[str, str], dict[int, Any]] = {}
     for row in rows:
         for column in columns:
-            found = [study.finished(row, column, seed) for seed in _seeds(row, column)]
-            if all(found):
-                each[row.name, column.task] = counts([cell["each"] for cell in found if cell])
+            found = {seed: study.finished(row, column, seed) for seed in _seeds(row, column)}
+            each[row.name, column.task] = {seed: cell["each"] for seed, cell in found.items() if cell}
     scores: list[dict[str, Any]] = [
-        {"name": row.name, **{c.task: _shown(c, each.get((row.name, c.task))) for c in columns}}
+        {"name": row.name, **{c.task: _shown(c, list(each[row.name, c.task].values())) for c in columns}}
         for row in rows
     ]
     differences = []
     for row in rows:
         for column in columns:
-            ours, theirs = (each.get((name or "", column.task)) for name in (row.name, row.against))
-            if ours is not None and theirs is not None:
-                difference = paired_difference(column.metric, ours, theirs)
+            ours, theirs = (each.get((name or "", column.task), {}) for name in (row.name, row.against))
+            if both := sorted(ours.keys() & theirs.keys()):
+                pair = (counts([own[seed] for seed in both]) for own in (ours, theirs))
+                difference = paired_difference(column.metric, *pair)
                 differences.append(
                     {
                         "pair": f"{row.name} − {row.against}",
@@ -130,18 +131,25 @@ def figures(study: Study, rows: list[Row], columns: list[Column]) -> dict[str, A
             "train": c.train,
             "epochs": c.epochs,
             "test": c.test,
-            "seeds": len(c.seeds),
+            "seeds": _of_all(
+                min((len(each[row.name, c.task]) for row in rows if row.method is not None), default=0),
+                len(c.seeds),
+            ),
         }
         for c in columns
     ]
     return {"model": study.name, "scores": scores, "differences": differences, "settings": settings}
 
 
-def _shown(column: Column, each: Any) -> str | None:
-    """Mean over the seeds, and the least and the most."""
-    if each is None:
+def _of_all(done: int, asked: int) -> str:
+    return str(asked) if done == asked else f"{done} of {asked}"
+
+
+def _shown(column: Column, each: list[Any]) -> str | None:
+    """Mean over the finished seeds, and the least and the most."""
+    if not each:
         return None
-    of_seeds = sorted(mean_score(column.metric, seed[None]) for seed in each)
+    of_seeds = sorted(mean_score(column.metric, seed[None]) for seed in counts(each))
     mean = f"{statistics.mean(of_seeds):.1f}"
     return mean if len(of_seeds) == 1 else f"{mean} ({of_seeds[0]:.1f}–{of_seeds[-1]:.1f})"
 

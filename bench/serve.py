@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from itertools import count, cycle, islice
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from bench.rounds import interleaved, seconds
 from bench.serving import Served, Steps, bodies, served
 from prad.lm import LanguageModel
 
-_PUSHED = 8  # adapters in a round
+_PUSHED = 32  # adapters for a round at most
 SMOKE = {
     "requests": 2,
     "loaded": 3,
@@ -100,14 +101,17 @@ def _tasks(
         f"{number} of {len(names)} tasks in turn": lambda: list(islice(in_turn, number)),
     }
     steps: dict[str, list[Steps]] = {name: [] for name in kinds}
+    met: dict[str, list[int]] = {name: [] for name in kinds}
 
     def variant(name: str) -> Callable[[], float]:
         def measure() -> float:
             asked = prompts.take(number), arguments.output, kinds[name]()
-            with _pushing(server, next(new)) if name == pushed else nullcontext():
+            with _pushing(server, next(new)) if name == pushed else nullcontext(Pushes()) as pushes:
                 before = server.steps()
                 took = server.generate(*asked)
                 steps[name].append(server.steps() - before)
+                pushes.wanted = False
+            met[name].append(pushes.done)
             return took
 
         return measure
@@ -122,6 +126,7 @@ def _tasks(
             # the first one warms up
             "step_ms": round(statistics.median(1e3 * s.seconds / s.count for s in steps[name][1:]), 2),
             "sequences_per_step": round(statistics.median(s.tokens / s.count for s in steps[name][1:]), 1),
+            "adapters_pushed": statistics.median(met[name][1:]),
             "rounds_s": [round(s, 3) for s in took.values[name]],
             "rounds_step_ms": [round(1e3 * s.seconds / s.count, 2) for s in steps[name][1:]],
         }
@@ -141,12 +146,30 @@ def _new_adapters(
         yield iter(folders)
 
 
+@dataclass(slots=True)
+class Pushes:
+    """How many were done, and whether there shall be more."""
+
+    done: int = 0
+    wanted: bool = True
+
+
 @contextmanager
-def _pushing(server: Served, folder: Path) -> Iterator[None]:
-    """Pushes the adapters of a folder, each probed and made ready by prefill, while what is inside runs."""
+def _pushing(server: Served, folder: Path) -> Iterator[Pushes]:
+    """Pushes the adapters of a folder one after the other, each probed and made ready by prefill, from the
+    start of what is inside until no more are wanted."""
+    pushes = Pushes()
+
+    def push() -> None:
+        for adapter in sorted(folder.iterdir()):
+            if not pushes.wanted:
+                return
+            server.push(adapter)
+            pushes.done += pushes.wanted
+
     with ThreadPoolExecutor(1) as pool:
-        pushed = pool.submit(server.push, folder)
-        yield
+        pushed = pool.submit(push)
+        yield pushes
         pushed.result()
 
 

@@ -259,7 +259,8 @@ class PrefillEngine:
             for chunk in chunks:
                 chunk.job.fail(InternalError("the prompt pass failed; the server's log says why"))
             return
-        self._scheduler.computed()
+        broken = {c.job for c in chunks if c.is_last and draws[c.job.item] is None}
+        self._scheduler.computed(broken)
         for chunk in chunks:
             if chunk.is_last and not chunk.job.needs_decode:
                 deliver_first_tokens(chunk.job, draws[chunk.job.item])

@@ -99,13 +99,16 @@ class PromptScheduler(Generic[T]):
             again = replace(waiting, not_before=not_before)
             self._prompts[self._prompts.index(prompt)] = again
 
-    def computed(self) -> None:
-        """The pass is over: full blocks are found by later prompts from now on, finished prompts leave."""
+    def computed(self, broken: Collection[T] = ()) -> None:
+        """The pass is over, finished prompts leave. Their full blocks are found by later prompts from now on,
+        but not those of `broken` jobs: what is not finite in one token spreads to its neighbours' KV."""
         for chunk in self._pass:
             prompt = chunk.prompt
             prompt.done = chunk.end
             if chunk.is_first and self.blocks.caching and not prompt.waiting.whole:
                 self.lookups.count(prompt.waiting.tokens, prompt.cached)
+            if not chunk.is_last or chunk.job in broken:
+                continue
             size = self.blocks.block_size
             full = min((chunk.start + chunk.stored) // size, len(prompt.waiting.keys))
             for block, key in zip(prompt.table[:full], prompt.waiting.keys, strict=False):

@@ -37,7 +37,7 @@ class PackedBatch:
     ) -> "PackedBatch":
         """Whole sequences from position 0; logits of each one's last token unless `logit_rows` says else.
 
-        `kernels` may compute its attention, without gradients.
+        `kernels`: may compute its attention, on the CPU.
         """
         lengths = tuple(len(s) for s in sequences)
         rows = [end - 1 for end in accumulate(lengths)] if logit_rows is None else logit_rows

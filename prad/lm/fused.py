@@ -101,7 +101,7 @@ class FusedModel:
         """Whether the kernels are the faster way for so many rows: large products want matrix registers."""
         if self.precision != "full":
             return True  # the generic forward has other weights
-        return rows <= _FEW_ROWS or self.kernels.has_amx or self.embedding.dtype is torch.float32
+        return rows <= _FEW_ROWS or self.kernels.suits(self.embedding.dtype)
 
     def forward(self, batch: PackedBatch, adaptation: Adaptation | None) -> Tensor:
         """Logits [R, vocab] of `batch.logit_rows`."""

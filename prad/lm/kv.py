@@ -60,7 +60,7 @@ class PromptKV:
     """Target of a packed pass over whole sequences: block-diagonal causal attention by construction.
 
     `layer_done` is called with (layer, key [T, kv_heads, key_dim], value [T, kv_heads, value_dim]) while
-    later layers are still to come: the hand-off starts there.
+    later layers are still to come; the hand-off takes them from there.
     """
 
     attention: CausalAttention

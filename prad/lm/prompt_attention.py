@@ -30,7 +30,7 @@ def causal_attention(
 
 
 class _KernelAttention:
-    """Without gradients, on the CPU; nothing is padded or gathered."""
+    """Nothing is padded or gathered. On torch where a gradient is wanted or the dtype does not suit."""
 
     def __init__(self, kernels: Kernels, lengths: Sequence[int], contexts: Mapping[int, Tensor]) -> None:
         self._kernels = kernels
@@ -46,7 +46,7 @@ class _KernelAttention:
         window: int | None,
         stored: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        if query.dtype is torch.bfloat16 and not self._kernels.has_amx:
+        if not self._kernels.suits(query.dtype) or (torch.is_grad_enabled() and query.requires_grad):
             return self._on_torch.attend(query, key, value, scale, window, stored)
         return self._kernels.prompt_attention(query, key, value, self._spans, stored, scale, window)
 

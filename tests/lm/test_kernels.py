@@ -252,7 +252,7 @@ def one_sequence(query: Tensor, key: Tensor, value: Tensor, scale: float, window
 
 
 def test_prompts_of_others_stay_theirs(kernels: Kernels) -> None:
-    """NaN of a neighbour, on either side, reach nobody else; later tokens reach no earlier one."""
+    """NaN of a neighbour, on either side, reach nobody else."""
     lengths = (20, 33, 40)
     states = [some(sum(lengths), n, 32, seed=n) for n in (4, 2, 2)]
     attention = causal_attention(lengths, kernels=kernels)
@@ -262,6 +262,28 @@ def test_prompts_of_others_stay_theirs(kernels: Kernels) -> None:
     after = attention.attend(states[0], states[1], states[2], 0.5, None)
     assert torch.equal(after[20:53], before[20:53])
     assert after[:20].isnan().all()
+
+
+@pytest.mark.parametrize("amx", [False, True])
+def test_torch_computes_what_does_not_suit_the_kernels(
+    kernels: Kernels, monkeypatch: pytest.MonkeyPatch, amx: bool
+) -> None:
+    """bfloat16 without matrix registers, and what wants a gradient; the results agree."""
+    monkeypatch.setattr(kernels, "has_amx", amx)
+    monkeypatch.setattr(kernels, "prompt_attention", None if not amx else kernels.prompt_attention)
+    states = [some(sum(PROMPTS), n, 32, dtype=torch.bfloat16, seed=n) for n in (4, 2, 2)]
+    pools = some(300, 2, 32, dtype=torch.bfloat16, seed=5), some(300, 2, 32, dtype=torch.bfloat16, seed=6)
+    contexts = {3: torch.arange(40, 90), 12: torch.arange(200)}
+    found, expected = (
+        causal_attention(PROMPTS, contexts=contexts, kernels=own).attend(
+            states[0], states[1], states[2], 0.5, None, pools
+        )
+        for own in (kernels, None)
+    )
+    assert_near(found, expected, 4 * DTYPES[torch.bfloat16])
+    states[0].requires_grad_()
+    out = causal_attention(PROMPTS, kernels=kernels).attend(states[0], states[1], states[2], 0.5, None)
+    assert out.requires_grad
 
 
 @pytest.mark.parametrize("threads", [1, 5])

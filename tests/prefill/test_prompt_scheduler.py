@@ -49,6 +49,15 @@ def test_prompts_that_fit_share_a_pass_in_order_of_arrival() -> None:
     assert run(queue) == []
 
 
+def test_blocks_of_a_broken_job_are_not_found_again() -> None:
+    queue, keys = scheduler(kept=20), tuple(bytes([i]) for i in range(4))
+    for broken, cached in (({"job"}, 0), ((), 0), ((), 4 * SIZE)):
+        queue.add(Waiting("job", 4 * SIZE + 1, keys))
+        (chunk,) = queue.next_pass(0)
+        assert chunk.start == cached
+        queue.computed(broken)
+
+
 def test_short_prompts_go_in_beside_the_chunks_of_a_long_one() -> None:
     queue = scheduler(250, 10, pass_tokens=100)
     assert run(queue) == [("job0", 0, 90), ("job1", 0, 10)]

@@ -306,8 +306,9 @@ class Calls(ABC):
         """Causal attention within each span: an array of `PromptSpan`, together all rows.
 
         query [T, heads, key_dim], key and value [T, kv_heads, dim]; pools [slots, kv_heads, dim] if any span
-        has stored tokens. Returns [T, heads, value_dim].
+        has stored tokens; scale positive. Returns [T, heads, value_dim].
         """
+        assert scale > 0, "scores are compared before they are scaled"
         heads, dim = query.shape[1], value.shape[2]
         query, key, value = (_whole_rows(x) for x in (query, key, value))
         out = self.empty("attended", len(query), heads * dim, query.dtype)

@@ -50,6 +50,11 @@ class Kernels(Calls):
         for struct, size in zip(_STRUCTS, sizes, strict=True):
             assert ctypes.sizeof(struct) == size, f"{struct.__name__} is declared otherwise in C"
 
+    def suits(self, dtype: torch.dtype) -> bool:
+        """Whether they are the faster way for more rows than a decode step's: in bfloat16 these want matrix
+        registers."""
+        return self.has_amx or dtype is torch.float32
+
     @cached_property
     def _pool(self) -> int:
         """Threads take their priority from whoever starts them: the first that computes."""

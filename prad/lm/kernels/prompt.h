@@ -23,7 +23,7 @@ struct PromptCall {
   const PromptSpan* spans;
   int64_t count, query_stride, key_stride, value_stride, heads, kv_heads, key_dim, value_dim;
   int64_t window;  // latest tokens seen, 0: all
-  float scale;
+  float scale;     // positive
 };
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -53,23 +53,30 @@ class PromptAttention {
       tokens += round_up(total, kDepth);
     }
     tokens_ = tokens;
-    thread_local std::vector<T> memory;  // of the thread that calls; the others only use it
-    memory.resize(tokens_ * p.kv_heads * (key_depth() + value_width()));
-    keys_ = memory.data();
+    packed().resize(tokens_ * p.kv_heads * (key_depth() + value_width()));
+    keys_ = packed().data();
     values_ = keys_ + tokens_ * p.kv_heads * key_depth();
   }
 
   void run(Pool& pool) {
     pool.run(parts_.size() * p.kv_heads, [&](int64_t item) { pack(parts_[item / p.kv_heads], item % p.kv_heads); });
     pool.run(blocks_.size() * p.kv_heads, [&](int64_t item) { attend(blocks_[item / p.kv_heads], item % p.kv_heads); });
+    if (packed().size() > kKept / sizeof(T)) std::vector<T>().swap(packed());
   }
 
  private:
-  static constexpr int64_t kPart = 256;  // tokens whose scores are kept at once
+  static constexpr size_t kKept = 64 << 20;  // bytes that stay for the next call
+  static constexpr int64_t kPart = 256;      // tokens whose scores are kept at once
   static constexpr int64_t kScores = kPart + 16, kWeights = kPart + 32;  // of a row: rows shall not share cache sets
   struct Place {
     int64_t span, at;
   };
+
+  // Keys and values, packed: of the thread that calls; the others only use it.
+  static std::vector<T>& packed() {
+    thread_local std::vector<T> memory;
+    return memory;
+  }
 
   int64_t key_depth() const { return round_up(p.key_dim, kDepth); }
   int64_t value_width() const { return round_up(p.value_dim, kColumns); }
