@@ -168,57 +168,55 @@ async def _measure(
     return rows
 
 
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """A pass without a hand-off, and what was measured right behind it: the machine's speed changes by then less
+    than within a round."""
+
+    plain: Cost
+    other: Cost
+
+
 async def _figures(burst: Burst, clients: dict[str, DecodeClient], rounds: int) -> list[dict[str, Any]]:
     """A row for each payload."""
-    kinds: dict[tuple[str, str], Callable[[], Awaitable[Cost]]] = {
-        ("pass", ""): lambda: burst.run(None, Encoding.RAW, compute=True)
-    }
+    kinds: dict[tuple[str, str], Callable[[], Awaitable[Cost]]] = {}
     for payload, client in clients.items():
         run = partial(burst.run, client, PAYLOADS[payload][1])
         kinds["overlapped", payload] = partial(run, compute=True)
         kinds["behind", payload] = partial(run, compute=True, overlap=False)
         kinds["alone", payload] = partial(run, compute=False)
         await kinds["alone", payload]()  # warms up; the pass was run once to keep its layers
-    costs: dict[tuple[str, str], list[Cost]] = {kind: [] for kind in kinds}
+    beside: dict[tuple[str, str], list[_Pair]] = {kind: [] for kind in kinds}
     for number in range(rounds):  # each begins with another
         for kind in (*list(kinds)[number % len(kinds) :], *list(kinds)[: number % len(kinds)]):
-            costs[kind].append(await kinds[kind]())
-    passes = costs["pass", ""]
-    overlapped, behind, alone = (
-        {payload: costs[what, payload] for payload in clients} for what in ("overlapped", "behind", "alone")
-    )
+            alone = await burst.run(None, Encoding.RAW, compute=True)
+            beside[kind].append(_Pair(alone, await kinds[kind]()))
     return [
-        {
-            "payload": payload,
-            "bytes": burst.bytes,
-            "pass_wall_ms": _ms(c.wall for c in passes),
-            "pass_cpu_ms": _ms(c.cpu for c in passes),
-            # of the hand-off alone, whose CPU time the pass does not blur
-            "cpu_of_pass": _median(h.cpu / p.cpu for h, p in zip(alone[payload], passes, strict=True)),
-            "overlapped_wall_of_pass": _median(
-                c.wall / p.wall - 1 for c, p in zip(overlapped[payload], passes, strict=True)
-            ),
-            "behind_wall_of_pass": _median(
-                c.wall / p.wall - 1 for c, p in zip(behind[payload], passes, strict=True)
-            ),
-            "overlapped_cpu_of_pass": _median(
-                c.cpu / p.cpu - 1 for c, p in zip(overlapped[payload], passes, strict=True)
-            ),
-            "cpu_ms": _ms(c.cpu for c in alone[payload]),
-            "cpu_prefill_ms": _ms(c.prefill for c in alone[payload]),
-            "cpu_decode_ms": _ms(c.decode for c in alone[payload]),
-            "wall_ms": _ms(c.wall for c in alone[payload]),
-            "rounds_wall_ms": {
-                what: [round(1000 * c.wall, 1) for c in own]
-                for what, own in {
-                    "pass": passes,
-                    "overlapped": overlapped[payload],
-                    "behind": behind[payload],
-                }.items()
-            },
-        }
+        {"payload": payload, "bytes": burst.bytes}
+        | _row(*(beside[what, payload] for what in ("alone", "overlapped", "behind")))
         for payload in clients
     ]
+
+
+def _row(alone: list[_Pair], overlapped: list[_Pair], behind: list[_Pair]) -> dict[str, Any]:
+    passes = [pair.plain for pair in (*alone, *overlapped, *behind)]
+    return {
+        "pass_wall_ms": _ms(c.wall for c in passes),
+        "pass_cpu_ms": _ms(c.cpu for c in passes),
+        # of the hand-off alone, whose CPU time the pass does not blur
+        "cpu_of_pass": _median(pair.other.cpu / pair.plain.cpu for pair in alone),
+        "overlapped_wall_of_pass": _median(pair.other.wall / pair.plain.wall - 1 for pair in overlapped),
+        "behind_wall_of_pass": _median(pair.other.wall / pair.plain.wall - 1 for pair in behind),
+        "overlapped_cpu_of_pass": _median(pair.other.cpu / pair.plain.cpu - 1 for pair in overlapped),
+        "cpu_ms": _ms(pair.other.cpu for pair in alone),
+        "cpu_prefill_ms": _ms(pair.other.prefill for pair in alone),
+        "cpu_decode_ms": _ms(pair.other.decode for pair in alone),
+        "wall_ms": _ms(pair.other.wall for pair in alone),
+        "rounds_wall_ms": {
+            what: [[round(1000 * c.wall, 1) for c in (pair.plain, pair.other)] for pair in pairs]
+            for what, pairs in (("overlapped", overlapped), ("behind", behind))
+        },
+    }
 
 
 async def _attached(client: DecodeClient, stack: Stack) -> Any:
