@@ -170,8 +170,8 @@ async def _measure(
 
 @dataclass(frozen=True, slots=True)
 class _Pair:
-    """A pass without a hand-off, and what was measured right behind it: the machine's speed changes by then less
-    than within a round."""
+    """A pass without a hand-off, and what was measured right behind it: the machine's speed changes, but
+    less from one to the next than within a round."""
 
     plain: Cost
     other: Cost
