@@ -137,22 +137,27 @@ class PagedEngine:
         with self._changed:
             for outcome in outcomes:
                 sequence = outcome.sequence
-                if self._scheduler.runs(sequence):  # or it was cancelled during the pass
-                    events[sequence.request.client_id].append(self._book(outcome))
+                if not self._scheduler.runs(sequence):  # it was cancelled during the pass
+                    continue
+                if (event := self._book(outcome)) is not None:
+                    events[sequence.request.client_id].append(event)
         if events:
             self._deliver(events)
 
-    def _book(self, outcome: _Drawn | Ended) -> TokenEvent:
+    def _book(self, outcome: _Drawn | Ended) -> TokenEvent | None:
+        """The sequence's event, if one is due."""
         sequence = outcome.sequence
         if isinstance(outcome, Ended):
             self._scheduler.finish(sequence)
             return _ended_event(outcome)
         draw = outcome.draw
-        sequence.advance(draw.token)
+        sequence.advance(Token(draw.token, draw.logprob, draw.top))
         reason = sequence.params.finish_reason(draw.token, sequence.index + 1)
         if reason is not None:
             self._scheduler.finish(sequence)
-        return _event(sequence, Token(draw.token, draw.logprob, draw.top), reason)
+        elif len(sequence.untold) < sequence.request.tokens_per_event:
+            return None
+        return _event(sequence, reason)
 
     # ---- what the service asks, in the service's thread
 
@@ -221,11 +226,14 @@ def _key(sequence: Running) -> SampleKey:
     return SampleKey(request.sampling.seed, request.prompt_index, sequence.id.choice, sequence.index + 1)
 
 
-def _event(sequence: Running, token: Token | None, reason: str | None, error: str = "") -> TokenEvent:
+def _event(sequence: Running, reason: str | None, error: str = "") -> TokenEvent:
+    """Tells what was untold."""
     (request_id, attempt), choice = sequence.id
-    index = sequence.index if token is not None else sequence.index + 1
-    return TokenEvent(request_id, attempt, choice, index, token, reason, error or None)
+    tokens = tuple(sequence.untold)
+    sequence.untold.clear()
+    first = sequence.index + 1 - len(tokens)
+    return TokenEvent(request_id, attempt, choice, first, tokens, reason, error or None)
 
 
 def _ended_event(ended: Ended) -> TokenEvent:
-    return _event(ended.sequence, None, ended.reason.value, ended.message)
+    return _event(ended.sequence, ended.reason.value, ended.message)

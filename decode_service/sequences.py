@@ -5,11 +5,11 @@ Pure data: neither torch nor gRPC.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
-from kvtransfer import Open
+from kvtransfer import Open, Token
 
 if TYPE_CHECKING:  # the type alone: at run time it would bring torch along
     from prad.lm import SamplingParams, SiteVectors
@@ -53,8 +53,8 @@ class Running:
     """A sequence between two steps.
 
     The next step feeds `token` (output index `index`) at `position` and stores its keys and values as the
-    `kv_len`-th token of `blocks`. Its rows are
-    multiplied by `state`, if it has any.
+    `kv_len`-th token of `blocks`. Its rows are multiplied by `state`, if it has any. `untold`: the latest
+    tokens, which its client has not been told yet.
     """
 
     id: SequenceId
@@ -66,10 +66,12 @@ class Running:
     position: int
     kv_len: int
     state: SiteVectors | None = None
+    untold: list[Token] = field(default_factory=list)
 
-    def advance(self, token: int) -> None:
+    def advance(self, token: Token) -> None:
         """A step is done and drew `token`."""
-        self.token = token
+        self.token = token.id
+        self.untold.append(token)
         self.index += 1
         self.position += 1
         self.kv_len += 1

@@ -34,6 +34,7 @@ class Limits:
             (request.prompt_len < 1, "prompt_len must be at least 1"),
             (request.prompt_len > request.kv_len, f"prompt_len is over kv_len {request.kv_len}"),
             (request.next_position < 1, "next_position must be at least 1"),
+            (request.tokens_per_event < 1, "tokens_per_event must be at least 1"),
             (last >= self.max_context, f"the sequence reaches position {last}, the model's context ends at "
                                        f"{self.max_context - 1}"),
             (max(request.kv_len, request.choices) > _LARGEST_REQUEST, "kv_len or choices is absurd"),

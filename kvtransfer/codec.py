@@ -34,6 +34,7 @@ def open_to_proto(request: Open, hand_off: int = 0) -> pb.Open:
         prompt_ids=request.prompt_ids,
         deadline_unix_ms=request.deadline_unix_ms,
         state=[pb.StateSite(site=s.site, width=s.width) for s in request.state],
+        tokens_per_event=request.tokens_per_event,
     )
 
 
@@ -54,6 +55,7 @@ def open_from_proto(message: pb.Open) -> Open:
         prompt_ids=tuple(message.prompt_ids),
         deadline_unix_ms=message.deadline_unix_ms,
         state=tuple(StateSite(s.site, s.width) for s in message.state),
+        tokens_per_event=message.tokens_per_event,
     )
 
 
@@ -108,7 +110,7 @@ def frame_to_proto(frame: TokenFrame) -> pb.TokenReply:
             attempt=e.attempt,
             choice=e.choice,
             index=e.index,
-            token=None if e.token is None else token_to_proto(e.token),
+            tokens=[token_to_proto(token) for token in e.tokens],
             finish_reason=e.finish_reason or "",
             error=e.error or "",
         )
@@ -124,7 +126,7 @@ def frame_from_proto(message: pb.TokenFrame) -> TokenFrame:
             attempt=e.attempt,
             choice=e.choice,
             index=e.index,
-            token=token_from_proto(e.token) if e.HasField("token") else None,
+            tokens=tuple(token_from_proto(token) for token in e.tokens),
             finish_reason=e.finish_reason or None,
             error=e.error or None,
         )

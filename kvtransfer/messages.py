@@ -36,6 +36,7 @@ class Open:
     kv_len counts the tokens in the KV cache (virtual prefix, prompt, continuation), prompt_len the prompt's
     alone; decode feeds the first token at position next_position. output_offset is the output index of
     that first token. deadline_unix_ms: 0 is none. state: the request state that will come before Commit.
+    tokens_per_event: how many tokens of a sequence are told at once; 1 is each as soon as it is drawn.
     """
 
     request_id: str
@@ -52,6 +53,7 @@ class Open:
     prompt_ids: tuple[int, ...] = ()
     deadline_unix_ms: int = 0
     state: tuple[StateSite, ...] = ()
+    tokens_per_event: int = 1
 
     def site_bytes(self, site: str) -> int:
         """Bytes of the request state at one site, all layers. Raises KeyError for an unannounced one."""
@@ -74,16 +76,17 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """One step of one sequence. `index` is the output index of `token`.
+    """What one sequence drew since its last event. `index` is the output index of the first of `tokens`, or
+    of the next one if there are none.
 
-    finish_reason ends the sequence: "stop" or "length" with a token; "deadline" or "error" without one.
+    finish_reason ends the sequence: "stop" or "length" with the last token, "deadline" or "error" after it.
     """
 
     request_id: str
     attempt: int
     choice: int
     index: int
-    token: Token | None = None
+    tokens: tuple[Token, ...] = ()
     finish_reason: str | None = None
     error: str | None = None
 

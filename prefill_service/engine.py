@@ -36,7 +36,7 @@ from prefill_service.prompt_pass import PassItem
 from prefill_service.residents import Residents
 from prefill_service.scheduler import PromptScheduler
 from prefill_service.settings import PrefillSettings
-from prefill_service.wire import model_spec, token_out
+from prefill_service.wire import model_spec, tokens_out
 
 logger = logging.getLogger(__name__)
 
@@ -299,11 +299,12 @@ class PrefillEngine:
         job = self._live.get(event.request_id)
         if job is None or job.stage is Stage.FINISHED:
             return
-        if event.token is None:
+        if event.finish_reason in ("deadline", "error"):
             self._link.cancel(event.request_id, event.attempt)
             job.fail(event_error(event))
         else:
-            job.outputs.put_nowait(token_out(event))
+            for output in tokens_out(event):
+                job.outputs.put_nowait(output)
 
     def _on_lost(self, trouble: str) -> None:
         for job in list(self._live.values()):

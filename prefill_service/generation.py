@@ -29,7 +29,8 @@ class PromptRequest:
     `choices` sequences start from the same KV cache; the prompt pass is paid once. `version` None is the
     plain model. `output_offset`: output tokens that the client has already (a replay's continuation); the
     next one draws under that index, and `sampling.max_tokens` counts them. prompt_ids: of the vocabulary, or
-    `task_token_id`s of the version; these stay on the prompt side.
+    `task_token_id`s of the version; these stay on the prompt side. tokens_per_event: how many tokens decode
+    may tell at once; 1 if somebody waits for each.
     """
 
     request_id: str
@@ -40,6 +41,7 @@ class PromptRequest:
     choices: int = 1
     continuation_ids: tuple[int, ...] = ()
     output_offset: int = 0
+    tokens_per_event: int = 1
 
     @property
     def virtual_tokens(self) -> int:

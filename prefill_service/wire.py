@@ -1,6 +1,6 @@
 """Between our types and the hand-off's: the one place where prad.lm meets kvtransfer on the prefill side."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ def open_message(
         output_offset=request.output_offset,
         deadline_unix_ms=deadline_unix_ms,
         state=tuple(StateSite(str(site), width) for site, width in state_widths.items()),
+        tokens_per_event=request.tokens_per_event,
     )
 
 
@@ -48,11 +49,12 @@ def token(draw: Draw) -> Token:
     return Token(draw.token, draw.logprob, draw.top)
 
 
-def token_out(event: TokenEvent) -> TokenOut:
-    """Of an event that carries a token."""
-    assert event.token is not None
-    drawn = Draw(event.token.id, event.token.logprob, event.token.top)
-    return TokenOut(event.choice, event.index, drawn, event.finish_reason)
+def tokens_out(event: TokenEvent) -> Iterator[TokenOut]:
+    """An event's tokens; a finish reason that comes with a token is the last one's."""
+    last = event.index + len(event.tokens) - 1
+    for index, token in enumerate(event.tokens, event.index):
+        reason = event.finish_reason if index == last else None
+        yield TokenOut(event.choice, index, Draw(token.id, token.logprob, token.top), reason)
 
 
 def planes(key: Tensor, value: Tensor, encoding: Encoding) -> list[memoryview]:

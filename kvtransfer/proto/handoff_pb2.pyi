@@ -87,7 +87,7 @@ class Segment(_message.Message):
     def __init__(self, name: _Optional[str] = ..., size: _Optional[int] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("request_id", "attempt", "client_id", "model", "kv_len", "prompt_len", "next_position", "choices", "prompt_index", "output_offset", "sampling", "prompt_ids", "deadline_unix_ms", "state", "hand_off")
+    __slots__ = ("request_id", "attempt", "client_id", "model", "kv_len", "prompt_len", "next_position", "choices", "prompt_index", "output_offset", "sampling", "prompt_ids", "deadline_unix_ms", "state", "hand_off", "tokens_per_event")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
@@ -103,6 +103,7 @@ class Open(_message.Message):
     DEADLINE_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     HAND_OFF_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_EVENT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     client_id: str
@@ -118,7 +119,8 @@ class Open(_message.Message):
     deadline_unix_ms: int
     state: _containers.RepeatedCompositeFieldContainer[StateSite]
     hand_off: int
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., client_id: _Optional[str] = ..., model: _Optional[_Union[ModelSpec, _Mapping]] = ..., kv_len: _Optional[int] = ..., prompt_len: _Optional[int] = ..., next_position: _Optional[int] = ..., choices: _Optional[int] = ..., prompt_index: _Optional[int] = ..., output_offset: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., deadline_unix_ms: _Optional[int] = ..., state: _Optional[_Iterable[_Union[StateSite, _Mapping]]] = ..., hand_off: _Optional[int] = ...) -> None: ...
+    tokens_per_event: int
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., client_id: _Optional[str] = ..., model: _Optional[_Union[ModelSpec, _Mapping]] = ..., kv_len: _Optional[int] = ..., prompt_len: _Optional[int] = ..., next_position: _Optional[int] = ..., choices: _Optional[int] = ..., prompt_index: _Optional[int] = ..., output_offset: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., deadline_unix_ms: _Optional[int] = ..., state: _Optional[_Iterable[_Union[StateSite, _Mapping]]] = ..., hand_off: _Optional[int] = ..., tokens_per_event: _Optional[int] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "min_tokens", "stop_ids", "logprobs")
@@ -363,22 +365,22 @@ class TokenFrame(_message.Message):
     def __init__(self, frame: _Optional[int] = ..., events: _Optional[_Iterable[_Union[TokenEvent, _Mapping]]] = ...) -> None: ...
 
 class TokenEvent(_message.Message):
-    __slots__ = ("request_id", "attempt", "choice", "index", "token", "finish_reason", "error")
+    __slots__ = ("request_id", "attempt", "choice", "index", "tokens", "finish_reason", "error")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     CHOICE_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
-    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     choice: int
     index: int
-    token: Token
+    tokens: _containers.RepeatedCompositeFieldContainer[Token]
     finish_reason: str
     error: str
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., choice: _Optional[int] = ..., index: _Optional[int] = ..., token: _Optional[_Union[Token, _Mapping]] = ..., finish_reason: _Optional[str] = ..., error: _Optional[str] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., choice: _Optional[int] = ..., index: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[Token, _Mapping]]] = ..., finish_reason: _Optional[str] = ..., error: _Optional[str] = ...) -> None: ...
 
 class Token(_message.Message):
     __slots__ = ("id", "logprob", "top_ids", "top_logprobs")

@@ -17,6 +17,9 @@ from prefill_service.api.targets import Target, find_target
 from prefill_service.errors import InvalidRequestError, NotReadyError
 from prefill_service.generation import PromptRequest
 
+TOGETHER = 16
+"""Tokens that decode tells at once while nobody looks at each: what telling one costs, its share costs."""
+
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
@@ -127,6 +130,7 @@ class Admission:
                 sampling=values.params(max_tokens, self._stop_ids),
                 prompt_index=index,
                 choices=request.choices,
+                tokens_per_event=1 if request.stream or values.stop else TOGETHER,
             )
             for index, (ids, max_tokens) in enumerate(fitted)
         )

@@ -137,7 +137,7 @@ class Prefill:
         """All output tokens of choice 0."""
         request, first = await self.hand_over(ids, sampling, **more)
         events = await self.got.until(request.request_id)
-        return [first[0], *(e.token.id for e in events if e.token is not None)]
+        return [first[0], *(t.id for e in events for t in e.tokens)]
 
 
 def quick(**changes: object) -> TransferSettings:

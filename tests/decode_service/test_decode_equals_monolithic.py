@@ -36,14 +36,14 @@ async def test_logprobs_are_the_reference(prefill: Prefill, model: LanguageModel
     ids = prompt(17)
     request, first = await prefill.hand_over(ids, Sampling(max_tokens=24, logprobs=3))
     events = await prefill.got.until(request.request_id)
-    output = [first[0], *(e.token.id for e in events if e.token)]
+    output = [first[0], *(t.id for e in events for t in e.tokens)]
     expected = all_logits(model, [*ids, *output]).log_softmax(dim=-1)[len(ids) : -1]
     assert [e.index for e in events] == list(range(1, 24))
     for event, row in zip(events, expected, strict=True):
-        assert event.token is not None
-        assert event.token.logprob == pytest.approx(float(row[event.token.id]), abs=1e-4)
+        (token,) = event.tokens
+        assert token.logprob == pytest.approx(float(row[token.id]), abs=1e-4)
         values, _ = row.topk(3)
-        assert [v for _, v in event.token.top] == pytest.approx(values.tolist(), abs=1e-4)
+        assert [v for _, v in token.top] == pytest.approx(values.tolist(), abs=1e-4)
 
 
 async def test_mixed_lengths_that_join_at_different_times(prefill: Prefill, model: LanguageModel) -> None:
@@ -78,7 +78,7 @@ async def test_choices_share_a_prompt_and_differ(prefill: Prefill, server: Decod
     ids = prompt(19)
     request, first = await prefill.hand_over(ids, sampling, first=[5, 6, 5], choices=3)
     together = [
-        [e.token.id for e in await prefill.got.until(request.request_id, c) if e.token] for c in range(3)
+        [t.id for e in await prefill.got.until(request.request_id, c) for t in e.tokens] for c in range(3)
     ]
     assert [len(output) for output in together] == [11, 11, 11]
     assert together[0] != together[2]  # the same first token, another choice's random numbers
@@ -103,7 +103,7 @@ async def test_stop_ids_end_a_sequence(prefill: Prefill) -> None:
     )
     assert first[0] != stop, "the fixture's first token ends it: choose another prompt"
     events = await prefill.got.until(request.request_id)
-    assert [e.token.id for e in events if e.token] == plain[1 : plain.index(stop) + 1]
+    assert [t.id for e in events for t in e.tokens] == plain[1 : plain.index(stop) + 1]
     assert events[-1].finish_reason == "stop"
 
 

@@ -77,7 +77,7 @@ async def test_cancel_one_choice(prefill: Prefill, server: DecodeServer) -> None
 async def test_a_deadline_ends_it(prefill: Prefill, server: DecodeServer) -> None:
     request, _ = await prefill.hand_over(prompt(20), LONG, deadline_unix_ms=1)
     (event,) = await prefill.got.until(request.request_id)
-    assert (event.finish_reason, event.token, event.index) == ("deadline", None, 1)
+    assert (event.finish_reason, event.tokens, event.index) == ("deadline", (), 1)
     await all_free(server)
 
 
@@ -129,6 +129,7 @@ async def test_another_model_is_refused(prefill: Prefill) -> None:
         ({"choices": 2**32 - 1}, "absurd"),
         ({"prompt_len": 6}, "prompt_len"),
         ({"next_position": 0}, "next_position"),
+        ({"tokens_per_event": 0}, "tokens_per_event must be at least 1"),
         ({"next_position": 160}, "context ends at 159"),
         ({"next_position": 154}, "reaches position 160"),
         ({"output_offset": 7}, "nothing to decode"),

@@ -59,7 +59,7 @@ async def hand_over(prefill: Prefill, ids: list[int], state: State) -> list[int]
             await hand_off.send_state(str(site), raw(vectors))
         await hand_off.commit([Token(first)])
     events = await prefill.got.until(request.request_id)
-    return [first, *(e.token.id for e in events if e.token is not None)]
+    return [first, *(t.id for e in events for t in e.tokens)]
 
 
 class OfPlainPrompt:

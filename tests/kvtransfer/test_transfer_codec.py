@@ -50,7 +50,9 @@ def over_the_wire(message: object) -> object:
 @given(SAMPLINGS, st.lists(U32).map(tuple))
 def test_open(sampling: Sampling, prompt_ids: tuple[int, ...]) -> None:
     state = (StateSite("q", 8), StateSite("up", 30))
-    request = Open("r", "c", MODEL, 20, 17, 18, sampling, 3, 2, 1, 4, prompt_ids, 1_900_000_000_000, state)
+    request = Open(
+        "r", "c", MODEL, 20, 17, 18, sampling, 3, 2, 1, 4, prompt_ids, 1_900_000_000_000, state, 16
+    )
     assert [request.site_bytes("up"), request.state_bytes] == [3 * 30 * 2, 3 * 38 * 2]
     assert codec.open_from_proto(over_the_wire(codec.open_to_proto(request))) == request  # type: ignore[arg-type]
 
@@ -59,10 +61,10 @@ def test_a_negative_seed_keeps_its_64_bits() -> None:
     assert codec.sampling_to_proto(Sampling(1, seed=-1)).seed == 2**64 - 1
 
 
-@given(TOKENS, st.sampled_from([None, "stop", "length"]))
-def test_frames(token: Token, reason: str | None) -> None:
+@given(st.lists(TOKENS).map(tuple), st.sampled_from([None, "stop", "length"]))
+def test_frames(tokens: tuple[Token, ...], reason: str | None) -> None:
     frame = TokenFrame(
-        7, (TokenEvent("r", 1, 2, 3, token, reason), TokenEvent("r", 1, 0, 4, None, "error", "boom"))
+        7, (TokenEvent("r", 1, 2, 3, tokens, reason), TokenEvent("r", 1, 0, 4, (), "error", "boom"))
     )
     reply = over_the_wire(codec.frame_to_proto(frame))
     assert codec.frame_from_proto(reply.frame) == frame  # type: ignore[attr-defined]

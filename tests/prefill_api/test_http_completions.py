@@ -229,3 +229,23 @@ async def test_wrong_names_are_told(
 ) -> None:
     response = await client.post("/v1/completions", json={"prompt": PROMPT, **body})
     assert (response.status_code, response.json()["error"]["param"]) == (status, param)
+
+
+@pytest.mark.parametrize(
+    ("body", "together"),
+    [
+        ({}, True),
+        ({"n": 2, "logprobs": 1}, True),
+        ({"stream": True}, False),
+        ({"stop": ["END"]}, False),
+        ({"task": "e2e"}, False),  # its artefact brings a stop text
+        ({"task": "e2e", "stop": []}, True),
+    ],
+)
+async def test_tokens_are_told_one_by_one_where_somebody_looks_at_each(
+    client: httpx.AsyncClient, engine: Any, body: dict[str, Any], together: bool
+) -> None:
+    answer = await client.post("/v1/completions", json={"prompt": PROMPT, "max_tokens": 3, **body})
+    assert answer.status_code == 200
+    (request,) = engine.requests
+    assert (request.tokens_per_event > 1) == together
