@@ -31,7 +31,7 @@ from bench.rounds import interleaved, seconds
 from bench.serving import Served, Steps, bodies, served
 from prad.lm import LanguageModel
 
-_PUSHED = 32  # adapters for a round at most
+_PUSHED = 64  # adapters for a round at most
 SMOKE = {
     "requests": 2,
     "loaded": 3,
