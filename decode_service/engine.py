@@ -3,6 +3,7 @@
 Sequences join and leave between steps; a step is one forward pass and one call of the sampler for all.
 """
 
+import itertools
 import logging
 import threading
 import time
@@ -59,6 +60,7 @@ class PagedEngine:
         self._scheduler = scheduler
         self._deliver = deliver
         self._observe = observe
+        self._phases = itertools.count()
         self._changed = threading.Condition()  # guards the scheduler; never held during a pass
         self._stopping = False
         self._thread = threading.Thread(target=self._loop, name="decode-engine", daemon=True)
@@ -133,7 +135,7 @@ class PagedEngine:
         """Books the step and delivers its events, one message per client."""
         events: defaultdict[str, list[TokenEvent]] = defaultdict(list)
         for ended in plan.ended:
-            events[ended.sequence.request.client_id].append(_ended_event(ended))
+            events[ended.sequence.request.client_id].append(ended.tell())
         with self._changed:
             for outcome in outcomes:
                 sequence = outcome.sequence
@@ -149,15 +151,15 @@ class PagedEngine:
         sequence = outcome.sequence
         if isinstance(outcome, Ended):
             self._scheduler.finish(sequence)
-            return _ended_event(outcome)
+            return outcome.tell()
         draw = outcome.draw
         sequence.advance(Token(draw.token, draw.logprob, draw.top))
         reason = sequence.params.finish_reason(draw.token, sequence.index + 1)
         if reason is not None:
             self._scheduler.finish(sequence)
-        elif len(sequence.untold) < sequence.request.tokens_per_event:
+        elif not sequence.due:
             return None
-        return _event(sequence, reason)
+        return sequence.tell(reason)
 
     # ---- what the service asks, in the service's thread
 
@@ -186,6 +188,7 @@ class PagedEngine:
                 position=request.next_position,
                 kv_len=request.kv_len,
                 state=state,
+                phase=next(self._phases),
             )
             for choice, token in enumerate(first_tokens)
             if params.finish_reason(token.id, request.output_offset + 1) is None
@@ -224,16 +227,3 @@ def _key(sequence: Running) -> SampleKey:
     """The random number of the token that this step draws."""
     request = sequence.request
     return SampleKey(request.sampling.seed, request.prompt_index, sequence.id.choice, sequence.index + 1)
-
-
-def _event(sequence: Running, reason: str | None, error: str = "") -> TokenEvent:
-    """Tells what was untold."""
-    (request_id, attempt), choice = sequence.id
-    tokens = tuple(sequence.untold)
-    sequence.untold.clear()
-    first = sequence.index + 1 - len(tokens)
-    return TokenEvent(request_id, attempt, choice, first, tokens, reason, error or None)
-
-
-def _ended_event(ended: Ended) -> TokenEvent:
-    return _event(ended.sequence, ended.reason.value, ended.message)

@@ -8,7 +8,11 @@ from kvtransfer import Cancel, Open, Token, TokenEvent
 from kvtransfer.kv_frame import Incoming
 
 Deliver = Callable[[Mapping[str, Sequence[TokenEvent]]], None]
-"""Takes one step's events, by client id; called in the engine's thread."""
+"""Takes one step's events, by client id; called in the engine's thread.
+
+An event holds at most its request's `tokens_per_event` tokens, the one that ends a sequence all that were
+not told; a cancelled one's are never told.
+"""
 
 
 @dataclass(frozen=True, slots=True)

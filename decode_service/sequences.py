@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
-from kvtransfer import Open, Token
+from kvtransfer import Open, Token, TokenEvent
 
 if TYPE_CHECKING:  # the type alone: at run time it would bring torch along
     from prad.lm import SamplingParams, SiteVectors
@@ -54,7 +54,8 @@ class Running:
 
     The next step feeds `token` (output index `index`) at `position` and stores its keys and values as the
     `kv_len`-th token of `blocks`. Its rows are multiplied by `state`, if it has any. `untold`: the latest
-    tokens, which its client has not been told yet.
+    tokens, which its client has not been told yet; `phase` is its own, so that sequences that began together
+    are not told in the same step.
     """
 
     id: SequenceId
@@ -66,6 +67,7 @@ class Running:
     position: int
     kv_len: int
     state: SiteVectors | None = None
+    phase: int = 0
     untold: list[Token] = field(default_factory=list)
 
     def advance(self, token: Token) -> None:
@@ -76,6 +78,19 @@ class Running:
         self.position += 1
         self.kv_len += 1
 
+    @property
+    def due(self) -> bool:
+        """Whether its client is to be told now, by `tokens_per_event`."""
+        return (self.index + self.phase) % self.request.tokens_per_event == 0
+
+    def tell(self, reason: str | None, error: str = "") -> TokenEvent:
+        """What was untold, and why the sequence ends, if it does."""
+        tokens = tuple(self.untold)
+        self.untold.clear()
+        (request_id, attempt), choice = self.id
+        first = self.index + 1 - len(tokens)
+        return TokenEvent(request_id, attempt, choice, first, tokens, reason, error or None)
+
 
 @dataclass(frozen=True, slots=True)
 class Ended:
@@ -84,3 +99,6 @@ class Ended:
     sequence: Running
     reason: FinishReason
     message: str = ""
+
+    def tell(self) -> TokenEvent:
+        return self.sequence.tell(self.reason.value, self.message)

@@ -58,6 +58,6 @@ class DecodeSettings(BaseSettings):
     shared_memory: bool = True
     """Take KV through shared memory where a prefill service of this host offers it."""
     outbox_frames: int = Field(default=4096, ge=1)
-    """Frames kept for a client that does not take them."""
+    """Frames kept for a client that does not take them; there is at most one per step."""
     drain_s: float = Field(default=30.0, ge=0)
     """How long running sequences may go on when the service stops."""

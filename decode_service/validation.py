@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from kvtransfer import Open, RejectedError, RejectReason, Sampling
 
 _LARGEST_REQUEST = 1 << 20  # tokens or choices: far beyond any real one, keeps all arithmetic harmless
+_MOST_TOLD = 64  # tokens of a sequence in one event: with all their alternatives they must fit a message
 _LONGEST_SITE = 32  # characters of a name: a refusal repeats unknown ones
 _LARGEST_STATE = 8 << 20  # bytes at one site: a message carries it beside up to 4 MB of others
 
@@ -34,7 +35,8 @@ class Limits:
             (request.prompt_len < 1, "prompt_len must be at least 1"),
             (request.prompt_len > request.kv_len, f"prompt_len is over kv_len {request.kv_len}"),
             (request.next_position < 1, "next_position must be at least 1"),
-            (request.tokens_per_event < 1, "tokens_per_event must be at least 1"),
+            (not 1 <= request.tokens_per_event <= _MOST_TOLD,
+             f"tokens_per_event {request.tokens_per_event} is not in 1 to {_MOST_TOLD}"),
             (last >= self.max_context, f"the sequence reaches position {last}, the model's context ends at "
                                        f"{self.max_context - 1}"),
             (max(request.kv_len, request.choices) > _LARGEST_REQUEST, "kv_len or choices is absurd"),

@@ -36,7 +36,7 @@ class Open:
     kv_len counts the tokens in the KV cache (virtual prefix, prompt, continuation), prompt_len the prompt's
     alone; decode feeds the first token at position next_position. output_offset is the output index of
     that first token. deadline_unix_ms: 0 is none. state: the request state that will come before Commit.
-    tokens_per_event: how many tokens of a sequence are told at once; 1 is each as soon as it is drawn.
+    tokens_per_event: how many tokens of a sequence are told at once, at most; 1 is each when it is drawn.
     """
 
     request_id: str

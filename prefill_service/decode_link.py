@@ -131,7 +131,7 @@ class DecodeLink:
 
 
 def event_error(event: TokenEvent) -> ServingError:
-    """The error behind an event that ends a sequence without a token."""
+    """The error behind an event that ends a sequence early."""
     if event.finish_reason == "deadline":
         return DeadlineError("the request took longer than it may")
     return InternalError(f"decoding ended: {event.error or event.finish_reason}")

@@ -299,12 +299,11 @@ class PrefillEngine:
         job = self._live.get(event.request_id)
         if job is None or job.stage is Stage.FINISHED:
             return
-        if event.finish_reason in ("deadline", "error"):
+        for output in tokens_out(event):
+            job.outputs.put_nowait(output)
+        if not event.tokens or event.finish_reason not in (None, "stop", "length"):
             self._link.cancel(event.request_id, event.attempt)
             job.fail(event_error(event))
-        else:
-            for output in tokens_out(event):
-                job.outputs.put_nowait(output)
 
     def _on_lost(self, trouble: str) -> None:
         for job in list(self._live.values()):

@@ -30,7 +30,7 @@ class PromptRequest:
     plain model. `output_offset`: output tokens that the client has already (a replay's continuation); the
     next one draws under that index, and `sampling.max_tokens` counts them. prompt_ids: of the vocabulary, or
     `task_token_id`s of the version; these stay on the prompt side. tokens_per_event: how many tokens decode
-    may tell at once; 1 if somebody waits for each.
+    tells at once, at most; 1 if somebody waits for each.
     """
 
     request_id: str

@@ -50,8 +50,8 @@ def token(draw: Draw) -> Token:
 
 
 def tokens_out(event: TokenEvent) -> Iterator[TokenOut]:
-    """An event's tokens; a finish reason that comes with a token is the last one's."""
-    last = event.index + len(event.tokens) - 1
+    """An event's tokens. "stop" and "length" are the last one's; other reasons are no token's."""
+    last = event.index + len(event.tokens) - 1 if event.finish_reason in ("stop", "length") else None
     for index, token in enumerate(event.tokens, event.index):
         reason = event.finish_reason if index == last else None
         yield TokenOut(event.choice, index, Draw(token.id, token.logprob, token.top), reason)

@@ -17,8 +17,8 @@ from prefill_service.api.targets import Target, find_target
 from prefill_service.errors import InvalidRequestError, NotReadyError
 from prefill_service.generation import PromptRequest
 
-TOGETHER = 16
-"""Tokens that decode tells at once while nobody looks at each: what telling one costs, its share costs."""
+TOKENS_PER_EVENT = 16
+"""How many tokens decode tells at once where nobody sees them one by one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +130,7 @@ class Admission:
                 sampling=values.params(max_tokens, self._stop_ids),
                 prompt_index=index,
                 choices=request.choices,
-                tokens_per_event=1 if request.stream or values.stop else TOGETHER,
+                tokens_per_event=1 if request.stream or values.stop else TOKENS_PER_EVENT,
             )
             for index, (ids, max_tokens) in enumerate(fitted)
         )

@@ -31,17 +31,20 @@ async def wire(server: DecodeServer) -> AsyncIterator[Proxy]:
         yield proxy
 
 
+@pytest.mark.parametrize("each", [1, 2])
 async def test_reattaching_loses_and_repeats_nothing(
-    model: LanguageModel, server: DecodeServer, wire: Proxy
+    model: LanguageModel, server: DecodeServer, wire: Proxy, each: int
 ) -> None:
     async with prefilling(model, wire.port) as prefill:
-        requests = [(await prefill.hand_over(prompt(9 + i), LONG))[0] for i in range(3)]
+        requests = [
+            (await prefill.hand_over(prompt(9 + i), LONG, tokens_per_event=each))[0] for i in range(3)
+        ]
         for count in (5, 20, 50):
             await prefill.got.until(requests[0].request_id, count=count)
             wire.cut()
         for request in requests:
             events = await prefill.got.until(request.request_id)
-            assert [e.index for e in events] == list(range(1, 120))
+            assert [e.index + i for e in events for i in range(len(e.tokens))] == list(range(1, 120))
         assert prefill.got.numbers == list(range(1, len(prefill.got.numbers) + 1))
         await all_free(server)
 

@@ -232,20 +232,20 @@ async def test_wrong_names_are_told(
 
 
 @pytest.mark.parametrize(
-    ("body", "together"),
+    ("body", "each"),
     [
-        ({}, True),
-        ({"n": 2, "logprobs": 1}, True),
-        ({"stream": True}, False),
-        ({"stop": ["END"]}, False),
-        ({"task": "e2e"}, False),  # its artefact brings a stop text
-        ({"task": "e2e", "stop": []}, True),
+        ({}, 16),
+        ({"n": 2, "logprobs": 1}, 16),
+        ({"stream": True}, 1),
+        ({"stop": ["END"]}, 1),
+        ({"task": "e2e"}, 1),  # its artefact brings a stop text
+        ({"task": "e2e", "stop": []}, 16),
     ],
 )
 async def test_tokens_are_told_one_by_one_where_somebody_looks_at_each(
-    client: httpx.AsyncClient, engine: Any, body: dict[str, Any], together: bool
+    client: httpx.AsyncClient, engine: Any, body: dict[str, Any], each: int
 ) -> None:
     answer = await client.post("/v1/completions", json={"prompt": PROMPT, "max_tokens": 3, **body})
     assert answer.status_code == 200
     (request,) = engine.requests
-    assert (request.tokens_per_event > 1) == together
+    assert request.tokens_per_event == each
