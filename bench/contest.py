@@ -11,7 +11,7 @@ from rich.progress import track
 
 from bench import floor
 from bench.prompts import random_prompts
-from bench.rounds import interleaved
+from bench.rounds import interleaved, ratio
 from prad.lm import LanguageModel
 
 _PATIENCE_S = 30.0  # what takes longer is asked once: `rounds_s` shows it
@@ -77,6 +77,13 @@ def contest(
         row["times_asked"] = len(took.values[name, "total"])
         rows.append(row)
     return [*rows, _row("floor", prefill, prefill + decode, arguments.output)]
+
+
+def times(row: dict[str, Any], other: dict[str, Any]) -> float:
+    """How many times the other's total; of the rounds that both were asked in, if neither is the floor."""
+    if "rounds_s" not in row or "rounds_s" not in other:
+        return float(row["total_s"] / other["total_s"])
+    return ratio(row["rounds_s"]["total"], other["rounds_s"]["total"])
 
 
 def _row(name: str, prefill: float, total: float, output: int) -> dict[str, Any]:

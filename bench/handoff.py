@@ -65,7 +65,6 @@ class Burst:
         high = min(40_000, model.vocab_size)
         self._ids = torch.randint(6, high, (prompts, tokens), generator=generator).tolist()
         self._count = 0
-        self.bytes = prompts * tokens * self._spec.bytes_per_token
         self._kept: list[tuple[Tensor, Tensor]] = []
         self._forward(lambda _, key, value: self._kept.append((key.contiguous(), value.contiguous())))
 
@@ -86,6 +85,12 @@ class Burst:
         await asyncio.gather(*(r.hand_off.commit([Token(STOP)]) for r in rows))
         after = time.perf_counter(), time.process_time(), _cpu_s(self._decode)
         return Cost(*(b - a for a, b in zip(before, after, strict=True)))
+
+    def mib(self, encoding: Encoding) -> float:
+        """Of its KV on the wire."""
+        layers = range(self._model.num_layers)
+        token = sum(sum(self._spec.plane_bytes(layer, encoding)) for layer in layers)
+        return round(sum(map(len, self._ids)) * token / 2**20, 1)
 
     async def _opened(self, client: DecodeClient) -> list[PassRows]:
         self._count += 1
@@ -192,7 +197,7 @@ async def _figures(burst: Burst, clients: dict[str, DecodeClient], rounds: int) 
             alone = await burst.run(None, Encoding.RAW, compute=True)
             beside[kind].append(_Pair(alone, await kinds[kind]()))
     return [
-        {"payload": payload, "bytes": burst.bytes}
+        {"payload": payload, "mib": burst.mib(PAYLOADS[payload][1])}
         | _row(*(beside[what, payload] for what in ("alone", "overlapped", "behind")))
         for payload in clients
     ]

@@ -2,8 +2,9 @@
 
 With adapters at every token this is the honest baseline: what others do, by the same engine. No HTTP, no
 gRPC, no queue burdens it; in a step as in a prompt pass one call per site applies all adapters where they
-lie. Without adapters it is the control: what the adapters cost is the difference. A step with adapters is not
-recorded, so Python runs between its layers, which the control and the decode service do not pay.
+lie. A step with adapters is not recorded: Python runs between its layers, which the decode service does
+not pay. Without adapters it is the control, recorded or not; what adapters cost is the difference to the
+latter.
 """
 
 from collections.abc import Sequence
@@ -44,11 +45,14 @@ class _Sequence:
 
 class OwnEngine:
     """`adapters`: each prompt's own, prepared, which acts on the prompt and on every generated token; None
-    for the plain model."""
+    for the plain model, whose steps are `recorded` or not."""
 
-    def __init__(self, model: LanguageModel, adapters: Sequence[Adapter] | None = None) -> None:
+    def __init__(
+        self, model: LanguageModel, adapters: Sequence[Adapter] | None = None, *, recorded: bool = True
+    ) -> None:
         self._model = model
         self._adapters = adapters
+        self._recorded = recorded
         self._pools: dict[int, Pools] = {}  # by blocks; kept, as a server keeps its own
 
     def generate(self, prompts: Sequence[Sequence[int]], output: int, _: Sequence[str | None] = ()) -> float:
@@ -83,7 +87,7 @@ class OwnEngine:
     def _adapted(self, lengths: Sequence[int]) -> Adaptation | None:
         """Every sequence's rows under its adapter."""
         if self._adapters is None:
-            return None
+            return None if self._recorded else PromptAdaptation([], self._model.device)
         return PromptAdaptation.of_prompts(
             self._adapters, lengths, lengths, self._model.device, self._model.kernels
         )

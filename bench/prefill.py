@@ -12,12 +12,14 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from bench.adapters import ready_adapters
 from bench.model import add_model_arguments, load
+from bench.rounds import ratio
 from prad.adapters import Adapter, PromptAdaptation
 from prad.lm import LanguageModel, PackedBatch
 from prad.lm.kernels import Kind
@@ -61,22 +63,41 @@ def _grown(model: LanguageModel, tokens: int, arguments: argparse.Namespace) -> 
     """A pass of so many tokens, in prompts of the usual length and in a single one, and what is GEMMs."""
     shapes = {"short": [arguments.tokens] * max(1, tokens // arguments.tokens), "one": [tokens]}
     row: dict[str, Any] = {"tokens": tokens}
-    for name, lengths in shapes.items():
-        row[f"{name}_ms"] = round(1e3 * _measure(model, lengths, {}, arguments.rounds)[0]["median_s"], 1)
-        row[f"{name}_gemms_ms"] = _gemms_ms(model, lengths)
+    passes: dict[str, list[_Spent]] = {name: [] for name in shapes}
+    for number in range(arguments.rounds + 1):
+        for name, lengths in shapes.items():
+            spent = _timed_pass(model, lengths)
+            if number:
+                passes[name].append(spent)
+    for name, each in passes.items():
+        row[f"{name}_ms"] = round(1e3 * statistics.median(p.pass_s for p in each), 1)
+        gemms = [p.gemms_s for p in each if p.gemms_s is not None]
+        row[f"{name}_gemms_ms"] = round(1e3 * statistics.median(gemms), 1) if gemms else None
     return row | {"tokens_per_s": round(1e3 * sum(shapes["short"]) / row["short_ms"])}
 
 
-def _gemms_ms(model: LanguageModel, lengths: list[int]) -> float | None:
-    """Of one pass; None where torch computes."""
-    if model.kernels is None:
-        return None
-    model.kernels.spent = Counter()
+@dataclass(frozen=True, slots=True)
+class _Spent:
+    """Of one pass; `gemms_s` None where torch computes."""
+
+    pass_s: float
+    gemms_s: float | None
+
+
+def _timed_pass(model: LanguageModel, lengths: list[int]) -> _Spent:
     prompts = [[100 + i for i in range(n)] for n in lengths]
+    batch = PackedBatch.of_sequences(prompts, device=model.device, kernels=model.kernels)
+    spent: Counter[Kind] = Counter()
+    if model.kernels is not None:
+        model.kernels.spent = spent
+    started = time.perf_counter()
     with torch.inference_mode():
-        model.forward(PackedBatch.of_sequences(prompts, device=model.device, kernels=model.kernels))
-    spent, model.kernels.spent = model.kernels.spent[Kind.LINEAR], None
-    return round(1e3 * spent, 1)
+        model.forward(batch)
+    took = time.perf_counter() - started
+    if model.kernels is None:
+        return _Spent(took, None)
+    model.kernels.spent = None
+    return _Spent(took, spent[Kind.LINEAR])
 
 
 def _measure(
@@ -113,15 +134,13 @@ def _measure(
                 cpu[name].append(time.process_time() - cpu_started)
     rows = []
     for name in passes:
-        # a ratio within its own round: what disturbs a shared machine disturbs neighbours in time alike
-        ratios = [own / plain for own, plain in zip(seconds[name][1:], seconds["plain"][1:], strict=True)]
         row = {
             "adapters": name,
             "median_s": round(statistics.median(seconds[name][1:]), 4),
             "cpu_s": round(statistics.median(cpu[name][1:]), 4),
-            "of_plain": round(statistics.median(ratios), 4),
+            "of_plain": round(ratio(seconds[name][1:], seconds["plain"][1:]), 4),
             "rounds_s": [round(s, 3) for s in seconds[name][1:]],
-            "cpu_of_plain": round(statistics.median(cpu[name][1:]) / statistics.median(cpu["plain"][1:]), 4),
+            "cpu_of_plain": round(ratio(cpu[name][1:], cpu["plain"][1:]), 4),
             **(_floor(model, sets[name], sum(lengths)) if name in sets else {}),
         }
         rows.append(row)

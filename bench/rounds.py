@@ -58,6 +58,12 @@ def interleaved(
     return Samples(values)
 
 
+def ratio(above: Sequence[float], below: Sequence[float]) -> float:
+    """The median of the rounds' ratios, over the rounds that both have: what disturbs a shared machine
+    disturbs neighbours in time alike."""
+    return statistics.median(a / b for a, b in zip(above, below, strict=False))
+
+
 def seconds(work: Callable[[], object]) -> Callable[[], float]:
     """A variant that is measured by the clock."""
 

@@ -2,7 +2,9 @@
 
 PrAd-PA and PrAd-LoRA are our server, asked through HTTP. PA and LoRA apply an adapter at every generated
 token: in our own engine (in-process, no HTTP: the honest baseline), and LoRA also in PEFT's mixed-adapter
-batch. Speed-up: against PEFT's LoRA, and against the same method in our own engine.
+batch. Without adapters our own engine runs twice: as recorded steps, as the decode service does, and not
+recorded, as its rows with adapters are. Speed-up: against PEFT's LoRA, and against the same method in our
+own engine.
 """
 
 import argparse
@@ -12,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.adapters import ready_adapters, write_peft_lora
-from bench.contest import Contestant, add_shape_arguments, contest
+from bench.contest import Contestant, add_shape_arguments, contest, times
 from bench.model import add_model_arguments, load, model_folder
 from bench.own_engine import OwnEngine
 from bench.peer import Peer
@@ -22,6 +24,7 @@ from prad.adapters import METHODS
 SMOKE = {"tasks": [2], "prompt": 8, "output": 4, "rounds": 1, "r": 4}
 _METHODS = {"prad-pa": "PrAd-PA", "prad-lora": "PrAd-LoRA"}
 _OWN = {"prad-pa": "PA, our engine", "prad-lora": "LoRA, our engine"}
+_PLAIN = "no adapters, our engine"
 _PEFT = "LoRA, PEFT"
 
 
@@ -51,7 +54,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             for method, label in _OWN.items():
                 own = OwnEngine(model, ready_adapters(model, method, tasks, arguments.r))
                 contestants[label] = Contestant(own.generate, [label] * tasks)
-            contestants["no adapters, our engine"] = Contestant(OwnEngine(model).generate, [None] * tasks)
+            for label, recorded in ((_PLAIN, True), (f"{_PLAIN}, not recorded", False)):
+                plain = OwnEngine(model, recorded=recorded)
+                contestants[label] = Contestant(plain.generate, [None] * tasks)
             contestants[_PEFT] = Contestant(peft.generate, list(folders)[:tasks])
             rows = contest(contestants, arguments, model, f"{tasks} tasks")
             tables.append({"tasks": tasks, "rows": _with_speed_ups(rows)})
@@ -59,12 +64,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _with_speed_ups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    total = {row["name"]: row["total_s"] for row in rows}
+    named = {row["name"]: row for row in rows}
     for row in rows:
-        name = row["name"].removeprefix("PrAd-")
-        own = total.get(f"{name}, our engine")
-        row["over_peft"] = round(total[_PEFT] / row["total_s"], 2)
-        row["over_own_engine"] = None if own is None else round(own / row["total_s"], 2)
+        own = named.get(f"{row['name'].removeprefix('PrAd-')}, our engine")
+        row["over_peft"] = round(times(named[_PEFT], row), 2)
+        row["over_own_engine"] = None if own is None else round(times(own, row), 2)
     return rows
 
 
