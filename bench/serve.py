@@ -27,11 +27,11 @@ from bench.engine import LoadedEngine
 from bench.latency import latencies, steady_tokens_per_s
 from bench.model import add_model_arguments, load
 from bench.prompts import poisson_arrivals, random_prompts
-from bench.rounds import interleaved, seconds
+from bench.rounds import interleaved, ratio, seconds
 from bench.serving import Served, Steps, bodies, served
 from prad.lm import LanguageModel
 
-_PUSHED = 64  # adapters for a round at most
+_PUSHED = 192  # adapters for a round at most
 SMOKE = {
     "requests": 2,
     "loaded": 3,
@@ -215,14 +215,14 @@ def _streaming(
         return float(number * arguments.output / seconds(steps)())
 
     rates = interleaved({"http": through_http, "alone": alone}, arguments.rounds, "streaming")
-    in_service = statistics.median(per_engine[1:])
+    http, in_service = rates.values["http"], per_engine[1:]  # the first one warms up
     return {
         "clients": number,
         "http_tokens_per_s": round(rates["http"], 1),
-        "engine_in_service_tokens_per_s": round(in_service, 1),
+        "engine_in_service_tokens_per_s": round(statistics.median(in_service), 1),
         "engine_alone_tokens_per_s": round(rates["alone"], 1),
-        "of_engine_in_service": round(rates["http"] / in_service, 3),
-        "of_engine_alone": round(rates["http"] / rates["alone"], 3),
+        "of_engine_in_service": round(ratio(http, in_service), 3),
+        "of_engine_alone": round(ratio(http, rates.values["alone"]), 3),
         "client_cpu_share": round(statistics.median(client_cpu[1:]), 3),
         "rounds_tokens_per_s": rates.figures(1),
     }

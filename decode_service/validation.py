@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from kvtransfer import Open, RejectedError, RejectReason, Sampling
 
 _LARGEST_REQUEST = 1 << 20  # tokens or choices: far beyond any real one, keeps all arithmetic harmless
-_MOST_TOLD = 64  # tokens of a sequence in one event: with all their alternatives they must fit a message
+_MOST_TOLD = (
+    32  # tokens of a sequence in one event, with up to so many alternatives each: what many sequences
+)
+_MOST_ALTERNATIVES = 64  # tell in one step must fit a message
 _LONGEST_SITE = 32  # characters of a name: a refusal repeats unknown ones
 _LARGEST_STATE = 8 << 20  # bytes at one site: a message carries it beside up to 4 MB of others
 
@@ -75,7 +78,10 @@ class Limits:
             (not 0 < top_p <= 1, f"top_p {top_p} is not in (0, 1]"),
             (not 0 <= min_p <= 1, f"min_p {min_p} is not in [0, 1]"),
             (any(i >= self.vocab_size for i in sampling.stop_ids), "a stop id is outside the vocabulary"),
-            ((sampling.logprobs or 0) > self.vocab_size, f"logprobs {sampling.logprobs}"),
+            (
+                (sampling.logprobs or 0) > min(_MOST_ALTERNATIVES, self.vocab_size),
+                f"logprobs {sampling.logprobs}",
+            ),
             (self._all_stop(sampling), "every id of the vocabulary is a stop id, but min_tokens is not 0"),
         ):
             if wrong:

@@ -90,6 +90,11 @@ class TokenEvent:
     finish_reason: str | None = None
     error: str | None = None
 
+    @property
+    def is_early_end(self) -> bool:
+        """Whether the sequence ended before it was done."""
+        return self.finish_reason not in (None, "stop", "length")
+
 
 @dataclass(frozen=True, slots=True)
 class TokenFrame:

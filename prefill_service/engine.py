@@ -301,7 +301,7 @@ class PrefillEngine:
             return
         for output in tokens_out(event):
             job.outputs.put_nowait(output)
-        if not event.tokens or event.finish_reason not in (None, "stop", "length"):
+        if event.is_early_end or not event.tokens:
             self._link.cancel(event.request_id, event.attempt)
             job.fail(event_error(event))
 

@@ -50,8 +50,8 @@ def token(draw: Draw) -> Token:
 
 
 def tokens_out(event: TokenEvent) -> Iterator[TokenOut]:
-    """An event's tokens. "stop" and "length" are the last one's; other reasons are no token's."""
-    last = event.index + len(event.tokens) - 1 if event.finish_reason in ("stop", "length") else None
+    """An event's tokens. A finish reason is the last one's, but that of an early end is no token's."""
+    last = None if event.is_early_end else event.index + len(event.tokens) - 1
     for index, token in enumerate(event.tokens, event.index):
         reason = event.finish_reason if index == last else None
         yield TokenOut(event.choice, index, Draw(token.id, token.logprob, token.top), reason)
