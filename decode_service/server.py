@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["Decode"].full_name
 _FLUSH_S = 10.0  # a client's process may not get a core at once
-_GRACE_S = 1.0
+_GRACE_S = 5.0  # for clients to take their last frames and go
 _DRAIN_LOOK_S = 0.05
 
 

@@ -119,6 +119,8 @@ class DecodeService(DecodeServicer):
                 await context.write(pb.TokenReply(attached=pb.Attached(session=name)))
                 while (frame := await attachment.next()) is not None:
                     await context.write(codec.frame_to_proto(frame))
+                await context.write(pb.TokenReply(ended=pb.Ended()))
+                await asyncio.wait((listener,))  # until the client goes
             finally:
                 self._sessions.detach(client_id, attachment)
                 listener.cancel()

@@ -13,7 +13,6 @@ from kvtransfer.errors import LostError, ProtocolError, TimedOutError
 from kvtransfer.messages import Cancel, TokenFrame
 from kvtransfer.proto import handoff_pb2 as pb
 from kvtransfer.settings import TransferSettings
-from kvtransfer.status import error_of
 
 _REMEMBERED_CANCELS = 256
 
@@ -34,6 +33,7 @@ class TokenStream:
         self._connected = False
         self._received = 0
         self._closed = False
+        self._ended = False
         self._done = 0
         self._acknowledged = 0
         # a cancel is idempotent, and a connection may break with it on the way: the latest are said again
@@ -101,7 +101,7 @@ class TokenStream:
         if self._session not in ("", session):
             call.cancel()
             raise _GoneError("decode has given up this client's sequences")
-        self._session, self._call = session, call
+        self._session, self._call, self._ended = session, call, False
         self._connected = True
         self._acknowledged = self._received
         self._cancels.extendleft(reversed(self._said))
@@ -110,13 +110,14 @@ class TokenStream:
         self._speaker = asyncio.create_task(self._speak(call))
 
     async def _read(self) -> Any:
-        async with translated(self._call, None, "a token frame"):
-            message = await self._call.read()
-            if message is not grpc.aio.EOF:
-                return message
-            if await self._call.code() is grpc.StatusCode.OK:
-                raise _GoneError("decode has shut down")
-            raise error_of(await self._call.code(), await self._call.details())
+        if not self._ended:
+            async with translated(self._call, None, "a token frame"):
+                message = await read(self._call)
+            self._ended = message.WhichOneof("reply") == "ended"
+        if self._ended:
+            self._call.cancel()  # decode waits for that
+            raise _GoneError("decode has shut down")
+        return message
 
     async def _reattach(self) -> None:
         pause = self._settings.backoff_first_s

@@ -343,12 +343,18 @@ class Cancel(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., choice: _Optional[int] = ...) -> None: ...
 
 class TokenReply(_message.Message):
-    __slots__ = ("attached", "frame")
+    __slots__ = ("attached", "frame", "ended")
     ATTACHED_FIELD_NUMBER: _ClassVar[int]
     FRAME_FIELD_NUMBER: _ClassVar[int]
+    ENDED_FIELD_NUMBER: _ClassVar[int]
     attached: Attached
     frame: TokenFrame
-    def __init__(self, attached: _Optional[_Union[Attached, _Mapping]] = ..., frame: _Optional[_Union[TokenFrame, _Mapping]] = ...) -> None: ...
+    ended: Ended
+    def __init__(self, attached: _Optional[_Union[Attached, _Mapping]] = ..., frame: _Optional[_Union[TokenFrame, _Mapping]] = ..., ended: _Optional[_Union[Ended, _Mapping]] = ...) -> None: ...
+
+class Ended(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class Attached(_message.Message):
     __slots__ = ("session",)

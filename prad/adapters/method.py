@@ -34,7 +34,7 @@ LayerParameters = dict[str, tuple[Tensor, ...]]
 class MethodConfig(BaseModel):
     """A method's own part of `prad.json`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class LowRankConfig(MethodConfig):

@@ -1,6 +1,7 @@
 """`prad train`: examples in, adapter folder out."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -19,6 +20,16 @@ from prad.cli.model import (
 )
 
 
+def _positive(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise typer.BadParameter(f"expected a number above 0, got {text}")
+    return number
+
+
 def train_command(
     task: Annotated[str, typer.Option(help="Name of the task, for the messages.")],
     data: Annotated[
@@ -33,8 +44,8 @@ def train_command(
     method: Annotated[
         str,
         typer.Option(
-            help="prad-pa, -sa, -lora, -dora, -ia3, -bitfit, ..., or full: every weight of the model, as a "
-            "baseline."
+            help="prad-pa, prad-sa, prad-lora, prad-dora, prad-mam, prad-bitfit, prad-ia3, prad-prefix, "
+            "prad-prompt, prad-para, para, or full: every weight of the model, as a baseline."
         ),
     ] = "prad-pa",
     positions: Annotated[
@@ -57,7 +68,10 @@ def train_command(
     examples: Annotated[
         int | None, typer.Option(help="Only the first so many training examples.", min=1)
     ] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the data.  \\[default: 1]")] = None,
+    epochs: Annotated[
+        float | None,
+        typer.Option(help="Passes over the data.  \\[default: 1]", parser=_positive, metavar="<float>"),
+    ] = None,
     max_steps: Annotated[
         int | None, typer.Option(help="Stop after this many steps.  \\[default: by epochs]", min=1)
     ] = None,
@@ -65,8 +79,11 @@ def train_command(
         int | None, typer.Option(help="Examples per forward pass and process.  \\[default: 16]", min=1)
     ] = None,
     accumulate: Annotated[int, typer.Option(help="Forward passes per step.", min=1)] = 1,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate.  \\[default: 0.001]")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    lr: Annotated[
+        float | None,
+        typer.Option(help="Peak learning rate.  \\[default: 0.001]", parser=_positive, metavar="<float>"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.", min=0, max=2**32 - 1)] = 0,
     eval_every: Annotated[
         int | None,
         typer.Option(help="Steps between evaluations and checkpoints.  \\[default: 100]", min=1),

@@ -3,8 +3,11 @@
 Under `accelerate launch` or `torchrun` every process runs this; the main one alone writes.
 """
 
+import math
+import os
 import shutil
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +28,7 @@ from prad.adapters import (
 )
 from prad.artefact import (
     FULL,
+    RECORD,
     AdapterRecord,
     BaseModelRef,
     GenerationDefaults,
@@ -57,6 +61,7 @@ def train(
     """
     record = _record(model, base_name, settings)
     require_free_names(record, tokenizer)
+    _require_own_folder(settings.out)
     module = _module(model, tokenizer, record, settings)
     room = model.max_context - record.virtual_tokens - settings.max_completion
     if room < 1:
@@ -87,6 +92,9 @@ def train(
         result = trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         line.close()
+    best = trainer.state.best_metric
+    if best is None or not math.isfinite(best):
+        raise DataError(f"the validation loss was never finite (the best: {best}): try a lower learning rate")
     outcome = {
         "examples": len(training),
         "processes": arguments.world_size,
@@ -95,7 +103,7 @@ def train(
         "seconds": round(time.monotonic() - started),
         "tokens_per_second": round(line.tokens_per_second),
         "train_loss": round(result.training_loss, 4),
-        "validation_loss": round(trainer.state.best_metric, 4),
+        "validation_loss": round(best, 4),
         "prad": __version__,
         "torch": torch.__version__,
     }
@@ -107,6 +115,15 @@ def train(
         shutil.rmtree(settings.out / CHECKPOINTS)
     trainer.accelerator.wait_for_everyone()
     return record
+
+
+def _require_own_folder(out: Path) -> None:
+    """Raises DataError if the artefact cannot go there, or one is there already."""
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise DataError(f"{out} cannot be made: {there} is no folder that can be written to")
+    if (out / RECORD).exists():
+        raise DataError(f"{out} holds an adapter already: remove it, or choose another folder")
 
 
 def _module(

@@ -125,3 +125,14 @@ def test_a_methods_settings_that_are_none_are_named(config: str, said: str, tmp_
     assert (ended.returncode, ended.stdout) == (2, "")
     assert f"--config {said}" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    "wrong", [("--epochs", "0"), ("--epochs", "x"), ("--lr", "nan"), ("--lr", "-1"), ("--seed", "-1")]
+)
+def test_training_settings_that_make_no_sense(wrong: tuple[str, str], tmp_path: Path) -> None:
+    ended = prad("train", "--task", "t", "--data", tmp_path, "--out", tmp_path / "out", *wrong)
+    assert ended.returncode == 2
+    assert wrong[0] in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert not (tmp_path / "out").exists()

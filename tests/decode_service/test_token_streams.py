@@ -20,6 +20,8 @@ from handing_over import (
 
 from decode_service import BindError, CacheTooSmallError, DecodeServer, serving
 from kvtransfer import FencedError, LostError, RejectedError, RejectReason, Sampling, Token
+from kvtransfer.proto import handoff_pb2 as pb
+from kvtransfer.proto.handoff_pb2_grpc import DecodeStub
 from prad.lm import LanguageModel
 
 LONG = Sampling(max_tokens=120)
@@ -47,6 +49,24 @@ async def test_reattaching_loses_and_repeats_nothing(
             assert [e.index + i for e in events for i in range(len(e.tokens))] == list(range(1, 120))
         assert prefill.got.numbers == list(range(1, len(prefill.got.numbers) + 1))
         await all_free(server)
+
+
+async def test_a_shutdown_waits_for_the_client_to_go(model: LanguageModel) -> None:
+    """What the client still writes would otherwise meet a closed stream, and gRPC gives up what is unread."""
+    service = serving(decode_settings(), model)
+    server = await service.__aenter__()
+    async with insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        call = DecodeStub(channel).Tokens()  # type: ignore[no-untyped-call]
+        await call.write(pb.TokenControl(attach=pb.Attach(client_id="c")))
+        assert (await call.read()).WhichOneof("reply") == "attached"
+        stopping = asyncio.create_task(service.__aexit__(None, None, None))
+        assert (await call.read()).WhichOneof("reply") == "ended"
+        for _ in range(20):
+            await call.write(pb.TokenControl(acknowledge=pb.Acknowledge(frame=0)))
+            await asyncio.sleep(0.01)
+        assert not stopping.done()
+        call.cancel()
+        await stopping
 
 
 async def test_a_cancel_survives_a_broken_connection(

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import Trainer
 
-from prad.adapters import METHODS, Adapter, find_method, load_adapter, new_adapter
+from prad.adapters import METHODS, Adapter, AdapterError, find_method, load_adapter, new_adapter
 from prad.artefact import WEIGHTS, AdapterRecord, BaseModelRef, read_artefact
 from prad.lm import LanguageModel, Tokenizer
 from prad.training.data import DataError, collate, read_examples, tokenise
@@ -346,3 +346,29 @@ def test_every_method_trains_and_loads(
     found = find_method(method)
     fresh = validation_loss(model, tokenizer, data, new_adapter(found, found.configure({}), model, seed=0))
     assert record.training["validation_loss"] < fresh, "it has learnt something"
+
+
+def test_nothing_is_written_over_and_no_broken_adapter_is_kept(
+    data: Path, tiny_model: Callable[[str], Path], load_tiny: Callable[[str], LanguageModel], tmp_path: Path
+) -> None:
+    model, tokenizer = load_tiny("llama"), Tokenizer(tiny_model("llama"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="file is no folder that can be written to"):
+        train(model, tokenizer, "tiny", settings(data, tmp_path / "file" / "out", max_steps=1))
+    with pytest.raises(DataError, match=r"never finite .* lower learning rate"):
+        train(model, tokenizer, "tiny", settings(data, tmp_path / "bad", max_steps=4, learning_rate=1e38))
+    assert not (tmp_path / "bad" / WEIGHTS).exists()
+    train(model, tokenizer, "tiny", settings(data, tmp_path / "kept", max_steps=1))
+    before = (tmp_path / "kept" / WEIGHTS).read_bytes()
+    with pytest.raises(DataError, match="holds an adapter already"):
+        train(model, tokenizer, "tiny", settings(data, tmp_path / "kept", max_steps=1))
+    assert (tmp_path / "kept" / WEIGHTS).read_bytes() == before
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_settings_that_are_not_finite_are_refused(method: str) -> None:
+    for name, field in find_method(method).config_type.model_fields.items():
+        if field.annotation is float:
+            for value in (float("nan"), float("inf")):
+                with pytest.raises(AdapterError, match=f"{name}: Input should be a finite number"):
+                    find_method(method).configure({name: value})
