@@ -25,6 +25,7 @@ from torch import Tensor
 from bench.model import add_model_arguments, load, model_flags
 from decode_service import model_spec
 from kvtransfer import DecodeClient, Encoding, LostError, Open, PassRows, Sampling, Token, TransferSettings
+from kvtransfer.memory import keep_freed_memory
 from prad.cli.stack import Stack
 from prad.lm import LanguageModel, PackedBatch
 from prefill_service.layers import PassLayers
@@ -135,6 +136,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    keep_freed_memory()  # as a prefill service does
     with tempfile.TemporaryDirectory() as folder, Stack(Path(folder)) as stack:
         stack.start("decode", [*model_flags(arguments), "--port", str(DECODE), "--kv-cache-mib", "256"])
         (decode,) = (p for p in psutil.Process().children() if "decode" in p.cmdline())

@@ -22,6 +22,7 @@ from decode_service.service import DecodeService
 from decode_service.sessions import Sessions
 from decode_service.settings import DecodeSettings
 from kvtransfer import LayerSpec, ModelSpec, TransferSettings
+from kvtransfer.memory import keep_freed_memory
 from kvtransfer.proto import handoff_pb2 as pb
 from kvtransfer.proto.handoff_pb2_grpc import add_DecodeServicer_to_server
 from prad.lm import LanguageModel, UnsupportedModelError, require_device, resolve_model
@@ -41,6 +42,7 @@ def run(settings: DecodeSettings) -> None:
 
     Raises BindError, CacheTooSmallError, or prad.lm's ModelError before anything is served.
     """
+    keep_freed_memory()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     asyncio.run(_run(settings))

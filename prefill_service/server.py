@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from adapter_registry.client import AsyncRegistryClient
 from kvtransfer.client import DecodeClient
+from kvtransfer.memory import keep_freed_memory
 from kvtransfer.settings import TransferSettings
 from prad.adapters import Adapter, load_adapter, require_free_names
 from prad.artefact import AdapterRecord, Artefact, task_token_id
@@ -43,6 +44,7 @@ def run(settings: PrefillSettings) -> None:
     """Serves until SIGINT or SIGTERM. Raises CannotStartError or ModelError."""
     logging.basicConfig(level="INFO", format="%(asctime)s prefill %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel("WARNING")
+    keep_freed_memory()
     require_device(settings.device)  # before a model is fetched or converted
     listening = _bind(settings.host, settings.port)
     if settings.threads is not None:
