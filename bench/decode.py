@@ -114,7 +114,7 @@ def _step(took_s: Sequence[float], floors_s: Sequence[float] | None = None) -> d
 
 
 def plot(result: dict[str, Any], figure: Any) -> None:
-    axes = figure.subplots(1, 3)
+    axes = figure.subplots(1, 4)
     for at, (name, x) in zip(axes, (("by_batch", "sequences"), ("by_context", "context")), strict=False):
         rows = result[name]
         at.plot([r[x] for r in rows], [r["step_ms"] for r in rows], marker="o", label="step")
@@ -126,4 +126,7 @@ def plot(result: dict[str, Any], figure: Any) -> None:
     rows = result["by_tasks"]
     axes[2].bar([str(r["tasks"] or "plain") for r in rows], [r["step_ms"] for r in rows])
     axes[2].set(xlabel=f"tasks ({rows[0]['sequences']} sequences)", ylabel="ms")
+    rows = result["by_batch"]
+    axes[3].plot([r["sequences"] for r in rows], [r["kv_mib"] for r in rows], marker="o")
+    axes[3].set(xlabel="sequences", ylabel="KV reserved, MiB")
     figure.suptitle("One decode step")
