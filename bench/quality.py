@@ -34,6 +34,17 @@ ROWS = (
     Row("LoRA", "prad-lora", "all"),
     Row("prefix tuning", "prad-prefix"),
     Row("plain model", None),
+    # the rest of the family: whether it learns at all. Few numbers move in larger steps; none is tuned
+    Row("PrAd-LoRA-FFN", "prad-lora", config=(("targets", ["gate", "up", "down"]),), once=True),
+    Row("PrAd-SA", "prad-sa", once=True),
+    Row("SA", "prad-sa", "all", once=True),
+    Row("PrAd-DoRA", "prad-dora", once=True),
+    Row("PrAd-MaM", "prad-mam", once=True),
+    Row("PrAd-BitFit", "prad-bitfit", learning_rate=1e-2, once=True),
+    Row("PrAd-IA3", "prad-ia3", learning_rate=1e-2, once=True),
+    Row("prompt tuning", "prad-prompt", learning_rate=1e-2, once=True),
+    Row("PrAd-PARA", "prad-para", once=True),
+    Row("PARA", "para", once=True),
 )
 # so many that a cell takes some minutes on two cores
 COLUMNS = (
@@ -107,6 +118,7 @@ def figures(study: Study, rows: list[Row], columns: list[Column]) -> dict[str, A
     scores: list[dict[str, Any]] = [
         {"name": row.name, **{c.task: _shown(c, list(each[row.name, c.task].values())) for c in columns}}
         for row in rows
+        if not row.once
     ]
     differences = []
     for row in rows:
@@ -124,6 +136,7 @@ def figures(study: Study, rows: list[Row], columns: list[Column]) -> dict[str, A
                         "holds_zero": "yes" if difference.low <= 0 <= difference.high else "no",
                     }
                 )
+    trained = [row for row in rows if row.method is not None and not row.once]
     settings = [
         {
             "task": c.task,
@@ -132,13 +145,38 @@ def figures(study: Study, rows: list[Row], columns: list[Column]) -> dict[str, A
             "epochs": c.epochs,
             "test": c.test,
             "seeds": _of_all(
-                min((len(each[row.name, c.task]) for row in rows if row.method is not None), default=0),
+                min((len(each[row.name, c.task]) for row in trained), default=0),
                 len(c.seeds),
             ),
         }
         for c in columns
     ]
-    return {"model": study.name, "scores": scores, "differences": differences, "settings": settings}
+    return {
+        "model": study.name,
+        "scores": scores,
+        "differences": differences,
+        "settings": settings,
+        "methods": _methods(study, rows, columns[0]),
+    }
+
+
+def _methods(study: Study, rows: list[Row], column: Column) -> list[dict[str, Any]]:
+    """One seed of one task under every method: what it takes, and whether it learns."""
+    shown = []
+    for row in rows:
+        cell = None if row.method is None else study.finished(row, column, column.seeds[0])
+        if cell is not None:
+            training = cell["training"]
+            shown.append(
+                {
+                    "name": row.name,
+                    "parameters": f"{training['parameters']:,}",
+                    "learning_rate": f"{row.learning_rate:g}",
+                    "validation_loss": training["validation_loss"],
+                    "score": cell["scores"][column.metric],
+                }
+            )
+    return shown
 
 
 def _of_all(done: int, asked: int) -> str:
@@ -156,7 +194,9 @@ def _shown(column: Column, each: list[Any]) -> str | None:
 
 def _seeds(row: Row, column: Column) -> tuple[int, ...]:
     """The plain model has nothing to draw."""
-    return column.seeds if row.method is not None else column.seeds[:1]
+    if row.once and column.task != COLUMNS[0].task:
+        return ()
+    return column.seeds if row.method is not None and not row.once else column.seeds[:1]
 
 
 def _sized(column: Column, size: float) -> Column:

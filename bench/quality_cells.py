@@ -27,13 +27,16 @@ from prad.training.train import train
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A method as it is compared. `method` None: the plain model. `against`: its all-position counterpart."""
+    """A method as it is compared. `method` None: the plain model. `against`: its all-position counterpart.
+    `config`: what of its settings is not the default. `once`: one seed of the first task is enough."""
 
     name: str
     method: str | None
     positions: Positions = "prompt"
     learning_rate: float = 1e-3
     against: str | None = None
+    config: tuple[tuple[str, Any], ...] = ()
+    once: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +95,7 @@ class Study:
                     data,
                     out,
                     method=row.method,
+                    config=dict(row.config),
                     positions=row.positions,
                     examples=column.train,
                     epochs=column.epochs,
@@ -133,13 +137,14 @@ class Study:
 
     def _settings(self, row: Row, column: Column) -> dict[str, Any]:
         own = {"method": row.method, "positions": row.positions, "learning_rate": row.learning_rate}
+        config = {"config": dict(row.config)} if row.config else {}
         shared = {
             "model": self.name,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "beams": self.beams,
         }
         of_column = {name: value for name, value in asdict(column).items() if name != "seeds"}
-        return shared | own | of_column
+        return shared | own | config | of_column
 
     def _plain(self, column: Column) -> AdapterRecord:
         """No adapter, but the same template and limits."""
