@@ -16,6 +16,7 @@ from prad.adapters.errors import AdapterError
 from prad.adapters.lora import some_projections
 from prad.adapters.method import FrozenModel, Group, Method, MethodConfig, Parameters
 from prad.lm import Site
+from prad.lm.sites import module_paths
 
 
 class BitFitConfig(MethodConfig):
@@ -35,12 +36,14 @@ class BitFit(Method):
     def shapes(self, config: BitFitConfig, model: FrozenModel) -> dict[str, tuple[int, ...]]:
         without = [site for site in config.targets if model.projection(site)[1] is None]
         if without and config.missing == "refuse":
-            raise AdapterError(f"{self.name}: the model has no bias in {', '.join(without)}")
+            raise AdapterError(
+                f"{self.name}: a '{model.kind}' model has no bias in {', '.join(without)} "
+                f"({module_paths(model.kind, without)})"
+            )
         return {f"{site}.bias": (model.width(site)[1],) for site in config.targets}
 
     def initialise(self, config: BitFitConfig, model: FrozenModel, generator: torch.Generator) -> Parameters:
         return {n: torch.zeros(model.layers, *shape) for n, shape in self.shapes(config, model).items()}
 
     def contribute(self, group: Group, layer: int, site: Site, value: Tensor, source: Tensor) -> None:
-        for span in group.spans:
-            value[span.start : span.stop].add_(group.parameters[span.adapter][f"{site}.bias"][layer])
+        group.affine(layer, value, shift=f"{site}.bias")

@@ -50,7 +50,5 @@ class DoRA(LoRA):
         return super().prepare(config, scaled, model) | beside
 
     def contribute(self, group: Group, layer: int, site: Site, value: Tensor, source: Tensor) -> None:
-        for span in group.spans:
-            own = group.parameters[span.adapter]
-            value[span.start : span.stop].mul_(own[f"{site}.gain"][layer]).add_(own[f"{site}.shift"][layer])
+        group.affine(layer, value, gain=f"{site}.gain", shift=f"{site}.shift")
         super().contribute(group, layer, site, value, source)

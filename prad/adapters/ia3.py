@@ -42,8 +42,7 @@ class IA3(Method):
         return {n: torch.ones(model.layers, *shape) for n, shape in self.shapes(config, model).items()}
 
     def contribute(self, group: Group, layer: int, site: Site, value: Tensor, source: Tensor) -> None:
-        for span in group.spans:
-            value[span.start : span.stop].mul_(group.parameters[span.adapter][f"{site}.ia3_l"][layer])
+        group.affine(layer, value, gain=f"{site}.ia3_l")
 
 
 def _width(model: FrozenModel, site: Site) -> int:

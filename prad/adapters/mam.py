@@ -20,11 +20,15 @@ class MaMConfig(PrefixConfig, ParallelConfig):
     scale: float = 4.0
 
 
+class _Prefix(PrefixTuning):
+    name = "prad-mam"  # what its errors name
+
+
 class MaM(Method):
     name = "prad-mam"
     config_type = MaMConfig
 
-    _prefix = PrefixTuning()
+    _prefix = _Prefix()
     _parallel = ParallelAdapter()
 
     def virtual_tokens(self, config: MaMConfig) -> int:

@@ -19,7 +19,7 @@ from prad.adapters.segments import Segment, Span, cut
 from prad.lm import KVLayout, LanguageModel, PackedBatch, Site, SiteVectors, projection
 from prad.lm.kernels import Kernels, LowRankSpan
 
-_PIECE = 64  # rows that one thread computes at a time
+_PIECE = 64  # rows
 
 Parameters = dict[str, Tensor]
 """A method's parameters by name; each has the layers as its first dimension, or 1 if it is the input's."""
@@ -52,6 +52,12 @@ class FrozenModel:
     """What of a model an adapter's parameters depend on: its sizes, and its projections."""
 
     model: LanguageModel
+
+    @property
+    def kind(self) -> str:
+        """transformers' name of its family."""
+        kind: str = self.model.config.model_type
+        return kind
 
     @property
     def layers(self) -> int:
@@ -133,6 +139,11 @@ class Group:
     kernels: Kernels | None = None
     kept: dict[Any, Any] = field(default_factory=dict)
 
+    @property
+    def by_kernels(self) -> Kernels | None:
+        """What computes here; None: torch, which gradients need."""
+        return None if torch.is_grad_enabled() else self.kernels
+
     def add_low_rank(
         self, layer: int, value: Tensor, source: Tensor, names: LowRankNames, *, relu: bool = False
     ) -> None:
@@ -140,8 +151,8 @@ class Group:
 
         f is ReLU or nothing. `names`: parameters down [in, r], bias [r] if there is one, up [r, out].
         """
-        if self.kernels is not None and not torch.is_grad_enabled():
-            self.kernels.low_rank(value, source, self._pointers(names, value.dtype), layer, relu)
+        if self.by_kernels is not None:
+            self.by_kernels.low_rank(value, source, self._pointers(names, value.dtype), layer, relu)
             return
         for segment in self.segments:
             hidden = source[segment.rows] @ self.joined(segment, names.down, layer, dim=1)  # [rows, ranks]
@@ -151,6 +162,37 @@ class Group:
             segment.add_product(
                 value, hidden.relu_() if relu else hidden, self.joined(segment, names.up, layer)
             )
+
+    def affine(self, layer: int, value: Tensor, *, gain: str | None = None, shift: str | None = None) -> None:
+        """value [T, width] = value · gain + shift in each adapter's rows; they name parameters [width]."""
+        if self.by_kernels is not None:
+            gains, shifts = (None if n is None else self._addresses(n, value.dtype) for n in (gain, shift))
+            self.by_kernels.affine(value, self._pieces, gains, shifts, layer)
+            return
+        for span in self.spans:
+            own, rows = self.parameters[span.adapter], value[span.start : span.stop]
+            if gain is not None:
+                rows.mul_(own[gain][layer])
+            if shift is not None:
+                rows.add_(own[shift][layer])
+
+    def scale(self, value: Tensor, vectors: Tensor) -> None:
+        """value [T, width] *= vectors[i] of [spans, width] in the rows of span i."""
+        if self.by_kernels is not None:
+            gains = vectors.data_ptr() + self._spans_of_pieces * (vectors.stride(0) * vectors.itemsize)
+            self.by_kernels.affine(value, self._pieces, gains, None, 0)
+            return
+        for span, vector in zip(self.spans, vectors, strict=True):
+            value[span.start : span.stop].mul_(vector)
+
+    def means(self, source: Tensor, bounds: Tensor) -> Tensor:
+        """The means of source's rows [start, stop); bounds int64 [n, 2] -> [n, in]."""
+        if self.by_kernels is not None:
+            out = source.new_empty(len(bounds), source.shape[1])
+            self.by_kernels.mean(source, bounds, out)
+            return out
+        rows = (source[start:stop].mean(dim=0, dtype=torch.float32) for start, stop in bounds.tolist())
+        return torch.stack(tuple(rows)).to(source.dtype)
 
     def set_virtual(self, layer: int, value: Tensor, name: str) -> None:
         """The rows of virtual tokens in value [T, ...] become parameter `name` [virtual tokens, ...]."""
@@ -176,22 +218,46 @@ class Group:
     def _pointers(self, names: LowRankNames, dtype: torch.dtype) -> Any:
         """The spans for the kernels; made once per pass."""
         if names not in self._known:
+            of_adapters = [
+                [None if name is None else _first_of_stack(of[name], dtype) for name in names]
+                for of in self.parameters
+            ]
             pieces = []
-            for span in self.spans:
-                of, config = self.parameters[span.adapter], self.configs[span.adapter]
-                down, bias, up = (
-                    None if name is None else _first_of_stack(of[name], dtype)
-                    for name in (names.down, names.bias, names.up)
-                )
-                for first in range(span.start, span.stop, _PIECE):
-                    last = min(span.stop, first + _PIECE)
-                    pieces.append(LowRankSpan(first, last, down, bias, up, config.r, config.factor))
-            spans = (LowRankSpan * len(pieces))(*pieces)
-            self._known[names] = spans
+            for first, last, i in self._cut:
+                adapter = self.spans[i].adapter
+                config, (down, up, bias) = self.configs[adapter], of_adapters[adapter]
+                pieces.append(LowRankSpan(first, last, down, bias, up, config.r, config.factor))
+            self._known[names] = (LowRankSpan * len(pieces))(*pieces)
         return self._known[names]
 
     @cached_property
-    def _known(self) -> dict[LowRankNames, Any]:
+    def _cut(self) -> tuple[tuple[int, int, int], ...]:
+        """The spans in pieces that one thread computes at a time: (start, stop, number of the span)."""
+        return tuple(
+            (first, min(span.stop, first + _PIECE), i)
+            for i, span in enumerate(self.spans)
+            for first in range(span.start, span.stop, _PIECE)
+        )
+
+    @cached_property
+    def _pieces(self) -> Tensor:
+        """int64 [pieces, 2]."""
+        return torch.tensor([piece[:2] for piece in self._cut])
+
+    @cached_property
+    def _spans_of_pieces(self) -> Tensor:
+        return torch.tensor([piece[2] for piece in self._cut])
+
+    def _addresses(self, name: str, dtype: torch.dtype) -> Tensor:
+        """Where each piece's parameter lies, int64 [pieces]; made once per pass."""
+        if name not in self._known:
+            stacks = [_first_of_stack(of[name], dtype) for of in self.parameters]
+            self._known[name] = torch.tensor([stacks[self.spans[i].adapter] for _, _, i in self._cut])
+        known: Tensor = self._known[name]
+        return known
+
+    @cached_property
+    def _known(self) -> dict[LowRankNames | str, Any]:
         return {}
 
     @cached_property

@@ -55,17 +55,16 @@ class PromptPARA(Method):
         return fresh
 
     def contribute(self, group: Group, layer: int, site: Site, value: Tensor, source: Tensor) -> None:
-        for span, vector in zip(group.spans, self._vectors(group, layer, site, source), strict=True):
-            value[span.start : self._end(span)].mul_(vector)
+        self._scaled(group).scale(value, self._vectors(group, layer, site, source))
 
-    def _end(self, span: Span) -> int:
-        """Behind the last row that is scaled."""
-        return span.stop
+    def _scaled(self, group: Group) -> Group:
+        """Whose spans are the rows that are scaled."""
+        return group
 
     def _vectors(self, group: Group, layer: int, site: Site, source: Tensor) -> Tensor:
         """[spans, width of the site]; the layer's q and v come first, and have its entry as their source."""
         if ("pooled", layer) not in group.kept:
-            group.kept["pooled", layer] = _pooled(group, source)
+            group.kept["pooled", layer] = group.means(source, self._pooling(group))
         pooled: Tensor = group.kept["pooled", layer]
         vectors = pooled.new_ones(len(pooled), group.parameters[0][_up(site)][layer].shape[1])
         if "generators" not in group.kept:  # a low-rank change whose rows are the spans
@@ -75,12 +74,27 @@ class PromptPARA(Method):
         group.kept["generators"].add_low_rank(layer, vectors, pooled, names, relu=True)
         return vectors
 
+    def _pooling(self, group: Group) -> Tensor:
+        """The rows that are pooled, [start, stop) of each span; int64 [spans, 2] on the CPU."""
+        if "pooling" not in group.kept:
+            rows = [
+                (s.start if group.configs[s.adapter].pooling == "mean" else s.stop - 1, s.stop)
+                for s in group.spans
+            ]
+            group.kept["pooling"] = torch.tensor(rows)
+        bounds: Tensor = group.kept["pooling"]
+        return bounds
+
 
 class PARA(PromptPARA):
     name = "para"
 
-    def _end(self, span: Span) -> int:
-        return span.stop + span.after
+    def _scaled(self, group: Group) -> Group:
+        if "scaled" not in group.kept:
+            spans = tuple(s._replace(stop=s.stop + s.after) for s in group.spans)
+            group.kept["scaled"] = replace(group, spans=spans)
+        scaled: Group = group.kept["scaled"]
+        return scaled
 
     def _vectors(self, group: Group, layer: int, site: Site, source: Tensor) -> Tensor:
         vectors = super()._vectors(group, layer, site, source)
@@ -98,14 +112,3 @@ class PARA(PromptPARA):
 
 def _up(site: Site) -> str:
     return f"generator.{site}"
-
-
-def _pooled(group: Group, source: Tensor) -> Tensor:
-    """source [T, in] of the pass -> [spans, in]: one row for each prompt."""
-    rows = []
-    for span in group.spans:
-        if group.configs[span.adapter].pooling == "last":
-            rows.append(source[span.stop - 1])
-        else:
-            rows.append(source[span.start : span.stop].mean(dim=0, dtype=torch.float32).to(source.dtype))
-    return torch.stack(rows)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from prad.adapters.errors import AdapterError
 from prad.adapters.method import FrozenModel, Group, Method, Parameters
 from prad.adapters.virtual import VirtualConfig, first_ids
-from prad.lm import Site
+from prad.lm import LayerKV, Site
+from prad.lm.sites import module_paths
 
 _NAMES = {Site.KEYS: "prefix.key", Site.VALUES: "prefix.value"}
 
@@ -43,8 +44,12 @@ class PrefixTuning(Method):
 
     def shapes(self, config: PrefixConfig, model: FrozenModel) -> dict[str, tuple[int, ...]]:
         layer = model.layout.layers[0]
-        if any(other != layer for other in model.layout.layers):
-            raise AdapterError(f"{self.name}: the model's layers differ in what they keep of a token")
+        if others := [i for i, kept in enumerate(model.layout.layers) if kept != layer]:
+            raise AdapterError(
+                f"{self.name}: a '{model.kind}' model's layers differ in what they keep of a token "
+                f"({module_paths(model.kind, (Site.K, Site.V))}): layer 0 has {_size(layer)}, "
+                f"layer {others[0]} has {_size(model.layout.layers[others[0]])}"
+            )
         tokens = config.virtual_tokens
         return {
             _NAMES[Site.KEYS]: (tokens, layer.heads, layer.key_dim),
@@ -66,6 +71,10 @@ class PrefixTuning(Method):
 
     def contribute(self, group: Group, layer: int, site: Site, value: Tensor, source: Tensor) -> None:
         group.set_virtual(layer, value, _NAMES[site])
+
+
+def _size(kept: LayerKV) -> str:
+    return f"{kept.heads} keys of {kept.key_dim} and values of {kept.value_dim}"
 
 
 class _Projection(nn.Module):

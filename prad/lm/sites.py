@@ -8,7 +8,7 @@ FFN_IN is the output of the norm before it (for an OPT that norms behind its sub
 FFN_OUT what it adds to the residual stream, before Gemma 3's second norm and OPT's norm behind the addition.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -186,6 +186,14 @@ def require_sites(model_type: str, sites: frozenset[Site], method: str = "the ad
         )
 
 
+def module_paths(model_type: str, sites: Iterable[Site]) -> str:
+    """What messages call the modules of `sites`: model.layers.*.mlp.up_proj."""
+    family = _FAMILIES.get(model_type)
+    if family is None:
+        return "modules that adapters do not know"
+    return ", ".join(dict.fromkeys(f"{family.layers}.*.{family.taps[site].path}" for site in sites))
+
+
 def projection(model: nn.Module, model_type: str, layer: int, site: Site) -> tuple[Tensor, Tensor | None]:
     """Frozen weight [out, in] and bias [out] of the projection whose output is `site`.
 
@@ -198,7 +206,8 @@ def projection(model: nn.Module, model_type: str, layer: int, site: Site) -> tup
     module = model.get_submodule(f"{family.layers}.{layer}.{tap.path}")
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     if not tap.is_projection or not isinstance(weight, Tensor):
-        raise MissingSiteError(f"{site} is not the output of a projection")
+        where = module_paths(model_type, [site])
+        raise MissingSiteError(f"in a '{model_type}' model no projection computes {site} ({where})")
 
     def own(fused: Tensor) -> Tensor:
         return tap.part_of(fused, _heads(model)).flatten(1)

@@ -21,11 +21,12 @@ from prad.adapters import (
     placeholders,
     prepared,
 )
+from prad.adapters.method import FrozenModel
 from prad.adapters.segments import Span, cut
 from prad.artefact import read_artefact
 from prad.lm import LanguageModel, MissingSiteError, PackedBatch, Site
 from prad.lm.kernels import Kernels
-from tests.conftest import random_artefact
+from tests.conftest import CONFIGS, random_artefact, randomised
 
 METHODS = ("prad-pa", "prad-sa", "prad-lora", "prad-dora", "prad-ia3", "prad-bitfit", "prad-para", "para")
 WITH_VIRTUAL_TOKENS = ("prad-prefix", "prad-prompt", "prad-mam")
@@ -182,8 +183,31 @@ def test_what_the_family_lacks_is_refused_by_name(load_tiny: Callable[[str], Lan
         new_adapter(lora_method, lora_method.configure({"targets": ["gate"]}), load_tiny("gpt2"), 0)
     refusing = bitfit.configure({"missing": "refuse"})
     assert new_adapter(bitfit, refusing, load_tiny("gpt2"), 0).parameters
-    with pytest.raises(AdapterError, match="prad-bitfit: the model has no bias in q, k, v, o, up, down"):
+    with pytest.raises(
+        AdapterError,
+        match=r"prad-bitfit: a 'llama' model has no bias in q, k, v, o, up, down "
+        r"\(model\.layers\.\*\.self_attn\.q_proj, .*, model\.layers\.\*\.mlp\.down_proj\)",
+    ):
         new_adapter(bitfit, refusing, load_tiny("llama"), 0)
+
+
+def test_the_width_of_what_no_projection_computes_is_refused_by_module(
+    load_tiny: Callable[[str], LanguageModel],
+) -> None:
+    said = r"in a 'llama' model no projection computes ffn_out \(model\.layers\.\*\.mlp\)"
+    with pytest.raises(MissingSiteError, match=said):
+        FrozenModel(load_tiny("llama")).width(Site.FFN_OUT)
+
+
+def test_parts_without_a_bias_name_their_fused_module_once(tmp_path: Path) -> None:
+    config = CONFIGS["gpt-neox"]()
+    config.attention_bias = False
+    randomised(config, seed=1).save_pretrained(tmp_path)
+    model, bitfit = LanguageModel.load(tmp_path, dtype=torch.float32), find_method("prad-bitfit")
+    refusing = bitfit.configure({"missing": "refuse", "targets": ["up", "v", "k"]})
+    said = r"a 'gpt_neox' model has no bias in v, k \(gpt_neox\.layers\.\*\.attention\.query_key_value\)"
+    with pytest.raises(AdapterError, match=said):
+        new_adapter(bitfit, refusing, model, 0)
 
 
 def test_weights_that_overflow_in_the_models_dtype_are_refused(

@@ -1,7 +1,10 @@
 """Methods with virtual tokens: how they begin, how training goes through an MLP, and what is refused."""
 
 from collections.abc import Callable
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -142,6 +145,30 @@ def test_more_than_the_context_holds_is_refused(
     write_record(most.folder, most.record.model_copy(update={"virtual_tokens": 512, "config": config}))
     with pytest.raises(AdapterError, match="512 virtual tokens leave no room"):
         load_adapter(read_artefact(most.folder), model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "modules"),
+    [
+        ("llama", r"model\.layers\.\*\.self_attn\.k_proj, model\.layers\.\*\.self_attn\.v_proj"),
+        ("phi", "modules that adapters do not know"),
+    ],
+)
+def test_layers_that_keep_other_shapes_are_refused_by_name(
+    kind: str, modules: str, load_tiny: Callable[[str], LanguageModel]
+) -> None:
+    model = copy(load_tiny("llama"))
+    one, two, *rest = model.layout.layers
+    layers = (one, two, replace(one, heads=4), *rest[1:])
+    model.fingerprint = replace(model.fingerprint, layout=replace(model.layout, layers=layers))
+    model.config = SimpleNamespace(model_type=kind)
+    method = find_method("prad-prefix")
+    said = (
+        rf"prad-prefix: a '{kind}' model's layers differ .* \({modules}\): "
+        "layer 0 has 2 keys of 8 and values of 8, layer 2 has 4 keys of 8 and values of 8"
+    )
+    with pytest.raises(AdapterError, match=said):
+        new_adapter(method, method.configure({}), model, 0)
 
 
 @pytest.mark.parametrize("name", NAMES)

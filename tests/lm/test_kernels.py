@@ -196,6 +196,36 @@ def test_low_rank_reads_what_it_writes(kernels: Kernels, dtype: torch.dtype) -> 
     assert_near(value, expected, DTYPES[dtype])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [7, 16, 50])
+def test_affine(kernels: Kernels, dtype: torch.dtype, width: int) -> None:
+    """Pieces with vectors of their own; rows in none stay, and so does what lies beside."""
+    layers, layer, bounds = 3, 2, torch.tensor([[1, 2], [4, 20], [20, 33]])
+    beside = some(40, width + 5, dtype=dtype)
+    x = beside[:, :width]
+    gains, shifts = ([some(layers, width, dtype=dtype, seed=seed + i) for i in range(3)] for seed in (10, 20))
+    for by_gain, by_shift in ((True, False), (False, True), (True, True)):
+        expected = beside.float().clone()
+        for (start, stop), gain, shift in zip(bounds.tolist(), gains, shifts, strict=True):
+            if by_gain:
+                expected[start:stop, :width] *= gain[layer].float()
+            if by_shift:
+                expected[start:stop, :width] += shift[layer].float()
+        at = [torch.tensor([v.data_ptr() for v in vectors]) for vectors in (gains, shifts)]
+        kernels.affine(x, bounds, at[0] if by_gain else None, at[1] if by_shift else None, layer)
+        assert_near(beside, expected, DTYPES[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [7, 16, 50])
+def test_mean(kernels: Kernels, dtype: torch.dtype, width: int) -> None:
+    beside, bounds = some(70, width + 5, dtype=dtype), torch.tensor([[0, 1], [3, 67], [60, 70]])
+    out = torch.empty(3, width, dtype=dtype)
+    kernels.mean(beside[:, :width], bounds, out)
+    expected = [beside[start:stop, :width].double().mean(0) for start, stop in bounds.tolist()]
+    assert_near(out, torch.stack(expected), DTYPES[dtype])
+
+
 def relu_or_not(x: Tensor, wanted: bool) -> Tensor:
     return relu(x) if wanted else x
 

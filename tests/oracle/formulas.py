@@ -101,9 +101,14 @@ def _stored(projection: nn.Module) -> Tensor:
     return weight if isinstance(projection, nn.Linear) else weight.T
 
 
-def _parallel(config: dict[str, Any], _: Layer, w: Weights) -> Iterator[tuple[str, Formula]]:
+def _bottleneck(
+    config: dict[str, Any], _: Layer, w: Weights, sequential: bool = False
+) -> Iterator[tuple[str, Formula]]:
     def formula(x: Tensor, y: Tensor) -> Tensor:
-        return y + config["scale"] * torch.relu(x @ w["ffn.down"] + w["ffn.bias"]) @ w["ffn.up"]
+        hidden = (y if sequential else x) @ w["ffn.down"]
+        if config["bias"]:
+            hidden = hidden + w["ffn.bias"]
+        return y + config["scale"] * torch.relu(hidden) @ w["ffn.up"]
 
     yield "ffn", formula
 
@@ -113,13 +118,6 @@ def _lora(config: dict[str, Any], _: Layer, w: Weights) -> Iterator[tuple[str, F
     for site in config["targets"]:
         a, b = w[f"{site}.lora_A"], w[f"{site}.lora_B"]
         yield site, lambda x, y, a=a, b=b: y + scale * (x @ a.T) @ b.T
-
-
-def _sequential(config: dict[str, Any], _: Layer, w: Weights) -> Iterator[tuple[str, Formula]]:
-    def formula(x: Tensor, y: Tensor) -> Tensor:
-        return y + config["scale"] * torch.relu(y @ w["ffn.down"] + w["ffn.bias"]) @ w["ffn.up"]
-
-    yield "ffn", formula
 
 
 def _dora(config: dict[str, Any], layer: Layer, w: Weights) -> Iterator[tuple[str, Formula]]:
@@ -133,11 +131,15 @@ def _dora(config: dict[str, Any], layer: Layer, w: Weights) -> Iterator[tuple[st
         yield site, lambda x, y, merged=merged, bias=bias: x @ merged.T + bias
 
 
-def _ia3(_: dict[str, Any], layer: Layer, w: Weights) -> Iterator[tuple[str, Formula]]:
-    for site in ("k", "v"):
-        yield site, lambda x, y, factor=w[f"{site}.ia3_l"]: y * factor
-    frozen, bias = _frozen(layer, "down")
-    yield "down", lambda x, y: (x * w["down_in.ia3_l"]) @ frozen.T + bias
+def _ia3(config: dict[str, Any], layer: Layer, w: Weights) -> Iterator[tuple[str, Formula]]:
+    """Where both the input and the output of down are scaled, the output's factor comes last."""
+    for site in sorted(config["targets"], key=lambda site: site != "down_in"):
+        factor = w[f"{site}.ia3_l"]
+        if site == "down_in":
+            frozen, bias = _frozen(layer, "down")
+            yield "down", lambda x, y, factor=factor, w0=frozen, b=bias: (x * factor) @ w0.T + b
+        else:
+            yield site, lambda x, y, factor=factor: y * factor
 
 
 def _bitfit(config: dict[str, Any], _: Layer, w: Weights) -> Iterator[tuple[str, Formula]]:
@@ -178,15 +180,15 @@ def _in_front_only(*_: Any) -> Iterator[tuple[str, Formula]]:
 
 
 _METHODS: dict[str, Callable[..., Iterator[tuple[str, Formula]]]] = {
-    "prad-pa": _parallel,
-    "prad-sa": _sequential,
+    "prad-pa": _bottleneck,
+    "prad-sa": partial(_bottleneck, sequential=True),
     "prad-lora": _lora,
     "prad-dora": _dora,
     "prad-ia3": _ia3,
     "prad-bitfit": _bitfit,
     "prad-prefix": _in_front_only,
     "prad-prompt": _in_front_only,
-    "prad-mam": _parallel,
+    "prad-mam": _bottleneck,
     "prad-para": _generated,
     "para": partial(_generated, follows=True),
 }

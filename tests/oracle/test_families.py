@@ -5,6 +5,7 @@ stack in test_oracle.
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -72,6 +73,16 @@ VARIANTS: dict[str, Callable[[], PreTrainedConfig]] = {
         attention_bias=False,
     ),
 }
+TASKS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{method: (method, {}) for method in METHODS},
+    # choices beside the defaults, and not among those of test_oracle and test_request_state
+    "pa, no bias": ("prad-pa", {"bias": False, "scale": 0.5}),
+    "sa, no bias": ("prad-sa", {"bias": False, "scale": 2.0}),
+    "mam, no bias": ("prad-mam", {"bias": False, "scale": 0.5, "virtual_tokens": 3}),
+    "dora, rslora": ("prad-dora", {"r": 4, "alpha": 2, "rslora": True, "targets": ["k", "o", "up"]}),
+    "ia3 elsewhere": ("prad-ia3", {"targets": ["down", "o", "q", "down_in", "up"]}),
+    "bitfit in few": ("prad-bitfit", {"targets": ["down", "k"]}),
+}
 FUSED = {"gpt2", "llama", "mistral", "qwen3"}
 LENGTHS = (30, 1, 17)  # of prompts
 OUTPUT = (7, 64, 12, 99, 3, 41)
@@ -84,22 +95,22 @@ def test_every_method_in_one_pass(variant: str, kernels: Kernels, tmp_path: Path
     fast.accelerate(kernels)
     assert fast.is_fused == (generic.config.model_type in FUSED)
     reference = Reference(tmp_path / "model")
-    for seed, method in enumerate(METHODS):
-        random_artefact(tmp_path / method, generic, seed, method=method, config={})
+    for seed, (task, (method, config)) in enumerate(TASKS.items()):
+        random_artefact(tmp_path / task, generic, seed, method=method, config=config)
     prompts = [[(5 * i + 11 * j + j * j) % 119 for j in range(n)] for i, n in enumerate(LENGTHS)]
     expected = {
-        (method, i): reference.logits(prompt, [*OUTPUT, 0], tmp_path / method)
-        for method in METHODS
+        (task, i): reference.logits(prompt, [*OUTPUT, 0], tmp_path / task)
+        for task in TASKS
         for i, prompt in enumerate(prompts)
     }
     for model in (generic, fast):
         for key, (first, later) in last_logprobs(model, tmp_path, prompts).items():
             check(first, expected[key][0])
             check(later, expected[key][-1])
-    for method in METHODS:
+    for task in TASKS:
         for fault in (Fault.ADAPTER_ON_ONE_GENERATED_TOKEN, Fault.ADAPTER_MISSING_ON_LAST_PROMPT_TOKEN):
-            wrong = reference.logits(prompts[0], [*OUTPUT, 0], tmp_path / method, fault)[-1]
-            right = expected[method, 0][-1]
+            wrong = reference.logits(prompts[0], [*OUTPUT, 0], tmp_path / task, fault)[-1]
+            right = expected[task, 0][-1]
             assert float((wrong - right).abs().max()) > TOLERANCE * float(right.max() - right.min())
 
 
@@ -109,22 +120,22 @@ Logprobs = dict[int, float]
 def last_logprobs(
     model: LanguageModel, adapters: Path, prompts: list[list[int]]
 ) -> dict[tuple[str, int], tuple[Logprobs, Logprobs]]:
-    """By method and prompt: the likeliest ids behind the prompt, and behind OUTPUT; all from one pass."""
+    """By task and prompt: the likeliest ids behind the prompt, and behind OUTPUT; all from one pass."""
     params = SamplingParams(max_tokens=9, logprobs=20)
     items = {}
-    for method in METHODS:
-        adapter = load_adapter(read_artefact(adapters / method), model)
+    for task in TASKS:
+        adapter = load_adapter(read_artefact(adapters / task), model)
         for i, prompt in enumerate(prompts):
             for output in ((), OUTPUT):
                 request = PromptRequest("r", None, tuple(prompt), params, continuation_ids=output)
-                items[method, i, output] = PassItem(request, adapter)
+                items[task, i, output] = PassItem(request, adapter)
     pools = Pools(model.layout, 0, 16, "cpu")
     tokens = run_prompt_pass(model, pools, [PassChunk.whole(item) for item in items.values()])
     tops = {}
     for key, item in items.items():
         (draw,) = tokens[item] or ()
         tops[key] = dict(draw.top)
-    return {(m, i): (tops[m, i, ()], tops[m, i, OUTPUT]) for m in METHODS for i in range(len(prompts))}
+    return {(t, i): (tops[t, i, ()], tops[t, i, OUTPUT]) for t in TASKS for i in range(len(prompts))}
 
 
 def check(found: Logprobs, logits: torch.Tensor) -> None:

@@ -43,6 +43,8 @@ class Kind(IntEnum):
     SCALE = 6
     ACTIVATE = 7
     PROMPT = 8
+    AFFINE = 9
+    MEAN = 10
 
 
 class Call(Structure):
@@ -121,6 +123,14 @@ ARGUMENTS: dict[Kind, Any] = {
         **_fields("count query_stride key_stride value_stride heads kv_heads", c_int64),
         **_fields("key_dim value_dim window", c_int64),
         scale=c_float,
+    ),
+    Kind.AFFINE: _struct(
+        "AffineCall",
+        **_fields("x bounds gains shifts", c_void_p),
+        **_fields("count stride width layer", c_int64),
+    ),
+    Kind.MEAN: _struct(
+        "MeanCall", **_fields("x out bounds", c_void_p), **_fields("count stride width", c_int64)
     ),
 }
 
@@ -361,6 +371,41 @@ class Calls(ABC):
                 relu,
             ),
             (value, source, spans),
+        )
+
+    def affine(
+        self, x: Tensor, bounds: Tensor, gains: Tensor | None, shifts: Tensor | None, layer: int
+    ) -> None:
+        """x [T, width] = x · gain + shift in the rows of each piece.
+
+        bounds int64 [n, 2]: their rows, [start, stop), no two of which overlap; gains and shifts int64 [n]:
+        where the vectors [layers, width] lie, in x's dtype.
+        """
+        self._do(
+            Kind.AFFINE,
+            x.dtype is torch.bfloat16,
+            len(x),
+            (
+                x.data_ptr(),
+                bounds.data_ptr(),
+                None if gains is None else gains.data_ptr(),
+                None if shifts is None else shifts.data_ptr(),
+                len(bounds),
+                x.stride(0),
+                x.shape[1],
+                layer,
+            ),
+            (x, bounds, gains, shifts),
+        )
+
+    def mean(self, x: Tensor, bounds: Tensor, out: Tensor) -> None:
+        """x [T, width] to out [n, width]: the means of rows [start, stop) of bounds int64 [n, 2]."""
+        self._do(
+            Kind.MEAN,
+            x.dtype is torch.bfloat16,
+            len(x),
+            (x.data_ptr(), out.data_ptr(), bounds.data_ptr(), len(bounds), x.stride(0), x.shape[1]),
+            (x, out, bounds),
         )
 
     def scale(self, x: Tensor, site: int, layer: int, view: PagedView) -> None:

@@ -1,6 +1,7 @@
 // The kernels' C interface, as calls.py declares it: lists of calls, each a kind and a struct of arguments.
 #include <chrono>
 
+#include "affine.h"
 #include "attention.h"
 #include "linear.h"
 #include "lowrank.h"
@@ -8,7 +9,7 @@
 #include "rows.h"
 #include "scale.h"
 
-enum class Kind : int32_t { linear, norm, rotate, attention, argmax, low_rank, scale, activate, prompt };
+enum class Kind : int32_t { linear, norm, rotate, attention, argmax, low_rank, scale, activate, prompt, affine, mean };
 
 struct Call {
   Kind kind;
@@ -55,6 +56,10 @@ void run(Pool& pool, Kind kind, const void* arguments, int64_t rows, const Paged
       return activate_rows<T>(pool, *static_cast<const ActivateCall*>(arguments), rows);
     case Kind::prompt:
       return prompt_attention<T>(pool, *static_cast<const PromptCall*>(arguments));
+    case Kind::affine:
+      return affine<T>(pool, *static_cast<const AffineCall*>(arguments));
+    case Kind::mean:
+      return mean<T>(pool, *static_cast<const MeanCall*>(arguments));
   }
 }
 }  // namespace
@@ -69,7 +74,7 @@ void prad_sizes(int64_t* out) {
   for (size_t size : {sizeof(Call), sizeof(PagedView), sizeof(LowRankSpan), sizeof(PromptSpan), sizeof(Linear),
                       sizeof(LinearCall), sizeof(NormCall), sizeof(RotateCall), sizeof(AttentionCall),
                       sizeof(ArgmaxCall), sizeof(LowRankCall), sizeof(ScaleCall), sizeof(ActivateCall),
-                      sizeof(PromptCall)})
+                      sizeof(PromptCall), sizeof(AffineCall), sizeof(MeanCall)})
     *out++ = static_cast<int64_t>(size);
 }
 

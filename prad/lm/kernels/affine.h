@@ -1,0 +1,62 @@
+// What many adapters do at once to whole rows: each scales, shifts or pools rows of its own.
+#pragma once
+#include "pool.h"
+#include "vec.h"
+
+// x = x ⊙ gain + shift in the rows of each piece, with vectors of its own.
+struct AffineCall {
+  void* x;                // [rows, width]
+  const int64_t* bounds;  // [count][start, stop)
+  const void *const *gains, *const *shifts;  // [count] of [layers, width]; either may be missing
+  int64_t count, stride, width, layer;
+};
+
+template <class T>
+void affine(Pool& pool, const AffineCall& call) {
+  const int64_t width = call.width, whole = width / 16 * 16;
+  pool.run(call.count, [&](int64_t item) {
+    auto of_layer = [&](const void* const* vectors) {
+      return vectors ? static_cast<const T*>(vectors[item]) + call.layer * width : nullptr;
+    };
+    const T *gain = of_layer(call.gains), *shift = of_layer(call.shifts);
+    for (int64_t row = call.bounds[2 * item]; row < call.bounds[2 * item + 1]; row++) {
+      T* x = static_cast<T*>(call.x) + row * call.stride;
+      for (int64_t i = 0; i < whole; i += 16) {
+        v16 y = load(x + i);
+        if (gain) y *= load(gain + i);
+        if (shift) y += load(shift + i);
+        store(x + i, y);
+      }
+      for (int64_t i = whole; i < width; i++) {
+        float y = to_float(x[i]);
+        if (gain) y *= to_float(gain[i]);
+        if (shift) y += to_float(shift[i]);
+        x[i] = from_float<T>(y);
+      }
+    }
+  });
+}
+
+// out[i] = the mean of the rows of span i, summed in float.
+struct MeanCall {
+  const void* x;          // [rows, width]
+  void* out;              // [count, width]
+  const int64_t* bounds;  // [count][start, stop), none empty
+  int64_t count, stride, width;
+};
+
+template <class T>
+void mean(Pool& pool, const MeanCall& call) {
+  pool.run(call.count, [&](int64_t item) {
+    int64_t start = call.bounds[2 * item], stop = call.bounds[2 * item + 1];
+    T* out = static_cast<T*>(call.out) + item * call.width;
+    for (int64_t i = 0; i < call.width; i += 16) {
+      int64_t lanes = std::min<int64_t>(16, call.width - i);
+      v16 total = {};
+      for (int64_t row = start; row < stop; row++)
+        total += load_some(static_cast<const T*>(call.x) + row * call.stride + i, lanes);
+      total /= splat(static_cast<float>(stop - start));
+      for (int64_t c = 0; c < lanes; c++) out[i + c] = from_float<T>(total[c]);
+    }
+  });
+}
