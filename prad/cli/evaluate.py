@@ -62,9 +62,7 @@ def eval_command(
     if (adapter is None) == (url is None):
         raise typer.BadParameter("give either --adapter or --url")
     if url is not None:
-        if beams > 1:
-            raise typer.BadParameter("a server decodes without beams", param_hint="--beams")
-        results = _served(url, task, data, limit, batch)
+        results = _served(url, task, data, limit, beams, batch)
     elif task is not None:
         raise typer.BadParameter("needs --url: a folder knows no task", param_hint="--task")
     else:
@@ -84,11 +82,14 @@ def eval_command(
 
 
 def _served(
-    url: str, task: str | None, data: Path, limit: int | None, concurrency: int
+    url: str, task: str | None, data: Path, limit: int | None, beams: int, concurrency: int
 ) -> "Iterator[tuple[str, Evaluation]]":
     from prad.training.served import evaluate_served
 
-    yield task or "plain model", evaluate_served(url, task, data, limit=limit, concurrency=concurrency)
+    yield (
+        task or "plain model",
+        evaluate_served(url, task, data, limit=limit, beams=beams, concurrency=concurrency),
+    )
 
 
 @dataclass(frozen=True)

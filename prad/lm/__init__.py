@@ -14,6 +14,7 @@ from prad.lm.fingerprint import Fingerprint
 from prad.lm.kv import KVLayout, KVTarget, LayerKV, PromptKV
 from prad.lm.model import LanguageModel
 from prad.lm.sampling import Draw, SampleKey, SamplingParams, sample
+from prad.lm.search import BeamSearch, Candidate, Child, Greedy, Limits, Search
 from prad.lm.sites import Adaptation, Placement, Site, placements, projection, require_sites
 from prad.lm.source import DEFAULT_MODEL, resolve_model, served_name
 from prad.lm.state import RowScaling, SiteVectors
@@ -22,13 +23,18 @@ from prad.lm.tokenizer import TextStream, Tokenizer
 __all__ = [
     "DEFAULT_MODEL",
     "Adaptation",
+    "BeamSearch",
+    "Candidate",
+    "Child",
     "DeviceError",
     "Draw",
     "Fingerprint",
+    "Greedy",
     "KVLayout",
     "KVTarget",
     "LanguageModel",
     "LayerKV",
+    "Limits",
     "MissingSiteError",
     "ModelError",
     "ModelNotFoundError",
@@ -39,6 +45,7 @@ __all__ = [
     "RowScaling",
     "SampleKey",
     "SamplingParams",
+    "Search",
     "Site",
     "SiteVectors",
     "TextStream",

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from prad.adapters import AdaptedSpan, Adapter, PromptAdaptation, split_task_tokens
-from prad.lm import Adaptation, LanguageModel, PackedBatch, RowScaling
+from prad.lm import Adaptation, Candidate, LanguageModel, PackedBatch, RowScaling, Search
 from prad.lm.chunked import SequenceChunk, chunked_batch
 from prad.lm.paged import Pools
 from prad.training.objective import Positions
 from prad.training.rows import Row, SharedBlocks
-from prad.training.search import Candidate, Search
 
 _BLOCK = 16  # tokens
 _PASS_TOKENS = 4096  # of prompts that are computed together

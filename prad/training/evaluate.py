@@ -10,11 +10,10 @@ from rich.progress import track
 
 from prad.adapters import Adapter, AdapterError, placeholders
 from prad.artefact import AdapterRecord
-from prad.lm import LanguageModel, Tokenizer
+from prad.lm import BeamSearch, Greedy, LanguageModel, Limits, Tokenizer
 from prad.training.data import Example, prompt_ids, read_examples, without_end
 from prad.training.decoding import AdaptedModel, Decoding
 from prad.training.metrics import Judged, scores
-from prad.training.search import BeamSearch, Greedy, Limits
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +47,8 @@ def evaluate(
 
     Greedy, or the best of `beams` beams. Answers are what serving gives: one leading space and what follows
     a stop string are left out. Long prompts are shortened as in training. `batch`: rows of a decode step.
-    Raises DataError, or AdapterError for a chat template or an answer that leaves no room for a prompt.
+    Raises DataError, or AdapterError for an answer that leaves no room for a prompt.
     """
-    if record.chat_template:
-        raise AdapterError("an adapter trained on the chat template can be served, but not evaluated yet")
     examples = without_end(read_examples(data, limit), record.end_token)
     max_tokens = record.generation.max_tokens or 64
     virtual = placeholders(0 if adapter is None else adapter.virtual_tokens)

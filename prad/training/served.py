@@ -18,11 +18,17 @@ class ServerError(Exception):
 
 
 def evaluate_served(
-    url: str, task: str | None, data: Path, *, limit: int | None = None, concurrency: int = 64
+    url: str,
+    task: str | None,
+    data: Path,
+    *,
+    limit: int | None = None,
+    beams: int = 1,
+    concurrency: int = 64,
 ) -> Evaluation:
-    """Greedy answers of the server at `url` for `task` (None: its plain model, with bare prompts).
+    """Answers of the server at `url` for `task` (None: its plain model, with bare prompts).
 
-    They are compared without the task's end token, which the server tells.
+    Greedy, or the best of `beams` beams; compared without the task's end token, which the server tells.
     `concurrency` requests are under way at once. Raises DataError or ServerError.
     """
     examples = read_examples(data, limit)
@@ -33,7 +39,7 @@ def evaluate_served(
         raise ServerError(f"{url!r} is no address of a server: {error}") from error
     with opened as client, ThreadPoolExecutor(concurrency) as pool:
         examples = without_end(examples, None if task is None else _end_token(client, task))
-        asked = [pool.submit(_ask, client, task, example.prompt) for example in examples]
+        asked = [pool.submit(_ask, client, task, example.prompt, beams) for example in examples]
         try:
             answers = [
                 one.result()
@@ -46,8 +52,10 @@ def evaluate_served(
     return Evaluation.of(examples, answers)
 
 
-def _ask(client: httpx.Client, task: str | None, prompt: str) -> str:
+def _ask(client: httpx.Client, task: str | None, prompt: str, beams: int) -> str:
     body: dict[str, Any] = {"prompt": prompt, "temperature": 0.0}
+    if beams > 1:
+        body |= {"use_beam_search": True, "best_of": beams}
     if task is not None:
         body["task"] = task
     text: str = _answered(client, "POST", "/v1/completions", body)["choices"][0]["text"]

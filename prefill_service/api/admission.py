@@ -82,11 +82,13 @@ class Admission:
                 f"'prompt' holds {len(request.prompt)} prompts: expected up to {self._limits.max_prompts}",
                 param="prompt",
             )
-        if (total := len(request.prompt) * request.choices) > self._limits.max_choices:
+        each = request.beams or request.choices
+        if (total := len(request.prompt) * each) > self._limits.max_choices:
+            kind = "choices" if request.beams is None else "beams"
             raise InvalidRequestError(
-                f"{len(request.prompt)} prompts with n={request.choices} are {total} choices: expected up to "
+                f"{len(request.prompt)} prompts with {each} {kind} each are {total} {kind}: expected up to "
                 f"{self._limits.max_choices} in one request",
-                param="n",
+                param="n" if request.beams is None else "best_of",
             )
         record, raw = _record(target), bool(request.raw_prompt)
         prompts = []

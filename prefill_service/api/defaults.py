@@ -28,6 +28,8 @@ class Effective:
     min_tokens: int
     ignore_eos: bool
     alternatives: int | None
+    beams: int | None
+    """How many hypotheses a beam search keeps; None: tokens are drawn one by one."""
 
     def params(self, max_tokens: int, stop_ids: frozenset[int]) -> SamplingParams:
         """What the engine gets for a prompt that leaves room for `max_tokens`."""
@@ -52,11 +54,14 @@ class Effective:
             "min_p": self.min_p,
             "max_tokens": max_tokens,
             "stop": list(self.stop),
-        }
+        } | ({} if self.beams is None else {"beams": self.beams})
 
 
 def effective(request: GenerationRequest, artefact: GenerationDefaults, max_tokens: int) -> Effective:
     """`artefact`: the adapter's defaults (empty for the plain model); `max_tokens`: the API's default."""
+    if request.beams is not None:  # the task's defaults are for drawing
+        drawing = {"temperature": 0.0, "top_p": None, "top_k": None, "min_p": None}
+        artefact = artefact.model_copy(update=drawing)
     temperature = _first(request.temperature, artefact.temperature, 1.0)
     return Effective(
         temperature=0.0 if temperature < GREEDY_BELOW else temperature,
@@ -69,6 +74,7 @@ def effective(request: GenerationRequest, artefact: GenerationDefaults, max_toke
         min_tokens=request.min_tokens or 0,
         ignore_eos=bool(request.ignore_eos),
         alternatives=request.alternatives,
+        beams=request.beams,
     )
 
 

@@ -1,7 +1,7 @@
 """What a client may send to the two generating endpoints. Absent and null mean the same everywhere."""
 
 from abc import abstractmethod
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -27,7 +27,6 @@ _SAMPLING: Neutral = {
     "repetition_penalty": (1,),
     "length_penalty": (1,),
     "logit_bias": ({},),
-    "use_beam_search": (False,),
     "bad_words": ([],),
     "allowed_token_ids": (),
     "stop_token_ids": ([],),
@@ -75,6 +74,7 @@ class GenerationRequest(StrictModel):
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     raw_prompt: bool | None = None
     truncate_prompt_tokens: Truncation = None
+    use_beam_search: bool | None = None
 
     @property
     def choices(self) -> int:
@@ -93,6 +93,22 @@ class GenerationRequest(StrictModel):
     def alternatives(self) -> int | None:
         """How many alternatives to report with each token; None for no log-probabilities."""
 
+    @property
+    def beams(self) -> int | None:
+        """How many hypotheses a beam search keeps; None for no beam search."""
+        return self.choices if self.use_beam_search else None
+
+    @model_validator(mode="after")
+    def _beams_draw_nothing(self) -> "GenerationRequest":
+        if self.use_beam_search:
+            neutral = {"temperature": 0, "top_p": 1, "top_k": 0, "min_p": 0, "min_tokens": 0}
+            for name, value in neutral.items():
+                if (sent := getattr(self, name)) not in (None, value):
+                    raise ValueError(f"'use_beam_search' takes no '{name}': leave it out, got {sent}")
+            if self.alternatives is not None:
+                raise ValueError("'use_beam_search' reports no 'logprobs': leave it out")
+        return self
+
     @model_validator(mode="after")
     def _stream_options_need_stream(self) -> "GenerationRequest":
         if self.stream_options and not self.stream:
@@ -103,7 +119,6 @@ class GenerationRequest(StrictModel):
 class CompletionRequest(GenerationRequest):
     unsupported: ClassVar[Neutral] = {
         **_SAMPLING,
-        "best_of": (1,),
         "echo": (False,),
         "suffix": ("",),
         "add_special_tokens": (True,),
@@ -111,14 +126,20 @@ class CompletionRequest(GenerationRequest):
 
     prompt: Prompts
     logprobs: Logprobs | None = None
+    best_of: Choices | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _best_of_all(cls, data: Any) -> Any:
+    @property
+    def beams(self) -> int | None:
+        return self.best_of or super().beams if self.use_beam_search else None
+
+    @model_validator(mode="after")
+    def _best_of_beams(self) -> "CompletionRequest":
         """Choosing the best of as many as are returned is no choice at all."""
-        if isinstance(data, dict) and type(data.get("best_of")) is int and data["best_of"] == data.get("n"):
-            return {k: v for k, v in data.items() if k != "best_of"}
-        return data
+        if self.best_of is not None and self.best_of < self.choices:
+            raise ValueError(f"'best_of' must be at least 'n', which is {self.choices}, got {self.best_of}")
+        if self.best_of not in (None, self.choices) and not self.use_beam_search:
+            raise ValueError("'best_of' beyond 'n' is supported with 'use_beam_search' only")
+        return self
 
     @property
     def alternatives(self) -> int | None:

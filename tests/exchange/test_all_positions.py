@@ -10,10 +10,9 @@ from peft import IA3Config, LoraConfig, PromptTuningConfig
 from prad.adapters import load_adapter
 from prad.artefact import Artefact
 from prad.exchange import ExchangeError, export_folder, import_folder
-from prad.lm import LanguageModel
+from prad.lm import LanguageModel, Limits
 from prad.training.decoding import AdaptedModel
 from prad.training.evaluate import decoder
-from prad.training.search import Limits
 from tests.conftest import random_artefact
 from tests.exchange.peft_side import IGNORED, PROMPTS, loaded, said, saved, settings
 

@@ -125,7 +125,9 @@ class ModelEngine(WatchedEngine):
 
     def next_tokens(self, request: PromptRequest, outputs: Sequence[list[int]], step: int) -> list[Draw]:
         assert self.model is not None
-        batch = PackedBatch.of_sequences([[*request.prompt_ids, *output] for output in outputs])
+        batch = PackedBatch.of_sequences(
+            [[*request.prompt_ids, *request.continuation_ids, *output] for output in outputs]
+        )
         keys = [
             SampleKey(request.sampling.seed, request.prompt_index, choice, step)
             for choice in range(request.choices)

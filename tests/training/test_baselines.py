@@ -16,12 +16,11 @@ from adapter_registry.errors import AdapterRefusedError
 from prad.adapters import AdapterError, find_method, load_adapter, new_adapter, placeholders
 from prad.artefact import AdapterRecord, NotServableError, read_artefact, read_record, read_servable
 from prad.cli.app import app
-from prad.lm import LanguageModel, Tokenizer
+from prad.lm import LanguageModel, Limits, Tokenizer
 from prad.training.data import TokenisedExample, collate, read_examples, tokenise
 from prad.training.decoding import AdaptedModel
 from prad.training.evaluate import decoder, evaluate
 from prad.training.objective import AdapterTuning, FullTuning
-from prad.training.search import Limits
 from prad.training.settings import TrainSettings
 from prad.training.train import train
 from tests.conftest import EOS, random_artefact

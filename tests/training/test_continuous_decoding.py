@@ -9,11 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from prad.adapters import PromptAdaptation, load_adapter
-from prad.lm import LanguageModel, SamplingParams
+from prad.lm import BeamSearch, Candidate, Child, Greedy, LanguageModel, Limits, SamplingParams
 from prad.lm.kernels import Kernels
 from prad.training.decoding import AdaptedModel
 from prad.training.evaluate import decoder
-from prad.training.search import BeamSearch, Candidate, Child, Greedy, Limits
 from tests.conftest import EOS, VOCAB, random_artefact, random_model
 from tests.generation import generate
 

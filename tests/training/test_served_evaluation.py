@@ -46,6 +46,11 @@ def test_a_server_scores_as_the_folder_does(
     with running_stack(folder, tmp_path / "adapters", root) as stack:
         url = str(stack.api.base_url)
         assert evaluate_served(url, "toy", data, concurrency=16) == here
+        searched = evaluate(
+            model, tokenizer, artefact.record, load_adapter(artefact, model), data, stop_ids=stop_ids, beams=3
+        )
+        assert evaluate_served(url, "toy", data, beams=3, concurrency=8) == searched
+        assert searched.answers != here.answers, "beams find what greedy does not"
         with_end = artefact.record.model_copy(update={"end_token": None})
         other = evaluate(model, tokenizer, with_end, load_adapter(artefact, model), data, stop_ids=stop_ids)
         assert other.scores != here.scores, "it matters that the end token is left out"
@@ -67,7 +72,6 @@ def test_a_server_that_is_not_there_is_named(data: Path) -> None:
     [
         ([], "give either --adapter or --url"),
         (["--url", "http://x", "--adapter", "."], "give either --adapter or --url"),
-        (["--url", "http://x", "--beams", "3"], "a server decodes without beams"),
         (["--adapter", ".", "--task", "toy"], "needs --url"),
     ],
 )

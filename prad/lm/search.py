@@ -118,6 +118,11 @@ class BeamSearch(Search):
         return self._ended[0].score
 
     @property
+    def hypotheses(self) -> tuple[tuple[int, ...], ...]:
+        """Once it has ended: the ids of the `width` best, best first, stop ids included."""
+        return tuple(hypothesis.tokens for hypothesis in self._ended)
+
+    @property
     def answer(self) -> tuple[int, ...]:
         tokens = self._ended[0].tokens
         return tokens[:-1] if tokens[-1] in self._limits.stop_ids else tokens
