@@ -141,8 +141,7 @@ def _said(artefact: "Artefact", source: Path, out: Path | None, model: str) -> s
             "all imports: that is what PEFT does"
         )
     if out is not None:
-        if not record.chat_template:
-            said.append(f"next:  prad eval --adapter {out} --data FILE{model_flag(model)}")
+        said.append(f"next:  prad eval --adapter {out} --data FILE{model_flag(model)}")
         if record.positions == "prompt":
             said.append(f"next:  prad adapter push {out} --task NAME")
     return "\n".join(said)

@@ -94,8 +94,13 @@ def prompt_ids(text: str, tokenizer: Tokenizer, record: AdapterRecord, most: int
     """Ids of a prompt inside its template, as serving computes them, at most `most`.
 
     Longer ones keep their last, as with `truncate_prompt_tokens` in serving. With task tokens only the piece
-    between them that holds the prompt is shortened, from its front. Raises DataError if nothing of it fits.
+    between them that holds the prompt is shortened, from its front. Raises DataError if nothing of it fits,
+    or for a chat template that the model does not have.
     """
+    if record.chat_template:
+        if not tokenizer.has_chat_template:
+            raise DataError("the adapter was trained on a chat template, and this model has none")
+        return tokenizer.encode_chat([{"role": "user", "content": record.wrap(text)}])[-most:]
     first, *more = record.parts(text)
     ids = tokenizer.encode_prompt(first, *more)
     over = len(ids) - most

@@ -1,6 +1,7 @@
 """Data files: what is read, and that a bad line is named by file and number; ids as serving computes them."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from prad.training.data import (
     Example,
     TokenisedExample,
     collate,
+    prompt_ids,
     read_examples,
     tokenise,
     without_end,
@@ -114,11 +116,12 @@ def tokenizer() -> Tokenizer:
     return Tokenizer(resolve_model(DEFAULT_MODEL, Path("~/.cache/prad")))
 
 
+@pytest.mark.parametrize("chat_template", [False, True])
 @pytest.mark.parametrize("template", ["#INPUT: {prompt} #OUTPUT:", "{prompt}", "Review ({prompt}):\n"])
 async def test_training_sees_the_prompt_ids_that_serving_computes(
-    template: str, tokenizer: Tokenizer, tmp_path: Path
+    template: str, chat_template: bool, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    record = RECORD.model_copy(update={"template": template})
+    record = RECORD.model_copy(update={"template": template, "chat_template": chat_template})
     lines = [json.dumps({"prompt": t, "completion": "x"}) for t in TEXTS]
     examples = read_examples(write(tmp_path / "train.jsonl", *lines))
     trained = tokenise(examples, tokenizer, record, max_prompt=512, max_completion=64)
@@ -126,7 +129,14 @@ async def test_training_sees_the_prompt_ids_that_serving_computes(
         serving = PromptEncoder(tokenizer, len(tokenizer), thread_chars)
         for text, example in zip(TEXTS, trained, strict=True):
             assert example.prompt == await serving.completion(record, text, raw=False)
-    assert trained[0].prompt != await serving.completion(record, TEXTS[0], raw=True) or template == "{prompt}"
+    raw = await serving.completion(record, TEXTS[0], raw=True)
+    assert trained[0].prompt != raw or (template == "{prompt}" and not chat_template)
+
+
+def test_a_chat_template_that_the_model_lacks_is_told(tiny_model: Callable[[str], Path]) -> None:
+    record = RECORD.model_copy(update={"chat_template": True})
+    with pytest.raises(DataError, match="trained on a chat template, and this model has none"):
+        prompt_ids("x", Tokenizer(tiny_model("llama")), record, 10)
 
 
 def test_what_is_learnt_decodes_to_what_serving_answers(tokenizer: Tokenizer, tmp_path: Path) -> None:
