@@ -54,7 +54,10 @@ def train_command(
     ] = "prompt",
     preset: Annotated[
         str | None,
-        typer.Option(help="Named settings: quick, paper-sst2, -mnli, -e2e, -mt or -xsum. Flags win."),
+        typer.Option(
+            help="Named settings: quick, paper-sst2, -mnli, -e2e, -webnlg, -mt, -mt-ffn, -xsum or -xsum-ffn. "
+            "Flags win."
+        ),
     ] = None,
     r: Annotated[
         int | None, typer.Option(help="Bottleneck width or rank; the method's default if left out.", min=1)
@@ -62,7 +65,8 @@ def train_command(
     config: Annotated[
         str,
         typer.Option(
-            help='The method\'s other settings as JSON: \'{"targets": ["q", "k", "v", "o"], "alpha": 32}\'.',
+            help='The method\'s other settings as JSON: \'{"targets": ["q", "k", "v", "o"], "alpha": 32}\'. '
+            "Each method's are in docs/training.md.",
         ),
     ] = "{}",
     examples: Annotated[
@@ -137,6 +141,8 @@ def train_command(
     }
     fields = {} if preset is None else preset_fields(preset, method)
     fields |= {name: value for name, value in given.items() if value is not None}
+    if epochs is not None and max_steps is None:
+        fields.pop("max_steps", None)  # a preset's, which would win
     fields["config"] = fields.get("config", {}) | _fields(config) | ({} if r is None else {"r": r})
     if method == FULL and dtype not in ("bfloat16", "float32"):
         raise typer.BadParameter(f"expected bfloat16 or float32, got '{dtype}'", param_hint="--dtype")

@@ -37,6 +37,10 @@ def one_line(text: str) -> str:
             ("train",),
             ["prad train --task sentiment --data", "--eval-every", "--resume", "--seed", "--template"],
         ),
+        (
+            ("train",),
+            ["docs/training.md", "paper-sst2", "-webnlg", "-xsum-ffn", "accelerate launch --multi_gpu"],
+        ),
         (("decode",), ["PRAD_DECODE_", "--kv-cache-mib", "--block-size", "--max-sequences", "--port"]),
         (("registry",), ["PRAD_REGISTRY_", "--data-dir", "--port"]),
         (("eval",), ["prad eval --adapter", "--data"]),

@@ -4,6 +4,7 @@ killed run goes on where it was."""
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,9 +17,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import Trainer
+from typer.testing import CliRunner
 
 from prad.adapters import METHODS, Adapter, AdapterError, find_method, load_adapter, new_adapter
-from prad.artefact import WEIGHTS, AdapterRecord, BaseModelRef, read_artefact
+from prad.artefact import FULL, WEIGHTS, AdapterRecord, BaseModelRef, read_artefact
+from prad.cli.app import app
 from prad.lm import LanguageModel, Tokenizer
 from prad.training.data import DataError, collate, read_examples, tokenise
 from prad.training.evaluate import evaluate
@@ -29,6 +32,7 @@ from prad.training.settings import TrainSettings
 from prad.training.train import CHECKPOINTS, train
 
 YES, NO = "t50", "t60"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "training.md"
 
 
 @pytest.fixture(scope="module")
@@ -262,35 +266,82 @@ def test_training_stops_when_the_validation_loss_no_longer_falls(
     assert record.training["validation_loss"] == 1.0
 
 
-def test_only_so_many_examples_and_a_preset(
+def test_only_so_many_examples(
     data: Path, tiny_model: Callable[[str], Path], load_tiny: Callable[[str], LanguageModel], tmp_path: Path
 ) -> None:
     model, tokenizer = load_tiny("llama"), Tokenizer(tiny_model("llama"))
     record = train(model, tokenizer, "tiny", settings(data, tmp_path, examples=40, batch=16))
     assert (record.training["examples"], record.training["steps"]) == (40, 3)
     assert record.training["tokens_per_second"] > 0
-    assert preset_fields("paper-e2e", "prad-lora")["config"] == {"r": 56, "alpha": 4.0}
-    for name in PRESETS:
-        fields = preset_fields(name, "prad-pa")
-        find_method("prad-pa").configure(fields.get("config", {}))
-        TrainSettings(data, tmp_path, **fields)
+
+
+def test_every_preset_is_one_of_its_methods(tmp_path: Path) -> None:
+    for name, preset in PRESETS.items():
+        for method in preset.methods or METHODS:
+            fields = preset_fields(name, method)
+            if method == FULL:
+                assert not fields["config"]
+            else:
+                find_method(method).configure(fields.get("config", {}))
+            TrainSettings(tmp_path, tmp_path, method=method, **fields)
+    lora = find_method("prad-lora").configure(preset_fields("paper-e2e", "prad-lora")["config"])
+    assert (lora.r, lora.factor) == (56, 4.0)
+    assert preset_fields("paper-mt", "prad-lora")["max_steps"] == 120_000, "a method's own wins"
+    assert preset_fields("paper-mt", "prad-pa")["max_steps"] == 60_000
     with pytest.raises(UnknownPresetError, match="unknown preset 'x'; known: quick, paper-sst2"):
         preset_fields("x", "prad-pa")
-    with pytest.raises(UnknownPresetError, match="'paper-mnli' is for prad-pa, prad-sa, not for prad-ia3"):
+    with pytest.raises(
+        UnknownPresetError, match=r"'paper-mnli' is for prad-pa, prad-sa, .* not for prad-ia3"
+    ):
         preset_fields("paper-mnli", "prad-ia3")
 
 
-@pytest.mark.long
-def test_two_processes_train_what_one_trains(
-    data: Path, tiny_model: Callable[[str], Path], load_tiny: Callable[[str], LanguageModel], tmp_path: Path
+def test_epochs_win_over_a_presets_steps(
+    data: Path, tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """The same command under torch's launcher, on the CPU: each process takes half of every step's batch."""
+    out = tmp_path / "out"
+    command = ["train", "--task", "toy", "--data", str(data), "--out", str(out), "--preset", "paper-e2e"]
+    command += ["--model", str(tiny_model("llama")), "--dtype", "float32", "--examples", "40"]
+    ended = CliRunner().invoke(app, [*command, "--epochs", "1"])
+    assert ended.exit_code == 0, ended.output
+    assert read_artefact(out).record.training["steps"] == 2, "not 60,000"
+
+
+def test_the_documentation_has_every_methods_settings() -> None:
+    rows = re.findall(r"^\| `([a-z0-9-]+)` \| `(\{.*\})` \| .+ \|$", DOCUMENT.read_text(), re.MULTILINE)
+    documented = [(method, json.loads(config)) for method, config in rows]
+    assert dict(documented) == {name: m.config_type().model_dump(mode="json") for name, m in METHODS.items()}
+    assert len(documented) == len(METHODS)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("launcher", "rank"),
+    [
+        # it takes --r for one of its own
+        (["torch.distributed.run", "--nproc-per-node", "2"], ["--config", '{"r": 8}']),
+        (
+            # --multi_gpu on a CPU, too: with --cpu it starts one process, whatever --num_processes is
+            ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=0"],
+            ["--r", "8"],
+        ),
+    ],
+    ids=["torchrun", "accelerate"],
+)
+def test_two_processes_train_what_one_trains(
+    launcher: list[str],
+    rank: list[str],
+    data: Path,
+    tiny_model: Callable[[str], Path],
+    load_tiny: Callable[[str], LanguageModel],
+    tmp_path: Path,
+) -> None:
+    """The same command under a launcher, on the CPU: each process takes half of every step's batch."""
     model, tokenizer = load_tiny("llama"), Tokenizer(tiny_model("llama"))
     train(model, tokenizer, "tiny", settings(data, tmp_path / "one", batch=16, max_steps=12, eval_every=4))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "prad", "train"]
+    command = [sys.executable, "-m", *launcher, "-m", "prad", "train", *rank]
     command += ["--task", "toy", "--data", str(data), "--out", str(tmp_path / "two"), "--batch", "8"]
     command += ["--model", str(tiny_model("llama")), "--dtype", "float32", "--lr", "0.01"]
-    command += ["--config", '{"r": 8}']  # torch's launcher takes --r for one of its own
     command += ["--max-steps", "12", "--eval-every", "4", "--template", "{prompt}"]
     ended = subprocess.run(
         command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200
