@@ -1,4 +1,4 @@
-"""Writes the tables of docs/performance.md and docs/quality.md from bench/results/*.json: no figure there is
+"""Writes the tables of docs/{performance,quality,training}.md from bench/results/*.json: no figure there is
 typed by hand.
 
     python -m bench.report            # after any benchmark
@@ -23,7 +23,7 @@ from typing import Any
 from bench import gates
 from bench.record import RESULTS, ROOT
 
-DOCUMENTS = (ROOT / "docs" / "performance.md", ROOT / "docs" / "quality.md")
+DOCUMENTS = tuple(ROOT / "docs" / f"{name}.md" for name in ("performance", "quality", "training"))
 _GATES = re.compile(r"(<!-- gates -->\n).*?(<!-- end -->)", re.DOTALL)
 _TABLE = re.compile(r"(<!-- table (\S+) (\S+) \|(.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 

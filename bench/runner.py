@@ -29,6 +29,7 @@ NAMES = (
     "chunking",
     "peers",
     "quality",
+    "train",
 )
 
 

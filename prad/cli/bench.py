@@ -21,6 +21,7 @@ BENCHMARKS = {
     "rounding": "What 8-bit keys, values and weights do to the logits.",
     "prefill": "The prompt pass with adapters against the same pass without.",
     "chunking": "Short prompts beside a very long one, in chunks and whole.",
+    "train": "Tokens per second of a training step, by method, beside its products and PEFT's step.",
     "quality": "Adapters on the prompt against adapters on all positions: trained, scored, compared.",
     "peers": "Beside PEFT and transformers, and vLLM and OpenVINO where they are installed.",
 }

@@ -95,8 +95,9 @@ def _cached(modules: Modules) -> tuple[int, int, int]:
     shapes = {(layer.heads, dim) for layer in layers for dim in (layer.key_dim, layer.value_dim)}
     if len(shapes) > 1:
         raise ExchangeError(
-            f"PEFT's prefix has one shape for all layers' keys and values, a '{modules.model.config.model_type}' "
-            f"model here several: {', '.join(f'{heads} x {dim}' for heads, dim in sorted(shapes))}"
+            "PEFT's prefix has one shape for all layers' keys and values, this "
+            f"'{modules.model.config.model_type}' model several: "
+            f"{', '.join(f'{heads} x {dim}' for heads, dim in sorted(shapes))}"
         )
     heads, dim = shapes.pop()
     return len(layers), heads, dim
