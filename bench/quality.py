@@ -156,7 +156,7 @@ def figures(study: Study, rows: list[Row], columns: list[Column]) -> dict[str, A
         "scores": scores,
         "differences": differences,
         "settings": settings,
-        "methods": _methods(study, rows, columns[0]),
+        "methods": [row for c in columns if c.task == COLUMNS[0].task for row in _methods(study, rows, c)],
     }
 
 

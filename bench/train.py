@@ -12,6 +12,7 @@ in the same rounds and on the same examples:
 """
 
 import argparse
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     took = interleaved(
         {name: seconds(_next(step, batches)) for name, step in steps.items()}, arguments.rounds, "steps"
     )
-    mean = sum(tokens) / len(tokens)
     return {
         "model": arguments.model,
         "data": arguments.data.name,
@@ -71,15 +71,20 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             {
                 "variant": name,
                 "ms": round(1e3 * took[name], 1),
-                "tokens_per_second": round(mean / took[name]),
+                "tokens_per_second": round(_rate(took.values[name], tokens)),
                 "of_gemms": round(ratio(took.values[name], took.values[FLOOR]), 2),
                 "of_peft": round(ratio(took.values[PEFT], took.values[name]), 2),
                 "rounds_ms": [round(1e3 * value, 1) for value in took.values[name]],
             }
             for name in steps
         ],
-        "profile": _profile(lambda: steps["prad-pa"](batches[0])),
+        "profile": _profile(lambda: steps[arguments.methods[0]](batches[0])),
     }
+
+
+def _rate(took: Sequence[float], tokens: Sequence[int]) -> float:
+    """Tokens per second: the median of the rounds, of which the first one's batch is the second."""
+    return statistics.median(tokens[i % len(tokens)] / s for i, s in enumerate(took, start=1))
 
 
 def _next(step: Callable[[Batch], object], batches: Sequence[Batch]) -> Callable[[], None]:

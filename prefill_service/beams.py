@@ -1,25 +1,29 @@
-"""Beam search over an engine: each step asks it how every live hypothesis goes on.
+"""Beam search: each step asks how every live hypothesis goes on.
 
-A hypothesis is the prompt with a continuation of the plain model's, so a step is a prompt pass that finds the
-prompt's blocks in the prefix cache, and draws a single token. Decode has no part in it.
+A hypothesis is the prompt with a continuation, so a step is a prompt pass, which computes what the prefix
+cache does not have of it and draws a single token. Decode has no part in it. Stop texts are cut from what is
+found; they end no hypothesis.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import replace
 
 from prad.lm import BeamSearch, Candidate, Draw, Limits, SamplingParams
 from prefill_service.errors import InternalError
-from prefill_service.generation import Engine, PromptRequest, TokenOut
+from prefill_service.generation import PromptRequest, TokenOut
+
+Ask = Callable[[PromptRequest], AsyncGenerator[TokenOut, None]]
 
 
-async def beam_search(engine: Engine, request: PromptRequest, width: int) -> AsyncGenerator[TokenOut, None]:
-    """As `Engine.generate`: the `choices` best of `width` hypotheses, whose tokens all come at the end."""
+async def beam_search(ask: Ask, request: PromptRequest) -> AsyncGenerator[TokenOut, None]:
+    """The `choices` best of `request.beams` hypotheses; their tokens all come at the end."""
+    assert request.beams is not None
     limits = Limits(request.sampling.max_tokens, request.sampling.stop_ids)
-    search = BeamSearch(limits, width)
-    alternatives = BeamSearch.candidates(width, limits.stop_ids)
-    step = replace(request, choices=1, sampling=SamplingParams(1, logprobs=alternatives))
+    search = BeamSearch(limits, request.beams)
+    alternatives = BeamSearch.candidates(request.beams, limits.stop_ids)
+    step = replace(request, beams=None, choices=1, sampling=SamplingParams(1, logprobs=alternatives))
     rows: list[tuple[int, ...]] = [()]
     cached = 0
     while rows:
@@ -27,7 +31,7 @@ async def beam_search(engine: Engine, request: PromptRequest, width: int) -> Asy
             replace(step, request_id=f"{request.request_id}-{len(row)}-{i}", continuation_ids=row)
             for i, row in enumerate(rows)
         ]
-        outs = await _all(engine, asked)
+        outs = await _all(ask, asked)
         if rows == [()]:
             cached = outs[0].cached_tokens
         children = search.advance([[Candidate(*pair) for pair in out.draw.top] for out in outs])
@@ -38,9 +42,9 @@ async def beam_search(engine: Engine, request: PromptRequest, width: int) -> Asy
             yield TokenOut(choice, index, Draw(token), reason, cached if (choice, index) == (0, 0) else 0)
 
 
-async def _all(engine: Engine, requests: list[PromptRequest]) -> list[TokenOut]:
+async def _all(ask: Ask, requests: list[PromptRequest]) -> list[TokenOut]:
     """The only token of each; together, so that they share a pass."""
-    tasks = [asyncio.create_task(_only_token(engine, request)) for request in requests]
+    tasks = [asyncio.create_task(_only_token(ask, request)) for request in requests]
     try:
         return await asyncio.gather(*tasks)
     finally:
@@ -49,8 +53,8 @@ async def _all(engine: Engine, requests: list[PromptRequest]) -> list[TokenOut]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _only_token(engine: Engine, request: PromptRequest) -> TokenOut:
-    async with aclosing(engine.generate(request)) as tokens:
+async def _only_token(ask: Ask, request: PromptRequest) -> TokenOut:
+    async with aclosing(ask(request)) as tokens:
         async for out in tokens:
             return out
     raise InternalError("the engine ended before the output did")

@@ -94,16 +94,23 @@ class PromptBlocks:
 
 
 def block_keys(
-    digest: str | None, virtual_tokens: int, ids: Sequence[int], block_size: int
+    digest: str | None,
+    virtual_tokens: int,
+    ids: Sequence[int],
+    block_size: int,
+    adapted: int | None = None,
 ) -> tuple[bytes, ...]:
     """A key for each full block of `ids`: of all that its KV depends on, from the adapter's digest (None: the
-    plain model) and the virtual prefix to its last token.
+    plain model) and the virtual prefix to its last token. adapted: how many are the adapter's; None: all.
 
     Cryptographic, because a collision would show one tenant's prompt to another.
     """
     key = hashlib.sha256(repr((digest, virtual_tokens)).encode()).digest()
     keys = []
     for end in range(block_size, len(ids) + 1, block_size):
-        key = hashlib.sha256(key + array("q", ids[end - block_size : end]).tobytes()).digest()
+        own = array("q", ids[end - block_size : end])
+        if adapted is not None and adapted < end:  # a continuation's KV is not a prompt's
+            own.append(max(0, adapted - end + block_size))
+        key = hashlib.sha256(key + own.tobytes()).digest()
         keys.append(key)
     return tuple(keys)

@@ -9,15 +9,17 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
+from functools import partial
 
 from kvtransfer.client import DecodeClient
 from kvtransfer.layout import Encoding
 from kvtransfer.messages import TokenEvent
 from kvtransfer.sender import HandOff
-from prad.adapters import AdapterError
+from prad.adapters import Adapter, AdapterError
 from prad.lm import LanguageModel
 from prad.lm.paged import Pools, blocks_in
+from prefill_service.beams import beam_search
 from prefill_service.blocks import PromptBlocks
 from prefill_service.chunks import Chunk, PrefixLookups, Waiting
 from prefill_service.decode_link import DecodeLink, NoRoomError, event_error
@@ -107,24 +109,38 @@ class PrefillEngine:
         finally:
             self._passes.close()
 
-    async def generate(self, request: PromptRequest) -> AsyncGenerator[TokenOut, None]:
+    def generate(self, request: PromptRequest) -> AsyncGenerator[TokenOut, None]:
         """See `Engine.generate`."""
+        deadline = time.monotonic() + self._request_timeout
+        return self._tokens(request, deadline) if request.beams is None else self._search(request, deadline)
+
+    async def _search(self, request: PromptRequest, deadline: float) -> AsyncGenerator[TokenOut, None]:
+        async with self._pinned(request):  # from the first step to the last
+            steps = beam_search(partial(self._tokens, deadline=deadline), request)
+            async with aclosing(steps) as tokens:
+                async for output in tokens:
+                    yield output
+
+    def _pinned(self, request: PromptRequest) -> AbstractAsyncContextManager[Adapter | None]:
+        version = request.version
+        return nullcontext() if version is None else self._residents.pinned(version.artefact)
+
+    async def _tokens(self, request: PromptRequest, deadline: float) -> AsyncGenerator[TokenOut, None]:
         if self._link.trouble is not None:
             raise DecodeUnavailableError(self._link.trouble)
-        version = request.version
-        async with nullcontext() if version is None else self._residents.pinned(version.artefact) as adapter:
-            if self._scheduler.full:
+        async with self._pinned(request) as adapter:
+            if self._scheduler.full and not request.continuation_ids:  # what is under way is not refused
                 raise OverloadedError(f"{len(self._scheduler)} prompts are waiting already")
             self._arrivals += 1
             now = time.monotonic()
-            job = Job(PassItem(request, adapter), now, now + self._request_timeout)
+            job = Job(PassItem(request, adapter), now, deadline)
             self._live[request.request_id] = job
             keys = job.item.keys(self.blocks.block_size) if self.blocks.caching else ()
             self._scheduler.add(Waiting(job, len(job.item.ids), keys, job.item.whole))
             self._arrived.set()
             try:
                 # the adapter stays pinned until the first token: after the prompt pass nobody needs it
-                async with asyncio.timeout(self._request_timeout):
+                async with asyncio.timeout(deadline - now):
                     output = await job.outputs.get()
             except TimeoutError:
                 self._release(job)

@@ -30,7 +30,8 @@ class PromptRequest:
     plain model. `output_offset`: output tokens that the client has already (a replay's continuation); the
     next one draws under that index, and `sampling.max_tokens` counts them. prompt_ids: of the vocabulary, or
     `task_token_id`s of the version; these stay on the prompt side. tokens_per_event: how many tokens decode
-    tells at once, at most; 1 if somebody waits for each.
+    tells at once, at most; 1 if somebody waits for each. beams: how many hypotheses a beam search keeps, of
+    which the `choices` best are the answers; None: tokens are drawn.
     """
 
     request_id: str
@@ -42,6 +43,7 @@ class PromptRequest:
     continuation_ids: tuple[int, ...] = ()
     output_offset: int = 0
     tokens_per_event: int = 1
+    beams: int | None = None
 
     @property
     def virtual_tokens(self) -> int:

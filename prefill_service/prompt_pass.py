@@ -51,14 +51,14 @@ class PassItem:
         return self.adapter is not None and self.adapter.method.needs_whole_prompt
 
     def keys(self, block_size: int) -> tuple[bytes, ...]:
-        """Of the blocks that other requests may share: wholly adapted ones, or the plain model's."""
+        """Of the blocks that other requests may share."""
         if self.whole:
             return ()
         if self.adapter is None:
             return block_keys(None, 0, self.ids, block_size)
         version = self.request.version
         assert version is not None
-        return block_keys(version.digest, self.virtual_tokens, self.ids[: self.adapted], block_size)
+        return block_keys(version.digest, self.virtual_tokens, self.ids, block_size, self.adapted)
 
 
 @dataclass(frozen=True, slots=True)

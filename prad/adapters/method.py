@@ -176,7 +176,7 @@ class Group:
             if shift is not None:
                 rows.add_(own[shift][layer])
 
-    def scale(self, value: Tensor, vectors: Tensor) -> None:
+    def scale_spans(self, value: Tensor, vectors: Tensor) -> None:
         """value [T, width] *= vectors[i] of [spans, width] in the rows of span i."""
         if self.by_kernels is not None:
             gains = vectors.data_ptr() + self._spans_of_pieces * (vectors.stride(0) * vectors.itemsize)

@@ -55,7 +55,7 @@ class PromptPARA(Method):
         return fresh
 
     def contribute(self, group: Group, layer: int, site: Site, value: Tensor, source: Tensor) -> None:
-        self._scaled(group).scale(value, self._vectors(group, layer, site, source))
+        self._scaled(group).scale_spans(value, self._vectors(group, layer, site, source))
 
     def _scaled(self, group: Group) -> Group:
         """Whose spans are the rows that are scaled."""

@@ -127,7 +127,7 @@ def train_command(
     """
     from prad.artefact import FULL
     from prad.lm import served_name
-    from prad.training.presets import preset_fields
+    from prad.training.presets import preset_fields, with_own
     from prad.training.settings import TrainSettings
     from prad.training.train import train
 
@@ -143,7 +143,7 @@ def train_command(
     fields |= {name: value for name, value in given.items() if value is not None}
     if epochs is not None and max_steps is None:
         fields.pop("max_steps", None)  # a preset's, which would win
-    fields["config"] = fields.get("config", {}) | _fields(config) | ({} if r is None else {"r": r})
+    fields["config"] = with_own(fields.get("config", {}), _fields(config) | ({} if r is None else {"r": r}))
     if method == FULL and dtype not in ("bfloat16", "float32"):
         raise typer.BadParameter(f"expected bfloat16 or float32, got '{dtype}'", param_hint="--dtype")
     loaded_as = "float32" if method == FULL else dtype  # what is trained is kept in float32

@@ -145,7 +145,7 @@ def _with_logprobs(row: Tensor, token: int, count: int) -> Draw:
     if count == 0:
         return Draw(token, float(logprobs[token]))
     # topk breaks ties as it likes: of those equal to the last one the lowest ids are reported, as drawn
-    least = logprobs.topk(count).values[-1]
+    least = logprobs.topk(min(count, len(logprobs))).values[-1]
     best = (logprobs >= least).nonzero().squeeze(1)
     top = sorted(zip(best.tolist(), logprobs[best].tolist(), strict=True), key=lambda t: (-t[1], t[0]))
     return Draw(token, float(logprobs[token]), tuple(top[:count]))

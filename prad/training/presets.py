@@ -155,6 +155,14 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
 )
 
 
+def with_own(config: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """A preset's configuration with what was given beside it. Another r keeps the preset's alpha / r."""
+    merged = {**config, **own}
+    if {"r", "alpha"} <= config.keys() and "alpha" not in own and isinstance(merged["r"], int):
+        merged["alpha"] = config["alpha"] / config["r"] * merged["r"]
+    return merged
+
+
 def preset_fields(name: str, method: str) -> dict[str, Any]:
     """Fields of TrainSettings. Raises UnknownPresetError with the known ones."""
     if name not in PRESETS:

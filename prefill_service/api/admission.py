@@ -88,7 +88,7 @@ class Admission:
             raise InvalidRequestError(
                 f"{len(request.prompt)} prompts with {each} {kind} each are {total} {kind}: expected up to "
                 f"{self._limits.max_choices} in one request",
-                param="n" if request.beams is None else "best_of",
+                param="n" if request.best_of is None else "best_of",
             )
         record, raw = _record(target), bool(request.raw_prompt)
         prompts = []
@@ -132,6 +132,7 @@ class Admission:
                 sampling=values.params(max_tokens, self._stop_ids),
                 prompt_index=index,
                 choices=request.choices,
+                beams=values.beams,
                 tokens_per_event=1 if request.stream or values.stop else TOKENS_PER_EVENT,
             )
             for index, (ids, max_tokens) in enumerate(fitted)

@@ -14,7 +14,6 @@ from prefill_service.api.admission import Admitted
 from prefill_service.api.logprobs import TokenScore, TokenScorer
 from prefill_service.api.record import RequestRecord
 from prefill_service.api.text import ChoiceText
-from prefill_service.beams import beam_search
 from prefill_service.errors import InternalError
 from prefill_service.generation import Engine, PromptRequest, TokenOut
 
@@ -55,7 +54,7 @@ class Generation:
 
     async def _of_prompt(self, request: PromptRequest) -> AsyncGenerator[Delta, None]:
         running = {choice: self._choice_text() for choice in range(request.choices)}
-        async with aclosing(self._tokens(request)) as tokens:
+        async with aclosing(self._engine.generate(request)) as tokens:
             async for out in tokens:
                 text = running.get(out.choice)
                 if text is None:
@@ -72,10 +71,6 @@ class Generation:
                         return
         if running:
             raise InternalError("the engine ended before the output did")
-
-    def _tokens(self, request: PromptRequest) -> AsyncGenerator[TokenOut, None]:
-        beams = self._admitted.effective.beams
-        return self._engine.generate(request) if beams is None else beam_search(self._engine, request, beams)
 
     def _choice_text(self) -> ChoiceText:
         return ChoiceText(

@@ -19,7 +19,7 @@ from prefill_service.api.fields import (
     TopP,
     Truncation,
 )
-from prefill_service.api.validation import Neutral, StrictModel
+from prefill_service.api.validation import Neutral, StrictModel, refused
 
 _SAMPLING: Neutral = {
     "frequency_penalty": (0,),
@@ -75,6 +75,7 @@ class GenerationRequest(StrictModel):
     raw_prompt: bool | None = None
     truncate_prompt_tokens: Truncation = None
     use_beam_search: bool | None = None
+    best_of: Choices | None = None
 
     @property
     def choices(self) -> int:
@@ -96,17 +97,29 @@ class GenerationRequest(StrictModel):
     @property
     def beams(self) -> int | None:
         """How many hypotheses a beam search keeps; None for no beam search."""
-        return self.choices if self.use_beam_search else None
+        return (self.best_of or self.choices) if self.use_beam_search else None
+
+    @model_validator(mode="after")
+    def _best_of_beams(self) -> "GenerationRequest":
+        """Choosing the best of as many as are returned is no choice at all."""
+        if self.best_of is not None and self.best_of < self.choices:
+            raise refused("best_of", f"'best_of' must be at least 'n', {self.choices}: got {self.best_of}")
+        if self.best_of not in (None, self.choices) and not self.use_beam_search:
+            raise refused("best_of", "'best_of' beyond 'n' is supported with 'use_beam_search' only")
+        return self
 
     @model_validator(mode="after")
     def _beams_draw_nothing(self) -> "GenerationRequest":
-        if self.use_beam_search:
-            neutral = {"temperature": 0, "top_p": 1, "top_k": 0, "min_p": 0, "min_tokens": 0}
-            for name, value in neutral.items():
-                if (sent := getattr(self, name)) not in (None, value):
-                    raise ValueError(f"'use_beam_search' takes no '{name}': leave it out, got {sent}")
-            if self.alternatives is not None:
-                raise ValueError("'use_beam_search' reports no 'logprobs': leave it out")
+        if not self.use_beam_search:
+            return self
+        if self.beams == 1:
+            raise refused("use_beam_search", "'use_beam_search' needs 'best_of' or 'n' of at least 2")
+        neutral = {"temperature": 0, "top_p": 1, "top_k": 0, "min_p": 0, "min_tokens": 0}
+        for name, value in neutral.items():
+            if (sent := getattr(self, name)) not in (None, value):
+                raise refused(name, f"'use_beam_search' takes no '{name}': leave it out, got {sent}")
+        if self.alternatives is not None:
+            raise refused("logprobs", "'use_beam_search' reports no 'logprobs': leave it out")
         return self
 
     @model_validator(mode="after")
@@ -126,20 +139,6 @@ class CompletionRequest(GenerationRequest):
 
     prompt: Prompts
     logprobs: Logprobs | None = None
-    best_of: Choices | None = None
-
-    @property
-    def beams(self) -> int | None:
-        return self.best_of or super().beams if self.use_beam_search else None
-
-    @model_validator(mode="after")
-    def _best_of_beams(self) -> "CompletionRequest":
-        """Choosing the best of as many as are returned is no choice at all."""
-        if self.best_of is not None and self.best_of < self.choices:
-            raise ValueError(f"'best_of' must be at least 'n', which is {self.choices}, got {self.best_of}")
-        if self.best_of not in (None, self.choices) and not self.use_beam_search:
-            raise ValueError("'best_of' beyond 'n' is supported with 'use_beam_search' only")
-        return self
 
     @property
     def alternatives(self) -> int | None:

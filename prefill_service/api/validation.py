@@ -61,6 +61,11 @@ def validate(model: type[Model], data: object) -> Model:
         ) from error
 
 
+def refused(field: str, why: str) -> PydanticCustomError:
+    """The error of a check that looks at several fields; `field` is to blame."""
+    return PydanticCustomError("unsupported", "{why}", {"field": field, "why": why})
+
+
 def expected(what: str, value: object) -> PydanticCustomError:
     """The error of a hand-written check: `what` should have been there instead of `value`."""
     return PydanticCustomError("expected", "{what}", {"what": f"expected {what}, got {_show(value)}"})

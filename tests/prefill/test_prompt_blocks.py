@@ -107,5 +107,18 @@ def test_a_key_stands_for_adapter_virtual_prefix_and_all_tokens_so_far() -> None
         block_keys("None", 0, ids, 16),
         block_keys("d", 1, ids, 16),
         block_keys("d", 0, [7, *ids[1:]], 16),
+        block_keys("d", 0, ids, 16, adapted=15),
     ):
         assert not set(other) & set(keys)
+
+
+def test_a_key_stands_for_how_much_is_adapted() -> None:
+    """Blocks of a continuation are those of no prompt, and of no continuation that begins elsewhere."""
+    ids = list(range(48))
+    whole = block_keys("d", 0, ids, 16)
+    assert block_keys("d", 0, ids, 16, adapted=48) == whole
+    cut = {adapted: block_keys("d", 0, ids, 16, adapted=adapted) for adapted in (16, 17, 31, 32)}
+    assert all(keys[0] == whole[0] for keys in cut.values())
+    assert cut[32][1] == whole[1]
+    behind = [keys[2] for keys in (whole, *cut.values())]
+    assert len(set(behind)) == len(behind)

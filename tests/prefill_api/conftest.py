@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from prad.artefact import AdapterRecord, Artefact, BaseModelRef, GenerationDefaults
 from prad.lm import Draw, LanguageModel, PackedBatch, SampleKey, Tokenizer, attention, sample
 from prefill_service.api import ApiLimits, ModelInfo, TaskEntry, create_app
+from prefill_service.beams import beam_search
 from prefill_service.errors import UnknownModelError
 from prefill_service.generation import Engine, PromptRequest, TaskVersion, TokenOut
 
@@ -74,9 +75,11 @@ class WatchedEngine:
     open: set[str] = field(default_factory=set)
     cancelled: set[tuple[str, int]] = field(default_factory=set)
     fail_at: int | None = None
+    fails: Callable[[PromptRequest], bool] = lambda _: True
     error: Exception | None = None
     end_at: int | None = None
     pause_at: int | None = None
+    pauses: Callable[[PromptRequest], bool] = lambda _: True
     resume: asyncio.Event = field(default_factory=asyncio.Event)
     paused: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(0))
     all_closed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -84,7 +87,10 @@ class WatchedEngine:
     def next_tokens(self, request: PromptRequest, outputs: Sequence[list[int]], step: int) -> list[Draw]:
         raise NotImplementedError
 
-    async def generate(self, request: PromptRequest) -> AsyncGenerator[TokenOut, None]:
+    def generate(self, request: PromptRequest) -> AsyncGenerator[TokenOut, None]:
+        return self.tokens(request) if request.beams is None else beam_search(self.tokens, request)
+
+    async def tokens(self, request: PromptRequest) -> AsyncGenerator[TokenOut, None]:
         self.requests.append(request)
         self.open.add(request.request_id)
         try:
@@ -93,11 +99,11 @@ class WatchedEngine:
             step = 0
             while running:
                 await asyncio.sleep(0)
-                if self.error is not None and self.fail_at == step:
+                if self.error is not None and self.fail_at == step and self.fails(request):
                     raise self.error
                 if self.end_at == step:
                     return
-                if self.pause_at == step:
+                if self.pause_at == step and self.pauses(request):
                     self.paused.release()
                     await self.resume.wait()
                 draws = self.next_tokens(request, outputs, step)
@@ -119,9 +125,11 @@ class WatchedEngine:
 
 @dataclass
 class ModelEngine(WatchedEngine):
-    """The real model, computed anew from the first token at every step; no adapters."""
+    """The real model, computed anew from the first token at every step; no adapters. `likeliest`: a token
+    that always is."""
 
     model: LanguageModel | None = None
+    likeliest: int | None = None
 
     def next_tokens(self, request: PromptRequest, outputs: Sequence[list[int]], step: int) -> list[Draw]:
         assert self.model is not None
@@ -133,7 +141,10 @@ class ModelEngine(WatchedEngine):
             for choice in range(request.choices)
         ]
         with torch.inference_mode():
-            return sample(self.model.forward(batch), [request.sampling] * request.choices, keys)
+            logits = self.model.forward(batch)
+            if self.likeliest is not None:
+                logits[:, self.likeliest] = logits.max() + 1
+            return sample(logits, [request.sampling] * request.choices, keys)
 
 
 @dataclass

@@ -10,7 +10,6 @@ import pytest
 from prad.lm import BeamSearch, LanguageModel, Limits, SamplingParams, Tokenizer
 from prad.training.decoding import AdaptedModel
 from prad.training.evaluate import decoder
-from prefill_service.beams import beam_search
 from prefill_service.errors import OverloadedError
 from prefill_service.generation import PromptRequest, TokenOut
 from tests.prefill_api.conftest import ModelEngine
@@ -74,6 +73,29 @@ async def test_a_stream_and_several_prompts_say_the_same(client: httpx.AsyncClie
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks if chunk["choices"]) == one
 
 
+async def test_a_chat_has_beams_too(client: httpx.AsyncClient) -> None:
+    body = {"messages": [{"role": "user", "content": PROMPT}], "max_tokens": LENGTH, "use_beam_search": True}
+    answers = [
+        (await client.post("/v1/chat/completions", json={**body, **more})).json()
+        for more in ({"best_of": 3}, {"n": 3})
+    ]
+    (best,), three = ([c["message"]["content"] for c in answer["choices"]] for answer in answers)
+    assert best == three[0]
+    assert len(set(three)) == 3
+
+
+async def test_a_hypothesis_that_ends_has_no_text_of_its_end(
+    client: httpx.AsyncClient, engine: ModelEngine, tokenizer: Tokenizer
+) -> None:
+    """The end token is the likeliest everywhere: the best hypothesis is that alone."""
+    engine.likeliest = tokenizer.eos_id
+    answer = (await ask(client, n=2)).json()
+    best, other = answer["choices"]
+    assert (best["text"], best["finish_reason"]) == ("", "stop")
+    assert (other["text"] != "", other["finish_reason"]) == (True, "stop")
+    assert answer["usage"]["completion_tokens"] == 3
+
+
 async def test_a_stop_text_cuts_the_best(client: httpx.AsyncClient, engine: ModelEngine) -> None:
     (best,) = await texts(client, best_of=2)
     cut = (await ask(client, best_of=2, stop=best[3:5])).json()
@@ -93,14 +115,18 @@ async def test_too_many_beams_are_refused_by_name(client: httpx.AsyncClient) -> 
 
 
 async def test_a_failing_step_fails_the_request(client: httpx.AsyncClient, engine: ModelEngine) -> None:
+    """One of three hypotheses fails, while the others are under way."""
     engine.error, engine.fail_at = OverloadedError("full"), 0
+    engine.fails = lambda request: request.request_id.endswith("-1-2")
+    engine.pause_at, engine.pauses = 0, lambda request: bool(request.continuation_ids)
     response = await ask(client, best_of=3)
+    assert len(engine.requests) == 4
     assert response.json() == OverloadedError("full").body()
     assert not engine.open
 
 
 async def test_a_client_that_leaves_ends_all_hypotheses(engine: ModelEngine) -> None:
-    search = beam_search(engine, PromptRequest("r", None, (1, 2, 3), SamplingParams(LENGTH)), 2)
+    search = engine.generate(PromptRequest("r", None, (1, 2, 3), SamplingParams(LENGTH), beams=2))
 
     async def first() -> TokenOut:
         return await anext(search)

@@ -12,6 +12,7 @@ from prefill_service.api.validation import validate
 from prefill_service.errors import InvalidRequestError, PromptTooLongError
 
 USER = [{"role": "user", "content": "hi"}]
+BEAMS = {"use_beam_search": True, "best_of": 2}
 
 
 @pytest.mark.parametrize(
@@ -37,17 +38,14 @@ def test_neutral_values_of_missing_features_are_taken(fields: dict[str, Any]) ->
     [
         ({"frequency_penalty": 0.5}, "frequency_penalty", "'frequency_penalty' is not supported yet"),
         ({"frequency_penalty": False}, "frequency_penalty", "not supported yet"),
-        ({"best_of": 3, "n": 2}, None, "'best_of' beyond 'n' is supported with 'use_beam_search' only"),
-        ({"best_of": 2, "n": 3, "use_beam_search": True}, None, "'best_of' must be at least 'n', which is 3"),
-        (
-            {"use_beam_search": True, "temperature": 0.5},
-            None,
-            "takes no 'temperature': leave it out, got 0.5",
-        ),
-        ({"use_beam_search": True, "top_k": 5}, None, "takes no 'top_k'"),
-        ({"use_beam_search": True, "min_tokens": 1}, None, "takes no 'min_tokens'"),
-        ({"use_beam_search": True, "logprobs": 0}, None, "'use_beam_search' reports no 'logprobs'"),
-        ({"use_beam_search": True, "length_penalty": 2}, "length_penalty", "not supported yet"),
+        ({"best_of": 3, "n": 2}, "best_of", "'best_of' beyond 'n' is supported with 'use_beam_search' only"),
+        ({**BEAMS, "n": 3}, "best_of", "'best_of' must be at least 'n', 3: got 2"),
+        ({"use_beam_search": True}, "use_beam_search", "needs 'best_of' or 'n' of at least 2"),
+        ({**BEAMS, "temperature": 0.5}, "temperature", "takes no 'temperature': leave it out, got 0.5"),
+        ({**BEAMS, "top_k": 5}, "top_k", "takes no 'top_k'"),
+        ({**BEAMS, "min_tokens": 1}, "min_tokens", "takes no 'min_tokens'"),
+        ({**BEAMS, "logprobs": 0}, "logprobs", "'use_beam_search' reports no 'logprobs'"),
+        ({**BEAMS, "length_penalty": 2}, "length_penalty", "not supported yet"),
         ({"echo": True}, "echo", "'echo' is not supported yet (only false is accepted)"),
         ({"suffix": "end"}, "suffix", "'suffix' is not supported yet"),
         ({"logit_bias": {"5": 1}}, "logit_bias", "not supported yet"),

@@ -36,7 +36,7 @@ def test_a_server_scores_as_the_folder_does(
         seed=3,
         template="{prompt}",
         end_token="END",
-        generation=GenerationDefaults(temperature=0.0, max_tokens=8),
+        generation=GenerationDefaults(temperature=0.0, max_tokens=36),
     )
     stop_ids = model.stop_ids(folder) | {tokenizer.eos_id}
     here = evaluate(model, tokenizer, artefact.record, load_adapter(artefact, model), data, stop_ids=stop_ids)
@@ -51,6 +51,11 @@ def test_a_server_scores_as_the_folder_does(
         )
         assert evaluate_served(url, "toy", data, beams=3, concurrency=8) == searched
         assert searched.answers != here.answers, "beams find what greedy does not"
+        body = {"task": "toy", "prompt": [*range(40)], "use_beam_search": True, "best_of": 2}
+        asked = [stack.api.post("/v1/completions", json=body).json() for _ in range(2)]
+        assert asked[0]["choices"] == asked[1]["choices"]
+        cached = [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in asked]
+        assert cached == [0, 32], "the prompt's full blocks, once"
         with_end = artefact.record.model_copy(update={"end_token": None})
         other = evaluate(model, tokenizer, with_end, load_adapter(artefact, model), data, stop_ids=stop_ids)
         assert other.scores != here.scores, "it matters that the end token is left out"

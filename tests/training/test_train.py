@@ -26,7 +26,7 @@ from prad.lm import LanguageModel, Tokenizer
 from prad.training.data import DataError, collate, read_examples, tokenise
 from prad.training.evaluate import evaluate
 from prad.training.objective import AdapterTuning
-from prad.training.presets import PRESETS, UnknownPresetError, preset_fields
+from prad.training.presets import PRESETS, UnknownPresetError, preset_fields, with_own
 from prad.training.progress import CURVE
 from prad.training.settings import TrainSettings
 from prad.training.train import CHECKPOINTS, train
@@ -286,6 +286,9 @@ def test_every_preset_is_one_of_its_methods(tmp_path: Path) -> None:
             TrainSettings(tmp_path, tmp_path, method=method, **fields)
     lora = find_method("prad-lora").configure(preset_fields("paper-e2e", "prad-lora")["config"])
     assert (lora.r, lora.factor) == (56, 4.0)
+    config = preset_fields("paper-e2e", "prad-lora")["config"]
+    assert with_own(config, {"r": 8}) == {"r": 8, "alpha": 32.0}
+    assert with_own(config, {"alpha": 1.0}) == {"r": 56, "alpha": 1.0}
     assert preset_fields("paper-mt", "prad-lora")["max_steps"] == 120_000, "a method's own wins"
     assert preset_fields("paper-mt", "prad-pa")["max_steps"] == 60_000
     with pytest.raises(UnknownPresetError, match="unknown preset 'x'; known: quick, paper-sst2"):

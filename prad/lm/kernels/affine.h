@@ -1,5 +1,7 @@
 // What many adapters do at once to whole rows: each scales, shifts or pools rows of its own.
 #pragma once
+#include <algorithm>
+
 #include "pool.h"
 #include "vec.h"
 
