@@ -85,6 +85,31 @@ def test_many_ranks_and_scales_in_one_pass(native: bool, kernels: Kernels) -> No
     assert not torch.allclose(got, wrong, rtol=1e-2, atol=1e-2), "the factors matter"
 
 
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize(("method", "name"), [("prad-ia3", "k.ia3_l"), ("prad-bitfit", "k.bias")])
+def test_many_vectors_in_one_pass(method: str, name: str, native: bool, kernels: Kernels) -> None:
+    generator = torch.Generator().manual_seed(9)
+    kind = find_method(method)
+    config = kind.configure({"targets": ["k"]})
+    adapters = [
+        Adapter(kind, config, {name: torch.randn(LAYERS, OUT, generator=generator)}) for _ in range(3)
+    ]
+    lengths = (1, 130, 63, 64, 65, 200)  # some of more rows than a thread takes at once
+    spans, row = [], 1
+    for i, length in enumerate(lengths):
+        spans.append(AdaptedSpan(adapters[i * 2 % 3], row, length))
+        row += length + i % 3  # with rows of the plain model between
+    value = torch.randn(row + 2, OUT, generator=generator)
+    expected = value.clone()
+    for adapter, start, length, *_ in spans:
+        rows, vector = expected[start : start + length], adapter.parameters[name][LAYER]
+        _ = rows.mul_(vector) if method == "prad-ia3" else rows.add_(vector)
+    with torch.inference_mode():
+        adaptation = PromptAdaptation(spans[::-1], "cpu", kernels if native else None)
+        adaptation.apply(LAYER, Site.K, value, value)
+    torch.testing.assert_close(value, expected)
+
+
 def test_a_part_of_a_fused_output_is_changed_in_place() -> None:
     adapter = lora(1, 4)
     fused, source = torch.randn(6, 3 * OUT), torch.randn(6, IN)
