@@ -135,7 +135,8 @@ def test_the_same_text_of_other_tasks_shares_nothing(side: PromptSide, pass_toke
 @pytest.mark.parametrize("pass_tokens", [1, 15, 16, 17, 4096])
 @pytest.mark.parametrize("prompt", [16, 40])
 def test_a_continuation_is_the_plain_models(side: PromptSide, prompt: int, pass_tokens: int) -> None:
-    """It begins inside a block, or with one; with an adapter its blocks are never kept."""
+    """It begins inside a block, or with one. Its blocks are found by the same continuation, and by no prompt
+    of the adapter's."""
     side.restart(pass_tokens=pass_tokens)
     for _ in range(2):
         side.check(
@@ -143,7 +144,7 @@ def test_a_continuation_is_the_plain_models(side: PromptSide, prompt: int, pass_
         )
     side.check(side.item("red", TEXT))
     side.check(side.item(None, TEXT))
-    assert side.scheduler.lookups.hit_tokens == (prompt // SIZE * SIZE + 80) + prompt // SIZE * SIZE + 80
+    assert side.scheduler.lookups.hit_tokens == (80 + 80) + prompt // SIZE * SIZE + 80
 
 
 def test_blocks_that_leave_and_come_again_equal_the_reference(side: PromptSide) -> None:
@@ -169,7 +170,9 @@ def test_the_oracle_fails_if_keys_lack_the_adapter(side: PromptSide, monkeypatch
 def test_the_oracle_fails_if_keys_lack_the_tokens_before(
     side: PromptSide, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def unchained(digest: str | None, virtual: int, ids: Sequence[int], size: int) -> tuple[bytes, ...]:
+    def unchained(
+        digest: str | None, virtual: int, ids: Sequence[int], size: int, _: int | None = None
+    ) -> tuple[bytes, ...]:
         return tuple(
             block_keys(digest, virtual, ids[i : i + size], size)[0]
             for i in range(0, len(ids) // size * size, size)
@@ -180,6 +183,19 @@ def test_the_oracle_fails_if_keys_lack_the_tokens_before(
     side.check(side.item("red", TEXT))
     with pytest.raises(OracleMismatchError):
         side.check(side.item("red", [*TEXT[16:32], *TEXT[:16], *TEXT[32:]]))
+
+
+@pytest.mark.parametrize("prompt", [16, 40])
+def test_the_oracle_fails_if_keys_lack_where_the_adapter_ends(
+    side: PromptSide, prompt: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    continued, whole = side.item("red", TEXT[:prompt], TEXT[prompt:]), side.item("red", TEXT)
+    monkeypatch.setattr(prompt_pass, "block_keys", lambda *given: block_keys(*given[:4]))
+    for first, second in ((continued, whole), (whole, continued)):
+        side.restart(pass_tokens=4096)
+        side.check(first)
+        with pytest.raises(OracleMismatchError):
+            side.check(second)
 
 
 def test_the_oracle_fails_if_positions_are_off_by_a_chunk(

@@ -194,8 +194,10 @@ def test_the_oracle_fails_under(
 
 
 def test_the_oracle_fails_if_keys_hold_placeholders(side: NamedSide, monkeypatch: pytest.MonkeyPatch) -> None:
-    def of_placeholders(digest: str | None, virtual: int, ids: Sequence[int], size: int) -> tuple[bytes, ...]:
-        return original(digest, virtual, [max(i, 0) for i in ids], size)
+    def of_placeholders(
+        digest: str | None, virtual: int, ids: Sequence[int], *rest: int
+    ) -> tuple[bytes, ...]:
+        return original(digest, virtual, [max(i, 0) for i in ids], *rest)
 
     original = prompt_pass.block_keys
     monkeypatch.setattr(prompt_pass, "block_keys", of_placeholders)

@@ -85,7 +85,7 @@ def test_a_continuation_is_the_plain_models(
     side.restart(pass_tokens=pass_tokens)
     for _ in range(2):
         side.check(side.item(task, TEXT[:prompt], TEXT[prompt:]))
-    assert side.scheduler.lookups.hit_tokens == (VIRTUAL[task] + prompt) // SIZE * SIZE
+    assert side.scheduler.lookups.hit_tokens == (VIRTUAL[task] + len(TEXT) - 1) // SIZE * SIZE
     side.check(side.item(task, TEXT))
 
 
@@ -128,7 +128,7 @@ def test_the_oracle_fails_if_they_take_prompt_rows_from_the_adapted(
 
 
 def test_the_oracle_fails_if_keys_lack_the_adapter(side: PromptSide, monkeypatch: pytest.MonkeyPatch) -> None:
-    def shared(_: str | None, virtual: int, ids: Sequence[int], size: int) -> tuple[bytes, ...]:
+    def shared(_: str | None, virtual: int, ids: Sequence[int], size: int, *rest: int) -> tuple[bytes, ...]:
         return block_keys(None, 0, ids, size)
 
     monkeypatch.setattr(prompt_pass, "block_keys", shared)
