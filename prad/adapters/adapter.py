@@ -20,7 +20,15 @@ from prad.adapters.errors import (
 from prad.adapters.ia3 import IA3
 from prad.adapters.lora import LoRA
 from prad.adapters.mam import MaM
-from prad.adapters.method import INPUT, FrozenModel, LayerParameters, Method, MethodConfig, Parameters
+from prad.adapters.method import (
+    INPUT,
+    FrozenModel,
+    LayerParameters,
+    Method,
+    MethodConfig,
+    Parameters,
+    kept_in,
+)
 from prad.adapters.para import PARA, PromptPARA
 from prad.adapters.parallel import ParallelAdapter
 from prad.adapters.prefix import PrefixTuning
@@ -53,8 +61,8 @@ METHODS: dict[str, Method] = {
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """A method, its configuration and its parameters [layers, ...] on the model's device and dtype, with the
-    task tokens' embeddings if it has any.
+    """A method, its configuration and its parameters [layers, ...] on the model's device, in dtypes as
+    `kept_in` says, with the task tokens' embeddings if it has any.
 
     Compared by identity: two loads of the same file are two adapters.
     """
@@ -174,31 +182,33 @@ def load_adapter(
     parameters = {
         name: torch.stack([tensors[file] for file in own]).to(model.device) for name, own in files.items()
     }
-    _check_numbers({name: p.to(model.dtype) for name, p in parameters.items()})
+    _check_numbers(_kept(parameters, model.dtype))
     adapter = prepared(Adapter(method, config, parameters), model)
     _check_numbers(adapter.parameters)
     return adapter
 
 
 def prepared(adapter: Adapter, model: LanguageModel) -> Adapter:
-    """The adapter as a pass applies it: its method's derived parameters in the model's dtype."""
+    """The adapter as a pass applies it: its method's derived parameters, in dtypes as `kept_in` says."""
     parameters = adapter.method.prepare(adapter.config, adapter.parameters, FrozenModel(model))
     if TASK_TOKENS in adapter.parameters:
         parameters = parameters | {TASK_TOKENS: adapter.parameters[TASK_TOKENS]}
-    return Adapter(
-        adapter.method, adapter.config, {name: p.to(model.dtype) for name, p in parameters.items()}
-    )
+    return Adapter(adapter.method, adapter.config, _kept(parameters, model.dtype))
 
 
 def save_parameters(parameters: Parameters, folder: Path, dtype: torch.dtype) -> None:
-    """Writes the weights file of an artefact, one tensor per layer and parameter."""
+    """Writes the weights file of an artefact, one tensor per layer and parameter; `dtype`: see `kept_in`."""
     tensors = {
-        file: part.to(dtype).contiguous()
-        for name, stacked in parameters.items()
+        file: part.contiguous()
+        for name, stacked in _kept(parameters, dtype).items()
         for file, part in zip(_file_names(name, len(stacked)), stacked.detach().cpu().unbind(0), strict=True)
     }
     save_file(tensors, folder / WEIGHTS)
     (folder / WEIGHTS).chmod(0o644)  # safetensors makes files that only their owner may read
+
+
+def _kept(parameters: Parameters, dtype: torch.dtype) -> Parameters:
+    return {name: p.to(kept_in(p, dtype)) for name, p in parameters.items()}
 
 
 def _file_names(name: str, layers: int) -> list[str]:
@@ -225,7 +235,7 @@ def _check_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, t
 
 
 def _check_numbers(parameters: Parameters) -> None:
-    """In the model's dtype: what is finite in a file may not be so there."""
+    """As they are applied: what is finite in a file may not be so there."""
     for name, stacked in parameters.items():
         for file, parameter in zip(_file_names(name, len(stacked)), stacked, strict=True):
             if not parameter.isfinite().all():

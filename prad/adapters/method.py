@@ -24,6 +24,13 @@ _PIECE = 64  # rows
 Parameters = dict[str, Tensor]
 """A method's parameters by name; each has the layers as its first dimension, or 1 if it is the input's."""
 
+
+def kept_in(parameter: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """What a parameter [layers, ...] is stored and applied in: matrices in `dtype`, the model's. Vectors are
+    float32: they are small, and those near 1 would lose what they have learned in bf16."""
+    return torch.float32 if parameter.dim() == 2 else dtype
+
+
 INPUT = "input."
 """What the names of parameters before the first layer begin with; they act as of layer 0."""
 
@@ -166,7 +173,7 @@ class Group:
     def affine(self, layer: int, value: Tensor, *, gain: str | None = None, shift: str | None = None) -> None:
         """value [T, width] = value · gain + shift in each adapter's rows; they name parameters [width]."""
         if self.by_kernels is not None:
-            gains, shifts = (None if n is None else self._addresses(n, value.dtype) for n in (gain, shift))
+            gains, shifts = (None if n is None else self._addresses(n) for n in (gain, shift))
             self.by_kernels.affine(value, self._pieces, gains, shifts, layer)
             return
         for span in self.spans:
@@ -179,7 +186,8 @@ class Group:
     def scale_spans(self, value: Tensor, vectors: Tensor) -> None:
         """value [T, width] *= vectors[i] of [spans, width] in the rows of span i."""
         if self.by_kernels is not None:
-            gains = vectors.data_ptr() + self._spans_of_pieces * (vectors.stride(0) * vectors.itemsize)
+            own = vectors.float()
+            gains = own.data_ptr() + self._spans_of_pieces * (own.stride(0) * own.itemsize)
             self.by_kernels.affine(value, self._pieces, gains, None, 0)
             return
         for span, vector in zip(self.spans, vectors, strict=True):
@@ -219,13 +227,17 @@ class Group:
         """The spans for the kernels; made once per pass."""
         if names not in self._known:
             of_adapters = [
-                [None if name is None else _first_of_stack(of[name], dtype) for name in names]
+                (
+                    _first_of_stack(of[names.down], dtype),
+                    None if names.bias is None else _first_of_stack(of[names.bias], torch.float32),
+                    _first_of_stack(of[names.up], dtype),
+                )
                 for of in self.parameters
             ]
             pieces = []
             for first, last, i in self._cut:
                 adapter = self.spans[i].adapter
-                config, (down, up, bias) = self.configs[adapter], of_adapters[adapter]
+                config, (down, bias, up) = self.configs[adapter], of_adapters[adapter]
                 pieces.append(LowRankSpan(first, last, down, bias, up, config.r, config.factor))
             self._known[names] = (LowRankSpan * len(pieces))(*pieces)
         return self._known[names]
@@ -248,10 +260,10 @@ class Group:
     def _spans_of_pieces(self) -> Tensor:
         return torch.tensor([piece[2] for piece in self._cut])
 
-    def _addresses(self, name: str, dtype: torch.dtype) -> Tensor:
-        """Where each piece's parameter lies, int64 [pieces]; made once per pass."""
+    def _addresses(self, name: str) -> Tensor:
+        """Where each piece's vector lies, int64 [pieces]; made once per pass."""
         if name not in self._known:
-            stacks = [_first_of_stack(of[name], dtype) for of in self.parameters]
+            stacks = [_first_of_stack(of[name], torch.float32) for of in self.parameters]
             self._known[name] = torch.tensor([stacks[self.spans[i].adapter] for _, _, i in self._cut])
         known: Tensor = self._known[name]
         return known

@@ -21,8 +21,8 @@ class Imported:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The one that holds every parameter exactly."""
-        found = {p.dtype for p in self.parameters.values()}
+        """The one that holds every matrix exactly; vectors are float32 in an artefact."""
+        found = {p.dtype for p in self.parameters.values() if p.dim() > 2}
         return found.pop() if len(found) == 1 else torch.float32
 
 

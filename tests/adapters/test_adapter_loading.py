@@ -56,9 +56,15 @@ def test_what_was_saved_is_loaded(artefact: Artefact, model: LanguageModel) -> N
     assert loaded.nbytes == 4 * 4 * (48 * 6 + 6 + 6 * 48)
 
 
-def test_it_takes_the_models_dtype(artefact: Artefact, tiny_model: Callable[[str], Path]) -> None:
+def test_matrices_take_the_models_dtype_and_vectors_float32(
+    artefact: Artefact, tiny_model: Callable[[str], Path]
+) -> None:
     loaded = load_adapter(artefact, LanguageModel.load(tiny_model("llama"), dtype=torch.bfloat16))
-    assert {p.dtype for p in loaded.parameters.values()} == {torch.bfloat16}
+    assert {name: p.dtype for name, p in loaded.parameters.items()} == {
+        "ffn.down": torch.bfloat16,
+        "ffn.bias": torch.float32,
+        "ffn.up": torch.bfloat16,
+    }
 
 
 def test_another_architecture_is_always_refused(

@@ -125,7 +125,7 @@ def test_a_neighbours_broken_adapter_stays_with_its_rows() -> None:
     got = applied([AdaptedSpan(A, 0, 4), AdaptedSpan(broken, 4, 3)], 0, value, source * 1e3)
     alone = applied([AdaptedSpan(A, 0, 4)], 0, value, source * 1e3)
     assert not got[4:7].isfinite().all()
-    torch.testing.assert_close(got[:4], alone[:4])
+    torch.testing.assert_close(got[:4], alone[:4], rtol=0, atol=1e-6 * float(alone.abs().max()))
     assert torch.equal(got[7:], value[7:])
 
 

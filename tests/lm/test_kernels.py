@@ -171,13 +171,13 @@ def test_low_rank(kernels: Kernels, dtype: torch.dtype, relu: bool, width_in: in
     spans, kept = [], []
     for seed, (start, stop, r, factor) in enumerate([(0, 1, 4, 1.0), (2, 11, 16, 0.5), (11, 40, 37, -2.0)]):
         down, up = (some(layers, *shape, dtype=dtype, seed=seed) for shape in ((width_in, r), (r, width_out)))
-        bias = some(layers, r, dtype=dtype, seed=9) if seed else None
+        bias = some(layers, r, dtype=torch.float32, seed=9) if seed else None
         kept += [down, up, bias]
         pointers = (down.data_ptr(), None if bias is None else bias.data_ptr(), up.data_ptr())
         spans.append(LowRankSpan(start, stop, *pointers, r, factor))
         hidden = source[start:stop].float() @ down[layer].float()
         if bias is not None:
-            hidden = hidden + bias[layer].float()
+            hidden = hidden + bias[layer]
         expected[start:stop] += factor * (relu_or_not(hidden, relu) @ up[layer].float())
     kernels.low_rank(value, source, (LowRankSpan * len(spans))(*spans), layer, relu)
     assert_near(value, expected, DTYPES[dtype])
@@ -203,15 +203,16 @@ def test_affine(kernels: Kernels, dtype: torch.dtype, width: int) -> None:
     layers, layer, bounds = 3, 2, torch.tensor([[1, 2], [4, 20], [20, 33]])
     beside = some(40, width + 5, dtype=dtype)
     x = beside[:, :width]
-    gains, shifts = ([some(layers, width, dtype=dtype, seed=seed + i) for i in range(3)] for seed in (10, 20))
+    vectors = [some(layers, width, dtype=torch.float32, seed=seed) for seed in range(10, 16)]
+    gains, shifts = vectors[:3], vectors[3:]
     for by_gain, by_shift in ((True, False), (False, True), (True, True)):
         expected = beside.float().clone()
         for (start, stop), gain, shift in zip(bounds.tolist(), gains, shifts, strict=True):
             if by_gain:
-                expected[start:stop, :width] *= gain[layer].float()
+                expected[start:stop, :width] *= gain[layer]
             if by_shift:
-                expected[start:stop, :width] += shift[layer].float()
-        at = [torch.tensor([v.data_ptr() for v in vectors]) for vectors in (gains, shifts)]
+                expected[start:stop, :width] += shift[layer]
+        at = [torch.tensor([v.data_ptr() for v in own]) for own in (gains, shifts)]
         kernels.affine(x, bounds, at[0] if by_gain else None, at[1] if by_shift else None, layer)
         assert_near(beside, expected, DTYPES[dtype])
 

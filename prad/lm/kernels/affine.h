@@ -9,7 +9,7 @@
 struct AffineCall {
   void* x;                // [rows, width]
   const int64_t* bounds;  // [count][start, stop)
-  const void *const *gains, *const *shifts;  // [count] of [layers, width]; either may be missing
+  const float *const *gains, *const *shifts;  // [count] of [layers, width]; either may be missing
   int64_t count, stride, width, layer;
 };
 
@@ -17,10 +17,10 @@ template <class T>
 void affine(Pool& pool, const AffineCall& call) {
   const int64_t width = call.width, whole = width / 16 * 16;
   pool.run(call.count, [&](int64_t item) {
-    auto of_layer = [&](const void* const* vectors) {
-      return vectors ? static_cast<const T*>(vectors[item]) + call.layer * width : nullptr;
+    auto of_layer = [&](const float* const* vectors) {
+      return vectors ? vectors[item] + call.layer * width : nullptr;
     };
-    const T *gain = of_layer(call.gains), *shift = of_layer(call.shifts);
+    const float *gain = of_layer(call.gains), *shift = of_layer(call.shifts);
     for (int64_t row = call.bounds[2 * item]; row < call.bounds[2 * item + 1]; row++) {
       T* x = static_cast<T*>(call.x) + row * call.stride;
       for (int64_t i = 0; i < whole; i += 16) {
@@ -31,8 +31,8 @@ void affine(Pool& pool, const AffineCall& call) {
       }
       for (int64_t i = whole; i < width; i++) {
         float y = to_float(x[i]);
-        if (gain) y *= to_float(gain[i]);
-        if (shift) y += to_float(shift[i]);
+        if (gain) y *= gain[i];
+        if (shift) y += shift[i];
         x[i] = from_float<T>(y);
       }
     }

@@ -136,7 +136,7 @@ ARGUMENTS: dict[Kind, Any] = {
 
 
 class LowRankSpan(Structure):
-    """Rows [start, stop); for them down [layers, in, r], bias [layers, r] or none, up [layers, r, out]."""
+    """Rows [start, stop); down [layers, in, r], bias float32 [layers, r] or none, up [layers, r, out]."""
 
     _fields_: ClassVar[list[Any]] = [
         *((name, c_int64) for name in ("start", "stop")),
@@ -379,7 +379,7 @@ class Calls(ABC):
         """x [T, width] = x · gain + shift in the rows of each piece.
 
         bounds int64 [n, 2]: their rows, [start, stop), no two of which overlap; gains and shifts int64 [n]:
-        where the vectors [layers, width] lie, in x's dtype.
+        where the vectors float32 [layers, width] lie.
         """
         self._do(
             Kind.AFFINE,

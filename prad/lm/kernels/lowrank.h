@@ -9,7 +9,9 @@
 
 struct LowRankSpan {
   int64_t start, stop;  // rows
-  const void *down, *bias, *up;  // [layers, in, r], [layers, r] or null, [layers, r, out]
+  const void* down;   // [layers, in, r]
+  const float* bias;  // [layers, r] or null
+  const void* up;     // [layers, r, out]
   int64_t r;
   float factor;
 };
@@ -28,14 +30,15 @@ struct LowRank {
 
   const LowRankCall& call;
   const LowRankSpan& span;
-  const T *down, *bias, *up;
+  const T *down, *up;
+  const float* bias;
 
   LowRank(const LowRankCall& call, const LowRankSpan& span)
       : call(call),
         span(span),
         down(static_cast<const T*>(span.down) + call.layer * call.in * span.r),
-        bias(span.bias ? static_cast<const T*>(span.bias) + call.layer * span.r : nullptr),
-        up(static_cast<const T*>(span.up) + call.layer * span.r * call.out) {}
+        up(static_cast<const T*>(span.up) + call.layer * span.r * call.out),
+        bias(span.bias ? span.bias + call.layer * span.r : nullptr) {}
 
   void run() const {
     thread_local std::vector<float> memory;
