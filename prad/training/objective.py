@@ -48,11 +48,27 @@ class CompletionLoss(nn.Module, ABC):
         labels: Tensor,
         num_items_in_batch: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
-        """Cross entropy over labels [N]; the LM head is computed for label_rows [N] only.
+        """Cross entropy over labels [N].
 
         Divided by N, or by the labels of all batches that are accumulated into a step: then k batches of n
         examples give the gradient of one of k n.
         """
+        total = self._losses(ids, lengths, prompt_lengths, label_rows, labels).sum()
+        return {"loss": total / (len(labels) if num_items_in_batch is None else num_items_in_batch)}
+
+    def sums(
+        self, ids: Tensor, lengths: Tensor, prompt_lengths: Tensor, label_rows: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Of each example: the cross entropy summed over its labels, and how many these are."""
+        counts = lengths - prompt_lengths + 1
+        losses = self._losses(ids, lengths, prompt_lengths, label_rows, labels)
+        parts = torch.split(losses, counts.tolist())
+        return torch.stack([part.sum() for part in parts]), counts
+
+    def _losses(
+        self, ids: Tensor, lengths: Tensor, prompt_lengths: Tensor, label_rows: Tensor, labels: Tensor
+    ) -> Tensor:
+        """[N]; the LM head is computed for label_rows [N] only."""
         parts, prompts = lengths.tolist(), prompt_lengths.tolist()
         positions = torch.cat([torch.arange(n, device=ids.device) for n in parts])
         ragged = Ragged.of(parts, ids.device)
@@ -60,8 +76,7 @@ class CompletionLoss(nn.Module, ABC):
         kv: KVTarget = TrainingKV(ragged) if on_cpu else PromptKV(ragged)
         batch = PackedBatch(ids, positions, kv, label_rows)
         logits = self.logits(batch, parts, prompts)
-        total = cross_entropy(logits.float(), labels, reduction="sum")
-        return {"loss": total / (len(labels) if num_items_in_batch is None else num_items_in_batch)}
+        return cross_entropy(logits.float(), labels, reduction="none")
 
 
 class AdapterTuning(CompletionLoss):

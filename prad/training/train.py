@@ -1,4 +1,4 @@
-"""`prad train`: a task's examples become an adapter folder, through transformers' Trainer.
+"""`prad train`: a task's examples become an adapter folder.
 
 Under `accelerate launch` or `torchrun` every process runs this; the main one alone writes.
 """
@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from prad import __version__
 from prad.adapters import (
     AdapterError,
+    UnknownMethodError,
     find_method,
     first_embeddings,
     new_adapter,
@@ -39,6 +40,7 @@ from prad.training.data import DataError, collate, read_examples, tokenise
 from prad.training.objective import AdapterTuning, CompletionLoss, FullTuning
 from prad.training.progress import ProgressLine, save_curve
 from prad.training.settings import TrainSettings
+from prad.training.trainer import CompletionTrainer
 
 CHECKPOINTS = "checkpoints"
 _OF_A_RUN: Any = {
@@ -78,7 +80,7 @@ def train(
     with arguments.main_process_first(local=False):
         checkpoint = _last_checkpoint(settings, record)
     line = ProgressLine()
-    trainer = Trainer(
+    trainer = CompletionTrainer(
         model=module,
         args=arguments,
         train_dataset=training,
@@ -174,7 +176,10 @@ def _record(model: LanguageModel, base_name: str, settings: TrainSettings) -> Ad
         raise AdapterError(f"full fine-tuning has no settings, got {', '.join(settings.config)}")
     config, virtual = {}, 0
     if not full:
-        method = find_method(settings.method)
+        try:
+            method = find_method(settings.method)
+        except UnknownMethodError as error:
+            raise UnknownMethodError(f"{error}, and {FULL}") from error
         if settings.positions == "all" and method.needs_whole_prompt:
             raise AdapterError(f"{method.name} is made from the prompt: it has no form for all positions")
         if settings.positions == "all" and method.only_in_front:
@@ -224,7 +229,6 @@ def _arguments(settings: TrainSettings, device: torch.device) -> TrainingArgumen
         learning_rate=settings.learning_rate,
         warmup_steps=settings.warmup_ratio,
         max_grad_norm=settings.max_grad_norm,
-        lr_scheduler_type="linear",
         weight_decay=0.0,
         seed=settings.seed,
         eval_strategy="steps",
@@ -244,6 +248,7 @@ def _arguments(settings: TrainSettings, device: torch.device) -> TrainingArgumen
         report_to=[],
         disable_tqdm=True,
         use_cpu=on_cpu,
+        ddp_find_unused_parameters=False,
         # named, it makes a process look for others
         ddp_backend="gloo" if on_cpu and torch.distributed.is_torchelastic_launched() else None,
         dataloader_pin_memory=not on_cpu,

@@ -30,6 +30,7 @@ from prad.training.presets import PRESETS, UnknownPresetError, preset_fields, wi
 from prad.training.progress import CURVE
 from prad.training.settings import TrainSettings
 from prad.training.train import CHECKPOINTS, train
+from prad.training.trainer import CompletionTrainer
 
 YES, NO = "t50", "t60"
 DOCUMENT = Path(__file__).parents[2] / "docs" / "training.md"
@@ -126,17 +127,17 @@ def test_seeds(
     assert weights("one more", 2) != weights("two", 1)
 
 
-@pytest.mark.parametrize("eval_every", [1000, 4])
+@pytest.mark.parametrize(("steps", "eval_every"), [(1, 1000), (3, 1000), (6, 4)])
 def test_a_run_shorter_than_the_first_evaluation_is_saved(
+    steps: int,
     eval_every: int,
     data: Path,
     tiny_model: Callable[[str], Path],
     load_tiny: Callable[[str], LanguageModel],
     tmp_path: Path,
 ) -> None:
-    """Three steps, evaluated at the end; or six, of which the last two come after the last evaluation."""
+    """One step or three, evaluated at the end; or six, the last two of them after the last evaluation."""
     model, tokenizer = load_tiny("llama"), Tokenizer(tiny_model("llama"))
-    steps = 3 if eval_every == 1000 else 6
     record = train(model, tokenizer, "tiny", settings(data, tmp_path, max_steps=steps, eval_every=eval_every))
     assert record.training["steps"] == steps
     method = find_method("prad-pa")
@@ -225,14 +226,7 @@ def test_accumulated_batches_make_the_step_of_one_large_batch(
 ) -> None:
     """Labels are counted over the whole step: examples of unequal length weigh what they weigh together."""
     model, tokenizer = load_tiny("llama"), Tokenizer(tiny_model("llama"))
-    uneven = tmp_path / "data"
-    uneven.mkdir()
-    for name in ("train", "validation"):
-        lines = [
-            json.dumps({"prompt": f"t{i} t{i + 1}", "completion": " ".join(["t5"] * (1 + i % 7))})
-            for i in range(48)
-        ]
-        (uneven / f"{name}.jsonl").write_text("\n".join(lines))
+    uneven = answers_of_unequal_length(tmp_path / "data")
     weights = []
     for batch, accumulate in ((12, 1), (3, 4)):
         out = tmp_path / f"{batch}"
@@ -244,6 +238,55 @@ def test_accumulated_batches_make_the_step_of_one_large_batch(
         torch.testing.assert_close(weights[1][name], whole, rtol=1e-3, atol=1e-4)
 
 
+def answers_of_unequal_length(folder: Path) -> Path:
+    folder.mkdir()
+    lines = [
+        json.dumps({"prompt": f"t{i} t{i + 1}", "completion": " ".join(["t5"] * (1 + i % 7))})
+        for i in range(48)
+    ]
+    for name in ("train", "validation"):
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.mark.parametrize("batch", [1, 5, 48])
+def test_the_validation_loss_is_that_of_all_tokens_whatever_the_batches(
+    batch: int, tiny_model: Callable[[str], Path], load_tiny: Callable[[str], LanguageModel], tmp_path: Path
+) -> None:
+    model, tokenizer = load_tiny("llama"), Tokenizer(tiny_model("llama"))
+    uneven = answers_of_unequal_length(tmp_path / "data")
+    out = tmp_path / "out"
+    record = train(model, tokenizer, "tiny", settings(uneven, out, batch=batch, max_steps=2))
+    expected = validation_loss(model, tokenizer, uneven, load_adapter(read_artefact(out), model))
+    assert record.training["validation_loss"] == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+def test_the_learning_rate_rises_and_falls_by_equal_steps(
+    data: Path,
+    tiny_model: Callable[[str], Path],
+    load_tiny: Callable[[str], LanguageModel],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every step has some: none is without effect."""
+    model, tokenizer = load_tiny("llama"), Tokenizer(tiny_model("llama"))
+    rates: list[float] = []
+    original = CompletionTrainer.training_step
+
+    def noted(self: CompletionTrainer, *args: Any, **kwargs: Any) -> Any:
+        rates.append(self.lr_scheduler.get_last_lr()[0])
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(CompletionTrainer, "training_step", noted)
+    train(
+        model,
+        tokenizer,
+        "tiny",
+        settings(data, tmp_path, max_steps=8, learning_rate=1.0, warmup_ratio=0.4, eval_every=100),
+    )
+    assert rates == pytest.approx([1 / 5, 2 / 5, 3 / 5, 4 / 5, 1, 3 / 4, 1 / 2, 1 / 4])
+
+
 def test_training_stops_when_the_validation_loss_no_longer_falls(
     data: Path,
     tiny_model: Callable[[str], Path],
@@ -253,14 +296,14 @@ def test_training_stops_when_the_validation_loss_no_longer_falls(
 ) -> None:
     model, tokenizer = load_tiny("llama"), Tokenizer(tiny_model("llama"))
     losses = iter([3.0, 2.0, 2.5, 1.0, 1.1, 1.2, 1.3, 0.1])
-    original = Trainer.evaluation_loop
+    original = CompletionTrainer.evaluation_loop
 
-    def noted(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+    def noted(self: CompletionTrainer, *args: Any, **kwargs: Any) -> Any:
         output = original(self, *args, **kwargs)
         output.metrics["eval_loss"] = next(losses)
         return output
 
-    monkeypatch.setattr(Trainer, "evaluation_loop", noted)
+    monkeypatch.setattr(CompletionTrainer, "evaluation_loop", noted)
     record = train(model, tokenizer, "tiny", settings(data, tmp_path, max_steps=40, eval_every=2, patience=3))
     assert record.training["steps"] == 14, "three evaluations after the best, which is the fourth"
     assert record.training["validation_loss"] == 1.0
