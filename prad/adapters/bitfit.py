@@ -9,21 +9,18 @@ Stored is the change, which starts at zero. A projection without a bias gets one
 from typing import Literal
 
 import torch
-from pydantic import field_validator
 from torch import Tensor
 
 from prad.adapters.errors import AdapterError
-from prad.adapters.lora import some_projections
+from prad.adapters.lora import Projections
 from prad.adapters.method import FrozenModel, Group, Method, MethodConfig, Parameters
 from prad.lm import Site
 from prad.lm.sites import module_paths
 
 
 class BitFitConfig(MethodConfig):
-    targets: tuple[Site, ...] = (Site.Q, Site.K, Site.V, Site.O, Site.UP, Site.DOWN)
+    targets: Projections = (Site.Q, Site.K, Site.V, Site.O, Site.UP, Site.DOWN)
     missing: Literal["add", "refuse"] = "add"
-
-    _targets = field_validator("targets")(some_projections)
 
 
 class BitFit(Method):

@@ -6,11 +6,12 @@ Keys are scaled before RoPE. All vectors start at one. Names are PEFT's: `ia3_l`
 can be scaled by choice (PEFT does so for some families).
 """
 
+from typing import Annotated
+
 import torch
-from pydantic import field_validator
 from torch import Tensor
 
-from prad.adapters.lora import PROJECTIONS
+from prad.adapters.lora import PROJECTIONS, some_of
 from prad.adapters.method import FrozenModel, Group, Method, MethodConfig, Parameters
 from prad.lm import Site
 
@@ -18,14 +19,7 @@ SCALED = (*PROJECTIONS, Site.DOWN_IN)
 
 
 class IA3Config(MethodConfig):
-    targets: tuple[Site, ...] = (Site.K, Site.V, Site.DOWN_IN)
-
-    @field_validator("targets")
-    @classmethod
-    def _some(cls, targets: tuple[Site, ...]) -> tuple[Site, ...]:
-        if not targets or len(set(targets)) < len(targets) or not set(targets) <= set(SCALED):
-            raise ValueError(f"expected some of {', '.join(SCALED)}, each once")
-        return targets
+    targets: Annotated[tuple[Site, ...], some_of(SCALED)] = (Site.K, Site.V, Site.DOWN_IN)
 
 
 class IA3(Method):

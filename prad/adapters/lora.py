@@ -8,10 +8,11 @@ targets gate, up and down.
 """
 
 import math
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from prad.adapters.method import FrozenModel, Group, LowRankConfig, LowRankNames, Method, Parameters
@@ -20,19 +21,26 @@ from prad.lm import Site
 PROJECTIONS = (Site.Q, Site.K, Site.V, Site.O, Site.GATE, Site.UP, Site.DOWN)
 
 
-def some_projections(targets: tuple[Site, ...]) -> tuple[Site, ...]:
-    if not targets or len(set(targets)) < len(targets) or not set(targets) <= set(PROJECTIONS):
-        raise ValueError(f"expected some of {', '.join(PROJECTIONS)}, each once")
-    return targets
+def some_of(sites: Sequence[Site]) -> BeforeValidator:
+    """For a configuration's `targets`."""
+
+    def check(targets: Any) -> tuple[Site, ...]:
+        known = isinstance(targets, list | tuple) and all(target in sites for target in targets)
+        if not known or not targets or len(set(targets)) < len(targets):
+            raise ValueError(f"expected a list of some of {', '.join(sites)}, each once")
+        return tuple(Site(target) for target in targets)
+
+    return BeforeValidator(check)
+
+
+Projections = Annotated[tuple[Site, ...], some_of(PROJECTIONS)]
 
 
 class LoRAConfig(LowRankConfig):
     r: Annotated[int, Field(ge=1)] = 16
-    alpha: float = 16.0
+    alpha: Annotated[float, Field(gt=0)] = 16.0
     rslora: bool = False
-    targets: tuple[Site, ...] = (Site.Q, Site.V)
-
-    _targets = field_validator("targets")(some_projections)
+    targets: Projections = (Site.Q, Site.V)
 
     @property
     def factor(self) -> float:

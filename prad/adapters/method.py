@@ -4,6 +4,7 @@ A method is stateless: it names its configuration, sites and parameters, and com
 many adapters at once. Training uses the very same contribution, with one adapter and gradients.
 """
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,7 +42,7 @@ LayerParameters = dict[str, tuple[Tensor, ...]]
 class MethodConfig(BaseModel):
     """A method's own part of `prad.json`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
 
 
 class LowRankConfig(MethodConfig):
@@ -305,11 +306,20 @@ class Method(ABC):
     """Whether virtual tokens are all it is: no token of the prompt, nor a generated one, is adapted."""
 
     def configure(self, fields: Mapping[str, Any]) -> Any:
-        """The method's configuration out of plain fields. Raises AdapterError."""
+        """The method's configuration out of plain fields, as JSON has them. Raises AdapterError."""
+        if unknown := sorted(fields.keys() - self.config_type.model_fields.keys()):
+            known = ", ".join(self.config_type.model_fields)
+            raise AdapterError(
+                f"configuration of {self.name}: {', '.join(unknown)}: expected some of {known}"
+            )
         try:
-            return self.config_type.model_validate(fields)
+            return self.config_type.model_validate_json(json.dumps(fields))
         except ValidationError as error:
-            problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            problems = "; ".join(
+                f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}, "
+                f"got {json.dumps(e['input'])}"
+                for e in error.errors()
+            )
             raise AdapterError(f"configuration of {self.name}: {problems}") from error
 
     def virtual_tokens(self, config: Any) -> int:

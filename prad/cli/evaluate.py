@@ -43,6 +43,10 @@ def eval_command(
         str | None, typer.Option(help="With --url: the task; the plain model if left out.")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first so many examples.", min=1)] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(help="Of an answer, at most.  \\[default: what the adapter says, or 64]", min=1),
+    ] = None,
     beams: Annotated[int, typer.Option(help="Beam search with so many beams; 1 is greedy.", min=1)] = 1,
     batch: Annotated[int, typer.Option(help="Sequences that are decoded together.", min=1)] = 64,
     plain: Annotated[bool, typer.Option(help="Score the plain model on the same prompts as well.")] = True,
@@ -62,12 +66,12 @@ def eval_command(
     if (adapter is None) == (url is None):
         raise typer.BadParameter("give either --adapter or --url")
     if url is not None:
-        results = _served(url, task, data, limit, beams, batch)
+        results = _served(url, task, data, limit, max_tokens, beams, batch)
     elif task is not None:
         raise typer.BadParameter("needs --url: a folder knows no task", param_hint="--task")
     else:
         assert adapter is not None
-        here = _Computing(adapter, data, limit, beams, batch, model, cache_dir, dtype, device)
+        here = _Computing(adapter, data, limit, max_tokens, beams, batch, model, cache_dir, dtype, device)
         results = here.run(plain)
     scores: dict[str, dict[str, float]] = {}
     for name, result in results:
@@ -82,14 +86,20 @@ def eval_command(
 
 
 def _served(
-    url: str, task: str | None, data: Path, limit: int | None, beams: int, concurrency: int
+    url: str,
+    task: str | None,
+    data: Path,
+    limit: int | None,
+    max_tokens: int | None,
+    beams: int,
+    concurrency: int,
 ) -> "Iterator[tuple[str, Evaluation]]":
     from prad.training.served import evaluate_served
 
-    yield (
-        task or "plain model",
-        evaluate_served(url, task, data, limit=limit, beams=beams, concurrency=concurrency),
+    result = evaluate_served(
+        url, task, data, limit=limit, max_tokens=max_tokens, beams=beams, concurrency=concurrency
     )
+    yield task or "plain model", result
 
 
 @dataclass(frozen=True)
@@ -99,6 +109,7 @@ class _Computing:
     folder: Path
     data: Path
     limit: int | None
+    max_tokens: int | None
     beams: int
     batch: int
     base: str
@@ -147,6 +158,7 @@ class _Computing:
             self.data,
             stop_ids=loaded.stop_ids,
             limit=self.limit,
+            max_tokens=self.max_tokens,
             beams=self.beams,
             batch=self.batch,
         )

@@ -140,6 +140,10 @@ def _said(artefact: "Artefact", source: Path, out: Path | None, model: str) -> s
             "plain model's: its quality may drop, so measure it before you serve it, beside what --positions "
             "all imports: that is what PEFT does"
         )
+    if record.generation.max_tokens is None:
+        said.append(
+            "note: without --max-tokens, a completion that names none gets 16 tokens, as OpenAI's API has it"
+        )
     if out is not None:
         said.append(f"next:  prad eval --adapter {out} --data FILE{model_flag(model)}")
         if record.positions == "prompt":

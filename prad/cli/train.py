@@ -143,7 +143,7 @@ def train_command(
     fields |= {name: value for name, value in given.items() if value is not None}
     if epochs is not None and max_steps is None:
         fields.pop("max_steps", None)  # a preset's, which would win
-    fields["config"] = with_own(fields.get("config", {}), _fields(config) | ({} if r is None else {"r": r}))
+    fields["config"] = with_own(fields.get("config", {}), _fields(config, r))
     if method == FULL and dtype not in ("bfloat16", "float32"):
         raise typer.BadParameter(f"expected bfloat16 or float32, got '{dtype}'", param_hint="--dtype")
     loaded_as = "float32" if method == FULL else dtype  # what is trained is kept in float32
@@ -204,11 +204,14 @@ def _named(task_tokens: list[str]) -> dict[str, str | None]:
     return named
 
 
-def _fields(config: str) -> dict[str, Any]:
+def _fields(config: str, r: int | None) -> dict[str, Any]:
+    """Of --config and --r together."""
     try:
         fields = json.loads(config)
     except json.JSONDecodeError as error:
         raise typer.BadParameter(f"--config is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise typer.BadParameter(f"--config expects a JSON object, got {config}")
-    return cast(dict[str, Any], fields)
+    if r is not None and "r" in fields:
+        raise typer.BadParameter("r is given twice, by --r and by --config")
+    return cast(dict[str, Any], fields) | ({} if r is None else {"r": r})

@@ -15,6 +15,9 @@ from prad.training.data import Example, prompt_ids, read_examples, without_end
 from prad.training.decoding import AdaptedModel, Decoding
 from prad.training.metrics import Judged, scores
 
+ANSWER_TOKENS = 64
+"""At most, where neither the caller nor the adapter says how many."""
+
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
@@ -39,6 +42,7 @@ def evaluate(
     *,
     stop_ids: frozenset[int],
     limit: int | None = None,
+    max_tokens: int | None = None,
     beams: int = 1,
     batch: int = 64,
 ) -> Evaluation:
@@ -46,11 +50,12 @@ def evaluate(
     gets the template without its task tokens.
 
     Greedy, or the best of `beams` beams. Answers are what serving gives: one leading space and what follows
-    a stop string are left out. Long prompts are shortened as in training. `batch`: rows of a decode step.
+    a stop string are left out. Long prompts are shortened as in training. max_tokens: of an answer; None: the
+    record's, or ANSWER_TOKENS. `batch`: rows of a decode step.
     Raises DataError, or AdapterError for an answer that leaves no room for a prompt.
     """
     examples = without_end(read_examples(data, limit), record.end_token)
-    max_tokens = record.generation.max_tokens or 64
+    max_tokens = max_tokens or record.generation.max_tokens or ANSWER_TOKENS
     virtual = placeholders(0 if adapter is None else adapter.virtual_tokens)
     longest = model.max_context - max_tokens - len(virtual)
     if longest < 1:

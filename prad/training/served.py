@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import track
 
 from prad.training.data import read_examples, without_end
-from prad.training.evaluate import Evaluation
+from prad.training.evaluate import ANSWER_TOKENS, Evaluation
 
 
 class ServerError(Exception):
@@ -23,23 +23,36 @@ def evaluate_served(
     data: Path,
     *,
     limit: int | None = None,
+    max_tokens: int | None = None,
     beams: int = 1,
     concurrency: int = 64,
 ) -> Evaluation:
     """Answers of the server at `url` for `task` (None: its plain model, with bare prompts).
 
     Greedy, or the best of `beams` beams; compared without the task's end token, which the server tells.
-    `concurrency` requests are under way at once. Raises DataError or ServerError.
+    max_tokens: of an answer; None: the task's own, or ANSWER_TOKENS. `concurrency` requests are under way at
+    once. Raises DataError or ServerError.
     """
     examples = read_examples(data, limit)
+    if not url.startswith(("http://", "https://")):
+        raise ServerError(f"expected a server's address like http://127.0.0.1:8000, got {url!r}")
     connections = httpx.Limits(max_connections=concurrency)
     try:
-        opened = httpx.Client(base_url=url, timeout=httpx.Timeout(600, connect=10), limits=connections)
+        base_url = url.rstrip("/").removesuffix("/v1")  # with which OpenAI's clients are told it
+        opened = httpx.Client(base_url=base_url, timeout=httpx.Timeout(600, connect=10), limits=connections)
     except httpx.InvalidURL as error:
         raise ServerError(f"{url!r} is no address of a server: {error}") from error
     with opened as client, ThreadPoolExecutor(concurrency) as pool:
-        examples = without_end(examples, None if task is None else _end_token(client, task))
-        asked = [pool.submit(_ask, client, task, example.prompt, beams) for example in examples]
+        told = {} if task is None else _answered(client, "GET", f"/v1/models/{quote(task)}").get("prad", {})
+        examples = without_end(examples, told.get("end_token"))
+        body: dict[str, Any] = {"temperature": 0.0}
+        if max_tokens is not None or told.get("generation", {}).get("max_tokens") is None:
+            body["max_tokens"] = max_tokens or ANSWER_TOKENS  # the API's own default is another
+        if beams > 1:
+            body |= {"use_beam_search": True, "best_of": beams}
+        if task is not None:
+            body["task"] = task
+        asked = [pool.submit(_ask, client, body | {"prompt": example.prompt}) for example in examples]
         try:
             answers = [
                 one.result()
@@ -52,20 +65,9 @@ def evaluate_served(
     return Evaluation.of(examples, answers)
 
 
-def _ask(client: httpx.Client, task: str | None, prompt: str, beams: int) -> str:
-    body: dict[str, Any] = {"prompt": prompt, "temperature": 0.0}
-    if beams > 1:
-        body |= {"use_beam_search": True, "best_of": beams}
-    if task is not None:
-        body["task"] = task
+def _ask(client: httpx.Client, body: dict[str, Any]) -> str:
     text: str = _answered(client, "POST", "/v1/completions", body)["choices"][0]["text"]
-    return text if task is not None else text.removeprefix(" ")  # for a task the server leaves it out
-
-
-def _end_token(client: httpx.Client, task: str) -> str | None:
-    described = _answered(client, "GET", f"/v1/models/{quote(task)}")
-    found: str | None = described.get("prad", {}).get("end_token")
-    return found
+    return text if "task" in body else text.removeprefix(" ")  # for a task the server leaves it out
 
 
 def _answered(client: httpx.Client, method: str, path: str, body: dict[str, Any] | None = None) -> Any:

@@ -42,6 +42,7 @@ def models_router(context: Context) -> APIRouter:
                 "digest": version.digest,
                 "method": record.method,
                 "end_token": record.end_token,
+                "generation": record.generation.model_dump(mode="json"),
                 "description": record.description,
                 "licence": record.licence,
             },

@@ -64,6 +64,27 @@ def test_a_server_scores_as_the_folder_does(
         assert json.loads(shown.stdout)["toy"]["examples"] == 5
         with pytest.raises(ServerError, match=r"answers 404: .*nothing"):
             evaluate_served(url, "nothing", data)
+        brief = evaluate(
+            model,
+            tokenizer,
+            artefact.record,
+            load_adapter(artefact, model),
+            data,
+            stop_ids=stop_ids,
+            max_tokens=5,
+        )
+        assert evaluate_served(f"{url}/v1/", "toy", data, max_tokens=5) == brief
+        assert brief.answers != here.answers
+        bare = artefact.record.model_copy(update={"generation": GenerationDefaults(), "end_token": None})
+        plain = evaluate(model, tokenizer, bare, None, data, stop_ids=stop_ids)
+        assert evaluate_served(url, None, data) == plain
+        assert max(len(answer.split()) for answer in plain.answers) > 16, "more than the API's default"
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "localhost", "ftp://x", ""])
+def test_what_is_no_address_is_told_how_one_looks(url: str, data: Path) -> None:
+    with pytest.raises(ServerError, match=r"expected a server.s address like http://127\.0\.0\.1:8000, got"):
+        evaluate_served(url, "toy", data)
 
 
 def test_a_server_that_is_not_there_is_named(data: Path) -> None:
