@@ -71,7 +71,7 @@ def push(
         record = _wait(client, pushed, connect_timeout, timeout)
         if promote and not record.current:
             record = client.promote(record.task, record.version)
-        _say_next(record)
+        _say_next(record, registry)
 
 
 @app.command("list", epilog="Example: [bold]prad adapter list --json[/bold]")
@@ -218,13 +218,14 @@ def _wait(
     return record
 
 
-def _say_next(record: VersionRecord) -> None:
+def _say_next(record: VersionRecord, registry: str) -> None:
     model = record.task if record.current else record.name
     if record.current:
         print(f"{record.name} is verified, and what plain {record.task!r} means. Try it:")
     else:
         print(f"{record.name} is verified, and answers as {record.name!r}. Try it:")
     body = json.dumps({"model": model, "prompt": "..."})
-    print(f"  curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '{body}'")
+    api = "http://127.0.0.1:8000" if registry == DEFAULT_REGISTRY else "http://API:PORT"
+    print(f"  curl {api}/v1/completions -H 'Content-Type: application/json' -d '{body}'")
     if not record.current:
         print(f"Then make it what plain {record.task!r} means:\n  prad adapter promote {record.name}")
