@@ -69,7 +69,7 @@ def _card(artefact: Artefact, scores: dict[str, Any]) -> str:
     record = artefact.record
     run = record.training
     metrics = list(scores["adapter"])
-    flags = f"--max-steps {run['steps']}" if run["max_steps"] > 0 else f"--epochs {run['epochs']:g}"
+    flags = f"--max-steps {run['steps']}" if (run["max_steps"] or 0) > 0 else f"--epochs {run['epochs']:g}"
     rows = "\n".join(
         f"| {name} | " + " | ".join(f"{scores[key][m]:g}" for m in metrics) + " |"
         for name, key in (("this adapter", "adapter"), ("plain model, same prompts", "plain"))

@@ -142,7 +142,7 @@ def train_command(
     fields = {} if preset is None else preset_fields(preset, method)
     fields |= {name: value for name, value in given.items() if value is not None}
     if epochs is not None and max_steps is None:
-        fields.pop("max_steps", None)  # a preset's, which would win
+        fields["max_steps"] = None  # not a preset's, which would win
     fields["config"] = with_own(fields.get("config", {}), _fields(config, r))
     if method == FULL and dtype not in ("bfloat16", "float32"):
         raise typer.BadParameter(f"expected bfloat16 or float32, got '{dtype}'", param_hint="--dtype")

@@ -134,7 +134,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
                 "prad-dora": _ffn(40, 2e-3, max_steps=80_000, batch=16),
                 "prad-mam": _mam(32, 136, 5e-4),
                 "prad-prefix": _prefix(200, 5e-4, max_steps=120_000),
-                "full": _full(5e-5, max_steps=-1, epochs=10.0),
+                "full": _full(5e-5, max_steps=None, epochs=10.0),
             },
             **_MT,
         ),

@@ -27,7 +27,8 @@ class TrainSettings:
     examples: int | None = None
     """Only the first so many training examples."""
     epochs: float = 1.0
-    max_steps: int = -1
+    max_steps: int | None = None
+    """Wins over `epochs`."""
     batch: int = 16
     accumulate: int = 1
     learning_rate: float = 1e-3

@@ -222,7 +222,7 @@ def _arguments(settings: TrainSettings, device: torch.device) -> TrainingArgumen
     return TrainingArguments(
         output_dir=str(settings.out / CHECKPOINTS),
         num_train_epochs=settings.epochs,
-        max_steps=settings.max_steps,
+        max_steps=settings.max_steps or -1,
         per_device_train_batch_size=settings.batch,
         per_device_eval_batch_size=settings.batch,
         gradient_accumulation_steps=settings.accumulate,
