@@ -34,6 +34,11 @@ def require_servable(config: Any) -> None:
             f"{kind.__name__} has layers of {', '.join(foreign)}; only plain and sliding-window attention "
             "over stored K and V can be served"
         )
+    if differing := getattr(config, "per_layer_attributes", None):
+        raise UnsupportedModelError(
+            f"{kind.__name__} has layers that differ in {', '.join(sorted(differing))}; "
+            "only layers of one size can be served"
+        )
 
 
 def max_context(config: Any) -> int:

@@ -40,6 +40,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"head_dim": 16, "use_bidirectional_attention": True},
         "Gemma3Attention lets tokens attend to later ones",
     ),
+    "layers of two sizes": (
+        "Gemma4TextConfig",
+        {"num_key_value_heads": 2, "vocab_size_per_layer_input": 8, "hidden_size_per_layer_input": 8},
+        "Gemma4ForCausalLM has layers that differ in head_dim; only layers of one size",
+    ),
     "images": ("Gemma3Config", {}, "Gemma3ForConditionalGeneration is a language model inside"),
     "translation": ("T5Config", {"d_model": 48}, "a 't5' model is not a causal language model"),
 }
