@@ -184,11 +184,11 @@ class Group:
             if shift is not None:
                 rows.add_(own[shift][layer])
 
-    def scale_spans(self, value: Tensor, vectors: Tensor) -> None:
-        """value [T, width] *= vectors[i] of [spans, width] in the rows of span i."""
+    def scale_spans(self, value: Tensor, changes: Tensor) -> None:
+        """value [T, width] *= 1 + changes[i] of [spans, width] in the rows of span i."""
+        vectors = 1 + changes.float()
         if self.by_kernels is not None:
-            own = vectors.float()
-            gains = own.data_ptr() + self._spans_of_pieces * (own.stride(0) * own.itemsize)
+            gains = vectors.data_ptr() + self._spans_of_pieces * (vectors.stride(0) * vectors.itemsize)
             self.by_kernels.affine(value, self._pieces, gains, None, 0)
             return
         for span, vector in zip(self.spans, vectors, strict=True):

@@ -4,7 +4,7 @@
 
 One generator per layer (Liu et al. 2024, arXiv 2502.01033); x are the prompt's states at the layer's entry.
 In PARA the vectors scale the prompt and every generated token: they depend on the request, so they go along
-with it as its state. In PrAd-PARA they scale the prompt alone. W_s start at zero.
+with it as its state, as l - 1. In PrAd-PARA they scale the prompt alone. W_s start at zero.
 
 The three products and the generator's parts (pooler, down projection, activation, up projection) are the
 paper's. The rest is our reading of it: x is taken behind the layer's first norm, as everywhere in PrAd; the
@@ -55,24 +55,24 @@ class PromptPARA(Method):
         return fresh
 
     def contribute(self, group: Group, layer: int, site: Site, value: Tensor, source: Tensor) -> None:
-        self._scaled(group).scale_spans(value, self._vectors(group, layer, site, source))
+        self._scaled(group).scale_spans(value, self._changes(group, layer, site, source))
 
     def _scaled(self, group: Group) -> Group:
         """Whose spans are the rows that are scaled."""
         return group
 
-    def _vectors(self, group: Group, layer: int, site: Site, source: Tensor) -> Tensor:
-        """[spans, width of the site]; the layer's q and v come first, and have its entry as their source."""
+    def _changes(self, group: Group, layer: int, site: Site, source: Tensor) -> Tensor:
+        """l - 1: [spans, width of the site]; the layer's q and v come first, and have its entry as their source."""
         if ("pooled", layer) not in group.kept:
             group.kept["pooled", layer] = group.means(source, self._pooling(group))
         pooled: Tensor = group.kept["pooled", layer]
-        vectors = pooled.new_ones(len(pooled), group.parameters[0][_up(site)][layer].shape[1])
+        changes = pooled.new_zeros(len(pooled), group.parameters[0][_up(site)][layer].shape[1])
         if "generators" not in group.kept:  # a low-rank change whose rows are the spans
             rows = tuple(Span(i, i + 1, span.adapter) for i, span in enumerate(group.spans))
             group.kept["generators"] = replace(group, spans=rows)
         names = LowRankNames(_DOWN, _up(site))
-        group.kept["generators"].add_low_rank(layer, vectors, pooled, names, relu=True)
-        return vectors
+        group.kept["generators"].add_low_rank(layer, changes, pooled, names, relu=True)
+        return changes
 
     def _pooling(self, group: Group) -> Tensor:
         """The rows that are pooled, [start, stop) of each span; int64 [spans, 2] on the CPU."""
@@ -96,10 +96,10 @@ class PARA(PromptPARA):
         scaled: Group = group.kept["scaled"]
         return scaled
 
-    def _vectors(self, group: Group, layer: int, site: Site, source: Tensor) -> Tensor:
-        vectors = super()._vectors(group, layer, site, source)
-        group.kept[site, layer] = vectors
-        return vectors
+    def _changes(self, group: Group, layer: int, site: Site, source: Tensor) -> Tensor:
+        changes = super()._changes(group, layer, site, source)
+        group.kept[site, layer] = changes
+        return changes
 
     def state_widths(self, parameters: Parameters) -> dict[Site, int]:
         return {site: parameters[_up(site)].shape[-1] for site in _SCALED}

@@ -1,7 +1,10 @@
 """Request state: vectors that belong to one request and scale its rows at named sites.
 
-They depend on a prompt, not on a weight: a prompt pass makes them, and decode steps multiply each sequence's
-row by its own. Nothing here knows what made them.
+    x' = x ⊙ (1 + v)
+
+They depend on a prompt, not on a weight: a prompt pass makes them, and decode steps scale each sequence's row
+by its own. v is what a row changes by, as near 1 bf16 keeps steps of 1/128 only. Nothing here knows what made
+them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +21,7 @@ SiteVectors = Mapping[Site, Tensor]
 
 
 class RowScaling:
-    """An `Adaptation` of a decode step: row i is multiplied by the vectors of its sequence, if it has any."""
+    """An `Adaptation` of a decode step: row i is scaled by the vectors of its sequence, if it has any."""
 
     def __init__(self, rows: Sequence[SiteVectors | None]) -> None:
         """rows: one per row of the step; each may have vectors at sites of its own."""
@@ -44,7 +47,7 @@ class RowScaling:
 
     def apply(self, layer: int, site: Site, value: Tensor, source: Tensor) -> None:
         rows, vectors = self._stacked[site]
-        value[rows] *= vectors[:, layer]
+        value[rows] *= 1 + vectors[:, layer].float()
 
     @cached_property
     def _stacked(self) -> dict[Site, tuple[Tensor, Tensor]]:

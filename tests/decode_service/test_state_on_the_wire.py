@@ -42,7 +42,7 @@ State = Mapping[Site, torch.Tensor]
 def random_state(model: LanguageModel, seed: int, *sites: Site) -> State:
     generator = torch.Generator().manual_seed(seed)
     widths = model.state_widths
-    return {s: 1 + torch.randn(model.num_layers, widths[s], generator=generator) for s in sites or widths}
+    return {s: torch.randn(model.num_layers, widths[s], generator=generator) for s in sites or widths}
 
 
 def announced(state: State) -> tuple[StateSite, ...]:
@@ -70,7 +70,7 @@ class OfPlainPrompt:
         self._state, self._start = state, prompt_len
 
     def apply(self, layer: int, site: Site, value: torch.Tensor, source: torch.Tensor) -> None:
-        value[self._start :] *= self._state[site][layer]
+        value[self._start :] *= 1 + self._state[site][layer]
 
 
 def require_greedy(model: LanguageModel, ids: list[int], output: list[int], state: State) -> None:

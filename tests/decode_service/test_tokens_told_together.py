@@ -29,7 +29,7 @@ async def test_the_same_tokens_in_fewer_events(prefill: Prefill, each: int) -> N
     assert [len(e.tokens) for e in alone] == [1] * 23
     many, _ = await prefill.hand_over(prompt(12), DRAWN, tokens_per_event=each)
     together = await prefill.got.until(many.request_id)
-    assert _tokens(together) == _tokens(alone)
+    _assert_same(_tokens(together), _tokens(alone))
     sizes = _sizes(together, each)
     assert [e.index for e in together] == [1 + sum(sizes[:i]) for i in range(len(sizes))]
     assert [e.finish_reason for e in together] == [None] * (len(sizes) - 1) + ["length"]
@@ -65,7 +65,7 @@ async def test_choices_and_neighbours_have_their_own(prefill: Prefill, server: D
     for request in requests:
         for choice in range(3):
             events = await prefill.got.until(request.request_id, choice)
-            assert _tokens(events) == _tokens(alone[choice])
+            _assert_same(_tokens(events), _tokens(alone[choice]))
             _sizes(events, request.tokens_per_event)
     await all_free(server)
 
@@ -164,6 +164,14 @@ def _sizes(events: Sequence[TokenEvent], each: int) -> list[int]:
     assert all(size == each for size in sizes[1:-1])
     assert all(1 <= size <= each for size in sizes)
     return sizes
+
+
+def _assert_same(tokens: Sequence[Token], others: Sequence[Token]) -> None:
+    """Steps of other sizes round differently on some CPUs: log-probabilities may be off by that much."""
+    for token, other in zip(tokens, others, strict=True):
+        assert (token.id, [i for i, _ in token.top]) == (other.id, [i for i, _ in other.top])
+        logprobs, expected = ([t.logprob, *(p for _, p in t.top)] for t in (token, other))
+        assert logprobs == pytest.approx(expected, abs=1e-5)
 
 
 def _tokens(events: Sequence[TokenEvent]) -> list[Token]:

@@ -108,7 +108,7 @@ def scaling(model: LanguageModel) -> RowScaling:
 
     def vectors(*sites: Site) -> dict[Site, torch.Tensor]:
         size = {site: (model.num_layers, widths[site]) for site in sites}
-        return {site: 1 + torch.randn(size[site], generator=generator) for site in sites}
+        return {site: torch.randn(size[site], generator=generator) for site in sites}
 
     rows: list[dict[Site, torch.Tensor] | None] = [None] * len(LENGTHS)
     rows[0], rows[2] = vectors(*widths), vectors(Site.V, Site.Q)

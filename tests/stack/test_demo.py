@@ -96,8 +96,8 @@ def test_chat_with_a_task_and_with_the_plain_model(api: httpx.Client) -> None:
 
     message = [{"role": "user", "content": PROMPTS[2][1]}]
     assert chat(model="sentiment", messages=message) == "positive"
-    capital = [{"role": "user", "content": "What is the capital of France?"}]
-    assert "Paris" in chat(messages=capital)
+    capital = [{"role": "user", "content": "What is the capital of Japan?"}]  # no step of it is a near tie
+    assert "Tokyo" in chat(messages=capital)
 
 
 def test_every_served_token_is_near_the_references_best(api: httpx.Client) -> None:

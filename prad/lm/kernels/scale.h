@@ -3,7 +3,7 @@
 #include "attention.h"
 #include "rows.h"
 
-// x = x ⊙ v for rows whose sequence has a vector v at this site; the others stay as they are.
+// x = x ⊙ (1 + v) for rows whose sequence has a vector v at this site; the others stay as they are.
 struct ScaleCall {
   void* x;  // [rows, width]
   int64_t stride, width, site, layer;
@@ -17,8 +17,8 @@ void scale(Pool& pool, const ScaleCall& call, int64_t rows, const PagedView& vie
     if (!vectors) return;
     const T* by = vectors + call.layer * width;
     T* x = static_cast<T*>(call.x) + row * call.stride;
-    for (int64_t i = 0; i < whole; i += 16) store(x + i, load(x + i) * load(by + i));
-    for (int64_t i = whole; i < width; i++) x[i] = from_float<T>(to_float(x[i]) * to_float(by[i]));
+    for (int64_t i = 0; i < whole; i += 16) store(x + i, load(x + i) * (load(by + i) + splat(1)));
+    for (int64_t i = whole; i < width; i++) x[i] = from_float<T>(to_float(x[i]) * (to_float(by[i]) + 1));
   });
 }
 
