@@ -62,7 +62,7 @@ class PromptPARA(Method):
         return group
 
     def _changes(self, group: Group, layer: int, site: Site, source: Tensor) -> Tensor:
-        """l - 1: [spans, width of the site]; the layer's q and v come first, and have its entry as their source."""
+        """l - 1: [spans, width of the site]; a layer's q and v come first, and have its entry as source."""
         if ("pooled", layer) not in group.kept:
             group.kept["pooled", layer] = group.means(source, self._pooling(group))
         pooled: Tensor = group.kept["pooled", layer]
