@@ -169,7 +169,7 @@ def _each(metric: str, examples: list[Example], result: Evaluation) -> list[list
     """
     pairs = list(zip(examples, result.answers, strict=True))
     if metric == "accuracy":
-        return [[int(answer == example.label)] for example, answer in pairs]
+        return [[int(answer == example.completion)] for example, answer in pairs]
     bleu = BLEU(effective_order=True)  # which changes a sentence's score, not its counts
     found = [bleu.sentence_score(answer, example.answers) for example, answer in pairs]
     return [[*map(int, f.counts), *map(int, f.totals), int(f.sys_len), int(f.ref_len)] for f in found]

@@ -108,8 +108,7 @@ def _batches(arguments: argparse.Namespace, tokenizer: Tokenizer, device: torch.
         read_examples(arguments.data / "train.jsonl", count),
         tokenizer,
         record,
-        max_prompt=512,
-        max_completion=256,
+        context=512,
     )
     return [
         {name: tensor.to(device) for name, tensor in collate(examples[i : i + arguments.batch]).items()}

@@ -96,6 +96,13 @@ def train_command(
         int | None,
         typer.Option(help="Stop after so many evaluations without a smaller validation loss.", min=1),
     ] = None,
+    max_prompt: Annotated[
+        int | None,
+        typer.Option(help="Tokens; longer prompts lose their front.  \\[default: what fits]", min=1),
+    ] = None,
+    max_completion: Annotated[
+        int | None, typer.Option(help="Tokens; longer answers lose their end.  \\[default: all]", min=1)
+    ] = None,
     template: Annotated[
         str | None, typer.Option(help="Prompt template with {prompt} once; default as in the paper.")
     ] = None,
@@ -138,6 +145,8 @@ def train_command(
         "learning_rate": lr,
         "eval_every": eval_every,
         "patience": patience,
+        "max_prompt": max_prompt,
+        "max_completion": max_completion,
     }
     fields = {} if preset is None else preset_fields(preset, method)
     fields |= {name: value for name, value in given.items() if value is not None}
@@ -177,8 +186,8 @@ def train_command(
 
 def _say(outcome: dict[str, Any], baseline: bool, task: str, data: Path, out: Path, model: str) -> None:
     typer.echo(
-        f"{out}: {outcome['steps']} steps in {outcome['seconds']} s, "
-        f"{outcome['tokens_per_second']} tokens/s, validation loss {outcome['validation_loss']}\n"
+        f"{out}: {outcome['steps']} steps, {outcome['tokens_per_second']} tokens/s, "
+        f"validation loss {outcome['validation_loss']}\n"
         f"next:  prad eval --adapter {out} --data {data / 'test.jsonl'}{model_flag(model)}"
     )
     if baseline:

@@ -20,7 +20,8 @@ class DataError(Exception):
 
 
 class Example(BaseModel):
-    """One line of a data file. `references`: all accepted answers, `completion` being the first."""
+    """One line of a data file. label: that it is one of a few classes, named by `completion`; references:
+    further answers that are right."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
@@ -31,16 +32,18 @@ class Example(BaseModel):
 
     @property
     def answers(self) -> list[str]:
-        return self.references or [self.completion]
+        """All that are right, `completion` being the first."""
+        return list(dict.fromkeys((self.completion, *(self.references or ()))))
 
 
 @dataclass(frozen=True, slots=True)
 class TokenisedExample:
     """prompt: ids that the adapter sees, behind placeholders for its virtual tokens; completion: ids that the
-    loss sees, EOS included."""
+    loss sees, EOS included; cut: whether some of either were left out."""
 
     prompt: tuple[int, ...]
     completion: tuple[int, ...]
+    cut: bool = False
 
 
 def read_examples(path: Path, limit: int | None = None) -> list[Example]:
@@ -68,15 +71,13 @@ def _where(location: tuple[int | str, ...]) -> str:
 
 
 def without_end(examples: Sequence[Example], end_token: str | None) -> list[Example]:
-    """The examples, with answers and labels that lack the end token. Raises DataError if one goes on behind
-    it."""
+    """The examples, with answers that lack the end token. Raises DataError if one goes on behind it."""
     if end_token is None:
         return list(examples)
     settled = []
     for number, example in enumerate(examples, start=1):
         changed = {
             "completion": _ended(example.completion, end_token, number),
-            "label": None if example.label is None else _ended(example.label, end_token, number),
             "references": [_ended(answer, end_token, number) for answer in example.references or ()] or None,
         }
         settled.append(example.model_copy(update=changed))
@@ -123,25 +124,38 @@ def tokenise(
     tokenizer: Tokenizer,
     record: AdapterRecord,
     *,
-    max_prompt: int,
-    max_completion: int,
+    context: int,
+    max_prompt: int | None = None,
+    max_completion: int | None = None,
 ) -> list[TokenisedExample]:
     """Prompt inside the template, completion as " " + text + EOS, each tokenised alone. EOS takes the place
     of the record's end token.
 
-    Prompts longer than `max_prompt` are shortened as `prompt_ids` says; longer completions lose their end,
-    EOS included. Raises DataError for a prompt without ids or room, or an answer that goes on behind its end
-    token.
+    Prompts longer than `max_prompt`, or than what their completion leaves of the model's `context`, are
+    shortened as `prompt_ids` says; completions longer than `max_completion` lose their end, EOS included.
+    Raises DataError for a prompt without ids or room, or an answer that goes on behind its end token.
     """
+    virtual = placeholders(record.virtual_tokens)
     tokenised = []
     for number, example in enumerate(without_end(examples, record.end_token), start=1):
-        prompt = prompt_ids(example.prompt, tokenizer, record, max_prompt)
+        whole = tokenizer.encode_completion(example.completion)
+        completion = whole[:max_completion]
+        room = context - len(virtual) - len(completion)
+        if room < 1:
+            raise DataError(
+                f"example {number}: a completion of {len(completion)} tokens and {len(virtual)} virtual "
+                f"tokens leave no room for a prompt in the model's context of {context}"
+            )
+        prompt = prompt_ids(example.prompt, tokenizer, record, context)
+        most = min(room, max_prompt or room)
+        cut = len(prompt) > most or len(whole) > len(completion)
+        if len(prompt) > most:
+            prompt = prompt_ids(example.prompt, tokenizer, record, most)
         if not prompt:
             raise DataError(
                 f"example {number} has an empty prompt: there is nothing for an adapter to act on"
             )
-        completion = tokenizer.encode_completion(example.completion)[:max_completion]
-        tokenised.append(TokenisedExample((*placeholders(record.virtual_tokens), *prompt), tuple(completion)))
+        tokenised.append(TokenisedExample((*virtual, *prompt), tuple(completion), cut))
     return tokenised
 
 
@@ -149,8 +163,7 @@ def collate(examples: Sequence[TokenisedExample]) -> dict[str, Any]:
     """Packs examples end to end: no padding, every token is computed once.
 
     lengths and prompt_lengths [examples], ids [T], labels [N]: the completion ids, whose logits are those of
-    the rows in label_rows [N], one before each label. The last id of an example is only predicted. Lengths
-    come first: by the first tensor Trainer tells how many examples a batch has.
+    the rows in label_rows [N], one before each label. The last id of an example is only predicted.
     """
     ids: list[int] = []
     lengths: list[int] = []

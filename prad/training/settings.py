@@ -38,8 +38,10 @@ class TrainSettings:
     eval_every: int = 100
     eval_examples: int = 200
     patience: int | None = None
-    max_prompt: int = 512
-    max_completion: int = 256
+    max_prompt: int | None = None
+    """Tokens: longer prompts keep their last; None: what fits into the model's context."""
+    max_completion: int | None = None
+    """Tokens: longer ones lose their end."""
     max_tokens: int = 64
     """The artefact's generation default, with temperature 0."""
     dtype: str = "bfloat16"
@@ -47,6 +49,12 @@ class TrainSettings:
     licence: str = ""
     description: str = ""
     resume: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup_ratio < 1:
+            raise ValueError(
+                f"warmup_ratio: expected a part of the steps, 0 to below 1, got {self.warmup_ratio}"
+            )
 
     def recorded(self) -> dict[str, Any]:
         """For the training record: what the result depends on, in plain values."""

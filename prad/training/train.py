@@ -3,15 +3,14 @@
 Under `accelerate launch` or `torchrun` every process runs this; the main one alone writes.
 """
 
-import math
 import os
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
+from rich.console import Console
 from transformers import EarlyStoppingCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -36,11 +35,11 @@ from prad.artefact import (
     write_record,
 )
 from prad.lm import LanguageModel, Tokenizer
-from prad.training.data import DataError, collate, read_examples, tokenise
+from prad.training.data import DataError, TokenisedExample, collate, read_examples, tokenise
 from prad.training.objective import AdapterTuning, CompletionLoss, FullTuning
 from prad.training.progress import ProgressLine, save_curve
 from prad.training.settings import TrainSettings
-from prad.training.trainer import CompletionTrainer
+from prad.training.trainer import CompletionTrainer, DivergedError
 
 CHECKPOINTS = "checkpoints"
 _OF_A_RUN: Any = {
@@ -65,17 +64,8 @@ def train(
     require_free_names(record, tokenizer)
     _require_own_folder(settings.out)
     module = _module(model, tokenizer, record, settings)
-    room = model.max_context - record.virtual_tokens - settings.max_completion
-    if room < 1:
-        raise AdapterError(
-            f"completions of {settings.max_completion} tokens and {record.virtual_tokens} virtual tokens "
-            f"leave no room for a prompt in the model's context of {model.max_context}"
-        )
-    limits = {"max_prompt": min(settings.max_prompt, room), "max_completion": settings.max_completion}
-    training = tokenise(
-        read_examples(settings.data / "train.jsonl", settings.examples), tokenizer, record, **limits
-    )
-    validation = read_examples(settings.data / "validation.jsonl", settings.eval_examples)
+    training = _tokenised("train.jsonl", settings.examples, model, tokenizer, record, settings)
+    validation = _tokenised("validation.jsonl", settings.eval_examples, model, tokenizer, record, settings)
     arguments = _arguments(settings, model.device)
     with arguments.main_process_first(local=False):
         checkpoint = _last_checkpoint(settings, record)
@@ -84,28 +74,28 @@ def train(
         model=module,
         args=arguments,
         train_dataset=training,
-        eval_dataset=tokenise(validation, tokenizer, record, **limits),
+        eval_dataset=validation,
         data_collator=collate,
         callbacks=[line, *_early_stop(settings)],
     )
     trainer.remove_callback(PrinterCallback)
-    started = time.monotonic()
     try:
-        result = trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except DivergedError:
+        if arguments.process_index == 0:  # nothing good can go on from there
+            shutil.rmtree(settings.out / CHECKPOINTS)
+        raise
     finally:
         line.close()
-    best = trainer.state.best_metric
-    if best is None or not math.isfinite(best):
-        raise DataError(f"the validation loss was never finite (the best: {best}): try a lower learning rate")
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     outcome = {
         "examples": len(training),
         "processes": arguments.world_size,
         "parameters": sum(p.numel() for p in module.trained().values()),
         "steps": trainer.state.global_step,
-        "seconds": round(time.monotonic() - started),
         "tokens_per_second": round(line.tokens_per_second),
-        "train_loss": round(result.training_loss, 4),
-        "validation_loss": round(best, 4),
+        "train_loss": round(losses[-1], 4) if losses else None,
+        "validation_loss": round(trainer.state.best_metric, 4),
         "prad": __version__,
         "torch": torch.__version__,
     }
@@ -117,6 +107,35 @@ def train(
         shutil.rmtree(settings.out / CHECKPOINTS)
     trainer.accelerator.wait_for_everyone()
     return record
+
+
+def _tokenised(
+    file: str,
+    most: int | None,
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    record: AdapterRecord,
+    settings: TrainSettings,
+) -> list[TokenisedExample]:
+    """The first `most` examples of one of the data files; says how many had to be cut."""
+    path = settings.data / file
+    examples = read_examples(path, most)
+    if record.end_token and not any(record.end_token in e.completion for e in examples):
+        raise DataError(f"{path}: no completion ends with the end token {record.end_token!r}")
+    tokenised = tokenise(
+        examples,
+        tokenizer,
+        record,
+        context=model.max_context,
+        max_prompt=settings.max_prompt,
+        max_completion=settings.max_completion,
+    )
+    if cut := sum(example.cut for example in tokenised):
+        Console(stderr=True).print(
+            f"{path}: {cut} of {len(tokenised)} examples are longer than --max-prompt, --max-completion or "
+            f"the model's context of {model.max_context}: their prompts lost their front, answers their end"
+        )
+    return tokenised
 
 
 def _require_own_folder(out: Path) -> None:
@@ -164,8 +183,11 @@ def _last_checkpoint(settings: TrainSettings, record: AdapterRecord) -> str | No
         raise DataError(f"{folder} holds checkpoints of an earlier run; go on with --resume, or remove it")
     if last is not None and kept.read_text(encoding="utf-8") != own:
         raise DataError(f"{folder} holds checkpoints of a run with other settings; remove it, or repeat them")
-    folder.mkdir(parents=True, exist_ok=True)
-    kept.write_text(own, encoding="utf-8")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        kept.write_text(own, encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{settings.out} cannot be made: {error}") from error
     return last
 
 
@@ -242,9 +264,8 @@ def _arguments(settings: TrainSettings, device: torch.device) -> TrainingArgumen
         restore_callback_states_from_checkpoint=settings.patience is not None,
         logging_steps=min(settings.eval_every, 20),
         include_num_input_tokens_seen=True,
-        prediction_loss_only=True,
         remove_unused_columns=False,
-        label_names=["labels"],
+        logging_nan_inf_filter=False,
         report_to=[],
         disable_tqdm=True,
         use_cpu=on_cpu,

@@ -1,5 +1,6 @@
-"""transformers' Trainer, but for how it sums up losses and how the learning rate begins."""
+"""transformers' Trainer, but for how it sums up losses, how it begins, and when it gives up."""
 
+import math
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,12 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from prad.training.data import DataError
 from prad.training.objective import CompletionLoss
+
+
+class DivergedError(DataError):
+    """The loss is not finite any more; there is no adapter."""
 
 
 class CompletionTrainer(Trainer):  # type: ignore[misc]
@@ -24,12 +30,11 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         self,
         dataloader: DataLoader[Any],
         description: str,
-        *_: Any,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
-        **__: Any,
     ) -> EvalLoopOutput:
         module: CompletionLoss = self.model
-        module.eval()
         examples, tokens, loss = 0, 0, 0.0
         for batch in dataloader:
             with torch.no_grad():
@@ -39,6 +44,15 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
             tokens += int(counts.sum())
             loss += float(sums.sum())
         return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": loss / tokens}, examples)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Raises DivergedError, in every process, for a loss that is not finite."""
+        super().log(logs, start_time)
+        for name, key in (("training", "loss"), ("validation", "eval_loss")):
+            if not math.isfinite(loss := logs.get(key, 0.0)):
+                raise DivergedError(
+                    f"the {name} loss is {loss} at step {self.state.global_step}: try a lower learning rate"
+                )
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
         warmup = self.args.get_warmup_steps(num_training_steps)

@@ -32,6 +32,15 @@ def test_labels_are_counted() -> None:
     assert scores([right, wrong, wrong]) == {"accuracy": 33.33, "exact_match": 33.33}
 
 
+def test_labels_may_have_other_names_than_the_answers() -> None:
+    assert scores([judged("good", "good", label="positive")])["accuracy"] == 100.0
+
+
+def test_rouge_is_left_out_where_it_reads_nothing() -> None:
+    values = scores([judged("кошка сидит на ковре дома", "кошка сидит на ковре дома")])
+    assert values == {"bleu": 100.0, "chrf": 100.0, "ter": 0.0, "exact_match": 100.0}
+
+
 def test_rouge_by_hand() -> None:
     """4 of the answer's 5 words and of the reference's 4; 3 of 4 and 3 pairs; the longest run is all four."""
     values = scores([judged("a cat sat down here", "a cat sat down")])

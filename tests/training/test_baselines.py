@@ -160,7 +160,7 @@ def test_full_fine_tuning_is_a_model_folder_and_no_adapter(
 def validation_loss(model: LanguageModel, tokenizer: Tokenizer, record: AdapterRecord, data: Path) -> float:
     """Of the model itself."""
     examples = read_examples(data / "validation.jsonl")
-    batch = collate(tokenise(examples, tokenizer, record, max_prompt=512, max_completion=256))
+    batch = collate(tokenise(examples, tokenizer, record, context=512))
     with torch.no_grad():
         return float(FullTuning(model, torch.float32)(**batch)["loss"])
 

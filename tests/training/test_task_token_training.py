@@ -80,7 +80,7 @@ def test_they_are_learned_and_the_base_stays(
 
     adapter = load_adapter(artefact, model)
     examples = read_examples(data / "validation.jsonl")
-    batch = collate(tokenise(examples, tokenizer, record, max_prompt=512, max_completion=256))
+    batch = collate(tokenise(examples, tokenizer, record, context=512))
     with torch.no_grad():
         loss = float(AdapterTuning(model, adapter)(**batch)["loss"])
     assert loss == pytest.approx(record.training["validation_loss"], rel=1e-3, abs=1e-4)
@@ -126,7 +126,7 @@ def test_ids_of_an_example(tiny_model: Callable[[str], Path]) -> None:
 
     def ids(completion: str, most: int = 99) -> Any:
         example = Example(prompt="t5 <|topic|> t6", completion=completion)
-        (one,) = tokenise([example], tokenizer, RECORD, max_prompt=most, max_completion=99)
+        (one,) = tokenise([example], tokenizer, RECORD, context=512, max_prompt=most)
         return one
 
     unknown = 0

@@ -78,7 +78,7 @@ def validation_loss(model: LanguageModel, tokenizer: Tokenizer, data: Path, adap
         method="prad-pa", config={}, base=base, template="{prompt}", virtual_tokens=chosen.virtual_tokens
     )
     examples = read_examples(data / "validation.jsonl")
-    batch = collate(tokenise(examples, tokenizer, record, max_prompt=512, max_completion=256))
+    batch = collate(tokenise(examples, tokenizer, record, context=512))
     with torch.no_grad():
         return float(AdapterTuning(model, chosen)(**batch)["loss"])
 
@@ -382,7 +382,11 @@ def test_two_processes_train_what_one_trains(
     load_tiny: Callable[[str], LanguageModel],
     tmp_path: Path,
 ) -> None:
-    """The same command under a launcher, on the CPU: each process takes half of every step's batch."""
+    """The same command under a launcher, on the CPU: each process takes half of every step's batch. What
+    fills up the last batch of validation examples counts for nothing."""
+    validation = answers_of_unequal_length(tmp_path / "uneven") / "validation.jsonl"
+    lines = validation.read_text().splitlines()[:13]
+    (data / "validation.jsonl").write_text("\n".join(lines))
     model, tokenizer = load_tiny("llama"), Tokenizer(tiny_model("llama"))
     train(model, tokenizer, "tiny", settings(data, tmp_path / "one", batch=16, max_steps=12, eval_every=4))
     command = [sys.executable, "-m", *launcher, "-m", "prad", "train", *rank]
@@ -393,7 +397,10 @@ def test_two_processes_train_what_one_trains(
         command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200
     )
     assert ended.returncode == 0, ended.stderr
-    assert read_artefact(tmp_path / "two").record.training["processes"] == 2
+    outcomes = [read_artefact(tmp_path / name).record.training for name in ("one", "two")]
+    assert [outcome["processes"] for outcome in outcomes] == [1, 2]
+    assert outcomes[1]["validation_loss"] == pytest.approx(outcomes[0]["validation_loss"], abs=3e-3)
+    assert "find_unused_parameters" not in ended.stderr
     one, two = (load_file(tmp_path / name / WEIGHTS) for name in ("one", "two"))
     for name, parameter in one.items():
         torch.testing.assert_close(two[name], parameter, rtol=1e-3, atol=1e-4)
@@ -452,14 +459,35 @@ def test_nothing_is_written_over_and_no_broken_adapter_is_kept(
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="file is no folder that can be written to"):
         train(model, tokenizer, "tiny", settings(data, tmp_path / "file" / "out", max_steps=1))
-    with pytest.raises(DataError, match=r"never finite .* lower learning rate"):
-        train(model, tokenizer, "tiny", settings(data, tmp_path / "bad", max_steps=4, learning_rate=1e38))
-    assert not (tmp_path / "bad" / WEIGHTS).exists()
+    with pytest.raises(DataError, match="/proc/none/out cannot be made"):
+        train(model, tokenizer, "tiny", settings(data, Path("/proc/none/out"), max_steps=1))
+    bad = settings(data, tmp_path / "bad", max_steps=40, eval_every=2, learning_rate=1e38)
+    with pytest.raises(DataError, match=r"the training loss is nan at step 4: try a lower learning rate"):
+        train(model, tokenizer, "tiny", bad)
+    assert not list((tmp_path / "bad").iterdir()), "nothing that a lower rate would stumble over"
     train(model, tokenizer, "tiny", settings(data, tmp_path / "kept", max_steps=1))
     before = (tmp_path / "kept" / WEIGHTS).read_bytes()
     with pytest.raises(DataError, match="holds an adapter already"):
         train(model, tokenizer, "tiny", settings(data, tmp_path / "kept", max_steps=1))
     assert (tmp_path / "kept" / WEIGHTS).read_bytes() == before
+
+
+def test_what_is_cut_is_said_and_an_end_token_that_is_nowhere_is_refused(
+    data: Path,
+    tiny_model: Callable[[str], Path],
+    load_tiny: Callable[[str], LanguageModel],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model, tokenizer = load_tiny("llama"), Tokenizer(tiny_model("llama"))
+    train(model, tokenizer, "tiny", settings(data, tmp_path / "whole", max_steps=1, examples=20))
+    assert "longer" not in capsys.readouterr().err
+    train(model, tokenizer, "tiny", settings(data, tmp_path / "cut", max_steps=1, examples=20, max_prompt=1))
+    assert "train.jsonl: 20 of 20 examples are longer" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(DataError, match=r"train\.jsonl: no completion ends with the end token '<end>'"):
+        train(model, tokenizer, "tiny", settings(data, tmp_path / "end", max_steps=1, end_token="<end>"))
+    with pytest.raises(ValueError, match=r"warmup_ratio: .*, got 1\.5"):
+        settings(data, tmp_path / "x", warmup_ratio=1.5)
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))

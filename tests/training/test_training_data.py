@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -95,18 +96,22 @@ def test_a_line_behind_the_limit_is_not_looked_at(tmp_path: Path) -> None:
     ("text", "answer"),
     [("good<|end|>", "good"), ("good <|end|>\n", "good"), ("good", "good"), ("good ", "good "), ("", "")],
 )
-def test_answers_and_labels_end_at_the_end_token(text: str, answer: str) -> None:
-    given = Example(prompt="x<|end|>", completion=text, label=text, references=[text, "fine"])
+def test_answers_end_at_the_end_token(text: str, answer: str) -> None:
+    given = Example(prompt="x<|end|>", completion=text, references=[text, "fine"])
     (ended,) = without_end([given], "<|end|>")
-    assert ended == Example(prompt="x<|end|>", completion=answer, label=answer, references=[answer, "fine"])
+    assert ended == Example(prompt="x<|end|>", completion=answer, references=[answer, "fine"])
     assert without_end([given], None) == [given]
     (alone,) = without_end([Example(prompt="x", completion=text)], "<|end|>")
-    assert (alone.label, alone.answers) == (None, [answer])
+    assert alone.answers == [answer]
 
 
-@pytest.mark.parametrize("name", ["completion", "label"])
-def test_nothing_goes_on_behind_the_end_token(name: str) -> None:
-    example = Example.model_validate({"prompt": "x", "completion": "good", name: "good<|end|> bad"})
+def test_the_completion_is_the_first_of_the_right_answers() -> None:
+    assert Example(prompt="x", completion="a", references=["b", "a", "c"]).answers == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("fields", [{"completion": "good<|end|> bad"}, {"references": ["good<|end|> bad"]}])
+def test_nothing_goes_on_behind_the_end_token(fields: dict[str, Any]) -> None:
+    example = Example.model_validate({"prompt": "x", "completion": "good", **fields})
     with pytest.raises(DataError, match=r"example 1: the answer goes on behind <\|end\|>"):
         without_end([example], "<|end|>")
 
@@ -124,7 +129,7 @@ async def test_training_sees_the_prompt_ids_that_serving_computes(
     record = RECORD.model_copy(update={"template": template, "chat_template": chat_template})
     lines = [json.dumps({"prompt": t, "completion": "x"}) for t in TEXTS]
     examples = read_examples(write(tmp_path / "train.jsonl", *lines))
-    trained = tokenise(examples, tokenizer, record, max_prompt=512, max_completion=64)
+    trained = tokenise(examples, tokenizer, record, context=512)
     for thread_chars in (0, 10_000):
         serving = PromptEncoder(tokenizer, len(tokenizer), thread_chars)
         for text, example in zip(TEXTS, trained, strict=True):
@@ -143,9 +148,7 @@ def test_what_is_learnt_decodes_to_what_serving_answers(tokenizer: Tokenizer, tm
     """completion = " " + text + EOS, tokenised alone; the answer is the decoded text without that space."""
     lines = [json.dumps({"prompt": "x", "completion": t}) for t in TEXTS]
     examples = read_examples(write(tmp_path / "train.jsonl", *lines))
-    for text, example in zip(
-        TEXTS, tokenise(examples, tokenizer, RECORD, max_prompt=512, max_completion=512), strict=True
-    ):
+    for text, example in zip(TEXTS, tokenise(examples, tokenizer, RECORD, context=8192), strict=True):
         *ids, end = example.completion
         assert end == tokenizer.eos_id
         if "<|im_end|>" not in text:  # a special token in the data is one, and leaves no text
@@ -158,9 +161,14 @@ def test_long_prompts_keep_their_end_and_long_completions_their_beginning(
     examples = read_examples(
         write(tmp_path / "f", json.dumps({"prompt": "word " * 50, "completion": "c " * 50}))
     )
-    (whole,) = tokenise(examples, tokenizer, RECORD, max_prompt=512, max_completion=512)
-    (cut,) = tokenise(examples, tokenizer, RECORD, max_prompt=10, max_completion=7)
-    assert cut == TokenisedExample(whole.prompt[-10:], whole.completion[:7])
+    (whole,) = tokenise(examples, tokenizer, RECORD, context=8192)
+    (cut,) = tokenise(examples, tokenizer, RECORD, context=512, max_prompt=10, max_completion=7)
+    assert not whole.cut
+    assert cut == TokenisedExample(whole.prompt[-10:], whole.completion[:7], cut=True)
+    (fitting,) = tokenise(examples, tokenizer, RECORD, context=len(whole.completion) + 9)
+    assert fitting == TokenisedExample(whole.prompt[-9:], whole.completion, cut=True)
+    with pytest.raises(DataError, match=r"example 1: a completion of .* no room for a prompt"):
+        tokenise(examples, tokenizer, RECORD, context=20)
 
 
 def test_collating_packs_end_to_end() -> None:

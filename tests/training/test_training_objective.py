@@ -37,6 +37,16 @@ def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+def test_sums_are_of_each_example(load_tiny: Callable[[str], LanguageModel], tmp_path: Path) -> None:
+    model = load_tiny("llama")
+    module = AdapterTuning(model, load_adapter(random_artefact(tmp_path / "a", model, seed=3), model))
+    with torch.no_grad():
+        sums, counts = module.sums(**collate(EXAMPLES))
+        alone = [float(module(**collate([e]))["loss"]) * len(e.completion) for e in EXAMPLES]
+    assert counts.tolist() == [len(e.completion) for e in EXAMPLES]
+    assert sums.tolist() == pytest.approx(alone, rel=1e-4)
+
+
 def reference_loss(reference: Reference, folder: Path, fault: Fault | None = None) -> float:
     logits = [reference.logits(e.prompt, e.completion, folder, fault) for e in EXAMPLES]
     labels = torch.tensor([i for e in EXAMPLES for i in e.completion])
