@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Resident:
-    """loaded: done once the adapter is in memory; nbytes: what it takes, a guess until it is loaded."""
+    """loaded: done once the adapter is in memory; nbytes: what it takes, reserved before it is loaded."""
 
     loaded: "asyncio.Future[Adapter]"
     nbytes: int
@@ -27,7 +27,7 @@ class _Resident:
 class Residents:
     """Bounded by `capacity` bytes. Keyed by digest: versions with the same files share one adapter.
 
-    `itemsize`: bytes of a parameter in memory.
+    `itemsize`: bytes of a matrix's number in memory.
     """
 
     def __init__(self, load: Callable[[Artefact], Adapter], capacity: int, itemsize: int) -> None:
@@ -58,7 +58,7 @@ class Residents:
             resident.pins -= 1
 
     def _start_loading(self, artefact: Artefact) -> _Resident:
-        nbytes = artefact.parameters * self._itemsize
+        nbytes = artefact.nbytes(self._itemsize)
         self._make_room(nbytes)
         loading = asyncio.create_task(self._load_one(artefact))
         resident = self._residents[artefact.digest] = _Resident(loading, nbytes)
@@ -66,13 +66,11 @@ class Residents:
 
     async def _load_one(self, artefact: Artefact) -> Adapter:
         try:
-            adapter = await asyncio.to_thread(self._load, artefact)
+            return await asyncio.to_thread(self._load, artefact)
         except Exception as error:
             logger.exception("the adapter %s does not load", artefact.digest)
             del self._residents[artefact.digest]
             raise InternalError(f"the adapter {artefact.digest[:12]} does not load: {error}") from error
-        self._residents[artefact.digest].nbytes = adapter.nbytes
-        return adapter
 
     def _make_room(self, nbytes: int) -> None:
         for digest, resident in list(self._residents.items()):

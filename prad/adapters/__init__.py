@@ -10,6 +10,7 @@ from prad.adapters.adapter import (
     prepared,
     reparametrised,
     save_parameters,
+    stored_parameters,
 )
 from prad.adapters.errors import (
     AdapterError,
@@ -39,4 +40,5 @@ __all__ = [
     "require_free_names",
     "save_parameters",
     "split_task_tokens",
+    "stored_parameters",
 ]

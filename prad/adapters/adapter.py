@@ -1,6 +1,6 @@
 """One adapter in memory, and its way from and to an artefact's files."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -171,17 +171,14 @@ def load_adapter(
     shapes = method.shapes(config, FrozenModel(model))
     if record.task_tokens:
         shapes[TASK_TOKENS] = (len(record.task_tokens), FrozenModel(model).embedding_width)
-    files = {name: _file_names(name, model.num_layers) for name in shapes}
-    expected = {file: shapes[name] for name, own in files.items() for file in own}
+    expected = {file: shapes[name] for name in shapes for file in _file_names(name, model.num_layers)}
     for name, info in artefact.tensors.items():
         if info.dtype not in _DTYPES:
             known = ", ".join(_DTYPES)
             raise ParameterMismatchError(f"tensor {name}: expected one of {known}, the file has {info.dtype}")
     _check_shapes(expected, {name: info.shape for name, info in artefact.tensors.items()})
-    tensors = load_file(artefact.weights)
-    parameters = {
-        name: torch.stack([tensors[file] for file in own]).to(model.device) for name, own in files.items()
-    }
+    stored = stored_parameters(artefact, shapes, model.num_layers)
+    parameters = {name: p.to(model.device) for name, p in stored.items()}
     _check_numbers(_kept(parameters, model.dtype))
     adapter = prepared(Adapter(method, config, parameters), model)
     _check_numbers(adapter.parameters)
@@ -194,6 +191,12 @@ def prepared(adapter: Adapter, model: LanguageModel) -> Adapter:
     if TASK_TOKENS in adapter.parameters:
         parameters = parameters | {TASK_TOKENS: adapter.parameters[TASK_TOKENS]}
     return Adapter(adapter.method, adapter.config, _kept(parameters, model.dtype))
+
+
+def stored_parameters(artefact: Artefact, names: Iterable[str], layers: int) -> Parameters:
+    """What `save_parameters` wrote under these names, in the file's dtypes; its tensors must all be there."""
+    tensors = load_file(artefact.weights)
+    return {name: torch.stack([tensors[file] for file in _file_names(name, layers)]) for name in names}
 
 
 def save_parameters(parameters: Parameters, folder: Path, dtype: torch.dtype) -> None:

@@ -14,4 +14,4 @@ class BaseMismatchError(AdapterError):
 
 
 class ParameterMismatchError(AdapterError):
-    """The weights' names or shapes are not those of the method on this model."""
+    """The weights' names, shapes, dtypes or numbers are not those of the method on this model."""

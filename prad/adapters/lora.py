@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from torch import Tensor
 
 from prad.adapters.method import FrozenModel, Group, LowRankConfig, LowRankNames, Method, Parameters
@@ -36,9 +36,15 @@ def some_of(sites: Sequence[Site]) -> BeforeValidator:
 Projections = Annotated[tuple[Site, ...], some_of(PROJECTIONS)]
 
 
+def _not_zero(alpha: float) -> float:
+    if alpha == 0:
+        raise ValueError("expected a number other than 0, with which nothing is changed")
+    return alpha
+
+
 class LoRAConfig(LowRankConfig):
     r: Annotated[int, Field(ge=1)] = 16
-    alpha: Annotated[float, Field(gt=0)] = 16.0
+    alpha: Annotated[float, AfterValidator(_not_zero)] = 16.0
     rslora: bool = False
     targets: Projections = (Site.Q, Site.V)
 

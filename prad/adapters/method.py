@@ -25,18 +25,17 @@ _PIECE = 64  # rows
 Parameters = dict[str, Tensor]
 """A method's parameters by name; each has the layers as its first dimension, or 1 if it is the input's."""
 
-
-def kept_in(parameter: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """What a parameter [layers, ...] is stored and applied in: matrices in `dtype`, the model's. Vectors are
-    float32: they are small, and those near 1 would lose what they have learned in bf16."""
-    return torch.float32 if parameter.dim() == 2 else dtype
-
-
 INPUT = "input."
 """What the names of parameters before the first layer begin with; they act as of layer 0."""
 
 LayerParameters = dict[str, tuple[Tensor, ...]]
 """The same, each as one tensor per layer."""
+
+
+def kept_in(parameter: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """What a parameter [layers, ...] is stored and applied in: matrices in `dtype`, the model's. Vectors are
+    float32: they are small, and those near 1 would lose what they have learned in bf16."""
+    return torch.float32 if parameter.dim() == 2 else dtype
 
 
 class MethodConfig(BaseModel):

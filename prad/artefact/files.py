@@ -54,10 +54,10 @@ class Artefact:
     def weights(self) -> Path:
         return self.folder / WEIGHTS
 
-    @property
-    def parameters(self) -> int:
-        """How many numbers the weights are."""
-        return sum(math.prod(info.shape) for info in self.tensors.values())
+    def nbytes(self, itemsize: int) -> int:
+        """What the weights take in memory: vectors are float32, a matrix's numbers `itemsize` bytes each."""
+        shapes = [info.shape for info in self.tensors.values()]
+        return sum(math.prod(shape) * (4 if len(shape) == 1 else itemsize) for shape in shapes)
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -107,6 +107,8 @@ def require_servable(record: AdapterRecord) -> None:
 
 
 def _require(folder: Path, name: str) -> None:
+    if not folder.is_dir():
+        raise ArtefactError(f"there is no folder {folder}")
     if not (folder / name).is_file():
         raise ArtefactError(f"{folder} holds no {name}")
 

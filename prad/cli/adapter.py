@@ -66,7 +66,7 @@ def push(
         verb = "pushed" if pushed.created else "is there already, with these files"
         print(f"{pushed.name} {verb} ({pushed.record.method}, digest {pushed.digest[:12]}, {pushed.state})")
         if not wait:
-            print(f"Its state: prad adapter show {pushed.name}")
+            print(f"Its state: prad adapter show {pushed.name}{_flag(registry)}")
             return
         record = _wait(client, pushed, connect_timeout, timeout)
         if promote and not record.current:
@@ -228,4 +228,10 @@ def _say_next(record: VersionRecord, registry: str) -> None:
     api = "http://127.0.0.1:8000" if registry == DEFAULT_REGISTRY else "http://API:PORT"
     print(f"  curl {api}/v1/completions -H 'Content-Type: application/json' -d '{body}'")
     if not record.current:
-        print(f"Then make it what plain {record.task!r} means:\n  prad adapter promote {record.name}")
+        command = f"prad adapter promote {record.name}{_flag(registry)}"
+        print(f"Then make it what plain {record.task!r} means:\n  {command}")
+
+
+def _flag(registry: str) -> str:
+    """What a command typed next has to say for the same registry."""
+    return "" if registry == DEFAULT_REGISTRY else f" --registry {registry}"

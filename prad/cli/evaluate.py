@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -47,7 +47,9 @@ def eval_command(
         int | None,
         typer.Option(help="Of an answer, at most.  \\[default: what the adapter says, or 64]", min=1),
     ] = None,
-    beams: Annotated[int, typer.Option(help="Beam search with so many beams; 1 is greedy.", min=1)] = 1,
+    beams: Annotated[
+        int, typer.Option(help="Beam search with so many beams; 1 is greedy; with --url at most 16.", min=1)
+    ] = 1,
     batch: Annotated[int, typer.Option(help="Sequences that are decoded together.", min=1)] = 64,
     plain: Annotated[bool, typer.Option(help="Score the plain model on the same prompts as well.")] = True,
     show: Annotated[int, typer.Option(help="Print so many answers.", min=0)] = 3,
@@ -66,12 +68,23 @@ def eval_command(
     if (adapter is None) == (url is None):
         raise typer.BadParameter("give either --adapter or --url")
     if url is not None:
-        results = _served(url, task, data, limit, max_tokens, beams, batch)
+        results = _served(url, task, data, limit=limit, max_tokens=max_tokens, beams=beams, concurrency=batch)
     elif task is not None:
         raise typer.BadParameter("needs --url: a folder knows no task", param_hint="--task")
     else:
         assert adapter is not None
-        here = _Computing(adapter, data, limit, max_tokens, beams, batch, model, cache_dir, dtype, device)
+        here = _Computing(
+            adapter,
+            data,
+            limit=limit,
+            max_tokens=max_tokens,
+            beams=beams,
+            batch=batch,
+            base=model,
+            cache_dir=cache_dir,
+            dtype=dtype,
+            device=device,
+        )
         results = here.run(plain)
     scores: dict[str, dict[str, float]] = {}
     for name, result in results:
@@ -89,6 +102,7 @@ def _served(
     url: str,
     task: str | None,
     data: Path,
+    *,
     limit: int | None,
     max_tokens: int | None,
     beams: int,
@@ -108,6 +122,7 @@ class _Computing:
 
     folder: Path
     data: Path
+    _: KW_ONLY
     limit: int | None
     max_tokens: int | None
     beams: int

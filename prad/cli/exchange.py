@@ -81,7 +81,7 @@ def import_command(
     with tempfile.TemporaryDirectory() as passing:
         folder = Path(passing) / "artefact" if out is None else out
         artefact = import_folder(source, folder, language_model, settings)
-        typer.echo(_said(artefact, source, out, model))
+        typer.echo(_said(artefact, source, out, model, pushed=task is not None))
         if task is not None:
             from prad.cli.adapter import push
 
@@ -124,7 +124,7 @@ def export_command(
         )
 
 
-def _said(artefact: "Artefact", source: Path, out: Path | None, model: str) -> str:
+def _said(artefact: "Artefact", source: Path, out: Path | None, model: str, *, pushed: bool) -> str:
     from prad.adapters import find_method
     from prad.exchange import was_prompt_only
 
@@ -146,6 +146,6 @@ def _said(artefact: "Artefact", source: Path, out: Path | None, model: str) -> s
         )
     if out is not None:
         said.append(f"next:  prad eval --adapter {out} --data FILE{model_flag(model)}")
-        if record.positions == "prompt":
+        if record.positions == "prompt" and not pushed:
             said.append(f"next:  prad adapter push {out} --task NAME")
     return "\n".join(said)

@@ -113,21 +113,25 @@ def _given(flags: dict[str, Any]) -> list[str]:
 def push_all(folder: Path, registry: str) -> dict[str, str]:
     """Pushes every folder below `folder` as a version of the task of its name, and waits for its probe.
 
-    Files that were a version once stay what they are, retired ones too. Returns, for each version that
-    failed its probe, the reason.
+    Files that were a version once stay what they are, retired ones too. Returns the reason for each folder
+    that cannot be served, and each version that failed its probe.
     """
     from contextlib import ExitStack
 
     from adapter_registry.client import RegistryClient
     from adapter_registry.probing import wait_probed
     from adapter_registry.versions import State
-    from prad.artefact import read_servable
+    from prad.artefact import ArtefactError, read_servable
 
     failed = {}
     with RegistryClient(registry) as client:
         known = {(t.task, v.digest) for t in client.state().tasks for v in t.versions}
         for path in sorted(p for p in folder.iterdir() if p.is_dir()):
-            artefact = read_servable(path)
+            try:
+                artefact = read_servable(path)
+            except ArtefactError as error:
+                failed[path.name] = str(error)
+                continue
             if (path.name, artefact.digest) in known:
                 continue
             with ExitStack() as opened:

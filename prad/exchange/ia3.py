@@ -63,8 +63,7 @@ def export_ia3(config: IA3Config, parameters: Parameters, modules: Modules) -> E
         own = [part for part in parts if part.site in config.targets]
         if not own:
             continue
-        first = parameters[f"{own[0].site}.{VECTOR}"]
-        scaled = torch.ones(modules.width(name)[1], dtype=first.dtype)
+        scaled = torch.ones(modules.width(name)[1])
         for part in own:
             scaled[part.outputs] = parameters[f"{part.site}.{VECTOR}"][part.layer]
         tensors[f"{PREFIX}{name}.{VECTOR}"] = scaled.unsqueeze(1)

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from prad.adapters.lora import PROJECTIONS, LoRAConfig
 from prad.adapters.method import FrozenModel, Parameters
-from prad.exchange.errors import ExchangeError
+from prad.exchange.errors import ExchangeError, FieldError
 from prad.exchange.imported import Imported, stack
 from prad.exchange.modules import Modules
 from prad.exchange.peft_config import LoraSource
@@ -111,15 +111,18 @@ def _matters(site: Site, changes: BySite, modules: Modules) -> bool:
 
 
 def _one_scale(config: LoraSource, changes: BySite) -> tuple[LoRAConfig, BySite]:
-    """One rank and one factor for all, and what has to change for that."""
+    """One rank and one factor for all, and what has to change for that. Raises FieldError for factor 0."""
     every = [change for layers in changes.values() for change in layers.values()]
     rank = max(1, *(change.rank for change in every))
     factors = {change.factor for change in every}
-    scale = LoRAConfig(r=rank, alpha=config.lora_alpha, rslora=config.use_rslora)
+    if factors == {0.0}:
+        raise FieldError("lora_alpha", "a number other than 0", 0, "nothing would be changed")
     if len(factors) > 1:
         scale = LoRAConfig(r=rank, alpha=rank)
         changes = {s: {i: c.folded() for i, c in layers.items()} for s, layers in changes.items()}
-    elif factors != {scale.factor}:
+    elif factors == {config.lora_alpha / (sqrt(rank) if config.use_rslora else rank)}:
+        scale = LoRAConfig(r=rank, alpha=config.lora_alpha, rslora=config.use_rslora)
+    else:
         scale = LoRAConfig(r=rank, alpha=factors.pop() * rank)
     return scale, {s: {i: c.padded(rank) for i, c in layers.items()} for s, layers in changes.items()}
 

@@ -76,8 +76,7 @@ def _magnitude(
         else frozen_norm(modules, part.site, part.layer)
         for part in parts
     ]
-    dtypes = {norm.dtype for norm in norms}
-    whole = torch.zeros(sum(map(len, norms)), dtype=dtypes.pop() if len(dtypes) == 1 else torch.float32)
+    whole = torch.zeros(sum(map(len, norms)))
     for part, norm in zip(parts, norms, strict=True):
-        whole[part.outputs] = norm.to(whole.dtype)
+        whole[part.outputs] = norm
     return whole

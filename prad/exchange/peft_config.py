@@ -115,6 +115,8 @@ _ANY: TypeAdapter[Source] = TypeAdapter(Annotated[Source, Field(discriminator="p
 def read_peft_config(folder: Path) -> Source:
     """Raises ExchangeError, or FieldError with the field, what was expected and what was found."""
     path = folder / PEFT_CONFIG
+    if not folder.is_dir():
+        raise ExchangeError(f"there is no folder {folder}")
     if not path.is_file():
         raise ExchangeError(f"{folder} holds no {PEFT_CONFIG}: not an adapter folder that PEFT wrote")
     with path.open("rb") as file:

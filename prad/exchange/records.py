@@ -68,7 +68,9 @@ def imported_record(
     try:
         return AdapterRecord.model_validate(fields)
     except ValidationError as error:
-        raise ExchangeError("; ".join(e["msg"] for e in error.errors())) from error
+        raise ExchangeError(
+            "; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())
+        ) from error
 
 
 def _positions(exported: AdapterRecord) -> str:

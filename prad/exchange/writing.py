@@ -1,18 +1,15 @@
 """An artefact becomes a folder that PEFT loads: its own two files, with our `prad.json` and card beside."""
 
 import json
-import re
 import shutil
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
 
-from prad.adapters import Adapter, load_adapter
+from prad.adapters import Adapter, load_adapter, stored_parameters
 from prad.adapters.ia3 import IA3Config
 from prad.adapters.lora import LoRAConfig
-from prad.adapters.method import Parameters
+from prad.adapters.method import FrozenModel, Parameters
 from prad.artefact import CARD, PEFT_CONFIG, RECORD, WEIGHTS, Artefact
 from prad.exchange.errors import ExchangeError
 from prad.exchange.exported import Exported
@@ -24,7 +21,6 @@ from prad.exchange.virtual import export_prefix, export_prompt
 from prad.lm import LanguageModel
 
 EXPORTED = ("prad-lora", "prad-dora", "prad-ia3", "prad-prefix", "prad-prompt")
-_LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 
 
 def export_folder(
@@ -53,7 +49,8 @@ def export_folder(
             "base model's vocabulary"
         )
     checked = load_adapter(artefact, model, allow_other_weights=allow_other_weights, allow_all_positions=True)
-    exported = _convert(checked, _stored(artefact), Modules(model))
+    names = checked.method.shapes(checked.config, FrozenModel(model))
+    exported = _convert(checked, stored_parameters(artefact, names, model.num_layers), Modules(model))
     config = exported.fields | {
         "base_model_name_or_path": base_name or artefact.record.base.name,
         "inference_mode": True,
@@ -78,13 +75,3 @@ def _convert(adapter: Adapter, stored: Parameters, modules: Modules) -> Exported
     if adapter.method.name == "prad-prefix":
         return export_prefix(stored, modules)
     return export_prompt(stored, modules)
-
-
-def _stored(artefact: Artefact) -> Parameters:
-    """The parameters [layers, ...] as they are in the file: loaded ones are prepared for a pass."""
-    layers: dict[str, dict[int, Tensor]] = {}
-    for name, tensor in load_file(artefact.weights).items():
-        match = _LAYER.fullmatch(name)
-        parameter, layer = (name, 0) if match is None else (match[2], int(match[1]))
-        layers.setdefault(parameter, {})[layer] = tensor
-    return {name: torch.stack([own[i] for i in sorted(own)]) for name, own in layers.items()}

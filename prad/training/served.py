@@ -43,9 +43,9 @@ def evaluate_served(
     except httpx.InvalidURL as error:
         raise ServerError(f"{url!r} is no address of a server: {error}") from error
     with opened as client, ThreadPoolExecutor(concurrency) as pool:
-        told = {} if task is None else _answered(client, "GET", f"/v1/models/{quote(task)}").get("prad", {})
+        told = {} if task is None else _task(client, task)
         examples = without_end(examples, told.get("end_token"))
-        body: dict[str, Any] = {"temperature": 0.0}
+        body: dict[str, Any] = {"temperature": 0.0, "truncate_prompt_tokens": -1}  # to what fits, as a folder
         if max_tokens is not None or told.get("generation", {}).get("max_tokens") is None:
             body["max_tokens"] = max_tokens or ANSWER_TOKENS  # the API's own default is another
         if beams > 1:
@@ -63,6 +63,15 @@ def evaluate_served(
         finally:
             pool.shutdown(cancel_futures=True)
     return Evaluation.of(examples, answers)
+
+
+def _task(client: httpx.Client, task: str) -> dict[str, Any]:
+    """What the server tells of a task. Raises ServerError."""
+    described = _answered(client, "GET", f"/v1/models/{quote(task)}")
+    if "prad" not in described:
+        raise ServerError(f"{task} is the plain model: it is asked where no task is named")
+    told: dict[str, Any] = described["prad"]
+    return told
 
 
 def _ask(client: httpx.Client, body: dict[str, Any]) -> str:
@@ -85,4 +94,4 @@ def _reason(response: httpx.Response) -> str:
     try:
         return str(response.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):
-        return response.text[:200]
+        return f"{response.text[:200]} (is this the address of the API?)"

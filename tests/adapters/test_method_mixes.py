@@ -182,7 +182,9 @@ def test_a_fresh_adapter_of_any_method_is_the_plain_model(
 @pytest.mark.parametrize(
     ("method", "config", "message"),
     [
-        ("prad-lora", {"targets": []}, "targets: expected a list of some of q, k, v, o, gate, up, down"),
+        ("prad-lora", {"targets": []}, "expected a list of some of q, k, v, o, gate, up, down, each once"),
+        ("prad-lora", {"targets": ["down_in"]}, "up, down, each once, got"),
+        ("prad-bitfit", {"targets": ["down_in"]}, "up, down, each once, got"),
         ("prad-lora", {"targets": ["q", "q"]}, "each once"),
         ("prad-lora", {"targets": ["ffn_out"]}, "expected a list of some of"),
         ("prad-lora", {"targets": ["query"]}, r'targets: .*q, k, v, o, gate, up, down, .*got \["query"\]'),
@@ -191,7 +193,7 @@ def test_a_fresh_adapter_of_any_method_is_the_plain_model(
         ("prad-lora", {"r": 0}, "r: "),
         ("prad-lora", {"r": 8.5}, "r: "),
         ("prad-lora", {"alpha": True}, "alpha: .*number, got true"),
-        ("prad-lora", {"alpha": -1}, "alpha: .*greater than 0, got -1"),
+        ("prad-lora", {"alpha": 0}, "alpha: expected a number other than 0, .*got 0"),
         ("prad-lora", {"rslora": "false"}, 'rslora: .*boolean, got "false"'),
         ("prad-pa", {"scale": float("nan")}, "scale: "),
         ("prad-dora", {"lora_alpha": 3}, "lora_alpha: expected some of r, alpha, rslora, targets"),

@@ -75,6 +75,7 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
         ("field_of_tomorrow", 3, "expected nothing, found 3 (not known here"),
         ("init_lora_weights", "olora", "expected True, False, 'gaussian', 'eva'"),
         ("lora_alpha", float("inf"), "found inf"),
+        ("lora_alpha", 0, "expected a number other than 0, found 0 (nothing would be changed"),
         ("r", 0, "found 0"),
         ("r", None, "found None"),
         ("target_modules", None, "found None"),

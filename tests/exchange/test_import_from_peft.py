@@ -23,6 +23,7 @@ pytestmark = pytest.mark.filterwarnings(IGNORED)
 FUSED = {"fan_in_fan_out": True}
 ADAPTERS: dict[str, tuple[str, Callable[[], Any]]] = {
     "lora": ("llama", lambda: LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj"])),
+    "negative alpha": ("llama", lambda: LoraConfig(r=4, lora_alpha=-8, target_modules=["q_proj", "v_proj"])),
     "mistral": ("mistral", lambda: LoraConfig(r=4, target_modules=["q_proj", "o_proj", "up_proj"])),
     "rslora": ("llama", lambda: LoraConfig(r=5, use_rslora=True, target_modules="all-linear")),
     "regex": ("llama", lambda: LoraConfig(r=3, target_modules=r".*\.[02]\..*(q|down)_proj")),

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from prad.adapters import Adapter, load_adapter
 from prad.artefact import Artefact
@@ -32,7 +33,7 @@ def setting(load_tiny: Callable[[str], LanguageModel], tmp_path: Path) -> tuple[
 
 async def use(residents: Residents, artefact: Artefact) -> None:
     async with residents.pinned(artefact) as adapter:
-        assert adapter.nbytes == artefact.parameters * 4
+        assert adapter.nbytes == artefact.nbytes(4)
 
 
 async def test_concurrent_users_share_one_load(setting: tuple[Loader, list[Artefact]]) -> None:
@@ -40,12 +41,24 @@ async def test_concurrent_users_share_one_load(setting: tuple[Loader, list[Artef
     residents = Residents(loader, 1 << 30, 4)
     await asyncio.gather(*(use(residents, red) for _ in range(5)))
     assert loader.loaded == [red.digest]
-    assert (len(residents), residents.nbytes) == (1, red.parameters * 4)
+    assert (len(residents), residents.nbytes) == (1, red.nbytes(4))
+
+
+@pytest.mark.parametrize("method", ["prad-pa", "prad-ia3", "prad-bitfit", "prad-lora"])
+async def test_what_is_reserved_is_what_it_takes(
+    method: str, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """In bf16, where vectors stay float32."""
+    model = LanguageModel.load(tiny_model("llama"), dtype=torch.bfloat16)
+    artefact = random_artefact(tmp_path / "a", model, 1, method=method, config={})
+    residents = Residents(Loader(model), 1 << 30, model.dtype.itemsize)
+    async with residents.pinned(artefact) as adapter:
+        assert residents.nbytes == adapter.nbytes
 
 
 async def test_the_least_recently_used_leaves(setting: tuple[Loader, list[Artefact]]) -> None:
     loader, (red, green, blue) = setting
-    residents = Residents(loader, 2 * red.parameters * 4, 4)
+    residents = Residents(loader, 2 * red.nbytes(4), 4)
     for artefact in (red, green, red, blue, red, green):
         await use(residents, artefact)
     assert loader.loaded == [red.digest, green.digest, blue.digest, green.digest]
@@ -55,7 +68,7 @@ async def test_pinned_adapters_stay_and_a_newcomer_is_told(
     setting: tuple[Loader, list[Artefact]],
 ) -> None:
     loader, (red, green, _) = setting
-    residents = Residents(loader, red.parameters * 4, 4)
+    residents = Residents(loader, red.nbytes(4), 4)
     async with residents.pinned(red):
         with pytest.raises(OverloadedError):
             await use(residents, green)

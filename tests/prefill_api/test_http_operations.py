@@ -14,6 +14,7 @@ async def test_models_are_the_base_and_every_task(client: httpx.AsyncClient) -> 
     e2e = tasks[0]
     assert (e2e["root"], e2e["parent"]) == ("e2e-2-digest", "tiny/model")
     assert (e2e["prad"]["version"], e2e["prad"]["versions"]) == (2, [1, 2])
+    assert set(e2e["prad"]["generation"]) == {"temperature", "top_p", "top_k", "min_p", "max_tokens", "stop"}
 
 
 async def test_one_model_is_found_by_any_of_its_names(client: httpx.AsyncClient) -> None:

@@ -1,12 +1,15 @@
 """`prad adapter ...` against a real registry, with a prefill that reports in the background."""
 
 import json
+import re
 import threading
 
 import pytest
 from typer.testing import CliRunner
 
+from prad.artefact import read_artefact, write_record
 from prad.cli.adapter import app
+from prad.cli.serve import push_all
 
 
 @pytest.fixture
@@ -56,6 +59,23 @@ def failed(result, *says: str) -> None:
         assert words in result.stderr
 
 
+def test_a_folder_that_cannot_be_served_stops_no_other(registry, prefill, adapter, tmp_path):
+    prefill()
+    folder = tmp_path / "adapters"
+    folder.mkdir()
+    adapter(1).rename(folder / "good")
+    baseline = adapter(2)
+    record = read_artefact(baseline).record
+    write_record(baseline, record.model_copy(update={"positions": "all"}))
+    baseline.rename(folder / "baseline")
+    (folder / "empty").mkdir()
+    failed = push_all(folder, registry.url)
+    assert failed.keys() == {"baseline", "empty"}
+    assert "was trained on all positions" in failed["baseline"]
+    assert "holds no prad.json" in failed["empty"]
+    assert [task["task"] for task in registry.http.get("/v1/tasks").json()["tasks"]] == ["good"]
+
+
 def test_push_waits_and_says_what_next(prad, prefill, adapter):
     prefill()
     first = prad("push", str(adapter(1)), "--task", "support")
@@ -64,7 +84,8 @@ def test_push_waits_and_says_what_next(prad, prefill, adapter):
     assert '"model": "support"' in first.stdout
     second = prad("push", str(adapter(2)), "--task", "support")
     assert '"model": "support@2"' in second.stdout
-    assert "prad adapter promote support@2" in second.stdout
+    assert re.search(r"prad adapter promote support@2 --registry http://127\.0\.0\.1:\d+", second.stdout)
+    assert "http://API:PORT" in second.stdout, "whose address the registry does not know"
     third = prad("push", str(adapter(3)), "--task", "support", "--promote")
     assert "support@3 is verified, and what plain 'support' means" in third.stdout
     again = prad("push", str(adapter(3)), "--task", "support")
@@ -97,7 +118,7 @@ def test_push_without_waiting(prad, adapter):
 
 
 def test_push_of_what_is_no_adapter(prad, adapter, tmp_path):
-    failed(prad("push", str(tmp_path / "nowhere"), "--task", "support"), "holds no prad.json")
+    failed(prad("push", str(tmp_path / "nowhere"), "--task", "support"), "there is no folder")
     failed(prad("push", str(adapter(1)), "--task", "Support"), "is no task name")
     failed(prad("push", str(adapter(1, values=100_000)), "--task", "support"), "larger than the limit")
 

@@ -1,84 +1,129 @@
 """`prad eval` through a running server gives what it gives in this process, and says what goes wrong."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 from typer.testing import CliRunner
 
 from prad.adapters import load_adapter
-from prad.artefact import GenerationDefaults
+from prad.artefact import Artefact, GenerationDefaults
 from prad.cli.app import app
 from prad.lm import LanguageModel, Tokenizer
-from prad.training.evaluate import evaluate
+from prad.training.evaluate import Evaluation, evaluate
 from prad.training.served import ServerError, evaluate_served
 from tests.conftest import free_ports, random_artefact, running_stack
 
+TASKS = {"toy": GenerationDefaults(temperature=0.0, max_tokens=36), "saying-nothing": GenerationDefaults()}
 
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    """With an end token."""
-    lines = [json.dumps({"prompt": f"t{i} t{2 * i} t3", "completion": f"t{i} t5 END"}) for i in range(40)]
-    path = tmp_path / "test.jsonl"
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With an end token, and one prompt that is longer than the model's context."""
+    prompts = [*(f"t{i} t{2 * i} t3" for i in range(40)), " ".join(f"t{i % 119}" for i in range(700))]
+    lines = [json.dumps({"prompt": p, "completion": f"t{i} t5 END"}) for i, p in enumerate(prompts)]
+    path = tmp_path_factory.mktemp("data") / "test.jsonl"
     path.write_text("\n".join(lines))
     return path
 
 
-def test_a_server_scores_as_the_folder_does(
-    data: Path, tiny_model: Callable[[str], Path], load_tiny: Callable[[str], LanguageModel], tmp_path: Path
-) -> None:
-    folder, model = tiny_model("llama"), load_tiny("llama")
-    tokenizer = Tokenizer(folder)
-    artefact = random_artefact(
-        tmp_path / "adapters" / "toy",
-        model,
-        seed=3,
-        template="{prompt}",
-        end_token="END",
-        generation=GenerationDefaults(temperature=0.0, max_tokens=36),
-    )
-    stop_ids = model.stop_ids(folder) | {tokenizer.eos_id}
-    here = evaluate(model, tokenizer, artefact.record, load_adapter(artefact, model), data, stop_ids=stop_ids)
-    assert len(set(here.answers)) > 10
-    root = tmp_path / "root"
-    root.mkdir()
-    with running_stack(folder, tmp_path / "adapters", root) as stack:
-        url = str(stack.api.base_url)
-        assert evaluate_served(url, "toy", data, concurrency=16) == here
-        searched = evaluate(
-            model, tokenizer, artefact.record, load_adapter(artefact, model), data, stop_ids=stop_ids, beams=3
-        )
-        assert evaluate_served(url, "toy", data, beams=3, concurrency=8) == searched
-        assert searched.answers != here.answers, "beams find what greedy does not"
-        body = {"task": "toy", "prompt": [*range(40)], "use_beam_search": True, "best_of": 2}
-        asked = [stack.api.post("/v1/completions", json=body).json() for _ in range(2)]
-        assert asked[0]["choices"] == asked[1]["choices"]
-        cached = [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in asked]
-        assert cached == [0, 32], "the prompt's full blocks, once"
-        with_end = artefact.record.model_copy(update={"end_token": None})
-        other = evaluate(model, tokenizer, with_end, load_adapter(artefact, model), data, stop_ids=stop_ids)
-        assert other.scores != here.scores, "it matters that the end token is left out"
-        flags = ["--url", url, "--task", "toy", "--data", str(data), "--limit", "5", "--json"]
-        shown = CliRunner().invoke(app, ["eval", *flags])
-        assert json.loads(shown.stdout)["toy"]["examples"] == 5
-        with pytest.raises(ServerError, match=r"answers 404: .*nothing"):
-            evaluate_served(url, "nothing", data)
-        brief = evaluate(
+@dataclass(frozen=True)
+class Serving:
+    """A server, and the same evaluations here."""
+
+    api: httpx.Client
+    model: LanguageModel
+    folder: Path
+    tasks: dict[str, Artefact]
+    data: Path
+
+    @property
+    def url(self) -> str:
+        return str(self.api.base_url)
+
+    def here(self, task: str, *, plain: bool = False, **more: Any) -> Evaluation:
+        artefact, tokenizer = self.tasks[task], Tokenizer(self.folder)
+        adapter = None if plain else load_adapter(artefact, self.model)
+        stop_ids = self.model.stop_ids(self.folder) | {tokenizer.eos_id}
+        return evaluate(self.model, tokenizer, artefact.record, adapter, self.data, stop_ids=stop_ids, **more)
+
+    def there(self, task: str | None, **more: Any) -> Evaluation:
+        return evaluate_served(self.url, task, self.data, concurrency=16, **more)
+
+
+@pytest.fixture(scope="module")
+def serving(
+    data: Path,
+    tiny_model: Callable[[str], Path],
+    load_tiny: Callable[[str], LanguageModel],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Serving]:
+    root, folder, model = tmp_path_factory.mktemp("served"), tiny_model("llama"), load_tiny("llama")
+    tasks = {
+        name: random_artefact(
+            root / "adapters" / name,
             model,
-            tokenizer,
-            artefact.record,
-            load_adapter(artefact, model),
-            data,
-            stop_ids=stop_ids,
-            max_tokens=5,
+            seed=3,
+            template="{prompt}",
+            end_token="END",
+            generation=generation,
         )
-        assert evaluate_served(f"{url}/v1/", "toy", data, max_tokens=5) == brief
-        assert brief.answers != here.answers
-        bare = artefact.record.model_copy(update={"generation": GenerationDefaults(), "end_token": None})
-        plain = evaluate(model, tokenizer, bare, None, data, stop_ids=stop_ids)
-        assert evaluate_served(url, None, data) == plain
-        assert max(len(answer.split()) for answer in plain.answers) > 16, "more than the API's default"
+        for name, generation in TASKS.items()
+    }
+    with running_stack(folder, root / "adapters", root) as stack:
+        yield Serving(stack.api, model, folder, tasks, data)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("max_tokens", [None, 5])
+def test_a_server_scores_as_the_folder_does(task: str, max_tokens: int | None, serving: Serving) -> None:
+    here = serving.here(task, max_tokens=max_tokens)
+    assert serving.there(task, max_tokens=max_tokens) == here
+    assert len(set(here.answers)) > 10
+    longest = max(len(answer.split()) for answer in here.answers)
+    assert longest == (max_tokens or TASKS[task].max_tokens or 64)
+
+
+def test_beams_are_the_folders(serving: Serving) -> None:
+    searched = serving.here("toy", beams=3)
+    assert serving.there("toy", beams=3) == searched
+    assert searched.answers != serving.here("toy").answers, "beams find what greedy does not"
+    body = {"task": "toy", "prompt": [*range(40)], "use_beam_search": True, "best_of": 2}
+    asked = [serving.api.post("/v1/completions", json=body).json() for _ in range(2)]
+    assert asked[0]["choices"] == asked[1]["choices"]
+    cached = [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in asked]
+    assert cached == [0, 32], "the prompt's full blocks, once"
+
+
+def test_the_plain_model_is_asked_without_a_task(serving: Serving) -> None:
+    """Whose answers are compared with the data as they are: it knows no end token."""
+    there = serving.there(None)
+    assert there.answers == serving.here("saying-nothing", plain=True).answers
+    assert max(len(answer.split()) for answer in there.answers) > 16, "more than the API's default"
+    assert there.scores != serving.here("saying-nothing", plain=True).scores, "the end token matters"
+    with pytest.raises(ServerError, match="llama is the plain model: it is asked where no task is named"):
+        serving.there("llama")
+
+
+def test_the_command_asks_as_it_is_told(serving: Serving) -> None:
+    flags = ["--data", str(serving.data), "--limit", "5", "--max-tokens", "5", "--show", "5"]
+    model = ["--model", str(serving.folder), "--dtype", "float32", "--no-plain"]
+    served = CliRunner().invoke(app, ["eval", "--url", f"{serving.url}/v1/", "--task", "toy", *flags])
+    here = CliRunner().invoke(app, ["eval", "--adapter", str(serving.tasks["toy"].folder), *model, *flags])
+    answers = [ended.stdout.splitlines()[1:] for ended in (served, here)]
+    assert answers[0] == answers[1], served.output + here.output
+    assert max(len(answer.split()) for answer in answers[0]) == 5
+    counted = CliRunner().invoke(app, ["eval", "--url", serving.url, "--task", "toy", *flags, "--json"])
+    assert json.loads(counted.stdout)["toy"]["examples"] == 5
+
+
+def test_what_the_server_refuses_is_told(serving: Serving) -> None:
+    with pytest.raises(ServerError, match=r"answers 404: .*nothing"):
+        serving.there("nothing")
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8000", "localhost", "ftp://x", ""])
