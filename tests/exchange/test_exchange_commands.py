@@ -69,7 +69,7 @@ def test_mistakes_are_one_line(tiny_model: Callable[[str], Path], tmp_path: Path
     folder = tiny_model("llama")
     ended = prad("import", tmp_path / "nowhere", tmp_path / "out", "--model", folder)
     assert ended.returncode == 1
-    assert ended.stderr.startswith(f"error: {tmp_path / 'nowhere'} holds no adapter_config.json")
+    assert ended.stderr.startswith(f"error: there is no folder {tmp_path / 'nowhere'}")
     assert len(ended.stderr.strip().splitlines()) == 1
     ended = prad("import", tmp_path / "nowhere", "--model", folder)
     assert ended.returncode == 2
