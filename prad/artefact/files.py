@@ -65,10 +65,13 @@ class Artefact:
 
 
 def read_artefact(folder: Path) -> Artefact:
-    """Reads and checks an adapter folder. Raises ArtefactError."""
+    """Reads and checks an adapter folder. Raises ArtefactError, for a fine-tuned model NotServableError."""
+    record = read_record(folder)
+    if record.method == FULL:
+        require_servable(record)
     for name in REQUIRED_FILES:
         _require(folder, name)
-    record, tensors = read_record(folder), _tensors(folder / WEIGHTS)
+    tensors = _tensors(folder / WEIGHTS)
     if foreign := [name for name in tensors if name.startswith(_PEFT_NAMES)]:
         raise ArtefactError(f"{WEIGHTS} is in PEFT's layout ({foreign[0]}): prad adapter import reads it")
     return Artefact(folder, record, tensors, files_digest(folder))

@@ -140,8 +140,9 @@ def test_full_fine_tuning_is_a_model_folder_and_no_adapter(
     assert (record.method, record.positions, record.config) == ("full", "all", {})
     assert record.training["parameters"] == sum(p.numel() for p in model.module.parameters())
     assert read_record(out) == record
-    with pytest.raises(NotServableError, match="a fully fine-tuned model is no adapter"):
-        read_servable(out)
+    for read in (read_artefact, read_servable):
+        with pytest.raises(NotServableError, match="a fully fine-tuned model is no adapter"):
+            read(out)
     fresh = validation_loss(LanguageModel.load(folder, dtype=torch.float32), tokenizer, record, data)
     assert record.training["validation_loss"] < 0.7 * fresh
     trained, again = LanguageModel.load(out, dtype=torch.float32), Tokenizer(out)
