@@ -22,6 +22,7 @@ from rich.console import Console
 from bench.model import add_model_arguments, load, model_folder
 from bench.quality_bootstrap import counts, mean_score, paired_difference
 from bench.quality_cells import Column, Row, Study
+from bench.record import machine
 from prad.adapters import METHODS
 from prad.lm import Tokenizer, served_name
 
@@ -111,10 +112,13 @@ def figures(study: Study, rows: list[Row], columns: list[Column]) -> dict[str, A
     """The tables, from the finished cells; None where there is none. A pair is compared over the seeds that
     both have."""
     each: dict[tuple[str, str], dict[int, Any]] = {}
+    computed: dict[str, set[str]] = {}
     for row in rows:
         for column in columns:
             found = {seed: study.finished(row, column, seed) for seed in _seeds(row, column)}
             each[row.name, column.task] = {seed: cell["each"] for seed, cell in found.items() if cell}
+            for cell in filter(None, found.values()):
+                computed.setdefault(machine(cell["setting"]), set()).add(cell["setting"]["commit"])
     scores: list[dict[str, Any]] = [
         {"name": row.name, **{c.task: _shown(c, list(each[row.name, c.task].values())) for c in columns}}
         for row in rows
@@ -153,6 +157,7 @@ def figures(study: Study, rows: list[Row], columns: list[Column]) -> dict[str, A
     ]
     return {
         "model": study.name,
+        "computed": {on: sorted(commits) for on, commits in sorted(computed.items())},
         "scores": scores,
         "differences": differences,
         "settings": settings,
@@ -170,6 +175,7 @@ def _methods(study: Study, rows: list[Row], column: Column) -> list[dict[str, An
             shown.append(
                 {
                     "name": row.name,
+                    "commit": cell["setting"]["commit"],
                     "parameters": f"{training['parameters']:,}",
                     "learning_rate": f"{row.learning_rate:g}",
                     "validation_loss": training["validation_loss"],

@@ -50,6 +50,10 @@ def setting(device: str = "cpu") -> dict[str, Any]:
     }
 
 
+def machine(setting: dict[str, Any]) -> str:
+    return str(setting.get("gpu") or setting["cpu"])
+
+
 def _git(*arguments: str) -> str:
     return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import gates
-from bench.record import RESULTS, ROOT
+from bench.record import RESULTS, ROOT, machine
 
 DOCUMENTS = tuple(ROOT / "docs" / f"{name}.md" for name in ("performance", "quality", "training"))
 _GATES = re.compile(r"(<!-- gates -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -74,9 +74,15 @@ def _table(file: Path, path: str, columns: str) -> str:
         *([_cell(_known(row, k.split("."))) for k in keys] for row in rows),
     ]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{table}\n\n`{file.stem}` {_origin(result)}\n"
+
+
+def _origin(result: Any) -> str:
+    """Which commit on which machine; of a result that is made of cells, which of theirs."""
+    if "computed" in result:
+        return "; ".join(f"at {', '.join(commits)}, {on}" for on, commits in result["computed"].items())
     setting = result["setting"]
-    machine = setting.get("gpu") or setting["cpu"]
-    return f"{table}\n\n`{file.stem}` at {setting['commit']}, {setting['when'][:10]}, {machine}\n"
+    return f"at {setting['commit']}, {setting['when'][:10]}, {machine(setting)}"
 
 
 def _known(row: Any, path: list[str]) -> Any:

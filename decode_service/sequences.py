@@ -53,7 +53,7 @@ class Running:
     """A sequence between two steps.
 
     The next step feeds `token` (output index `index`) at `position` and stores its keys and values as the
-    `kv_len`-th token of `blocks`. Its rows are multiplied by `state`, if it has any. `untold`: the latest
+    `kv_len`-th token of `blocks`. Its rows are scaled by `state`, if it has any. `untold`: the latest
     tokens, which its client has not been told yet; `phase` is its own, so that sequences that began together
     are not told in the same step.
     """

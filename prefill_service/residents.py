@@ -5,7 +5,7 @@ import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
 from prad.adapters import Adapter
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Resident:
-    """loaded: done once the adapter is in memory; nbytes: what it takes, reserved before it is loaded."""
+    """loaded: done once the adapter is in memory; nbytes: what it takes, its file's share until then."""
 
     loaded: "asyncio.Future[Adapter]"
     nbytes: int
@@ -66,11 +66,15 @@ class Residents:
 
     async def _load_one(self, artefact: Artefact) -> Adapter:
         try:
-            return await asyncio.to_thread(self._load, artefact)
+            adapter = await asyncio.to_thread(self._load, artefact)
         except Exception as error:
             logger.exception("the adapter %s does not load", artefact.digest)
             del self._residents[artefact.digest]
             raise InternalError(f"the adapter {artefact.digest[:12]} does not load: {error}") from error
+        self._residents[artefact.digest].nbytes = adapter.nbytes  # a method may derive more
+        with suppress(OverloadedError):
+            self._make_room(0)
+        return adapter
 
     def _make_room(self, nbytes: int) -> None:
         for digest, resident in list(self._residents.items()):

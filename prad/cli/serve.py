@@ -119,6 +119,7 @@ def push_all(folder: Path, registry: str) -> dict[str, str]:
     from contextlib import ExitStack
 
     from adapter_registry.client import RegistryClient
+    from adapter_registry.errors import RegistryError, RegistryUnreachableError
     from adapter_registry.probing import wait_probed
     from adapter_registry.versions import State
     from prad.artefact import ArtefactError, read_servable
@@ -129,15 +130,17 @@ def push_all(folder: Path, registry: str) -> dict[str, str]:
         for path in sorted(p for p in folder.iterdir() if p.is_dir()):
             try:
                 artefact = read_servable(path)
-            except ArtefactError as error:
+                if (path.name, artefact.digest) in known:
+                    continue
+                with ExitStack() as opened:
+                    files = [(f.name, opened.enter_context(f.open("rb"))) for f in artefact.files]
+                    pushed = client.push(path.name, files)
+                seen = wait_probed(client, path.name, pushed.version, connect_seconds=60, probe_seconds=60)
+            except RegistryUnreachableError:
+                raise
+            except (ArtefactError, RegistryError) as error:
                 failed[path.name] = str(error)
                 continue
-            if (path.name, artefact.digest) in known:
-                continue
-            with ExitStack() as opened:
-                files = [(f.name, opened.enter_context(f.open("rb"))) for f in artefact.files]
-                pushed = client.push(path.name, files)
-            seen = wait_probed(client, path.name, pushed.version, connect_seconds=60, probe_seconds=60)
             if seen.state is State.FAILED:
                 failed[seen.name] = seen.reason
     return failed

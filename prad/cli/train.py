@@ -136,7 +136,7 @@ def train_command(
     from prad.lm import served_name
     from prad.training.presets import preset_fields, with_own
     from prad.training.settings import TrainSettings
-    from prad.training.train import train
+    from prad.training.train import is_main_process, train
 
     given = {
         "epochs": epochs,
@@ -180,7 +180,7 @@ def train_command(
             **fields,
         ),
     )
-    if int(os.environ.get("RANK", "0")) == 0:
+    if is_main_process():
         _say(record.training, record.positions == "all", task, data, out, model)
 
 

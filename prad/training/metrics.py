@@ -3,7 +3,6 @@
 BLEU splits texts as sacrebleu's "13a" does, ROUGE into words of [a-z0-9] as rouge-score does.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,14 +29,15 @@ def scores(judged: Sequence[Judged]) -> dict[str, float]:
     """Accuracy and exact match where all examples have labels, else everything that compares texts.
 
     BLEU, chrF and TER are sacrebleu's corpus scores over all references; ROUGE is the mean F1, of the best
-    reference for each answer, and left out where a completion has no word of its alphabet. In TER less is
-    better. All in percent, to two digits.
+    reference for each answer, and left out where most letters of the completions are none of its alphabet. In
+    TER less is better. All in percent, to two digits.
     """
     values = {"exact_match": exact_match(judged)}
     if all(j.example.label is not None for j in judged):
         values = {"accuracy": accuracy(judged)} | values
     else:
-        readable = all(re.search("[a-z0-9]", j.example.completion.lower()) for j in judged)
+        letters = [c for j in judged for c in j.example.completion if c.isalpha()]
+        readable = 2 * sum(map(str.isascii, letters)) >= len(letters)
         values = _corpus(judged) | (rouge(judged) if readable else {}) | values
     return {name: round(value, 2) for name, value in values.items()}
 

@@ -46,10 +46,12 @@ class ProgressLine(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    ) -> TrainerControl:
         self.seconds += time.monotonic() - self._started
         self._tokens = state.num_input_tokens_seen
         self._show(state.global_step)
+        control.should_log |= state.global_step >= state.max_steps  # the last steps' loss, too
+        return control
 
     def on_log(
         self,

@@ -30,6 +30,7 @@ def evaluate_served(
     """Answers of the server at `url` for `task` (None: its plain model, with bare prompts).
 
     Greedy, or the best of `beams` beams; compared without the task's end token, which the server tells.
+    Prompts that are too long keep their end; with task tokens in the template they are refused.
     max_tokens: of an answer; None: the task's own, or ANSWER_TOKENS. `concurrency` requests are under way at
     once. Raises DataError or ServerError.
     """
@@ -45,9 +46,10 @@ def evaluate_served(
     with opened as client, ThreadPoolExecutor(concurrency) as pool:
         told = {} if task is None else _task(client, task)
         examples = without_end(examples, told.get("end_token"))
-        body: dict[str, Any] = {"temperature": 0.0, "truncate_prompt_tokens": -1}  # to what fits, as a folder
-        if max_tokens is not None or told.get("generation", {}).get("max_tokens") is None:
-            body["max_tokens"] = max_tokens or ANSWER_TOKENS  # the API's own default is another
+        own = told.get("generation", {}).get("max_tokens")
+        body: dict[str, Any] = {"temperature": 0.0, "max_tokens": max_tokens or own or ANSWER_TOKENS}
+        if not told.get("task_tokens"):  # which the server would cut off, and a folder does not
+            body["truncate_prompt_tokens"] = -1
         if beams > 1:
             body |= {"use_beam_search": True, "best_of": beams}
         if task is not None:

@@ -39,7 +39,7 @@ from prad.training.data import DataError, TokenisedExample, collate, read_exampl
 from prad.training.objective import AdapterTuning, CompletionLoss, FullTuning
 from prad.training.progress import ProgressLine, save_curve
 from prad.training.settings import TrainSettings
-from prad.training.trainer import CompletionTrainer, DivergedError
+from prad.training.trainer import CompletionTrainer
 
 CHECKPOINTS = "checkpoints"
 _OF_A_RUN: Any = {
@@ -81,10 +81,6 @@ def train(
     trainer.remove_callback(PrinterCallback)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
-    except DivergedError:
-        if arguments.process_index == 0:  # nothing good can go on from there
-            shutil.rmtree(settings.out / CHECKPOINTS)
-        raise
     finally:
         line.close()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -94,7 +90,7 @@ def train(
         "parameters": sum(p.numel() for p in module.trained().values()),
         "steps": trainer.state.global_step,
         "tokens_per_second": round(line.tokens_per_second),
-        "train_loss": round(losses[-1], 4) if losses else None,
+        "train_loss": round(losses[-1], 4),
         "validation_loss": round(trainer.state.best_metric, 4),
         "prad": __version__,
         "torch": torch.__version__,
@@ -107,6 +103,11 @@ def train(
         shutil.rmtree(settings.out / CHECKPOINTS)
     trainer.accelerator.wait_for_everyone()
     return record
+
+
+def is_main_process() -> bool:
+    """Whether this is the only one, or the first of those that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _tokenised(
@@ -130,7 +131,7 @@ def _tokenised(
         max_prompt=settings.max_prompt,
         max_completion=settings.max_completion,
     )
-    if cut := sum(example.cut for example in tokenised):
+    if is_main_process() and (cut := sum(example.cut for example in tokenised)):
         Console(stderr=True).print(
             f"{path}: {cut} of {len(tokenised)} examples are longer than --max-prompt, --max-completion or "
             f"the model's context of {model.max_context}: their prompts lost their front, answers their end"
@@ -262,7 +263,8 @@ def _arguments(settings: TrainSettings, device: torch.device) -> TrainingArgumen
         metric_for_best_model="loss",
         greater_is_better=False,
         restore_callback_states_from_checkpoint=settings.patience is not None,
-        logging_steps=min(settings.eval_every, 20),
+        # a part of the steps between checkpoints: then a resumed run logs the same means
+        logging_steps=max(steps for steps in range(1, 21) if settings.eval_every % steps == 0),
         include_num_input_tokens_seen=True,
         remove_unused_columns=False,
         logging_nan_inf_filter=False,

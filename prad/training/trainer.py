@@ -48,10 +48,12 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Raises DivergedError, in every process, for a loss that is not finite."""
         super().log(logs, start_time)
+        best = self.state.best_model_checkpoint
         for name, key in (("training", "loss"), ("validation", "eval_loss")):
             if not math.isfinite(loss := logs.get(key, 0.0)):
                 raise DivergedError(
                     f"the {name} loss is {loss} at step {self.state.global_step}: try a lower learning rate"
+                    + (f" (the best checkpoint before is {best})" if best else "")
                 )
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:

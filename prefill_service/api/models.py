@@ -41,6 +41,7 @@ def models_router(context: Context) -> APIRouter:
                 "versions": list(versions),
                 "digest": version.digest,
                 "method": record.method,
+                "task_tokens": list(record.task_tokens),
                 "end_token": record.end_token,
                 "generation": record.generation.model_dump(mode="json"),
                 "description": record.description,

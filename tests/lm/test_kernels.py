@@ -104,7 +104,7 @@ def test_rows_are_scaled_by_their_own_vectors(kernels: Kernels, dtype: torch.dty
     whole = some(rows, width + 5, dtype=dtype, seed=99)
     expected = whole.float()
     for i, own in vectors.items():
-        expected[i, 2 : 2 + width] *= own[layer].float()
+        expected[i, 2 : 2 + width] *= 1 + own[layer].float()
     kernels.scale(whole[:, 2 : 2 + width], site, layer, PagedView.of(nothing, nothing, addresses))
     assert_near(whole, expected, DTYPES[dtype])
 

@@ -44,16 +44,17 @@ async def test_concurrent_users_share_one_load(setting: tuple[Loader, list[Artef
     assert (len(residents), residents.nbytes) == (1, red.nbytes(4))
 
 
-@pytest.mark.parametrize("method", ["prad-pa", "prad-ia3", "prad-bitfit", "prad-lora"])
-async def test_what_is_reserved_is_what_it_takes(
+@pytest.mark.parametrize("method", ["prad-pa", "prad-ia3", "prad-bitfit", "prad-lora", "prad-dora"])
+async def test_what_is_counted_is_what_it_takes(
     method: str, tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """In bf16, where vectors stay float32."""
+    """In bf16, where vectors stay float32. Only DoRA derives more than its file holds."""
     model = LanguageModel.load(tiny_model("llama"), dtype=torch.bfloat16)
     artefact = random_artefact(tmp_path / "a", model, 1, method=method, config={})
     residents = Residents(Loader(model), 1 << 30, model.dtype.itemsize)
     async with residents.pinned(artefact) as adapter:
         assert residents.nbytes == adapter.nbytes
+        assert (artefact.nbytes(2) == adapter.nbytes) is (method != "prad-dora")
 
 
 async def test_the_least_recently_used_leaves(setting: tuple[Loader, list[Artefact]]) -> None:

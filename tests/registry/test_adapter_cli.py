@@ -69,8 +69,10 @@ def test_a_folder_that_cannot_be_served_stops_no_other(registry, prefill, adapte
     write_record(baseline, record.model_copy(update={"positions": "all"}))
     baseline.rename(folder / "baseline")
     (folder / "empty").mkdir()
+    adapter(3).rename(folder / "A Name")
     failed = push_all(folder, registry.url)
-    assert failed.keys() == {"baseline", "empty"}
+    assert failed.keys() == {"A Name", "baseline", "empty"}
+    assert "'A Name' is no task name" in failed["A Name"]
     assert "was trained on all positions" in failed["baseline"]
     assert "holds no prad.json" in failed["empty"]
     assert [task["task"] for task in registry.http.get("/v1/tasks").json()["tasks"]] == ["good"]

@@ -39,6 +39,9 @@ def test_labels_may_have_other_names_than_the_answers() -> None:
 def test_rouge_is_left_out_where_it_reads_nothing() -> None:
     values = scores([judged("кошка сидит на ковре дома", "кошка сидит на ковре дома")])
     assert values == {"bleu": 100.0, "chrf": 100.0, "ter": 0.0, "exact_match": 100.0}
+    russian, other = judged("в 2 часа дня на площади", "в 2 часа дня на площади"), judged("¿?", "¿?")
+    assert "rougeL" not in scores([russian, russian, judged("ok", "ok")])
+    assert scores([judged(TEXT, TEXT), other])["rougeL"] == 50.0, "one of another kind removes nothing"
 
 
 def test_rouge_by_hand() -> None:

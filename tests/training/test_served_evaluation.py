@@ -18,7 +18,12 @@ from prad.training.evaluate import Evaluation, evaluate
 from prad.training.served import ServerError, evaluate_served
 from tests.conftest import free_ports, random_artefact, running_stack
 
-TASKS = {"toy": GenerationDefaults(temperature=0.0, max_tokens=36), "saying-nothing": GenerationDefaults()}
+TASKS = {
+    "toy": GenerationDefaults(temperature=0.0, max_tokens=36),
+    "saying-nothing": GenerationDefaults(),
+    "long-answers": GenerationDefaults(max_tokens=300),  # over half of the context
+}
+TOKENS = "with-task-tokens"
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +79,8 @@ def serving(
         )
         for name, generation in TASKS.items()
     }
+    named: dict[str, Any] = {"task_tokens": ("<|a|>", "<|b|>"), "template": "<|a|> {prompt} <|b|>"}
+    tasks[TOKENS] = random_artefact(root / "adapters" / TOKENS, model, seed=4, **named)
     with running_stack(folder, root / "adapters", root) as stack:
         yield Serving(stack.api, model, folder, tasks, data)
 
@@ -86,6 +93,13 @@ def test_a_server_scores_as_the_folder_does(task: str, max_tokens: int | None, s
     assert len(set(here.answers)) > 10
     longest = max(len(answer.split()) for answer in here.answers)
     assert longest == (max_tokens or TASKS[task].max_tokens or 64)
+
+
+def test_task_tokens_are_not_cut_off_unsaid(serving: Serving) -> None:
+    """A folder shortens the text between them, the server would keep the last tokens of whichever kind."""
+    assert serving.there(TOKENS, limit=40) == serving.here(TOKENS, limit=40)
+    with pytest.raises(ServerError, match="answers 400: the context holds 512 tokens"):
+        serving.there(TOKENS)
 
 
 def test_beams_are_the_folders(serving: Serving) -> None:

@@ -409,7 +409,7 @@ class Calls(ABC):
         )
 
     def scale(self, x: Tensor, site: int, layer: int, view: PagedView) -> None:
-        """x [B, width] *= the vector of each row's sequence at the view's site `site`, if it has one."""
+        """x [B, width] *= 1 + the vector of each row's sequence at the view's site `site`, if it has one."""
         self._do(
             Kind.SCALE,
             x.dtype is torch.bfloat16,
