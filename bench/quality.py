@@ -37,7 +37,7 @@ ROWS = (
     Row("plain model", None),
     # the rest of the family: whether it learns at all. Few numbers move in larger steps; none is tuned
     Row("PrAd-LoRA-FFN", "prad-lora", config=(("targets", ["gate", "up", "down"]),), once=True),
-    Row("PrAd-SA", "prad-sa", once=True),
+    Row("PrAd-SA", "prad-sa", against="SA", once=True),
     Row("SA", "prad-sa", "all", once=True),
     Row("PrAd-DoRA", "prad-dora", once=True),
     Row("PrAd-MaM", "prad-mam", once=True),
