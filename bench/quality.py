@@ -34,18 +34,24 @@ ROWS = (
     Row("PA", "prad-pa", "all"),
     Row("LoRA", "prad-lora", "all"),
     Row("prefix tuning", "prad-prefix"),
-    Row("plain model", None),
+    Row("plain model", None, seeds=1),
     # the rest of the family: whether it learns at all. Few numbers move in larger steps; none is tuned
-    Row("PrAd-LoRA-FFN", "prad-lora", config=(("targets", ["gate", "up", "down"]),), once=True),
-    Row("PrAd-SA", "prad-sa", against="SA", once=True),
-    Row("SA", "prad-sa", "all", once=True),
-    Row("PrAd-DoRA", "prad-dora", once=True),
-    Row("PrAd-MaM", "prad-mam", once=True),
-    Row("PrAd-BitFit", "prad-bitfit", learning_rate=1e-2, once=True),
-    Row("PrAd-IA3", "prad-ia3", learning_rate=1e-2, once=True),
-    Row("prompt tuning", "prad-prompt", learning_rate=1e-2, once=True),
-    Row("PrAd-PARA", "prad-para", once=True),
-    Row("PARA", "para", once=True),
+    Row(
+        "PrAd-LoRA-FFN",
+        "prad-lora",
+        config=(("targets", ["gate", "up", "down"]),),
+        first_task_only=True,
+        seeds=1,
+    ),
+    Row("PrAd-SA", "prad-sa", against="SA", first_task_only=True),
+    Row("SA", "prad-sa", "all", first_task_only=True),
+    Row("PrAd-DoRA", "prad-dora", first_task_only=True, seeds=1),
+    Row("PrAd-MaM", "prad-mam", first_task_only=True, seeds=1),
+    Row("PrAd-BitFit", "prad-bitfit", learning_rate=1e-2, first_task_only=True, seeds=1),
+    Row("PrAd-IA3", "prad-ia3", learning_rate=1e-2, first_task_only=True, seeds=1),
+    Row("prompt tuning", "prad-prompt", learning_rate=1e-2, first_task_only=True, seeds=1),
+    Row("PrAd-PARA", "prad-para", first_task_only=True, seeds=1),
+    Row("PARA", "para", first_task_only=True, seeds=1),
 )
 # so many that a cell takes some minutes on two cores
 COLUMNS = (
@@ -122,7 +128,7 @@ def figures(study: Study, rows: list[Row], columns: list[Column]) -> dict[str, A
     scores: list[dict[str, Any]] = [
         {"name": row.name, **{c.task: _shown(c, list(each[row.name, c.task].values())) for c in columns}}
         for row in rows
-        if not row.once
+        if not row.first_task_only
     ]
     differences = []
     for row in rows:
@@ -140,7 +146,7 @@ def figures(study: Study, rows: list[Row], columns: list[Column]) -> dict[str, A
                         "holds_zero": "yes" if difference.low <= 0 <= difference.high else "no",
                     }
                 )
-    trained = [row for row in rows if row.method is not None and not row.once]
+    trained = [row for row in rows if row.method is not None and not row.first_task_only]
     settings = [
         {
             "task": c.task,
@@ -199,10 +205,8 @@ def _shown(column: Column, each: list[Any]) -> str | None:
 
 
 def _seeds(row: Row, column: Column) -> tuple[int, ...]:
-    """The plain model has nothing to draw."""
-    if row.once and column.task != COLUMNS[0].task:
-        return ()
-    return column.seeds if row.method is not None and not row.once else column.seeds[:1]
+    elsewhere = row.first_task_only and column.task != COLUMNS[0].task
+    return () if elsewhere else column.seeds[: row.seeds]
 
 
 def _sized(column: Column, size: float) -> Column:

@@ -28,7 +28,7 @@ from prad.training.train import train
 @dataclass(frozen=True, slots=True)
 class Row:
     """A method as it is compared. `method` None: the plain model. `against`: its all-position counterpart.
-    `config`: what of its settings is not the default. `once`: one seed of the first task is enough."""
+    `config`: what of its settings is not the default. `seeds`: so many of a column's; None: all."""
 
     name: str
     method: str | None
@@ -36,7 +36,8 @@ class Row:
     learning_rate: float = 1e-3
     against: str | None = None
     config: tuple[tuple[str, Any], ...] = ()
-    once: bool = False
+    first_task_only: bool = False
+    seeds: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
