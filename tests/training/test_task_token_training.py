@@ -22,7 +22,7 @@ from prad.training.evaluate import evaluate
 from prad.training.objective import AdapterTuning
 from prad.training.train import train
 from tests.conftest import EOS, random_artefact
-from tests.training.test_train import frozen_digest, settings
+from tests.training.toy import frozen_digest, settings
 
 END = "</s>"  # the model's own EOS
 TOKENS = {

@@ -1,0 +1,68 @@
+"""Presets, and the settings of every method."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from prad.adapters import METHODS, AdapterError, find_method
+from prad.artefact import FULL, read_artefact
+from prad.cli.app import app
+from prad.training.presets import PRESETS, UnknownPresetError, preset_fields, with_own
+from prad.training.settings import TrainSettings
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "training.md"
+
+
+def test_every_preset_is_one_of_its_methods(tmp_path: Path) -> None:
+    for name, preset in PRESETS.items():
+        for method in preset.methods or METHODS:
+            fields = preset_fields(name, method)
+            if method == FULL:
+                assert not fields["config"]
+            else:
+                find_method(method).configure(fields.get("config", {}))
+            TrainSettings(tmp_path, tmp_path, method=method, **fields)
+    lora = find_method("prad-lora").configure(preset_fields("paper-e2e", "prad-lora")["config"])
+    assert (lora.r, lora.factor) == (56, 4.0)
+    config = preset_fields("paper-e2e", "prad-lora")["config"]
+    assert with_own(config, {"r": 8}) == {"r": 8, "alpha": 32.0}
+    assert with_own(config, {"alpha": 1.0}) == {"r": 56, "alpha": 1.0}
+    assert preset_fields("paper-mt", "prad-lora")["max_steps"] == 120_000, "a method's own wins"
+    assert preset_fields("paper-mt", "prad-pa")["max_steps"] == 60_000
+    with pytest.raises(UnknownPresetError, match="unknown preset 'x'; known: quick, paper-sst2"):
+        preset_fields("x", "prad-pa")
+    with pytest.raises(
+        UnknownPresetError, match=r"'paper-mnli' is for prad-pa, prad-sa, .* not for prad-ia3"
+    ):
+        preset_fields("paper-mnli", "prad-ia3")
+
+
+def test_epochs_win_over_a_presets_steps(
+    data: Path, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    command = ["train", "--task", "toy", "--data", str(data), "--out", str(out), "--preset", "paper-e2e"]
+    command += ["--model", str(tiny_model("llama")), "--dtype", "float32", "--examples", "40"]
+    ended = CliRunner().invoke(app, [*command, "--epochs", "1"])
+    assert ended.exit_code == 0, ended.output
+    assert read_artefact(out).record.training["steps"] == 2, "not 60,000"
+
+
+def test_the_documentation_has_every_methods_settings() -> None:
+    rows = re.findall(r"^\| `([a-z0-9-]+)` \| `(\{.*\})` \| .+ \|$", DOCUMENT.read_text(), re.MULTILINE)
+    documented = [(method, json.loads(config)) for method, config in rows]
+    assert dict(documented) == {name: m.config_type().model_dump(mode="json") for name, m in METHODS.items()}
+    assert len(documented) == len(METHODS)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_settings_that_are_not_finite_are_refused(method: str) -> None:
+    for name, field in find_method(method).config_type.model_fields.items():
+        if field.annotation is float:
+            for value in (float("nan"), float("inf")):
+                with pytest.raises(AdapterError, match=f"{name}: Input should be a finite number"):
+                    find_method(method).configure({name: value})
