@@ -50,8 +50,8 @@ def evaluate(
     gets the template without its task tokens.
 
     Greedy, or the best of `beams` beams. Answers are what serving gives: one leading space and what follows
-    a stop string are left out. Long prompts are shortened as in training. max_tokens: of an answer; None: the
-    record's, or ANSWER_TOKENS. `batch`: rows of a decode step.
+    a stop string are left out. Prompts that do not fit are shortened as `prompt_ids` says. max_tokens: of an
+    answer; None: the record's, or ANSWER_TOKENS. `batch`: rows of a decode step.
     Raises DataError, or AdapterError for an answer that leaves no room for a prompt.
     """
     examples = without_end(read_examples(data, limit), record.end_token)
