@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,9 @@ class Reference:
         ).eval()
         body = getattr(self.model.base_model, "decoder", self.model.base_model)
         self.layers = body.h if hasattr(body, "h") else body.layers
+        # `cache` since transformers 5.24, where the older name is deprecated
+        named = signature(self.model.forward).parameters
+        self._cache_argument = "cache" if "cache" in named else "past_key_values"
 
     def logits(
         self,
@@ -122,8 +126,8 @@ class Reference:
             attention_mask=torch.ones(
                 1, before + len(embedded), dtype=torch.long
             ),  # a jump is no new sequence
-            past_key_values=cache,
             use_cache=cache is not None,
+            **{self._cache_argument: cache},
         )
         return every.logits[0, len(embedded) - len(ids) :]
 
