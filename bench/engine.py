@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from decode_service import model_spec
-from decode_service.blocks import BlockAllocator
 from decode_service.engine import PagedEngine
 from decode_service.scheduler import Scheduler
-from kvtransfer import Open, Sampling, StateSite, Token
+from kvtransfer import Open, StateSite
+from prad.core.blocks import BlockPool
+from prad.core.sampling import SamplingParams
+from prad.core.tokens import Token
 from prad.lm import LanguageModel, SiteVectors
 from prad.lm.paged import Pools
 
@@ -41,7 +42,7 @@ class LoadedEngine:
         self._engine = PagedEngine(
             model,
             self._pools,
-            Scheduler(BlockAllocator(blocks, _BLOCK), sequences),
+            Scheduler(BlockPool(blocks, _BLOCK), sequences),
             deliver=lambda _: None,
             observe=lambda *_: None,
         )
@@ -52,11 +53,11 @@ class LoadedEngine:
             request = Open(
                 request_id=str(number),
                 client_id="bench",
-                model=model_spec(model),
+                model=model.spec,
                 kv_len=context,
                 prompt_len=context,
                 next_position=context,
-                sampling=Sampling(max_tokens=steps + 1),
+                sampling=SamplingParams(max_tokens=steps + 1),
                 state=tuple(StateSite(str(site), v.shape[1]) for site, v in state.items()),
             )
             self._admit(request, filler if kv is None else [(k[own], v[own]) for k, v in kv], state)

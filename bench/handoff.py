@@ -23,10 +23,12 @@ import torch
 from torch import Tensor
 
 from bench.model import add_model_arguments, load, model_flags
-from decode_service import model_spec
-from kvtransfer import DecodeClient, Encoding, LostError, Open, PassRows, Sampling, Token, TransferSettings
+from kvtransfer import DecodeClient, Encoding, LostError, Open, PassRows, TransferSettings
+from kvtransfer.layout import plane_bytes
 from kvtransfer.memory import keep_freed_memory
 from prad.cli.stack import Stack
+from prad.core.sampling import SamplingParams
+from prad.core.tokens import Token
 from prad.lm import LanguageModel, PackedBatch
 from prefill_service.layers import PassLayers
 
@@ -60,7 +62,7 @@ class Burst:
 
     def __init__(self, model: LanguageModel, decode: psutil.Process, prompts: int, tokens: int) -> None:
         self._model = model
-        self._spec = model_spec(model)
+        self._spec = model.spec
         self._decode = decode
         generator = torch.Generator().manual_seed(0)
         high = min(40_000, model.vocab_size)
@@ -90,13 +92,13 @@ class Burst:
     def mib(self, encoding: Encoding) -> float:
         """Of its KV on the wire."""
         layers = range(self._model.num_layers)
-        token = sum(sum(self._spec.plane_bytes(layer, encoding)) for layer in layers)
+        token = sum(sum(plane_bytes(self._spec.layout, layer, encoding)) for layer in layers)
         return round(sum(map(len, self._ids)) * token / 2**20, 1)
 
     async def _opened(self, client: DecodeClient) -> list[PassRows]:
         self._count += 1
         length = len(self._ids[0])
-        sampling = Sampling(max_tokens=2, stop_ids=frozenset({STOP}))
+        sampling = SamplingParams(max_tokens=2, stop_ids=frozenset({STOP}))
         names = [f"{length}-{self._count}-{i}" for i in range(len(self._ids))]
         hand_offs = await asyncio.gather(
             *(

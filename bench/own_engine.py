@@ -15,7 +15,8 @@ from torch import Tensor
 
 from bench.rounds import seconds
 from prad.adapters import Adapter, PromptAdaptation
-from prad.lm import Adaptation, LanguageModel, PackedBatch, SampleKey, SamplingParams, sample
+from prad.core.sampling import SampleKey, SamplingParams
+from prad.lm import Adaptation, LanguageModel, PackedBatch, sample
 from prad.lm.paged import Pools
 
 _BLOCK = 16
@@ -109,4 +110,4 @@ class OwnEngine:
         greedy = [SamplingParams(max_tokens=1)] * len(sequences)
         keys = [SampleKey(0, 0, 0, 0)] * len(sequences)
         for sequence, draw in zip(sequences, sample(logits, greedy, keys, self._model.argmax), strict=True):
-            sequence.tokens.append(draw.token)
+            sequence.tokens.append(draw.id)

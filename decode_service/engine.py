@@ -10,7 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 
@@ -19,17 +19,10 @@ from decode_service.reservation import PagedReservation
 from decode_service.scheduler import Plan, Scheduler
 from decode_service.sequences import Ended, FinishReason, HandOffId, Reserved, Running, SequenceId
 from decode_service.validation import Limits
-from kvtransfer import Cancel, Open, Token, TokenEvent
-from prad.lm import (
-    Draw,
-    LanguageModel,
-    PackedBatch,
-    RowScaling,
-    SampleKey,
-    SamplingParams,
-    SiteVectors,
-    sample,
-)
+from kvtransfer import Cancel, Open
+from prad.core.sampling import SampleKey
+from prad.core.tokens import Token, TokenEvent
+from prad.lm import LanguageModel, PackedBatch, RowScaling, SiteVectors, sample
 from prad.lm.paged import Pools
 
 logger = logging.getLogger(__name__)
@@ -43,7 +36,7 @@ class _Drawn:
     """A sequence's outcome of a step."""
 
     sequence: Running
-    draw: Draw
+    token: Token
 
 
 class PagedEngine:
@@ -122,12 +115,14 @@ class PagedEngine:
         if len(rows) < len(batch):
             logits = logits[rows]
         kept = [batch[i] for i in rows]
-        draws = []
+        drawn = []
         if kept:
-            draws = sample(logits, [s.params for s in kept], [_key(s) for s in kept], self._model.argmax)
+            drawn = sample(
+                logits, [s.request.sampling for s in kept], [_key(s) for s in kept], self._model.argmax
+            )
         broken = [s for s, ok in zip(batch, sound, strict=True) if not ok]
         return [
-            *(_Drawn(s, draw) for s, draw in zip(kept, draws, strict=True)),
+            *(_Drawn(s, token) for s, token in zip(kept, drawn, strict=True)),
             *(Ended(s, FinishReason.ERROR, "the logits are not finite") for s in broken),
         ]
 
@@ -152,9 +147,8 @@ class PagedEngine:
         if isinstance(outcome, Ended):
             self._scheduler.finish(sequence)
             return outcome.tell()
-        draw = outcome.draw
-        sequence.advance(Token(draw.token, draw.logprob, draw.top))
-        reason = sequence.params.finish_reason(draw.token, sequence.index + 1)
+        sequence.advance(outcome.token)
+        reason = sequence.request.sampling.finish_reason(outcome.token.id, sequence.index + 1)
         if reason is not None:
             self._scheduler.finish(sequence)
         elif not sequence.due:
@@ -176,12 +170,10 @@ class PagedEngine:
     def begin(self, reserved: Reserved, first_tokens: Sequence[Token], state: SiteVectors) -> None:
         """The reservation's KV is complete: it runs, but for choices that their first token ends."""
         request = reserved.request
-        params = SamplingParams(**asdict(request.sampling))
         sequences = [
             Running(
                 id=SequenceId(reserved.id, choice),
                 request=request,
-                params=params,
                 blocks=reserved.blocks[choice],
                 token=token.id,
                 index=request.output_offset,
@@ -191,7 +183,7 @@ class PagedEngine:
                 phase=next(self._phases),
             )
             for choice, token in enumerate(first_tokens)
-            if params.finish_reason(token.id, request.output_offset + 1) is None
+            if request.sampling.finish_reason(token.id, request.output_offset + 1) is None
         ]
         with self._wake():
             self._scheduler.start(reserved, sequences)

@@ -16,11 +16,11 @@ from kvtransfer import (
     TransferError,
     kv_frame,
 )
-from kvtransfer.layout import ModelSpec
 from kvtransfer.proto import handoff_pb2 as pb
 from kvtransfer.receiver import Receiver, read_open
 from kvtransfer.segment import NONCE_BYTES, map_segment
 from kvtransfer.status import failure_to_proto
+from prad.core.layout import ModelSpec
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from decode_service.reservation import PagedReservation
 from kvtransfer import Encoding
 from kvtransfer.int8 import dequantise
 from kvtransfer.kv_frame import Incoming
-from prad.lm.kv import LayerKV
+from prad.core.layout import LayerKV
 from prad.lm.paged import Pools
 
 
@@ -26,15 +26,15 @@ class PoolWriter:
         for layer, planes in enumerate(frame.layers, frame.first_layer):
             spec = self._pools.layout.layers[layer]
             key, value = planes if frame.encoding is Encoding.RAW else self._dequantised(spec, planes)
-            item = self._pools.layout.dtype.itemsize
-            widths = spec.heads * spec.key_dim * item, spec.heads * spec.value_dim * item
+            layout = self._pools.layout
+            widths = layout.key_bytes(layer), layout.value_bytes(layer)
             for start, slots in spans:
                 end = start + len(slots)
                 k, v = (data[start * w : end * w] for data, w in zip((key, value), widths, strict=True))
                 self._pools.write(layer, slots, k, v)
 
     def _dequantised(self, spec: LayerKV, planes: Sequence[memoryview]) -> tuple[memoryview, memoryview]:
-        dtype = self._pools.layout.dtype
+        dtype = self._pools.dtype
         keys, key_scales, values, value_scales = planes
         return (
             dequantise(keys, key_scales, (spec.heads, spec.key_dim), dtype),

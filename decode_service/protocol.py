@@ -4,8 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from kvtransfer import Cancel, Open, Token, TokenEvent
 from kvtransfer.kv_frame import Incoming
+from kvtransfer.messages import Cancel, Open
+from prad.core.tokens import Token, TokenEvent
 
 Deliver = Callable[[Mapping[str, Sequence[TokenEvent]]], None]
 """Takes one step's events, by client id; called in the engine's thread.

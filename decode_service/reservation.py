@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from decode_service.sequences import Reserved
-from kvtransfer import FencedError, ProtocolError, Token
+from kvtransfer import FencedError, ProtocolError
+from prad.core.tokens import Token
 from prad.lm import Site, SiteVectors
 from prad.lm.paged import Pools
 
@@ -28,7 +29,7 @@ class PagedReservation:
         self._owner = owner
         self._vocab_size = vocab_size
         self._reserved = reserved
-        self._layout = pools.layout
+        self._pools = pools
         self._device = pools.device
         self._state: dict[Site, Tensor] = {}
         kv_len, size = reserved.request.kv_len, pools.block_size
@@ -42,10 +43,10 @@ class PagedReservation:
         return sum(len(table) for table in self._reserved.blocks)
 
     def put_state(self, site: str, data: bytes) -> None:
-        flat = torch.frombuffer(bytearray(data), dtype=self._layout.dtype)
+        flat = torch.frombuffer(bytearray(data), dtype=self._pools.dtype)
         if not bool(flat.isfinite().all()):
             raise ProtocolError(f"request state at {site} holds numbers that are not finite")
-        self._state[Site(site)] = flat.view(len(self._layout.layers), -1).to(self._device)
+        self._state[Site(site)] = flat.view(len(self._pools.layout.layers), -1).to(self._device)
 
     def commit(self, first_tokens: Sequence[Token]) -> None:
         self.require_held()

@@ -8,10 +8,11 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from decode_service.blocks import BlockAllocator
 from decode_service.protocol import EngineStatus
 from decode_service.sequences import Ended, FinishReason, HandOffId, Reserved, Running
-from kvtransfer import Open, RejectedError, RejectReason
+from kvtransfer.errors import RejectedError, RejectReason
+from kvtransfer.messages import Open
+from prad.core.blocks import BlockPool
 
 _REMEMBERED_REQUESTS = 1 << 16
 
@@ -33,7 +34,7 @@ class Scheduler:
 
     def __init__(
         self,
-        blocks: BlockAllocator,
+        blocks: BlockPool,
         max_sequences: int,
         retry_after_s: float = 0.0,
         state_bytes: int = 256 << 20,

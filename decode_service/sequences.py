@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
-from kvtransfer import Open, Token, TokenEvent
+from kvtransfer.messages import Open
+from prad.core.tokens import Token, TokenEvent
 
 if TYPE_CHECKING:  # the type alone: at run time it would bring torch along
-    from prad.lm import SamplingParams, SiteVectors
+    from prad.lm import SiteVectors
 
 
 class HandOffId(NamedTuple):
@@ -60,7 +61,6 @@ class Running:
 
     id: SequenceId
     request: Open
-    params: SamplingParams
     blocks: tuple[int, ...]
     token: int
     index: int

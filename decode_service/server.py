@@ -12,7 +12,6 @@ import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from decode_service.blocks import BlockAllocator
 from decode_service.engine import PagedEngine
 from decode_service.errors import BindError, CacheTooSmallError
 from decode_service.metrics import Metrics, served
@@ -21,10 +20,11 @@ from decode_service.scheduler import Scheduler
 from decode_service.service import DecodeService
 from decode_service.sessions import Sessions
 from decode_service.settings import DecodeSettings
-from kvtransfer import LayerSpec, ModelSpec, TransferSettings
+from kvtransfer import TransferSettings
 from kvtransfer.memory import keep_freed_memory
 from kvtransfer.proto import handoff_pb2 as pb
 from kvtransfer.proto.handoff_pb2_grpc import add_DecodeServicer_to_server
+from prad.core.blocks import BlockPool
 from prad.lm import LanguageModel, UnsupportedModelError, require_device, resolve_model
 from prad.lm.kernels import load_kernels
 from prad.lm.paged import Pools, blocks_in
@@ -112,7 +112,7 @@ class DecodeServer:
             )
         instance = uuid.uuid4().hex
         scheduler = Scheduler(
-            BlockAllocator(num_blocks, settings.block_size),
+            BlockPool(num_blocks, settings.block_size),
             settings.max_sequences,
             settings.retry_after_s,
             settings.request_state_mib << 20,
@@ -128,7 +128,7 @@ class DecodeServer:
         )
         self._metrics.watch(self.engine.status)
         self._service = DecodeService(
-            self.engine, PoolWriter(pools), self._sessions, model_spec(model), instance, settings
+            self.engine, PoolWriter(pools), self._sessions, model.spec, instance, settings
         )
         self._health = health.aio.HealthServicer()
 
@@ -164,12 +164,6 @@ class DecodeServer:
     async def _say(self, status: int) -> None:
         for name in ("", _SERVICE):
             await self._health.set(name, status)
-
-
-def model_spec(model: LanguageModel) -> ModelSpec:
-    """The model as the contract names it."""
-    layers = tuple(LayerSpec(la.heads, la.key_dim, la.value_dim) for la in model.layout.layers)
-    return ModelSpec(model.fingerprint.digest, str(model.dtype).removeprefix("torch."), layers)
 
 
 def _bind(server: grpc.aio.Server, address: str) -> int:

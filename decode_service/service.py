@@ -14,7 +14,6 @@ from decode_service.sessions import Sessions
 from decode_service.settings import DecodeSettings
 from kvtransfer import (
     Description,
-    ModelSpec,
     Open,
     ProtocolError,
     RejectedError,
@@ -26,6 +25,7 @@ from kvtransfer.outbox import Attachment
 from kvtransfer.proto import handoff_pb2 as pb
 from kvtransfer.proto.handoff_pb2_grpc import DecodeServicer
 from kvtransfer.status import status_of
+from prad.core.layout import ModelSpec
 
 logger = logging.getLogger(__name__)
 

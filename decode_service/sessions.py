@@ -9,8 +9,9 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from kvtransfer import LostError, TokenEvent
+from kvtransfer.errors import LostError
 from kvtransfer.outbox import Attachment, Outbox
+from prad.core.tokens import TokenEvent
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from kvtransfer import Open, RejectedError, RejectReason, Sampling
+from kvtransfer.errors import RejectedError, RejectReason
+from kvtransfer.messages import Open
+from prad.core.sampling import SamplingParams
 
 _LARGEST_REQUEST = 1 << 20  # tokens or choices: far beyond any real one, keeps all arithmetic harmless
 _MOST_TOLD = (
@@ -70,7 +72,7 @@ class Limits:
                 message = f"request state at {site} has {nbytes} bytes, over {_LARGEST_STATE}"
                 raise RejectedError(RejectReason.INVALID, message)
 
-    def _check_sampling(self, sampling: Sampling) -> None:
+    def _check_sampling(self, sampling: SamplingParams) -> None:
         temperature, top_p, min_p = sampling.temperature, sampling.top_p, sampling.min_p
         for wrong, message in (
             (sampling.max_tokens > _LARGEST_REQUEST, f"max_tokens {sampling.max_tokens} is absurd"),
@@ -87,5 +89,5 @@ class Limits:
             if wrong:
                 raise RejectedError(RejectReason.INVALID, message)
 
-    def _all_stop(self, sampling: Sampling) -> bool:
+    def _all_stop(self, sampling: SamplingParams) -> bool:
         return sampling.min_tokens > 0 and len(sampling.stop_ids) >= self.vocab_size

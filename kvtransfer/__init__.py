@@ -12,15 +12,12 @@ from kvtransfer.errors import (
     TransferError,
 )
 from kvtransfer.hand_off_stream import send_layer
-from kvtransfer.layout import Encoding, LayerSpec, ModelSpec
+from kvtransfer.layout import Encoding
 from kvtransfer.messages import (
     Cancel,
     Description,
     Open,
-    Sampling,
     StateSite,
-    Token,
-    TokenEvent,
     TokenFrame,
 )
 from kvtransfer.sender import HandOff, PassRows
@@ -35,19 +32,14 @@ __all__ = [
     "Encoding",
     "FencedError",
     "HandOff",
-    "LayerSpec",
     "LostError",
-    "ModelSpec",
     "Open",
     "PassRows",
     "ProtocolError",
     "RejectReason",
     "RejectedError",
-    "Sampling",
     "StateSite",
     "TimedOutError",
-    "Token",
-    "TokenEvent",
     "TokenFrame",
     "TokenStream",
     "TransferError",

@@ -1,19 +1,16 @@
 """Dataclasses to protobuf and back. KV bytes are `kv_frame.py`'s."""
 
-from kvtransfer.layout import ModelSpec
+from kvtransfer.layout import spec_from_proto, spec_to_proto
 from kvtransfer.messages import (
     Cancel,
     Description,
     Open,
-    Sampling,
     StateSite,
-    Token,
-    TokenEvent,
     TokenFrame,
 )
 from kvtransfer.proto import handoff_pb2 as pb
-
-_SEED_MASK = 2**64 - 1
+from prad.core.sampling import SEED_MASK, SamplingParams
+from prad.core.tokens import Token, TokenEvent
 
 
 def open_to_proto(request: Open, hand_off: int = 0) -> pb.Open:
@@ -23,7 +20,7 @@ def open_to_proto(request: Open, hand_off: int = 0) -> pb.Open:
         request_id=request.request_id,
         attempt=request.attempt,
         client_id=request.client_id,
-        model=request.model.to_proto(),
+        model=spec_to_proto(request.model),
         kv_len=request.kv_len,
         prompt_len=request.prompt_len,
         next_position=request.next_position,
@@ -44,7 +41,7 @@ def open_from_proto(message: pb.Open) -> Open:
         request_id=message.request_id,
         attempt=message.attempt,
         client_id=message.client_id,
-        model=ModelSpec.from_proto(message.model),
+        model=spec_from_proto(message.model),
         kv_len=message.kv_len,
         prompt_len=message.prompt_len,
         next_position=message.next_position,
@@ -59,22 +56,22 @@ def open_from_proto(message: pb.Open) -> Open:
     )
 
 
-def sampling_to_proto(sampling: Sampling) -> pb.Sampling:
+def sampling_to_proto(sampling: SamplingParams) -> pb.Sampling:
     return pb.Sampling(
         max_tokens=sampling.max_tokens,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
         min_p=sampling.min_p,
-        seed=sampling.seed & _SEED_MASK,  # keys use the same 64 bits: a negative seed draws the same
+        seed=sampling.seed & SEED_MASK,  # keys use the same 64 bits: a negative seed draws the same
         min_tokens=sampling.min_tokens,
         stop_ids=sorted(sampling.stop_ids),
         logprobs=sampling.logprobs,
     )
 
 
-def sampling_from_proto(message: pb.Sampling) -> Sampling:
-    return Sampling(
+def sampling_from_proto(message: pb.Sampling) -> SamplingParams:
+    return SamplingParams(
         max_tokens=message.max_tokens,
         temperature=message.temperature,
         top_p=message.top_p,
@@ -147,7 +144,7 @@ def cancel_from_proto(message: pb.Cancel) -> Cancel:
 
 def description_to_proto(description: Description) -> pb.Description:
     return pb.Description(
-        model=description.model.to_proto(),
+        model=spec_to_proto(description.model),
         block_size=description.block_size,
         total_blocks=description.total_blocks,
         free_blocks=description.free_blocks,
@@ -159,7 +156,7 @@ def description_to_proto(description: Description) -> pb.Description:
 
 def description_from_proto(message: pb.Description) -> Description:
     return Description(
-        model=ModelSpec.from_proto(message.model),
+        model=spec_from_proto(message.model),
         block_size=message.block_size,
         total_blocks=message.total_blocks,
         free_blocks=message.free_blocks,

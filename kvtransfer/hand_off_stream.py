@@ -22,7 +22,7 @@ from kvtransfer.errors import (
     TransferError,
 )
 from kvtransfer.kv_frame import KVBytes, Outgoing, Rows
-from kvtransfer.layout import Encoding
+from kvtransfer.layout import Encoding, plane_bytes
 from kvtransfer.messages import Open
 from kvtransfer.proto import handoff_pb2 as pb
 from kvtransfer.sender import HandOff, PassRows
@@ -86,7 +86,8 @@ class HandOffStream:
         if not running:
             return
         views = [memoryview(plane).cast("B") for plane in planes]
-        widths = running[0].hand_off.request.model.plane_bytes(layer, encoding)
+        layout = running[0].hand_off.request.model.layout
+        widths = plane_bytes(layout, layer, encoding)
         most = max(1, self.settings.frame_bytes // sum(widths))
         for piece in _cut(running, most):
             named = tuple(Rows(r.hand_off.number, r.first_token, r.token_count) for r in piece)
@@ -105,7 +106,7 @@ class HandOffStream:
                 r.hand_off.sent_bytes += r.token_count * sum(widths)
             if self._filling.size >= self.settings.frame_bytes:
                 self.flush()
-        if layer == len(running[0].hand_off.request.model.layers) - 1:
+        if layer == len(layout.layers) - 1:
             self.flush()  # the rest of the pass, logits and sampling, brings no more to fill it with
         while self._queued_bytes > _AHEAD * self.settings.frame_bytes and self.failure is None:
             self._taken.clear()

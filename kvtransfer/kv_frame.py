@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 import xxhash
 
 from kvtransfer.errors import CorruptError, ProtocolError
-from kvtransfer.layout import Encoding, ModelSpec
+from kvtransfer.layout import Encoding, plane_bytes
 from kvtransfer.proto import handoff_pb2 as pb
+from prad.core.layout import ModelSpec
 
 KVBytes = bytes | bytearray | memoryview
 
@@ -101,14 +102,15 @@ def decode(frame: pb.KV, model: ModelSpec, segment: memoryview | None = None) ->
     """
     first, last = frame.first_layer, frame.first_layer + frame.layer_count
     rows = tuple(Rows(r.hand_off, r.first_token, r.token_count) for r in frame.rows)
-    if first >= last or last > len(model.layers) or not all(r.token_count for r in rows):
-        raise CorruptError(f"a KV frame names layers {first}..{last} of {len(model.layers)}, or no tokens")
+    count = len(model.layout.layers)
+    if first >= last or last > count or not all(r.token_count for r in rows):
+        raise CorruptError(f"a KV frame names layers {first}..{last} of {count}, or no tokens")
     try:
         encoding = Encoding(frame.encoding)
     except ValueError as error:
         raise ProtocolError(f"a KV frame has the unknown encoding {frame.encoding}") from error
     tokens = sum(r.token_count for r in rows)
-    widths = [model.plane_bytes(layer, encoding) for layer in range(first, last)]
+    widths = [plane_bytes(model.layout, layer, encoding) for layer in range(first, last)]
     token_bytes = sum(map(sum, widths))
     expected = tokens * token_bytes
     payload = _payload(frame, segment)

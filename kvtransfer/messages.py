@@ -2,22 +2,9 @@
 
 from dataclasses import dataclass
 
-from kvtransfer.layout import ITEM_BYTES, ModelSpec
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How tokens are drawn and when a sequence ends; the meaning is that of prad.lm.SamplingParams."""
-
-    max_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    seed: int = 0
-    min_tokens: int = 0
-    stop_ids: frozenset[int] = frozenset()
-    logprobs: int | None = None
+from prad.core.layout import ModelSpec
+from prad.core.sampling import SamplingParams
+from prad.core.tokens import TokenEvent
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +32,7 @@ class Open:
     kv_len: int
     prompt_len: int
     next_position: int
-    sampling: Sampling
+    sampling: SamplingParams
     attempt: int = 1
     choices: int = 1
     prompt_index: int = 0
@@ -58,42 +45,11 @@ class Open:
     def site_bytes(self, site: str) -> int:
         """Bytes of the request state at one site, all layers. Raises KeyError for an unannounced one."""
         widths = {announced.site: announced.width for announced in self.state}
-        return len(self.model.layers) * widths[site] * ITEM_BYTES[self.model.dtype]
+        return len(self.model.layout.layers) * widths[site] * self.model.layout.item_bytes
 
     @property
     def state_bytes(self) -> int:
         return sum(self.site_bytes(announced.site) for announced in self.state)
-
-
-@dataclass(frozen=True, slots=True)
-class Token:
-    """A drawn token; log-probabilities are the plain model's. `top`: (id, log-probability), best first."""
-
-    id: int
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class TokenEvent:
-    """What one sequence drew since its last event. `index` is the output index of the first of `tokens`, or
-    of the next one if there are none.
-
-    finish_reason ends the sequence: "stop" or "length" with the last token, "deadline" or "error" after it.
-    """
-
-    request_id: str
-    attempt: int
-    choice: int
-    index: int
-    tokens: tuple[Token, ...] = ()
-    finish_reason: str | None = None
-    error: str | None = None
-
-    @property
-    def is_early_end(self) -> bool:
-        """Whether the sequence ended before it was done."""
-        return self.finish_reason not in (None, "stop", "length")
 
 
 @dataclass(frozen=True, slots=True)

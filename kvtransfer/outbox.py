@@ -9,7 +9,8 @@ from collections import deque
 from collections.abc import Iterable
 
 from kvtransfer.errors import FencedError, ProtocolError, TransferError
-from kvtransfer.messages import TokenEvent, TokenFrame
+from kvtransfer.messages import TokenFrame
+from prad.core.tokens import TokenEvent
 
 
 class Outbox:

@@ -8,9 +8,11 @@ import xxhash
 from kvtransfer import codec
 from kvtransfer.errors import CorruptError, ProtocolError, RejectedError, RejectReason
 from kvtransfer.kv_frame import Incoming, Rows
-from kvtransfer.layout import ModelSpec
-from kvtransfer.messages import Open, Token
+from kvtransfer.layout import require_same
+from kvtransfer.messages import Open
 from kvtransfer.proto import handoff_pb2 as pb
+from prad.core.layout import ModelSpec
+from prad.core.tokens import Token
 
 
 def read_open(message: pb.Open, model: ModelSpec) -> Open:
@@ -20,7 +22,7 @@ def read_open(message: pb.Open, model: ModelSpec) -> Open:
         request = codec.open_from_proto(message)
     except ValueError as error:
         raise RejectedError(RejectReason.WRONG_MODEL, str(error)) from error
-    model.require_same(request.model)
+    require_same(model, request.model)
     for name, value in (
         ("request_id", request.request_id),
         ("client_id", request.client_id),
@@ -38,7 +40,7 @@ class Receiver:
 
     def __init__(self, request: Open) -> None:
         self._request = request
-        self._arrived = [0] * len(request.model.layers)  # tokens of each layer, always a prefix
+        self._arrived = [0] * len(request.model.layout.layers)  # tokens of each layer, always a prefix
         self._bytes = 0
         self._missing_state = {announced.site for announced in request.state}
 

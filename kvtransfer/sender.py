@@ -11,9 +11,10 @@ import xxhash
 from kvtransfer import codec
 from kvtransfer.errors import TimedOutError, TransferError
 from kvtransfer.kv_frame import KVBytes
-from kvtransfer.layout import Encoding
-from kvtransfer.messages import Open, Token
+from kvtransfer.layout import Encoding, plane_bytes
+from kvtransfer.messages import Open
 from kvtransfer.proto import handoff_pb2 as pb
+from prad.core.tokens import Token
 
 if TYPE_CHECKING:
     from kvtransfer.hand_off_stream import HandOffStream
@@ -54,7 +55,7 @@ class HandOff:
         dtype. Raises ValueError if the sizes are not whole tokens of this layer, and as `send_layer`.
         """
         sizes = memoryview(key).nbytes, memoryview(value).nbytes
-        key_bytes, value_bytes = self.request.model.plane_bytes(layer, Encoding.RAW)
+        key_bytes, value_bytes = plane_bytes(self.request.model.layout, layer, Encoding.RAW)
         tokens = sizes[0] // key_bytes
         if tokens == 0 or sizes != (tokens * key_bytes, tokens * value_bytes):
             raise ValueError(

@@ -10,14 +10,16 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import replace
 
-from prad.lm import BeamSearch, Candidate, Draw, Limits, SamplingParams
+from prad.core.sampling import SamplingParams
+from prad.core.tokens import Token, TokenEvent
+from prad.lm import BeamSearch, Candidate, Limits
 from prefill_service.errors import InternalError
-from prefill_service.generation import PromptRequest, TokenOut
+from prefill_service.generation import PromptRequest
 
-Ask = Callable[[PromptRequest], AsyncGenerator[TokenOut, None]]
+Ask = Callable[[PromptRequest], AsyncGenerator[TokenEvent, None]]
 
 
-async def beam_search(ask: Ask, request: PromptRequest) -> AsyncGenerator[TokenOut, None]:
+async def beam_search(ask: Ask, request: PromptRequest) -> AsyncGenerator[TokenEvent, None]:
     """The `choices` best of `request.beams` hypotheses; their tokens all come at the end."""
     assert request.beams is not None
     limits = Limits(request.sampling.max_tokens, request.sampling.stop_ids)
@@ -34,15 +36,18 @@ async def beam_search(ask: Ask, request: PromptRequest) -> AsyncGenerator[TokenO
         outs = await _all(ask, asked)
         if rows == [()]:
             cached = outs[0].cached_tokens
-        children = search.advance([[Candidate(*pair) for pair in out.draw.top] for out in outs])
+        children = search.advance([[Candidate(*pair) for pair in out.tokens[0].top] for out in outs])
         rows = [(*rows[child.parent], child.token) for child in children]
     for choice, tokens in enumerate(search.hypotheses[: request.choices]):
         for index, token in enumerate(tokens):
             reason = request.sampling.finish_reason(token, index + 1)
-            yield TokenOut(choice, index, Draw(token), reason, cached if (choice, index) == (0, 0) else 0)
+            told = cached if (choice, index) == (0, 0) else 0
+            yield TokenEvent(
+                request.request_id, 1, choice, index, (Token(token),), reason, cached_tokens=told
+            )
 
 
-async def _all(ask: Ask, requests: list[PromptRequest]) -> list[TokenOut]:
+async def _all(ask: Ask, requests: list[PromptRequest]) -> list[TokenEvent]:
     """The only token of each; together, so that they share a pass."""
     tasks = [asyncio.create_task(_only_token(ask, request)) for request in requests]
     try:
@@ -53,7 +58,7 @@ async def _all(ask: Ask, requests: list[PromptRequest]) -> list[TokenOut]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _only_token(ask: Ask, request: PromptRequest) -> TokenOut:
+async def _only_token(ask: Ask, request: PromptRequest) -> TokenEvent:
     async with aclosing(ask(request)) as tokens:
         async for out in tokens:
             return out

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 
 from kvtransfer.client import DecodeClient
 from kvtransfer.errors import LostError, RejectedError, RejectReason, TransferError
-from kvtransfer.layout import ModelSpec
-from kvtransfer.messages import TokenEvent
 from kvtransfer.sender import HandOff
 from kvtransfer.token_stream import TokenStream
+from prad.core.layout import ModelSpec
+from prad.core.tokens import TokenEvent
 from prad.lm import Site
 from prefill_service.errors import (
     DeadlineError,
@@ -117,10 +117,8 @@ class DecodeLink:
 
     async def _receive(self) -> None:
         description = await self._client.describe()
-        try:
-            self._model.require_same(description.model)
-        except RejectedError as error:
-            raise DecodeUnavailableError(f"it serves another model: {error.message}") from error
+        if (difference := self._model.difference(description.model, "prefill", "decode")) is not None:
+            raise DecodeUnavailableError(f"it serves another model: {difference}")
         stream = await self._client.attach(f"prefill-{uuid.uuid4().hex[:12]}")
         async with stream:
             self._stream = stream

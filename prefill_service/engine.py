@@ -14,13 +14,13 @@ from functools import partial
 
 from kvtransfer.client import DecodeClient
 from kvtransfer.layout import Encoding
-from kvtransfer.messages import TokenEvent
 from kvtransfer.sender import HandOff
 from prad.adapters import Adapter, AdapterError
+from prad.core.blocks import BlockPool
+from prad.core.tokens import TokenEvent
 from prad.lm import LanguageModel
 from prad.lm.paged import Pools, blocks_in
 from prefill_service.beams import beam_search
-from prefill_service.blocks import PromptBlocks
 from prefill_service.chunks import Chunk, PrefixLookups, Waiting
 from prefill_service.decode_link import DecodeLink, NoRoomError, event_error
 from prefill_service.errors import (
@@ -30,7 +30,7 @@ from prefill_service.errors import (
     OverloadedError,
     ServingError,
 )
-from prefill_service.generation import PromptRequest, TokenOut
+from prefill_service.generation import PromptRequest
 from prefill_service.hand_over import HandOver, send_cached
 from prefill_service.job import Job, Stage, deliver_first_tokens
 from prefill_service.passes import PassRunner, a_core_is_left
@@ -38,7 +38,6 @@ from prefill_service.prompt_pass import PassItem
 from prefill_service.residents import Residents
 from prefill_service.scheduler import PromptScheduler
 from prefill_service.settings import PrefillSettings
-from prefill_service.wire import model_spec, tokens_out
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +64,7 @@ class PrefillEngine:
         self._pools = Pools(model.layout, working + kept, size, str(model.device), model.kernels)
         overlap = a_core_is_left(model) if settings.kv_overlap == "auto" else settings.kv_overlap == "yes"
         self._passes = PassRunner(model, self._pools, self._encoding, overlap=overlap, nice=settings.nice)
-        self.blocks = PromptBlocks(working=working, kept=kept, block_size=size)
+        self.blocks = BlockPool(working + kept, size, keep=kept)
         self._scheduler: PromptScheduler[Job] = PromptScheduler(
             self.blocks,
             pass_tokens=settings.pass_tokens,
@@ -73,7 +72,7 @@ class PrefillEngine:
             pass_prompts=settings.pass_prompts,
             max_waiting=settings.max_waiting,
         )
-        self._link = DecodeLink(client, model_spec(model.fingerprint), self._on_event, self._on_lost)
+        self._link = DecodeLink(client, model.spec, self._on_event, self._on_lost)
         self._live: dict[str, Job] = {}
         self._arrived = asyncio.Event()
         self._arrivals = 0
@@ -109,12 +108,12 @@ class PrefillEngine:
         finally:
             self._passes.close()
 
-    def generate(self, request: PromptRequest) -> AsyncGenerator[TokenOut, None]:
+    def generate(self, request: PromptRequest) -> AsyncGenerator[TokenEvent, None]:
         """See `Engine.generate`."""
         deadline = time.monotonic() + self._request_timeout
         return self._tokens(request, deadline) if request.beams is None else self._search(request, deadline)
 
-    async def _search(self, request: PromptRequest, deadline: float) -> AsyncGenerator[TokenOut, None]:
+    async def _search(self, request: PromptRequest, deadline: float) -> AsyncGenerator[TokenEvent, None]:
         async with self._pinned(request):  # from the first step to the last
             steps = beam_search(partial(self._tokens, deadline=deadline), request)
             async with aclosing(steps) as tokens:
@@ -125,7 +124,7 @@ class PrefillEngine:
         version = request.version
         return nullcontext() if version is None else self._residents.pinned(version.artefact)
 
-    async def _tokens(self, request: PromptRequest, deadline: float) -> AsyncGenerator[TokenOut, None]:
+    async def _tokens(self, request: PromptRequest, deadline: float) -> AsyncGenerator[TokenEvent, None]:
         if self._link.trouble is not None:
             raise DecodeUnavailableError(self._link.trouble)
         async with self._pinned(request) as adapter:
@@ -315,7 +314,7 @@ class PrefillEngine:
         job = self._live.get(event.request_id)
         if job is None or job.stage is Stage.FINISHED:
             return
-        for output in tokens_out(event):
+        for output in event.each():
             job.outputs.put_nowait(output)
         if event.is_early_end or not event.tokens:
             self._link.cancel(event.request_id, event.attempt)

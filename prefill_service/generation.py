@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from prad.artefact import Artefact
-from prad.lm import Draw, SamplingParams
+from prad.core.sampling import SamplingParams
+from prad.core.tokens import TokenEvent
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,26 +52,12 @@ class PromptRequest:
         return 0 if self.version is None else self.version.artefact.record.virtual_tokens
 
 
-@dataclass(frozen=True, slots=True)
-class TokenOut:
-    """One token of one choice. `index` counts output tokens from 0; `finish_reason` ends the choice.
-
-    finish_reason is "stop" (the token is one of the stop ids) or "length". cached_tokens: of the prompt's
-    tokens, how many were not computed but taken from the prefix cache; told with its very first token only.
-    """
-
-    choice: int
-    index: int
-    draw: Draw
-    finish_reason: str | None = None
-    cached_tokens: int = 0
-
-
 class Engine(Protocol):
     """Everything behind the HTTP face: queue, prompt pass, hand-off, tokens from decode."""
 
-    def generate(self, request: PromptRequest) -> AsyncGenerator[TokenOut, None]:
-        """Tokens of all choices, interleaved, each choice in order; ends when every choice has finished.
+    def generate(self, request: PromptRequest) -> AsyncGenerator[TokenEvent, None]:
+        """Events of one token each, of all choices, interleaved, each choice in order; ends when every
+        choice has finished.
 
         Closing the generator cancels the request and frees what it holds on both sides. Raises the errors
         of `prefill_service.errors`.

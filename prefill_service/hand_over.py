@@ -11,7 +11,7 @@ from prefill_service.decode_link import DecodeLink
 from prefill_service.errors import DecodeUnavailableError, InternalError
 from prefill_service.job import Job, Stage, deliver_first_tokens
 from prefill_service.layers import PassLayers
-from prefill_service.wire import planes, token
+from prefill_service.wire import planes
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class HandOver:
         await layers.sent()
         for site, data in layers.state(self._job.item).items():
             await self._hand_off.send_state(site, data)
-        await self._hand_off.commit([token(d) for d in draws or ()])
+        await self._hand_off.commit(draws or ())
         return True
 
 

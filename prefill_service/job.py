@@ -5,9 +5,9 @@ import time
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from prad.lm import Draw
+from prad.core.tokens import Token, TokenEvent
 from prefill_service.errors import InternalError, ServingError
-from prefill_service.generation import PromptRequest, TokenOut
+from prefill_service.generation import PromptRequest
 from prefill_service.prompt_pass import PassItem
 
 
@@ -34,7 +34,7 @@ class Job:
     attempt: int = 1
     cached: int = 0
     stage: Stage = Stage.QUEUED
-    outputs: "asyncio.Queue[TokenOut | ServingError]" = field(default_factory=asyncio.Queue)
+    outputs: "asyncio.Queue[TokenEvent | ServingError]" = field(default_factory=asyncio.Queue)
     running: set[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -64,7 +64,7 @@ class Job:
             self.outputs.put_nowait(error)
 
 
-def deliver_first_tokens(job: Job, draws: list[Draw] | None) -> bool:
+def deliver_first_tokens(job: Job, draws: list[Token] | None) -> bool:
     """Hands the first tokens to the HTTP side; says whether any choice goes on."""
     if job.stage is Stage.FINISHED:
         return False
@@ -72,10 +72,11 @@ def deliver_first_tokens(job: Job, draws: list[Draw] | None) -> bool:
         job.fail(InternalError("the adapter or the model gave numbers that are not finite"))
         return False
     index = job.request.output_offset
-    reasons = [job.request.sampling.finish_reason(d.token, index + 1) for d in draws]
+    reasons = [job.request.sampling.finish_reason(d.id, index + 1) for d in draws]
     goes_on = None in reasons
     job.stage = Stage.COMMITTING if goes_on else Stage.FINISHED
+    name, cached = (job.request.request_id, job.attempt), job.cached_prompt_tokens
     for choice, (draw, reason) in enumerate(zip(draws, reasons, strict=True)):
-        cached = job.cached_prompt_tokens if choice == 0 else 0
-        job.outputs.put_nowait(TokenOut(choice, index, draw, reason, cached))
+        told = cached if choice == 0 else 0
+        job.outputs.put_nowait(TokenEvent(*name, choice, index, (draw,), reason, cached_tokens=told))
     return goes_on

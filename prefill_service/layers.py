@@ -7,7 +7,8 @@ from typing import TypeVar
 from torch import Tensor
 
 from kvtransfer import Encoding, PassRows, send_layer
-from prad.lm import Draw, Site, SiteVectors
+from prad.core.tokens import Token
+from prad.lm import Site, SiteVectors
 from prefill_service.prompt_pass import FirstTokens, PassItem
 from prefill_service.wire import planes, raw
 
@@ -63,7 +64,7 @@ class PassLayers:
         self._sending.cancel()
         self._draws.cancel()
 
-    async def draws(self, item: PassItem) -> list[Draw] | None:
+    async def draws(self, item: PassItem) -> list[Token] | None:
         return (await asyncio.shield(self._draws))[item]
 
     async def sent(self) -> None:

@@ -40,7 +40,7 @@ class EngineMetrics(Collector):
             ("hit_tokens", "Tokens of these that were not computed again.", lookups.hit_tokens),
         ):
             yield CounterMetricFamily(f"prad_prefill_prefix_{name}", text, value=value)
-        cached = blocks.known * blocks.block_size
+        cached = blocks.cached * blocks.block_size
         yield GaugeMetricFamily(
             "prad_prefill_cached_tokens", "Tokens that the prefix cache holds now.", value=cached
         )

@@ -12,7 +12,8 @@ from itertools import accumulate
 import torch
 
 from kvtransfer import Encoding, PassRows
-from prad.lm import Draw, LanguageModel
+from prad.core.tokens import Token
+from prad.lm import LanguageModel
 from prad.lm.paged import Pools
 from prefill_service.chunks import Chunk
 from prefill_service.hand_over import HandOver
@@ -67,7 +68,7 @@ class PassRunner:
         layers.finish(draws)
         return draws
 
-    async def probe(self, item: PassItem) -> list[Draw] | None:
+    async def probe(self, item: PassItem) -> list[Token] | None:
         """The first tokens of a prompt that goes nowhere."""
         return (await self._compute([PassChunk.whole(item)], None))[item]
 

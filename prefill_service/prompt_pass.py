@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from prad.adapters import Adapter, PromptAdaptation, placeholders, split_task_tokens
-from prad.lm import Draw, LanguageModel, SampleKey, SiteVectors, sample
+from prad.core.blocks import block_keys
+from prad.core.sampling import SampleKey
+from prad.core.tokens import Token
+from prad.lm import LanguageModel, SiteVectors, sample
 from prad.lm.chunked import SequenceChunk, chunked_batch
 from prad.lm.kv import LayerDone
 from prad.lm.paged import Pools
-from prefill_service.blocks import block_keys
 from prefill_service.generation import PromptRequest
 
 
@@ -86,7 +88,7 @@ class PassChunk:
         return max(0, min(self.end, self.item.adapted) - self.start)
 
 
-FirstTokens = dict[PassItem, list[Draw] | None]
+FirstTokens = dict[PassItem, list[Token] | None]
 """Of every item whose last token was computed: its first tokens, one per choice. None if its logits are not
 finite: a broken adapter spoils its own request only."""
 
@@ -142,7 +144,7 @@ def run_prompt_pass(
         }
 
 
-def _first_tokens(model: LanguageModel, row: Tensor, request: PromptRequest) -> list[Draw]:
+def _first_tokens(model: LanguageModel, row: Tensor, request: PromptRequest) -> list[Token]:
     """row [vocab]: every choice draws from it, under its own key."""
     keys = [
         SampleKey(request.sampling.seed, request.prompt_index, choice, request.output_offset)

@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Generic, TypeVar
 
-from prefill_service.blocks import PromptBlocks
+from prad.core.blocks import BlockPool
 from prefill_service.chunks import Chunk, PrefixLookups, Started, Waiting
 
 T = TypeVar("T")
@@ -22,7 +22,7 @@ class PromptScheduler(Generic[T]):
 
     def __init__(
         self,
-        blocks: PromptBlocks,
+        blocks: BlockPool,
         *,
         pass_tokens: int,
         chunk_tokens: int,
@@ -55,7 +55,7 @@ class PromptScheduler(Generic[T]):
             if prompt.job == job:
                 self._prompts.remove(prompt)
                 if isinstance(prompt, Started) and not self._in_pass(prompt):
-                    self.blocks.unpin(prompt.table)
+                    self.blocks.free(prompt.table)
                 return
 
     def fills_a_pass(self, now: float) -> bool:
@@ -93,7 +93,7 @@ class PromptScheduler(Generic[T]):
         whose job was removed is done with."""
         prompt, waiting = chunk.prompt, chunk.prompt.waiting
         self._pass.remove(chunk)
-        self.blocks.unpin(prompt.table)
+        self.blocks.free(prompt.table)
         if prompt in self._prompts:
             assert chunk.is_first
             again = replace(waiting, not_before=not_before)
@@ -124,7 +124,7 @@ class PromptScheduler(Generic[T]):
         self._prompts = [p for p in self._prompts if p not in leaving]
         for chunk in ran:
             if chunk.prompt not in self._prompts:
-                self.blocks.unpin(chunk.prompt.table)
+                self.blocks.free(chunk.prompt.table)
 
     def _runnable(self, now: float) -> list[Waiting[T] | Started[T]]:
         """Prompts under way, and waiting ones up to the first that decode has no room for."""
@@ -189,9 +189,9 @@ class PromptScheduler(Generic[T]):
         cached = len(found) * self.blocks.block_size
         if cached + count < waiting.tokens:
             needed = self.blocks.blocks_for(waiting.tokens) - len(found)
-            table = self.blocks.take(found, needed) if may_cut else None
+            table = self.blocks.extend(found, needed) if may_cut else None
         else:  # nobody will go on from its end, so only what others may use is stored, if there is room
-            table = self.blocks.take(found, len(waiting.keys) - len(found)) or self.blocks.take(found, 0)
+            table = self.blocks.extend(found, len(waiting.keys) - len(found)) or self.blocks.extend(found, 0)
         if table is None:
             return None
         started = Started(waiting, table, cached, cached)

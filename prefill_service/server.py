@@ -18,7 +18,8 @@ from kvtransfer.memory import keep_freed_memory
 from kvtransfer.settings import TransferSettings
 from prad.adapters import Adapter, load_adapter, require_free_names
 from prad.artefact import AdapterRecord, Artefact, task_token_id
-from prad.lm import LanguageModel, SamplingParams, Tokenizer, require_device, resolve_model
+from prad.core.sampling import SamplingParams
+from prad.lm import LanguageModel, Tokenizer, require_device, resolve_model
 from prad.lm.kernels import load_kernels
 from prefill_service.api.app import create_app
 from prefill_service.api.protocols import ModelInfo

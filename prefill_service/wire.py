@@ -1,21 +1,17 @@
 """Between our types and the hand-off's: the one place where prad.lm meets kvtransfer on the prefill side."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvtransfer.int8 import quantise
-from kvtransfer.layout import Encoding, LayerSpec, ModelSpec
-from kvtransfer.messages import Open, Sampling, StateSite, Token, TokenEvent
-from prad.lm import Draw, Fingerprint, SamplingParams, Site
-from prefill_service.generation import PromptRequest, TokenOut
-
-
-def model_spec(fingerprint: Fingerprint) -> ModelSpec:
-    layers = tuple(LayerSpec(la.heads, la.key_dim, la.value_dim) for la in fingerprint.layout.layers)
-    return ModelSpec(fingerprint.digest, str(fingerprint.layout.dtype).removeprefix("torch."), layers)
+from kvtransfer.layout import Encoding
+from kvtransfer.messages import Open, StateSite
+from prad.core.layout import ModelSpec
+from prad.lm import Site
+from prefill_service.generation import PromptRequest
 
 
 def open_message(
@@ -35,7 +31,7 @@ def open_message(
         kv_len=cached,
         prompt_len=len(request.prompt_ids),
         next_position=cached,
-        sampling=_sampling(request.sampling),
+        sampling=request.sampling,
         choices=request.choices,
         prompt_index=request.prompt_index,
         output_offset=request.output_offset,
@@ -43,18 +39,6 @@ def open_message(
         state=tuple(StateSite(str(site), width) for site, width in state_widths.items()),
         tokens_per_event=request.tokens_per_event,
     )
-
-
-def token(draw: Draw) -> Token:
-    return Token(draw.token, draw.logprob, draw.top)
-
-
-def tokens_out(event: TokenEvent) -> Iterator[TokenOut]:
-    """An event's tokens. A finish reason is the last one's, but that of an early end is no token's."""
-    last = None if event.is_early_end else event.index + len(event.tokens) - 1
-    for index, token in enumerate(event.tokens, event.index):
-        reason = event.finish_reason if index == last else None
-        yield TokenOut(event.choice, index, Draw(token.id, token.logprob, token.top), reason)
 
 
 def planes(key: Tensor, value: Tensor, encoding: Encoding) -> list[memoryview]:
@@ -68,17 +52,3 @@ def raw(tensor: Tensor) -> memoryview:
     """Its bytes, contiguous, on the CPU."""
     data: Any = tensor.cpu().contiguous().view(torch.uint8).numpy()
     return memoryview(data).cast("B")
-
-
-def _sampling(params: SamplingParams) -> Sampling:
-    return Sampling(
-        max_tokens=params.max_tokens,
-        temperature=params.temperature,
-        top_p=params.top_p,
-        top_k=params.top_k,
-        min_p=params.min_p,
-        seed=params.seed,
-        min_tokens=params.min_tokens,
-        stop_ids=params.stop_ids,
-        logprobs=params.logprobs,
-    )

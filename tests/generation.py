@@ -8,11 +8,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from prad.core.layout import KVLayout
+from prad.core.sampling import SampleKey, SamplingParams
 from prad.lm.attention import decode_attention
 from prad.lm.batch import PackedBatch
-from prad.lm.kv import KVLayout
+from prad.lm.kv import torch_dtype
 from prad.lm.model import LanguageModel
-from prad.lm.sampling import SampleKey, SamplingParams, sample
+from prad.lm.sampling import sample
 from prad.lm.sites import Adaptation
 from prad.lm.state import RowScaling, SiteVectors
 
@@ -32,7 +34,7 @@ class _PaddedKV:
         size = (len(lengths), longest)
         self._keys, self._values = (
             [
-                torch.zeros(*size, la.heads, dim, dtype=layout.dtype, device=device)
+                torch.zeros(*size, la.heads, dim, dtype=torch_dtype(layout), device=device)
                 for la, dim in ((la, getattr(la, name)) for la in layout.layers)
             ]
             for name in ("key_dim", "value_dim")
@@ -80,7 +82,7 @@ def generate(
         scaling = RowScaling.of([states.get(start) for start in accumulate(lengths[:-1], initial=0)])
         for step in range(params.max_tokens):
             keys = [SampleKey(params.seed, i, 0, step) for i in range(len(prompts))]
-            tokens = [d.token for d in sample(logits, [params] * len(prompts), keys)]
+            tokens = [d.id for d in sample(logits, [params] * len(prompts), keys)]
             for row in list(running):
                 reason = params.finish_reason(tokens[row], step + 1)
                 if reason != "stop":

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from prad.adapters.errors import AdapterError
 from prad.adapters.segments import Segment, Span, cut
-from prad.lm import KVLayout, LanguageModel, PackedBatch, Site, SiteVectors, projection
+from prad.core.layout import KVLayout
+from prad.lm import LanguageModel, PackedBatch, Site, SiteVectors, projection
 from prad.lm.kernels import Kernels, LowRankSpan
 
 _PIECE = 64  # rows

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from prad.adapters.errors import AdapterError
 from prad.adapters.method import FrozenModel, Group, Method, Parameters
 from prad.adapters.virtual import VirtualConfig, first_ids
-from prad.lm import LayerKV, Site
+from prad.core.layout import LayerKV
+from prad.lm import Site
 from prad.lm.sites import module_paths
 
 _NAMES = {Site.KEYS: "prefix.key", Site.VALUES: "prefix.value"}

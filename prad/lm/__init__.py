@@ -11,9 +11,9 @@ from prad.lm.errors import (
     UnsupportedModelError,
 )
 from prad.lm.fingerprint import Fingerprint
-from prad.lm.kv import KVLayout, KVTarget, LayerKV, PromptKV
+from prad.lm.kv import KVTarget, PromptKV, dtype_name, torch_dtype
 from prad.lm.model import LanguageModel
-from prad.lm.sampling import Draw, SampleKey, SamplingParams, sample
+from prad.lm.sampling import sample
 from prad.lm.search import BeamSearch, Candidate, Child, Greedy, Limits, Search
 from prad.lm.sites import Adaptation, Placement, Site, placements, projection, require_sites
 from prad.lm.source import DEFAULT_MODEL, resolve_model, served_name
@@ -27,13 +27,10 @@ __all__ = [
     "Candidate",
     "Child",
     "DeviceError",
-    "Draw",
     "Fingerprint",
     "Greedy",
-    "KVLayout",
     "KVTarget",
     "LanguageModel",
-    "LayerKV",
     "Limits",
     "MissingSiteError",
     "ModelError",
@@ -43,14 +40,13 @@ __all__ = [
     "PromptKV",
     "Ragged",
     "RowScaling",
-    "SampleKey",
-    "SamplingParams",
     "Search",
     "Site",
     "SiteVectors",
     "TextStream",
     "Tokenizer",
     "UnsupportedModelError",
+    "dtype_name",
     "placements",
     "projection",
     "require_device",
@@ -58,4 +54,5 @@ __all__ = [
     "resolve_model",
     "sample",
     "served_name",
+    "torch_dtype",
 ]

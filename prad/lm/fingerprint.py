@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from prad.core.layout import KVLayout, ModelSpec
 from prad.lm.errors import ModelNotFoundError
-from prad.lm.kv import KVLayout
 
 _IRRELEVANT = frozenset(
     {"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "id2label", "label2id"}
@@ -33,6 +33,11 @@ class Fingerprint:
         layers = [(la.heads, la.key_dim, la.value_dim) for la in self.layout.layers]
         text = f"{self.architecture}\n{self.weights}\n{self.config}\n{self.layout.dtype}\n{layers}"
         return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def spec(self) -> ModelSpec:
+        """As the hand-off names the model."""
+        return ModelSpec(self.digest, self.layout)
 
 
 def config_digest(config: Any) -> str:

@@ -1,4 +1,4 @@
-"""The KV cache as both services see it: what a layer stores, and where a forward pass puts it.
+"""The KV cache as both services see it: where a forward pass puts it.
 
 A forward pass computes queries, keys and values for its new tokens and hands them to a `KVTarget`, which
 stores the keys and values and returns the attention output. `PromptKV` is the target of a prompt pass:
@@ -12,29 +12,19 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from prad.core.layout import KVLayout
 from prad.lm.attention import CausalAttention
 
 
-@dataclass(frozen=True, slots=True)
-class LayerKV:
-    """What one layer stores per token: `heads` keys of `key_dim` and as many values of `value_dim`."""
-
-    heads: int
-    key_dim: int
-    value_dim: int
+def torch_dtype(layout: KVLayout) -> torch.dtype:
+    """The dtype of its keys and values."""
+    dtype: torch.dtype = getattr(torch, layout.dtype)
+    return dtype
 
 
-@dataclass(frozen=True, slots=True)
-class KVLayout:
-    """The adapter-independent KV spec of a model: one `LayerKV` per layer, one dtype."""
-
-    layers: tuple[LayerKV, ...]
-    dtype: torch.dtype
-
-    @property
-    def bytes_per_token(self) -> int:
-        elements = sum(layer.heads * (layer.key_dim + layer.value_dim) for layer in self.layers)
-        return elements * self.dtype.itemsize
+def dtype_name(dtype: torch.dtype) -> str:
+    """As a `KVLayout` names it."""
+    return str(dtype).removeprefix("torch.")
 
 
 class KVTarget(Protocol):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
+from prad.core.layout import KVLayout, LayerKV, ModelSpec
 from prad.lm import attention
 from prad.lm.attention import Ragged
 from prad.lm.batch import PackedBatch
@@ -24,7 +25,7 @@ from prad.lm.errors import ModelNotFoundError, UnsupportedModelError
 from prad.lm.fingerprint import Fingerprint, config_digest, weights_digest
 from prad.lm.fused import FusedModel, fuse
 from prad.lm.kernels import Kernels, Precision
-from prad.lm.kv import KVLayout, LayerKV, PromptKV
+from prad.lm.kv import PromptKV, dtype_name
 from prad.lm.sampling import lowest_argmax
 from prad.lm.sites import Adaptation, Site, TappedKV, require_sites, tapped
 from prad.lm.state import state_widths
@@ -110,6 +111,10 @@ class LanguageModel:
         return self.fingerprint.layout
 
     @property
+    def spec(self) -> ModelSpec:
+        return self.fingerprint.spec
+
+    @property
     def state_widths(self) -> dict[Site, int]:
         """The sites at which a decode step takes request state, with their widths."""
         return state_widths(self.module, self.config.model_type)
@@ -169,7 +174,7 @@ class LanguageModel:
                 f"{type(self.module).__name__} has {self.num_layers} layers, but plain K and V in "
                 f"{len(recorder.layers)}: latent, state-space and linear attention cannot be handed over"
             )
-        return KVLayout(tuple(recorder.layers[i] for i in range(self.num_layers)), self.dtype)
+        return KVLayout(tuple(recorder.layers[i] for i in range(self.num_layers)), dtype_name(self.dtype))
 
 
 class _Recorder:

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prad.core.layout import KVLayout
 from prad.lm.attention import decode_attention
 from prad.lm.kernels import Calls, Kernels, PagedView
-from prad.lm.kv import KVLayout, KVTarget
+from prad.lm.kv import KVTarget, torch_dtype
 
 
 class PagedSequence(Protocol):
@@ -43,14 +44,13 @@ class Pools:
         self.block_size = block_size
         self.device = device
         self.recorded: dict[Any, Any] = {}  # steps over these pools, kept by whoever computes them
+        self.dtype = dtype = torch_dtype(layout)
         shape = (num_blocks, block_size)
         self.keys = [
-            torch.zeros(*shape, la.heads, la.key_dim, dtype=layout.dtype, device=device)
-            for la in layout.layers
+            torch.zeros(*shape, la.heads, la.key_dim, dtype=dtype, device=device) for la in layout.layers
         ]
         self.values = [
-            torch.zeros(*shape, la.heads, la.value_dim, dtype=layout.dtype, device=device)
-            for la in layout.layers
+            torch.zeros(*shape, la.heads, la.value_dim, dtype=dtype, device=device) for la in layout.layers
         ]
 
     def step(self, batch: Sequence[PagedSequence]) -> KVTarget:

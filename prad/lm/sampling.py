@@ -1,73 +1,16 @@
 """All sampling of both services: the prompt pass draws the first token here, decode every later one.
 
-Random numbers belong to the request, not to the process: the number behind a draw is a hash of (seed,
-prompt index, choice, output index). A request therefore draws the same tokens alone, in any batch mix, and
-again after a replay elsewhere.
+Given the same logits a request draws the same tokens alone, in any batch mix, and again after a replay
+elsewhere: see `prad.core.sampling`.
 """
 
-import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from hashlib import blake2b
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """How tokens are drawn and when a sequence ends.
-
-    temperature 0 is greedy (ties go to the lowest id). The filters apply to the distribution after
-    temperature, in the order min_p, top_k, top_p; top_k 0, top_p 1 and min_p 0 switch them off.
-    `stop_ids` end a sequence and are drawn only once `min_tokens` came before them. `logprobs`: how many
-    alternatives to report with each token (0: the token alone), None for no log-probabilities.
-    """
-
-    max_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    seed: int = 0
-    min_tokens: int = 0
-    stop_ids: frozenset[int] = field(default_factory=frozenset)
-    logprobs: int | None = None
-
-    @property
-    def greedy(self) -> bool:
-        return self.temperature == 0.0
-
-    def finish_reason(self, token: int, count: int) -> str | None:
-        """Why a sequence ends with `token` as its `count`-th output token: "stop", "length" or None."""
-        if token in self.stop_ids:
-            return "stop"
-        return "length" if count >= self.max_tokens else None
-
-
-class SampleKey(NamedTuple):
-    """Names one random number: which request, which of its prompts and choices, which output token."""
-
-    seed: int
-    prompt_index: int
-    choice: int
-    output_index: int
-
-    def uniform(self) -> float:
-        """A float in [0, 1) that depends on the key alone."""
-        seed = self.seed & (2**64 - 1)
-        packed = struct.pack("<QIIQ", seed, self.prompt_index, self.choice, self.output_index)
-        return float((int.from_bytes(blake2b(packed, digest_size=8).digest(), "little") >> 11) * 2.0**-53)
-
-
-@dataclass(frozen=True, slots=True)
-class Draw:
-    """One drawn token; log-probabilities are the plain model's, before temperature and filters."""
-
-    token: int
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
+from prad.core.sampling import SampleKey, SamplingParams
+from prad.core.tokens import Token
 
 
 def lowest_argmax(logits: Tensor) -> list[int]:
@@ -81,7 +24,7 @@ def sample(
     params: Sequence[SamplingParams],
     keys: Sequence[SampleKey],
     argmax: Callable[[Tensor], list[int]] = lowest_argmax,
-) -> list[Draw]:
+) -> list[Token]:
     """Draws one token per row of logits [B, vocab]; row i under params[i] and keys[i]."""
     allowed = _without_early_stops(logits, params, keys)
     tokens = argmax(allowed)
@@ -91,7 +34,7 @@ def sample(
         for i, token in zip(drawn, chosen, strict=True):
             tokens[i] = token
     return [
-        Draw(token) if p.logprobs is None else _with_logprobs(row, token, p.logprobs)
+        Token(token) if p.logprobs is None else _with_logprobs(row, token, p.logprobs)
         for row, token, p in zip(logits, tokens, params, strict=True)
     ]
 
@@ -140,12 +83,12 @@ def _nucleus(probs: Tensor, top_k: int, top_p: float) -> Tensor:
     return torch.zeros_like(probs).scatter_(0, ids, kept)
 
 
-def _with_logprobs(row: Tensor, token: int, count: int) -> Draw:
+def _with_logprobs(row: Tensor, token: int, count: int) -> Token:
     logprobs = torch.log_softmax(row.float(), dim=-1)
     if count == 0:
-        return Draw(token, float(logprobs[token]))
+        return Token(token, float(logprobs[token]))
     # topk breaks ties as it likes: of those equal to the last one the lowest ids are reported, as drawn
     least = logprobs.topk(min(count, len(logprobs))).values[-1]
     best = (logprobs >= least).nonzero().squeeze(1)
     top = sorted(zip(best.tolist(), logprobs[best].tolist(), strict=True), key=lambda t: (-t[1], t[0]))
-    return Draw(token, float(logprobs[token]), tuple(top[:count]))
+    return Token(token, float(logprobs[token]), tuple(top[:count]))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from prad.artefact import GenerationDefaults
-from prad.lm import SamplingParams
+from prad.core.sampling import SamplingParams
 from prefill_service.api.schemas import GenerationRequest
 
 GREEDY_BELOW = 1e-5

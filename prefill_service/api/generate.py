@@ -9,13 +9,14 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
+from prad.core.tokens import TokenEvent
 from prad.lm import Tokenizer
 from prefill_service.api.admission import Admitted
 from prefill_service.api.logprobs import TokenScore, TokenScorer
 from prefill_service.api.record import RequestRecord
 from prefill_service.api.text import ChoiceText
 from prefill_service.errors import InternalError
-from prefill_service.generation import Engine, PromptRequest, TokenOut
+from prefill_service.generation import Engine, PromptRequest
 
 QUEUED_DELTAS = 64
 
@@ -80,18 +81,18 @@ class Generation:
             min_tokens=self._admitted.effective.min_tokens,
         )
 
-    def _delta(self, request: PromptRequest, out: TokenOut, text: ChoiceText) -> Delta:
+    def _delta(self, request: PromptRequest, out: TokenEvent, text: ChoiceText) -> Delta:
         scored = request.sampling.logprobs is not None
-        scores = (self._scorer.score(out.draw, text.length),) if scored else ()
+        scores = (self._scorer.score(out.tokens[0], text.length),) if scored else ()
         settled, finish_reason = _settle(out, text)
         return Delta(request.prompt_index * request.choices + out.choice, settled, scores, finish_reason)
 
 
-def _settle(out: TokenOut, text: ChoiceText) -> tuple[str, str | None]:
+def _settle(out: TokenEvent, text: ChoiceText) -> tuple[str, str | None]:
     """The text that is settled with this token, and why the choice ends with it, if it does."""
     settled = ""
     if out.finish_reason != "stop":  # a stop id counts, but has no text
-        piece = text.push(out.draw.token)
+        piece = text.push(out.tokens[0].id)
         if piece.stopped:
             return piece.text, "stop"
         settled = piece.text

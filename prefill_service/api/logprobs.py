@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from prad.lm import Draw, Tokenizer
+from prad.core.tokens import Token
+from prad.lm import Tokenizer
 
 REMEMBERED_TOKENS = 65_536
 LOWEST = -9999.0
@@ -27,10 +28,10 @@ class TokenScorer:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._name = lru_cache(REMEMBERED_TOKENS)(tokenizer.token_text)
 
-    def score(self, draw: Draw, offset: int) -> TokenScore:
+    def score(self, draw: Token, offset: int) -> TokenScore:
         assert draw.logprob is not None
         top = tuple((self._name(token), max(logprob, LOWEST)) for token, logprob in draw.top)
-        return TokenScore(self._name(draw.token), max(draw.logprob, LOWEST), top, offset)
+        return TokenScore(self._name(draw.id), max(draw.logprob, LOWEST), top, offset)
 
 
 def completion_logprobs(scores: Sequence[TokenScore]) -> dict[str, object]:

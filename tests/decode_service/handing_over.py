@@ -10,18 +10,10 @@ from dataclasses import dataclass, field
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from decode_service import DecodeServer, DecodeSettings, model_spec
-from kvtransfer import (
-    DecodeClient,
-    HandOff,
-    LostError,
-    Open,
-    Sampling,
-    Token,
-    TokenEvent,
-    TokenStream,
-    TransferSettings,
-)
+from decode_service import DecodeServer, DecodeSettings
+from kvtransfer import DecodeClient, HandOff, LostError, Open, TokenStream, TransferSettings
+from prad.core.sampling import SamplingParams
+from prad.core.tokens import Token, TokenEvent
 from prad.lm import LanguageModel, PackedBatch
 from prad.lm.attention import NAME
 
@@ -105,11 +97,11 @@ class Prefill:
         self.got = Collected()
         self._names = (f"{stream.client_id}-{i}" for i in itertools.count())
 
-    def request(self, kv_len: int, sampling: Sampling, **more: object) -> Open:
+    def request(self, kv_len: int, sampling: SamplingParams, **more: object) -> Open:
         values = {
             "request_id": next(self._names),
             "client_id": self.stream.client_id,
-            "model": model_spec(self.model),
+            "model": self.model.spec,
             "kv_len": kv_len,
             "prompt_len": kv_len,
             "next_position": kv_len,
@@ -122,7 +114,7 @@ class Prefill:
             await hand_off.send(layer, raw(key), raw(value))
 
     async def hand_over(
-        self, ids: Sequence[int], sampling: Sampling, first: Sequence[int] | None = None, **more: object
+        self, ids: Sequence[int], sampling: SamplingParams, first: Sequence[int] | None = None, **more: object
     ) -> tuple[Open, list[int]]:
         """Prompt pass and hand-off; the greedy token is first unless `first` says else."""
         request = self.request(len(ids), sampling, **more)
@@ -133,7 +125,7 @@ class Prefill:
             await hand_off.commit([Token(t) for t in tokens])
         return request, tokens
 
-    async def generate(self, ids: Sequence[int], sampling: Sampling, **more: object) -> list[int]:
+    async def generate(self, ids: Sequence[int], sampling: SamplingParams, **more: object) -> list[int]:
         """All output tokens of choice 0."""
         request, first = await self.hand_over(ids, sampling, **more)
         events = await self.got.until(request.request_id)

@@ -5,25 +5,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from decode_service.blocks import BlockAllocator
 from decode_service.scheduler import Scheduler
 from decode_service.sequences import FinishReason, Reserved, Running, SequenceId
-from kvtransfer import LayerSpec, ModelSpec, Open, RejectedError, RejectReason, Sampling
-from prad.lm import SamplingParams
+from kvtransfer import Open, RejectedError, RejectReason
+from prad.core.blocks import BlockPool
+from prad.core.layout import KVLayout, LayerKV, ModelSpec
+from prad.core.sampling import SamplingParams
 
-MODEL = ModelSpec("f", "float32", (LayerSpec(1, 2, 2),))
+MODEL = ModelSpec("f", KVLayout((LayerKV(1, 2, 2),), "float32"))
 
 
 @given(st.integers(0, 10_000), st.integers(1, 64))
 def test_blocks_for_is_exactly_enough(tokens: int, size: int) -> None:
-    blocks = BlockAllocator(1, size).blocks_for(tokens)
+    blocks = BlockPool(1, size).blocks_for(tokens)
     assert (blocks - 1) * size < tokens <= blocks * size or tokens == blocks == 0
 
 
 class AllocatorMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = BlockAllocator(20, 16)
+        self.blocks = BlockPool(20, 16)
         self.taken: list[tuple[int, ...]] = []
 
     @rule(count=st.integers(0, 25))
@@ -51,7 +52,7 @@ TestAllocator = AllocatorMachine.TestCase
 
 
 def test_a_double_free_is_our_bug() -> None:
-    blocks = BlockAllocator(2, 16)
+    blocks = BlockPool(2, 16)
     taken = blocks.allocate(1)
     assert taken is not None
     blocks.free(taken)
@@ -69,7 +70,7 @@ def request(
         kv_len=16,
         prompt_len=16,
         next_position=16,
-        sampling=Sampling(max_tokens=17),
+        sampling=SamplingParams(max_tokens=17),
         attempt=attempt,
         choices=choices,
         deadline_unix_ms=deadline,
@@ -77,23 +78,20 @@ def request(
 
 
 def running(reserved: Reserved, choice: int = 0) -> Running:
-    params = SamplingParams(max_tokens=17)
-    return Running(
-        SequenceId(reserved.id, choice), reserved.request, params, reserved.blocks[choice], 1, 0, 16, 16
-    )
+    return Running(SequenceId(reserved.id, choice), reserved.request, reserved.blocks[choice], 1, 0, 16, 16)
 
 
 @pytest.fixture
-def blocks() -> BlockAllocator:
-    return BlockAllocator(8, 16)
+def blocks() -> BlockPool:
+    return BlockPool(8, 16)
 
 
 @pytest.fixture
-def scheduler(blocks: BlockAllocator) -> Scheduler:
+def scheduler(blocks: BlockPool) -> Scheduler:
     return Scheduler(blocks, max_sequences=3, retry_after_s=0.5)
 
 
-def test_a_reservation_is_a_whole_life(scheduler: Scheduler, blocks: BlockAllocator) -> None:
+def test_a_reservation_is_a_whole_life(scheduler: Scheduler, blocks: BlockPool) -> None:
     reserved = scheduler.reserve(request(choices=2))
     assert [len(table) for table in reserved.blocks] == [2, 2]  # 16 + 17 - 1 tokens each
     assert blocks.free_count == 4
@@ -120,7 +118,7 @@ def test_a_refused_attempt_may_be_tried_again(scheduler: Scheduler) -> None:
     scheduler.reserve(request("b"))
 
 
-def test_cancelled_blocks_are_free_only_between_steps(scheduler: Scheduler, blocks: BlockAllocator) -> None:
+def test_cancelled_blocks_are_free_only_between_steps(scheduler: Scheduler, blocks: BlockPool) -> None:
     reserved = scheduler.reserve(request())
     sequence = running(reserved)
     scheduler.start(reserved, [sequence])
@@ -132,7 +130,7 @@ def test_cancelled_blocks_are_free_only_between_steps(scheduler: Scheduler, bloc
     assert (blocks.free_count, scheduler.has_work) == (8, False)
 
 
-def test_choices_leave_one_by_one(scheduler: Scheduler, blocks: BlockAllocator) -> None:
+def test_choices_leave_one_by_one(scheduler: Scheduler, blocks: BlockPool) -> None:
     reserved = scheduler.reserve(request(choices=3))
     sequences = [running(reserved, c) for c in (0, 2)]
     scheduler.start(reserved, sequences)  # choice 1 has ended with its first token
@@ -154,7 +152,7 @@ def test_a_deadline_is_told(scheduler: Scheduler) -> None:
     assert [(e.sequence, e.reason) for e in plan.ended] == [(sequence, FinishReason.DEADLINE)]
 
 
-def test_a_higher_attempt_fences(scheduler: Scheduler, blocks: BlockAllocator) -> None:
+def test_a_higher_attempt_fences(scheduler: Scheduler, blocks: BlockPool) -> None:
     low = scheduler.reserve(request(attempt=1))
     scheduler.start(low, [running(low)])
     middle = scheduler.reserve(request(attempt=2))
@@ -168,7 +166,7 @@ def test_a_higher_attempt_fences(scheduler: Scheduler, blocks: BlockAllocator) -
     assert scheduler.holds(high)
 
 
-def test_a_client_that_is_gone_leaves_nothing(scheduler: Scheduler, blocks: BlockAllocator) -> None:
+def test_a_client_that_is_gone_leaves_nothing(scheduler: Scheduler, blocks: BlockPool) -> None:
     ours, theirs = scheduler.reserve(request("a")), scheduler.reserve(request("b", client="d"))
     scheduler.reserve(request("c"))
     scheduler.start(ours, [running(ours)])

@@ -7,7 +7,7 @@ import torch
 from handing_over import Prefill, all_free, all_logits, decode_settings, prefilling, prompt
 
 from decode_service import DecodeServer, serving
-from kvtransfer import Sampling
+from prad.core.sampling import SamplingParams
 from prad.lm import LanguageModel
 
 
@@ -26,7 +26,7 @@ async def test_at_block_edges(each_model: LanguageModel, kv_len: int) -> None:
         serving(decode_settings(), each_model) as server,
         prefilling(each_model, server.port) as client,
     ):
-        output = await client.generate(ids, Sampling(max_tokens=20))
+        output = await client.generate(ids, SamplingParams(max_tokens=20))
         await all_free(server)
     assert len(output) == 20
     require_greedy(each_model, ids, output)
@@ -34,7 +34,7 @@ async def test_at_block_edges(each_model: LanguageModel, kv_len: int) -> None:
 
 async def test_logprobs_are_the_reference(prefill: Prefill, model: LanguageModel) -> None:
     ids = prompt(17)
-    request, first = await prefill.hand_over(ids, Sampling(max_tokens=24, logprobs=3))
+    request, first = await prefill.hand_over(ids, SamplingParams(max_tokens=24, logprobs=3))
     events = await prefill.got.until(request.request_id)
     output = [first[0], *(t.id for e in events for t in e.tokens)]
     expected = all_logits(model, [*ids, *output]).log_softmax(dim=-1)[len(ids) : -1]
@@ -49,7 +49,7 @@ async def test_logprobs_are_the_reference(prefill: Prefill, model: LanguageModel
 async def test_mixed_lengths_that_join_at_different_times(prefill: Prefill, model: LanguageModel) -> None:
     async def one(length: int) -> None:
         ids = prompt(length, seed=5)
-        output = await prefill.generate(ids, Sampling(max_tokens=10 + length % 23))
+        output = await prefill.generate(ids, SamplingParams(max_tokens=10 + length % 23))
         assert len(output) == 10 + length % 23
         require_greedy(model, ids, output)
 
@@ -62,8 +62,8 @@ async def test_mixed_lengths_that_join_at_different_times(prefill: Prefill, mode
 
 
 async def test_sampled_alone_equals_sampled_in_a_mix(prefill: Prefill) -> None:
-    def sampling(seed: int) -> Sampling:
-        return Sampling(max_tokens=16, temperature=1.0, top_p=0.9, top_k=40, seed=seed)
+    def sampling(seed: int) -> SamplingParams:
+        return SamplingParams(max_tokens=16, temperature=1.0, top_p=0.9, top_k=40, seed=seed)
 
     alone = [await prefill.generate(prompt(9 + 7 * i), sampling(i), prompt_index=i) for i in range(6)]
     mixed = await asyncio.gather(
@@ -74,7 +74,7 @@ async def test_sampled_alone_equals_sampled_in_a_mix(prefill: Prefill) -> None:
 
 
 async def test_choices_share_a_prompt_and_differ(prefill: Prefill, server: DecodeServer) -> None:
-    sampling = Sampling(max_tokens=12, temperature=1.2, seed=3)
+    sampling = SamplingParams(max_tokens=12, temperature=1.2, seed=3)
     ids = prompt(19)
     request, first = await prefill.hand_over(ids, sampling, first=[5, 6, 5], choices=3)
     together = [
@@ -88,7 +88,7 @@ async def test_choices_share_a_prompt_and_differ(prefill: Prefill, server: Decod
 
 
 async def test_a_choice_whose_first_token_stops_does_not_run(prefill: Prefill, server: DecodeServer) -> None:
-    sampling = Sampling(max_tokens=4, stop_ids=frozenset({7}), min_tokens=4)
+    sampling = SamplingParams(max_tokens=4, stop_ids=frozenset({7}), min_tokens=4)
     request, _ = await prefill.hand_over(prompt(5), sampling, first=[7, 8], choices=2)
     assert len(await prefill.got.until(request.request_id, 1)) == 3
     assert (request.request_id, 0) not in prefill.got.events
@@ -96,10 +96,10 @@ async def test_a_choice_whose_first_token_stops_does_not_run(prefill: Prefill, s
 
 
 async def test_stop_ids_end_a_sequence(prefill: Prefill) -> None:
-    plain = await prefill.generate(prompt(12), Sampling(max_tokens=16))
+    plain = await prefill.generate(prompt(12), SamplingParams(max_tokens=16))
     stop = plain[9]
     request, first = await prefill.hand_over(
-        prompt(12), Sampling(max_tokens=16, stop_ids=frozenset({stop}), min_tokens=0)
+        prompt(12), SamplingParams(max_tokens=16, stop_ids=frozenset({stop}), min_tokens=0)
     )
     assert first[0] != stop, "the fixture's first token ends it: choose another prompt"
     events = await prefill.got.until(request.request_id)
@@ -108,7 +108,7 @@ async def test_stop_ids_end_a_sequence(prefill: Prefill) -> None:
 
 
 async def test_a_replay_goes_on_with_the_same_random_numbers(prefill: Prefill) -> None:
-    sampling = Sampling(max_tokens=14, temperature=1.0, seed=11)
+    sampling = SamplingParams(max_tokens=14, temperature=1.0, seed=11)
     ids = prompt(21)
     whole = await prefill.generate(ids, sampling)
     # 5 tokens were sent; the 6th is the replay's first

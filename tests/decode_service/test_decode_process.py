@@ -8,7 +8,8 @@ from pathlib import Path
 
 from handing_over import llama, prefilling, prompt, quick, unused_port
 
-from kvtransfer import LostError, Sampling
+from kvtransfer import LostError
+from prad.core.sampling import SamplingParams
 from prad.lm import LanguageModel
 
 
@@ -27,7 +28,7 @@ async def test_it_serves_and_drains(tmp_path: Path) -> None:
     model = LanguageModel.load(tmp_path, dtype=llama().dtype)
     await listening(model, port)
     async with prefilling(model, port) as prefill:
-        request, _ = await prefill.hand_over(prompt(9), Sampling(max_tokens=100))
+        request, _ = await prefill.hand_over(prompt(9), SamplingParams(max_tokens=100))
         await prefill.got.until(request.request_id, count=2)
         process.send_signal(signal.SIGTERM)
         events = await prefill.got.until(request.request_id)

@@ -7,27 +7,20 @@ from typing import Any
 import pytest
 from handing_over import Prefill, all_free, decode_settings, prefilling, prompt, prompt_pass, quick, raw
 
-from decode_service import DecodeServer, model_spec, serving
-from kvtransfer import (
-    CorruptError,
-    FencedError,
-    LostError,
-    ProtocolError,
-    RejectedError,
-    RejectReason,
-    Sampling,
-    Token,
-)
+from decode_service import DecodeServer, serving
+from kvtransfer import CorruptError, FencedError, LostError, ProtocolError, RejectedError, RejectReason
 from kvtransfer.kv_frame import Outgoing
+from prad.core.sampling import SamplingParams
+from prad.core.tokens import Token
 from prad.lm import LanguageModel
 
-LONG = Sampling(max_tokens=100)
-SHORT = Sampling(max_tokens=8)
+LONG = SamplingParams(max_tokens=100)
+SHORT = SamplingParams(max_tokens=8)
 
 
 async def test_describe(prefill: Prefill, server: DecodeServer, model: LanguageModel) -> None:
     described = await prefill.client.describe()
-    assert described.model == model_spec(model)
+    assert described.model == model.spec
     assert described.free_blocks == described.total_blocks == server.engine.status().total_blocks
     assert described.instance
 
@@ -107,12 +100,14 @@ async def test_full_blocks_reject_and_later_fit(model: LanguageModel) -> None:
 
 
 async def test_another_model_is_refused(prefill: Prefill) -> None:
-    spec = model_spec(prefill.model)
+    spec = prefill.model.spec
+    layout = spec.layout
+    changed = replace(layout.layers[0], key_dim=4)
     for wrong in (
         replace(spec, fingerprint="other"),
-        replace(spec, dtype="bfloat16"),
-        replace(spec, layers=spec.layers[:-1]),
-        replace(spec, layers=(replace(spec.layers[0], key_dim=4), *spec.layers[1:])),
+        replace(spec, layout=replace(layout, dtype="bfloat16")),
+        replace(spec, layout=replace(layout, layers=layout.layers[:-1])),
+        replace(spec, layout=replace(layout, layers=(changed, *layout.layers[1:]))),
     ):
         with pytest.raises(RejectedError) as caught:
             await prefill.client.open(prefill.request(5, SHORT, model=wrong))
@@ -141,7 +136,7 @@ async def test_another_model_is_refused(prefill: Prefill) -> None:
         ({"sampling": replace(SHORT, top_p=0.0)}, "top_p"),
         ({"sampling": replace(SHORT, min_p=1.5)}, "min_p"),
         ({"sampling": replace(SHORT, logprobs=65)}, "logprobs 65"),
-        ({"sampling": Sampling(max_tokens=2**32 - 1)}, "absurd"),
+        ({"sampling": SamplingParams(max_tokens=2**32 - 1)}, "absurd"),
     ],
 )
 async def test_nonsense_is_refused(prefill: Prefill, wrong: dict[str, object], message: str) -> None:

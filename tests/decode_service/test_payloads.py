@@ -30,8 +30,6 @@ from kvtransfer import (
     LostError,
     PassRows,
     ProtocolError,
-    Sampling,
-    Token,
     segment,
     send_layer,
 )
@@ -39,9 +37,11 @@ from kvtransfer.int8 import quantise
 from kvtransfer.kv_frame import Outgoing
 from kvtransfer.proto import handoff_pb2 as pb
 from kvtransfer.segment import Segment
+from prad.core.sampling import SamplingParams
+from prad.core.tokens import Token
 from prad.lm import LanguageModel, PackedBatch
 
-SHORT = Sampling(max_tokens=8)
+SHORT = SamplingParams(max_tokens=8)
 LENGTHS = (9, 16, 1, 33)
 
 

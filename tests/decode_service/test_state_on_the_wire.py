@@ -17,24 +17,17 @@ from handing_over import (
     raw,
 )
 
-from decode_service import DecodeServer, model_spec, serving
-from decode_service.blocks import BlockAllocator
+from decode_service import DecodeServer, serving
 from decode_service.scheduler import Scheduler
 from decode_service.sequences import Running, SequenceId
-from kvtransfer import (
-    CorruptError,
-    Open,
-    ProtocolError,
-    RejectedError,
-    RejectReason,
-    Sampling,
-    StateSite,
-    Token,
-)
+from kvtransfer import CorruptError, Open, ProtocolError, RejectedError, RejectReason, StateSite
 from kvtransfer.proto import handoff_pb2 as pb
-from prad.lm import LanguageModel, PackedBatch, RowScaling, SamplingParams, Site
+from prad.core.blocks import BlockPool
+from prad.core.sampling import SamplingParams
+from prad.core.tokens import Token
+from prad.lm import LanguageModel, PackedBatch, RowScaling, Site
 
-SHORT = Sampling(max_tokens=8)
+SHORT = SamplingParams(max_tokens=8)
 IDS = prompt(12)
 State = Mapping[Site, torch.Tensor]
 
@@ -122,11 +115,11 @@ async def test_what_does_not_fit_the_model_is_refused_before_the_prompt_pass(
 
 
 def test_memory_for_state_is_bounded(model: LanguageModel) -> None:
-    scheduler = Scheduler(BlockAllocator(99, 16), max_sequences=9, retry_after_s=0.5, state_bytes=1000)
+    scheduler = Scheduler(BlockPool(99, 16), max_sequences=9, retry_after_s=0.5, state_bytes=1000)
 
     def request(name: str, width: int, choices: int = 1) -> Open:
         state = (StateSite("q", width),) if width else ()
-        return Open(name, "c", model_spec(model), 5, 5, 5, SHORT, choices=choices, state=state)
+        return Open(name, "c", model.spec, 5, 5, 5, SHORT, choices=choices, state=state)
 
     with pytest.raises(RejectedError, match="1008 bytes of request state; there is room for 1000") as caught:
         scheduler.reserve(request("too large", 84))
@@ -136,9 +129,7 @@ def test_memory_for_state_is_bounded(model: LanguageModel) -> None:
         scheduler.reserve(request("c", 1))
     assert (caught.value.reason, caught.value.retry_after_s) == (RejectReason.FULL, 0.5)
     scheduler.reserve(request("without", 0))
-    running = Running(
-        SequenceId(first.id, 1), first.request, SamplingParams(max_tokens=8), first.blocks[1], 1, 0, 5, 5
-    )
+    running = Running(SequenceId(first.id, 1), first.request, first.blocks[1], 1, 0, 5, 5)
     scheduler.start(first, [running])
     scheduler.release(second)
     with pytest.raises(RejectedError, match="520 free"):

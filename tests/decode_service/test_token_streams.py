@@ -19,12 +19,14 @@ from handing_over import (
 )
 
 from decode_service import BindError, CacheTooSmallError, DecodeServer, serving
-from kvtransfer import FencedError, LostError, RejectedError, RejectReason, Sampling, Token
+from kvtransfer import FencedError, LostError, RejectedError, RejectReason
 from kvtransfer.proto import handoff_pb2 as pb
 from kvtransfer.proto.handoff_pb2_grpc import DecodeStub
+from prad.core.sampling import SamplingParams
+from prad.core.tokens import Token
 from prad.lm import LanguageModel
 
-LONG = Sampling(max_tokens=120)
+LONG = SamplingParams(max_tokens=120)
 
 
 @pytest.fixture
@@ -126,7 +128,7 @@ async def test_a_client_that_takes_no_frames_is_given_up(model: LanguageModel) -
 async def test_a_newer_stream_of_a_client_takes_over(model: LanguageModel, server: DecodeServer) -> None:
     async with prefilling(model, server.port, "same") as first:
         async with prefilling(model, server.port, "same") as second:
-            request, _ = await second.hand_over(prompt(9), Sampling(max_tokens=9))
+            request, _ = await second.hand_over(prompt(9), SamplingParams(max_tokens=9))
             assert len(await second.got.until(request.request_id)) == 8
         with pytest.raises(FencedError):
             await anext(aiter(first.stream))
@@ -204,7 +206,7 @@ async def test_metrics(model: LanguageModel) -> None:
         serving(decode_settings(metrics_port=port), model) as server,
         prefilling(model, server.port) as client,
     ):
-        await client.generate(prompt(9), Sampling(max_tokens=9))
+        await client.generate(prompt(9), SamplingParams(max_tokens=9))
         await all_free(server)
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(b"GET /metrics HTTP/1.0\r\n\r\n")

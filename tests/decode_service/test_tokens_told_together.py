@@ -10,15 +10,17 @@ import pytest
 import torch
 from handing_over import Prefill, all_free, all_logits, prompt, prompt_pass, raw
 
-from decode_service import DecodeServer, model_spec
-from decode_service.blocks import BlockAllocator
+from decode_service import DecodeServer
 from decode_service.engine import PagedEngine
 from decode_service.scheduler import Scheduler
-from kvtransfer import Cancel, Open, Sampling, Token, TokenEvent
+from kvtransfer import Cancel, Open
+from prad.core.blocks import BlockPool
+from prad.core.sampling import SamplingParams
+from prad.core.tokens import Token, TokenEvent
 from prad.lm import LanguageModel
 from prad.lm.paged import Pools
 
-DRAWN = Sampling(max_tokens=24, temperature=1.0, seed=5, logprobs=2)
+DRAWN = SamplingParams(max_tokens=24, temperature=1.0, seed=5, logprobs=2)
 _NOON_MS = 1_900_000_000_000
 
 
@@ -42,9 +44,9 @@ async def test_who_began_together_is_told_in_different_steps(prefill: Prefill) -
 
 
 async def test_a_stop_id_tells_at_once(prefill: Prefill) -> None:
-    greedy = await prefill.generate(prompt(12), Sampling(max_tokens=16))
+    greedy = await prefill.generate(prompt(12), SamplingParams(max_tokens=16))
     stop = greedy[9]
-    sampling = Sampling(max_tokens=16, stop_ids=frozenset({stop}))
+    sampling = SamplingParams(max_tokens=16, stop_ids=frozenset({stop}))
     request, _ = await prefill.hand_over(prompt(12), sampling, tokens_per_event=32)
     events = await prefill.got.until(request.request_id)
     assert [t.id for t in _tokens(events)] == greedy[1 : greedy.index(stop) + 1]
@@ -71,7 +73,7 @@ async def test_choices_and_neighbours_have_their_own(prefill: Prefill, server: D
 
 
 async def test_a_replay_counts_on(prefill: Prefill) -> None:
-    sampling = Sampling(max_tokens=14, temperature=1.0, seed=11)
+    sampling = SamplingParams(max_tokens=14, temperature=1.0, seed=11)
     whole = await prefill.generate(prompt(21), sampling)
     request, _ = await prefill.hand_over(
         [*prompt(21), *whole[:5]],
@@ -97,18 +99,18 @@ def test_an_early_end_tells_what_was_held(
     engine = PagedEngine(
         model,
         pools,
-        Scheduler(BlockAllocator(20, 16), 4),
+        Scheduler(BlockPool(20, 16), 4),
         deliver=lambda events: told.extend(events["client"]),
         observe=lambda *_: None,
     )
     request = Open(
         request_id="r",
         client_id="client",
-        model=model_spec(model),
+        model=model.spec,
         kv_len=12,
         prompt_len=12,
         next_position=12,
-        sampling=Sampling(max_tokens=100),
+        sampling=SamplingParams(max_tokens=100),
         deadline_unix_ms=_NOON_MS if why == "deadline" else 0,
         tokens_per_event=32,
     )

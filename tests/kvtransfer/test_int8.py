@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from kvtransfer import Encoding, LayerSpec, ModelSpec
+from kvtransfer import Encoding
 from kvtransfer.int8 import dequantise, quantise
+from kvtransfer.layout import plane_bytes
+from prad.core.layout import KVLayout, LayerKV
 
 
 def there_and_back(states: torch.Tensor) -> torch.Tensor:
@@ -39,6 +41,6 @@ def test_edges() -> None:
 
 
 def test_half_the_bytes() -> None:
-    smol = ModelSpec("f", "bfloat16", (LayerSpec(3, 64, 64),))
-    ratio = sum(smol.plane_bytes(0, Encoding.INT8)) / smol.layer_bytes(0)
+    smol = KVLayout((LayerKV(3, 64, 64),), "bfloat16")
+    ratio = sum(plane_bytes(smol, 0, Encoding.INT8)) / smol.bytes_per_token
     assert ratio == 0.53125

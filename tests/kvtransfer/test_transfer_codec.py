@@ -12,29 +12,28 @@ from kvtransfer import (
     CorruptError,
     Description,
     Encoding,
-    LayerSpec,
-    ModelSpec,
     Open,
     ProtocolError,
     RejectedError,
-    Sampling,
     StateSite,
-    Token,
-    TokenEvent,
     TokenFrame,
     codec,
     kv_frame,
 )
 from kvtransfer.kv_frame import Outgoing, Rows
+from kvtransfer.layout import plane_bytes, require_same, spec_from_proto
 from kvtransfer.proto import handoff_pb2 as pb
+from prad.core.layout import KVLayout, LayerKV, ModelSpec
+from prad.core.sampling import SamplingParams
+from prad.core.tokens import Token, TokenEvent
 
-MODEL = ModelSpec("abc", "bfloat16", (LayerSpec(2, 4, 4), LayerSpec(1, 8, 2), LayerSpec(2, 4, 4)))
+MODEL = ModelSpec("abc", KVLayout((LayerKV(2, 4, 4), LayerKV(1, 8, 2), LayerKV(2, 4, 4)), "bfloat16"))
 U32 = st.integers(0, 2**32 - 1)
 TOKENS = st.builds(
     Token, U32, st.floats(width=32, allow_nan=False), st.lists(st.tuples(U32, st.just(-1.5))).map(tuple)
 ) | st.builds(Token, U32)
 SAMPLINGS = st.builds(
-    Sampling,
+    SamplingParams,
     max_tokens=U32,
     temperature=st.floats(allow_nan=False),
     seed=st.integers(0, 2**64 - 1),
@@ -48,7 +47,7 @@ def over_the_wire(message: object) -> object:
 
 
 @given(SAMPLINGS, st.lists(U32).map(tuple))
-def test_open(sampling: Sampling, prompt_ids: tuple[int, ...]) -> None:
+def test_open(sampling: SamplingParams, prompt_ids: tuple[int, ...]) -> None:
     state = (StateSite("q", 8), StateSite("up", 30))
     request = Open(
         "r", "c", MODEL, 20, 17, 18, sampling, 3, 2, 1, 4, prompt_ids, 1_900_000_000_000, state, 16
@@ -58,7 +57,7 @@ def test_open(sampling: Sampling, prompt_ids: tuple[int, ...]) -> None:
 
 
 def test_a_negative_seed_keeps_its_64_bits() -> None:
-    assert codec.sampling_to_proto(Sampling(1, seed=-1)).seed == 2**64 - 1
+    assert codec.sampling_to_proto(SamplingParams(1, seed=-1)).seed == 2**64 - 1
 
 
 @given(st.lists(TOKENS).map(tuple), st.sampled_from([None, "stop", "length"]))
@@ -82,9 +81,9 @@ def test_description() -> None:
 
 
 def test_bytes_per_token() -> None:
-    assert [MODEL.layer_bytes(i) for i in range(3)] == [32, 20, 32]
-    assert MODEL.bytes_per_token == 84
-    assert MODEL.plane_bytes(1, Encoding.INT8) == (8, 4, 2, 4)
+    assert [sum(plane_bytes(MODEL.layout, i, Encoding.RAW)) for i in range(3)] == [32, 20, 32]
+    assert MODEL.layout.bytes_per_token == 84
+    assert plane_bytes(MODEL.layout, 1, Encoding.INT8) == (8, 4, 2, 4)
 
 
 def outgoing(
@@ -95,7 +94,9 @@ def outgoing(
     tokens = sum(r.token_count for r in rows)
     frame, planes = Outgoing(first_layer, rows, encoding), []
     for layer in range(first_layer, first_layer + layers):
-        planes.append(tuple(generator.randbytes(tokens * w) for w in MODEL.plane_bytes(layer, encoding)))
+        planes.append(
+            tuple(generator.randbytes(tokens * w) for w in plane_bytes(MODEL.layout, layer, encoding))
+        )
         frame.add([memoryview(plane) for plane in planes[-1]])
     return frame, planes
 
@@ -171,11 +172,11 @@ def test_an_unknown_encoding() -> None:
 
 def test_a_dtype_that_does_not_travel() -> None:
     with pytest.raises(ValueError, match="int4"):
-        replace(MODEL, dtype="int4")
+        replace(MODEL.layout, dtype="int4")
     with pytest.raises(ValueError, match="layers"):
-        ModelSpec.from_proto(pb.ModelSpec(fingerprint="x", dtype="float32"))
+        spec_from_proto(pb.ModelSpec(fingerprint="x", dtype="float32"))
 
 
 def test_a_mismatch_names_both_sides() -> None:
     with pytest.raises(RejectedError, match="decode has dtype bfloat16, the hand-off has float32"):
-        MODEL.require_same(replace(MODEL, dtype="float32"))
+        require_same(MODEL, replace(MODEL, layout=replace(MODEL.layout, dtype="float32")))

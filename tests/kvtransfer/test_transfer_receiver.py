@@ -4,36 +4,29 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtransfer import (
-    Encoding,
-    LayerSpec,
-    ModelSpec,
-    Open,
-    ProtocolError,
-    RejectedError,
-    RejectReason,
-    Sampling,
-    codec,
-)
+from kvtransfer import Encoding, Open, ProtocolError, RejectedError, RejectReason, codec
 from kvtransfer.kv_frame import Incoming, Rows
+from kvtransfer.layout import plane_bytes
 from kvtransfer.proto import handoff_pb2 as pb
 from kvtransfer.receiver import Receiver, read_open
+from prad.core.layout import KVLayout, LayerKV, ModelSpec
+from prad.core.sampling import SamplingParams
 
-MODEL = ModelSpec("f", "float16", (LayerSpec(1, 2, 2), LayerSpec(1, 2, 3)))
+MODEL = ModelSpec("f", KVLayout((LayerKV(1, 2, 2), LayerKV(1, 2, 3)), "float16"))
 
 
 def request(kv_len: int = 6, choices: int = 1) -> Open:
-    return Open("r", "c", MODEL, kv_len, kv_len, kv_len, Sampling(9), choices=choices)
+    return Open("r", "c", MODEL, kv_len, kv_len, kv_len, SamplingParams(9), choices=choices)
 
 
 def receive(receiver: Receiver, layer: int, first_token: int, tokens: int, layers: int = 1) -> None:
     named = range(layer, layer + layers)
     rows = Rows(1, first_token, tokens)
-    token_bytes = sum(MODEL.layer_bytes(i) for i in named)
+    token_bytes = sum(sum(plane_bytes(MODEL.layout, i, Encoding.RAW)) for i in named)
     receiver.receive(Incoming(layer, (rows,), Encoding.RAW, token_bytes, ((),) * layers), rows)
 
 
-def commit(total: int = 6 * MODEL.bytes_per_token, tokens: int = 1) -> pb.Commit:
+def commit(total: int = 6 * MODEL.layout.bytes_per_token, tokens: int = 1) -> pb.Commit:
     return pb.Commit(first_tokens=[pb.Token(id=4)] * tokens, total_bytes=total)
 
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from prad.lm import SampleKey, SamplingParams, sample
+from prad.core.sampling import SampleKey, SamplingParams
+from prad.lm import sample
 
 VOCAB = 40
 PINNED = (0.156742553465558, 0.35526030161799704)
@@ -64,7 +65,7 @@ def test_the_distribution_is_the_naive_one(params: SamplingParams) -> None:
     draws, row = 4000, logits(3)
     expected = naive_distribution(row[0], params)
     keys = [SampleKey(7, 0, 0, i) for i in range(draws)]
-    tokens = [d.token for d in sample(row.expand(draws, -1), [params] * draws, keys)]
+    tokens = [d.id for d in sample(row.expand(draws, -1), [params] * draws, keys)]
     counts = np.bincount(tokens, minlength=VOCAB)
     assert counts[expected == 0].sum() == 0
     often = expected * draws >= 5
@@ -80,7 +81,7 @@ def test_the_chi_square_would_notice() -> None:
     draws, row = 4000, logits(3)
     keys = [SampleKey(7, 0, 0, i) for i in range(draws)]
     drawn = sample(row.expand(draws, -1), [SamplingParams(1, temperature=1.0)] * draws, keys)
-    counts = np.bincount([d.token for d in drawn], minlength=VOCAB)
+    counts = np.bincount([d.id for d in drawn], minlength=VOCAB)
     expected = naive_distribution(row[0], SamplingParams(1, temperature=1.15)) * draws
     often = expected >= 5
     assert (((counts - expected) ** 2)[often] / expected[often]).sum() > limit(int(often.sum()))
@@ -90,7 +91,7 @@ def test_the_chi_square_would_notice() -> None:
 def test_every_part_of_the_key_matters(part: int) -> None:
     row, params = logits(1), SamplingParams(1, temperature=1.0)
     keys = [SampleKey(*(i if p == part else 0 for p in range(4))) for i in range(200)]
-    tokens = [d.token for d in sample(row.expand(200, -1), [params] * 200, keys)]
+    tokens = [d.id for d in sample(row.expand(200, -1), [params] * 200, keys)]
     assert len(set(tokens)) > 5
     assert len({key.uniform() for key in keys}) == 200
 
@@ -117,7 +118,7 @@ def test_rows_do_not_depend_on_each_other() -> None:
     together = sample(rows, params, keys)
     alone = [sample(rows[i : i + 1], [params[i]], [keys[i]])[0] for i in range(24)]
     backwards = sample(rows.flip(0), params[::-1], keys[::-1])[::-1]
-    assert [d.token for d in together] == [d.token for d in alone] == [d.token for d in backwards]
+    assert [d.id for d in together] == [d.id for d in alone] == [d.id for d in backwards]
     assert together == backwards
 
 
@@ -127,7 +128,7 @@ def test_greedy_ties_take_the_lowest_id(dtype: torch.dtype) -> None:
     rows[0, [41_000, 17, 30_000]] = 4.0
     rows[1, [49_999, 49_998]] = 1.0
     drawn = sample(rows, [SamplingParams(1)] * 3, [SampleKey(0, 0, 0, 0)] * 3)
-    assert [d.token for d in drawn] == [17, 49_998, 0]
+    assert [d.id for d in drawn] == [17, 49_998, 0]
 
 
 @pytest.mark.parametrize("filters", [{"top_k": 2}, {"top_p": 0.3}, {"top_p": 0.5}])
@@ -136,7 +137,7 @@ def test_ties_at_the_edge_of_a_filter_keep_the_lowest_ids(filters: dict[str, flo
     row[0, [1, 3, 4, 5]] = 2.0  # a quarter each
     params = SamplingParams(1, temperature=1.0, **filters)
     keys = [SampleKey(0, 0, 0, i) for i in range(300)]
-    assert {d.token for d in sample(row.expand(300, -1), [params] * 300, keys)} == {1, 3}
+    assert {d.id for d in sample(row.expand(300, -1), [params] * 300, keys)} == {1, 3}
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -146,12 +147,12 @@ def test_stops_are_banned_until_min_tokens(temperature: float) -> None:
     row[0, 7] = 40.0
     params = SamplingParams(9, temperature=temperature, min_tokens=3, stop_ids=frozenset({5, 6}), logprobs=1)
     drawn = [sample(row, [params], [SampleKey(0, 0, 0, i)])[0] for i in range(6)]
-    assert [d.token for d in drawn[:3]] == [7, 7, 7]
-    assert all(d.token in {5, 6} for d in drawn[3:])
+    assert [d.id for d in drawn[:3]] == [7, 7, 7]
+    assert all(d.id in {5, 6} for d in drawn[3:])
     assert drawn[0].top[0][0] == 5, "log-probabilities are the plain model's, stops included"
     other = SamplingParams(9, temperature=temperature, stop_ids=frozenset({5, 6}))
     both = sample(row.expand(2, -1), [params, other], [SampleKey(0, 0, 0, 0)] * 2)
-    assert (both[0].token, both[1].token in {5, 6}) == (7, True)
+    assert (both[0].id, both[1].id in {5, 6}) == (7, True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -161,7 +162,7 @@ def test_log_probabilities_are_the_raw_models(dtype: torch.dtype) -> None:
     drawn = sample(rows, [params] * 3, [SampleKey(1, 0, 0, i) for i in range(3)])
     for row, draw in zip(rows.double(), drawn, strict=True):
         expected = row - row.exp().sum().log()
-        assert draw.logprob == pytest.approx(float(expected[draw.token]), abs=1e-5)
+        assert draw.logprob == pytest.approx(float(expected[draw.id]), abs=1e-5)
         best = sorted(expected.tolist(), reverse=True)[:5]
         assert [p for _, p in draw.top] == pytest.approx(best, abs=1e-5)
         assert all(p == pytest.approx(float(expected[i]), abs=1e-5) for i, p in draw.top)
@@ -174,7 +175,7 @@ def test_log_probabilities_only_where_asked() -> None:
     assert (none.logprob, none.top) == (None, ())
     assert (zero.logprob is not None, zero.top) == (True, ())
     assert len(two.top) == 2
-    assert two.top[0] == (two.token, two.logprob)
+    assert two.top[0] == (two.id, two.logprob)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +191,7 @@ def test_extreme_temperatures_stay_numbers() -> None:
     for temperature in (1e-6, 1e-3, 100.0):
         params = SamplingParams(1, temperature=temperature, top_p=0.9)
         tokens = {
-            d.token
+            d.id
             for d in sample(row.expand(50, -1), [params] * 50, [SampleKey(0, 0, 0, i) for i in range(50)])
         }
         assert temperature > 1 or tokens == {int(row.argmax())}
@@ -200,9 +201,9 @@ def test_the_last_token_can_be_drawn_and_none_beyond(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(SampleKey, "uniform", lambda _: 1.0 - 2.0**-53)
     params = SamplingParams(1, temperature=1.0)
     flat = torch.zeros(1, VOCAB)
-    assert sample(flat, [params], [SampleKey(0, 0, 0, 0)])[0].token == VOCAB - 1
+    assert sample(flat, [params], [SampleKey(0, 0, 0, 0)])[0].id == VOCAB - 1
     flat[0, 30:] = -1e9  # probability exactly zero behind the last possible token
-    assert sample(flat, [params], [SampleKey(0, 0, 0, 0)])[0].token == 29
+    assert sample(flat, [params], [SampleKey(0, 0, 0, 0)])[0].id == 29
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -212,7 +213,7 @@ def test_a_broken_row_is_its_own_trouble(bad: float) -> None:
     rows[1] = bad
     keys = [SampleKey(0, 0, 0, i) for i in range(3)]
     for params in (*FILTERS, SamplingParams(1)):
-        tokens = [d.token for d in sample(rows, [params] * 3, keys)]
+        tokens = [d.id for d in sample(rows, [params] * 3, keys)]
         assert 0 <= tokens[1] < VOCAB
-        alone = [sample(rows[i : i + 1], [params], [keys[i]])[0].token for i in (0, 2)]
+        alone = [sample(rows[i : i + 1], [params], [keys[i]])[0].id for i in (0, 2)]
         assert [tokens[0], tokens[2]] == alone

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from prad.lm import KVLayout, LanguageModel, LayerKV, ModelNotFoundError
+from prad.core.layout import KVLayout, LayerKV
+from prad.lm import LanguageModel, ModelNotFoundError
 from prad.lm.fingerprint import Fingerprint, weights_digest
 
 WEIGHTS = {"a.weight": torch.arange(6.0).view(2, 3), "b.weight": torch.ones(4), "c.bias": torch.zeros(3)}
@@ -65,15 +66,15 @@ def test_pickled_weights_are_refused(tmp_path: Path) -> None:
 
 def test_every_part_counts() -> None:
     layer = LayerKV(2, 8, 8)
-    layout = KVLayout((layer, layer), torch.float32)
+    layout = KVLayout((layer, layer), "float32")
     prints = [
         Fingerprint("llama", "w", "c", layout),
         Fingerprint("gpt2", "w", "c", layout),
         Fingerprint("llama", "v", "c", layout),
         Fingerprint("llama", "w", "d", layout),
-        Fingerprint("llama", "w", "c", KVLayout((layer, layer), torch.bfloat16)),
-        Fingerprint("llama", "w", "c", KVLayout((layer,), torch.float32)),
-        Fingerprint("llama", "w", "c", KVLayout((layer, LayerKV(2, 8, 4)), torch.float32)),
+        Fingerprint("llama", "w", "c", KVLayout((layer, layer), "bfloat16")),
+        Fingerprint("llama", "w", "c", KVLayout((layer,), "float32")),
+        Fingerprint("llama", "w", "c", KVLayout((layer, LayerKV(2, 8, 4)), "float32")),
     ]
     assert len({p.digest for p in prints}) == len(prints)
     assert prints[0].digest == Fingerprint("llama", "w", "c", layout).digest

@@ -8,7 +8,8 @@ import torch
 import transformers
 from tiny import SIZES, packed_logits, save_random, some_ids
 
-from prad.lm import LanguageModel, SampleKey, SamplingParams, sample
+from prad.core.sampling import SampleKey, SamplingParams
+from prad.lm import LanguageModel, sample
 from tests.generation import generate
 
 LENGTHS = (1, 31, 33, 7, 64)
@@ -23,7 +24,7 @@ def by_full_forwards(
         every = packed_logits(model, [p + out for p, out in zip(prompts, outputs, strict=True)])
         for i in list(running):
             key = SampleKey(params.seed, i, 0, len(outputs[i]))
-            token = sample(every[i][-1:], [params], [key])[0].token
+            token = sample(every[i][-1:], [params], [key])[0].id
             if token not in params.stop_ids:
                 outputs[i].append(token)
             if token in params.stop_ids or len(outputs[i]) == params.max_tokens:

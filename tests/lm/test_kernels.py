@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, relu, silu
 
-from prad.lm import KVLayout, LayerKV
+from prad.core.layout import KVLayout, LayerKV
 from prad.lm.kernels import (
     Activation,
     BuildError,
@@ -22,6 +22,7 @@ from prad.lm.kernels import (
     load_kernels,
 )
 from prad.lm.kernels.build import built
+from prad.lm.kv import dtype_name
 from prad.lm.paged import Pools
 from prad.lm.prompt_attention import causal_attention, prompt_spans
 
@@ -345,7 +346,7 @@ def test_paged_attention(
     block_size: int,
 ) -> None:
     """Equals torch's gathered attention, whatever lies in the rest of the blocks."""
-    layout = KVLayout((LayerKV(kv_heads, key_dim, value_dim),), dtype)
+    layout = KVLayout((LayerKV(kv_heads, key_dim, value_dim),), dtype_name(dtype))
     blocks = iter(torch.randperm(200, generator=torch.Generator().manual_seed(0)).tolist())
     batch: list[Any] = [
         SimpleNamespace(blocks=[next(blocks) for _ in range(n // block_size + 1)], kv_len=n - 1)
@@ -390,7 +391,7 @@ def test_one_thread_equals_two(kernels: Kernels, tmp_path: Path) -> None:
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_attention_with_any_number_of_threads(threads: int) -> None:
     """A thread takes a sequence, or a head of one where there are few."""
-    layout = KVLayout((LayerKV(2, 32, 32),), torch.float32)
+    layout = KVLayout((LayerKV(2, 32, 32),), "float32")
     batch: list[Any] = [SimpleNamespace(blocks=[i], kv_len=i) for i in range(12)]
     results = []
     for own in (None, Kernels(built(Path("~/.cache/prad")), threads)):

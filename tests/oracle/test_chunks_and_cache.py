@@ -11,10 +11,12 @@ import torch
 
 from prad.adapters import load_adapter
 from prad.artefact import Artefact
-from prad.lm import Draw, LanguageModel, PackedBatch, SamplingParams
+from prad.core.blocks import BlockPool, block_keys
+from prad.core.sampling import SamplingParams
+from prad.core.tokens import Token
+from prad.lm import LanguageModel, PackedBatch
 from prad.lm.paged import Pools
 from prefill_service import prompt_pass
-from prefill_service.blocks import PromptBlocks, block_keys
 from prefill_service.chunks import Waiting
 from prefill_service.generation import PromptRequest, TaskVersion
 from prefill_service.prompt_pass import FirstTokens, PassChunk, PassItem, run_prompt_pass
@@ -39,7 +41,7 @@ class PromptSide:
 
     def restart(self, *, pass_tokens: int, kept: int = 40, working: int = 40) -> None:
         """With empty blocks."""
-        blocks = PromptBlocks(working=working, kept=kept, block_size=SIZE)
+        blocks = BlockPool(working + kept, SIZE, keep=kept)
         self.pools = Pools(self.model.layout, blocks.total, SIZE, "cpu")
         self.scheduler: PromptScheduler[PassItem] = PromptScheduler(
             blocks, pass_tokens=pass_tokens, chunk_tokens=pass_tokens, pass_prompts=8, max_waiting=99
@@ -73,13 +75,13 @@ class PromptSide:
         for item, draws in self.run(*items).items():
             self.compare(item, draws)
 
-    def compare(self, item: PassItem, draws: list[Draw] | None) -> None:
+    def compare(self, item: PassItem, draws: list[Token] | None) -> None:
         assert draws is not None
         (draw,) = draws
         request = item.request
         adapter = None if request.version is None else request.version.artefact.folder
-        expected = self.reference.logits(request.prompt_ids, [*request.continuation_ids, draw.token], adapter)
-        check(Served([draw.token], [dict(draw.top)]), expected[-1:])
+        expected = self.reference.logits(request.prompt_ids, [*request.continuation_ids, draw.id], adapter)
+        check(Served([draw.id], [dict(draw.top)]), expected[-1:])
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2", "mistral"])
@@ -152,7 +154,7 @@ def test_blocks_that_leave_and_come_again_equal_the_reference(side: PromptSide) 
     for turn in range(12):
         task = ("red", "green", None)[turn % 3]
         side.check(side.item(task, TEXT[turn % 4 : 70]), side.item(task, TEXT[turn % 4 : 40]))
-        assert side.scheduler.blocks.known <= 4
+        assert side.scheduler.blocks.cached <= 4
 
 
 # ---- faults: each is a way in which chunks or the cache could be wrong

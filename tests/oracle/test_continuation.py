@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from prad.adapters import load_adapter
-from prad.lm import LanguageModel, SamplingParams
+from prad.core.sampling import SamplingParams
+from prad.lm import LanguageModel
 from prad.lm.paged import Pools
 from prefill_service.generation import PromptRequest
 from prefill_service.prompt_pass import FirstTokens, PassChunk, PassItem, run_prompt_pass
@@ -45,7 +46,7 @@ def test_the_continuation_is_the_plain_models(
     top = torch.tensor([logprob for _, logprob in draw.top])
     ids = [token for token, _ in draw.top]
     torch.testing.assert_close(top, expected.log_softmax(-1)[ids], atol=1e-3, rtol=0)
-    assert draw.token == int(expected.argmax())
+    assert draw.id == int(expected.argmax())
     leaking = reference.logits(prompt, [*output, 0], artefact.folder, Fault.ADAPTER_ON_ONE_GENERATED_TOKEN)[
         -1
     ]
@@ -62,7 +63,7 @@ def test_a_replay_draws_what_the_first_run_drew(load_tiny: Callable[[str], Langu
         )
         item = PassItem(request, None)
         (drawn,) = first_tokens(model, item)[item] or ()
-        return drawn.token
+        return drawn.id
 
     run: tuple[int, ...] = ()
     for _ in range(6):

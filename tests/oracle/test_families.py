@@ -22,7 +22,8 @@ from transformers import (
 
 from prad.adapters import METHODS, load_adapter
 from prad.artefact import read_artefact
-from prad.lm import LanguageModel, SamplingParams
+from prad.core.sampling import SamplingParams
+from prad.lm import LanguageModel
 from prad.lm.kernels import Kernels
 from prad.lm.paged import Pools
 from prefill_service.generation import PromptRequest

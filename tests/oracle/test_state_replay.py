@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from prad.adapters import Adapter, PromptAdaptation, load_adapter
-from prad.lm import LanguageModel, SamplingParams, SiteVectors
+from prad.core.sampling import SamplingParams
+from prad.lm import LanguageModel, SiteVectors
 from prad.lm.paged import Pools
 from prad.training.objective import AdapterTuning
 from prefill_service.generation import PromptRequest
@@ -38,7 +39,7 @@ def replayed(model: LanguageModel, adapter: Adapter, output: list[int]) -> tuple
         state_done=states.__setitem__,
     )
     (draw,) = drawn[item] or ()
-    return Served([draw.token], [dict(draw.top)]), states[item]
+    return Served([draw.id], [dict(draw.top)]), states[item]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])

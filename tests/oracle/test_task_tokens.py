@@ -16,7 +16,7 @@ from prad.lm import LanguageModel
 from prad.lm.kernels import Kernels
 from prefill_service import prompt_pass
 from prefill_service.prompt_pass import PassItem
-from prefill_service.wire import model_spec, open_message
+from prefill_service.wire import open_message
 from tests.conftest import VOCAB, random_artefact
 from tests.oracle.comparing import OracleMismatchError
 from tests.oracle.reference import Reference
@@ -146,7 +146,7 @@ def test_a_continuation_is_the_plain_models(side: NamedSide) -> None:
 @pytest.mark.parametrize("task", OWN)
 def test_what_decode_gets_are_counts(side: NamedSide, task: str) -> None:
     request = side.named(task, placed(20, 2, 19)).request
-    opened = open_message(request, "c", model_spec(side.model.fingerprint), 1, 0, {})
+    opened = open_message(request, "c", side.model.spec, 1, 0, {})
     assert all(0 <= token < VOCAB for token in opened.prompt_ids)
     assert (opened.prompt_len, opened.kv_len) == (20, 20 + request.virtual_tokens)
 

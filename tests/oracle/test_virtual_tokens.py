@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from prad.adapters import PromptAdaptation
+from prad.core.blocks import block_keys
 from prad.lm import LanguageModel
 from prefill_service import prompt_pass
-from prefill_service.blocks import block_keys
 from prefill_service.prompt_pass import PassItem
 from tests.conftest import random_artefact
 from tests.oracle.comparing import OracleMismatchError

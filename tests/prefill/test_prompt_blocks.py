@@ -4,22 +4,22 @@ import random
 
 import pytest
 
-from prefill_service.blocks import PromptBlocks, block_keys
+from prad.core.blocks import BlockPool, block_keys
 
 
-def compute(blocks: PromptBlocks, *keys: bytes) -> tuple[int, ...]:
+def compute(blocks: BlockPool, *keys: bytes) -> tuple[int, ...]:
     """A prompt of the blocks of these keys comes and goes; returns those that it found."""
     found = blocks.find(keys)
-    table = blocks.take(found, len(keys) - len(found))
+    table = blocks.extend(found, len(keys) - len(found))
     assert table is not None
     for block, key in zip(table, keys, strict=True):
         blocks.publish(block, key)
-    blocks.unpin(table)
+    blocks.free(table)
     return found
 
 
 def test_what_was_used_longest_ago_leaves_first_and_a_prefix_from_its_end() -> None:
-    blocks = PromptBlocks(working=0, kept=4, block_size=16)
+    blocks = BlockPool(4, 16, keep=4)
     compute(blocks, b"a1", b"a2")
     compute(blocks, b"b1")
     assert len(compute(blocks, b"a1", b"a2")) == 2
@@ -29,43 +29,43 @@ def test_what_was_used_longest_ago_leaves_first_and_a_prefix_from_its_end() -> N
 
 
 def test_pinned_blocks_stay() -> None:
-    blocks = PromptBlocks(working=0, kept=2, block_size=16)
+    blocks = BlockPool(2, 16, keep=2)
     compute(blocks, b"a1", b"a2")
-    pinned = blocks.take(blocks.find([b"a1", b"a2"]), 0)
+    pinned = blocks.extend(blocks.find([b"a1", b"a2"]), 0)
     assert pinned is not None
-    assert blocks.take((), 1) is None
-    blocks.unpin(pinned)
-    assert blocks.take((), 1) is not None
+    assert blocks.extend((), 1) is None
+    blocks.free(pinned)
+    assert blocks.extend((), 1) is not None
     assert len(blocks.find([b"a1", b"a2"])) == 1
 
 
 def test_a_found_block_does_not_count_as_room() -> None:
-    blocks = PromptBlocks(working=1, kept=2, block_size=16)
+    blocks = BlockPool(3, 16, keep=2)
     compute(blocks, b"a1", b"a2")
     found = blocks.find([b"a1", b"a2"])
-    assert blocks.take(found, 2) is None
-    assert blocks.take(found, 1) is not None
+    assert blocks.extend(found, 2) is None
+    assert blocks.extend(found, 1) is not None
 
 
 def test_no_more_than_its_share_is_kept() -> None:
-    blocks = PromptBlocks(working=8, kept=3, block_size=16)
+    blocks = BlockPool(11, 16, keep=3)
     compute(blocks, *(b"%d" % i for i in range(8)))
-    assert (blocks.known, blocks.in_use) == (3, 0)
-    off = PromptBlocks(working=8, kept=0, block_size=16)
+    assert (blocks.cached, blocks.in_use) == (3, 0)
+    off = BlockPool(8, 16, keep=0)
     compute(off, b"a")
-    assert (off.known, off.caching) == (0, False)
+    assert (off.cached, off.caching) == (0, False)
 
 
 def test_unpinning_what_is_not_pinned_is_a_bug() -> None:
-    blocks = PromptBlocks(working=2, kept=0, block_size=16)
+    blocks = BlockPool(2, 16, keep=0)
     with pytest.raises(AssertionError):
-        blocks.unpin([0])
+        blocks.free([0])
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_whatever_comes_and_goes_no_block_has_two_owners(seed: int) -> None:
     choice = random.Random(seed)
-    blocks = PromptBlocks(working=6, kept=6, block_size=16)
+    blocks = BlockPool(12, 16, keep=6)
     holds: dict[int, bytes] = {}  # what was last written to a block
     live: list[tuple[tuple[int, ...], list[bytes]]] = []
     for _ in range(2000):
@@ -74,13 +74,13 @@ def test_whatever_comes_and_goes_no_block_has_two_owners(seed: int) -> None:
             for block, key in zip(table, keys, strict=True):
                 if choice.random() < 0.7:
                     blocks.publish(block, key)
-            blocks.unpin(table)
+            blocks.free(table)
             continue
         first = choice.randrange(4)
         keys = [b"%d.%d" % (first, i) for i in range(choice.randrange(1, 5))]
         found = blocks.find(keys)
         assert [holds[b] for b in found] == keys[: len(found)]
-        taken = blocks.take(found, len(keys) - len(found))
+        taken = blocks.extend(found, len(keys) - len(found))
         if taken is None:
             continue
         fresh = set(taken[len(found) :])
@@ -89,9 +89,9 @@ def test_whatever_comes_and_goes_no_block_has_two_owners(seed: int) -> None:
         holds |= dict(zip(taken, keys, strict=True))
         live.append((taken, keys))
     for table, _ in live:
-        blocks.unpin(table)
+        blocks.free(table)
     assert blocks.in_use == 0
-    assert blocks.known <= 6
+    assert blocks.cached <= 6
 
 
 def test_a_key_stands_for_adapter_virtual_prefix_and_all_tokens_so_far() -> None:

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from prefill_service.blocks import PromptBlocks, block_keys
+from prad.core.blocks import BlockPool, block_keys
 from prefill_service.chunks import Chunk, Waiting
 from prefill_service.scheduler import PromptScheduler
 
@@ -20,7 +20,7 @@ def scheduler(
     kept: int = 0,
 ) -> PromptScheduler[str]:
     made: PromptScheduler[str] = PromptScheduler(
-        PromptBlocks(working=working, kept=kept, block_size=SIZE),
+        BlockPool(working + kept, SIZE, keep=kept),
         pass_tokens=pass_tokens,
         chunk_tokens=chunk_tokens or pass_tokens,
         pass_prompts=pass_prompts,
@@ -194,7 +194,7 @@ def test_the_prompts_of_a_failed_pass_leave() -> None:
     queue.next_pass(0)
     queue.failed()
     assert queue.next_due() is None
-    assert (queue.blocks.in_use, queue.blocks.known) == (0, 0)
+    assert (queue.blocks.in_use, queue.blocks.cached) == (0, 0)
 
 
 def test_the_queue_is_bounded() -> None:
@@ -237,12 +237,12 @@ def test_the_same_prompt_twice_in_a_pass_is_computed_twice_and_kept_once() -> No
     for job in ("one", "two"):
         queue.add(Waiting(job, 8, keys))
     assert run(queue) == [("one", 0, 8), ("two", 0, 8)]
-    assert (queue.blocks.known, queue.blocks.in_use) == (2, 0)
+    assert (queue.blocks.cached, queue.blocks.in_use) == (2, 0)
 
 
 def test_without_room_for_its_blocks_a_prompt_is_computed_all_the_same() -> None:
     queue = scheduler(working=0, kept=2)
     assert cached(queue, "long", list(range(20))) == [0]
-    assert queue.blocks.known == 0
+    assert queue.blocks.cached == 0
     assert cached(queue, "short", list(range(8))) == [0]
     assert cached(queue, "short again", list(range(8))) == [4]

@@ -5,16 +5,16 @@ from typing import Any
 
 import pytest
 
-from kvtransfer import Token, TokenEvent
-from prad.lm import SamplingParams
+from prad.core.sampling import SamplingParams
+from prad.core.tokens import Token, TokenEvent
 from prefill_service.engine import PrefillEngine
 from prefill_service.errors import DeadlineError, InternalError, ServingError
-from prefill_service.generation import PromptRequest, TokenOut
+from prefill_service.generation import PromptRequest
 from prefill_service.job import Job, Stage
 from prefill_service.prompt_pass import PassItem
 
 
-def outputs_of(event: TokenEvent) -> tuple[list[TokenOut | ServingError], list[tuple[str, int]]]:
+def outputs_of(event: TokenEvent) -> tuple[list[TokenEvent | ServingError], list[tuple[str, int]]]:
     """What the HTTP side gets for an event, and which attempts are cancelled at decode."""
     request = PromptRequest("r", None, (1, 2), SamplingParams(max_tokens=20))
     job = Job(PassItem(request, None), 0.0, 1.0, stage=Stage.DECODING)
@@ -36,7 +36,7 @@ def event(tokens: int, reason: str | None, error: str | None = None) -> TokenEve
 @pytest.mark.parametrize("reason", [None, "stop", "length"])
 async def test_tokens_come_one_by_one_and_the_last_brings_the_reason(reason: str | None) -> None:
     outputs, cancelled = outputs_of(event(3, reason))
-    assert [(o.index, o.draw.token, o.finish_reason) for o in outputs if isinstance(o, TokenOut)] == [
+    assert [(o.index, o.tokens[0].id, o.finish_reason) for o in outputs if isinstance(o, TokenEvent)] == [
         (5, 40, None),
         (6, 41, None),
         (7, 42, reason),
@@ -54,8 +54,8 @@ async def test_an_early_end_delivers_what_it_brings_and_fails(
 ) -> None:
     outputs, cancelled = outputs_of(event(tokens, reason, error))
     *drawn, end = outputs
-    assert [o.draw.token for o in drawn if isinstance(o, TokenOut)] == [40, 41][:tokens]
-    assert all(isinstance(o, TokenOut) and o.finish_reason is None for o in drawn)
+    assert [o.tokens[0].id for o in drawn if isinstance(o, TokenEvent)] == [40, 41][:tokens]
+    assert all(isinstance(o, TokenEvent) and o.finish_reason is None for o in drawn)
     assert isinstance(end, kind)
     assert cancelled == [("r", 1)]
 

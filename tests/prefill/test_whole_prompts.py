@@ -1,13 +1,13 @@
 """Prompts that must run whole are never cut, wait for their turn and leave nothing behind: plain data."""
 
-from prefill_service.blocks import PromptBlocks
+from prad.core.blocks import BlockPool
 from prefill_service.chunks import Chunk, Waiting
 from prefill_service.scheduler import PromptScheduler
 
 
 def scheduler(*, pass_tokens: int = 100, chunk_tokens: int = 50) -> PromptScheduler[str]:
     return PromptScheduler(
-        PromptBlocks(working=100, kept=100, block_size=4),
+        BlockPool(200, 4, keep=100),
         pass_tokens=pass_tokens,
         chunk_tokens=chunk_tokens,
         pass_prompts=4,

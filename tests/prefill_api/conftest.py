@@ -15,11 +15,13 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from prad.artefact import AdapterRecord, Artefact, BaseModelRef, GenerationDefaults
-from prad.lm import Draw, LanguageModel, PackedBatch, SampleKey, Tokenizer, attention, sample
+from prad.core.sampling import SampleKey
+from prad.core.tokens import Token, TokenEvent
+from prad.lm import LanguageModel, PackedBatch, Tokenizer, attention, sample
 from prefill_service.api import ApiLimits, ModelInfo, TaskEntry, create_app
 from prefill_service.beams import beam_search
 from prefill_service.errors import UnknownModelError
-from prefill_service.generation import Engine, PromptRequest, TaskVersion, TokenOut
+from prefill_service.generation import Engine, PromptRequest, TaskVersion
 
 EOS = "<|end|>"
 CHAT_TEMPLATE = (
@@ -84,13 +86,13 @@ class WatchedEngine:
     paused: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(0))
     all_closed: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def next_tokens(self, request: PromptRequest, outputs: Sequence[list[int]], step: int) -> list[Draw]:
+    def next_tokens(self, request: PromptRequest, outputs: Sequence[list[int]], step: int) -> list[Token]:
         raise NotImplementedError
 
-    def generate(self, request: PromptRequest) -> AsyncGenerator[TokenOut, None]:
+    def generate(self, request: PromptRequest) -> AsyncGenerator[TokenEvent, None]:
         return self.tokens(request) if request.beams is None else beam_search(self.tokens, request)
 
-    async def tokens(self, request: PromptRequest) -> AsyncGenerator[TokenOut, None]:
+    async def tokens(self, request: PromptRequest) -> AsyncGenerator[TokenEvent, None]:
         self.requests.append(request)
         self.open.add(request.request_id)
         try:
@@ -108,9 +110,9 @@ class WatchedEngine:
                     await self.resume.wait()
                 draws = self.next_tokens(request, outputs, step)
                 for choice in sorted(running):
-                    outputs[choice].append(draws[choice].token)
-                    reason = request.sampling.finish_reason(draws[choice].token, step + 1)
-                    yield TokenOut(choice, step, draws[choice], reason)
+                    outputs[choice].append(draws[choice].id)
+                    reason = request.sampling.finish_reason(draws[choice].id, step + 1)
+                    yield TokenEvent(request.request_id, 1, choice, step, (draws[choice],), reason)
                     if reason is not None or (request.request_id, choice) in self.cancelled:
                         running.discard(choice)
                 step += 1
@@ -131,7 +133,7 @@ class ModelEngine(WatchedEngine):
     model: LanguageModel | None = None
     likeliest: int | None = None
 
-    def next_tokens(self, request: PromptRequest, outputs: Sequence[list[int]], step: int) -> list[Draw]:
+    def next_tokens(self, request: PromptRequest, outputs: Sequence[list[int]], step: int) -> list[Token]:
         assert self.model is not None
         batch = PackedBatch.of_sequences(
             [[*request.prompt_ids, *request.continuation_ids, *output] for output in outputs]
@@ -154,9 +156,9 @@ class ScriptedEngine(WatchedEngine):
     script: list[int] = field(default_factory=list)
     eos: int = 0
 
-    def next_tokens(self, request: PromptRequest, outputs: Sequence[list[int]], step: int) -> list[Draw]:
+    def next_tokens(self, request: PromptRequest, outputs: Sequence[list[int]], step: int) -> list[Token]:
         token = self.script[step] if step < len(self.script) else self.eos
-        return [Draw(token, -0.5, ((token, -0.5),))] * request.choices
+        return [Token(token, -0.5, ((token, -0.5),))] * request.choices
 
 
 class Tasks:

@@ -7,11 +7,13 @@ from typing import Any
 import httpx
 import pytest
 
-from prad.lm import BeamSearch, LanguageModel, Limits, SamplingParams, Tokenizer
+from prad.core.sampling import SamplingParams
+from prad.core.tokens import TokenEvent
+from prad.lm import BeamSearch, LanguageModel, Limits, Tokenizer
 from prad.training.decoding import AdaptedModel
 from prad.training.evaluate import decoder
 from prefill_service.errors import OverloadedError
-from prefill_service.generation import PromptRequest, TokenOut
+from prefill_service.generation import PromptRequest
 from tests.prefill_api.conftest import ModelEngine
 from tests.prefill_api.test_http_completions import events
 
@@ -128,7 +130,7 @@ async def test_a_failing_step_fails_the_request(client: httpx.AsyncClient, engin
 async def test_a_client_that_leaves_ends_all_hypotheses(engine: ModelEngine) -> None:
     search = engine.generate(PromptRequest("r", None, (1, 2, 3), SamplingParams(LENGTH), beams=2))
 
-    async def first() -> TokenOut:
+    async def first() -> TokenEvent:
         return await anext(search)
 
     engine.pause_at = 0

@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from prad.adapters import PromptAdaptation, load_adapter
-from prad.lm import BeamSearch, Candidate, Child, Greedy, LanguageModel, Limits, SamplingParams
+from prad.core.sampling import SamplingParams
+from prad.lm import BeamSearch, Candidate, Child, Greedy, LanguageModel, Limits
 from prad.lm.kernels import Kernels
 from prad.training.decoding import AdaptedModel
 from prad.training.evaluate import decoder

@@ -1,0 +1,148 @@
+"""Which KV blocks are whose: one pool for running sequences, prompts under way, and what is kept for later.
+
+A block is in one of three states: free; in use, by as many holders as took it; or kept, which nobody uses,
+but whoever begins with the same tokens under the same adapter will find. Holders that share a beginning
+share its full blocks; a block that is still written to belongs to one holder (copy on write: `fork`).
+"""
+
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence
+
+
+class BlockPool:
+    """`total` blocks of `block_size` tokens. At most `keep` of them stay behind with a key when nobody uses
+    them; those used longest ago make room first."""
+
+    def __init__(self, total: int, block_size: int, keep: int = 0) -> None:
+        self.total = total
+        self.block_size = block_size
+        self._keep = keep
+        self._free = list(range(total - 1, -1, -1))
+        self._users = [0] * total
+        self._key_of: dict[int, bytes] = {}
+        self._found: dict[bytes, int] = {}
+        self._kept: OrderedDict[int, None] = OrderedDict()  # the one used longest ago is the first
+
+    @property
+    def caching(self) -> bool:
+        return self._keep > 0
+
+    @property
+    def free_count(self) -> int:
+        """Blocks that can be allocated now."""
+        return len(self._free) + len(self._kept)
+
+    @property
+    def in_use(self) -> int:
+        return self.total - self.free_count
+
+    @property
+    def cached(self) -> int:
+        """Blocks that have a key, in use or kept."""
+        return len(self._found)
+
+    def blocks_for(self, tokens: int) -> int:
+        """How many blocks hold `tokens` tokens."""
+        return -(-tokens // self.block_size)
+
+    def allocate(self, count: int) -> tuple[int, ...] | None:
+        """`count` blocks for one holder, or None (and nothing changes) if there are not as many."""
+        if count > self.free_count:
+            return None
+        for _ in range(count - len(self._free)):
+            self._evict()
+        taken = tuple(self._free.pop() for _ in range(count))
+        for block in taken:
+            self._users[block] = 1
+        return taken
+
+    def find(self, keys: Sequence[bytes]) -> tuple[int, ...]:
+        """The blocks of as many leading keys as are cached."""
+        found = []
+        for key in keys:
+            block = self._found.get(key)
+            if block is None:
+                break
+            found.append(block)
+        return tuple(found)
+
+    def extend(self, found: Sequence[int], count: int) -> tuple[int, ...] | None:
+        """A block table: `found`, shared, and `count` blocks of its own behind them; None (and nothing
+        changes) if there are not as many."""
+        if count > self.free_count - sum(block in self._kept for block in found):
+            return None
+        self.share(found)
+        own = self.allocate(count)
+        assert own is not None
+        return (*found, *own)
+
+    def fork(
+        self, table: Sequence[int], tokens: int
+    ) -> tuple[tuple[int, ...], tuple[int, int] | None] | None:
+        """A table for another holder with the same first `tokens` tokens: full blocks are shared, one that is
+        still written to gets a copy, told as (from, to). None (and nothing changes) if there is no room."""
+        full, rest = divmod(tokens, self.block_size)
+        forked = self.extend(table[:full], 1 if rest else 0)
+        if forked is None:
+            return None
+        return forked, (table[full], forked[full]) if rest else None
+
+    def share(self, blocks: Sequence[int]) -> None:
+        """One more holder of each."""
+        for block in blocks:
+            assert self._users[block] > 0 or block in self._kept, f"block {block} is free"
+            self._users[block] += 1
+            self._kept.pop(block, None)
+
+    def free(self, blocks: Sequence[int]) -> None:
+        """A holder gives blocks back; those that nobody else uses are kept if they have a key. Freeing a free
+        block is a bug of ours."""
+        for block in reversed(blocks):  # a prefix's end is useless without its beginning: it leaves first
+            assert self._users[block] > 0, f"block {block} is freed twice"
+            self._users[block] -= 1
+            if self._users[block] == 0:
+                if block in self._key_of:
+                    self._kept[block] = None
+                else:
+                    self._free.append(block)
+        while len(self._kept) > self._keep:
+            self._evict()
+
+    def publish(self, block: int, key: bytes) -> None:
+        """The block's tokens are all computed: from now on it is found. The first block of a key stays it."""
+        if key not in self._found and block not in self._key_of:
+            self._found[key] = block
+            self._key_of[block] = key
+
+    def _evict(self) -> None:
+        block, _ = self._kept.popitem(last=False)
+        del self._found[self._key_of.pop(block)]
+        self._free.append(block)
+
+
+def block_keys(
+    digest: str | None,
+    virtual_tokens: int,
+    ids: Sequence[int],
+    block_size: int,
+    adapted: int | None = None,
+    salt: str | None = None,
+) -> tuple[bytes, ...]:
+    """A key for each full block of `ids`: of all that its KV depends on, from the adapter's digest (None: the
+    plain model) and the virtual prefix to its last token. adapted: how many are the adapter's; None: all.
+    salt: those with another one find nothing of this one's.
+
+    Cryptographic, because a collision would show one tenant's prompt to another.
+    """
+    named = (digest, virtual_tokens) if salt is None else (digest, virtual_tokens, salt)
+    key = hashlib.sha256(repr(named).encode()).digest()
+    keys = []
+    for end in range(block_size, len(ids) + 1, block_size):
+        own = array("q", ids[end - block_size : end])
+        if adapted is not None and adapted < end:  # a continuation's KV is not a prompt's
+            own.append(max(0, adapted - end + block_size))
+        key = hashlib.sha256(key + own.tobytes()).digest()
+        keys.append(key)
+    return tuple(keys)

@@ -1,0 +1,60 @@
+"""How a request's tokens are drawn: its settings, and the random number behind each token.
+
+Random numbers belong to the request, not to the process: the number behind a token is a hash of (seed, prompt
+index, choice, output index), whatever else is in the batch, and again after a replay elsewhere.
+"""
+
+import struct
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import NamedTuple
+
+SEED_MASK = 2**64 - 1
+"""Keys use 64 bits of a seed: a negative one draws as its remainder does."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are drawn and when a sequence ends.
+
+    temperature 0 is greedy (ties go to the lowest id). The filters apply to the distribution after
+    temperature, in the order min_p, top_k, top_p; top_k 0, top_p 1 and min_p 0 switch them off.
+    `stop_ids` end a sequence and are drawn only once `min_tokens` came before them. `logprobs`: how many
+    alternatives to report with each token (0: the token alone), None for no log-probabilities.
+    """
+
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int = 0
+    min_tokens: int = 0
+    stop_ids: frozenset[int] = field(default_factory=frozenset)
+    logprobs: int | None = None
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    def finish_reason(self, token: int, count: int) -> str | None:
+        """Why a sequence ends with `token` as its `count`-th output token: "stop", "length" or None."""
+        if token in self.stop_ids:
+            return "stop"
+        return "length" if count >= self.max_tokens else None
+
+
+class SampleKey(NamedTuple):
+    """Names one random number: which request, which of its prompts and choices, which output token."""
+
+    seed: int
+    prompt_index: int
+    choice: int
+    output_index: int
+
+    def uniform(self) -> float:
+        """A float in [0, 1) that depends on the key alone."""
+        packed = struct.pack(
+            "<QIIQ", self.seed & SEED_MASK, self.prompt_index, self.choice, self.output_index
+        )
+        return float((int.from_bytes(blake2b(packed, digest_size=8).digest(), "little") >> 11) * 2.0**-53)
