@@ -24,7 +24,7 @@ from typing import Any
 import httpx
 
 from bench.model import add_model_arguments, model_flags
-from prad.cli.stack import Stack, answers
+from local_stack.stack import Stack, answers
 
 SMOKE = {"long": 300, "streams": 2, "rounds": 1, "instruction": 48, "repeats": 2, "undisturbed": 8}
 

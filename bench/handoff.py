@@ -26,7 +26,7 @@ from bench.model import add_model_arguments, load, model_flags
 from decode_service import model_spec
 from kvtransfer import DecodeClient, Encoding, LostError, Open, PassRows, Sampling, Token, TransferSettings
 from kvtransfer.memory import keep_freed_memory
-from prad.cli.stack import Stack
+from local_stack.stack import Stack
 from prad.lm import LanguageModel, PackedBatch
 from prefill_service.layers import PassLayers
 

@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from bench.record import RESULTS, write_result
-from prad.cli.serve import stopped_by_signals
+from local_stack.signals import stopped_by_signals
 
 NAMES = (
     "table4",

@@ -25,11 +25,11 @@ from transformers import (
     Qwen3Config,
 )
 
+from local_stack.pushing import push_all
+from local_stack.stack import Stack, answers
 from prad.adapters import find_method, new_adapter, save_parameters
 from prad.adapters.method import FrozenModel
 from prad.artefact import AdapterRecord, Artefact, BaseModelRef, read_artefact, write_record
-from prad.cli.serve import push_all
-from prad.cli.stack import Stack, answers
 from prad.lm import LanguageModel
 from prad.lm.kernels import Kernels, load_kernels
 from prad.lm.kernels.build import built

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bench.runner import NAMES
-from prad.cli.bench import BENCHMARKS
+from prad_cli.bench import BENCHMARKS
 from tests.cli.test_command_line import ENVIRONMENT, prad
 
 ROOT = Path(__file__).parents[2]
@@ -41,10 +41,11 @@ def test_a_wrong_flag_is_named() -> None:
 
 
 def test_without_a_checkout_it_says_where_to_run(tmp_path: Path) -> None:
-    """As installed: the package alone, no bench/ beside it."""
-    shutil.copytree(ROOT / "prad", tmp_path / "prad", ignore=shutil.ignore_patterns("__pycache__"))
+    """As installed: the shipped packages alone, no bench/ beside them."""
+    for package in ("prad_cli", "prad", "adapter_registry"):  # what the command imports as it starts
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
     ended = subprocess.run(
-        [sys.executable, "-m", "prad", "bench", "floor"],
+        [sys.executable, "-m", "prad_cli", "bench", "floor"],
         cwd=tmp_path,
         env=ENVIRONMENT | {"PYTHONPATH": str(tmp_path)},
         capture_output=True,
@@ -71,4 +72,5 @@ def test_a_worker_imports_nothing_of_ours(path: Path) -> None:
     found = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     found |= {alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
     ours = {"bench", "prad", "kvtransfer", "decode_service", "prefill_service", "adapter_registry"}
+    ours |= {"local_stack", "prad_cli"}
     assert not {name.split(".")[0] for name in found if name} & ours

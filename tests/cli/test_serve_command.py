@@ -18,7 +18,7 @@ import pytest
 import prad
 from decode_service import DecodeSettings
 from decode_service.server import _FLUSH_S, _GRACE_S
-from prad.cli.stack import _STOP_S, answers
+from local_stack.stack import _STOP_S, answers
 from tests.conftest import free_ports
 
 SERVICES = ("registry", "decode", "prefill")
@@ -47,7 +47,7 @@ def serving(model: Path, root: Path, api: int, registry: int, decode: int, *more
     """Fails if the command leaves a child behind, however it ends."""
     ports = ["--port", str(api), "--registry-port", str(registry), "--decode-port", str(decode)]
     kept = ["--data-dir", str(root / "data"), "--cache-dir", str(root / "cache")]
-    command = [sys.executable, "-m", "prad", "serve", "--model", str(model), "--dtype", "float32"]
+    command = [sys.executable, "-m", "prad_cli", "serve", "--model", str(model), "--dtype", "float32"]
     with (root / "stderr").open("wb") as stderr:
         process = subprocess.Popen(
             [*command, *ports, *kept, *more],

@@ -40,7 +40,7 @@ PROMPTS = [
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     """The command itself; what it prints is checked before anything is asked."""
     port, registry, decode = free_ports(3)
-    command = [sys.executable, "-m", "prad", "serve", "--adapters", str(ADAPTERS)]
+    command = [sys.executable, "-m", "prad_cli", "serve", "--adapters", str(ADAPTERS)]
     ports = ["--port", str(port), "--registry-port", str(registry), "--decode-port", str(decode)]
     data = ["--data-dir", str(tmp_path_factory.mktemp("demo"))]
     process = subprocess.Popen([*command, *ports, *data], stderr=subprocess.PIPE, text=True)

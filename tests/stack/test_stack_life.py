@@ -15,7 +15,7 @@ from adapter_registry.client import RegistryClient
 from adapter_registry.versions import State
 from kvtransfer.proto import handoff_pb2 as pb
 from kvtransfer.proto.handoff_pb2_grpc import DecodeStub
-from prad.cli.stack import answers
+from local_stack.stack import answers
 from prad.lm import LanguageModel
 from tests.conftest import RunningStack, random_artefact, running_stack
 

@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 
 from prad.adapters import load_adapter
 from prad.artefact import Artefact, GenerationDefaults
-from prad.cli.app import app
 from prad.lm import LanguageModel, Tokenizer
 from prad.training.evaluate import Evaluation, evaluate
 from prad.training.served import ServerError, evaluate_served
+from prad_cli.app import app
 from tests.conftest import free_ports, random_artefact, running_stack
 
 TASKS = {

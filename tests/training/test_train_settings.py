@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 
 from prad.adapters import METHODS, AdapterError, find_method
 from prad.artefact import FULL, read_artefact
-from prad.cli.app import app
 from prad.training.presets import PRESETS, UnknownPresetError, preset_fields, with_own
 from prad.training.settings import TrainSettings
+from prad_cli.app import app
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "training.md"
 

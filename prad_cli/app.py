@@ -6,7 +6,7 @@ import sys
 import typer
 
 from prad import __version__
-from prad.cli import adapter, bench, evaluate, serve, services, train
+from prad_cli import adapter, bench, evaluate, serve, services, train
 
 app = typer.Typer(
     name="prad",
@@ -39,7 +39,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        from prad.cli.errors import known_errors
+        from prad_cli.errors import known_errors
 
         if not isinstance(error, known_errors()):
             raise

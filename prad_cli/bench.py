@@ -7,8 +7,8 @@ from pathlib import Path
 
 import typer
 
-import prad
-from prad.cli.services import PASS_ARGUMENTS
+import prad_cli
+from prad_cli.services import PASS_ARGUMENTS
 
 BENCHMARKS = {
     "table4": "The paper's Table 4: PrAd-PA, PrAd-LoRA, PA and LoRA at 8, 16, 64 tasks.",
@@ -43,7 +43,7 @@ def _command(name: str) -> Callable[[typer.Context], None]:
 
 
 def _run(name: str, arguments: list[str]) -> None:
-    root = Path(prad.__file__).parents[1]
+    root = Path(prad_cli.__file__).parents[1]
     if not (root / "bench" / "runner.py").is_file():
         typer.secho(
             f"error: the benchmarks are part of a checkout only; {root} is none (pip install -e . in one)",
