@@ -8,7 +8,7 @@ from pathlib import Path
 import typer
 
 import prad_cli
-from prad_cli.services import PASS_ARGUMENTS
+from prad_cli.flags import PASS_ARGUMENTS
 
 BENCHMARKS = {
     "table4": "The paper's Table 4: PrAd-PA, PrAd-LoRA, PA and LoRA at 8, 16, 64 tasks.",
