@@ -1,6 +1,5 @@
 """Our server as its users meet it: the real processes, asked through HTTP by the light client."""
 
-import argparse
 import json
 import socket
 import subprocess
@@ -19,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
 from bench.adapters import write_artefacts
+from bench.flags import ShapeFlags
 from bench.model import model_flags
 from bench.record import ROOT
 from local_stack.pushing import push_all
@@ -154,7 +154,7 @@ def bodies(
 
 @contextmanager
 def served(
-    arguments: argparse.Namespace,
+    arguments: ShapeFlags,
     model: LanguageModel,
     adapters: Mapping[str, int],
     *,

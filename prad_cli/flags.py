@@ -97,10 +97,10 @@ def _with_default(field: FieldInfo) -> str:
         said = "; ".join(filter(None, (said.rstrip("."), "repeatable")))
     if field.is_required():
         return f"{said}  [required]"
-    if default is None or default is PydanticUndefined:
+    if default is None or default is False or default is PydanticUndefined:
         return said
-    if isinstance(default, bool):
-        default = "yes" if default else "no"
+    if default is True:
+        default = "yes"
     elif isinstance(default, list):
         default = ", ".join(map(str, default))
     return f"{said}  [default: {default}]"
