@@ -32,12 +32,12 @@ proto: $(VENV)/.tested ## generate the gRPC stubs again
 	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. $(PROTO)
 
 bench: $(VENV)/.benched ## measure, side by side, into bench/results/ (VLLM=, OPENVINO=: their interpreters)
-	set -e; for name in $(BENCHMARKS); do $(BIN)/python -m prad bench $$name; done
-	$(BIN)/python -m prad bench peers $(VLLM:%=--vllm-python %) $(OPENVINO:%=--openvino-python %)
+	set -e; for name in $(BENCHMARKS); do $(BIN)/prad bench $$name; done
+	$(BIN)/prad bench peers $(VLLM:%=--vllm-python %) $(OPENVINO:%=--openvino-python %)
 	$(BIN)/python -m bench.report
 
 bench-smoke: $(VENV)/.benched ## every benchmark, tiny: that they run, not what they say
-	set -e; for name in $(BENCHMARKS) peers; do $(BIN)/python -m prad bench $$name --smoke; done
+	set -e; for name in $(BENCHMARKS) peers; do $(BIN)/prad bench $$name --smoke; done
 
 clean: ## remove the virtual environment and caches (not the converted model)
 	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

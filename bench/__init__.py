@@ -3,8 +3,8 @@
 A benchmark is a module with
 
 - a docstring: what is measured and how; `prad bench NAME --help` shows it
-- SMOKE: values of its arguments that make it small
-- add_arguments(parser): its flags (`--smoke` and `--out` are the runner's)
 - run(arguments) -> dict: the figures, ready for JSON
 - plot(result, figure), if there is something to see
+
+and a class in `bench.flags`: what it can be told, and the values that make it small.
 """

@@ -8,7 +8,6 @@ instruction   requests that begin with the same instruction, with and without th
 Each variant is a prefill service of its own on the same decode service; they take turns within a round.
 """
 
-import argparse
 import asyncio
 import json
 import random
@@ -23,16 +22,15 @@ from typing import Any
 
 import httpx
 
-from bench.model import add_model_arguments, model_flags
-from prad.cli.stack import Stack, answers
-
-SMOKE = {"long": 300, "streams": 2, "rounds": 1, "instruction": 48, "repeats": 2, "undisturbed": 8}
+from bench.flags import Chunking, Variant
+from bench.model import model_flags
+from local_stack.stack import Stack, answers
 
 _STREAM = 2000  # tokens; a stream is closed before it ends
 _REGISTRY, _DECODE, _PREFILL = 18101, 18151, 18110
 _NO_CHUNKS = ["--pass-tokens", "65536", "--chunk-tokens", "65536", "--chunked-kv-mib", "0"]
 _NO_CACHE = ["--prefix-cache-mib", "0"]
-LONG_PROMPT = {
+LONG_PROMPT: dict[Variant, list[str]] = {
     "one pass": [*_NO_CHUNKS, *_NO_CACHE],
     "chunks": _NO_CACHE,
     "chunks of 256": ["--chunk-tokens", "256", *_NO_CACHE],
@@ -43,21 +41,7 @@ LONG_PROMPT = {
 INSTRUCTION = {"no cache": _NO_CACHE, "cache": ["--prefix-cache-mib", "256"]}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
-    parser.add_argument("--long", type=int, default=4096, help="tokens of the long prompt")
-    parser.add_argument("--short", type=int, default=32, help="tokens of the short ones")
-    parser.add_argument("--streams", type=int, default=8, help="running streams")
-    parser.add_argument("--undisturbed", type=int, default=64, help="tokens that they say before")
-    parser.add_argument("--instruction", type=int, default=512, help="tokens of the repeated instruction")
-    parser.add_argument("--repeats", type=int, default=8, help="requests per round that begin with it")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument(
-        "--only", nargs="+", choices=LONG_PROMPT, metavar="VARIANT", help="of the long prompt's variants"
-    )
-
-
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
+def run(arguments: Chunking) -> dict[str, Any]:
     chosen = arguments.only or list(LONG_PROMPT)
     variants = {name: LONG_PROMPT[name] for name in chosen} | INSTRUCTION
     ports = {name: _PREFILL + i for i, name in enumerate(variants)}
@@ -75,9 +59,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         return asyncio.run(_measure(ports, chosen, arguments))
 
 
-async def _measure(
-    ports: dict[str, int], chosen: Sequence[str], arguments: argparse.Namespace
-) -> dict[str, Any]:
+async def _measure(ports: dict[str, int], chosen: Sequence[str], arguments: Chunking) -> dict[str, Any]:
     disturbed: dict[str, list[dict[str, list[float]]]] = {name: [] for name in chosen}
     repeated: dict[str, list[list[float]]] = {name: [] for name in INSTRUCTION}
     async with httpx.AsyncClient(timeout=600, limits=httpx.Limits(max_connections=None)) as client:
@@ -111,7 +93,7 @@ class _Client:
         self._client = client
         self._url = f"http://127.0.0.1:{port}/v1/completions"
 
-    async def long_prompt(self, arguments: argparse.Namespace) -> dict[str, list[float]]:
+    async def long_prompt(self, arguments: Chunking) -> dict[str, list[float]]:
         """Seconds: of the streams' tokens before and meanwhile, and to the first tokens of the prompts."""
         times: list[list[float]] = [[] for _ in range(arguments.streams)]
         running = [asyncio.create_task(self._stream(_ids(arguments.short), _STREAM, each)) for each in times]
@@ -137,7 +119,7 @@ class _Client:
             "long": [long.result()],
         }
 
-    async def instruction(self, arguments: argparse.Namespace) -> list[float]:
+    async def instruction(self, arguments: Chunking) -> list[float]:
         """Seconds to the first token of requests one after another; the first has a new instruction."""
         instruction = _ids(arguments.instruction)
         return [

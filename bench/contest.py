@@ -1,6 +1,5 @@
 """Several servers at the same work in turn: N prompts at once, prefill alone and all of it."""
 
-import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.progress import track
 
 from bench import floor
+from bench.flags import ShapeFlags
 from bench.prompts import random_prompts
 from bench.rounds import interleaved, ratio
 from prad.lm import LanguageModel
@@ -29,15 +29,8 @@ class Contestant:
     adapters: Sequence[str | None]
 
 
-def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--prompt", type=int, default=64, help="tokens in")
-    parser.add_argument("--output", type=int, default=64, help="tokens out")
-    parser.add_argument("--r", type=int, default=16, help="rank of the adapters")
-    parser.add_argument("--rounds", type=int, default=3)
-
-
 def contest(
-    contestants: Mapping[str, Contestant], arguments: argparse.Namespace, model: LanguageModel, what: str
+    contestants: Mapping[str, Contestant], arguments: ShapeFlags, model: LanguageModel, what: str
 ) -> list[dict[str, Any]]:
     """One row per contestant, and the floor's: prefill is the time to one token each, decode the rest.
 

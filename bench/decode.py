@@ -5,7 +5,6 @@ and gRPC. The floor (packed GEMMs plus one read of the KV in use) is measured in
 sequences' KV comes from adapted prompts of so many tasks, all adapters in memory, no prompt pass running.
 """
 
-import argparse
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -13,39 +12,15 @@ from typing import Any
 from bench import floor
 from bench.adapters import ready_adapters
 from bench.engine import LoadedEngine
-from bench.model import add_model_arguments, load
+from bench.flags import Decode
+from bench.model import load
 from bench.own_engine import prompt_kv
 from bench.rounds import interleaved, seconds
 from prad.adapters import PromptAdaptation
 from prad.lm import LanguageModel
 
-SMOKE = {
-    "batches": [1, 8],
-    "contexts": [64, 128],
-    "context_batch": 4,
-    "tasks": [0, 1, 8],
-    "sequences": 8,
-    "rounds": 2,
-    "bandwidth_mib": 64,
-}
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8, 16, 32, 64, 128, 256])
-    parser.add_argument(
-        "--batch-context", type=int, default=100, help="tokens of context in the sweep of batches"
-    )
-    parser.add_argument("--contexts", type=int, nargs="+", default=[64, 128, 256, 512, 1024, 2048, 4096])
-    parser.add_argument("--context-batch", type=int, default=16, help="sequences in the sweep of contexts")
-    parser.add_argument("--tasks", type=int, nargs="+", default=[0, 1, 8, 64], help="0: the plain model")
-    parser.add_argument("--sequences", type=int, default=64, help="sequences in the sweep of tasks")
-    parser.add_argument("--r", type=int, default=16, help="rank of the adapters")
-    parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--bandwidth-mib", type=int, default=1024, help="buffer of the floor's bandwidth")
-
-
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
+def run(arguments: Decode) -> dict[str, Any]:
     model = load(arguments)
     return {
         "model": arguments.model,
@@ -55,7 +30,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _by_batch(model: LanguageModel, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def _by_batch(model: LanguageModel, arguments: Decode) -> list[dict[str, Any]]:
     context = arguments.batch_context
     engines = {
         batch: LoadedEngine(model, batch, context, arguments.rounds + 2) for batch in arguments.batches
@@ -70,7 +45,7 @@ def _by_batch(model: LanguageModel, arguments: argparse.Namespace) -> list[dict[
     ]
 
 
-def _by_context(model: LanguageModel, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def _by_context(model: LanguageModel, arguments: Decode) -> list[dict[str, Any]]:
     batch = arguments.context_batch
     longest = model.max_context - arguments.rounds - 2
     contexts = [min(context, longest) for context in arguments.contexts]
@@ -84,7 +59,7 @@ def _by_context(model: LanguageModel, arguments: argparse.Namespace) -> list[dic
     ]
 
 
-def _by_tasks(model: LanguageModel, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def _by_tasks(model: LanguageModel, arguments: Decode) -> list[dict[str, Any]]:
     """The same prompts under adapters of ever more tasks, all in memory; a step applies none of them."""
     length = 64
     prompts = [[100 + i] * length for i in range(arguments.sequences)]

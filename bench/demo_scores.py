@@ -5,10 +5,11 @@
 The result goes to bench/results/demo_scores.json; README.md in each adapter folder is written anew from it.
 """
 
-import argparse
 import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from bench.record import ROOT, write_result
 from prad.adapters import load_adapter
@@ -25,24 +26,24 @@ SOURCES = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--limit", type=int, help="only the first so many examples of each test split")
-    arguments = parser.parse_args()
+def main(
+    data: Annotated[Path, typer.Option(help="Holds DATA-SET/test.jsonl.")],
+    limit: Annotated[
+        int | None, typer.Option(help="Only the first so many examples of each test split.")
+    ] = None,
+) -> None:
+    """Score the demo adapters and the plain model, and write the adapters' cards."""
     folder = resolve_model(DEFAULT_MODEL, Path("~/.cache/prad"))
     model, tokenizer = LanguageModel.load(folder), Tokenizer(folder)
     stop_ids = model.stop_ids(folder) | {tokenizer.eos_id}
     scores: dict[str, Any] = {}
     for path in sorted(p for p in ADAPTERS.iterdir() if p.is_dir()):
         artefact = read_artefact(path)
-        data = arguments.data / artefact.record.training["data"] / "test.jsonl"
-        examples = read_examples(data, arguments.limit)
+        file = data / artefact.record.training["data"] / "test.jsonl"
+        examples = read_examples(file, limit)
         adapter = load_adapter(artefact, model)
         own, plain = (
-            evaluate(
-                model, tokenizer, artefact.record, chosen, data, stop_ids=stop_ids, limit=arguments.limit
-            )
+            evaluate(model, tokenizer, artefact.record, chosen, file, stop_ids=stop_ids, limit=limit)
             for chosen in (adapter, None)
         )
         scores[path.name] = {
@@ -104,4 +105,4 @@ Answer: {scores["first_answer"]["answer"]}
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

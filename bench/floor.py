@@ -7,7 +7,6 @@ larger than the caches. Nothing else of a step is counted: norms, softmax, RoPE,
 what a real step pays on top.
 """
 
-import argparse
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,23 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.model import add_model_arguments, load
+from bench.flags import Floor
+from bench.model import load
 from bench.rounds import Samples, interleaved, seconds
 from prad.lm import LanguageModel
 from prad.lm.kernels import Out, PackedLinear
 
-SMOKE = {"batches": [1, 8], "rounds": 2, "bandwidth_mib": 64}
 _JOINED = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 16, 64, 256])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--bandwidth-mib", type=int, default=1024, help="size of the buffer that is read")
-
-
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
+def run(arguments: Floor) -> dict[str, Any]:
     ground = Ground(load(arguments), arguments.batches, arguments.bandwidth_mib, stored=True)
     return ground.figures(interleaved(ground.kinds, arguments.rounds, "floor"))
 

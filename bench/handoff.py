@@ -6,7 +6,6 @@ is each time one that ends the request, so decode steps do not count. Cost is co
 processes as well, because they share the cores: waiting costs nothing, work does.
 """
 
-import argparse
 import asyncio
 import statistics
 import tempfile
@@ -22,17 +21,17 @@ import psutil
 import torch
 from torch import Tensor
 
-from bench.model import add_model_arguments, load, model_flags
+from bench.flags import Handoff
+from bench.model import load, model_flags
 from kvtransfer import DecodeClient, Encoding, LostError, Open, PassRows, TransferSettings
 from kvtransfer.layout import plane_bytes
 from kvtransfer.memory import keep_freed_memory
-from prad.cli.stack import Stack
+from local_stack.stack import Stack
 from prad.core.sampling import SamplingParams
 from prad.core.tokens import Token
 from prad.lm import LanguageModel, PackedBatch
 from prefill_service.layers import PassLayers
 
-SMOKE = {"rounds": 1, "bursts": [(4, 16), (1, 64)]}
 DECODE = 18061
 STOP = 5  # the token that every request gets first, and that ends it
 SEGMENT = TransferSettings().shared_bytes
@@ -124,20 +123,7 @@ class Burst:
             layers.put(layer, key, value)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
-    parser.add_argument(
-        "--bursts",
-        type=_shape,
-        nargs="+",
-        default=[(64, 64), (8, 512)],
-        metavar="PxT",
-        help="P prompts of T tokens each (default 64x64 8x512)",
-    )
-    parser.add_argument("--rounds", type=int, default=5)
-
-
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
+def run(arguments: Handoff) -> dict[str, Any]:
     keep_freed_memory()  # as a prefill service does
     with tempfile.TemporaryDirectory() as folder, Stack(Path(folder)) as stack:
         stack.start("decode", [*model_flags(arguments), "--port", str(DECODE), "--kv-cache-mib", "256"])
@@ -252,12 +238,3 @@ def _median(values: Any) -> float:
 
 def _ms(seconds: Any) -> float:
     return round(1000 * float(statistics.median(seconds)), 1)
-
-
-def _shape(text: str) -> tuple[int, int]:
-    """`8x512`: prompts and tokens of each."""
-    try:
-        prompts, tokens = (int(part) for part in text.split("x"))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not PROMPTSxTOKENS") from error
-    return prompts, tokens

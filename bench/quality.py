@@ -9,79 +9,30 @@ the cells: of one computing thread each, they are faster than one of many.
     prad bench quality --data DIR --threads 1  # once for each core
 """
 
-import argparse
 import contextlib
 import statistics
-from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 from rich.console import Console
 
-from bench.model import add_model_arguments, load, model_folder
+from bench.flags import Quality
+from bench.model import load, model_folder
 from bench.quality_bootstrap import counts, mean_score, paired_difference
-from bench.quality_cells import Column, Row, Study
+from bench.quality_cells import Study
+from bench.quality_table import COLUMNS, ROWS, Column, Row
 from bench.record import machine
 from prad.adapters import METHODS
 from prad.lm import Tokenizer, served_name
 
-SMOKE = {"tasks": ["e2e"], "methods": ["PrAd-PA", "PA", "plain model"], "size": 0.004}
 
-ROWS = (
-    Row("PrAd-PA", "prad-pa", against="PA"),
-    Row("PrAd-LoRA", "prad-lora", against="LoRA"),
-    Row("PA", "prad-pa", "all"),
-    Row("LoRA", "prad-lora", "all"),
-    Row("prefix tuning", "prad-prefix"),
-    Row("plain model", None, seeds=1),
-    # the rest of the family: whether it learns at all. Few numbers move in larger steps; none is tuned
-    Row(
-        "PrAd-LoRA-FFN",
-        "prad-lora",
-        config=(("targets", ["gate", "up", "down"]),),
-        first_task_only=True,
-        seeds=1,
-    ),
-    Row("PrAd-SA", "prad-sa", against="SA", first_task_only=True),
-    Row("SA", "prad-sa", "all", first_task_only=True),
-    Row("PrAd-DoRA", "prad-dora", first_task_only=True, seeds=1),
-    Row("PrAd-MaM", "prad-mam", first_task_only=True, seeds=1),
-    Row("PrAd-BitFit", "prad-bitfit", learning_rate=1e-2, first_task_only=True, seeds=1),
-    Row("PrAd-IA3", "prad-ia3", learning_rate=1e-2, first_task_only=True, seeds=1),
-    Row("prompt tuning", "prad-prompt", learning_rate=1e-2, first_task_only=True, seeds=1),
-    Row("PrAd-PARA", "prad-para", first_task_only=True, seeds=1),
-    Row("PARA", "para", first_task_only=True, seeds=1),
-)
-# so many that a cell takes some minutes on two cores
-COLUMNS = (
-    Column("sentiment_movie", "accuracy", 1280, 2.0, 500, 8, seeds=(0, 1, 2)),
-    Column("e2e", "bleu", 960, 1.0, 330, 80),
-    Column("mnli", "accuracy", 1280, 1.0, 500, 8),
-    Column("mt_multi30k", "bleu", 1280, 1.0, 300, 64),
-)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--data", type=Path, required=True, help="folder of the tasks' folders")
-    names = [column.task for column in COLUMNS]
-    parser.add_argument("--tasks", nargs="+", choices=names, default=names)
-    labels = [row.name for row in ROWS]
-    parser.add_argument("--methods", nargs="+", choices=labels, default=labels)
-    parser.add_argument("--size", type=float, default=1.0, help="this part of the examples")
-    parser.add_argument("--threads", type=int, help="computing threads; all cores without it")
-    parser.add_argument("--beams", type=int, default=1, help="3 as in the paper; 1 is greedy")
-    parser.add_argument("--cells", type=int, help="compute at most so many cells now")
-
-
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
+def run(arguments: Quality) -> dict[str, Any]:
     console = Console(stderr=True)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     folder = model_folder(arguments)
-    model, tokenizer = load(arguments), Tokenizer(folder)
+    model, tokenizer = load(arguments, arguments.device), Tokenizer(folder)
     cells = arguments.out / "quality"
     study = Study(
         model,

@@ -14,43 +14,15 @@ from typing import Any
 
 from sacrebleu.metrics.bleu import BLEU
 
+from bench.quality_table import Column, Row
 from bench.record import setting
 from prad.adapters import load_adapter
 from prad.artefact import AdapterRecord, BaseModelRef, GenerationDefaults, read_artefact
 from prad.lm import LanguageModel, Tokenizer
 from prad.training.data import Example, read_examples
 from prad.training.evaluate import Evaluation, evaluate
-from prad.training.objective import Positions
 from prad.training.settings import TrainSettings
 from prad.training.train import train
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A method as it is compared. `method` None: the plain model. `against`: its all-position counterpart.
-    `config`: what of its settings is not the default. `seeds`: so many of a column's; None: all."""
-
-    name: str
-    method: str | None
-    positions: Positions = "prompt"
-    learning_rate: float = 1e-3
-    against: str | None = None
-    config: tuple[tuple[str, Any], ...] = ()
-    first_task_only: bool = False
-    seeds: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Column:
-    """A task: how much of it is trained and tested, the same for all rows, and the score that counts."""
-
-    task: str
-    metric: str
-    train: int
-    epochs: float
-    test: int
-    max_tokens: int
-    seeds: tuple[int, ...] = (0,)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,5 @@
 """Where and with what a figure was measured, and where results go."""
 
-import argparse
 import json
 import platform
 import subprocess
@@ -12,18 +11,20 @@ from typing import Any
 import psutil
 import torch
 
+from bench.flags import RESULTS, Flags
+
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "bench" / "results"
 _PACKAGES = ("torch", "transformers", "grpcio", "fastapi")
 
 
 def write_result(
-    name: str, figures: dict[str, Any], arguments: argparse.Namespace | None = None, folder: Path = RESULTS
+    name: str, figures: dict[str, Any], arguments: Flags | None = None, folder: Path = RESULTS
 ) -> Path:
     """Writes <folder>/<name>.json: the figures, and what they depend on."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    given = {} if arguments is None else {k: _plain(v) for k, v in vars(arguments).items() if k != "out"}
+    told = {} if arguments is None else arguments.model_dump(exclude={"out"})
+    given = {name: _plain(value) for name, value in told.items()}
     device = "cpu" if arguments is None else getattr(arguments, "device", "cpu")
     content = {"setting": setting(device)} | ({"arguments": given} if given else {}) | figures
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")

@@ -13,31 +13,31 @@ of a list in it (a dot steps into an object or picks from a list), and the colum
 Between `<!-- gates -->` and the end stands what was asked of the server: see bench.gates.
 """
 
-import argparse
 import json
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from bench import gates
-from bench.record import RESULTS, ROOT, machine
+from bench.flags import RESULTS
+from bench.record import ROOT, machine
 
 DOCUMENTS = tuple(ROOT / "docs" / f"{name}.md" for name in ("performance", "quality", "training"))
 _GATES = re.compile(r"(<!-- gates -->\n).*?(<!-- end -->)", re.DOTALL)
 _TABLE = re.compile(r"(<!-- table (\S+) (\S+) \|(.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--check", action="store_true")
-    arguments = parser.parse_args()
+def main(
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; exit 1 if not up to date.")] = False,
+) -> None:
+    """Write the tables of the documents anew from bench/results."""
     before = {path: path.read_text(encoding="utf-8") for path in DOCUMENTS}
     after = {path: render(text, RESULTS) for path, text in before.items()}
     changed = [path for path in DOCUMENTS if after[path] != before[path]]
-    if arguments.check and changed:
+    if check and changed:
         names = " and ".join(path.name for path in changed)
         sys.exit(f"not what bench/results says: {names}; run bench.report")
     for path in changed:
@@ -111,4 +111,4 @@ def _cell(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

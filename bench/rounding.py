@@ -6,21 +6,20 @@ service, or what int8 leaves of them; the tokens behind them are computed by the
 weights.
 """
 
-import argparse
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.model import add_model_arguments, load, model_folder
+from bench.flags import Rounding
+from bench.model import load, model_folder
 from bench.record import ROOT
 from kvtransfer.int8 import dequantise, quantise
 from prad.lm import LanguageModel, ModelError, PackedBatch, Tokenizer
 from prad.lm.attention import Ragged
 
 PROMPT, FOLLOWING = 64, 32
-SMOKE = {"tokens": FOLLOWING}
 
 Layers = list[tuple[Tensor, Tensor]]
 """Per layer keys and values [T, kv_heads, dim]."""
@@ -48,12 +47,7 @@ class GivenPrompts:
         return self.ragged.attend(query, key, value, scale, window)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
-    parser.add_argument("--tokens", type=int, default=512, help="teacher-forced tokens")
-
-
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
+def run(arguments: Rounding) -> dict[str, Any]:
     """Raises ModelError where the kernels, which alone have rounded weights, are not in use."""
     model, rounded = load(arguments), load(arguments)
     if rounded.kernels is None:

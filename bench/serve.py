@@ -9,7 +9,6 @@ streaming  N streaming clients at once against the engine's own tokens/s: as the
            in the same seconds, and alone in this process. The client's own CPU time is subtracted.
 """
 
-import argparse
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -24,44 +23,18 @@ import psutil
 
 from bench.adapters import write_artefacts
 from bench.engine import LoadedEngine
+from bench.flags import Serve
 from bench.latency import latencies, steady_tokens_per_s
-from bench.model import add_model_arguments, load
+from bench.model import load
 from bench.prompts import poisson_arrivals, random_prompts
 from bench.rounds import interleaved, ratio, seconds
 from bench.serving import Served, Steps, bodies, served
 from prad.lm import LanguageModel
 
 _PUSHED = 192  # adapters for a round at most
-SMOKE = {
-    "requests": 2,
-    "loaded": 3,
-    "prompt": 8,
-    "output": 8,
-    "rounds": 1,
-    "clients": [2],
-    "rates": [2.0],
-    "open_seconds": 2.0,
-    "r": 4,
-}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
-    parser.add_argument("--requests", type=int, default=64, help="requests at once, each of its own task")
-    parser.add_argument("--loaded", type=int, default=512, help="tasks that the server has in all")
-    parser.add_argument(
-        "--adapters-mib", type=int, default=256, help="the server's room for resident adapters"
-    )
-    parser.add_argument("--prompt", type=int, default=64, help="tokens in")
-    parser.add_argument("--output", type=int, default=64, help="tokens out")
-    parser.add_argument("--r", type=int, default=16, help="rank of the adapters")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 64], help="of the closed loop")
-    parser.add_argument("--rates", type=float, nargs="+", default=[1, 2, 4, 8], help="requests/s, open loop")
-    parser.add_argument("--open-seconds", type=float, default=20.0, help="how long each rate lasts")
-
-
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
+def run(arguments: Serve) -> dict[str, Any]:
     model = load(arguments)
     room = ["--adapters-mib", str(arguments.adapters_mib)]
     with served(arguments, model, {"prad-pa": arguments.loaded}, prefill=room) as server:
@@ -78,7 +51,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 class _Prompts:
     """Fresh random prompts at every call: no cache knows them."""
 
-    def __init__(self, model: LanguageModel, arguments: argparse.Namespace) -> None:
+    def __init__(self, model: LanguageModel, arguments: Serve) -> None:
         self._length, self._vocabulary = arguments.prompt, model.vocab_size
         self._seeds = count()
 
@@ -86,16 +59,14 @@ class _Prompts:
         return random_prompts(number, self._length, self._vocabulary, next(self._seeds))
 
 
-def _tasks(
-    server: Served, model: LanguageModel, prompts: _Prompts, arguments: argparse.Namespace
-) -> list[dict[str, Any]]:
+def _tasks(server: Served, model: LanguageModel, prompts: _Prompts, arguments: Serve) -> list[dict[str, Any]]:
     number, names = arguments.requests, server.tasks["prad-pa"]
     in_turn = cycle(names)
     few = f"{number} tasks"
     pushed = f"{few}, adapters pushed meanwhile"
     kinds: dict[str, Callable[[], Sequence[str | None]]] = {
         few: lambda: names[:number],
-        "one task": lambda: names[:1] * number,
+        "one task": lambda: [names[0]] * number,
         "plain model": lambda: [None] * number,
         pushed: lambda: names[:number],
         f"{number} of {len(names)} tasks in turn": lambda: list(islice(in_turn, number)),
@@ -135,9 +106,7 @@ def _tasks(
 
 
 @contextmanager
-def _new_adapters(
-    model: LanguageModel, first: int, arguments: argparse.Namespace
-) -> Iterator[Iterator[Path]]:
+def _new_adapters(model: LanguageModel, first: int, arguments: Serve) -> Iterator[Iterator[Path]]:
     """Folders of adapters that the server does not know, numbered from `first` on; one for every round."""
     with tempfile.TemporaryDirectory() as name:
         folders = [Path(name) / str(number) for number in range(arguments.rounds + 1)]
@@ -173,7 +142,7 @@ def _pushing(server: Served, folder: Path) -> Iterator[Pushes]:
         pushed.result()
 
 
-def _closed(server: Served, prompts: _Prompts, clients: int, arguments: argparse.Namespace) -> dict[str, Any]:
+def _closed(server: Served, prompts: _Prompts, clients: int, arguments: Serve) -> dict[str, Any]:
     number = max(2 * clients, 16)
     tasks = list(islice(cycle(server.tasks["prad-pa"]), number))
     asked = bodies(prompts.take(number), arguments.output, tasks, stream=True)
@@ -181,7 +150,7 @@ def _closed(server: Served, prompts: _Prompts, clients: int, arguments: argparse
     return {"clients": clients, "requests": number, **latencies(done), "memory_mib": server.memory_mib()}
 
 
-def _open(server: Served, prompts: _Prompts, rate: float, arguments: argparse.Namespace) -> dict[str, Any]:
+def _open(server: Served, prompts: _Prompts, rate: float, arguments: Serve) -> dict[str, Any]:
     arrivals = list(poisson_arrivals(rate, arguments.open_seconds, seed=1)) or [0.0]
     tasks = list(islice(cycle(server.tasks["prad-pa"]), len(arrivals)))
     asked = bodies(prompts.take(len(arrivals)), arguments.output, tasks, stream=True)
@@ -189,9 +158,7 @@ def _open(server: Served, prompts: _Prompts, rate: float, arguments: argparse.Na
     return {"rate": rate, "requests": len(arrivals), **latencies(done)}
 
 
-def _streaming(
-    server: Served, model: LanguageModel, prompts: _Prompts, arguments: argparse.Namespace
-) -> dict[str, Any]:
+def _streaming(server: Served, model: LanguageModel, prompts: _Prompts, arguments: Serve) -> dict[str, Any]:
     number, tasks = arguments.requests, server.tasks["prad-pa"][: arguments.requests]
     per_engine: list[float] = []
     client_cpu: list[float] = []

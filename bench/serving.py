@@ -1,6 +1,5 @@
 """Our server as its users meet it: the real processes, asked through HTTP by the light client."""
 
-import argparse
 import json
 import socket
 import subprocess
@@ -19,10 +18,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
 from bench.adapters import write_artefacts
+from bench.flags import ShapeFlags
 from bench.model import model_flags
 from bench.record import ROOT
-from prad.cli.serve import push_all
-from prad.cli.stack import Stack, StackError, answers
+from local_stack.pushing import push_all
+from local_stack.stack import Stack, StackError, answers
 from prad.lm import LanguageModel
 
 
@@ -128,7 +128,7 @@ class Served:
     def memory_mib(self) -> dict[str, float]:
         """Each service's own memory: what it shares with others, such as the mapped weights, left out."""
         services = {
-            c.cmdline()[3]: c for c in psutil.Process().children() if c.cmdline()[1:3] == ["-m", "prad"]
+            c.cmdline()[3]: c for c in psutil.Process().children() if c.cmdline()[1:3] == ["-m", "prad_cli"]
         }
         return {name: round(p.memory_full_info().uss / 2**20, 1) for name, p in sorted(services.items())}
 
@@ -154,7 +154,7 @@ def bodies(
 
 @contextmanager
 def served(
-    arguments: argparse.Namespace,
+    arguments: ShapeFlags,
     model: LanguageModel,
     adapters: Mapping[str, int],
     *,

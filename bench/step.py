@@ -4,17 +4,16 @@ For each number of sequences, with the model's own weights and with weights roun
 are those of the round whose total is the median one.
 """
 
-import argparse
 import time
 from collections import Counter
 from typing import Any
 
 from bench.engine import LoadedEngine
-from bench.model import add_model_arguments, load
+from bench.flags import Step
+from bench.model import load
 from prad.lm import LanguageModel, ModelError
 from prad.lm.kernels import Kind, Precision
 
-SMOKE = {"batches": [1, 8], "rounds": 2}
 PARTS = {
     Kind.LINEAR: "gemms_ms",
     Kind.ATTENTION: "attention_ms",
@@ -24,14 +23,7 @@ PARTS = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64])
-    parser.add_argument("--context", type=int, default=100, help="tokens of each sequence")
-    parser.add_argument("--rounds", type=int, default=15)
-
-
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
+def run(arguments: Step) -> dict[str, Any]:
     """Raises ModelError where the kernels are not in use: torch's calls cannot be told apart here."""
     precisions: tuple[Precision, ...] = ("full", "int8")
     models = {}
@@ -50,7 +42,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _parts(model: LanguageModel, batch: int, arguments: argparse.Namespace) -> dict[str, float]:
+def _parts(model: LanguageModel, batch: int, arguments: Step) -> dict[str, float]:
     engine = LoadedEngine(model, batch, arguments.context, arguments.rounds + 2)
     engine.step()
     rounds = []

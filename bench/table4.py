@@ -7,34 +7,27 @@ recorded, as its rows with adapters are. Speed-up: against PEFT's LoRA, and agai
 own engine.
 """
 
-import argparse
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from bench.adapters import ready_adapters, write_peft_lora
-from bench.contest import Contestant, add_shape_arguments, contest, times
-from bench.model import add_model_arguments, load, model_folder
+from bench.contest import Contestant, contest, times
+from bench.flags import Table4
+from bench.model import load, model_folder
 from bench.own_engine import OwnEngine
 from bench.peer import Peer
 from bench.serving import served
 from prad.adapters import METHODS
 
-SMOKE = {"tasks": [2], "prompt": 8, "output": 4, "rounds": 1, "r": 4}
 _METHODS = {"prad-pa": "PrAd-PA", "prad-lora": "PrAd-LoRA"}
 _OWN = {"prad-pa": "PA, our engine", "prad-lora": "LoRA, our engine"}
 _PLAIN = "no adapters, our engine"
 _PEFT = "LoRA, PEFT"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
-    parser.add_argument("--tasks", type=int, nargs="+", default=[8, 16, 64])
-    add_shape_arguments(parser)
-
-
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
+def run(arguments: Table4) -> dict[str, Any]:
     model = load(arguments)
     most = max(arguments.tasks)
     methods = [method for method in _METHODS if method in METHODS]

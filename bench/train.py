@@ -11,7 +11,6 @@ in the same rounds and on the same examples:
     prad bench train --data DIR/sentiment_movie
 """
 
-import argparse
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from bench.model import add_model_arguments, model_folder
+from bench.flags import Train
+from bench.model import model_folder
 from bench.rounds import interleaved, ratio, seconds
 from prad.adapters import METHODS, find_method, new_adapter, reparametrised
 from prad.artefact import AdapterRecord, BaseModelRef
@@ -29,7 +29,6 @@ from prad.lm import LanguageModel, Tokenizer
 from prad.training.data import collate, read_examples, tokenise
 from prad.training.objective import AdapterTuning, CompletionLoss, FullTuning, Positions
 
-SMOKE = {"rounds": 2, "batch": 2, "methods": ["prad-pa", "prad-prefix"]}
 FLOOR, PEFT, FULL = "gemms", "PEFT: LoRA", "full"
 _BATCHES = 4
 _SHOWN = 12  # operations of the profile
@@ -37,22 +36,13 @@ _SHOWN = 12  # operations of the profile
 Batch = dict[str, Tensor]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--data", type=Path, required=True, help="folder of a task, with train.jsonl")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--batch", type=int, default=16, help="examples of a step")
-    parser.add_argument("--rounds", type=int, default=7, help="steps of each variant")
-
-
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    folder = model_folder(arguments)
+def run(arguments: Train) -> dict[str, Any]:
+    folder, methods = model_folder(arguments), arguments.methods or list(METHODS)
     model = LanguageModel.load(folder, device=arguments.device)
     batches = _batches(arguments, Tokenizer(folder), model.device)
     tokens = [int(batch["ids"].numel()) for batch in batches]
     steps: dict[str, Callable[[Batch], object]] = {FLOOR: _gemms(model, batches)}
-    for method in arguments.methods:
+    for method in methods:
         steps[method] = _step(_tuning(model, method, "prompt"))
     steps["LoRA, all positions"] = _step(_tuning(model, "prad-lora", "all"))
     if not arguments.smoke:
@@ -78,7 +68,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             }
             for name in steps
         ],
-        "profile": _profile(lambda: steps[arguments.methods[0]](batches[0])),
+        "profile": _profile(lambda: steps[methods[0]](batches[0])),
     }
 
 
@@ -99,7 +89,7 @@ def _next(step: Callable[[Batch], object], batches: Sequence[Batch]) -> Callable
     return once
 
 
-def _batches(arguments: argparse.Namespace, tokenizer: Tokenizer, device: torch.device) -> list[Batch]:
+def _batches(arguments: Train, tokenizer: Tokenizer, device: torch.device) -> list[Batch]:
     record = AdapterRecord(
         method="none", config={}, base=BaseModelRef(name=arguments.model, architecture="", weights="")
     )

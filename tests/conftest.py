@@ -1,9 +1,9 @@
 """Tiny random float32 models, adapters with weight on every parameter, and the real stack in processes."""
 
-import socket
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -25,11 +25,11 @@ from transformers import (
     Qwen3Config,
 )
 
+from local_stack.pushing import push_all
+from local_stack.stack import Stack, answers
 from prad.adapters import find_method, new_adapter, save_parameters
 from prad.adapters.method import FrozenModel
 from prad.artefact import AdapterRecord, Artefact, BaseModelRef, read_artefact, write_record
-from prad.cli.serve import push_all
-from prad.cli.stack import Stack, answers
 from prad.lm import LanguageModel
 from prad.lm.kernels import Kernels, load_kernels
 from prad.lm.kernels.build import built
@@ -195,8 +195,18 @@ class RunningStack:
     restart_decode: Callable[[], None]
 
 
+StackMaker = Callable[..., AbstractContextManager[RunningStack]]
+
+
+@pytest.fixture(scope="session")
+def running_stack(unused_tcp_port_factory: Callable[[], int]) -> StackMaker:
+    """`running_stack(model, adapters, root, ...)`: see `_running_stack`."""
+    return partial(_running_stack, unused_tcp_port_factory)
+
+
 @contextmanager
-def running_stack(
+def _running_stack(
+    unused_port: Callable[[], int],
     model: Path,
     adapters: Path | None,
     root: Path,
@@ -212,7 +222,7 @@ def running_stack(
     `adapters`: a folder of adapter folders, pushed as tasks of their names. `prefill` and `decode`: their
     settings; `decode_model`: another model for decode, with which prefill never gets ready.
     """
-    api_port, registry_port, decode_port = free_ports(3)
+    api_port, registry_port, decode_port = (unused_port() for _ in range(3))
     api, registry = f"http://127.0.0.1:{api_port}", f"http://127.0.0.1:{registry_port}"
     (root / "cache").mkdir()
     common = ["--dtype", "float32", "--cache-dir", str(root / "cache"), "--threads", "1"]
@@ -244,13 +254,3 @@ def running_stack(
 
 def _flags(settings: Mapping[str, Any]) -> list[str]:
     return [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports

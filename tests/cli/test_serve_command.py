@@ -18,8 +18,7 @@ import pytest
 import prad
 from decode_service import DecodeSettings
 from decode_service.server import _FLUSH_S, _GRACE_S
-from prad.cli.stack import _STOP_S, answers
-from tests.conftest import free_ports
+from local_stack.stack import _STOP_S, answers
 
 SERVICES = ("registry", "decode", "prefill")
 
@@ -47,7 +46,7 @@ def serving(model: Path, root: Path, api: int, registry: int, decode: int, *more
     """Fails if the command leaves a child behind, however it ends."""
     ports = ["--port", str(api), "--registry-port", str(registry), "--decode-port", str(decode)]
     kept = ["--data-dir", str(root / "data"), "--cache-dir", str(root / "cache")]
-    command = [sys.executable, "-m", "prad", "serve", "--model", str(model), "--dtype", "float32"]
+    command = [sys.executable, "-m", "prad_cli", "serve", "--model", str(model), "--dtype", "float32"]
     with (root / "stderr").open("wb") as stderr:
         process = subprocess.Popen(
             [*command, *ports, *kept, *more],
@@ -91,8 +90,14 @@ def model(tiny_model: Callable[[str], Path]) -> Path:
     return tiny_model("llama")
 
 
-def test_ctrl_c_stops_the_last_started_first(model: Path, tmp_path: Path) -> None:
-    api, *others = free_ports(3)
+@pytest.fixture
+def ports(unused_tcp_port_factory: Callable[[], int]) -> list[int]:
+    """The API's, the registry's, decode's."""
+    return [unused_tcp_port_factory() for _ in range(3)]
+
+
+def test_ctrl_c_stops_the_last_started_first(model: Path, tmp_path: Path, ports: list[int]) -> None:
+    api, *others = ports
     with serving(model, tmp_path, api, *others, "--threads", "1", "--nice", "3") as serve:
         until(lambda: serve.process.poll() is not None or "Ctrl-C stops everything" in serve.said)
         assert serve.process.poll() is None, serve.said
@@ -114,16 +119,16 @@ def test_ctrl_c_stops_the_last_started_first(model: Path, tmp_path: Path) -> Non
         assert "Traceback" not in serve.said
 
 
-def test_sigterm_while_it_starts(model: Path, tmp_path: Path) -> None:
-    with serving(model, tmp_path, *free_ports(3)) as serve:
+def test_sigterm_while_it_starts(model: Path, tmp_path: Path, ports: list[int]) -> None:
+    with serving(model, tmp_path, *ports) as serve:
         until(lambda: len(children(tmp_path)) == 3)
         serve.process.send_signal(signal.SIGTERM)
         assert serve.process.wait() in INTERRUPTED
         assert "Traceback" not in serve.said
 
 
-def test_a_second_ctrl_c_kills_whoever_hangs(model: Path, tmp_path: Path) -> None:
-    with serving(model, tmp_path, *free_ports(3)) as serve:
+def test_a_second_ctrl_c_kills_whoever_hangs(model: Path, tmp_path: Path, ports: list[int]) -> None:
+    with serving(model, tmp_path, *ports) as serve:
         until(lambda: serve.process.poll() is not None or "Ctrl-C stops everything" in serve.said)
         # it cannot heed the request to stop. Not while it starts: when a helper of a stopped process group of
         # its own session ends, Linux sends the group SIGHUP and SIGCONT
@@ -136,26 +141,28 @@ def test_a_second_ctrl_c_kills_whoever_hangs(model: Path, tmp_path: Path) -> Non
         assert "Traceback" not in serve.said
 
 
-def test_8_bit_weights_are_decodes_to_make_or_refuse(model: Path, tmp_path: Path) -> None:
-    with serving(model, tmp_path, *free_ports(3), "--weights", "int8") as serve:
+def test_8_bit_weights_are_decodes_to_make_or_refuse(model: Path, tmp_path: Path, ports: list[int]) -> None:
+    with serving(model, tmp_path, *ports, "--weights", "int8") as serve:
         assert serve.process.wait() == 1
         assert "error: decode ended with status 1" in serve.said
         assert "error: int8 weights need the kernels" in serve.said
         assert "Traceback" not in serve.said
 
 
-def test_a_data_folder_that_cannot_be_made_is_said_clearly(model: Path, tmp_path: Path) -> None:
+def test_a_data_folder_that_cannot_be_made_is_said_clearly(
+    model: Path, tmp_path: Path, ports: list[int]
+) -> None:
     (tmp_path / "data").touch()
-    with serving(model, tmp_path, *free_ports(3)) as serve:
+    with serving(model, tmp_path, *ports) as serve:
         assert serve.process.wait() == 1
         assert serve.said.startswith(f"error: logs cannot be kept in {tmp_path / 'data' / 'logs'}")
         assert "Traceback" not in serve.said
 
 
-def test_a_log_that_cannot_be_written_is_said_clearly(model: Path, tmp_path: Path) -> None:
+def test_a_log_that_cannot_be_written_is_said_clearly(model: Path, tmp_path: Path, ports: list[int]) -> None:
     log = tmp_path / "data" / "logs" / "registry.log"
     log.mkdir(parents=True)
-    with serving(model, tmp_path, *free_ports(3)) as serve:
+    with serving(model, tmp_path, *ports) as serve:
         assert serve.process.wait() == 1
         assert "error: the log of registry cannot be kept: " in serve.said
         assert str(log) in serve.said
@@ -170,8 +177,7 @@ def test_whoever_stops_decode_gives_it_the_time_to_end() -> None:
 
 
 @pytest.mark.parametrize("taken", [0, 2], ids=["the API's port", "decode's port"])
-def test_a_taken_port_is_said_clearly(taken: int, model: Path, tmp_path: Path) -> None:
-    ports = free_ports(3)
+def test_a_taken_port_is_said_clearly(taken: int, model: Path, tmp_path: Path, ports: list[int]) -> None:
     with (
         socket.create_server(("127.0.0.1", ports[taken])),
         serving(model, tmp_path, *ports) as serve,

@@ -6,16 +6,16 @@ import signal
 import sys
 from pathlib import Path
 
-from handing_over import llama, prefilling, prompt, quick, unused_port
+from handing_over import llama, prefilling, prompt, quick
 
 from kvtransfer import LostError
 from prad.core.sampling import SamplingParams
 from prad.lm import LanguageModel
 
 
-async def test_it_serves_and_drains(tmp_path: Path) -> None:
+async def test_it_serves_and_drains(tmp_path: Path, unused_tcp_port: int) -> None:
     llama().module.save_pretrained(tmp_path)  # type: ignore[operator]
-    port = unused_port()
+    port = unused_tcp_port
     environment = {
         "PRAD_DECODE_MODEL": str(tmp_path),
         "PRAD_DECODE_PORT": str(port),

@@ -15,7 +15,6 @@ from handing_over import (
     prefilling,
     prompt,
     quick,
-    unused_port,
 )
 
 from decode_service import BindError, CacheTooSmallError, DecodeServer, serving
@@ -200,8 +199,8 @@ async def test_a_cache_without_room_is_a_clear_error() -> None:
             pass
 
 
-async def test_metrics(model: LanguageModel) -> None:
-    port = unused_port()
+async def test_metrics(model: LanguageModel, unused_tcp_port: int) -> None:
+    port = unused_tcp_port
     async with (
         serving(decode_settings(metrics_port=port), model) as server,
         prefilling(model, server.port) as client,

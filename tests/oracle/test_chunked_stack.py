@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from prad.lm import LanguageModel
-from tests.conftest import random_artefact, running_stack
+from tests.conftest import StackMaker, random_artefact
 from tests.oracle.comparing import OracleMismatchError, body, check, served
 from tests.oracle.reference import Fault, Reference
 
@@ -54,6 +54,7 @@ def case(
     tiny_model: Callable[[str], Path],
     load_tiny: Callable[[str], LanguageModel],
     tmp_path_factory: pytest.TempPathFactory,
+    running_stack: StackMaker,
 ) -> Iterator[Case]:
     root, model = tmp_path_factory.mktemp("chunked"), tiny_model(request.param)
     for seed, task in enumerate(("red", "green")):

@@ -15,7 +15,7 @@ import pytest
 
 from prad.adapters import METHODS
 from prad.lm import LanguageModel
-from tests.conftest import random_artefact, running_stack
+from tests.conftest import StackMaker, random_artefact
 from tests.oracle.comparing import OracleMismatchError, Served, body, check, served
 from tests.oracle.formulas import PLACES
 from tests.oracle.reference import Fault, Reference
@@ -97,6 +97,7 @@ def case(
     tiny_model: Callable[[str], Path],
     load_tiny: Callable[[str], LanguageModel],
     tmp_path_factory: pytest.TempPathFactory,
+    running_stack: StackMaker,
 ) -> Iterator[Case]:
     root = tmp_path_factory.mktemp("stack")
     family, kernels = request.param

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from prad.lm import LanguageModel
-from tests.conftest import random_artefact, running_stack
+from tests.conftest import StackMaker, random_artefact
 from tests.oracle.comparing import OracleMismatchError, Served, body, check, served
 from tests.oracle.reference import Reference, StateFault
 
@@ -63,6 +63,7 @@ def case(
     tiny_model: Callable[[str], Path],
     load_tiny: Callable[[str], LanguageModel],
     tmp_path_factory: pytest.TempPathFactory,
+    running_stack: StackMaker,
 ) -> Iterator[Case]:
     family, kernels = request.param
     root, model = tmp_path_factory.mktemp("state"), tiny_model(family)

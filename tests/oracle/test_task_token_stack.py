@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from prad.lm import LanguageModel
-from tests.conftest import VOCAB, random_artefact, running_stack
+from tests.conftest import VOCAB, StackMaker, random_artefact
 from tests.oracle.comparing import OracleMismatchError, Served, body, check, served
 from tests.oracle.reference import Fault, Reference
 
@@ -59,6 +59,7 @@ def case(
     tiny_model: Callable[[str], Path],
     load_tiny: Callable[[str], LanguageModel],
     tmp_path_factory: pytest.TempPathFactory,
+    running_stack: StackMaker,
 ) -> Iterator[Case]:
     root, model = tmp_path_factory.mktemp("tokens"), tiny_model(request.param)
     for seed, (task, (method, config, has_tokens)) in enumerate(TASKS.items()):

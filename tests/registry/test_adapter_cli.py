@@ -7,9 +7,9 @@ import threading
 import pytest
 from typer.testing import CliRunner
 
+from local_stack.pushing import push_all
 from prad.artefact import read_artefact, write_record
-from prad.cli.adapter import app
-from prad.cli.serve import push_all
+from prad_cli.adapter import app
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from prad.cli.adapter import app
 from prad.exchange import export_folder
 from prad.lm import LanguageModel
+from prad_cli.adapter import app
 from tests.conftest import random_artefact
 
 

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from prad.lm import LanguageModel
-from tests.conftest import RunningStack, random_artefact, running_stack
+from tests.conftest import RunningStack, StackMaker, random_artefact
 from tests.stack.test_chunked_prompts import metric, until
 
 TIMEOUT_S = 2.0
@@ -20,6 +20,7 @@ def running(
     tiny_model: Callable[[str], Path],
     load_tiny: Callable[[str], LanguageModel],
     tmp_path_factory: pytest.TempPathFactory,
+    running_stack: StackMaker,
 ) -> Iterator[RunningStack]:
     root = tmp_path_factory.mktemp("beams")
     random_artefact(root / "adapters" / "toy", load_tiny("llama"), seed=3, template="{prompt}")

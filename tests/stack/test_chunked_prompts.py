@@ -8,14 +8,14 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.conftest import RunningStack, running_stack
+from tests.conftest import RunningStack, StackMaker
 
 LONG = [i % 119 for i in range(480)]
 
 
 @pytest.fixture(scope="module")
 def running(
-    tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+    tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory, running_stack: StackMaker
 ) -> Iterator[RunningStack]:
     settings = {"pass_tokens": 2, "prefix_cache_mib": 0, "chunked_kv_mib": 2}
     root = tmp_path_factory.mktemp("chunks")

@@ -8,7 +8,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ import pytest
 
 from prad.artefact import read_artefact
 from prad.lm import DEFAULT_MODEL, Tokenizer, resolve_model
-from tests.conftest import free_ports
 from tests.oracle.reference import Reference
 
 BF16_TOLERANCE = 0.5
@@ -37,10 +36,12 @@ PROMPTS = [
 
 
 @pytest.fixture(scope="module")
-def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+def api(
+    tmp_path_factory: pytest.TempPathFactory, unused_tcp_port_factory: Callable[[], int]
+) -> Iterator[httpx.Client]:
     """The command itself; what it prints is checked before anything is asked."""
-    port, registry, decode = free_ports(3)
-    command = [sys.executable, "-m", "prad", "serve", "--adapters", str(ADAPTERS)]
+    port, registry, decode = (unused_tcp_port_factory() for _ in range(3))
+    command = [sys.executable, "-m", "prad_cli", "serve", "--adapters", str(ADAPTERS)]
     ports = ["--port", str(port), "--registry-port", str(registry), "--decode-port", str(decode)]
     data = ["--data-dir", str(tmp_path_factory.mktemp("demo"))]
     process = subprocess.Popen([*command, *ports, *data], stderr=subprocess.PIPE, text=True)

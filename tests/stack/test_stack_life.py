@@ -15,9 +15,9 @@ from adapter_registry.client import RegistryClient
 from adapter_registry.versions import State
 from kvtransfer.proto import handoff_pb2 as pb
 from kvtransfer.proto.handoff_pb2_grpc import DecodeStub
-from prad.cli.stack import answers
+from local_stack.stack import answers
 from prad.lm import LanguageModel
-from tests.conftest import RunningStack, random_artefact, running_stack
+from tests.conftest import RunningStack, StackMaker, random_artefact
 
 PROMPT = [5, 17, 40, 3, 99, 23]
 
@@ -27,6 +27,7 @@ def running(
     tiny_model: Callable[[str], Path],
     load_tiny: Callable[[str], LanguageModel],
     tmp_path_factory: pytest.TempPathFactory,
+    running_stack: StackMaker,
 ) -> Iterator[RunningStack]:
     root = tmp_path_factory.mktemp("life")
     random_artefact(root / "adapters" / "red", load_tiny("llama"), 1)
@@ -208,7 +209,7 @@ def test_a_bad_version_fails_its_probe_and_changes_nothing(
 
 
 def test_a_killed_decode_service_ends_its_streams_and_comes_back(
-    tiny_model: Callable[[str], Path], tmp_path: Path
+    tiny_model: Callable[[str], Path], tmp_path: Path, running_stack: StackMaker
 ) -> None:
     with running_stack(tiny_model("gpt2"), None, tmp_path) as running:
         body = {"prompt": PROMPT, "max_tokens": 500, "ignore_eos": True, "stream": True}
@@ -226,7 +227,9 @@ def test_a_killed_decode_service_ends_its_streams_and_comes_back(
         assert complete(running, max_tokens=20)["usage"]["completion_tokens"] == 20
 
 
-def test_another_model_at_decode_is_noticed(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+def test_another_model_at_decode_is_noticed(
+    tiny_model: Callable[[str], Path], tmp_path: Path, running_stack: StackMaker
+) -> None:
     with running_stack(tiny_model("llama"), None, tmp_path, decode_model=tiny_model("mistral")) as running:
         url = f"{running.api.base_url}/ready"
 

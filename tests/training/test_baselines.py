@@ -15,7 +15,6 @@ from adapter_registry.artefacts import ArtefactFolder
 from adapter_registry.errors import AdapterRefusedError
 from prad.adapters import AdapterError, find_method, load_adapter, new_adapter, placeholders
 from prad.artefact import AdapterRecord, NotServableError, read_artefact, read_record, read_servable
-from prad.cli.app import app
 from prad.lm import LanguageModel, Limits, Tokenizer
 from prad.training.data import TokenisedExample, collate, read_examples, tokenise
 from prad.training.decoding import AdaptedModel
@@ -23,6 +22,7 @@ from prad.training.evaluate import decoder, evaluate
 from prad.training.objective import AdapterTuning, FullTuning
 from prad.training.settings import TrainSettings
 from prad.training.train import train
+from prad_cli.app import app
 from tests.conftest import EOS, random_artefact
 from tests.oracle.reference import Reference
 

@@ -11,7 +11,8 @@ import torch
 from sacrebleu.metrics.bleu import BLEU
 
 from bench.quality_bootstrap import counts, mean_score, paired_difference, score
-from bench.quality_cells import Column, Row, Study, _each
+from bench.quality_cells import Study, _each
+from bench.quality_table import Column, Row
 from prad.training.data import Example
 from prad.training.evaluate import Evaluation
 

@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 
 from prad.adapters import load_adapter
 from prad.artefact import Artefact, GenerationDefaults
-from prad.cli.app import app
 from prad.lm import LanguageModel, Tokenizer
 from prad.training.evaluate import Evaluation, evaluate
 from prad.training.served import ServerError, evaluate_served
-from tests.conftest import free_ports, random_artefact, running_stack
+from prad_cli.app import app
+from tests.conftest import StackMaker, random_artefact
 
 TASKS = {
     "toy": GenerationDefaults(temperature=0.0, max_tokens=36),
@@ -66,6 +66,7 @@ def serving(
     tiny_model: Callable[[str], Path],
     load_tiny: Callable[[str], LanguageModel],
     tmp_path_factory: pytest.TempPathFactory,
+    running_stack: StackMaker,
 ) -> Iterator[Serving]:
     root, folder, model = tmp_path_factory.mktemp("served"), tiny_model("llama"), load_tiny("llama")
     tasks = {
@@ -146,8 +147,8 @@ def test_what_is_no_address_is_told_how_one_looks(url: str, data: Path) -> None:
         evaluate_served(url, "toy", data)
 
 
-def test_a_server_that_is_not_there_is_named(data: Path) -> None:
-    (port,) = free_ports(1)
+def test_a_server_that_is_not_there_is_named(data: Path, unused_tcp_port: int) -> None:
+    port = unused_tcp_port
     with pytest.raises(ServerError, match=f"no answer from http://127.0.0.1:{port}"):
         evaluate_served(f"http://127.0.0.1:{port}", "toy", data, concurrency=2)
 

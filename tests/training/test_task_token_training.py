@@ -14,13 +14,13 @@ from typer.testing import CliRunner
 
 from prad.adapters import AdapterError, first_embeddings, load_adapter
 from prad.artefact import WEIGHTS, AdapterRecord, BaseModelRef, GenerationDefaults, read_artefact
-from prad.cli.app import app
 from prad.lm import LanguageModel, Tokenizer
 from prad.training.data import DataError, Example, collate, read_examples, tokenise
 from prad.training.decoding import Decoding
 from prad.training.evaluate import evaluate
 from prad.training.objective import AdapterTuning
 from prad.training.train import train
+from prad_cli.app import app
 from tests.conftest import EOS, random_artefact
 from tests.training.toy import frozen_digest, settings
 

@@ -35,7 +35,18 @@ def test_a_killed_run_goes_on_and_ends_as_the_uninterrupted_one(
     model, tokenizer = load_tiny("llama"), Tokenizer(tiny_model("llama"))
     expected = train(model, tokenizer, "tiny", settings(data, whole, **more))
 
-    command = [sys.executable, "-m", "prad", "train", "--task", "toy", "--data", str(data), "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "prad_cli",
+        "train",
+        "--task",
+        "toy",
+        "--data",
+        str(data),
+        "--out",
+        str(out),
+    ]
     command += ["--model", str(tiny_model("llama")), "--dtype", "float32", "--r", "8", "--lr", "0.01"]
     command += ["--max-steps", "100", "--eval-every", "9", "--accumulate", "2", "--batch", "8"]
     command += ["--patience", "200", "--template", "{prompt}"]
@@ -130,7 +141,7 @@ def test_two_processes_train_what_one_trains(
     data = uneven
     model, tokenizer = load_tiny("llama"), Tokenizer(tiny_model("llama"))
     train(model, tokenizer, "tiny", settings(data, tmp_path / "one", batch=16, max_steps=12, eval_every=4))
-    command = [sys.executable, "-m", *launcher, "-m", "prad", "train", *rank]
+    command = [sys.executable, "-m", *launcher, "-m", "prad_cli", "train", *rank]
     command += ["--task", "toy", "--data", str(data), "--out", str(tmp_path / "two"), "--batch", "8"]
     command += ["--model", str(tiny_model("llama")), "--dtype", "float32", "--lr", "0.01"]
     command += ["--max-steps", "12", "--eval-every", "4", "--template", "{prompt}"]

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,9 +11,10 @@ from typer.testing import CliRunner
 
 from prad.adapters import METHODS, AdapterError, find_method
 from prad.artefact import FULL, read_artefact
-from prad.cli.app import app
 from prad.training.presets import PRESETS, UnknownPresetError, preset_fields, with_own
+from prad.training.progress import save_curve
 from prad.training.settings import TrainSettings
+from prad_cli.app import app
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "training.md"
 
@@ -66,3 +68,13 @@ def test_settings_that_are_not_finite_are_refused(method: str) -> None:
             for value in (float("nan"), float("inf")):
                 with pytest.raises(AdapterError, match=f"{name}: Input should be a finite number"):
                     find_method(method).configure({name: value})
+
+
+def test_a_curve_without_matplotlib_says_how_to_install_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setenv("COLUMNS", "200")
+    save_curve([], tmp_path)
+    assert "(pip install -e '.[train]')" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

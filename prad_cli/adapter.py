@@ -18,8 +18,8 @@ from adapter_registry.names import parse_name
 from adapter_registry.probing import NotProbedError, wait_probed
 from adapter_registry.versions import State
 from prad.artefact import ArtefactError, NotServableError, read_servable
-from prad.cli.exchange import export_command, import_command
-from prad.cli.tables import show_task, show_tasks, show_version
+from prad_cli.exchange import export_command, import_command
+from prad_cli.tables import show_task, show_tasks, show_version
 
 DEFAULT_REGISTRY = "http://127.0.0.1:8001"
 

@@ -1,13 +1,11 @@
 """`prad prefill`, `prad decode`, `prad registry`: one service alone. Their flags are their settings."""
 
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import typer
-from pydantic import ValidationError
 from pydantic_settings import BaseSettings
 
-PASS_ARGUMENTS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+from prad_cli.flags import read_flags
 
 S = TypeVar("S", bound=BaseSettings)
 
@@ -17,7 +15,7 @@ def prefill_command(context: typer.Context) -> None:
     from prefill_service.server import run
     from prefill_service.settings import PrefillSettings
 
-    run(_settings(PrefillSettings, "prad prefill", context.args))
+    run(_settings(PrefillSettings, context))
 
 
 def decode_command(context: typer.Context) -> None:
@@ -25,7 +23,7 @@ def decode_command(context: typer.Context) -> None:
     from decode_service import DecodeSettings, run
 
     _log("decode")
-    run(_settings(DecodeSettings, "prad decode", context.args))
+    run(_settings(DecodeSettings, context))
 
 
 def registry_command(context: typer.Context) -> None:
@@ -34,27 +32,15 @@ def registry_command(context: typer.Context) -> None:
     from adapter_registry.settings import RegistrySettings
 
     _log("registry")
-    run(_settings(RegistrySettings, "prad registry", context.args))
+    run(_settings(RegistrySettings, context))
 
 
 COMMANDS = {"prefill": prefill_command, "decode": decode_command, "registry": registry_command}
 
 
-def _settings(kind: type[S], program: str, arguments: Sequence[str]) -> S:
-    """Flags win over environment variables, those over defaults. Exits with the fault in one line."""
-    options: dict[str, Any] = {
-        "_cli_parse_args": list(arguments),
-        "_cli_prog_name": program,
-        "_cli_kebab_case": True,
-        "_cli_implicit_flags": True,
-    }
-    try:
-        return kind(**options)
-    except ValidationError as error:
-        for problem in error.errors():
-            flag = "--" + "-".join(map(str, problem["loc"])).replace("_", "-")
-            typer.secho(f"error: {flag}: {problem['msg']} (got {problem['input']!r})", fg="red", err=True)
-        raise typer.Exit(2) from error
+def _settings(kind: type[S], context: typer.Context) -> S:
+    """Flags win over environment variables, those over defaults."""
+    return read_flags(kind, context, kind.__doc__ or "")
 
 
 def _log(service: str) -> None:

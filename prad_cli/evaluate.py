@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from prad.cli.model import (
+from prad_cli.model import (
     DEFAULT_CACHE,
     DEFAULT_MODEL,
     CacheOption,

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, cast
 
 import typer
 
-from prad.cli.model import (
+from prad_cli.model import (
     DEFAULT_CACHE,
     DEFAULT_MODEL,
     CacheOption,
@@ -130,7 +130,7 @@ def train_command(
 
     Example:  prad train --task sentiment --data data/sentiment --out adapters/sentiment --epochs 2
 
-    Several GPUs: accelerate launch --multi_gpu -m prad train --device cuda ...
+    Several GPUs: accelerate launch --multi_gpu -m prad_cli train --device cuda ...
     """
     from prad.artefact import FULL
     from prad.lm import served_name

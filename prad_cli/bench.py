@@ -4,11 +4,12 @@ import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import typer
 
-import prad
-from prad.cli.services import PASS_ARGUMENTS
+import prad_cli
+from prad_cli.flags import PASS_ARGUMENTS, read_flags
 
 BENCHMARKS = {
     "table4": "The paper's Table 4: PrAd-PA, PrAd-LoRA, PA and LoRA at 8, 16, 64 tasks.",
@@ -37,13 +38,22 @@ app = typer.Typer(
 
 def _command(name: str) -> Callable[[typer.Context], None]:
     def command(context: typer.Context) -> None:
-        _run(name, context.args)
+        flags = _import("flags")
+        text = "\n\n".join(map(_laid_out, flags.described(name).split("\n\n")))
+        examples = f"Examples:\n\nprad bench {name} --smoke\n\nprad bench {name} --out bench/results"
+        arguments = read_flags(flags.FLAGS[name], context, text, examples)
+        _import("runner").run(name, arguments)
 
     return command
 
 
-def _run(name: str, arguments: list[str]) -> None:
-    root = Path(prad.__file__).parents[1]
+def _laid_out(paragraph: str) -> str:
+    """Columns and commands keep their lines; prose is broken as the terminal is wide."""
+    return f"\b\n{paragraph}" if "  " in paragraph else paragraph
+
+
+def _import(module: str) -> Any:
+    root = Path(prad_cli.__file__).parents[1]
     if not (root / "bench" / "runner.py").is_file():
         typer.secho(
             f"error: the benchmarks are part of a checkout only; {root} is none (pip install -e . in one)",
@@ -51,13 +61,13 @@ def _run(name: str, arguments: list[str]) -> None:
             err=True,
         )
         raise typer.Exit(1)
-    sys.path.insert(0, str(root))  # an editable install knows the shipped packages alone
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))  # an editable install knows the shipped packages alone
     try:
-        runner = importlib.import_module("bench.runner")
+        return importlib.import_module(f"bench.{module}")
     except ModuleNotFoundError as error:
         typer.secho(f"error: {error.name} is missing: pip install -e '.[bench]'", fg="red", err=True)
         raise typer.Exit(1) from error
-    runner.run(name, arguments)
 
 
 for _name, _help in BENCHMARKS.items():

@@ -2,11 +2,13 @@
 
 import os
 import sys
+from typing import Annotated
 
 import typer
 
 from prad import __version__
-from prad.cli import adapter, bench, evaluate, serve, services, train
+from prad_cli import adapter, bench, evaluate, serve, services, train
+from prad_cli.flags import PASS_ARGUMENTS
 
 app = typer.Typer(
     name="prad",
@@ -17,7 +19,7 @@ app = typer.Typer(
 )
 app.command("serve")(serve.serve_command)
 for name, command in services.COMMANDS.items():
-    app.command(name, context_settings=services.PASS_ARGUMENTS, add_help_option=False)(command)
+    app.command(name, context_settings=PASS_ARGUMENTS, add_help_option=False)(command)
 app.add_typer(adapter.app, name="adapter")
 app.add_typer(bench.app, name="bench")
 app.command("train")(train.train_command)
@@ -30,16 +32,32 @@ def version_command() -> None:
     typer.echo(__version__)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        version_command()
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
+    pass
+
+
 def main() -> None:
     """Console script: what a person can mend becomes one line on stderr, Ctrl-C exits quietly."""
     # before torch loads: its threads must not spin while they wait, other services compute on the same cores
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        app()
+        app(prog_name="prad")
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        from prad.cli.errors import known_errors
+        from prad_cli.errors import known_errors
 
         if not isinstance(error, known_errors()):
             raise

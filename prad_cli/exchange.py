@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from prad.cli.model import (
+from prad_cli.model import (
     DEFAULT_CACHE,
     DEFAULT_MODEL,
     CacheOption,
@@ -83,7 +83,7 @@ def import_command(
         artefact = import_folder(source, folder, language_model, settings)
         typer.echo(_said(artefact, source, out, model, pushed=task is not None))
         if task is not None:
-            from prad.cli.adapter import push
+            from prad_cli.adapter import push
 
             push(folder, task, wait=wait, registry=registry)
 

@@ -1,18 +1,18 @@
 """The whole stack as child processes of one command: started, watched, stopped together."""
 
 import contextlib
-import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Self
 
 import httpx
+
+from local_stack.signals import signals_later
 
 _POLL_S = 0.1
 _STOP_S = 50.0
@@ -73,9 +73,9 @@ class Stack:
             opened = log.open("wb")
         except OSError as error:
             raise StackError(f"the log of {name} cannot be kept: {error}") from error
-        with opened as file, _signals_later():
+        with opened as file, signals_later():
             process = subprocess.Popen(
-                [sys.executable, "-m", "prad", name, *arguments],
+                [sys.executable, "-m", "prad_cli", name, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -108,24 +108,6 @@ class Stack:
     def check(self) -> None:
         for service in self._services:
             service.check()
-
-
-@contextlib.contextmanager
-def _signals_later() -> Iterator[None]:
-    """Signals that arrive inside are raised behind it: no child is started without being known."""
-    arrived: list[int] = []
-
-    def note(number: int, _: FrameType | None) -> None:
-        arrived.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        for arrived_number in arrived:
-            signal.raise_signal(arrived_number)
 
 
 def require_free(port: int) -> None:

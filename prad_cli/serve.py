@@ -1,15 +1,12 @@
 """`prad serve`: registry, decode and prefill on this machine, and what to type next."""
 
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any, Literal
 
 import typer
 
-from prad.cli.model import (
+from prad_cli.model import (
     DEFAULT_CACHE,
     DEFAULT_MODEL,
     CacheOption,
@@ -74,7 +71,9 @@ def serve_command(
     """
     from rich.console import Console
 
-    from prad.cli.stack import Stack, answers, require_free
+    from local_stack.pushing import push_all
+    from local_stack.signals import stopped_by_signals
+    from local_stack.stack import Stack, answers, require_free
 
     console = Console(stderr=True)
     data_dir = data_dir.expanduser()
@@ -110,42 +109,6 @@ def _given(flags: dict[str, Any]) -> list[str]:
     return [part for flag, value in flags.items() if value is not None for part in (flag, str(value))]
 
 
-def push_all(folder: Path, registry: str) -> dict[str, str]:
-    """Pushes every folder below `folder` as a version of the task of its name, and waits for its probe.
-
-    Files that were a version once stay what they are, retired ones too. Returns the reason for each folder
-    that cannot be served, and each version that failed its probe.
-    """
-    from contextlib import ExitStack
-
-    from adapter_registry.client import RegistryClient
-    from adapter_registry.errors import RegistryError, RegistryUnreachableError
-    from adapter_registry.probing import wait_probed
-    from adapter_registry.versions import State
-    from prad.artefact import ArtefactError, read_servable
-
-    failed = {}
-    with RegistryClient(registry) as client:
-        known = {(t.task, v.digest) for t in client.state().tasks for v in t.versions}
-        for path in sorted(p for p in folder.iterdir() if p.is_dir()):
-            try:
-                artefact = read_servable(path)
-                if (path.name, artefact.digest) in known:
-                    continue
-                with ExitStack() as opened:
-                    files = [(f.name, opened.enter_context(f.open("rb"))) for f in artefact.files]
-                    pushed = client.push(path.name, files)
-                seen = wait_probed(client, path.name, pushed.version, connect_seconds=60, probe_seconds=60)
-            except RegistryUnreachableError:
-                raise
-            except (ArtefactError, RegistryError) as error:
-                failed[path.name] = str(error)
-                continue
-            if seen.state is State.FAILED:
-                failed[seen.name] = seen.reason
-    return failed
-
-
 def _current_tasks(registry: str) -> list[str]:
     from adapter_registry.client import RegistryClient
 
@@ -175,17 +138,3 @@ _EXAMPLES = {
 
 def _curl(api: str, body: str, flags: str = "") -> str:
     return f"  curl {flags}{api}/v1/completions -H 'content-type: application/json' -d '{body}'"
-
-
-@contextmanager
-def stopped_by_signals() -> Iterator[None]:
-    """SIGTERM ends the command as Ctrl-C does: through the `with`, so that the children stop."""
-
-    def interrupt(_: int, __: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

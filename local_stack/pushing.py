@@ -1,0 +1,38 @@
+"""A folder of adapters, pushed to a registry and verified: how a stack comes by its tasks."""
+
+from contextlib import ExitStack
+from pathlib import Path
+
+from adapter_registry.client import RegistryClient
+from adapter_registry.errors import RegistryError, RegistryUnreachableError
+from adapter_registry.probing import wait_probed
+from adapter_registry.versions import State
+from prad.artefact import ArtefactError, read_servable
+
+
+def push_all(folder: Path, registry: str) -> dict[str, str]:
+    """Pushes every folder below `folder` as a version of the task of its name, and waits for its probe.
+
+    Files that were a version once stay what they are, retired ones too. Returns the reason for each folder
+    that cannot be served, and each version that failed its probe. RegistryUnreachableError if nobody answers.
+    """
+    failed = {}
+    with RegistryClient(registry) as client:
+        known = {(t.task, v.digest) for t in client.state().tasks for v in t.versions}
+        for path in sorted(p for p in folder.iterdir() if p.is_dir()):
+            try:
+                artefact = read_servable(path)
+                if (path.name, artefact.digest) in known:
+                    continue
+                with ExitStack() as opened:
+                    files = [(f.name, opened.enter_context(f.open("rb"))) for f in artefact.files]
+                    pushed = client.push(path.name, files)
+                seen = wait_probed(client, path.name, pushed.version, connect_seconds=60, probe_seconds=60)
+            except RegistryUnreachableError:
+                raise
+            except (ArtefactError, RegistryError) as error:
+                failed[path.name] = str(error)
+                continue
+            if seen.state is State.FAILED:
+                failed[seen.name] = seen.reason
+    return failed

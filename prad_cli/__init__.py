@@ -1,0 +1,1 @@
+"""The command `prad`, the only room that knows all services: one file per group of subcommands."""
