@@ -4,11 +4,13 @@ ServingError
 ├── InvalidRequestError         400   what the client sent cannot be served
 │   └── PromptTooLongError      400   context_length_exceeded
 ├── UnknownModelError           404   model_not_found
+├── BodyTimeoutError            408   body_timeout
 ├── RequestTooLargeError        413   request_too_large
 ├── UnsupportedMediaTypeError   415   unsupported_media_type
 ├── OverloadedError             429   overloaded, with Retry-After
 ├── InternalError               500   internal_error; the cause is in the log, under the request's id
 ├── NotReadyError               503   not_ready, with Retry-After
+├── TooManyConnectionsError     503   too_many_connections, with Retry-After
 ├── DecodeUnavailableError      503   decode_unavailable, with Retry-After
 └── DeadlineError               504   deadline_exceeded
 """
@@ -19,13 +21,15 @@ from typing import ClassVar
 class ServingError(Exception):
     """Base: HTTP status, OpenAI's error type and code, a message for the client, the field it is about.
 
-    `retry_after`: seconds after which it makes sense to try again; None says nothing about it.
+    `retry_after`: seconds after which it makes sense to try again; None says nothing about it. `closes`: the
+    connection has no further use.
     """
 
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
     default_code: ClassVar[str | None] = None
     default_retry_after: ClassVar[float | None] = None
+    closes: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -61,6 +65,13 @@ class UnknownModelError(ServingError):
     default_code = "model_not_found"
 
 
+class BodyTimeoutError(ServingError):
+    status = 408
+    type = "invalid_request_error"
+    default_code = "body_timeout"
+    closes = True
+
+
 class RequestTooLargeError(ServingError):
     status = 413
     type = "invalid_request_error"
@@ -90,6 +101,13 @@ class NotReadyError(ServingError):
     status = 503
     default_code = "not_ready"
     default_retry_after = 2.0
+
+
+class TooManyConnectionsError(ServingError):
+    status = 503
+    default_code = "too_many_connections"
+    default_retry_after = 1.0
+    closes = True
 
 
 class DecodeUnavailableError(ServingError):

@@ -32,7 +32,8 @@ class PromptRequest:
     next one draws under that index, and `sampling.max_tokens` counts them. prompt_ids: of the vocabulary, or
     `task_token_id`s of the version; these stay on the prompt side. tokens_per_event: how many tokens decode
     tells at once, at most; 1 if somebody waits for each. beams: how many hypotheses a beam search keeps, of
-    which the `choices` best are the answers; None: tokens are drawn.
+    which the `choices` best are the answers; None: tokens are drawn. cache_salt: only requests with the same
+    one find each other's prompts in the prefix cache.
     """
 
     request_id: str
@@ -45,6 +46,7 @@ class PromptRequest:
     output_offset: int = 0
     tokens_per_event: int = 1
     beams: int | None = None
+    cache_salt: str | None = None
 
     @property
     def virtual_tokens(self) -> int:

@@ -56,11 +56,12 @@ class PassItem:
         """Of the blocks that other requests may share."""
         if self.whole:
             return ()
+        salt = self.request.cache_salt
         if self.adapter is None:
-            return block_keys(None, 0, self.ids, block_size)
+            return block_keys(None, 0, self.ids, block_size, None, salt)
         version = self.request.version
         assert version is not None
-        return block_keys(version.digest, self.virtual_tokens, self.ids, block_size, self.adapted)
+        return block_keys(version.digest, self.virtual_tokens, self.ids, block_size, self.adapted, salt)
 
 
 @dataclass(frozen=True, slots=True)

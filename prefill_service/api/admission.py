@@ -1,24 +1,44 @@
-"""From a validated request to what the engine gets: the version is resolved and the seed drawn here, once."""
+"""From a validated request to what the engine gets: version, values and seed are decided here, once.
+
+A value is the first that is named: by the request, by the task's artefact, by the API.
+"""
 
 import asyncio
+import re
+import secrets
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from prad.artefact import AdapterRecord, GenerationDefaults
+from prad.core.sampling import SamplingParams
 from prad.lm import Tokenizer
-from prefill_service.api.budget import fit
-from prefill_service.api.defaults import Effective, effective
-from prefill_service.api.prompts import PromptEncoder
+from prefill_service.api.prompts import PromptEncoder, fit
 from prefill_service.api.protocols import ApiLimits, Catalogue, ModelInfo, Readiness
-from prefill_service.api.schemas import ChatRequest, CompletionRequest, GenerationRequest
-from prefill_service.api.targets import Target, find_target
-from prefill_service.errors import InvalidRequestError, NotReadyError
-from prefill_service.generation import PromptRequest
+from prefill_service.api.requests import ChatRequest, CompletionRequest, GenerationRequest
+from prefill_service.errors import InvalidRequestError, NotReadyError, UnknownModelError
+from prefill_service.generation import PromptRequest, TaskVersion
 
 TOKENS_PER_EVENT = 16
 """How many tokens decode tells at once where nobody sees them one by one."""
+
+GREEDY_BELOW = 1e-5
+"""Logits divided by less than this may overflow float32; the draw is greedy there anyway."""
+
+_VERSION = re.compile(r"[1-9][0-9]{0,8}")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """`version` None is the plain model. `name`: as the client wrote it, and as the response repeats it."""
+
+    name: str
+    version: TaskVersion | None
+
+    @property
+    def record(self) -> AdapterRecord | None:
+        return self.version.artefact.record if self.version else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,25 +51,45 @@ class Admitted:
     id: str
     created: int
     target: Target
-    effective: Effective
+    stop: tuple[str, ...]
     prompts: tuple[PromptRequest, ...]
-    choices: int
 
     @property
-    def max_tokens(self) -> int:
-        """The longest output that any prompt leaves room for."""
-        return max(prompt.sampling.max_tokens for prompt in self.prompts)
+    def choices(self) -> int:
+        return self.prompts[0].choices
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """Of the prompt that leaves room for the longest output; the others differ in that alone."""
+        return max((prompt.sampling for prompt in self.prompts), key=lambda sampling: sampling.max_tokens)
 
     def report(self) -> dict[str, object]:
         """The response's `prad` object: which adapter answered, and how it was sampled."""
-        version = self.target.version
+        version, sampling, beams = self.target.version, self.sampling, self.prompts[0].beams
+        values = {name: getattr(sampling, name) for name in GenerationDefaults.model_fields if name != "stop"}
+        values |= {"stop": list(self.stop)} | ({} if beams is None else {"beams": beams})
         return {
             "task": version.task if version else None,
             "version": version.version if version else None,
             "digest": version.digest if version else None,
-            "seed": self.effective.seed,
-            "sampling": self.effective.report(self.max_tokens),
+            "seed": sampling.seed,
+            "sampling": values,
         }
+
+
+def resolve(
+    request: GenerationRequest, artefact: GenerationDefaults, max_tokens: int
+) -> tuple[SamplingParams, tuple[str, ...]]:
+    """How this request is sampled, and its stop texts. `artefact`: the adapter's defaults (empty for the
+    plain model); `max_tokens`: the API's, a wish until the prompt's length is known: `fit`."""
+    if request.beams is not None:  # the task's defaults are for drawing
+        artefact = GenerationDefaults(temperature=0.0, max_tokens=artefact.max_tokens, stop=artefact.stop)
+    defaults = artefact.model_dump(exclude={"stop"}, exclude_none=True)
+    api = {"max_tokens": max_tokens, "temperature": 1.0, "seed": secrets.randbits(53)}
+    params = SamplingParams(**(api | defaults | request.sampling))
+    if params.temperature < GREEDY_BELOW:
+        params = replace(params, temperature=0.0)
+    return params, artefact.stop if request.stop is None else request.stop
 
 
 class Admission:
@@ -71,10 +111,15 @@ class Admission:
         self._limits = limits
 
     def target(self, request: GenerationRequest) -> Target:
-        """Raises NotReadyError, UnknownModelError, InvalidRequestError."""
+        """The one place where task becomes version. Raises NotReadyError, UnknownModelError,
+        InvalidRequestError."""
         if reasons := self._readiness.reasons():
             raise NotReadyError(f"not ready: {'; '.join(reasons)}")
-        return find_target(request, self._catalogue)
+        base_name = self._catalogue.base_name
+        name, param = _wanted(request, base_name)
+        if name is None:
+            return Target(base_name, None)
+        return Target(name, find_version(self._catalogue, *split_name(name, param), param))
 
     async def completion(self, request: CompletionRequest, target: Target) -> Admitted:
         if len(request.prompt) > self._limits.max_prompts:
@@ -90,15 +135,15 @@ class Admission:
                 f"{self._limits.max_choices} in one request",
                 param="n" if request.best_of is None else "best_of",
             )
-        record, raw = _record(target), bool(request.raw_prompt)
         prompts = []
         for prompt in request.prompt:
-            prompts.append(await self._encoder.completion(record, prompt, raw=raw))
+            ids = await self._encoder.completion(target.record, prompt, raw=bool(request.raw_prompt))
+            prompts.append(ids)
             await asyncio.sleep(0)  # a long list must not keep the event loop from other requests
         return self._admitted("cmpl", request, target, prompts, self._limits.completion_tokens)
 
     async def chat(self, request: ChatRequest, target: Target) -> Admitted:
-        ids = await self._encoder.chat(_record(target), request.messages, raw=bool(request.raw_prompt))
+        ids = await self._encoder.chat(target.record, request.messages, raw=bool(request.raw_prompt))
         return self._admitted("chatcmpl", request, target, [ids], self._limits.chat_tokens)
 
     def _admitted(
@@ -109,8 +154,9 @@ class Admission:
         prompts: Sequence[tuple[int, ...]],
         default_tokens: int,
     ) -> Admitted:
-        record = _record(target)
-        values = effective(request, record.generation if record else GenerationDefaults(), default_tokens)
+        record = target.record
+        params, stop = resolve(request, record.generation if record else GenerationDefaults(), default_tokens)
+        params = replace(params, stop_ids=frozenset() if request.ignore_eos else self._stop_ids)
         name = f"{prefix}-{uuid.uuid4().hex}"
         fitted = [
             fit(
@@ -118,8 +164,8 @@ class Admission:
                 context=self._max_context,
                 virtual=record.virtual_tokens if record else 0,
                 requested=request.output_limit,
-                default=values.max_tokens,
-                min_tokens=values.min_tokens,
+                default=params.max_tokens,
+                min_tokens=params.min_tokens,
                 truncate=request.truncate_prompt_tokens,
             )
             for ids in prompts
@@ -129,16 +175,47 @@ class Admission:
                 request_id=f"{name}-{index}",
                 version=target.version,
                 prompt_ids=ids,
-                sampling=values.params(max_tokens, self._stop_ids),
+                sampling=replace(params, max_tokens=max_tokens),
                 prompt_index=index,
                 choices=request.choices,
-                beams=values.beams,
-                tokens_per_event=1 if request.stream or values.stop else TOKENS_PER_EVENT,
+                beams=request.beams,
+                tokens_per_event=1 if request.stream or stop else TOKENS_PER_EVENT,
+                cache_salt=request.cache_salt,
             )
             for index, (ids, max_tokens) in enumerate(fitted)
         )
-        return Admitted(name, int(time.time()), target, values, requests, request.choices)
+        return Admitted(name, int(time.time()), target, stop, requests)
 
 
-def _record(target: Target) -> AdapterRecord | None:
-    return target.version.artefact.record if target.version else None
+def split_name(name: str, param: str) -> tuple[str, int | None]:
+    """`task` or `task@3` taken apart."""
+    task, at, version = name.partition("@")
+    if not task or (at and not _VERSION.fullmatch(version)):
+        raise InvalidRequestError(
+            f"{name!r}: expected a task, or a task and version as in e2e@3", param=param
+        )
+    return task, int(version) if at else None
+
+
+def find_version(catalogue: Catalogue, task: str, version: int | None, param: str) -> TaskVersion:
+    """Raises UnknownModelError that names the field."""
+    try:
+        return catalogue.resolve(task, version)
+    except UnknownModelError as error:
+        raise UnknownModelError(error.message, param=error.param or param, code=error.code) from error
+
+
+def _wanted(request: GenerationRequest, base_name: str) -> tuple[str | None, str]:
+    """The task's name and the field it came in; None for the plain model."""
+    model = None if request.model == base_name else request.model
+    if request.task is None or model is None:
+        return (request.task, "task") if request.task is not None else (model, "model")
+    by_model, by_task = split_name(model, "model"), split_name(request.task, "task")
+    versions = {by_model[1], by_task[1]} - {None}
+    if by_model[0] != by_task[0] or len(versions) > 1:
+        raise InvalidRequestError(
+            f"'model' is {model!r} and 'task' is {request.task!r}: send one of them, "
+            f"or {base_name!r} as 'model'",
+            param="task",
+        )
+    return (model, "model") if by_task[1] is None else (request.task, "task")

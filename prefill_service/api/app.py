@@ -1,26 +1,28 @@
-"""The HTTP face as one app: everything it needs comes in, nothing is global.
+"""The HTTP face as one app: its endpoints, and everything they need, which comes in; nothing is global.
 
-bytes ─ body ▶ JSON ─ validation ▶ request ─ targets, prompts, defaults, budget ▶ Admitted
-      ─ Engine.generate ▶ tokens ─ text ▶ deltas ─ shapes ▶ one answer, or a stream of chunks
+bytes ─ intake ▶ JSON ─ requests ▶ request ─ admission, prompts ▶ Admitted
+      ─ Engine.generate ▶ tokens ─ generate, text ▶ deltas ─ answers, responses ▶ one answer, or a stream
 """
 
-from fastapi import FastAPI
-from prometheus_client import CollectorRegistry
+import time
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from pydantic import BaseModel
+from starlette.responses import Response
 
 from prad.lm import Tokenizer
-from prefill_service.api.admission import Admission
-from prefill_service.api.chat import chat_router
-from prefill_service.api.completions import completions_router
-from prefill_service.api.context import Context
-from prefill_service.api.failures import add_failure_handlers
-from prefill_service.api.health import health_router
-from prefill_service.api.logprobs import TokenScorer
-from prefill_service.api.metrics import Metrics
-from prefill_service.api.models import models_router
-from prefill_service.api.observe import Observe
-from prefill_service.api.openapi import DescribedApp
+from prefill_service.api.admission import Admission, find_version, split_name
+from prefill_service.api.answers import ChatShape, CompletionShape, Json
+from prefill_service.api.failures import JsonResponse, Observe, add_failure_handlers
+from prefill_service.api.intake import json_route
+from prefill_service.api.observe import Metrics, record_of
 from prefill_service.api.protocols import ApiLimits, Catalogue, ModelInfo, Readiness
-from prefill_service.generation import Engine
+from prefill_service.api.requests import ChatRequest, CompletionRequest
+from prefill_service.api.responses import Responder
+from prefill_service.generation import Engine, TaskVersion
 
 
 def create_app(
@@ -34,20 +36,165 @@ def create_app(
 ) -> FastAPI:
     """`registry`: shown at /metrics; the engine may hold its own metrics in the same one."""
     limits = limits or ApiLimits()
-    context = Context(
-        engine=engine,
-        catalogue=catalogue,
-        readiness=readiness,
-        tokenizer=tokenizer,
-        scorer=TokenScorer(tokenizer),
-        admission=Admission(catalogue, readiness, tokenizer, model, limits),
-        metrics=Metrics(registry or CollectorRegistry()),
-        model=model,
-        limits=limits,
-    )
-    app = DescribedApp(title="PrAd server", docs_url="/docs", redoc_url=None)
-    for router in (completions_router, chat_router, models_router, health_router):
-        app.include_router(router(context))
+    admission = Admission(catalogue, readiness, tokenizer, model, limits)
+    responder = Responder(engine, tokenizer, model.short_fingerprint)
+    metrics = Metrics(registry or CollectorRegistry())
+    app = FastAPI(title="PrAd server", docs_url="/docs", redoc_url=None, responses=_FAILURES)
+    app.include_router(_generation(admission, responder, limits))
+    app.include_router(_models(catalogue, model))
+    app.include_router(_operations(readiness, metrics, model))
     add_failure_handlers(app)
-    app.add_middleware(Observe, metrics=context.metrics)
+    app.add_middleware(Observe, metrics=metrics)
     return app
+
+
+class Failure(BaseModel):
+    """OpenAI's error object. `param`: the field that it is about."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class FailureBody(BaseModel):
+    """Every answer that is no 2xx."""
+
+    error: Failure
+
+
+_FAILURES: dict[int | str, dict[str, Any]] = {
+    "default": {"model": FailureBody, "description": "Not served, and why"}
+}
+_REFUSALS: dict[int | str, dict[str, Any]] = {
+    status: {"model": FailureBody, "description": why}
+    for status, why in {
+        400: "A field is unknown, unsupported or wrong, the body is no JSON, or the prompt does not fit",
+        404: "No such task, version or model",
+        408: "The body did not come in time",
+        413: "The body is too large",
+        415: "The body is not application/json",
+        429: "Too much is waiting already; Retry-After says when to come again",
+        503: "Not ready, or the decode service is away; Retry-After says when to come again",
+        504: "It took longer than a request may",
+    }.items()
+}
+_ANSWER: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "OpenAI's object with `prad` beside it; events of chunks if `stream` is true",
+        "content": {
+            "application/json": {"schema": {"type": "object"}},
+            "text/event-stream": {"schema": {"type": "string"}},
+        },
+    }
+}
+
+
+def _generation(admission: Admission, responder: Responder, limits: ApiLimits) -> APIRouter:
+    router = APIRouter(tags=["generation"], route_class=json_route(limits), responses=_ANSWER | _REFUSALS)
+
+    @router.post("/v1/completions", response_model=None)
+    async def create_completion(request: Request, wanted: CompletionRequest) -> Response:
+        """Completes each prompt `n` times, with a task's adapter on the prompt if one is named."""
+        target = admission.target(wanted)
+        record_of(request).task = target.version.task if target.version else None
+        admitted = await admission.completion(wanted, target)
+        return await responder.respond(request, wanted, admitted, CompletionShape())
+
+    @router.post("/v1/chat/completions", response_model=None)
+    async def create_chat_completion(request: Request, wanted: ChatRequest) -> Response:
+        """Answers the last user message `n` times; `prompts` says how messages become a prompt."""
+        target = admission.target(wanted)
+        record_of(request).task = target.version.task if target.version else None
+        admitted = await admission.chat(wanted, target)
+        return await responder.respond(request, wanted, admitted, ChatShape())
+
+    return router
+
+
+def _models(catalogue: Catalogue, model: ModelInfo) -> APIRouter:
+    """The plain model, and every task as vLLM lists LoRAs (`parent` is the base model's id)."""
+    router = APIRouter(tags=["models"])
+    created = int(time.time())
+
+    def base() -> Json:
+        return {
+            "id": catalogue.base_name,
+            "object": "model",
+            "created": created,
+            "owned_by": "prad",
+            "root": catalogue.base_name,
+            "parent": None,
+            "max_model_len": model.max_context,
+        }
+
+    def adapted(name: str, version: TaskVersion, versions: tuple[int, ...]) -> Json:
+        record = version.artefact.record
+        return {
+            **base(),
+            "id": name,
+            "root": version.digest,
+            "parent": catalogue.base_name,
+            "max_model_len": model.max_context - record.virtual_tokens,
+            "prad": {
+                "task": version.task,
+                "version": version.version,
+                "versions": list(versions),
+                "digest": version.digest,
+                "method": record.method,
+                "task_tokens": list(record.task_tokens),
+                "end_token": record.end_token,
+                "generation": record.generation.model_dump(mode="json"),
+                "description": record.description,
+                "licence": record.licence,
+            },
+        }
+
+    @router.get("/v1/models")
+    async def list_models() -> Json:
+        """Everything that `model` may name, tasks at their current version."""
+        tasks = [adapted(task.name, task.current, task.versions) for task in catalogue.tasks()]
+        return {"object": "list", "data": [base(), *tasks]}
+
+    @router.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> Json:
+        """The plain model, a task, or one version of it as in e2e@3."""
+        if name == catalogue.base_name:
+            return base()
+        task, number = split_name(name, "model")
+        version = find_version(catalogue, task, number, "model")
+        versions = next((entry.versions for entry in catalogue.tasks() if entry.name == task), ())
+        return adapted(name, version, versions)
+
+    return router
+
+
+def _operations(readiness: Readiness, metrics: Metrics, model: ModelInfo) -> APIRouter:
+    """What operators and their machines ask: alive, ready, how busy, which build."""
+    router = APIRouter(tags=["operations"])
+    package_version = version("prad-server")
+
+    @router.get("/health")
+    async def health() -> dict[str, str]:
+        """200 while the process answers at all."""
+        return {"status": "ok"}
+
+    @router.get("/ready", response_model=None)
+    async def ready() -> Response:
+        """200 once requests can be served, else 503 with the reasons."""
+        reasons = readiness.reasons()
+        if reasons:
+            return JsonResponse({"status": "not ready", "reasons": reasons}, 503)
+        return JsonResponse({"status": "ready", "reasons": []})
+
+    @router.get("/metrics", response_model=None)
+    async def show_metrics() -> Response:
+        """Prometheus' text format."""
+        return Response(generate_latest(metrics.registry), headers={"content-type": CONTENT_TYPE_LATEST})
+
+    @router.get("/version")
+    async def build() -> dict[str, str]:
+        """The package's version and exactly which model this is."""
+        return {"version": package_version, "model_fingerprint": model.fingerprint}
+
+    return router

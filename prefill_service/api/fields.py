@@ -1,16 +1,86 @@
-"""The fields of a request that may take several forms in JSON, each brought to one form here."""
+"""What a request's fields may be: one base for all that clients send, and a type for each form of value.
 
-from typing import Annotated, Any
+Clients send many fields at the value that means "off". Those are taken for what they are; any other value of
+a feature that is not there is refused by the feature's name: nobody gets an answer that ignored a wish.
+"""
 
-from pydantic import Field, PlainValidator, WithJsonSchema
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
 
-from prefill_service.api.validation import expected
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError
 
+MAX_FIELDS = 100
+"""Fields of one object: each unknown one would be an error of its own."""
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 1000
+SHOWN_CHARACTERS = 60
+
+Neutral = Mapping[str, tuple[object, ...]]
 
 PromptInput = str | tuple[int, ...]
 """One prompt: text, or token ids that are taken as they are."""
+
+
+class StrictModel(BaseModel):
+    """Base of everything a client sends: "5" is not 5, true is not 1, unknown fields are refused.
+
+    `unsupported` maps a feature's field to the values that leave it off (null always does); `ignored` holds
+    fields that are accepted because they cannot change a result.
+    """
+
+    model_config = ConfigDict(
+        strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    unsupported: ClassVar[Neutral] = {}
+    ignored: ClassVar[frozenset[str]] = frozenset()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_neutral(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        if len(data) > MAX_FIELDS:
+            raise expected(f"up to {MAX_FIELDS} fields", len(data))
+        for name, neutral in cls.unsupported.items():
+            value = data.get(name)
+            if value is not None and not any(_same(value, n) for n in neutral):
+                raise refused(
+                    name,
+                    f"'{name}' is not supported yet"
+                    + (f" (only {shown(neutral[0])} is accepted)" if neutral else ""),
+                )
+        return {k: v for k, v in data.items() if k not in cls.unsupported and k not in cls.ignored}
+
+
+def refused(field: str, why: str) -> PydanticCustomError:
+    """The error of a check that looks at several fields; `field` is to blame."""
+    return PydanticCustomError("refused", "{why}", {"field": field, "why": why})
+
+
+def expected(what: str, value: object) -> PydanticCustomError:
+    """The error of a hand-written check: `what` should have been there instead of `value`."""
+    return PydanticCustomError("expected", "{what}", {"what": f"expected {what}, got {shown(value)}"})
+
+
+def shown(value: object) -> str:
+    """As JSON, cut: of a long list or a deep nesting only the beginning is written at all."""
+    text = ""
+    for part in _JSON.iterencode(value):
+        text += part[: SHOWN_CHARACTERS + 1]
+        if len(text) > SHOWN_CHARACTERS:
+            return f"{text[:SHOWN_CHARACTERS]}…"
+    return text
+
+
+_JSON = json.JSONEncoder(ensure_ascii=False)
+
+
+def _same(value: object, neutral: object) -> bool:
+    """Equality as JSON has it: 0 equals 0.0, but false does not equal 0."""
+    return isinstance(value, bool) == isinstance(neutral, bool) and value == neutral
 
 
 def _prompts(value: Any) -> tuple[PromptInput, ...]:
@@ -94,13 +164,10 @@ Content = Annotated[
     PlainValidator(_content),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]}),
 ]
-TopK = Annotated[int | None, PlainValidator(_top_k), WithJsonSchema({"type": "integer", "minimum": -1})]
-Truncation = Annotated[
-    int | None, PlainValidator(_truncate), WithJsonSchema({"type": "integer", "minimum": -1})
-]
-Temperature = Annotated[float, Field(ge=0, le=2)]
-TopP = Annotated[float, Field(gt=0, le=1)]
-MinP = Annotated[float, Field(ge=0, le=1)]
+_FROM_MINUS_1 = WithJsonSchema({"anyOf": [{"type": "integer", "minimum": -1}, {"type": "null"}]})
+TopK = Annotated[int | None, PlainValidator(_top_k), _FROM_MINUS_1]
+Truncation = Annotated[int | None, PlainValidator(_truncate), _FROM_MINUS_1]
+UnitInterval = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 TokenCount = Annotated[int, Field(ge=1)]
 Logprobs = Annotated[int, Field(ge=0, le=20)]

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from prad.core.tokens import TokenEvent
 from prad.lm import Tokenizer
 from prefill_service.api.admission import Admitted
-from prefill_service.api.logprobs import TokenScore, TokenScorer
-from prefill_service.api.record import RequestRecord
-from prefill_service.api.text import ChoiceText
+from prefill_service.api.observe import RequestRecord
+from prefill_service.api.text import ChoiceText, TokenScore, TokenScorer
 from prefill_service.errors import InternalError
 from prefill_service.generation import Engine, PromptRequest
 
@@ -76,9 +75,9 @@ class Generation:
     def _choice_text(self) -> ChoiceText:
         return ChoiceText(
             self._tokenizer.stream(),
-            self._admitted.effective.stop,
+            self._admitted.stop,
             strip_space=self._admitted.target.version is not None,
-            min_tokens=self._admitted.effective.min_tokens,
+            min_tokens=self._admitted.sampling.min_tokens,
         )
 
     def _delta(self, request: PromptRequest, out: TokenEvent, text: ChoiceText) -> Delta:

@@ -1,53 +1,107 @@
-"""The outermost layer of the app: gives every request an id, counts it, and lets no exception out."""
+"""What is noted about one HTTP request while it runs: its id for the log, its numbers for the metrics.
 
-import logging
+Labels of metrics are routes, statuses, known tasks: never a client's text.
+"""
 
-from starlette.datastructures import MutableHeaders
-from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+import re
+import time
+import uuid
+from dataclasses import dataclass, field
 
-from prefill_service.api.disconnect import CLIENT_GONE, ClientGoneError
-from prefill_service.api.metrics import Metrics
-from prefill_service.api.record import begin_record
-from prefill_service.errors import InternalError
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from starlette.requests import HTTPConnection
+from starlette.types import Scope
 
-logger = logging.getLogger(__name__)
+BASE_TASK = ""
+"""The task label of the plain model, and of requests that ended before their task was known."""
 
-NO_ROUTE = "(none)"
+_KEY = "prad.request_record"
+_CLIENT_ID = re.compile(r"[A-Za-z0-9._:-]{1,100}")
+_FIRST_TOKEN = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_DURATION = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 
-class Observe:
-    """Plain ASGI: streamed chunks pass through untouched."""
+@dataclass(slots=True)
+class RequestRecord:
+    """`id` is the client's x-request-id if it sent a harmless one; the engine's ids are drawn elsewhere.
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self._app = app
-        self._metrics = metrics
+    `status`: how a stream really ended, where that differs from the status that was sent when it began.
+    """
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        record = begin_record(scope)
-        status: int | None = None
+    id: str
+    started: float = field(default_factory=time.monotonic)
+    first_token: float | None = None
+    task: str | None = None
+    status: int | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
 
-        async def noting_send(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = record.id
-            await send(message)
+    def count_token(self, cached_tokens: int = 0) -> None:
+        self.cached_tokens += cached_tokens
+        if self.first_token is None:
+            self.first_token = time.monotonic()
+        self.completion_tokens += 1
 
-        try:
-            await self._app(scope, receive, noting_send)
-        except ClientGoneError:
-            record.status = CLIENT_GONE
-        except Exception:
-            logger.exception("request %s failed", record.id)
-            record.status = InternalError.status
-            if status is not None:
-                raise
-            error = InternalError(f"internal error; the log has it under {record.id}")
-            await JSONResponse(error.body(), error.status)(scope, receive, noting_send)
-        finally:
-            route = getattr(scope.get("route"), "path", NO_ROUTE)
-            self._metrics.observe(record, route, status or CLIENT_GONE)
+    def usage(self) -> dict[str, object]:
+        """OpenAI's usage object: each prompt counts once, all its choices' tokens count."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
+
+def begin_record(scope: Scope) -> RequestRecord:
+    """A record in the connection's scope, where `record_of` finds it."""
+    sent = next((v.decode("latin-1") for k, v in scope["headers"] if k == b"x-request-id"), "")
+    record = RequestRecord(sent if _CLIENT_ID.fullmatch(sent) else f"req-{uuid.uuid4().hex}")
+    scope[_KEY] = record
+    return record
+
+
+def record_of(request: HTTPConnection) -> RequestRecord:
+    record: RequestRecord = request.scope[_KEY]
+    return record
+
+
+class Metrics:
+    """Counters and histograms in `registry`, which the rest of the service may share."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+        self._requests = Counter(
+            "prad_http_requests", "HTTP requests by outcome.", ("route", "status", "task"), registry=registry
+        )
+        self._duration = Histogram(
+            "prad_http_request_duration_seconds",
+            "From a request's head to the end of its answer.",
+            ("route",),
+            buckets=_DURATION,
+            registry=registry,
+        )
+        self._first_token = Histogram(
+            "prad_time_to_first_token_seconds",
+            "From a request's head to its first output token.",
+            ("route",),
+            buckets=_FIRST_TOKEN,
+            registry=registry,
+        )
+        self._prompt_tokens = Counter(
+            "prad_prompt_tokens", "Prompt tokens of admitted requests.", ("task",), registry=registry
+        )
+        self._completion_tokens = Counter(
+            "prad_completion_tokens", "Output tokens.", ("task",), registry=registry
+        )
+
+    def observe(self, record: RequestRecord, route: str, status: int) -> None:
+        """One finished request."""
+        task = record.task or BASE_TASK
+        self._requests.labels(route, str(record.status or status), task).inc()
+        self._duration.labels(route).observe(time.monotonic() - record.started)
+        if record.first_token is not None:
+            self._first_token.labels(route).observe(record.first_token - record.started)
+        if record.prompt_tokens:
+            self._prompt_tokens.labels(task).inc(record.prompt_tokens)
+            self._completion_tokens.labels(task).inc(record.completion_tokens)

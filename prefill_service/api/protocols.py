@@ -62,10 +62,12 @@ class ModelInfo:
 class ApiLimits:
     """Bounds on one HTTP request, and the output lengths of requests that name none.
 
-    thread_chars: texts longer than this are tokenised off the event loop.
+    body_timeout_s: seconds in which a body must come; thread_chars: texts longer than this are tokenised off
+    the event loop.
     """
 
     max_body_bytes: int = 4 * 2**20
+    body_timeout_s: float = 10.0
     max_prompts: int = 128
     max_choices: int = 256
     completion_tokens: int = 16

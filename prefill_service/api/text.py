@@ -1,4 +1,4 @@
-"""From the tokens of one choice to its text: pure, one token at a time, never looking back over the whole.
+"""From the tokens of one choice to its text: one token at a time, never looking back over the whole.
 
 Text goes out only once it is settled: a character when it is complete, and what may be the beginning of a
 stop text when it turned out not to be one. A token costs time in the length of its own text and of the stop
@@ -6,7 +6,15 @@ texts.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
+
+from prad.core.tokens import Token
+from prad.lm import Tokenizer
+
+REMEMBERED_TOKENS = 65_536
+LOWEST = -9999.0
+"""Stands for minus infinity, which JSON does not have."""
 
 
 class Detokeniser(Protocol):
@@ -101,3 +109,25 @@ class ChoiceText:
             text = text.removeprefix(" ")
         self.length += len(text)
         return text
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScore:
+    """One output token. `top`: the likeliest alternatives, best first; `offset`: characters before it."""
+
+    token: str
+    logprob: float
+    top: tuple[tuple[str, float], ...]
+    offset: int
+
+
+class TokenScorer:
+    """Puts names to the engine's numbers."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._name = lru_cache(REMEMBERED_TOKENS)(tokenizer.token_text)
+
+    def score(self, token: Token, offset: int) -> TokenScore:
+        assert token.logprob is not None
+        top = tuple((self._name(other), max(logprob, LOWEST)) for other, logprob in token.top)
+        return TokenScore(self._name(token.id), max(token.logprob, LOWEST), top, offset)

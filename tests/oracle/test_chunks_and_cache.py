@@ -173,7 +173,7 @@ def test_the_oracle_fails_if_keys_lack_the_tokens_before(
     side: PromptSide, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def unchained(
-        digest: str | None, virtual: int, ids: Sequence[int], size: int, _: int | None = None
+        digest: str | None, virtual: int, ids: Sequence[int], size: int, *_: int | str | None
     ) -> tuple[bytes, ...]:
         return tuple(
             block_keys(digest, virtual, ids[i : i + size], size)[0]

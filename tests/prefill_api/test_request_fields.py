@@ -1,18 +1,30 @@
 """What a client may send: neutral values are taken, everything else is refused by name."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
+from pydantic import ValidationError
 
 from prad.artefact import GenerationDefaults
-from prefill_service.api.budget import fit
-from prefill_service.api.defaults import effective
-from prefill_service.api.schemas import ChatRequest, CompletionRequest
-from prefill_service.api.validation import validate
+from prefill_service.api.admission import resolve
+from prefill_service.api.failures import invalid_request
+from prefill_service.api.fields import StrictModel
+from prefill_service.api.prompts import fit
+from prefill_service.api.requests import ChatRequest, CompletionRequest
 from prefill_service.errors import InvalidRequestError, PromptTooLongError
 
 USER = [{"role": "user", "content": "hi"}]
 BEAMS = {"use_beam_search": True, "best_of": 2}
+
+Model = TypeVar("Model", bound=StrictModel)
+
+
+def validate(model: type[Model], data: object) -> Model:
+    """As FastAPI does, and the failure handler after it."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise invalid_request(error.errors()) from error
 
 
 @pytest.mark.parametrize(
@@ -129,15 +141,15 @@ def test_text_parts_are_joined_and_answers_can_be_sent_back() -> None:
 
 def test_values_resolve_request_then_artefact_then_api() -> None:
     artefact = GenerationDefaults(temperature=0.5, top_k=7, max_tokens=9, stop=("x",))
-    silent = effective(validate(CompletionRequest, {"prompt": "p"}), artefact, 16)
+    silent, stop = resolve(validate(CompletionRequest, {"prompt": "p"}), artefact, 16)
     assert (silent.temperature, silent.top_k, silent.top_p, silent.min_p) == (0.5, 7, 1.0, 0.0)
-    assert (silent.max_tokens, silent.stop) == (9, ("x",))
+    assert (silent.max_tokens, stop) == (9, ("x",))
     assert 0 <= silent.seed < 2**63
     spoken = {"prompt": "p", "temperature": 0, "top_k": 0, "max_tokens": 3, "stop": [], "seed": -5}
-    loud = effective(validate(CompletionRequest, spoken), artefact, 16)
-    assert (loud.temperature, loud.top_k, loud.max_tokens, loud.stop, loud.seed) == (0.0, 0, 3, (), -5)
-    plain = effective(validate(CompletionRequest, {"prompt": "p"}), GenerationDefaults(), 16)
-    assert (plain.temperature, plain.max_tokens, plain.stop) == (1.0, 16, ())
+    loud, stop = resolve(validate(CompletionRequest, spoken), artefact, 16)
+    assert (loud.temperature, loud.top_k, loud.max_tokens, stop, loud.seed) == (0.0, 0, 3, (), -5)
+    plain, stop = resolve(validate(CompletionRequest, {"prompt": "p"}), GenerationDefaults(), 16)
+    assert (plain.temperature, plain.max_tokens, stop) == (1.0, 16, ())
 
 
 def fitted(length: int, **options: Any) -> tuple[int, int]:

@@ -1,25 +1,30 @@
 """What a client may send to the two generating endpoints. Absent and null mean the same everywhere."""
 
 from abc import abstractmethod
-from typing import Annotated, ClassVar, Literal
+from dataclasses import fields
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import FailFast, Field, model_validator
 
+from prad.core.sampling import SamplingParams
 from prefill_service.api.fields import (
     Choices,
     Content,
     Logprobs,
-    MinP,
+    Neutral,
     Prompts,
     Seed,
     Stops,
-    Temperature,
+    StrictModel,
     TokenCount,
     TopK,
-    TopP,
     Truncation,
+    UnitInterval,
+    refused,
 )
-from prefill_service.api.validation import Neutral, StrictModel, refused
+
+MAX_MESSAGES = 4096
+MAX_SALT_CHARACTERS = 256
 
 _SAMPLING: Neutral = {
     "frequency_penalty": (0,),
@@ -43,39 +48,63 @@ _SAMPLING: Neutral = {
     "service_tier": ("auto", "default"),
     "store": (False,),
 }
+_FILTERS = SamplingParams(max_tokens=1)
+"""What draws nothing and filters nothing."""
 
 
 class StreamOptions(StrictModel):
     unsupported: ClassVar[Neutral] = {"include_obfuscation": (False,), "continuous_usage_stats": (False,)}
 
     include_usage: bool | None = None
+    """A last chunk without choices says how many tokens were used; the others have `usage` null."""
 
 
 class GenerationRequest(StrictModel):
-    """The fields that both endpoints share. `task` may also come as `model`; see `targets`."""
+    """The fields that both endpoints share. Those named as in `SamplingParams` and `GenerationDefaults` mean
+    the same there: `admission.resolve`."""
 
     ignored: ClassVar[frozenset[str]] = frozenset(
         {"user", "metadata", "safety_identifier", "prompt_cache_key"}
     )
 
     model: str | None = None
+    """The plain model's id, or a task, which may name a version as in `e2e@3`; the plain model if absent."""
     task: str | None = None
+    """The task, where `model` names the plain model or is left out."""
     max_tokens: TokenCount | None = None
-    temperature: Temperature | None = None
-    top_p: TopP | None = None
+    """The longest output. Absent: the task's own, else 16, or 1024 for chats, or what fits."""
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    """0 takes the likeliest token. Absent: the task's own, else 1."""
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Draw among the likeliest tokens that together have this probability. Absent: the task's own, else 1."""
     top_k: TopK = None
-    min_p: MinP | None = None
+    """Draw among so many of the likeliest tokens; 0 or -1: all. Absent: the task's own, else all."""
+    min_p: UnitInterval | None = None
+    """Leave out tokens less likely than this part of the likeliest. Absent: the task's own, else 0."""
     seed: Seed | None = None
+    """The same seed draws the same tokens. Absent: a new one, which the answer names."""
     stop: Stops = None
+    """Up to 16 texts that end the output, which is cut before them. Absent: the task's own, else none."""
     n: Choices | None = None
+    """Answers for each prompt. Absent: 1."""
     stream: bool | None = None
+    """Send the answer as server-sent events while it is made."""
     stream_options: StreamOptions | None = None
+    """Needs `stream`."""
     ignore_eos: bool | None = None
+    """Go on behind an end token, up to the longest output."""
     min_tokens: Annotated[int, Field(ge=0)] | None = None
+    """No end token and no stop text counts before so many tokens. Absent: 0."""
     raw_prompt: bool | None = None
+    """Take the prompt as it is, without the task's template."""
     truncate_prompt_tokens: Truncation = None
+    """Keep so many of the prompt's last tokens; -1: as many as fit. Absent: what does not fit is refused."""
+    cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARACTERS)] | None = None
+    """Share computed prompts only with requests that have the same salt. Absent: with all that have none."""
     use_beam_search: bool | None = None
+    """Search for the likeliest outputs instead of drawing; keeps `best_of` hypotheses, or `n`."""
     best_of: Choices | None = None
+    """How many hypotheses a beam search keeps, of which the `n` best are answers."""
 
     @property
     def choices(self) -> int:
@@ -93,6 +122,13 @@ class GenerationRequest(StrictModel):
     @abstractmethod
     def alternatives(self) -> int | None:
         """How many alternatives to report with each token; None for no log-probabilities."""
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The values of `SamplingParams` that this request names."""
+        named = {field.name: getattr(self, field.name, None) for field in fields(SamplingParams)}
+        named |= {"max_tokens": self.output_limit, "logprobs": self.alternatives}
+        return {name: value for name, value in named.items() if value is not None}
 
     @property
     def beams(self) -> int | None:
@@ -114,12 +150,11 @@ class GenerationRequest(StrictModel):
             return self
         if self.beams == 1:
             raise refused("use_beam_search", "'use_beam_search' needs 'best_of' or 'n' of at least 2")
-        neutral = {"temperature": 0, "top_p": 1, "top_k": 0, "min_p": 0, "min_tokens": 0}
-        for name, value in neutral.items():
-            if (sent := getattr(self, name)) not in (None, value):
-                raise refused(name, f"'use_beam_search' takes no '{name}': leave it out, got {sent}")
         if self.alternatives is not None:
             raise refused("logprobs", "'use_beam_search' reports no 'logprobs': leave it out")
+        for name, sent in self.sampling.items():
+            if name not in ("max_tokens", "seed") and sent != getattr(_FILTERS, name):
+                raise refused(name, f"'use_beam_search' takes no '{name}': leave it out, got {sent}")
         return self
 
     @model_validator(mode="after")
@@ -138,7 +173,9 @@ class CompletionRequest(GenerationRequest):
     }
 
     prompt: Prompts
+    """A text, a list of token ids, or a list of either: each becomes `n` choices."""
     logprobs: Logprobs | None = None
+    """Report each token's log-probability, and those of so many of the likeliest."""
 
     @property
     def alternatives(self) -> int | None:
@@ -160,6 +197,7 @@ class Message(StrictModel):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Content
+    """A text, or text parts, which are joined as they stand."""
 
     @property
     def template_role(self) -> str:
@@ -189,10 +227,14 @@ class ChatRequest(GenerationRequest):
         "add_special_tokens": (False,),
     }
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=MAX_MESSAGES)]
+    """The conversation; the user speaks last."""
     max_completion_tokens: TokenCount | None = None
+    """OpenAI's newer name of `max_tokens`."""
     logprobs: bool | None = None
+    """Report each token's log-probability."""
     top_logprobs: Logprobs | None = None
+    """And those of so many of the likeliest; needs `logprobs`."""
 
     @property
     def output_limit(self) -> int | None:

@@ -1,10 +1,12 @@
-"""How the two endpoints write the same things: a whole choice, the first and the later chunks of one."""
+"""The JSON of answers: a whole choice, its first and its later chunks, log-probabilities in two forms.
+
+Pure."""
 
 from collections.abc import Sequence
 from typing import Protocol
 
 from prefill_service.api.generate import Delta
-from prefill_service.api.logprobs import TokenScore, chat_logprobs, completion_logprobs
+from prefill_service.api.text import TokenScore
 
 Json = dict[str, object]
 
@@ -30,7 +32,7 @@ class CompletionShape:
     whole_object = chunk_object = "text_completion"
 
     def whole(self, index: int, text: str, scores: Sequence[TokenScore] | None, finish_reason: str) -> Json:
-        logprobs = None if scores is None else completion_logprobs(scores)
+        logprobs = None if scores is None else _completion_logprobs(scores)
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
 
     def opening(self, index: int) -> Json | None:
@@ -40,7 +42,7 @@ class CompletionShape:
         return {
             "index": delta.index,
             "text": delta.text,
-            "logprobs": completion_logprobs(delta.scores) if delta.scores else None,
+            "logprobs": _completion_logprobs(delta.scores) if delta.scores else None,
             "finish_reason": delta.finish_reason,
         }
 
@@ -53,7 +55,7 @@ class ChatShape:
         return {
             "index": index,
             "message": {"role": "assistant", "content": text, "refusal": None},
-            "logprobs": None if scores is None else chat_logprobs(scores),
+            "logprobs": None if scores is None else _chat_logprobs(scores),
             "finish_reason": finish_reason,
         }
 
@@ -62,7 +64,7 @@ class ChatShape:
 
     def chunk(self, delta: Delta) -> Json:
         content: Json = {"content": delta.text} if delta.text or delta.scores else {}
-        logprobs = chat_logprobs(delta.scores) if delta.scores else None
+        logprobs = _chat_logprobs(delta.scores) if delta.scores else None
         return _chat_chunk(delta.index, content, logprobs, delta.finish_reason)
 
 
@@ -70,3 +72,44 @@ def _chat_chunk(
     index: int, delta: Json, logprobs: Json | None = None, finish_reason: str | None = None
 ) -> Json:
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+
+
+def _completion_logprobs(scores: Sequence[TokenScore]) -> dict[str, object]:
+    """Of /v1/completions; the drawn token is among its alternatives even if it is not a likely one."""
+    return {
+        "tokens": [score.token for score in scores],
+        "token_logprobs": [score.logprob for score in scores],
+        "top_logprobs": [_alternatives(score) for score in scores],
+        "text_offset": [score.offset for score in scores],
+    }
+
+
+def _chat_logprobs(scores: Sequence[TokenScore]) -> dict[str, object]:
+    """Of /v1/chat/completions."""
+    return {
+        "content": [
+            {
+                **_entry(score.token, score.logprob),
+                "top_logprobs": [_entry(token, logprob) for token, logprob in score.top],
+            }
+            for score in scores
+        ],
+        "refusal": None,
+    }
+
+
+def _alternatives(score: TokenScore) -> dict[str, float]:
+    """Two ids may share a text (parts of a character do): the likelier one stays."""
+    named = {score.token: score.logprob}
+    for token, logprob in score.top:
+        named[token] = max(logprob, named.get(token, logprob))
+    return named
+
+
+def _entry(token: str, logprob: float) -> dict[str, object]:
+    return {"token": token, "logprob": logprob, "bytes": _bytes(token)}
+
+
+def _bytes(token: str) -> list[int] | None:
+    """None for a part of a character, which has no text of its own."""
+    return None if "\N{REPLACEMENT CHARACTER}" in token else list(token.encode())

@@ -1,0 +1,188 @@
+"""An admitted request's answer: in one piece, or as server-sent events while it is made."""
+
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+import orjson
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from prad.lm import Tokenizer
+from prefill_service.api.admission import Admitted
+from prefill_service.api.answers import Json, Shape
+from prefill_service.api.failures import (
+    CLIENT_GONE,
+    ClientGoneError,
+    JsonResponse,
+    as_told,
+    error_body,
+    while_connected,
+)
+from prefill_service.api.generate import Delta, Generation
+from prefill_service.api.observe import RequestRecord, record_of
+from prefill_service.api.requests import GenerationRequest
+from prefill_service.api.text import TokenScore, TokenScorer
+from prefill_service.generation import Engine
+
+DONE = b"data: [DONE]\n\n"
+
+
+class Responder:
+    """Starts the engine for a request, and answers. `fingerprint`: the answers' system_fingerprint."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, fingerprint: str) -> None:
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._scorer = TokenScorer(tokenizer)
+        self._fingerprint = fingerprint
+
+    async def respond(
+        self, request: Request, wanted: GenerationRequest, admitted: Admitted, shape: Shape
+    ) -> Response:
+        """Raises what the engine raises before its first token (streaming) or at all (in one piece)."""
+        record = record_of(request)
+        deltas = Generation(self._engine, self._tokenizer, self._scorer, admitted, record).deltas()
+        shared: Json = {
+            "id": admitted.id,
+            "object": shape.chunk_object if wanted.stream else shape.whole_object,
+            "created": admitted.created,
+            "model": admitted.target.name,
+            "system_fingerprint": self._fingerprint,
+        }
+        if wanted.stream:
+            writer = ChunkWriter(shared, admitted.report(), usage_field=wanted.include_usage)
+            events = chunks(deltas, shape, writer, record, include_usage=wanted.include_usage)
+            return EventStream(events, record, _headers(admitted))
+        async with while_connected(request.receive):
+            choices = await _gather(deltas, len(admitted.prompts) * admitted.choices)
+        scored = wanted.alternatives is not None
+        whole = [
+            shape.whole(i, "".join(c.texts), c.scores if scored else None, c.finish_reason)
+            for i, c in enumerate(choices)
+        ]
+        body = {**shared, "choices": whole, "usage": record.usage(), "prad": admitted.report()}
+        return JsonResponse(body, headers=_headers(admitted))
+
+
+@dataclass(slots=True)
+class _Choice:
+    texts: list[str] = field(default_factory=list)
+    scores: list[TokenScore] = field(default_factory=list)
+    finish_reason: str = ""
+
+
+async def _gather(deltas: AsyncGenerator[Delta, None], count: int) -> list[_Choice]:
+    choices = [_Choice() for _ in range(count)]
+    async with aclosing(deltas):
+        async for delta in deltas:
+            choice = choices[delta.index]
+            choice.texts.append(delta.text)
+            choice.scores.extend(delta.scores)
+            choice.finish_reason = delta.finish_reason or choice.finish_reason
+    return choices
+
+
+def _headers(admitted: Admitted) -> dict[str, str]:
+    version = admitted.target.version
+    if version is None:
+        return {}
+    return {
+        "x-prad-task": version.task,
+        "x-prad-version": str(version.version),
+        "x-prad-digest": version.digest,
+    }
+
+
+class ChunkWriter:
+    """Writes chunks; what they share is serialised once.
+
+    `usage_field`: with include_usage every chunk has the field, null in all but the last.
+    """
+
+    def __init__(self, shared: Json, report: Json, *, usage_field: bool) -> None:
+        self._shared = shared
+        self._head = b"data: " + orjson.dumps(shared)[:-1] + b',"choices":['
+        self._tail = b'],"usage":null' if usage_field else b"]"
+        self._report = b',"prad":' + orjson.dumps(report)
+
+    def chunk(self, choice: Json, *, first: bool) -> bytes:
+        """The stream's first chunk also says which adapter answers."""
+        report = self._report if first else b""
+        return b"".join((self._head, orjson.dumps(choice), self._tail, report, b"}\n\n"))
+
+    def usage(self, usage: Mapping[str, object]) -> bytes:
+        return _event({**self._shared, "choices": [], "usage": usage})
+
+
+async def chunks(
+    deltas: AsyncGenerator[Delta, None],
+    shape: Shape,
+    writer: ChunkWriter,
+    record: RequestRecord,
+    *,
+    include_usage: bool,
+) -> AsyncGenerator[bytes, None]:
+    """All events but [DONE]."""
+    opened: set[int] = set()
+    async with aclosing(deltas):
+        async for delta in deltas:
+            event = b""
+            first = not opened
+            if delta.index not in opened:
+                opened.add(delta.index)
+                if opening := shape.opening(delta.index):
+                    event, first = writer.chunk(opening, first=first), False
+            yield event + writer.chunk(shape.chunk(delta), first=first)
+    if include_usage:
+        yield writer.usage(record.usage())
+
+
+class EventStream(Response):
+    """Sends `events` as they come.
+
+    What fails before the first event is an ordinary error response; later it is the last event. The client's
+    leaving closes `events`.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], record: RequestRecord, headers: Mapping[str, str]
+    ) -> None:
+        super().__init__(headers={**headers, "cache-control": "no-cache", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._events = events
+        self._record = record
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+        try:
+            async with while_connected(receive), aclosing(self._events):
+                async for event in self._events:
+                    if not started:
+                        started = True
+                        await self._start(send)
+                    await send({"type": "http.response.body", "body": event, "more_body": True})
+        except ClientGoneError:
+            if not started:
+                raise
+            self._record.status = CLIENT_GONE
+            return
+        except Exception as error:
+            if not started:
+                raise
+            told = as_told(error, self._record)
+            self._record.status = told.status
+            await send({"type": "http.response.body", "body": _event(error_body(told)), "more_body": True})
+        if not started:
+            await self._start(send)
+        await send({"type": "http.response.body", "body": DONE, "more_body": False})
+
+    async def _start(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+
+
+def _event(data: Mapping[str, object]) -> bytes:
+    return b"data: " + orjson.dumps(data) + b"\n\n"
