@@ -21,8 +21,7 @@ from prad.artefact import AdapterRecord, Artefact, task_token_id
 from prad.core.sampling import SamplingParams
 from prad.lm import LanguageModel, Tokenizer, require_device, resolve_model
 from prad.lm.kernels import load_kernels
-from prefill_service.api.app import create_app
-from prefill_service.api.protocols import ModelInfo
+from prefill_service.api import ApiLimits, ModelInfo, bounded_protocol, create_app
 from prefill_service.catalogue import TaskCatalogue
 from prefill_service.engine import PrefillEngine
 from prefill_service.follower import RegistryFollower
@@ -88,9 +87,11 @@ async def _serve(
         metrics = CollectorRegistry()
         metrics.register(EngineMetrics(engine, residents))
         readiness = _Readiness(engine, follower)
-        app = create_app(engine, catalogue, readiness, tokenizer, info, registry=metrics)
+        limits = ApiLimits(body_timeout_s=settings.body_timeout_s)
+        app = create_app(engine, catalogue, readiness, tokenizer, info, limits, metrics)
         config = uvicorn.Config(
             app,
+            http=bounded_protocol(settings.max_connections, settings.body_timeout_s),
             log_level="warning",
             access_log=False,
             timeout_keep_alive=_KEEP_ALIVE_S,

@@ -21,6 +21,10 @@ class PrefillSettings(BaseSettings):
     """Address that the API listens on."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """Port that the API listens on."""
+    max_connections: Annotated[int, Field(ge=1)] = 1024
+    """Connections to the API; requests on further ones get 503."""
+    body_timeout_s: Annotated[float, Field(gt=0)] = 10.0
+    """Seconds in which a request's body must come, or go on coming at 64 KiB/s; it is refused with 408."""
     decode: str = "127.0.0.1:50051"
     """The decode service, host:port."""
     registry: str = "http://127.0.0.1:8001"

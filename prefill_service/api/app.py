@@ -17,7 +17,7 @@ from prad.lm import Tokenizer
 from prefill_service.api.admission import Admission, find_version, split_name
 from prefill_service.api.answers import ChatShape, CompletionShape, Json
 from prefill_service.api.failures import JsonResponse, Observe, add_failure_handlers
-from prefill_service.api.intake import json_route
+from prefill_service.api.intake import TurnAway, json_route
 from prefill_service.api.observe import Metrics, record_of
 from prefill_service.api.protocols import ApiLimits, Catalogue, ModelInfo, Readiness
 from prefill_service.api.requests import ChatRequest, CompletionRequest
@@ -44,6 +44,7 @@ def create_app(
     app.include_router(_models(catalogue, model))
     app.include_router(_operations(readiness, metrics, model))
     add_failure_handlers(app)
+    app.add_middleware(TurnAway)
     app.add_middleware(Observe, metrics=metrics)
     return app
 

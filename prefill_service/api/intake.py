@@ -12,7 +12,8 @@ import orjson
 from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope
+from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from prefill_service.api.failures import ClientGoneError
 from prefill_service.api.protocols import ApiLimits
@@ -20,11 +21,57 @@ from prefill_service.errors import (
     BodyTimeoutError,
     InvalidRequestError,
     RequestTooLargeError,
+    TooManyConnectionsError,
     UnsupportedMediaTypeError,
 )
 
 SLOWEST_BODY = 64 * 2**10
 """Bytes a second: what comes at least as fast may take longer than `body_timeout_s`."""
+
+ALWAYS_SERVED = ("/health", "/ready", "/metrics")
+"""A crowd of clients must not make operators' machines believe that the service is dead."""
+
+_CROWDED = "prad.crowded"
+
+
+def bounded_protocol(connections: int, head_timeout_s: float) -> type[HttpToolsProtocol]:
+    """uvicorn's protocol with bounds: requests on more `connections` than that are marked for `TurnAway`, and
+    a connection whose first head is not there in time is closed. (uvicorn's own limit answers in its own
+    words, operators' machines too, and waits for a head for ever.)"""
+
+    class BoundedProtocol(HttpToolsProtocol):
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            if len(self.connections) > connections:
+                self.app = _marked(self.app)
+            self.loop.call_later(head_timeout_s, self._require_head)
+
+        def _require_head(self) -> None:
+            request: object = self.cycle  # None until a head is there, whatever its annotation says
+            if request is None and not self.transport.is_closing():
+                self.transport.close()
+
+    return BoundedProtocol
+
+
+def _marked(app: Any) -> Any:
+    async def marked(scope: Any, receive: Any, send: Any) -> None:
+        scope[_CROWDED] = True
+        await app(scope, receive, send)
+
+    return marked
+
+
+class TurnAway:
+    """Middleware that refuses what came on a connection too many."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope.get(_CROWDED) and scope["path"] not in ALWAYS_SERVED:
+            raise TooManyConnectionsError("too many connections are open already")
+        await self._app(scope, receive, send)
 
 
 def json_route(limits: ApiLimits) -> type[APIRoute]:
