@@ -249,3 +249,14 @@ async def test_tokens_are_told_one_by_one_where_somebody_looks_at_each(
     assert answer.status_code == 200
     (request,) = engine.requests
     assert request.tokens_per_event == each
+
+
+async def test_a_salt_goes_to_the_engine_and_to_every_step_of_a_search(
+    client: httpx.AsyncClient, engine: Any
+) -> None:
+    await complete(client, max_tokens=2, cache_salt="mine")
+    await complete(client, max_tokens=2, cache_salt="mine", use_beam_search=True, n=2)
+    assert len(engine.requests) > 2
+    assert {request.cache_salt for request in engine.requests} == {"mine"}
+    await complete(client, max_tokens=2)
+    assert engine.requests[-1].cache_salt is None

@@ -145,6 +145,20 @@ def test_a_closed_connection_frees_both_sides(running: RunningStack, stream: boo
     until(lambda: all_free(running))
 
 
+def test_salts_keep_what_was_asked_apart(running: RunningStack) -> None:
+    """Otherwise `cached_tokens` tells one client what another has asked."""
+    prompt = [7 + i % 90 for i in range(40)]
+
+    def cached(fields: dict[str, str]) -> int:
+        usage = complete(running, prompt=prompt, max_tokens=1, **fields)["usage"]
+        return int(usage["prompt_tokens_details"]["cached_tokens"])
+
+    for target in ({}, {"task": "red"}):
+        asked = [target | salt for salt in ({}, {"cache_salt": "mine"}, {"cache_salt": "yours"})]
+        assert [cached(fields) for fields in asked] == [0, 0, 0]
+        assert [cached(fields) for fields in asked] == [32, 32, 32]
+
+
 def test_a_stop_string_ends_the_choice_and_frees_it(running: RunningStack) -> None:
     whole = complete(running, task="red", max_tokens=60, temperature=0)["choices"][0]["text"].split()
     stop = whole[5]
