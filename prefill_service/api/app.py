@@ -151,12 +151,14 @@ def _models(catalogue: Catalogue, model: ModelInfo) -> APIRouter:
             },
         }
 
+    @router.head("/v1/models", include_in_schema=False)
     @router.get("/v1/models")
     async def list_models() -> Json:
         """Everything that `model` may name, tasks at their current version."""
         tasks = [adapted(task.name, task.current, task.versions) for task in catalogue.tasks()]
         return {"object": "list", "data": [base(), *tasks]}
 
+    @router.head("/v1/models/{name:path}", include_in_schema=False)
     @router.get("/v1/models/{name:path}")
     async def one_model(name: str) -> Json:
         """The plain model, a task, or one version of it as in e2e@3."""
@@ -175,11 +177,13 @@ def _operations(readiness: Readiness, metrics: Metrics, model: ModelInfo) -> API
     router = APIRouter(tags=["operations"])
     package_version = version("prad-server")
 
+    @router.head("/health", include_in_schema=False)
     @router.get("/health")
     async def health() -> dict[str, str]:
         """200 while the process answers at all."""
         return {"status": "ok"}
 
+    @router.head("/ready", include_in_schema=False, response_model=None)
     @router.get("/ready", response_model=None)
     async def ready() -> Response:
         """200 once requests can be served, else 503 with the reasons."""

@@ -31,6 +31,8 @@ NO_ROUTE = "(none)"
 SHOWN_PROBLEMS = 3
 TOLD_CHARACTERS = 1000
 """Of every text in an error: what a client sent may be quoted there."""
+NAMED_CHARACTERS = 200
+"""Of a field's name among them."""
 
 
 class JsonResponse(JSONResponse):
@@ -173,7 +175,7 @@ def invalid_request(problems: Sequence[Mapping[str, Any]]) -> InvalidRequestErro
 
 def _describe(problem: Mapping[str, Any]) -> str:
     field, message = _field(problem), problem["msg"]
-    subject = "the body" if field is None else f"'{_cut(field)}'"
+    subject = "the body" if field is None else f"'{_cut(field, NAMED_CHARACTERS)}'"
     match problem["type"]:
         case "extra_forbidden":
             return f"unknown field {subject}"
@@ -197,5 +199,5 @@ def _field(problem: Mapping[str, Any]) -> str | None:
     return ".".join(parts) or None
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= TOLD_CHARACTERS else f"{text[:TOLD_CHARACTERS]}…"
+def _cut(text: str, most: int = TOLD_CHARACTERS) -> str:
+    return text if len(text) <= most else f"{text[:most]}…"

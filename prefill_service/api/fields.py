@@ -115,7 +115,7 @@ def _stops(value: Any) -> tuple[str, ...] | None:
 
 
 def _content(value: Any) -> str:
-    """A message's text; text parts are joined as they stand."""
+    """A message's text; text parts are joined as they stand, and `cache_control` changes no result."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or not value:
@@ -123,7 +123,7 @@ def _content(value: Any) -> str:
     texts = []
     for part in value:
         match part:
-            case {"type": "text", "text": str(text)} if len(part) == 2:
+            case {"type": "text", "text": str(text), **more} if more.keys() <= {"cache_control"}:
                 texts.append(text)
             case _:
                 raise expected('{"type": "text", "text": …}, as only text is supported yet', part)
@@ -162,7 +162,9 @@ Stops = Annotated[
 Content = Annotated[
     str,
     PlainValidator(_content),
-    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]}),
+    WithJsonSchema(
+        {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}, {"type": "null"}]}
+    ),
 ]
 _FROM_MINUS_1 = WithJsonSchema({"anyOf": [{"type": "integer", "minimum": -1}, {"type": "null"}]})
 TopK = Annotated[int | None, PlainValidator(_top_k), _FROM_MINUS_1]

@@ -53,10 +53,12 @@ _FILTERS = SamplingParams(max_tokens=1)
 
 
 class StreamOptions(StrictModel):
-    unsupported: ClassVar[Neutral] = {"include_obfuscation": (False,), "continuous_usage_stats": (False,)}
+    unsupported: ClassVar[Neutral] = {"include_obfuscation": (False,)}
 
     include_usage: bool | None = None
     """A last chunk without choices says how many tokens were used; the others have `usage` null."""
+    continuous_usage_stats: bool | None = None
+    """With `include_usage`: every chunk says how many tokens were used so far."""
 
 
 class GenerationRequest(StrictModel):
@@ -109,10 +111,6 @@ class GenerationRequest(StrictModel):
     @property
     def choices(self) -> int:
         return self.n or 1
-
-    @property
-    def include_usage(self) -> bool:
-        return bool(self.stream_options and self.stream_options.include_usage)
 
     @property
     def output_limit(self) -> int | None:
@@ -196,8 +194,16 @@ class Message(StrictModel):
     }
 
     role: Literal["system", "developer", "user", "assistant"]
+    """`developer` is a newer name of `system`."""
     content: Content
-    """A text, or text parts, which are joined as they stand."""
+    """A text, or text parts, which are joined as they stand; null for an assistant's empty turn."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_said(cls, data: Any) -> Any:
+        """An assistant's turn may have no content, as it may have been all tool calls."""
+        silent = isinstance(data, dict) and data.get("role") == "assistant" and data.get("content") is None
+        return {**data, "content": ""} if silent else data
 
     @property
     def template_role(self) -> str:

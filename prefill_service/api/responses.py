@@ -22,7 +22,7 @@ from prefill_service.api.failures import (
 )
 from prefill_service.api.generate import Delta, Generation
 from prefill_service.api.observe import RequestRecord, record_of
-from prefill_service.api.requests import GenerationRequest
+from prefill_service.api.requests import GenerationRequest, StreamOptions
 from prefill_service.api.text import TokenScore, TokenScorer
 from prefill_service.generation import Engine
 
@@ -52,9 +52,8 @@ class Responder:
             "system_fingerprint": self._fingerprint,
         }
         if wanted.stream:
-            writer = ChunkWriter(shared, admitted.report(), usage_field=wanted.include_usage)
-            events = chunks(deltas, shape, writer, record, include_usage=wanted.include_usage)
-            return EventStream(events, record, _headers(admitted))
+            writer = ChunkWriter(shared, admitted.report(), record, wanted.stream_options or StreamOptions())
+            return EventStream(chunks(deltas, shape, writer), record, _headers(admitted))
         async with while_connected(request.receive):
             choices = await _gather(deltas, len(admitted.prompts) * admitted.choices)
         scored = wanted.alternatives is not None
@@ -98,31 +97,35 @@ def _headers(admitted: Admitted) -> dict[str, str]:
 class ChunkWriter:
     """Writes chunks; what they share is serialised once.
 
-    `usage_field`: with include_usage every chunk has the field, null in all but the last.
+    With `include_usage` every chunk has the field `usage`: so far, or null in all but the last.
     """
 
-    def __init__(self, shared: Json, report: Json, *, usage_field: bool) -> None:
+    def __init__(self, shared: Json, report: Json, record: RequestRecord, options: StreamOptions) -> None:
         self._shared = shared
         self._head = b"data: " + orjson.dumps(shared)[:-1] + b',"choices":['
-        self._tail = b'],"usage":null' if usage_field else b"]"
         self._report = b',"prad":' + orjson.dumps(report)
+        self._record = record
+        self._usage = bool(options.include_usage)
+        self._so_far = self._usage and bool(options.continuous_usage_stats)
 
     def chunk(self, choice: Json, *, first: bool) -> bytes:
         """The stream's first chunk also says which adapter answers."""
-        report = self._report if first else b""
-        return b"".join((self._head, orjson.dumps(choice), self._tail, report, b"}\n\n"))
+        parts = [self._head, orjson.dumps(choice), b"]"]
+        if self._usage:
+            parts += [b',"usage":', orjson.dumps(self._record.usage()) if self._so_far else b"null"]
+        if first:
+            parts.append(self._report)
+        return b"".join((*parts, b"}\n\n"))
 
-    def usage(self, usage: Mapping[str, object]) -> bytes:
-        return _event({**self._shared, "choices": [], "usage": usage})
+    def last(self) -> bytes:
+        """Behind all choices; empty if nobody asked for it."""
+        if not self._usage:
+            return b""
+        return _event({**self._shared, "choices": [], "usage": self._record.usage()})
 
 
 async def chunks(
-    deltas: AsyncGenerator[Delta, None],
-    shape: Shape,
-    writer: ChunkWriter,
-    record: RequestRecord,
-    *,
-    include_usage: bool,
+    deltas: AsyncGenerator[Delta, None], shape: Shape, writer: ChunkWriter
 ) -> AsyncGenerator[bytes, None]:
     """All events but [DONE]."""
     opened: set[int] = set()
@@ -135,8 +138,8 @@ async def chunks(
                 if opening := shape.opening(delta.index):
                     event, first = writer.chunk(opening, first=first), False
             yield event + writer.chunk(shape.chunk(delta), first=first)
-    if include_usage:
-        yield writer.usage(record.usage())
+    if last := writer.last():
+        yield last
 
 
 class EventStream(Response):

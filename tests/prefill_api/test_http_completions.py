@@ -260,3 +260,13 @@ async def test_a_salt_goes_to_the_engine_and_to_every_step_of_a_search(
     assert {request.cache_salt for request in engine.requests} == {"mine"}
     await complete(client, max_tokens=2)
     assert engine.requests[-1].cache_salt is None
+
+
+async def test_usage_can_come_with_every_chunk(client: httpx.AsyncClient) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = {"prompt": PROMPT, "max_tokens": 4, "logprobs": 0, "ignore_eos": True, "stream": True}
+    *chunks, last = events(await client.post("/v1/completions", json={**body, "stream_options": options}))
+    assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [1, 2, 3, 4]
+    assert last["usage"] == chunks[-1]["usage"]
+    unasked = {**body, "stream_options": {"continuous_usage_stats": True}}
+    assert all("usage" not in c for c in events(await client.post("/v1/completions", json=unasked)))

@@ -48,8 +48,22 @@ async def test_metrics_count_by_task_and_not_by_what_clients_write(client: httpx
     assert "made-up" not in text
 
 
+async def test_what_is_asked_with_get_can_be_asked_with_head(client: httpx.AsyncClient, ready: Any) -> None:
+    for path in ("/health", "/ready", "/v1/models", "/v1/models/e2e"):
+        assert (await client.head(path)).status_code == 200
+    ready.missing.append("no decode service")
+    assert (await client.head("/ready")).status_code == 503
+
+
 async def test_the_api_describes_itself(client: httpx.AsyncClient) -> None:
     described = (await client.get("/openapi.json")).json()
     schemas = described["components"]["schemas"]
     assert "truncate_prompt_tokens" in schemas["CompletionRequest"]["properties"]
     assert "messages" in schemas["ChatRequest"]["properties"]
+    for model in ("CompletionRequest", "ChatRequest", "Message", "StreamOptions"):
+        assert all(field["description"] for field in schemas[model]["properties"].values())
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        responses = described["paths"][path]["post"]["responses"]
+        assert {"200", "400", "404", "408", "413", "415", "429", "503", "504"} <= set(responses)
+        assert "text/event-stream" in responses["200"]["content"]
+    assert '"422"' not in (await client.get("/openapi.json")).text

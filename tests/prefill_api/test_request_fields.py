@@ -86,6 +86,10 @@ def test_neutral_values_of_missing_features_are_taken(fields: dict[str, Any]) ->
         ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "at least 1"),
         ({"stream_options": {"include_usage": True}}, None, "needs 'stream'"),
         ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x", "unknown field"),
+        ({f"f{i}": 1 for i in range(200)}, None, "the body: expected up to 100 fields, got 201"),
+        ({"x" * 5000: 1}, "x" * 5000, f"unknown field '{'x' * 200}…'"),
+        ({"logit_bias": 10**5000}, "logit_bias", "not supported yet"),
+        ({"n": [[[0] * 10**6]]}, "n", f"got [[[{', '.join('0' * 19)}"),
         ({"prompt": []}, "prompt", "expected a text"),
         ({"prompt": ["a", 1]}, "prompt", "all texts"),
         ({"prompt": [[1, "a"]]}, "prompt", "whole numbers"),
@@ -137,11 +141,25 @@ def test_several_problems_come_together() -> None:
     assert refused.value.message.count(";") == 2
 
 
+def test_a_list_of_faults_is_one_fault() -> None:
+    """Millions of them would be millions of errors."""
+    for messages in ([0] * 50_000, USER * 50_000):
+        with pytest.raises(ValidationError) as refused:
+            ChatRequest.model_validate({"messages": messages})
+        assert refused.value.error_count() == 1
+    with pytest.raises(InvalidRequestError, match="at most 4096 items"):
+        validate(ChatRequest, {"messages": USER * 50_000})
+
+
 def test_text_parts_are_joined_and_answers_can_be_sent_back() -> None:
-    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    kept = {"type": "text", "text": "b", "cache_control": {"type": "ephemeral"}}
+    parts = [{"type": "text", "text": "a"}, kept]
     answer = {"role": "assistant", "content": "c", "tool_calls": [], "refusal": None}
     request = validate(ChatRequest, {"messages": [{"role": "user", "content": parts}, answer]})
     assert [m.content for m in request.messages] == ["ab", "c"]
+    for silent in ({"role": "assistant", "content": None}, {"role": "assistant"}):
+        request = validate(ChatRequest, {"messages": [USER[0], silent, USER[0]]})
+        assert [m.content for m in request.messages] == ["hi", "", "hi"]
 
 
 def test_values_resolve_request_then_artefact_then_api() -> None:

@@ -1,0 +1,65 @@
+"""Whatever JSON comes, the answer is 200 or names what is wrong, in few words: never a 5xx."""
+
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import orjson
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from prefill_service.api.requests import ChatRequest, CompletionRequest
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+LIKELY = st.sampled_from([0, 1, 2, -1, 0.5, True, "text", "e2e", [], {}, ["x"], [1, 2], "x" * 3000])
+NAMES = sorted(
+    {*CompletionRequest.model_fields, *ChatRequest.model_fields}
+    | {*CompletionRequest.unsupported, *ChatRequest.unsupported}
+)
+FIELDS = st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=5), LIKELY | JSON, max_size=4)
+MESSAGE = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system"]), "content": JSON})
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(fields=FIELDS, messages=st.lists(MESSAGE, max_size=2), whole=st.none() | JSON)
+async def test_no_request_is_a_fault_of_ours(
+    app_of: Any, scripted: Callable[[str], Any], fields: dict[str, Any], messages: list[Any], whole: Any
+) -> None:
+    transport = httpx.ASGITransport(app_of(scripted("one two")), raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        user = {"role": "user", "content": "hi"}
+        for path, body in (
+            ("/v1/completions", whole),
+            ("/v1/completions", {"prompt": "x", **fields}),
+            ("/v1/chat/completions", {"messages": [*messages, user], **fields}),
+        ):
+            sent = {"content": orjson.dumps(body), "headers": {"content-type": "application/json"}}
+            response = await client.post(path, **sent)
+            assert response.status_code in (200, 400, 404), response.text
+            if response.status_code != 200:
+                error = response.json()["error"]
+                assert set(error) == {"message", "type", "param", "code"}
+                assert len(error["message"]) < 1100
+
+
+async def test_deep_nesting_and_long_numbers_are_refused(client: httpx.AsyncClient) -> None:
+    for value in (b"[" * 945 + b"]" * 945, b'{"a":' * 900 + b"0" + b"}" * 900, b"9" * 4300, b"1e5"):
+        for field in (b"max_tokens", b"stop", b"logit_bias", b"prompt", b"metadata", b"x"):
+            body = b'{"prompt": "x", "%s": %s}' % (field, value)
+            sent = {"content": body, "headers": {"content-type": "application/json"}}
+            response = await client.post("/v1/completions", **sent)
+            assert response.status_code == (200 if field == b"metadata" and value != b"9" * 4300 else 400)
+            assert len(response.content) < 3000 or response.status_code == 200
+
+
+async def test_what_is_repeated_in_an_error_is_cut(client: httpx.AsyncClient) -> None:
+    long = "e" * 15_000
+    for body in ({"task": long}, {"model": long}, {"task": f"{long}@x"}, {"model": long, "task": "e2e"}):
+        response = await client.post("/v1/completions", json={"prompt": "x", **body})
+        assert response.status_code in (400, 404)
+        assert len(response.content) < 1300
+    assert len((await client.get(f"/{long}")).content) < 1300
