@@ -24,6 +24,7 @@ from prad.artefact.schema import (
     AdapterRecord,
     BaseModelRef,
     GenerationDefaults,
+    GenerationValues,
     task_token_id,
 )
 
@@ -41,6 +42,7 @@ __all__ = [
     "ArtefactError",
     "BaseModelRef",
     "GenerationDefaults",
+    "GenerationValues",
     "NotServableError",
     "TensorInfo",
     "files_digest",

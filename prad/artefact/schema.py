@@ -40,14 +40,27 @@ class BaseModelRef(_Record):
     weights: str
 
 
-class GenerationDefaults(_Record):
-    """What a request gets when it does not say; None leaves it to the API's default."""
+class GenerationValues(BaseModel):
+    """How tokens are drawn, as far as somebody names it: a request, or the artefact for requests that do not.
+    Named as in `SamplingParams`; None leaves a value to who comes next, in the end to the API."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    """0 takes the likeliest token. Absent: the task's own, else 1."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Draw among the likeliest tokens that together have this probability. Absent: the task's own, else 1."""
     top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    """Draw among so many of the likeliest tokens; 0: all. Absent: the task's own, else all."""
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Leave out tokens less likely than this part of the likeliest. Absent: the task's own, else 0."""
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    """The longest output. Absent: the task's own, else the API's, or what fits."""
+
+
+class GenerationDefaults(_Record, GenerationValues):
+    """What a request gets when it does not say."""
+
     stop: tuple[str, ...] = ()
 
 

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from prad.artefact import AdapterRecord, GenerationDefaults
+from prad.artefact import AdapterRecord, GenerationDefaults, GenerationValues
 from prad.core.sampling import SamplingParams
 from prad.lm import Tokenizer
 from prefill_service.api.prompts import PromptEncoder, fit
@@ -66,7 +66,7 @@ class Admitted:
     def report(self) -> dict[str, object]:
         """The response's `prad` object: which adapter answered, and how it was sampled."""
         version, sampling, beams = self.target.version, self.sampling, self.prompts[0].beams
-        values = {name: getattr(sampling, name) for name in GenerationDefaults.model_fields if name != "stop"}
+        values = {name: getattr(sampling, name) for name in GenerationValues.model_fields}
         values |= {"stop": list(self.stop)} | ({} if beams is None else {"beams": beams})
         return {
             "task": version.task if version else None,
@@ -84,7 +84,7 @@ def resolve(
     plain model); `max_tokens`: the API's, a wish until the prompt's length is known: `fit`."""
     if request.beams is not None:  # the task's defaults are for drawing
         artefact = GenerationDefaults(temperature=0.0, max_tokens=artefact.max_tokens, stop=artefact.stop)
-    defaults = artefact.model_dump(exclude={"stop"}, exclude_none=True)
+    defaults = artefact.model_dump(include=set(GenerationValues.model_fields), exclude_none=True)
     api = {"max_tokens": max_tokens, "temperature": 1.0, "seed": secrets.randbits(53)}
     params = SamplingParams(**(api | defaults | request.sampling))
     if params.temperature < GREEDY_BELOW:

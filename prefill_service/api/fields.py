@@ -169,7 +169,6 @@ Content = Annotated[
 _FROM_MINUS_1 = WithJsonSchema({"anyOf": [{"type": "integer", "minimum": -1}, {"type": "null"}]})
 TopK = Annotated[int | None, PlainValidator(_top_k), _FROM_MINUS_1]
 Truncation = Annotated[int | None, PlainValidator(_truncate), _FROM_MINUS_1]
-UnitInterval = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 TokenCount = Annotated[int, Field(ge=1)]
 Logprobs = Annotated[int, Field(ge=0, le=20)]

@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import FailFast, Field, model_validator
 
+from prad.artefact import GenerationValues
 from prad.core.sampling import SamplingParams
 from prefill_service.api.fields import (
     Choices,
@@ -19,7 +20,6 @@ from prefill_service.api.fields import (
     TokenCount,
     TopK,
     Truncation,
-    UnitInterval,
     refused,
 )
 
@@ -61,9 +61,9 @@ class StreamOptions(StrictModel):
     """With `include_usage`: every chunk says how many tokens were used so far."""
 
 
-class GenerationRequest(StrictModel):
-    """The fields that both endpoints share. Those named as in `SamplingParams` and `GenerationDefaults` mean
-    the same there: `admission.resolve`."""
+class GenerationRequest(GenerationValues, StrictModel):
+    """The fields that both endpoints share. Those of `SamplingParams` have their names there, too:
+    `admission.resolve`."""
 
     ignored: ClassVar[frozenset[str]] = frozenset(
         {"user", "metadata", "safety_identifier", "prompt_cache_key"}
@@ -75,14 +75,8 @@ class GenerationRequest(StrictModel):
     """The task, where `model` names the plain model or is left out."""
     max_tokens: TokenCount | None = None
     """The longest output. Absent: the task's own, else 16, or 1024 for chats, or what fits."""
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    """0 takes the likeliest token. Absent: the task's own, else 1."""
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Draw among the likeliest tokens that together have this probability. Absent: the task's own, else 1."""
     top_k: TopK = None
     """Draw among so many of the likeliest tokens; 0 or -1: all. Absent: the task's own, else all."""
-    min_p: UnitInterval | None = None
-    """Leave out tokens less likely than this part of the likeliest. Absent: the task's own, else 0."""
     seed: Seed | None = None
     """The same seed draws the same tokens. Absent: a new one, which the answer names."""
     stop: Stops = None
