@@ -28,6 +28,8 @@ from prefill_service.errors import (
 SLOWEST_BODY = 64 * 2**10
 """Bytes a second: what comes at least as fast may take longer than `body_timeout_s`."""
 
+MAX_BRACKETS = 100_000
+"""Lists and objects of a body; millions of them, most of them empty, stop all streams for seconds."""
 ALWAYS_SERVED = ("/health", "/ready", "/metrics")
 """A crowd of clients must not make operators' machines believe that the service is dead."""
 
@@ -140,6 +142,8 @@ async def _read(request: Request, limits: ApiLimits) -> bytes:
 
 
 def _parsed(body: bytes) -> Any:
+    if body.count(b"[") + body.count(b"{") > MAX_BRACKETS:
+        raise InvalidRequestError(f"the body holds too many of [ and {{: expected up to {MAX_BRACKETS}")
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError as error:

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import httpx
 import pytest
 import uvicorn
 from fastapi import FastAPI
@@ -116,3 +117,14 @@ async def test_a_head_that_never_comes_closes_the_connection(app_of: Any, engine
         reader, writer = await connect()
         writer.write(b"POST /v1/comp")
         assert await reader.read() == b""
+
+
+async def test_millions_of_lists_are_refused_before_they_are_made(impatient: FastAPI) -> None:
+    transport = httpx.ASGITransport(impatient)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        for item in (b"[]", b"{}", b"[{}]"):
+            body = b'{"prompt": [' + b",".join([item] * 100_000) + b"]}"
+            headers = {"content-type": "application/json"}
+            response = await client.post("/v1/completions", content=body, headers=headers)
+            assert response.status_code == 400
+            assert "too many of [ and {" in response.json()["error"]["message"]
