@@ -53,7 +53,7 @@ class Generation:
         return _merged([self._of_prompt(prompt) for prompt in self._admitted.prompts])
 
     async def _of_prompt(self, request: PromptRequest) -> AsyncGenerator[Delta, None]:
-        running = {choice: self._choice_text() for choice in range(request.choices)}
+        running = {choice: self._choice_text(request) for choice in range(request.choices)}
         async with aclosing(self._engine.generate(request)) as tokens:
             async for out in tokens:
                 text = running.get(out.choice)
@@ -72,12 +72,12 @@ class Generation:
         if running:
             raise InternalError("the engine ended before the output did")
 
-    def _choice_text(self) -> ChoiceText:
+    def _choice_text(self, request: PromptRequest) -> ChoiceText:
         return ChoiceText(
             self._tokenizer.stream(),
             self._admitted.stop,
             strip_space=self._admitted.target.version is not None,
-            min_tokens=self._admitted.sampling.min_tokens,
+            min_tokens=request.sampling.min_tokens,
         )
 
     def _delta(self, request: PromptRequest, out: TokenEvent, text: ChoiceText) -> Delta:
