@@ -83,7 +83,7 @@ def _save_plot(module: ModuleType, figures: dict[str, Any], path: Path, console:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        console.print("no plot: matplotlib is not installed (pip install 'prad-server\\[bench]')")
+        console.print("no plot: matplotlib is not installed (pip install -e '.\\[bench]')")
         return
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     module.plot(figures, figure)

@@ -8,6 +8,7 @@ from pathlib import Path
 import typer
 
 import prad
+from prad.cli.extras import require_extra
 from prad.cli.services import PASS_ARGUMENTS
 
 BENCHMARKS = {
@@ -51,12 +52,9 @@ def _run(name: str, arguments: list[str]) -> None:
             err=True,
         )
         raise typer.Exit(1)
+    require_extra("bench", "accelerate", "peft", "psutil", "rouge_score", "sacrebleu")
     sys.path.insert(0, str(root))  # an editable install knows the shipped packages alone
-    try:
-        runner = importlib.import_module("bench.runner")
-    except ModuleNotFoundError as error:
-        typer.secho(f"error: {error.name} is missing: pip install -e '.[bench]'", fg="red", err=True)
-        raise typer.Exit(1) from error
+    runner = importlib.import_module("bench.runner")
     runner.run(name, arguments)
 
 

@@ -9,6 +9,7 @@ _ROOTS = {
     "prad.lm.errors": "ModelError",
     "prad.training.data": "DataError",
     "prad.training.served": "ServerError",
+    "prad.cli.extras": "MissingExtraError",
     "prad.cli.stack": "StackError",
     "decode_service.errors": "DecodeError",
     "prefill_service.server": "CannotStartError",

@@ -88,7 +88,7 @@ def save_curve(history: list[dict[str, float]], folder: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         Console(stderr=True).print(
-            "no training curve: matplotlib is not installed (pip install 'prad-server\\[train]')"
+            "no training curve: matplotlib is not installed (pip install -e '.\\[train]')"
         )
         return
     figure = Figure(figsize=(7, 4), layout="constrained")
