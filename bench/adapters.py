@@ -65,7 +65,9 @@ def write_peft_lora(folder: Path, model: LanguageModel, count: int, r: int) -> d
         path = folder / f"lora-{seed:03}"
         path.mkdir(parents=True)
         save_file(tensors, path / "adapter_model.safetensors")
-        (path / "adapter_config.json").write_text(json.dumps(_peft_config(r, sorted(widths))))
+        (path / "adapter_config.json").write_text(
+            json.dumps(_peft_config(r, sorted(widths))), encoding="utf-8"
+        )
         folders[path.name] = str(path)
     return folders
 

@@ -40,6 +40,7 @@ class Peer:
                 stderr=errors,
                 text=True,
                 env=environment,
+                encoding="utf-8",
                 start_new_session=True,  # it may have processes of its own, which end with it
             )
         self.versions: dict[str, str] = {}
@@ -81,7 +82,9 @@ class Peer:
 
     def _ended(self) -> PeerError:
         status = self._process.wait()
-        tail = "\n".join(f"  {line}" for line in self._log.read_text(errors="replace").splitlines()[-12:])
+        tail = "\n".join(
+            f"  {line}" for line in self._log.read_text(errors="replace", encoding="utf-8").splitlines()[-12:]
+        )
         return PeerError(f"the worker {self._worker} ended with status {status}:\n{tail}")
 
     def _stop(self) -> None:

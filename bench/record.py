@@ -27,7 +27,7 @@ def write_result(
     given = {name: _plain(value) for name, value in told.items()}
     device = "cpu" if arguments is None else getattr(arguments, "device", "cpu")
     content = {"setting": setting(device)} | ({"arguments": given} if given else {}) | figures
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
     return path
 
 
@@ -56,12 +56,14 @@ def machine(setting: dict[str, Any]) -> str:
 
 
 def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(
+        ["git", *arguments], cwd=ROOT, capture_output=True, text=True, encoding="utf-8"
+    ).stdout.strip()
 
 
 def _cpu() -> str:
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     flags = next((line.split(":")[1].split() for line in lines if line.startswith("flags")), [])
     notable = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags]

@@ -117,7 +117,7 @@ def _through_int8(states: Tensor) -> Tensor:
 def _texts(tokenizer: Tokenizer, count: int) -> list[list[int]]:
     """`count` stretches of the examples' texts, from places spread evenly over them."""
     files = sorted((ROOT / "examples").rglob("*.md")) + sorted((ROOT / "examples").rglob("*.json"))
-    ids = [i for file in files for i in tokenizer.encode_continuation(file.read_text())]
+    ids = [i for file in files for i in tokenizer.encode_continuation(file.read_text(encoding="utf-8"))]
     length = PROMPT + FOLLOWING
     return [ids[k * (len(ids) - length) // count :][:length] for k in range(count)]
 

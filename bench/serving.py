@@ -70,6 +70,7 @@ class Client:
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
+            encoding="utf-8",
         )
         return self
 

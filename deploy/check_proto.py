@@ -49,14 +49,14 @@ def _generate(proto: Path, folder: Path) -> Path:
     """Runs the generator as `make proto` does. Returns the folder with the stubs."""
     outputs = [f"--{kind}_out={folder}" for kind in ("python", "pyi", "grpc_python")]
     command = [sys.executable, "-m", "grpc_tools.protoc", "-I", ".", *outputs, proto.as_posix()]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, encoding="utf-8")
     if done.returncode != 0:
         raise StubsError(f"{proto} cannot be generated:\n{done.stderr.strip()}")
     return folder / proto.parent
 
 
 def _stubs(folder: Path, proto: Path) -> dict[str, str]:
-    return {path.name: path.read_text() for path in folder.glob(f"{proto.stem}_pb2*.py*")}
+    return {path.name: path.read_text(encoding="utf-8") for path in folder.glob(f"{proto.stem}_pb2*.py*")}
 
 
 def _plain(stub: str) -> str:

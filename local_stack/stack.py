@@ -35,7 +35,7 @@ class Service:
     def check(self) -> None:
         """Raises StackError with the end of the log if the process has ended."""
         if self.process.poll() is not None:
-            lines = self.log.read_text(errors="replace").splitlines()[-_LOG_LINES:]
+            lines = self.log.read_text(errors="replace", encoding="utf-8").splitlines()[-_LOG_LINES:]
             tail = "\n".join(f"  {line}" for line in lines)
             raise StackError(f"{self.name} ended with status {self.process.returncode}:\n{tail}")
 

@@ -9,6 +9,7 @@ from typing import Any
 import typer
 
 import prad_cli
+from prad_cli.extras import require_extra
 from prad_cli.flags import PASS_ARGUMENTS, read_flags
 
 BENCHMARKS = {
@@ -42,6 +43,7 @@ def _command(name: str) -> Callable[[typer.Context], None]:
         text = "\n\n".join(map(_laid_out, flags.described(name).split("\n\n")))
         examples = f"Examples:\n\nprad bench {name} --smoke\n\nprad bench {name} --out bench/results"
         arguments = read_flags(flags.FLAGS[name], context, text, examples)
+        require_extra("bench", "accelerate", "peft", "psutil", "rouge_score", "sacrebleu")
         _import("runner").run(name, arguments)
 
     return command
@@ -63,11 +65,7 @@ def _import(module: str) -> Any:
         raise typer.Exit(1)
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))  # an editable install knows the shipped packages alone
-    try:
-        return importlib.import_module(f"bench.{module}")
-    except ModuleNotFoundError as error:
-        typer.secho(f"error: {error.name} is missing: pip install -e '.[bench]'", fg="red", err=True)
-        raise typer.Exit(1) from error
+    return importlib.import_module(f"bench.{module}")
 
 
 for _name, _help in BENCHMARKS.items():

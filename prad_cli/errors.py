@@ -9,6 +9,7 @@ _ROOTS = {
     "prad.lm.errors": "ModelError",
     "prad.training.data": "DataError",
     "prad.training.served": "ServerError",
+    "prad_cli.extras": "MissingExtraError",
     "local_stack.stack": "StackError",
     "decode_service.errors": "DecodeError",
     "prefill_service.server": "CannotStartError",

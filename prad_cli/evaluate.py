@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from prad_cli.extras import require_extra
 from prad_cli.model import (
     DEFAULT_CACHE,
     DEFAULT_MODEL,
@@ -67,6 +68,7 @@ def eval_command(
     """
     if (adapter is None) == (url is None):
         raise typer.BadParameter("give either --adapter or --url")
+    require_extra("eval", "rouge_score", "sacrebleu")
     if url is not None:
         results = _served(url, task, data, limit=limit, max_tokens=max_tokens, beams=beams, concurrency=batch)
     elif task is not None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, cast
 
 import typer
 
+from prad_cli.extras import require_extra
 from prad_cli.model import (
     DEFAULT_CACHE,
     DEFAULT_MODEL,
@@ -132,6 +133,7 @@ def train_command(
 
     Several GPUs: accelerate launch --multi_gpu -m prad_cli train --device cuda ...
     """
+    require_extra("train", "accelerate")
     from prad.artefact import FULL
     from prad.lm import served_name
     from prad.training.presets import preset_fields, with_own

@@ -36,7 +36,7 @@ def serve(answers: int, packages: Sequence[str], generate: Generate) -> None:
 
     `generate` returns how many tokens each prompt got: a peer that stops early would look fast.
     """
-    with os.fdopen(answers, "w") as out:
+    with os.fdopen(answers, "w", encoding="utf-8") as out:
         _say(out, {"versions": {name: version(name) for name in packages}})
         for line in sys.stdin:
             asked = json.loads(line)

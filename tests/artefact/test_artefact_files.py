@@ -43,7 +43,7 @@ def write(folder: Path, record: AdapterRecord = RECORD) -> Path:
 
 def with_json(folder: Path, **changes: Any) -> Path:
     path = folder / "prad.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
     return folder
 
 
@@ -54,7 +54,7 @@ def test_round_trip(tmp_path: Path) -> None:
         "layers.0.ffn.up": ("F32", (4, 6))
     }
     assert {p.name for p in artefact.files} == {"adapter_model.safetensors", "prad.json"}
-    text = (tmp_path / "a" / "prad.json").read_text()
+    text = (tmp_path / "a" / "prad.json").read_text(encoding="utf-8")
     assert "straße" in text, "people read this file"
     assert "£" in text
 
@@ -73,15 +73,15 @@ def test_the_digest_depends_on_every_file(tmp_path: Path) -> None:
 
 def test_the_digest_depends_on_which_file_holds_what(tmp_path: Path) -> None:
     one, two = write(tmp_path / "a"), write(tmp_path / "b")
-    (one / "README.md").write_text("same")
-    (two / "adapter_config.json").write_text("same")
+    (one / "README.md").write_text("same", encoding="utf-8")
+    (two / "adapter_config.json").write_text("same", encoding="utf-8")
     assert files_digest(one) != files_digest(two)
 
 
 def test_other_files_are_none_of_it(tmp_path: Path) -> None:
     folder = write(tmp_path / "a")
     before = files_digest(folder)
-    (folder / "notes.txt").write_text("x")
+    (folder / "notes.txt").write_text("x", encoding="utf-8")
     (folder / "checkpoints").mkdir()
     assert files_digest(folder) == before
     assert {p.name for p in read_artefact(folder).files} <= set(FILES)
@@ -178,6 +178,8 @@ def test_artefact_needs_no_torch() -> None:
     import sys
 
     program = "import sys, prad.artefact; print('torch' in sys.modules, 'transformers' in sys.modules)"
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, encoding="utf-8"
+    )
     assert ended.stdout.split() == ["False", "False"]
     assert Artefact.__module__ == "prad.artefact.files"

@@ -91,6 +91,7 @@ def test_without_a_checkout_it_says_where_to_run(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
+        encoding="utf-8",
     )
     assert (ended.returncode, ended.stdout) == (1, "")
     (line,) = ended.stderr.splitlines()
@@ -108,7 +109,7 @@ def test_every_benchmark_says_what_it_measures_and_has_a_small_size(name: str) -
 @pytest.mark.parametrize("path", sorted((ROOT / "bench" / "workers").glob("*.py")), ids=lambda p: p.name)
 def test_a_worker_imports_nothing_of_ours(path: Path) -> None:
     """It runs where nothing of ours is installed."""
-    tree = ast.parse(path.read_text())
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     found = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     found |= {alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
     ours = {"bench", "prad", "kvtransfer", "decode_service", "prefill_service", "adapter_registry"}

@@ -18,7 +18,9 @@ ENVIRONMENT = os.environ | {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb", "
 
 def prad(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "prad_cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, env=ENVIRONMENT, check=False, encoding="utf-8"
+    )
 
 
 def one_line(text: str) -> str:
@@ -113,8 +115,10 @@ def test_mistakes_of_train_and_eval_are_one_line(
     tiny_model: Callable[[str], Path], load_tiny: Callable[[str], LanguageModel], tmp_path: Path
 ) -> None:
     model = ["--model", str(tiny_model("llama")), "--dtype", "float32"]
-    (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "t1", "completion": "t2"}) + "\n{}\n")
-    (tmp_path / "validation.jsonl").write_text("")
+    (tmp_path / "train.jsonl").write_text(
+        json.dumps({"prompt": "t1", "completion": "t2"}) + "\n{}\n", encoding="utf-8"
+    )
+    (tmp_path / "validation.jsonl").write_text("", encoding="utf-8")
     ended = prad("train", "--task", "t", "--data", tmp_path, "--out", tmp_path / "out", *model)
     assert ended.returncode == 1
     assert one_line(ended.stderr).startswith(f"error: {tmp_path / 'train.jsonl'}:2: expected")

@@ -38,7 +38,7 @@ class Command:
 
     @property
     def said(self) -> str:
-        return self.log.read_text()
+        return self.log.read_text(encoding="utf-8")
 
 
 @contextmanager
@@ -171,7 +171,7 @@ def test_a_log_that_cannot_be_written_is_said_clearly(model: Path, tmp_path: Pat
 
 def test_whoever_stops_decode_gives_it_the_time_to_end() -> None:
     needed = DecodeSettings.model_fields["drain_s"].default + _FLUSH_S + _GRACE_S
-    compose = (Path(prad.__file__).parents[1] / "docker-compose.yml").read_text()
+    compose = (Path(prad.__file__).parents[1] / "docker-compose.yml").read_text(encoding="utf-8")
     (grace,) = re.findall(r"stop_grace_period: (\d+)s", compose)
     assert needed < min(_STOP_S, float(grace))
 

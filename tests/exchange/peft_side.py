@@ -14,8 +14,12 @@ from prad.artefact import Artefact
 from prad.exchange import ImportSettings, export_folder, import_folder
 from prad.lm import LanguageModel, PackedBatch
 
-# PEFT asks transformers for a property that it renamed: not the adapter's fault, whatever adapter it is
-IGNORED = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+# What PEFT asks of transformers by names that went out of use: not the fault of any adapter.
+# To be dropped when PEFT's newest release no longer does (`make test-latest` without them).
+IGNORED = (
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
+    "ignore:`past_key_values` is deprecated:FutureWarning",
+)
 TOLERANCE = 1e-4
 PROMPTS = [[3, 17, 64, 9, 9, 101], list(range(40, 75)), [7]]  # one longer than mistral's window of 24
 

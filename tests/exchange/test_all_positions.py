@@ -16,7 +16,7 @@ from prad.training.evaluate import decoder
 from tests.conftest import random_artefact
 from tests.exchange.peft_side import IGNORED, PROMPTS, loaded, said, saved, settings
 
-pytestmark = pytest.mark.filterwarnings(IGNORED)
+pytestmark = pytest.mark.filterwarnings(*IGNORED)
 TOKENS = 12
 BASELINES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "lora": ("llama", "prad-lora", {"targets": ["q", "v", "gate", "down"]}),

@@ -12,13 +12,15 @@ from peft import LoraConfig
 from prad.artefact import read_artefact
 from tests.exchange.peft_side import IGNORED, apart, base, loaded, said, saved
 
-pytestmark = pytest.mark.filterwarnings(IGNORED)
+pytestmark = pytest.mark.filterwarnings(*IGNORED)
 ENVIRONMENT = os.environ | {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb", "HF_HUB_OFFLINE": "1"}
 
 
 def prad(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "prad_cli", "adapter", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, env=ENVIRONMENT, check=False, encoding="utf-8"
+    )
 
 
 @pytest.mark.parametrize(

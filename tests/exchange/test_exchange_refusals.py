@@ -18,7 +18,7 @@ from prad.lm import LanguageModel
 from tests.conftest import random_artefact
 from tests.exchange.peft_side import IGNORED, saved, settings
 
-pytestmark = pytest.mark.filterwarnings(IGNORED)
+pytestmark = pytest.mark.filterwarnings(*IGNORED)
 Importing = Callable[..., None]
 
 
@@ -48,7 +48,7 @@ def importing(
 
 def change(source: Path, **fields: Any) -> None:
     path = source / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | fields), encoding="utf-8")
 
 
 def change_tensors(source: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:
@@ -105,9 +105,9 @@ def test_a_field_that_cannot_be_honoured_is_named(
 
 def test_a_required_field_that_is_missing_is_named(source: Path, importing: Importing) -> None:
     path = source / "adapter_config.json"
-    fields = json.loads(path.read_text())
+    fields = json.loads(path.read_text(encoding="utf-8"))
     del fields["lora_alpha"]
-    path.write_text(json.dumps(fields))
+    path.write_text(json.dumps(fields), encoding="utf-8")
     with pytest.raises(FieldError, match="lora_alpha: expected a value, found None"):
         importing()
 
@@ -120,7 +120,7 @@ def test_layers_of_a_pattern_are_refused_as_in_peft(source: Path, importing: Imp
 
 @pytest.mark.parametrize("text", ["{", "[]", "3", '{"r": 3}'])
 def test_a_configuration_that_is_none_is_named(text: str, source: Path, importing: Importing) -> None:
-    (source / "adapter_config.json").write_text(text)
+    (source / "adapter_config.json").write_text(text, encoding="utf-8")
     with pytest.raises(ExchangeError, match=r"^adapter_config\.json: "):
         importing()
 
@@ -213,7 +213,9 @@ def test_other_weights_of_an_exported_adapter_are_refused_unless_allowed(
     lora = random_artefact(tmp_path / "lora", model, 1, method="prad-lora", config={})
     export_folder(lora, tmp_path / "peft", model)
     path = tmp_path / "peft" / "prad.json"
-    path.write_text(path.read_text().replace(model.fingerprint.weights, "0" * 64))
+    path.write_text(
+        path.read_text(encoding="utf-8").replace(model.fingerprint.weights, "0" * 64), encoding="utf-8"
+    )
     with pytest.raises(
         ExchangeError, match=r"prad\.json: base\.weights: expected .*found 000000000000 \(tiny\)"
     ):

@@ -14,7 +14,7 @@ from prad.lm import LanguageModel
 from tests.conftest import random_artefact
 from tests.exchange.peft_side import IGNORED, TOLERANCE, apart, export_and_compare, ours, settings
 
-pytestmark = pytest.mark.filterwarnings(IGNORED)
+pytestmark = pytest.mark.filterwarnings(*IGNORED)
 
 EVERY = ["q", "k", "v", "o", "up", "down"]
 ADAPTERS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -61,11 +61,11 @@ def test_what_peft_cannot_hold_comes_back_from_prad_json(
         licence="MIT",
         training={"steps": 3},
     )
-    (artefact.folder / "README.md").write_text("the card")
+    (artefact.folder / "README.md").write_text("the card", encoding="utf-8")
     export_folder(read_artefact(artefact.folder), tmp_path / "peft", model, base_name="org/base")
-    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text(encoding="utf-8"))
     assert config["base_model_name_or_path"] == "org/base"
-    assert (tmp_path / "peft" / "README.md").read_text() == "the card"
+    assert (tmp_path / "peft" / "README.md").read_text(encoding="utf-8") == "the card"
     again = import_folder(tmp_path / "peft", tmp_path / "b", model, settings(Path("tiny"), max_tokens=5))
     assert again.record.template == "Q: {prompt} A:"
     assert again.record.generation == GenerationDefaults(max_tokens=5, stop=("\n",))

@@ -13,7 +13,7 @@ from tests.conftest import CONFIGS as EVERY_FAMILY
 from tests.conftest import random_artefact
 from tests.exchange.peft_side import IGNORED, export_and_compare, import_and_back
 
-pytestmark = pytest.mark.filterwarnings(IGNORED)
+pytestmark = pytest.mark.filterwarnings(*IGNORED)
 FAMILIES = ["qwen3", "gemma3", "opt", "gpt-neox"]  # the others: test_import_from_peft, test_export_to_peft
 IN_WEIGHTS: dict[str, Callable[[], Any]] = {
     "lora": lambda: LoraConfig(r=4, lora_alpha=7, target_modules="all-linear"),

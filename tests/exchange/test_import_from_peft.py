@@ -18,7 +18,7 @@ from prad.lm import LanguageModel
 from tests.conftest import random_artefact
 from tests.exchange.peft_side import IGNORED, TOLERANCE, apart, import_and_back, ours, saved, settings
 
-pytestmark = pytest.mark.filterwarnings(IGNORED)
+pytestmark = pytest.mark.filterwarnings(*IGNORED)
 
 FUSED = {"fan_in_fan_out": True}
 ADAPTERS: dict[str, tuple[str, Callable[[], Any]]] = {

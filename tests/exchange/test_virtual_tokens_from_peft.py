@@ -15,7 +15,7 @@ from prad.exchange.virtual import EMBEDDINGS, export_prefix, export_prompt, impo
 from prad.lm import LanguageModel
 from tests.exchange.peft_side import IGNORED, loaded, saved
 
-pytestmark = pytest.mark.filterwarnings(IGNORED)
+pytestmark = pytest.mark.filterwarnings(*IGNORED)
 
 
 @pytest.mark.parametrize("projection", [False, True])

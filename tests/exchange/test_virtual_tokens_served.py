@@ -14,7 +14,7 @@ from prad.lm import LanguageModel
 from tests.conftest import CONFIGS, randomised
 from tests.exchange.peft_side import IGNORED, import_and_back, saved, settings
 
-pytestmark = pytest.mark.filterwarnings(IGNORED)
+pytestmark = pytest.mark.filterwarnings(*IGNORED)
 
 
 def test_too_many_tokens_for_the_context_are_refused(

@@ -112,7 +112,7 @@ def test_what_a_killed_process_leaves_is_removed(folder: Path) -> None:
         "print(kept.name, flush=True); time.sleep(600)"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True, encoding="utf-8"
     ) as process:
         assert process.stdout is not None
         name = process.stdout.readline().strip()

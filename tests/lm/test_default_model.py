@@ -64,7 +64,7 @@ def test_an_interrupted_conversion_is_started_afresh(tmp_path: Path, monkeypatch
     def convert(path: Path, folder: Path) -> None:
         calls.append(folder)
         folder.mkdir()
-        (folder / f"part{len(calls)}").write_text("")
+        (folder / f"part{len(calls)}").write_text("", encoding="utf-8")
         if len(calls) == 1:
             raise KeyboardInterrupt
 

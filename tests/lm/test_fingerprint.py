@@ -97,7 +97,9 @@ def test_settings_count_where_the_forward_depends_on_them(
     """The same weights under another setting are another model."""
     shutil.copytree(tiny_model("llama"), tmp_path / "copy")
     path = tmp_path / "copy" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {setting: value}))
+    path.write_text(
+        json.dumps(json.loads(path.read_text(encoding="utf-8")) | {setting: value}), encoding="utf-8"
+    )
     one, other = (
         LanguageModel.load(folder, dtype=torch.float32).fingerprint
         for folder in (tiny_model("llama"), tmp_path / "copy")

@@ -412,7 +412,7 @@ def test_without_a_compiler_torch_computes(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_compiler_that_refuses_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refusing = tmp_path / "cxx"
-    refusing.write_text("#!/bin/sh\necho 'error: no such standard' >&2\nexit 1\n")
+    refusing.write_text("#!/bin/sh\necho 'error: no such standard' >&2\nexit 1\n", encoding="utf-8")
     refusing.chmod(0o755)
     assert subprocess.run([refusing], capture_output=True).returncode == 1
     monkeypatch.setenv("CXX", str(refusing))

@@ -92,7 +92,7 @@ def test_a_folder_with_pickled_weights_only_is_refused(
 @pytest.mark.parametrize("config", [None, "not json", "{}", '{"model_type": "no-such-model"}'])
 def test_a_folder_without_a_model_is_refused(config: str | None, tmp_path: Path) -> None:
     if config is not None:
-        (tmp_path / "config.json").write_text(config)
+        (tmp_path / "config.json").write_text(config, encoding="utf-8")
     with pytest.raises(ModelNotFoundError, match=f"{tmp_path} holds no model that can be read"):
         LanguageModel.load(tmp_path)
 
@@ -133,6 +133,7 @@ def test_a_name_that_is_nothing_is_said_clearly(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
+        encoding="utf-8",
     )
     assert ended.returncode == 0, ended.stderr
     for name, said in zip(names, ended.stdout.splitlines(), strict=True):
@@ -182,7 +183,7 @@ def test_stop_ids_come_from_the_generation_config(tiny_model: Callable[[str], Pa
     model = LanguageModel.load(tiny_model("llama"), dtype=torch.float32)
     assert model.stop_ids(tiny_model("llama")) == {119}
     assert model.stop_ids(tmp_path) == {119}, "without a generation config the model's own is asked"
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}), encoding="utf-8")
     assert model.stop_ids(tmp_path) == {7, 9}
 
 
@@ -192,7 +193,7 @@ def test_the_files_are_mapped_not_copied(tiny_model: Callable[[str], Path], load
     address = next(p for n, p in model.module.named_parameters() if "mlp" in n).data_ptr()
     mapped = [
         line.split()[0].split("-")
-        for line in Path("/proc/self/maps").read_text().splitlines()
+        for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
         if str(tiny_model("llama")) in line
     ]
     assert any(int(start, 16) <= address < int(end, 16) for start, end in mapped)

@@ -24,7 +24,7 @@ class Front:
         if folder is None:
             return cls()
         stored = load_file(folder / "adapter_model.safetensors")
-        names = json.loads((folder / "prad.json").read_text()).get("task_tokens", ())
+        names = json.loads((folder / "prad.json").read_text(encoding="utf-8")).get("task_tokens", ())
         named = dict(zip(names, stored.get("input.task_tokens", ()), strict=True))
         if "input.embedding" in stored:
             return cls(vectors=stored["input.embedding"].float(), named=named)

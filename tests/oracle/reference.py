@@ -178,7 +178,7 @@ class Reference:
         with ExitStack() as hooks:
             if folder is not None:
                 stored = load_file(folder / "adapter_model.safetensors")
-                record = json.loads((folder / "prad.json").read_text())
+                record = json.loads((folder / "prad.json").read_text(encoding="utf-8"))
                 for i, layer in enumerate(self.layers):
                     prefix = f"layers.{i}."
                     weights = {n.removeprefix(prefix): t.float() for n, t in stored.items() if prefix in n}

@@ -31,7 +31,7 @@ def process(data):
     """The process and its URL."""
     env = {"PRAD_REGISTRY_PORT": "0", "PRAD_REGISTRY_DATA_DIR": str(data)}
     with subprocess.Popen(
-        [sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, text=True, env=env
+        [sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, text=True, env=env, encoding="utf-8"
     ) as running:
         try:
             yield running, running.stdout.readline().strip()
@@ -103,7 +103,7 @@ def test_a_taken_data_folder_is_said_clearly(registry, data_dir):
 def test_unusable_settings(data_dir, tmp_path):
     with pytest.raises(CannotStartError, match="cannot listen on"):
         run(RegistrySettings(host="256.0.0.1", port=0, data_dir=data_dir))
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(CannotStartError, match="cannot use the data folder"):
         run(RegistrySettings(port=0, data_dir=tmp_path / "file"))
     (data_dir / "registry.sqlite3").write_bytes(b"no database" * 100)

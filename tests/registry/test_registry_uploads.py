@@ -118,7 +118,7 @@ def test_bad_task_names(registry, files, task):
 
 def test_from_a_local_folder(registry, adapter):
     folder = adapter(1)
-    (folder / "notes.txt").write_text("stays where it is")
+    (folder / "notes.txt").write_text("stays where it is", encoding="utf-8")
     response = registry.http.post(PUSH, json={"path": str(folder)})
     assert response.status_code == 201
     stored = registry.data / "artefacts" / response.json()["digest"]

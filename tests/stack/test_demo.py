@@ -44,7 +44,7 @@ def api(
     command = [sys.executable, "-m", "prad_cli", "serve", "--adapters", str(ADAPTERS)]
     ports = ["--port", str(port), "--registry-port", str(registry), "--decode-port", str(decode)]
     data = ["--data-dir", str(tmp_path_factory.mktemp("demo"))]
-    process = subprocess.Popen([*command, *ports, *data], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*command, *ports, *data], stderr=subprocess.PIPE, text=True, encoding="utf-8")
     assert process.stderr is not None
     said = ""
     while "Ctrl-C" not in said:

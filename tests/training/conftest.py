@@ -20,5 +20,5 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             words = f"t{3 + first % 30} t{3 + second % 30} t{1 + last % 2}"
             answer = YES if last % 2 else NO
             lines.append(json.dumps({"prompt": words, "completion": answer, "label": answer}))
-        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder

@@ -124,7 +124,7 @@ def data_folder(root: Path) -> Path:
         lines = [
             json.dumps({"prompt": f"t{i} t{i + 1}", "completion": "t5", "label": "t5"}) for i in range(24)
         ]
-        (root / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+        (root / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return root
 
 

@@ -32,7 +32,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prompts = [*(f"t{i} t{2 * i} t3" for i in range(40)), " ".join(f"t{i % 119}" for i in range(700))]
     lines = [json.dumps({"prompt": p, "completion": f"t{i} t5 END"}) for i, p in enumerate(prompts)]
     path = tmp_path_factory.mktemp("data") / "test.jsonl"
-    path.write_text("\n".join(lines))
+    path.write_text("\n".join(lines), encoding="utf-8")
     return path
 
 

@@ -49,7 +49,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"prompt": f"t{3 + i % 30} <|topic|> t{1 + i % 2}", "completion": f"t{50 + 10 * (i % 2)} {END}"}
             for i in range(count)
         ]
-        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     return folder
 
 
@@ -150,7 +150,7 @@ def test_an_evaluation_keeps_them_too(
     named = {"template": RECORD.template, "task_tokens": RECORD.task_tokens}
     adapter = load_adapter(random_artefact(tmp_path / "a", model, 1, **named), model)
     path = tmp_path / "test.jsonl"
-    path.write_text(json.dumps({"prompt": "t5 t6 t7", "completion": "t9", "label": "t9"}))
+    path.write_text(json.dumps({"prompt": "t5 t6 t7", "completion": "t9", "label": "t9"}), encoding="utf-8")
     seen: list[Sequence[int]] = []
 
     def run(_: Decoding, prompts: Sequence[Sequence[int]]) -> Iterator[Any]:

@@ -111,7 +111,7 @@ def test_nothing_is_written_over_and_no_broken_adapter_is_kept(
     data: Path, tiny_model: Callable[[str], Path], load_tiny: Callable[[str], LanguageModel], tmp_path: Path
 ) -> None:
     model, tokenizer = load_tiny("llama"), Tokenizer(tiny_model("llama"))
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(DataError, match="file is no folder that can be written to"):
         train(model, tokenizer, "tiny", settings(data, tmp_path / "file" / "out", max_steps=1))
     with pytest.raises(DataError, match="/proc/none/out cannot be made"):

@@ -54,7 +54,7 @@ def test_a_killed_run_goes_on_and_ends_as_the_uninterrupted_one(
         process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
     try:
         while len(list(out.glob(f"{CHECKPOINTS}/checkpoint-*/trainer_state.json"))) < 2:
-            assert process.poll() is None, (tmp_path / "log").read_text()
+            assert process.poll() is None, (tmp_path / "log").read_text(encoding="utf-8")
             time.sleep(0.02)
     finally:
         process.send_signal(signal.SIGKILL)
@@ -135,8 +135,8 @@ def test_two_processes_train_what_one_trains(
     """The same command under a launcher, on the CPU: each process takes half of every step's batch. What
     fills up the last batch of validation examples counts for nothing."""
     uneven = answers_of_unequal_length(tmp_path / "data")
-    lines = (uneven / "validation.jsonl").read_text().splitlines()[:13]
-    (uneven / "validation.jsonl").write_text("\n".join(lines))
+    lines = (uneven / "validation.jsonl").read_text(encoding="utf-8").splitlines()[:13]
+    (uneven / "validation.jsonl").write_text("\n".join(lines), encoding="utf-8")
     shutil.copyfile(data / "train.jsonl", uneven / "train.jsonl")
     data = uneven
     model, tokenizer = load_tiny("llama"), Tokenizer(tiny_model("llama"))
@@ -146,7 +146,12 @@ def test_two_processes_train_what_one_trains(
     command += ["--model", str(tiny_model("llama")), "--dtype", "float32", "--lr", "0.01"]
     command += ["--max-steps", "12", "--eval-every", "4", "--template", "{prompt}"]
     ended = subprocess.run(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200
+        command,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        encoding="utf-8",
     )
     assert ended.returncode == 0, ended.stderr
     outcomes = [read_artefact(tmp_path / name).record.training for name in ("one", "two")]

@@ -55,7 +55,9 @@ def test_epochs_win_over_a_presets_steps(
 
 
 def test_the_documentation_has_every_methods_settings() -> None:
-    rows = re.findall(r"^\| `([a-z0-9-]+)` \| `(\{.*\})` \| .+ \|$", DOCUMENT.read_text(), re.MULTILINE)
+    rows = re.findall(
+        r"^\| `([a-z0-9-]+)` \| `(\{.*\})` \| .+ \|$", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE
+    )
     documented = [(method, json.loads(config)) for method, config in rows]
     assert dict(documented) == {name: m.config_type().model_dump(mode="json") for name, m in METHODS.items()}
     assert len(documented) == len(METHODS)

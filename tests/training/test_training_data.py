@@ -70,7 +70,7 @@ def test_a_bad_line_is_named(line: str | bytes, complaint: str, tmp_path: Path) 
 def test_a_missing_or_empty_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=f"cannot read {tmp_path / 'none'}: No such file"):
         read_examples(tmp_path / "none")
-    (tmp_path / "empty").write_text("")
+    (tmp_path / "empty").write_text("", encoding="utf-8")
     with pytest.raises(DataError, match=f"{tmp_path / 'empty'} holds no examples"):
         read_examples(tmp_path / "empty")
     with pytest.raises(DataError, match=f"cannot read {tmp_path}"):

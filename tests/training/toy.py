@@ -54,5 +54,5 @@ def answers_of_unequal_length(folder: Path) -> Path:
         for i in range(48)
     ]
     for name in ("train", "validation"):
-        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+        (folder / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
     return folder

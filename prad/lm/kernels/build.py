@@ -26,7 +26,9 @@ class BuildError(ModelError):
 def built(cache_dir: Path) -> Path:
     """The shared library, compiled now if this machine has not yet. Raises BuildError."""
     sources = sorted(p for p in _SOURCES.iterdir() if p.suffix in (".cpp", ".h"))
-    known = hashlib.sha256("\0".join((*_FLAGS, _cpu(), *(p.read_text() for p in sources))).encode())
+    known = hashlib.sha256(
+        "\0".join((*_FLAGS, _cpu(), *(p.read_text(encoding="utf-8") for p in sources))).encode()
+    )
     library = cache_dir.expanduser() / "kernels" / f"{known.hexdigest()[:16]}.so"
     try:
         library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -60,7 +62,9 @@ def _compile(compiler: str, library: Path) -> None:
     fresh = library.with_suffix(".new")
     command = [compiler, *_FLAGS, str(_SOURCES / "kernels.cpp"), "-o", str(fresh)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_S)
+        done = subprocess.run(
+            command, capture_output=True, text=True, encoding="utf-8", errors="replace", timeout=_BUILD_S
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"{compiler} did not build the kernels: {error}") from error
     if done.returncode:
@@ -71,5 +75,5 @@ def _compile(compiler: str, library: Path) -> None:
 def _cpu() -> str:
     """What `-march=native` depends on."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     return platform.machine() + next((line for line in lines if line.startswith("flags")), "")
