@@ -22,12 +22,11 @@ from prad.core.sampling import SamplingParams
 from prad.lm import LanguageModel, Tokenizer, require_device, resolve_model
 from prad.lm.kernels import load_kernels
 from prefill_service.api import ApiLimits, ModelInfo, bounded_protocol, create_app
-from prefill_service.catalogue import TaskCatalogue
+from prefill_service.catalogue import RegistryFollower, TaskCatalogue
 from prefill_service.engine import PrefillEngine
-from prefill_service.follower import RegistryFollower
 from prefill_service.generation import PromptRequest
-from prefill_service.metrics import EngineMetrics
-from prefill_service.prompt_pass import PassItem
+from prefill_service.parts import Parts
+from prefill_service.prompt import Prompt
 from prefill_service.residents import Residents
 from prefill_service.settings import PrefillSettings
 
@@ -76,19 +75,19 @@ async def _serve(
         AsyncRegistryClient(settings.registry, cache_dir=cache_dir, replica=replica) as registry,
     ):
         residents = Residents(load, settings.adapters_mib * 2**20, model.dtype.itemsize)
-        engine = PrefillEngine(model, residents, decode, settings)
+        parts = Parts.build(model, residents, decode, settings)
 
         async def probe(artefact: Artefact) -> None:
             adapter = await asyncio.to_thread(load, artefact)
-            await engine.probe(probe_item(artefact.record, adapter))
+            await parts.passes.probe(probe_prompt(artefact.record, adapter))
 
         catalogue = TaskCatalogue(settings.base_name)
         follower = RegistryFollower(registry, catalogue, probe)
         metrics = CollectorRegistry()
-        metrics.register(EngineMetrics(engine, residents))
-        readiness = _Readiness(engine, follower)
+        metrics.register(parts)
+        readiness = _Readiness(parts.engine, follower)
         limits = ApiLimits(body_timeout_s=settings.body_timeout_s)
-        app = create_app(engine, catalogue, readiness, tokenizer, info, limits, metrics)
+        app = create_app(parts.engine, catalogue, readiness, tokenizer, info, limits, metrics)
         config = uvicorn.Config(
             app,
             http=bounded_protocol(settings.max_connections, settings.body_timeout_s),
@@ -98,16 +97,16 @@ async def _serve(
             timeout_graceful_shutdown=_DRAIN_S,
         )
         async with asyncio.TaskGroup() as tasks:
-            background = [tasks.create_task(engine.run()), tasks.create_task(follower.run())]
+            background = [tasks.create_task(parts.engine.run()), tasks.create_task(follower.run())]
             await _Server(config).serve(sockets=[listening])
             for task in background:
                 task.cancel()
 
 
-def probe_item(record: AdapterRecord, adapter: Adapter) -> PassItem:
+def probe_prompt(record: AdapterRecord, adapter: Adapter) -> Prompt:
     """The prompt that a new version is tried on: each of its task tokens, then some of the vocabulary."""
     own = (task_token_id(row) for row in range(len(record.task_tokens)))
-    return PassItem(replace(_PROBE, prompt_ids=(*own, *_PROBE.prompt_ids)), adapter)
+    return Prompt(replace(_PROBE, prompt_ids=(*own, *_PROBE.prompt_ids)), adapter)
 
 
 class _Server(uvicorn.Server):
