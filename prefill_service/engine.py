@@ -154,7 +154,7 @@ class PrefillEngine:
                         pinned = self._residents.pinned(request.version.artefact)
                         adapter = await held.enter_async_context(pinned)
             except TimeoutError:
-                raise self._too_late() from None
+                raise self._no_token() from None
             finally:
                 self._loading -= 1
             yield adapter
@@ -170,10 +170,16 @@ class PrefillEngine:
     def _at_deadline(self, prompt: Prompt) -> asyncio.TimerHandle:
         """One timer for all waits of a prompt: none of its tokens sets up its own."""
         left = prompt.deadline - self._clock()
-        return asyncio.get_running_loop().call_later(left, lambda: self._fail(prompt, self._too_late()))
+        return asyncio.get_running_loop().call_later(left, self._expire, prompt)
 
-    def _too_late(self) -> DeadlineError:
-        return DeadlineError(f"the request took longer than {self._settings.request_timeout_s:g} s")
+    def _expire(self, prompt: Prompt) -> None:
+        if isinstance(prompt.state, Committing | Decoding):
+            self._fail(prompt, DeadlineError("the request took longer than it may"))
+        else:
+            self._fail(prompt, self._no_token())
+
+    def _no_token(self) -> DeadlineError:
+        return DeadlineError(f"no token within {self._settings.request_timeout_s:g} s")
 
     # ---- the loop ------------------------------------------------------------------------------------
 
