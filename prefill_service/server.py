@@ -150,7 +150,7 @@ class Parts(Collector):
         """Read whenever somebody asks for /metrics."""
         lookups, blocks = self.scheduler.lookups, self.scheduler.blocks
         for name, text, value in (
-            ("waiting_prompts", "Prompts in the queue.", self.engine.waiting),
+            ("waiting_prompts", "Prompts in the queue, or waiting for their adapter.", self.engine.waiting),
             ("live_prompts", "Prompts between arrival and last token.", self.engine.live),
             ("resident_adapters", "Adapters in memory.", len(self.residents)),
             ("resident_adapter_bytes", "Memory that they take.", self.residents.nbytes),
