@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from decode_service.engine import PagedEngine
+from decode_service.runner import ModelRunner
 from decode_service.scheduler import Scheduler
 from kvtransfer import Open, StateSite
 from prad.core.blocks import BlockPool
@@ -40,8 +41,7 @@ class LoadedEngine:
         blocks = sequences * -(-(context + steps + 1) // _BLOCK)
         self._pools = Pools(model.layout, blocks, _BLOCK, str(model.device), model.kernels)
         self._engine = PagedEngine(
-            model,
-            self._pools,
+            ModelRunner(model, self._pools),
             Scheduler(BlockPool(blocks, _BLOCK), sequences),
             deliver=lambda _: None,
             observe=lambda *_: None,
@@ -74,7 +74,7 @@ class LoadedEngine:
     def _admit(self, request: Open, kv: LayersKV, state: SiteVectors) -> None:
         reservation = self._engine.admit(request)
         for layer, (key, value) in enumerate(kv):
-            self._pools.write(layer, reservation.slots[0], _raw(key), _raw(value))
+            self._pools.write(layer, reservation.room.slots, _raw(key), _raw(value))
         for site, vectors in state.items():
             reservation.put_state(str(site), bytes(_raw(vectors)))
         reservation.commit([Token(100)])

@@ -9,17 +9,16 @@ from kvtransfer.messages import Open
 from prad.core.sampling import SamplingParams
 
 _LARGEST_REQUEST = 1 << 20  # tokens or choices: far beyond any real one, keeps all arithmetic harmless
-_MOST_TOLD = (
-    32  # tokens of a sequence in one event, with up to so many alternatives each: what many sequences
-)
-_MOST_ALTERNATIVES = 64  # tell in one step must fit a message
+# an event's tokens, and the alternatives of each: what many sequences emit in one step must fit a message
+_MOST_TOKENS = 32
+_MOST_ALTERNATIVES = 64
 _LONGEST_SITE = 32  # characters of a name: a refusal repeats unknown ones
 _LARGEST_STATE = 8 << 20  # bytes at one site: a message carries it beside up to 4 MB of others
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the model can take: positions 0 .. max_context - 1, ids 0 .. vocab_size - 1, and request state of
+    """What the model allows: positions 0 .. max_context - 1, ids 0 .. vocab_size - 1, and request state of
     these widths at these sites."""
 
     max_context: int
@@ -40,8 +39,8 @@ class Limits:
             (request.prompt_len < 1, "prompt_len must be at least 1"),
             (request.prompt_len > request.kv_len, f"prompt_len is over kv_len {request.kv_len}"),
             (request.next_position < 1, "next_position must be at least 1"),
-            (not 1 <= request.tokens_per_event <= _MOST_TOLD,
-             f"tokens_per_event {request.tokens_per_event} is not in 1 to {_MOST_TOLD}"),
+            (not 1 <= request.tokens_per_event <= _MOST_TOKENS,
+             f"tokens_per_event {request.tokens_per_event} is not in 1 to {_MOST_TOKENS}"),
             (last >= self.max_context, f"the sequence reaches position {last}, the model's context ends at "
                                        f"{self.max_context - 1}"),
             (max(request.kv_len, request.choices) > _LARGEST_REQUEST, "kv_len or choices is absurd"),
