@@ -1,6 +1,5 @@
 """Whether an Open makes sense for this model, before anything is reserved; pure."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -72,12 +71,9 @@ class Limits:
                 raise RejectedError(RejectReason.INVALID, message)
 
     def _check_sampling(self, sampling: SamplingParams) -> None:
-        temperature, top_p, min_p = sampling.temperature, sampling.top_p, sampling.min_p
         for wrong, message in (
             (sampling.max_tokens > _LARGEST_REQUEST, f"max_tokens {sampling.max_tokens} is absurd"),
-            (not (math.isfinite(temperature) and temperature >= 0), f"temperature {temperature}"),
-            (not 0 < top_p <= 1, f"top_p {top_p} is not in (0, 1]"),
-            (not 0 <= min_p <= 1, f"min_p {min_p} is not in [0, 1]"),
+            (sampling.fault is not None, sampling.fault),
             (any(i >= self.vocab_size for i in sampling.stop_ids), "a stop id is outside the vocabulary"),
             (
                 (sampling.logprobs or 0) > min(_MOST_ALTERNATIVES, self.vocab_size),
@@ -86,7 +82,7 @@ class Limits:
             (self._all_stop(sampling), "every id of the vocabulary is a stop id, but min_tokens is not 0"),
         ):
             if wrong:
-                raise RejectedError(RejectReason.INVALID, message)
+                raise RejectedError(RejectReason.INVALID, message or "")
 
     def _all_stop(self, sampling: SamplingParams) -> bool:
         return sampling.min_tokens > 0 and len(sampling.stop_ids) >= self.vocab_size
