@@ -217,7 +217,7 @@ def test_a_client_that_is_gone_leaves_nothing(scheduler: Scheduler, blocks: Bloc
 def test_choices_share_what_the_prompt_fills_and_never_write_there(
     kv_len: int, shared: int, own: int
 ) -> None:
-    """8 steps follow, each of which writes a token at kv_len: at most the last one into the next block."""
+    """8 steps follow, each of which writes a token at kv_len."""
     blocks = BlockPool(20, 16)
     scheduler = Scheduler(blocks, max_sequences=4)
     reserved = scheduler.reserve(request(choices=4, kv_len=kv_len, max_tokens=9))
@@ -252,7 +252,7 @@ def test_what_does_not_fit_twice_fits_when_shared() -> None:
 
 
 def test_clients_of_equal_request_ids_do_not_meet(scheduler: Scheduler, blocks: BlockPool) -> None:
-    """Clients choose their request ids: nobody's attempt fences, and nobody's cancel ends, what is another's."""
+    """Clients choose their request ids: no attempt fences, and no cancel ends, what is another's."""
     ours = scheduler.reserve(request(attempt=1, client="c"))
     sequence = running(ours)
     scheduler.start(ours, [sequence])
