@@ -1,5 +1,6 @@
 """The decode service's own engine in this process: real steps, no HTTP, no gRPC."""
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,8 +8,12 @@ import torch
 from torch import Tensor
 
 from decode_service.engine import PagedEngine
+from decode_service.protocol import PlacedRows
+from decode_service.runner import ModelRunner
 from decode_service.scheduler import Scheduler
-from kvtransfer import Open, StateSite
+from kvtransfer.kv_frame import Incoming
+from kvtransfer.layout import Encoding
+from kvtransfer.messages import Open, StateSite
 from prad.core.blocks import BlockPool
 from prad.core.sampling import SamplingParams
 from prad.core.tokens import Token
@@ -25,7 +30,8 @@ class LoadedEngine:
     """An engine that holds `sequences` of `context` tokens each, with room for `steps` more.
 
     `kv`: the packed prompts' keys and values; random ones without it, since a step's time does not depend on
-    what they say. `states`: each sequence's request state.
+    what they say. `states`: each sequence's request state. `choices`: sequences of each hand-off.
+    `admitted_s`: how long all hand-offs took, from the Open to the Commit.
     """
 
     def __init__(
@@ -36,18 +42,19 @@ class LoadedEngine:
         steps: int,
         kv: LayersKV | None = None,
         states: Sequence[SiteVectors] | None = None,
+        choices: int = 1,
     ) -> None:
         blocks = sequences * -(-(context + steps + 1) // _BLOCK)
         self._pools = Pools(model.layout, blocks, _BLOCK, str(model.device), model.kernels)
         self._engine = PagedEngine(
-            model,
-            self._pools,
+            ModelRunner(model, self._pools),
             Scheduler(BlockPool(blocks, _BLOCK), sequences),
             deliver=lambda _: None,
             observe=lambda *_: None,
         )
         filler = _random_kv(model, context)
-        for number in range(sequences):
+        self.admitted_s = 0.0
+        for number in range(sequences // choices):
             own = slice(number * context, (number + 1) * context)
             state = {} if states is None else states[number]
             request = Open(
@@ -58,6 +65,7 @@ class LoadedEngine:
                 prompt_len=context,
                 next_position=context,
                 sampling=SamplingParams(max_tokens=steps + 1),
+                choices=choices,
                 state=tuple(StateSite(str(site), v.shape[1]) for site, v in state.items()),
             )
             self._admit(request, filler if kv is None else [(k[own], v[own]) for k, v in kv], state)
@@ -71,13 +79,23 @@ class LoadedEngine:
         """Memory of the pools."""
         return sum(pool.nbytes for pool in (*self._pools.keys, *self._pools.values))
 
+    @property
+    def used_bytes(self) -> int:
+        """Of the pools, in blocks that are in use."""
+        status = self._engine.status()
+        return self.kv_bytes * (status.total_blocks - status.free_blocks) // status.total_blocks
+
     def _admit(self, request: Open, kv: LayersKV, state: SiteVectors) -> None:
+        raw = tuple((_raw(key), _raw(value)) for key, value in kv)
+        bytes_per_token = request.model.layout.bytes_per_token
+        frame = Incoming(0, (), Encoding.RAW, bytes_per_token, raw)
+        started = time.perf_counter()
         reservation = self._engine.admit(request)
-        for layer, (key, value) in enumerate(kv):
-            self._pools.write(layer, reservation.slots[0], _raw(key), _raw(value))
+        self._engine.write(frame, [PlacedRows(reservation, 0, 0, request.kv_len)])
         for site, vectors in state.items():
             reservation.put_state(str(site), bytes(_raw(vectors)))
-        reservation.commit([Token(100)])
+        reservation.commit([Token(100)] * request.choices)
+        self.admitted_s += time.perf_counter() - started
 
 
 def _random_kv(model: LanguageModel, tokens: int) -> LayersKV:

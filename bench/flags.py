@@ -116,6 +116,14 @@ class Decode(ModelFlags):
     bandwidth_mib: int = Field(1024, description="buffer of the floor's bandwidth")
 
 
+class Choices(ModelFlags):
+    SMOKE = {"choices": [1, 4], "context": 40, "rounds": 2}
+
+    choices: list[int] = [1, 4, 16]
+    context: int = Field(1000, description="prompt tokens that the choices have in common")
+    rounds: int = Field(11, ge=1)
+
+
 class Step(ModelFlags):
     SMOKE = {"batches": [1, 8], "rounds": 2}
 
@@ -226,6 +234,7 @@ FLAGS: dict[str, type[Flags]] = {
     "table4": Table4,
     "serve": Serve,
     "decode": Decode,
+    "choices": Choices,
     "step": Step,
     "para": Para,
     "floor": Floor,

@@ -2,7 +2,8 @@
 
 import logging
 
-from decode_service import DecodeSettings, run
+from decode_service.server import run
+from decode_service.settings import DecodeSettings
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")

@@ -8,54 +8,55 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
-import torch
-
-from decode_service.protocol import Deliver, EngineStatus
-from decode_service.reservation import PagedReservation
-from decode_service.scheduler import Plan, Scheduler
-from decode_service.sequences import Ended, FinishReason, HandOffId, Reserved, Running, SequenceId
-from decode_service.validation import Limits
-from kvtransfer import Cancel, Open
-from prad.core.sampling import SampleKey
+from decode_service.protocol import Deliver, PlacedRows
+from decode_service.runner import ModelRunner, Room, RoomRows
+from decode_service.scheduler import Scheduler
+from decode_service.sequences import (
+    Ended,
+    EngineStatus,
+    FinishReason,
+    HandOffId,
+    Reserved,
+    Running,
+    SequenceId,
+    State,
+)
+from kvtransfer.errors import FencedError, ProtocolError, RejectedError, RejectReason
+from kvtransfer.kv_frame import Incoming
+from kvtransfer.messages import Cancel, Open
 from prad.core.tokens import Token, TokenEvent
-from prad.lm import LanguageModel, PackedBatch, RowScaling, SiteVectors, sample
-from prad.lm.paged import Pools
 
 logger = logging.getLogger(__name__)
 
 Observe = Callable[[float, int], None]
-"""Takes a step's seconds and its number of tokens."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Drawn:
-    """A sequence's outcome of a step."""
-
-    sequence: Running
-    token: Token
+"""Called with a step's seconds and its number of tokens."""
 
 
 class PagedEngine:
-    """The decode engine over prad.lm and paged KV."""
+    """The decode engine over paged KV. A step that fails ends its sequences. Any other fault in the thread
+    ends everything with an error event and calls `on_failure`: nothing is decoded after it."""
 
     def __init__(
-        self, model: LanguageModel, pools: Pools, scheduler: Scheduler, deliver: Deliver, observe: Observe
+        self,
+        runner: ModelRunner,
+        scheduler: Scheduler,
+        deliver: Deliver,
+        observe: Observe,
+        on_failure: Callable[[str], None] = logger.error,
     ) -> None:
-        self._model = model
-        self._limits = Limits(
-            model.max_context, model.vocab_size, {str(s): w for s, w in model.state_widths.items()}
-        )
-        self._pools = pools
+        """on_failure is called with what it was, in the engine's thread, as `deliver` is."""
+        self._runner = runner
         self._scheduler = scheduler
         self._deliver = deliver
         self._observe = observe
+        self._on_failure = on_failure
         self._phases = itertools.count()
         self._changed = threading.Condition()  # guards the scheduler; never held during a pass
         self._stopping = False
+        self._failure: str | None = None
         self._thread = threading.Thread(target=self._loop, name="decode-engine", daemon=True)
 
     # ---- the loop, in its own thread
@@ -64,7 +65,7 @@ class PagedEngine:
         self._thread.start()
 
     def stop(self) -> None:
-        """Finishes the step in flight and what must still be told; waits for the thread."""
+        """Finishes the step in flight and the events that are left; waits for the thread."""
         with self._wake():
             self._stopping = True
         self._thread.join()
@@ -72,102 +73,96 @@ class PagedEngine:
     def step(self) -> None:
         with self._changed:
             plan = self._scheduler.schedule(time.time_ns() // 1_000_000)
-        outcomes: list[_Drawn | Ended] = []
+        results: list[Token | Ended] = []
         if plan.batch:
             started = time.perf_counter()
-            outcomes = self._run(plan.batch)
-            self._observe(time.perf_counter() - started, len(outcomes))
-        self._finish(plan, outcomes)
+            results = self._run(plan.batch)
+            self._observe(time.perf_counter() - started, len(results))
+        with self._changed:
+            events = [(ended.sequence, ended.emit()) for ended in plan.ended]
+            for sequence, result in zip(plan.batch, results, strict=True):
+                if self._scheduler.runs(sequence):  # else it was cancelled during the pass
+                    events += self._book(sequence, result)
+        self._send(events)
 
     def _loop(self) -> None:
-        with torch.inference_mode():
-            while self._work_comes():
+        try:
+            while self._wait_for_work():
                 self.step()
+        except BaseException as error:
+            logger.exception("the decode engine failed")
+            self._fail(f"the decode engine failed: {error}")
 
-    def _work_comes(self) -> bool:
-        """Waits, passively, for work; False when the engine stops and nothing is left to tell."""
+    def _wait_for_work(self) -> bool:
+        """Waits, passively; False when the engine stops and no event is left."""
         with self._changed:
             while not self._scheduler.has_work and not self._stopping:
                 self._changed.wait()
             return self._scheduler.has_work
 
-    def _run(self, batch: Sequence[Running]) -> list[_Drawn | Ended]:
+    def _run(self, batch: Sequence[Running]) -> list[Token | Ended]:
         try:
-            return self._forward(batch)
+            tokens = self._runner.run(batch)
         except Exception as error:  # whatever it was: these sequences end, the service goes on
             logger.exception("a decode step of %d sequences failed", len(batch))
             return [Ended(s, FinishReason.ERROR, f"the decode step failed: {error}") for s in batch]
-
-    def _forward(self, batch: Sequence[Running]) -> list[_Drawn | Ended]:
-        device = self._model.device
-        logits = self._model.forward(
-            PackedBatch(
-                ids=torch.tensor([s.token for s in batch], device=device),
-                positions=torch.tensor([s.position for s in batch], device=device),
-                kv=self._pools.step(batch),
-                logit_rows=torch.arange(len(batch), device=device),
-            ),
-            RowScaling.of([s.state for s in batch]),
-        )
-        # NaN or infinity in a sequence's hidden state reaches all of its logits: one column tells
-        sound = torch.isfinite(logits[:, 0]).tolist()
-        rows = [i for i, ok in enumerate(sound) if ok]
-        if len(rows) < len(batch):
-            logits = logits[rows]
-        kept = [batch[i] for i in rows]
-        drawn = []
-        if kept:
-            drawn = sample(
-                logits, [s.request.sampling for s in kept], [_key(s) for s in kept], self._model.argmax
-            )
-        broken = [s for s, ok in zip(batch, sound, strict=True) if not ok]
         return [
-            *(_Drawn(s, token) for s, token in zip(kept, drawn, strict=True)),
-            *(Ended(s, FinishReason.ERROR, "the logits are not finite") for s in broken),
+            Ended(s, FinishReason.ERROR, "the logits are not finite") if token is None else token
+            for s, token in zip(batch, tokens, strict=True)
         ]
 
-    def _finish(self, plan: Plan, outcomes: Sequence[_Drawn | Ended]) -> None:
-        """Books the step and delivers its events, one message per client."""
-        events: defaultdict[str, list[TokenEvent]] = defaultdict(list)
-        for ended in plan.ended:
-            events[ended.sequence.request.client_id].append(ended.tell())
-        with self._changed:
-            for outcome in outcomes:
-                sequence = outcome.sequence
-                if not self._scheduler.runs(sequence):  # it was cancelled during the pass
-                    continue
-                if (event := self._book(outcome)) is not None:
-                    events[sequence.request.client_id].append(event)
-        if events:
-            self._deliver(events)
-
-    def _book(self, outcome: _Drawn | Ended) -> TokenEvent | None:
-        """The sequence's event, if one is due."""
-        sequence = outcome.sequence
-        if isinstance(outcome, Ended):
+    def _book(self, sequence: Running, result: Token | Ended) -> Iterator[tuple[Running, TokenEvent]]:
+        """What a step means for a sequence, and its event, if it emits one."""
+        if isinstance(result, Ended):
             self._scheduler.finish(sequence)
-            return outcome.tell()
-        sequence.advance(outcome.token)
-        reason = sequence.request.sampling.finish_reason(outcome.token.id, sequence.index + 1)
+            yield sequence, result.emit()
+            return
+        sequence.advance(result)
+        reason = sequence.request.sampling.finish_reason(result.id, sequence.index + 1)
         if reason is not None:
             self._scheduler.finish(sequence)
-        elif not sequence.due:
-            return None
-        return sequence.tell(reason)
+        if reason is not None or sequence.emits:
+            yield sequence, sequence.emit(reason)
+
+    def _send(self, events: Iterable[tuple[Running, TokenEvent]]) -> None:
+        """One message per client."""
+        by_client: defaultdict[str, list[TokenEvent]] = defaultdict(list)
+        for sequence, event in events:
+            by_client[sequence.request.client_id].append(event)
+        if by_client:
+            self._deliver(by_client)
+
+    def _fail(self, message: str) -> None:
+        try:
+            with self._changed:
+                self._failure = message
+                ended = self._scheduler.abandon(message)
+            self._send((each.sequence, each.emit()) for each in ended)
+        except Exception:  # whoever was not reached hears it from the end of the stream
+            logger.exception("not all clients got to know that the decode engine failed")
+        finally:
+            self._on_failure(message)
 
     # ---- what the service asks, in the service's thread
 
-    def admit(self, request: Open) -> PagedReservation:
-        self._limits.check(request)
+    def admit(self, request: Open) -> "PagedReservation":
+        self._runner.limits.check(request)
         with self._changed:
+            if self._failure is not None:
+                raise RejectedError(RejectReason.DRAINING, self._failure)
             reserved = self._scheduler.reserve(request)
-        return PagedReservation(self, self._pools, self._model.vocab_size, reserved)
+        return PagedReservation(self, self._runner, reserved)
+
+    def write(self, frame: Incoming, rows: Sequence[PlacedRows]) -> None:
+        self._runner.write(
+            frame, [RoomRows(_own(r).room, r.start, r.first_token, r.token_count) for r in rows]
+        )
 
     def holds(self, reserved: Reserved) -> bool:
         with self._changed:
             return self._scheduler.holds(reserved)
 
-    def begin(self, reserved: Reserved, first_tokens: Sequence[Token], state: SiteVectors) -> None:
+    def begin(self, reserved: Reserved, first_tokens: Sequence[Token], state: State) -> None:
         """The reservation's KV is complete: it runs, but for choices that their first token ends."""
         request = reserved.request
         sequences = [
@@ -192,9 +187,9 @@ class PagedEngine:
         with self._changed:
             self._scheduler.release(reserved)
 
-    def cancel(self, cancel: Cancel) -> None:
+    def cancel(self, client_id: str, cancel: Cancel) -> None:
         with self._wake():
-            self._scheduler.cancel(HandOffId(cancel.request_id, cancel.attempt), cancel.choice)
+            self._scheduler.cancel(HandOffId(client_id, cancel.request_id, cancel.attempt), cancel.choice)
 
     def cancel_client(self, client_id: str) -> None:
         with self._wake():
@@ -215,7 +210,42 @@ class PagedEngine:
             self._changed.notify()
 
 
-def _key(sequence: Running) -> SampleKey:
-    """The random number of the token that this step draws."""
-    request = sequence.request
-    return SampleKey(request.sampling.seed, request.prompt_index, sequence.id.choice, sequence.index + 1)
+class PagedReservation:
+    """As protocol.Reservation. Lives in the service's thread; `room` is where its KV bytes go."""
+
+    def __init__(self, engine: PagedEngine, runner: ModelRunner, reserved: Reserved) -> None:
+        self.room: Room = runner.room(reserved)
+        self._engine = engine
+        self._runner = runner
+        self._reserved = reserved
+        self._state: dict[object, object] = {}
+
+    @property
+    def block_count(self) -> int:
+        return self._reserved.block_count
+
+    def put_state(self, site: str, data: bytes) -> None:
+        key, vectors = self._runner.state(site, data)
+        self._state[key] = vectors
+
+    def commit(self, first_tokens: Sequence[Token]) -> None:
+        self.require_held()
+        outside = [t.id for t in first_tokens if t.id >= self._runner.limits.vocab_size]
+        if outside:
+            raise ProtocolError(f"first tokens {outside} are outside the vocabulary")
+        self._engine.begin(self._reserved, first_tokens, self._state)
+
+    def release(self) -> None:
+        self._engine.release(self._reserved)
+
+    def require_held(self) -> None:
+        if not self._engine.holds(self._reserved):
+            request = self._reserved.request
+            raise FencedError(
+                f"attempt {request.attempt} of {request.request_id} was taken over or cancelled"
+            )
+
+
+def _own(rows: PlacedRows) -> PagedReservation:
+    assert isinstance(rows.reservation, PagedReservation), "a reservation of another engine"
+    return rows.reservation

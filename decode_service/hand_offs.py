@@ -3,19 +3,20 @@
 import logging
 import mmap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from decode_service.protocol import KVWriter, PlacedRows, Reservation
-from kvtransfer import (
+from decode_service.protocol import PlacedRows, Reservation
+from kvtransfer import kv_frame
+from kvtransfer.errors import (
     CorruptError,
-    Open,
     ProtocolError,
     RejectedError,
+    RejectReason,
     TimedOutError,
     TransferError,
-    kv_frame,
 )
+from kvtransfer.messages import Open
 from kvtransfer.proto import handoff_pb2 as pb
 from kvtransfer.receiver import Receiver, read_open
 from kvtransfer.segment import NONCE_BYTES, map_segment
@@ -29,46 +30,48 @@ Replies = list[pb.HandOffReply]
 
 @dataclass(slots=True)
 class _Receiving:
-    """A hand-off that was accepted; `heard` (of time.monotonic) is when its last frame came."""
+    """A hand-off that was accepted; its last frame arrived at `last_frame_at` (of time.monotonic)."""
 
     request: Open
     reservation: Reservation
     receiver: Receiver
-    heard: float
+    last_frame_at: float
 
 
 class HandOffs:
-    """`admit` reserves room or raises RejectedError. `close` gives back what is not committed."""
+    """A stream is one client's: that of its first accepted Open. `close` gives back what is not committed."""
 
     def __init__(
         self,
         model: ModelSpec,
         admit: Callable[[Open], Reservation],
-        writer: KVWriter,
+        write: Callable[[kv_frame.Incoming, Sequence[PlacedRows]], None],
         *,
         idle_s: float,
         shared_memory: bool,
     ) -> None:
-        """idle_s: how long a hand-off may be silent before its room is given back."""
+        """`admit` reserves room or raises RejectedError; `write` as `DecodeEngine.write`. idle_s: how long a
+        hand-off may be silent before its room is given back."""
         self._model = model
         self._admit = admit
-        self._writer = writer
+        self._write = write
         self._idle_s = idle_s
         self._shared_memory = shared_memory
         self._receiving: dict[int, _Receiving] = {}
         self._last = 0
+        self._client_id: str | None = None
         self._map: mmap.mmap | None = None
         self._segment: memoryview | None = None
 
-    def take(self, frame: pb.HandOffFrame) -> Replies:
-        """Raises ProtocolError for what breaks the stream's own rules."""
+    def receive(self, frame: pb.HandOffFrame) -> Replies:
+        """The answers to a frame. Raises ProtocolError for what breaks the stream's own rules."""
         kind = frame.WhichOneof("frame")
         if kind == "open":
             return [self._open(frame.open)]
         if kind == "kv":
-            return self._write(frame.kv)
+            return self._receive_kv(frame.kv)
         if kind == "state":
-            return self._take_state(frame.state)
+            return self._receive_state(frame.state)
         if kind == "commit":
             return self._ended(frame.commit.hand_off, lambda it: self._commit(it, frame.commit))
         if kind == "abort":
@@ -80,13 +83,13 @@ class HandOffs:
     def expire(self) -> Replies:
         """Fails the hand-offs that have been silent for too long."""
         now = time.monotonic()
-        late = [n for n, it in self._receiving.items() if now - it.heard >= self._idle_s]
+        late = [n for n, it in self._receiving.items() if now - it.last_frame_at >= self._idle_s]
         error = TimedOutError(f"the hand-off was silent for {self._idle_s} s")
         return [self._fail(number, error) for number in late]
 
     def expires_in(self) -> float | None:
         """Seconds until `expire` has something to do; None while nothing is being received."""
-        first = min((it.heard for it in self._receiving.values()), default=None)
+        first = min((it.last_frame_at for it in self._receiving.values()), default=None)
         return None if first is None else max(0.0, first + self._idle_s - time.monotonic())
 
     def close(self) -> None:
@@ -105,6 +108,8 @@ class HandOffs:
         self._last = number
         try:
             request = read_open(message, self._model)
+            if self._client_id not in (None, request.client_id):
+                raise RejectedError(RejectReason.INVALID, "the hand-offs of a stream are all one client's")
             reservation = self._admit(request)
         except RejectedError as error:
             rejected = pb.Rejected(
@@ -113,15 +118,17 @@ class HandOffs:
                 retry_after_ms=round(error.retry_after_s * 1000),
             )
             return pb.HandOffReply(hand_off=number, rejected=rejected)
+        self._client_id = request.client_id
         self._receiving[number] = _Receiving(request, reservation, Receiver(request), time.monotonic())
-        return pb.HandOffReply(hand_off=number, accepted=pb.Accepted(reserved_blocks=reservation.blocks))
+        accepted = pb.Accepted(reserved_blocks=reservation.block_count)
+        return pb.HandOffReply(hand_off=number, accepted=accepted)
 
-    def _write(self, message: pb.KV) -> Replies:
+    def _receive_kv(self, message: pb.KV) -> Replies:
         named = {r.hand_off for r in message.rows}
         if not named or 0 in named or max(named) > self._last:
             raise ProtocolError("a KV frame names a hand-off that was never opened, or none")
-        taken = message.WhichOneof("payload") == "place"
-        replies = [pb.HandOffReply(taken=pb.Taken(frames=1))] if taken else []
+        in_segment = message.WhichOneof("payload") == "place"
+        replies = [pb.HandOffReply(taken=pb.Taken(frames=1))] if in_segment else []
         try:
             frame = kv_frame.decode(message, self._model, self._segment)
         except (CorruptError, ProtocolError) as error:
@@ -137,16 +144,16 @@ class HandOffs:
                     it.receiver.receive(frame, rows)
                     where = PlacedRows(it.reservation, start, rows.first_token, rows.token_count)
                     placed.setdefault(number, []).append(where)
-                    it.heard = now
+                    it.last_frame_at = now
                 except TransferError as error:
                     replies.append(self._fail(number, error))
                     placed.pop(number, None)
             start += rows.token_count
         if placed:
-            self._writer.write(frame, sorted((r for each in placed.values() for r in each), key=_start))
+            self._write(frame, sorted((r for each in placed.values() for r in each), key=_start))
         return replies
 
-    def _take_state(self, message: pb.State) -> Replies:
+    def _receive_state(self, message: pb.State) -> Replies:
         it = self._known(message.hand_off)
         if it is None:
             return []
@@ -156,11 +163,11 @@ class HandOffs:
             it.reservation.put_state(message.site, message.data)
         except TransferError as error:
             return [self._fail(message.hand_off, error)]
-        it.heard = time.monotonic()
+        it.last_frame_at = time.monotonic()
         return []
 
     def _known(self, number: int) -> _Receiving | None:
-        """None for one that has failed already: it has been told so, what crossed that is passed over.
+        """None for one that has failed already: its client was answered so; what crossed that is dropped.
 
         Raises ProtocolError for one that never was.
         """

@@ -4,35 +4,24 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from decode_service.sequences import EngineStatus
 from kvtransfer.kv_frame import Incoming
 from kvtransfer.messages import Cancel, Open
 from prad.core.tokens import Token, TokenEvent
 
 Deliver = Callable[[Mapping[str, Sequence[TokenEvent]]], None]
-"""Takes one step's events, by client id; called in the engine's thread.
+"""Receives one step's events, by client id; called in the engine's thread.
 
 An event holds at most its request's `tokens_per_event` tokens, the one that ends a sequence all that were
-not told; a cancelled one's are never told.
+pending; a cancelled one's are dropped.
 """
 
 
-@dataclass(frozen=True, slots=True)
-class EngineStatus:
-    """How full the engine is. `sequences` counts running and reserved ones."""
-
-    block_size: int
-    total_blocks: int
-    free_blocks: int
-    max_sequences: int
-    running_sequences: int
-    sequences: int
-
-
 class Reservation(Protocol):
-    """Room for one hand-off, until it is committed or released. A `KVWriter` fills it."""
+    """Room for one hand-off, until it is committed or released. `DecodeEngine.write` fills it."""
 
     @property
-    def blocks(self) -> int:
+    def block_count(self) -> int:
         """How many KV blocks are reserved."""
         ...
 
@@ -69,12 +58,6 @@ class PlacedRows:
     token_count: int
 
 
-class KVWriter(Protocol):
-    """Puts the bytes of a KV frame into the room of reservations of its engine, which still hold it."""
-
-    def write(self, frame: Incoming, rows: Sequence[PlacedRows]) -> None: ...
-
-
 class DecodeEngine(Protocol):
     """All methods but `step` are called in one thread, the service's."""
 
@@ -82,12 +65,16 @@ class DecodeEngine(Protocol):
         """Reserves room. Raises RejectedError."""
         ...
 
+    def write(self, frame: Incoming, rows: Sequence[PlacedRows]) -> None:
+        """Puts the bytes of a KV frame into reservations, which still hold their room."""
+        ...
+
     def step(self) -> None:
         """One step of everything that runs."""
         ...
 
-    def cancel(self, cancel: Cancel) -> None:
-        """Frees a request's sequences without a word; no effect on unknown ones."""
+    def cancel(self, client_id: str, cancel: Cancel) -> None:
+        """Frees the sequences of a client's request without an event; no effect on unknown ones."""
         ...
 
     def cancel_client(self, client_id: str) -> None:

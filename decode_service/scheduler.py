@@ -8,8 +8,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from decode_service.protocol import EngineStatus
-from decode_service.sequences import Ended, FinishReason, HandOffId, Reserved, Running
+from decode_service.sequences import Ended, EngineStatus, FinishReason, HandOffId, Reserved, Running
 from kvtransfer.errors import RejectedError, RejectReason
 from kvtransfer.messages import Open
 from prad.core.blocks import BlockPool
@@ -19,7 +18,7 @@ _REMEMBERED_REQUESTS = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One step: who runs, and who ended since the last one and must be told."""
+    """One step: who runs, and who ended since the last one and has yet to emit that."""
 
     batch: tuple[Running, ...]
     ended: tuple[Ended, ...]
@@ -48,7 +47,8 @@ class Scheduler:
         self._running: dict[HandOffId, dict[int, Running]] = {}
         self._leaving: list[Running] = []
         self._ended: list[Ended] = []
-        self._attempts: OrderedDict[str, int] = OrderedDict()  # the highest let in, of the latest requests
+        # the highest attempt let in, by (client, request), of the latest requests
+        self._attempts: OrderedDict[tuple[str, str], int] = OrderedDict()
 
     def status(self) -> EngineStatus:
         return EngineStatus(
@@ -74,15 +74,18 @@ class Scheduler:
         return bool(self._running or self._leaving or self._ended)
 
     def reserve(self, request: Open) -> Reserved:
-        """Blocks for the whole life of all choices; fences lower attempts of the request.
+        """Blocks for the whole life of all choices, which share those that the prompt fills; fences lower
+        attempts of the client's request.
 
         Raises RejectedError: FENCED, TOO_LARGE (never fits) or FULL (with a retry hint).
         """
         self._fence(request)
         # the last token is drawn, but never fed
         tokens = request.kv_len + request.sampling.max_tokens - request.output_offset - 1
-        each = self._blocks.blocks_for(tokens)
-        needed = each * request.choices
+        shared = request.kv_len // self._blocks.block_size
+        own = self._blocks.blocks_for(tokens) - shared
+        assert own > 0, "a sequence that decodes nothing"
+        needed = shared + own * request.choices
         if needed > self._blocks.total or request.choices > self._max_sequences:
             raise RejectedError(
                 RejectReason.TOO_LARGE,
@@ -90,19 +93,18 @@ class Scheduler:
                 f"{self._blocks.total} blocks for {self._max_sequences} sequences",
             )
         self._require_state_room(request)
-        taken = None
+        tables = None
         if self.sequence_count + request.choices <= self._max_sequences:
-            taken = self._blocks.allocate(needed)
-        if taken is None:
+            tables = self._blocks.branch(request.choices, shared, own)
+        if tables is None:
             raise RejectedError(
                 RejectReason.FULL,
                 f"{needed} blocks and {request.choices} sequences wanted, {self._blocks.free_count} blocks "
                 f"and {self._max_sequences - self.sequence_count} sequences free",
                 self._retry_after_s,
             )
-        self._remember(request.request_id, request.attempt)
-        tables = tuple(taken[c * each : (c + 1) * each] for c in range(request.choices))
-        reserved = Reserved(request, tables)
+        self._remember(request, request.attempt)
+        reserved = Reserved(request, tables, shared)
         self._reserved[reserved.id] = reserved
         return reserved
 
@@ -122,6 +124,9 @@ class Scheduler:
         assert self.holds(reserved), "a reservation is started that does not stand"
         del self._reserved[reserved.id]
         starting = {s.id.choice: s for s in sequences}
+        for sequence in sequences:  # a step writes at kv_len and never before: no neighbour's block
+            behind = sequence.blocks[sequence.kv_len // self._blocks.block_size :]
+            assert self._blocks.exclusive(behind), "a choice would write to a block that another one reads"
         for choice, table in enumerate(reserved.blocks):
             if choice not in starting:
                 self._blocks.free(table)
@@ -150,14 +155,14 @@ class Scheduler:
         self._blocks.free(sequence.blocks)
 
     def cancel(self, hand_off: HandOffId, choice: int | None = None) -> None:
-        """Ends running sequences (None: all choices) without a word; no effect on unknown ones."""
+        """Ends running sequences (None: all choices) without an event; no effect on unknown ones."""
         for sequence in list(self._running.get(hand_off, {}).values()):
             if choice in (None, sequence.id.choice):
                 self._remove(sequence)
                 self._leaving.append(sequence)
 
     def cancel_client(self, client_id: str) -> None:
-        """Ends everything of a client, reservations included, without a word."""
+        """Ends everything of a client, reservations included, without an event."""
         for reserved in [r for r in self._reserved.values() if r.request.client_id == client_id]:
             self.release(reserved)
         for hand_off, choices in list(self._running.items()):
@@ -165,11 +170,17 @@ class Scheduler:
                 self.cancel(hand_off)
 
     def end_all(self, message: str) -> None:
-        """Ends everything with an error that is told."""
+        """Ends everything with an error event."""
         for reserved in list(self._reserved.values()):
             self.release(reserved)
         for hand_off in list(self._running):
             self._end(hand_off, FinishReason.ERROR, message)
+
+    def abandon(self, message: str) -> tuple[Ended, ...]:
+        """Ends everything for good: no step follows. Returns who has yet to emit that it ended."""
+        self.end_all(message)
+        ended, self._ended = tuple(self._ended), []
+        return ended
 
     def _require_state_room(self, request: Open) -> None:
         """Choices share the state of their prompt."""
@@ -191,21 +202,22 @@ class Scheduler:
             )
 
     def _fence(self, request: Open) -> None:
-        known = self._attempts.get(request.request_id, 0)
+        known = self._attempts.get((request.client_id, request.request_id), 0)
         if request.attempt <= known:
             raise RejectedError(
                 RejectReason.FENCED,
                 f"attempt {known} of {request.request_id} is known, not {request.attempt}",
             )
-        self._remember(request.request_id, request.attempt - 1)  # if it is refused, it may try again
-        lower = HandOffId(request.request_id, known)
+        self._remember(request, request.attempt - 1)  # if it is refused, it may try again
+        lower = HandOffId(request.client_id, request.request_id, known)
         if lower in self._reserved:
             self.release(self._reserved[lower])
         self._end(lower, FinishReason.ERROR, f"fenced by attempt {request.attempt}")
 
-    def _remember(self, request_id: str, attempt: int) -> None:
-        self._attempts[request_id] = attempt
-        self._attempts.move_to_end(request_id)
+    def _remember(self, request: Open, attempt: int) -> None:
+        name = request.client_id, request.request_id
+        self._attempts[name] = attempt
+        self._attempts.move_to_end(name)
         if len(self._attempts) > _REMEMBERED_REQUESTS:
             self._attempts.popitem(last=False)
 

@@ -1,26 +1,31 @@
 """The life of a sequence, a type per state: reserved -> running -> ended.
 
-Pure data: neither torch nor gRPC.
+Plain data: neither torch nor gRPC.
 """
 
-from __future__ import annotations
-
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 from kvtransfer.messages import Open
 from prad.core.tokens import Token, TokenEvent
 
-if TYPE_CHECKING:  # the type alone: at run time it would bring torch along
-    from prad.lm import SiteVectors
+State = Mapping[Any, Any]
+"""Request state as the engine's hands hold it (vectors by site): it is carried here, never looked into."""
 
 
 class HandOffId(NamedTuple):
-    """One attempt of one request."""
+    """One attempt of one client's request. Clients choose their request ids: without the client's own one
+    client could fence or cancel what is another's."""
 
+    client_id: str
     request_id: str
     attempt: int
+
+    @classmethod
+    def of(cls, request: Open) -> "HandOffId":
+        return cls(request.client_id, request.request_id, request.attempt)
 
 
 class SequenceId(NamedTuple):
@@ -38,15 +43,37 @@ class FinishReason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """How full the engine is. `sequences` counts running and reserved ones."""
+
+    block_size: int
+    total_blocks: int
+    free_blocks: int
+    max_sequences: int
+    running_sequences: int
+    sequences: int
+
+
+@dataclass(frozen=True, slots=True)
 class Reserved:
-    """Blocks wait for KV bytes: blocks[choice] is that choice's block table."""
+    """Blocks wait for KV bytes: blocks[choice] is that choice's block table.
+
+    All tables begin with the same `shared` blocks, those that the prompt's KV fills; behind them each choice
+    has its own, because it goes on writing there.
+    """
 
     request: Open
     blocks: tuple[tuple[int, ...], ...]
+    shared: int
 
     @property
     def id(self) -> HandOffId:
-        return HandOffId(self.request.request_id, self.request.attempt)
+        return HandOffId.of(self.request)
+
+    @property
+    def block_count(self) -> int:
+        """Blocks that it occupies, each counted once."""
+        return self.shared + sum(len(table) - self.shared for table in self.blocks)
 
 
 @dataclass(slots=True)
@@ -54,9 +81,9 @@ class Running:
     """A sequence between two steps.
 
     The next step feeds `token` (output index `index`) at `position` and stores its keys and values as the
-    `kv_len`-th token of `blocks`. Its rows are scaled by `state`, if it has any. `untold`: the latest
-    tokens, which its client has not been told yet; `phase` is its own, so that sequences that began together
-    are not told in the same step.
+    `kv_len`-th token of `blocks`. Its rows are scaled by `state`, if it has any. `pending`: the latest
+    tokens, which no event has carried yet; `phase` is its own, so that sequences that began together do not
+    emit in the same step.
     """
 
     id: SequenceId
@@ -66,28 +93,28 @@ class Running:
     index: int
     position: int
     kv_len: int
-    state: SiteVectors | None = None
+    state: State | None = None
     phase: int = 0
-    untold: list[Token] = field(default_factory=list)
+    pending: list[Token] = field(default_factory=list)
 
     def advance(self, token: Token) -> None:
         """A step is done and drew `token`."""
         self.token = token.id
-        self.untold.append(token)
+        self.pending.append(token)
         self.index += 1
         self.position += 1
         self.kv_len += 1
 
     @property
-    def due(self) -> bool:
-        """Whether its client is to be told now, by `tokens_per_event`."""
+    def emits(self) -> bool:
+        """Whether what is pending goes out after this step, by `tokens_per_event`."""
         return (self.index + self.phase) % self.request.tokens_per_event == 0
 
-    def tell(self, reason: str | None, error: str = "") -> TokenEvent:
-        """What was untold, and why the sequence ends, if it does."""
-        tokens = tuple(self.untold)
-        self.untold.clear()
-        (request_id, attempt), choice = self.id
+    def emit(self, reason: str | None, error: str = "") -> TokenEvent:
+        """An event with what was pending, and why the sequence ends, if it does."""
+        tokens = tuple(self.pending)
+        self.pending.clear()
+        (_, request_id, attempt), choice = self.id
         first = self.index + 1 - len(tokens)
         return TokenEvent(request_id, attempt, choice, first, tokens, reason, error or None)
 
@@ -100,5 +127,5 @@ class Ended:
     reason: FinishReason
     message: str = ""
 
-    def tell(self) -> TokenEvent:
-        return self.sequence.tell(self.reason.value, self.message)
+    def emit(self) -> TokenEvent:
+        return self.sequence.emit(self.reason.value, self.message)

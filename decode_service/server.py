@@ -1,46 +1,64 @@
-"""A decode service's life: startup, serving, shutdown with drain."""
+"""A decode service's life: startup, serving, shutdown with drain; its metrics and its health."""
 
 import asyncio
 import logging
 import signal
 import uuid
-from collections.abc import AsyncIterator, Callable
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 
 import grpc
 import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
 from decode_service.engine import PagedEngine
-from decode_service.errors import BindError, CacheTooSmallError
-from decode_service.metrics import Metrics, served
-from decode_service.pool_writer import PoolWriter
+from decode_service.runner import ModelRunner, load
 from decode_service.scheduler import Scheduler
+from decode_service.sequences import EngineStatus
 from decode_service.service import DecodeService
 from decode_service.sessions import Sessions
 from decode_service.settings import DecodeSettings
-from kvtransfer import TransferSettings
 from kvtransfer.memory import keep_freed_memory
 from kvtransfer.proto import handoff_pb2 as pb
 from kvtransfer.proto.handoff_pb2_grpc import add_DecodeServicer_to_server
+from kvtransfer.settings import TransferSettings
 from prad.core.blocks import BlockPool
-from prad.lm import LanguageModel, UnsupportedModelError, require_device, resolve_model
-from prad.lm.kernels import load_kernels
+from prad.core.errors import PradError
+from prad.lm import LanguageModel
 from prad.lm.paged import Pools, blocks_in
 
 logger = logging.getLogger(__name__)
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["Decode"].full_name
 _FLUSH_S = 10.0  # a client's process may not get a core at once
-_GRACE_S = 5.0  # for clients to take their last frames and go
+_GRACE_S = 5.0  # for clients to receive their last frames and go
 _DRAIN_LOOK_S = 0.05
+_STEP_BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)
+
+
+class DecodeError(PradError):
+    """Base of what keeps a decode service from running; what one request can meet is kvtransfer's tree."""
+
+
+class BindError(DecodeError):
+    """The address cannot be listened on."""
+
+
+class CacheTooSmallError(DecodeError):
+    """The KV cache of the settings does not hold a single block."""
+
+
+class EngineFailedError(DecodeError):
+    """The engine met a fault that it cannot go on after: the process has to be started again."""
 
 
 def run(settings: DecodeSettings) -> None:
     """Serves until SIGTERM or SIGINT, then drains; a second signal ends the process at once.
 
-    Raises BindError, CacheTooSmallError, or prad.lm's ModelError before anything is served.
+    Raises BindError, CacheTooSmallError, or prad.lm's ModelError before anything is served; EngineFailedError
+    when the engine failed, so that the process ends and a supervisor starts it again.
     """
     keep_freed_memory()
     if settings.threads is not None:
@@ -50,19 +68,25 @@ def run(settings: DecodeSettings) -> None:
 
 async def _run(settings: DecodeSettings) -> None:
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
-    async with serving(settings):
+    async with serving(settings) as server:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
-        await stop.wait()
+        waits = [asyncio.create_task(event.wait()) for event in (stop, server.failed)]
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
+        for wait in waits:
+            wait.cancel()
+    if server.failure is not None:
+        raise EngineFailedError(server.failure)
 
 
 @asynccontextmanager
 async def serving(
     settings: DecodeSettings, model: LanguageModel | None = None
 ) -> AsyncIterator["DecodeServer"]:
-    """A service that runs inside the `with`, in this process; leaving it drains. Raises as `run`.
+    """A service that runs inside the `with`, in this process; leaving it drains. Raises BindError,
+    CacheTooSmallError and ModelError as `run`; a failed engine shows in `DecodeServer.failed`.
 
     `model`: one that is loaded already, instead of the settings'.
     """
@@ -82,28 +106,19 @@ async def serving(
         await service.stop()
 
 
-def load(settings: DecodeSettings) -> LanguageModel:
-    """The settings' model. Raises prad.lm's ModelError."""
-    require_device(settings.device)  # before a model is fetched or converted
-    folder = resolve_model(settings.model, settings.cache_dir)
-    model = LanguageModel.load(folder, dtype=getattr(torch, settings.dtype), device=settings.device)
-    kernels = load_kernels(settings.kernels, settings.cache_dir, settings.device)
-    if kernels is not None:
-        model.accelerate(kernels, settings.weights)
-    elif settings.weights != "full":
-        raise UnsupportedModelError(f"{settings.weights} weights need the kernels, and these are not in use")
-    return model
-
-
 class DecodeServer:
-    """The parts, put together; `engine` and `port` are what tests look at."""
+    """The parts, put together; `engine` and `port` are what tests look at. When the engine cannot go on,
+    `failed` is set and `failure` says why."""
 
     def __init__(
         self, settings: DecodeSettings, model: LanguageModel, server: grpc.aio.Server, port: int
     ) -> None:
         self.port = port
+        self.failed = asyncio.Event()
+        self.failure: str | None = None
         self._settings = settings
         self._server = server
+        self._loop = asyncio.get_running_loop()
         num_blocks = blocks_in(model.layout, settings.block_size, settings.kv_cache_mib)
         if num_blocks < 1:
             raise CacheTooSmallError(
@@ -124,13 +139,23 @@ class DecodeServer:
             instance, settings.outbox_frames, settings.detach_s, lambda c: self.engine.cancel_client(c)
         )
         self.engine = PagedEngine(
-            model, pools, scheduler, self._sessions.deliver_from_thread, self._metrics.step
+            ModelRunner(model, pools),
+            scheduler,
+            self._sessions.deliver_from_thread,
+            self._metrics.step,
+            self._fail_from_thread,
         )
         self._metrics.watch(self.engine.status)
         self._service = DecodeService(
-            self.engine, PoolWriter(pools), self._sessions, model.spec, instance, settings
+            self.engine,
+            self._sessions,
+            model.spec,
+            instance,
+            idle_s=settings.hand_off_idle_s,
+            shared_memory=settings.shared_memory,
         )
         self._health = health.aio.HealthServicer()
+        self._failing: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         add_DecodeServicer_to_server(self._service, self._server)  # type: ignore[no-untyped-call]
@@ -144,15 +169,18 @@ class DecodeServer:
             )
         self.engine.start()
         await self._server.start()
-        await self._say(health_pb2.HealthCheckResponse.SERVING)
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         logger.info("decode listens on %s:%d", self._settings.host, self.port)
 
     async def stop(self) -> None:
         """Admits nothing more, lets what is in finish for up to drain_s, ends the rest with an error."""
         self._service.drain(self._settings.retry_after_s)
-        await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
-        await _until(lambda: self.engine.status().sequences == 0, self._settings.drain_s)
-        self.engine.end_all("decode is shutting down")
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        if self.failure is None:
+            await _until(
+                lambda: self.failed.is_set() or self.engine.status().sequences == 0, self._settings.drain_s
+            )
+            self.engine.end_all("decode is shutting down")
         await asyncio.to_thread(self.engine.stop)
         await asyncio.sleep(0)  # the engine's last events are in the loop's queue
         self._sessions.close()
@@ -161,9 +189,60 @@ class DecodeServer:
         await self._server.stop(_GRACE_S)
         self._metrics_server.close()
 
-    async def _say(self, status: int) -> None:
+    def _fail_from_thread(self, message: str) -> None:
+        self._loop.call_soon_threadsafe(self._fail, message)
+
+    def _fail(self, message: str) -> None:
+        self.failure = message
+        self._service.drain(self._settings.retry_after_s)
+        self._failing = self._loop.create_task(self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING))
+        self.failed.set()
+
+    async def _set_health(self, status: int) -> None:
         for name in ("", _SERVICE):
             await self._health.set(name, status)
+
+
+class Metrics:
+    """What a decode service says about itself; one registry each, so that several may live in a process."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._tokens = Counter("prad_decode_tokens", "Tokens computed.", registry=self.registry)
+        self._seconds = Histogram(
+            "prad_decode_step_seconds",
+            "Time of one decode step.",
+            buckets=_STEP_BUCKETS,
+            registry=self.registry,
+        )
+
+    def watch(self, status: Callable[[], EngineStatus]) -> None:
+        """Gauges read the engine when they are scraped."""
+        for name, text, read in (
+            ("prad_decode_blocks", "KV blocks.", lambda: status().total_blocks),
+            ("prad_decode_free_blocks", "KV blocks that are free.", lambda: status().free_blocks),
+            ("prad_decode_running_sequences", "Running sequences.", lambda: status().running_sequences),
+        ):
+            Gauge(name, text, registry=self.registry).set_function(read)
+
+    def step(self, seconds: float, tokens: int) -> None:
+        self._seconds.observe(seconds)
+        self._tokens.inc(tokens)
+
+
+@contextmanager
+def served(registry: CollectorRegistry, host: str, port: int) -> Iterator[None]:
+    """GET /metrics on its own port, inside the `with`. Raises BindError."""
+    try:
+        server, thread = start_http_server(port, addr=host, registry=registry)
+    except OSError as error:
+        raise BindError(f"metrics cannot be served on {host}:{port}: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
 def _bind(server: grpc.aio.Server, address: str) -> int:

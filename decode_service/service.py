@@ -9,18 +9,11 @@ from typing import Any
 import grpc
 
 from decode_service.hand_offs import HandOffs
-from decode_service.protocol import DecodeEngine, KVWriter, Reservation
+from decode_service.protocol import DecodeEngine, Reservation
 from decode_service.sessions import Sessions
-from decode_service.settings import DecodeSettings
-from kvtransfer import (
-    Description,
-    Open,
-    ProtocolError,
-    RejectedError,
-    RejectReason,
-    TransferError,
-    codec,
-)
+from kvtransfer import codec
+from kvtransfer.errors import ProtocolError, RejectedError, RejectReason, TransferError
+from kvtransfer.messages import Description, Open
 from kvtransfer.outbox import Attachment
 from kvtransfer.proto import handoff_pb2 as pb
 from kvtransfer.proto.handoff_pb2_grpc import DecodeServicer
@@ -36,18 +29,20 @@ class DecodeService(DecodeServicer):
     def __init__(
         self,
         engine: DecodeEngine,
-        writer: KVWriter,
         sessions: Sessions,
         model: ModelSpec,
         instance: str,
-        settings: DecodeSettings,
+        *,
+        idle_s: float,
+        shared_memory: bool,
     ) -> None:
+        """idle_s, shared_memory: as for `HandOffs`."""
         self._engine = engine
-        self._writer = writer
         self._sessions = sessions
         self._model = model
         self._instance = instance
-        self._settings = settings
+        self._idle_s = idle_s
+        self._shared_memory = shared_memory
         self._draining: RejectedError | None = None
         self._stopping = asyncio.Event()
 
@@ -76,11 +71,11 @@ class DecodeService(DecodeServicer):
         hand_offs = HandOffs(
             self._model,
             self._admit,
-            self._writer,
-            idle_s=self._settings.hand_off_idle_s,
-            shared_memory=self._settings.shared_memory,
+            self._engine.write,
+            idle_s=self._idle_s,
+            shared_memory=self._shared_memory,
         )
-        async with _told(context):
+        async with _errors_as_status(context):
             stopping = asyncio.create_task(self._stopping.wait())
             reading: asyncio.Future[Any] | None = None
             try:
@@ -95,7 +90,7 @@ class DecodeService(DecodeServicer):
                         message, reading = reading.result(), None
                         if message is grpc.aio.EOF:
                             return
-                        replies += [reply for frame in message.frames for reply in hand_offs.take(frame)]
+                        replies += [reply for frame in message.frames for reply in hand_offs.receive(frame)]
                     if replies:
                         await context.write(pb.HandOffReplies(replies=replies))
             finally:
@@ -106,7 +101,7 @@ class DecodeService(DecodeServicer):
                 await asyncio.gather(*waiting, return_exceptions=True)
 
     async def Tokens(self, _: object, context: Any) -> None:  # noqa: N802
-        async with _told(context):
+        async with _errors_as_status(context):
             control = await context.read()
             if control is grpc.aio.EOF or control.WhichOneof("control") != "attach":
                 raise ProtocolError("a token stream begins with Attach")
@@ -133,7 +128,7 @@ class DecodeService(DecodeServicer):
                 if kind == "acknowledge":
                     self._sessions.acknowledge(client_id, control.acknowledge.frame)
                 elif kind == "cancel":
-                    self._engine.cancel(codec.cancel_from_proto(control.cancel))
+                    self._engine.cancel(client_id, codec.cancel_from_proto(control.cancel))
                 else:
                     raise ProtocolError(f"{kind} within a token stream")
         except TransferError as error:
@@ -150,7 +145,7 @@ class DecodeService(DecodeServicer):
 
 
 @asynccontextmanager
-async def _told(context: Any) -> AsyncIterator[None]:
+async def _errors_as_status(context: Any) -> AsyncIterator[None]:
     """Ends the stream with our error's status."""
     try:
         yield

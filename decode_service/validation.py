@@ -1,6 +1,5 @@
 """Whether an Open makes sense for this model, before anything is reserved; pure."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -9,17 +8,16 @@ from kvtransfer.messages import Open
 from prad.core.sampling import SamplingParams
 
 _LARGEST_REQUEST = 1 << 20  # tokens or choices: far beyond any real one, keeps all arithmetic harmless
-_MOST_TOLD = (
-    32  # tokens of a sequence in one event, with up to so many alternatives each: what many sequences
-)
-_MOST_ALTERNATIVES = 64  # tell in one step must fit a message
+# an event's tokens, and the alternatives of each: what many sequences emit in one step must fit a message
+_MOST_TOKENS = 32
+_MOST_ALTERNATIVES = 64
 _LONGEST_SITE = 32  # characters of a name: a refusal repeats unknown ones
 _LARGEST_STATE = 8 << 20  # bytes at one site: a message carries it beside up to 4 MB of others
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the model can take: positions 0 .. max_context - 1, ids 0 .. vocab_size - 1, and request state of
+    """What the model allows: positions 0 .. max_context - 1, ids 0 .. vocab_size - 1, and request state of
     these widths at these sites."""
 
     max_context: int
@@ -40,8 +38,8 @@ class Limits:
             (request.prompt_len < 1, "prompt_len must be at least 1"),
             (request.prompt_len > request.kv_len, f"prompt_len is over kv_len {request.kv_len}"),
             (request.next_position < 1, "next_position must be at least 1"),
-            (not 1 <= request.tokens_per_event <= _MOST_TOLD,
-             f"tokens_per_event {request.tokens_per_event} is not in 1 to {_MOST_TOLD}"),
+            (not 1 <= request.tokens_per_event <= _MOST_TOKENS,
+             f"tokens_per_event {request.tokens_per_event} is not in 1 to {_MOST_TOKENS}"),
             (last >= self.max_context, f"the sequence reaches position {last}, the model's context ends at "
                                        f"{self.max_context - 1}"),
             (max(request.kv_len, request.choices) > _LARGEST_REQUEST, "kv_len or choices is absurd"),
@@ -73,12 +71,9 @@ class Limits:
                 raise RejectedError(RejectReason.INVALID, message)
 
     def _check_sampling(self, sampling: SamplingParams) -> None:
-        temperature, top_p, min_p = sampling.temperature, sampling.top_p, sampling.min_p
         for wrong, message in (
             (sampling.max_tokens > _LARGEST_REQUEST, f"max_tokens {sampling.max_tokens} is absurd"),
-            (not (math.isfinite(temperature) and temperature >= 0), f"temperature {temperature}"),
-            (not 0 < top_p <= 1, f"top_p {top_p} is not in (0, 1]"),
-            (not 0 <= min_p <= 1, f"min_p {min_p} is not in [0, 1]"),
+            (sampling.fault is not None, sampling.fault),
             (any(i >= self.vocab_size for i in sampling.stop_ids), "a stop id is outside the vocabulary"),
             (
                 (sampling.logprobs or 0) > min(_MOST_ALTERNATIVES, self.vocab_size),
@@ -87,7 +82,7 @@ class Limits:
             (self._all_stop(sampling), "every id of the vocabulary is a stop id, but min_tokens is not 0"),
         ):
             if wrong:
-                raise RejectedError(RejectReason.INVALID, message)
+                raise RejectedError(RejectReason.INVALID, message or "")
 
     def _all_stop(self, sampling: SamplingParams) -> bool:
         return sampling.min_tokens > 0 and len(sampling.stop_ids) >= self.vocab_size

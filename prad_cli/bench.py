@@ -16,6 +16,7 @@ BENCHMARKS = {
     "table4": "The paper's Table 4: PrAd-PA, PrAd-LoRA, PA and LoRA at 8, 16, 64 tasks.",
     "serve": "The server under load, through HTTP: closed and open loop, streaming clients, tasks.",
     "decode": "One decode step by sequences, context and tasks, beside its floor.",
+    "choices": "Choices of one prompt: what shared blocks save in memory, hand-off and step.",
     "step": "Where a decode step's time goes, with the model's weights and with 8-bit ones.",
     "para": "What PARA's vectors add to a decode step and a prompt pass, beside PrAd-PARA and neither.",
     "floor": "What a decode step cannot go below here: packed GEMMs, one read of the KV.",

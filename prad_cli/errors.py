@@ -11,7 +11,7 @@ _ROOTS = {
     "prad.training.served": "ServerError",
     "prad_cli.extras": "MissingExtraError",
     "local_stack.stack": "StackError",
-    "decode_service.errors": "DecodeError",
+    "decode_service.server": "DecodeError",
     "prefill_service.server": "CannotStartError",
     "adapter_registry.errors": "RegistryError",
     "bench.peer": "PeerError",

@@ -20,7 +20,8 @@ def prefill_command(context: typer.Context) -> None:
 
 def decode_command(context: typer.Context) -> None:
     """Run the decode service alone (gRPC). `prad decode --help` lists its settings."""
-    from decode_service import DecodeSettings, run
+    from decode_service.server import run
+    from decode_service.settings import DecodeSettings
 
     _log("decode")
     run(_settings(DecodeSettings, context))

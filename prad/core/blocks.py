@@ -58,6 +58,21 @@ class BlockPool:
             self._users[block] = 1
         return taken
 
+    def branch(self, count: int, shared: int, own: int) -> tuple[tuple[int, ...], ...] | None:
+        """`count` block tables that begin with the same `shared` blocks, each with `own` of its own behind
+        them; None (and nothing changes) if there are not as many."""
+        taken = self.allocate(shared + count * own)
+        if taken is None:
+            return None
+        trunk, rest = taken[:shared], taken[shared:]
+        for _ in range(count - 1):
+            self.share(trunk)
+        return tuple((*trunk, *rest[i * own : (i + 1) * own]) for i in range(count))
+
+    def exclusive(self, blocks: Sequence[int]) -> bool:
+        """Whether each of them is in use by one holder alone: only such a block may be written to."""
+        return all(self._users[block] == 1 for block in blocks)
+
     def find(self, keys: Sequence[bytes]) -> tuple[int, ...]:
         """The blocks of as many leading keys as are cached."""
         found = []

@@ -34,6 +34,18 @@ class SamplingParams:
     logprobs: int | None = None
 
     @property
+    def fault(self) -> str | None:
+        """What of it is out of its range, if anything; stop ids and alternatives depend on the vocabulary."""
+        for wrong, message in (
+            (not 0 <= self.temperature < float("inf"), f"temperature {self.temperature}"),
+            (not 0 < self.top_p <= 1, f"top_p {self.top_p} is not in (0, 1]"),
+            (not 0 <= self.min_p <= 1, f"min_p {self.min_p} is not in [0, 1]"),
+        ):
+            if wrong:
+                return message
+        return None
+
+    @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
 

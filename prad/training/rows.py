@@ -5,8 +5,11 @@ from dataclasses import dataclass
 
 import torch
 
+from prad.core.blocks import BlockPool
 from prad.lm import SiteVectors
 from prad.lm.paged import Pools
+
+_TOO_FEW = "the pools were made with too few blocks"
 
 
 @dataclass(slots=True)
@@ -26,30 +29,27 @@ class SharedBlocks:
 
     def __init__(self, pools: Pools, total: int) -> None:
         self._pools = pools
-        self._size = pools.block_size
-        self._free = list(range(total))
-        self._users = [0] * total
+        self._blocks = BlockPool(total, pools.block_size)
+
+    @property
+    def in_use(self) -> int:
+        return self._blocks.in_use
 
     def new(self, tokens: int) -> Row:
         """A row with room for `tokens` tokens, which a prompt pass will fill."""
-        return Row([self._take() for _ in range(-(-tokens // self._size))], tokens, position=tokens - 1)
+        return Row(self._allocate(self._blocks.blocks_for(tokens)), tokens, position=tokens - 1)
 
     def grow(self, row: Row) -> None:
         """Makes room for the row's next token."""
-        if row.kv_len // self._size == len(row.blocks):
-            row.blocks.append(self._take())
+        row.blocks += self._allocate(self._blocks.blocks_for(row.kv_len + 1) - len(row.blocks))
 
     def fork(self, row: Row, copies: list[tuple[int, int]]) -> Row:
         """A second row with the same past: full blocks are shared, one in the making goes to `copies`."""
-        full = row.kv_len // self._size
-        shared = row.blocks[:full]
-        for block in shared:
-            self._users[block] += 1
-        rest = []
-        if row.kv_len % self._size:
-            rest = [self._take()]
-            copies.append((row.blocks[full], rest[0]))
-        return Row(shared + rest, row.kv_len, state=row.state)
+        forked = self._blocks.fork(row.blocks, row.kv_len)
+        assert forked is not None, _TOO_FEW
+        table, copy = forked
+        copies += [] if copy is None else [copy]
+        return Row(list(table), row.kv_len, state=row.state)
 
     def copy(self, copies: Sequence[tuple[int, int]]) -> None:
         """Carries out what `fork` asked for: (from, to) of blocks, in all layers."""
@@ -60,12 +60,9 @@ class SharedBlocks:
             pool.index_copy_(0, new, pool.index_select(0, old))
 
     def free(self, row: Row) -> None:
-        for block in row.blocks:
-            self._users[block] -= 1
-            if self._users[block] == 0:
-                self._free.append(block)
+        self._blocks.free(row.blocks)
 
-    def _take(self) -> int:
-        block = self._free.pop()
-        self._users[block] = 1
-        return block
+    def _allocate(self, count: int) -> list[int]:
+        taken = self._blocks.allocate(count)
+        assert taken is not None, _TOO_FEW
+        return list(taken)

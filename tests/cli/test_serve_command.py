@@ -16,8 +16,8 @@ import psutil
 import pytest
 
 import prad
-from decode_service import DecodeSettings
 from decode_service.server import _FLUSH_S, _GRACE_S
+from decode_service.settings import DecodeSettings
 from local_stack.stack import _STOP_S, answers
 
 SERVICES = ("registry", "decode", "prefill")

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 import pytest
 from handing_over import Prefill, decode_settings, gpt2, llama, prefilling
 
-from decode_service import DecodeServer, serving
+from decode_service.server import DecodeServer, serving
 from prad.lm import LanguageModel
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from decode_service import DecodeServer, DecodeSettings
+from decode_service.server import DecodeServer
+from decode_service.settings import DecodeSettings
 from kvtransfer import DecodeClient, HandOff, LostError, Open, TokenStream, TransferSettings
 from prad.core.sampling import SamplingParams
 from prad.core.tokens import Token, TokenEvent

@@ -6,7 +6,8 @@ import pytest
 import torch
 from handing_over import Prefill, all_free, all_logits, decode_settings, prefilling, prompt
 
-from decode_service import DecodeServer, serving
+from decode_service.server import DecodeServer, serving
+from prad.core.blocks import BlockPool
 from prad.core.sampling import SamplingParams
 from prad.lm import LanguageModel
 
@@ -85,6 +86,50 @@ async def test_choices_share_a_prompt_and_differ(prefill: Prefill, server: Decod
     alone = await prefill.generate(ids, sampling, first=[first[0]])
     assert alone[1:] == together[0]
     await all_free(server)
+
+
+FIRSTS = (5, 6, 7, 11)
+
+
+async def each_alone(prefill: Prefill, ids: list[int], sampling: SamplingParams) -> list[list[int]]:
+    return [await prefill.generate(ids, sampling, first=[first]) for first in FIRSTS]
+
+
+async def as_choices(prefill: Prefill, ids: list[int], sampling: SamplingParams) -> list[list[int]]:
+    request, firsts = await prefill.hand_over(ids, sampling, first=FIRSTS, choices=len(FIRSTS))
+    events = [await prefill.got.until(request.request_id, c) for c in range(len(FIRSTS))]
+    return [
+        [first, *(t.id for e in of_choice for t in e.tokens)]
+        for first, of_choice in zip(firsts, events, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("kv_len", [1, 15, 16, 17, 31, 32, 33])
+async def test_choices_that_share_blocks_equal_each_alone(each_model: LanguageModel, kv_len: int) -> None:
+    ids, sampling = prompt(kv_len), SamplingParams(max_tokens=20)
+    async with (
+        serving(decode_settings(), each_model) as server,
+        prefilling(each_model, server.port) as client,
+    ):
+        together = await as_choices(client, ids, sampling)
+        assert together == await each_alone(client, ids, sampling)
+        await all_free(server)
+    assert len({tuple(output) for output in together}) == len(FIRSTS)
+    for output in together:
+        require_greedy(each_model, [*ids, output[0]], output[1:])
+
+
+@pytest.mark.parametrize("kv_len", [1, 15, 17, 33])
+async def test_choices_that_share_their_partial_block_are_noticed(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch, kv_len: int
+) -> None:
+    """The fault that the test above guards against: one block too many is shared."""
+    branch = BlockPool.branch
+    monkeypatch.setattr(BlockPool, "branch", lambda pool, n, full, own: branch(pool, n, full + own, 0))
+    monkeypatch.setattr(BlockPool, "exclusive", lambda *_: True)  # else an assertion of ours is in the way
+    ids, sampling = prompt(kv_len), SamplingParams(max_tokens=20)
+    async with serving(decode_settings(), model) as server, prefilling(model, server.port) as client:
+        assert await as_choices(client, ids, sampling) != await each_alone(client, ids, sampling)
 
 
 async def test_a_choice_whose_first_token_stops_does_not_run(prefill: Prefill, server: DecodeServer) -> None:

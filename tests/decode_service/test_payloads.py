@@ -21,7 +21,8 @@ from handing_over import (
     raw,
 )
 
-from decode_service import DecodeServer, serving
+from decode_service.sequences import HandOffId
+from decode_service.server import DecodeServer, serving
 from kvtransfer import (
     CorruptError,
     Encoding,
@@ -100,8 +101,8 @@ async def opened(client: Prefill, lengths: Sequence[int], **more: Any) -> list[P
 def stored(server: DecodeServer, hand_off: HandOff, layer: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Per choice the keys and values of a reservation, as they lie in the pools."""
     engine: Any = server.engine
-    held = engine._scheduler._reserved[hand_off.request.request_id, hand_off.request.attempt]
-    pools, out = engine._pools, []
+    held = engine._scheduler._reserved[HandOffId.of(hand_off.request)]
+    pools, out = engine._runner._pools, []
     for table in held.blocks:
         slots = pools.slots(table, hand_off.request.kv_len)
         out.append((pools.keys[layer].flatten(0, 1)[slots], pools.values[layer].flatten(0, 1)[slots]))

@@ -17,9 +17,9 @@ from handing_over import (
     raw,
 )
 
-from decode_service import DecodeServer, serving
 from decode_service.scheduler import Scheduler
 from decode_service.sequences import Running, SequenceId
+from decode_service.server import DecodeServer, serving
 from kvtransfer import CorruptError, Open, ProtocolError, RejectedError, RejectReason, StateSite
 from kvtransfer.proto import handoff_pb2 as pb
 from prad.core.blocks import BlockPool

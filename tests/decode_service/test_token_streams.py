@@ -17,7 +17,7 @@ from handing_over import (
     quick,
 )
 
-from decode_service import BindError, CacheTooSmallError, DecodeServer, serving
+from decode_service.server import BindError, CacheTooSmallError, DecodeServer, serving
 from kvtransfer import FencedError, LostError, RejectedError, RejectReason
 from kvtransfer.proto import handoff_pb2 as pb
 from kvtransfer.proto.handoff_pb2_grpc import DecodeStub

@@ -62,7 +62,7 @@ def test_continuous_batches_say_what_each_prompt_alone_says(
     decoding = decoder(one, Limits(40, stop_ids), batch=batch)
     answers = {index: search.answer for index, search in decoding.run(prompts)}
     assert [answers[i] for i in range(len(prompts))] == alone
-    assert len(decoding._blocks._free) == len(decoding._blocks._users), "every block came back"
+    assert decoding._blocks.in_use == 0, "every block came back"
 
 
 def test_what_has_ended_is_not_computed_again(
@@ -120,7 +120,7 @@ def test_beams_and_their_scores_are_transformers(
         assert found[index].score == pytest.approx(score, abs=1e-4)
     plain = {index: search.answer for index, search in greedy.run(prompts)}
     assert any(plain[i] != found[i].answer for i in plain), "beams find what greedy does not"
-    assert len(decoding._blocks._free) == len(decoding._blocks._users), "every block came back"
+    assert decoding._blocks.in_use == 0, "every block came back"
 
 
 def test_a_prompt_wider_than_the_batch_still_runs(load_tiny: Callable[[str], LanguageModel]) -> None:

@@ -10,9 +10,10 @@ import pytest
 import torch
 from handing_over import Prefill, all_free, all_logits, prompt, prompt_pass, raw
 
-from decode_service import DecodeServer
 from decode_service.engine import PagedEngine
+from decode_service.runner import ModelRunner
 from decode_service.scheduler import Scheduler
+from decode_service.server import DecodeServer
 from kvtransfer import Cancel, Open
 from prad.core.blocks import BlockPool
 from prad.core.sampling import SamplingParams
@@ -97,8 +98,7 @@ def test_an_early_end_tells_what_was_held(
     told: list[TokenEvent] = []
     pools = Pools(model.layout, 20, 16, "cpu")
     engine = PagedEngine(
-        model,
-        pools,
+        ModelRunner(model, pools),
         Scheduler(BlockPool(20, 16), 4),
         deliver=lambda events: told.extend(events["client"]),
         observe=lambda *_: None,
@@ -119,7 +119,7 @@ def test_an_early_end_tells_what_was_held(
     reservation = engine.admit(request)
     prompted = prompt_pass(model, prompt(12))
     for layer, (key, value) in enumerate(prompted.layers):
-        pools.write(layer, reservation.slots[0], raw(key), raw(value))
+        pools.write(layer, reservation.room.slots, raw(key), raw(value))
     first = int(prompted.logits.argmax())
     reservation.commit([Token(first)])
     for _ in range(3):
@@ -136,7 +136,7 @@ def test_an_early_end_tells_what_was_held(
         engine.admit(replace(request, attempt=2))
         error = "fenced by attempt 2"
     elif why == "cancelled":
-        engine.cancel(Cancel("r", 1))
+        engine.cancel("client", Cancel("r", 1))
     elif why == "failed step":
         monkeypatch.setattr(model, "forward", _burnt)
         error = "the decode step failed: burnt"

@@ -1,12 +1,15 @@
 """The pure parts: the block allocator and the scheduler, with plain data."""
 
+from dataclasses import replace
+from random import Random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from decode_service.scheduler import Scheduler
-from decode_service.sequences import FinishReason, Reserved, Running, SequenceId
+from decode_service.sequences import FinishReason, HandOffId, Reserved, Running, SequenceId
 from kvtransfer import Open, RejectedError, RejectReason
 from prad.core.blocks import BlockPool
 from prad.core.layout import KVLayout, LayerKV, ModelSpec
@@ -60,17 +63,46 @@ def test_a_double_free_is_our_bug() -> None:
         blocks.free(taken)
 
 
+@given(st.integers(1, 5), st.integers(0, 4), st.integers(1, 3), st.randoms())
+def test_branches_share_their_trunk_and_leave_in_any_order(
+    count: int, shared: int, own: int, random: Random
+) -> None:
+    blocks = BlockPool(16, 16)
+    needed = shared + count * own
+    tables = blocks.branch(count, shared, own)
+    if needed > 16:
+        assert tables is None
+        assert blocks.free_count == 16
+        return
+    assert tables is not None
+    assert blocks.free_count == 16 - needed
+    assert {table[:shared] for table in tables} == {tables[0][:shared]}
+    rest = [block for table in tables for block in table[shared:]]
+    assert len({*tables[0][:shared], *rest}) == needed
+    assert all(blocks.exclusive(table[shared:]) for table in tables)
+    assert blocks.exclusive(tables[0][:shared]) == (count == 1 or shared == 0)
+    for left, table in enumerate(random.sample(tables, count), 1):
+        blocks.free(table)
+        assert blocks.in_use == (0 if left == count else needed - left * own)
+
+
 def request(
-    name: str = "r", attempt: int = 1, choices: int = 1, client: str = "c", deadline: int = 0
+    name: str = "r",
+    attempt: int = 1,
+    choices: int = 1,
+    client: str = "c",
+    deadline: int = 0,
+    kv_len: int = 16,
+    max_tokens: int = 17,
 ) -> Open:
     return Open(
         request_id=name,
         client_id=client,
         model=MODEL,
-        kv_len=16,
-        prompt_len=16,
-        next_position=16,
-        sampling=SamplingParams(max_tokens=17),
+        kv_len=kv_len,
+        prompt_len=kv_len,
+        next_position=kv_len,
+        sampling=SamplingParams(max_tokens=max_tokens),
         attempt=attempt,
         choices=choices,
         deadline_unix_ms=deadline,
@@ -78,7 +110,9 @@ def request(
 
 
 def running(reserved: Reserved, choice: int = 0) -> Running:
-    return Running(SequenceId(reserved.id, choice), reserved.request, reserved.blocks[choice], 1, 0, 16, 16)
+    kv_len = reserved.request.kv_len
+    table = reserved.blocks[choice]
+    return Running(SequenceId(reserved.id, choice), reserved.request, table, 1, 0, kv_len, kv_len)
 
 
 @pytest.fixture
@@ -94,7 +128,8 @@ def scheduler(blocks: BlockPool) -> Scheduler:
 def test_a_reservation_is_a_whole_life(scheduler: Scheduler, blocks: BlockPool) -> None:
     reserved = scheduler.reserve(request(choices=2))
     assert [len(table) for table in reserved.blocks] == [2, 2]  # 16 + 17 - 1 tokens each
-    assert blocks.free_count == 4
+    assert reserved.blocks[0][0] == reserved.blocks[1][0]
+    assert (blocks.free_count, reserved.block_count) == (5, 3)  # the prompt's block is one
     scheduler.release(reserved)
     scheduler.release(reserved)
     assert blocks.free_count == 8
@@ -134,7 +169,7 @@ def test_choices_leave_one_by_one(scheduler: Scheduler, blocks: BlockPool) -> No
     reserved = scheduler.reserve(request(choices=3))
     sequences = [running(reserved, c) for c in (0, 2)]
     scheduler.start(reserved, sequences)  # choice 1 has ended with its first token
-    assert (blocks.free_count, scheduler.running_count) == (4, 2)
+    assert (blocks.free_count, scheduler.running_count) == (5, 2)
     scheduler.finish(sequences[0])
     assert (blocks.free_count, scheduler.schedule(0).batch) == (6, (sequences[1],))
     scheduler.cancel(reserved.id, 2)
@@ -174,3 +209,69 @@ def test_a_client_that_is_gone_leaves_nothing(scheduler: Scheduler, blocks: Bloc
     scheduler.schedule(0)
     assert scheduler.holds(theirs)
     assert (blocks.free_count, scheduler.sequence_count) == (6, 1)
+
+
+@pytest.mark.parametrize(
+    ("kv_len", "shared", "own"), [(1, 0, 1), (15, 0, 2), (16, 1, 1), (17, 1, 1), (31, 1, 2), (32, 2, 1)]
+)
+def test_choices_share_what_the_prompt_fills_and_never_write_there(
+    kv_len: int, shared: int, own: int
+) -> None:
+    """8 steps follow, each of which writes a token at kv_len."""
+    blocks = BlockPool(20, 16)
+    scheduler = Scheduler(blocks, max_sequences=4)
+    reserved = scheduler.reserve(request(choices=4, kv_len=kv_len, max_tokens=9))
+    assert (reserved.shared, reserved.block_count) == (shared, shared + 4 * own)
+    assert blocks.in_use == reserved.block_count
+    sequences = [running(reserved, c) for c in range(4)]
+    written = [[(s.kv_len + i) // 16 for i in range(8)] for s in sequences]
+    targets = [{s.blocks[i] for i in places} for s, places in zip(sequences, written, strict=True)]
+    assert sum(map(len, targets)) == len(set().union(*targets)), "two choices write to one block"
+    assert not set().union(*targets) & set(reserved.blocks[0][:shared])
+    scheduler.start(reserved, sequences)
+    for left, sequence in zip((3, 2, 1, 0), sequences, strict=True):
+        scheduler.finish(sequence)
+        assert blocks.in_use == (shared + left * own if left else 0)
+
+
+def test_a_shared_block_that_would_be_written_is_our_bug(scheduler: Scheduler) -> None:
+    reserved = scheduler.reserve(request(choices=2))
+    wrong = replace(running(reserved, 1), kv_len=15)  # its next token would go into the prompt's block
+    with pytest.raises(AssertionError, match="another one reads"):
+        scheduler.start(reserved, [running(reserved, 0), wrong])
+
+
+def test_what_does_not_fit_twice_fits_when_shared() -> None:
+    blocks = BlockPool(9, 16)
+    scheduler = Scheduler(blocks, max_sequences=4)
+    reserved = scheduler.reserve(request(choices=4, kv_len=80, max_tokens=9))  # 4 tables of 6 blocks
+    assert (reserved.block_count, blocks.free_count) == (9, 0)
+    with pytest.raises(RejectedError, match="5 blocks and 1 sequences") as caught:
+        scheduler.reserve(request("other", choices=1, kv_len=64))
+    assert caught.value.reason is RejectReason.FULL
+
+
+def test_clients_of_equal_request_ids_do_not_meet(scheduler: Scheduler, blocks: BlockPool) -> None:
+    """Clients choose their request ids: no attempt fences, and no cancel ends, what is another's."""
+    ours = scheduler.reserve(request(attempt=1, client="c"))
+    sequence = running(ours)
+    scheduler.start(ours, [sequence])
+    theirs = scheduler.reserve(request(attempt=7, client="d"))
+    assert scheduler.schedule(0).ended == ()
+    scheduler.cancel(HandOffId("d", "r", 1))
+    assert scheduler.runs(sequence)
+    again = scheduler.reserve(request(attempt=2, client="c"))  # 2 is higher than our own 1: not fenced by 7
+    assert [e.sequence for e in scheduler.schedule(0).ended] == [sequence]
+    assert scheduler.holds(theirs)
+    assert scheduler.holds(again)
+    assert blocks.free_count == 4
+
+
+def test_abandoning_ends_everything_and_says_who_has_yet_to_hear(scheduler: Scheduler) -> None:
+    first, second = scheduler.reserve(request("a")), scheduler.reserve(request("b"))
+    sequence = running(first)
+    scheduler.start(first, [sequence])
+    (ended,) = scheduler.abandon("broken")
+    assert (ended.sequence, ended.reason, ended.message) == (sequence, FinishReason.ERROR, "broken")
+    assert not scheduler.holds(second)
+    assert scheduler.sequence_count == 0

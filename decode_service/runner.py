@@ -1,0 +1,170 @@
+"""The engine's hands, which touch tensors: KV bytes into the pools, a step's forward pass and sampling."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from decode_service.sequences import Reserved, Running
+from decode_service.settings import DecodeSettings
+from decode_service.validation import Limits
+from kvtransfer.errors import ProtocolError
+from kvtransfer.int8 import dequantise
+from kvtransfer.kv_frame import Incoming
+from kvtransfer.layout import Encoding
+from prad.core.layout import LayerKV
+from prad.core.sampling import SampleKey
+from prad.core.tokens import Token
+from prad.lm import (
+    LanguageModel,
+    PackedBatch,
+    RowScaling,
+    Site,
+    UnsupportedModelError,
+    require_device,
+    resolve_model,
+    sample,
+)
+from prad.lm.kernels import load_kernels
+from prad.lm.paged import Pools
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Where a hand-off's KV goes. `slots` [kv_len]: of choice 0's tokens, the first `shared` of which lie in
+    blocks that all choices read; `others`: per further choice the slots [kv_len - shared] of the rest."""
+
+    slots: Tensor
+    shared: int
+    others: tuple[Tensor, ...]
+
+    def copies(self, first: int, end: int) -> Iterator[tuple[int, Tensor]]:
+        """What further choices get of tokens first .. end: (its first token, slots)."""
+        begin = max(first, self.shared)
+        if begin < end:
+            yield from ((begin, slots[begin - self.shared : end - self.shared]) for slots in self.others)
+
+
+@dataclass(frozen=True, slots=True)
+class RoomRows:
+    """Rows start .. of a KV frame are tokens first_token .. first_token + token_count of a room."""
+
+    room: Room
+    start: int
+    first_token: int
+    token_count: int
+
+
+def load(settings: DecodeSettings) -> LanguageModel:
+    """The settings' model. Raises prad.lm's ModelError."""
+    require_device(settings.device)  # before a model is fetched or converted
+    folder = resolve_model(settings.model, settings.cache_dir)
+    model = LanguageModel.load(folder, dtype=getattr(torch, settings.dtype), device=settings.device)
+    kernels = load_kernels(settings.kernels, settings.cache_dir, settings.device)
+    if kernels is not None:
+        model.accelerate(kernels, settings.weights)
+    elif settings.weights != "full":
+        raise UnsupportedModelError(f"{settings.weights} weights need the kernels, and these are not in use")
+    return model
+
+
+class ModelRunner:
+    """A model and its KV pools. `room` and `write` are called in the service's thread, where alone
+    reservations end: so a write never reaches blocks that are already someone else's. `run` is the
+    engine's."""
+
+    def __init__(self, model: LanguageModel, pools: Pools) -> None:
+        self.limits = Limits(
+            model.max_context, model.vocab_size, {str(s): w for s, w in model.state_widths.items()}
+        )
+        self._model = model
+        self._pools = pools
+
+    def room(self, reserved: Reserved) -> Room:
+        """Its slots; blocks that the prompt's KV will not fill are zeroed (see `Pools`)."""
+        kv_len, size = reserved.request.kv_len, self._pools.block_size
+        shared = reserved.shared * size
+        first, *others = (self._pools.slots(table, kv_len) for table in reserved.blocks)
+        if kv_len % size:
+            self._pools.clear([table[reserved.shared] for table in reserved.blocks])
+        return Room(first, shared, tuple(slots[shared:] for slots in others))
+
+    def write(self, frame: Incoming, rows: Iterable[RoomRows]) -> None:
+        """A frame's bytes: few, large writes, however many hand-offs there are."""
+        spans = list(_spans(rows))
+        layout = self._pools.layout
+        for layer, planes in enumerate(frame.layers, frame.first_layer):
+            spec = layout.layers[layer]
+            key, value = planes if frame.encoding is Encoding.RAW else self._dequantised(spec, planes)
+            widths = layout.key_bytes(layer), layout.value_bytes(layer)
+            for start, slots in spans:
+                end = start + len(slots)
+                k, v = (data[start * w : end * w] for data, w in zip((key, value), widths, strict=True))
+                self._pools.write(layer, slots, k, v)
+
+    def state(self, site: str, data: bytes) -> tuple[Site, Tensor]:
+        """A site and its request state [layers, width]. Raises ProtocolError if it is not finite."""
+        flat = torch.frombuffer(bytearray(data), dtype=self._pools.dtype)
+        if not bool(flat.isfinite().all()):
+            raise ProtocolError(f"request state at {site} holds numbers that are not finite")
+        return Site(site), flat.view(len(self._pools.layout.layers), -1).to(self._pools.device)
+
+    @torch.inference_mode()
+    def run(self, batch: Sequence[Running]) -> list[Token | None]:
+        """One decode step: each sequence's next token, or None where its logits are not finite."""
+        device = self._model.device
+        logits = self._model.forward(
+            PackedBatch(
+                ids=torch.tensor([s.token for s in batch], device=device),
+                positions=torch.tensor([s.position for s in batch], device=device),
+                kv=self._pools.step(batch),
+                logit_rows=torch.arange(len(batch), device=device),
+            ),
+            RowScaling.of([s.state for s in batch]),
+        )
+        # NaN or infinity in a sequence's hidden state reaches all of its logits: one column shows it
+        sound = torch.isfinite(logits[:, 0]).tolist()
+        rows = [i for i, ok in enumerate(sound) if ok]
+        if not rows:
+            return [None] * len(batch)
+        if len(rows) < len(batch):
+            logits = logits[rows]
+        kept = [batch[i] for i in rows]
+        drawn = iter(
+            sample(logits, [s.request.sampling for s in kept], [_key(s) for s in kept], self._model.argmax)
+        )
+        return [next(drawn) if ok else None for ok in sound]
+
+    def _dequantised(self, spec: LayerKV, planes: Sequence[memoryview]) -> tuple[memoryview, memoryview]:
+        dtype = self._pools.dtype
+        keys, key_scales, values, value_scales = planes
+        return (
+            dequantise(keys, key_scales, (spec.heads, spec.key_dim), dtype),
+            dequantise(values, value_scales, (spec.heads, spec.value_dim), dtype),
+        )
+
+
+def _spans(rows: Iterable[RoomRows]) -> Iterator[tuple[int, Tensor]]:
+    """(first row, slots): what lies side by side in the frame is written at once; further choices of a
+    request get copies of the rows of their partial block."""
+    start, end, run = 0, 0, list[Tensor]()
+    for placed in rows:
+        first, last = placed.first_token, placed.first_token + placed.token_count
+        for token, slots in placed.room.copies(first, last):
+            yield placed.start + token - first, slots
+        if run and placed.start != end:
+            yield start, torch.cat(run)
+            run = []
+        if not run:
+            start = placed.start
+        run.append(placed.room.slots[first:last])
+        end = placed.start + placed.token_count
+    if run:
+        yield start, torch.cat(run)
+
+
+def _key(sequence: Running) -> SampleKey:
+    """The random number of the token that this step draws."""
+    request = sequence.request
+    return SampleKey(request.sampling.seed, request.prompt_index, sequence.id.choice, sequence.index + 1)

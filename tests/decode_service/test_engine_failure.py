@@ -1,0 +1,146 @@
+"""A fault in the engine's thread, anywhere but in a step's own pass: everything ends, the process as well."""
+
+import asyncio
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from grpc.aio import insecure_channel
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from handing_over import Prefill, llama, prefilling, prompt
+from test_decode_process import listening
+
+from decode_service.engine import PagedEngine
+from decode_service.runner import ModelRunner
+from decode_service.scheduler import Scheduler
+from decode_service.server import DecodeServer
+from decode_service.validation import Limits
+from kvtransfer.errors import LostError, RejectedError, RejectReason
+from kvtransfer.messages import Open
+from prad.core.blocks import BlockPool
+from prad.core.sampling import SamplingParams
+from prad.core.tokens import Token, TokenEvent
+from prad.lm import LanguageModel
+
+LONG = SamplingParams(max_tokens=120)
+HEALTH = health_pb2.HealthCheckResponse
+
+
+def broken(*_: object) -> Any:
+    raise RuntimeError("a fault of ours")
+
+
+async def test_every_sequence_ends_with_an_error_and_health_says_so(
+    prefill: Prefill, server: DecodeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [(await prefill.hand_over(prompt(9 + i), LONG, choices=2))[0] for i in range(2)]
+    reserved = await prefill.client.open(prefill.request(9, LONG))
+    await prefill.got.until(requests[0].request_id, count=2)
+    monkeypatch.setattr(Scheduler, "schedule", broken)
+    for request in requests:
+        for choice in range(2):
+            event = (await prefill.got.until(request.request_id, choice))[-1]
+            assert event.finish_reason == "error"
+            assert event.error == "the decode engine failed: a fault of ours"
+    await server.failed.wait()
+    assert await reported_health(server) == HEALTH.NOT_SERVING
+    with pytest.raises(RejectedError) as caught:
+        await prefill.client.open(prefill.request(9, LONG))
+    assert caught.value.reason is RejectReason.DRAINING
+    status = server.engine.status()
+    assert (status.sequences, server.failure) == (0, "the decode engine failed: a fault of ours")
+    assert not reserved.over or reserved.ended.exception() is not None
+
+
+async def test_who_could_not_be_reached_hears_it_from_the_end_of_the_stream(
+    model: LanguageModel, prefill: Prefill, server: DecodeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server.engine, "_deliver", broken)
+    request, _ = await prefill.hand_over(prompt(9), LONG)
+    await server.failed.wait()
+    stopping = asyncio.create_task(server.stop())
+    with pytest.raises(LostError):
+        await prefill.got.until(request.request_id)
+    await stopping
+
+
+async def reported_health(server: DecodeServer) -> int:
+    async with insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        while (status := (await stub.Check(health_pb2.HealthCheckRequest())).status) == HEALTH.SERVING:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        return int(status)
+
+
+DIES = """
+from decode_service.scheduler import Scheduler
+from decode_service.server import run
+from decode_service.settings import DecodeSettings
+
+def broken(*_):
+    raise RuntimeError("a fault of ours")
+
+Scheduler.finish = broken
+run(DecodeSettings())
+"""
+
+
+async def test_the_process_exits(tmp_path: Path, unused_tcp_port: int) -> None:
+    """With a status that a supervisor restarts on."""
+    llama().module.save_pretrained(tmp_path)  # type: ignore[operator]
+    environment = {
+        "PRAD_DECODE_MODEL": str(tmp_path),
+        "PRAD_DECODE_PORT": str(unused_tcp_port),
+        "PRAD_DECODE_DTYPE": "float32",
+        "PRAD_DECODE_KV_CACHE_MIB": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", DIES, env={**os.environ, **environment}, stderr=asyncio.subprocess.PIPE
+    )
+    model = LanguageModel.load(tmp_path, dtype=llama().dtype)
+    await listening(model, unused_tcp_port)
+    async with prefilling(model, unused_tcp_port) as prefill:
+        request, _ = await prefill.hand_over(prompt(9), SamplingParams(max_tokens=9))
+        event = (await prefill.got.until(request.request_id))[-1]
+        assert (event.finish_reason, event.error) == ("error", "the decode engine failed: a fault of ours")
+    _, said = await process.communicate()
+    assert process.returncode == 1
+    assert b"EngineFailedError: the decode engine failed: a fault of ours" in said
+
+
+class FakeRunner(ModelRunner):
+    """Draws token 1 for everybody, without a model."""
+
+    def __init__(self) -> None:
+        self.limits = Limits(100, 10, {})
+
+    def room(self, reserved: object) -> Any:
+        return None
+
+    def run(self, batch: Sequence[object]) -> list[Token | None]:
+        return [Token(1)] * len(batch)
+
+
+@pytest.mark.parametrize("fault", ["observe", "deliver"])
+def test_a_fault_outside_the_pass_is_reported_by_the_thread(model: LanguageModel, fault: str) -> None:
+    """The engine alone, with nothing real around it: `stop` returns although the thread is gone."""
+    events: list[TokenEvent] = []
+    failures: list[str] = []
+    engine = PagedEngine(
+        FakeRunner(),
+        Scheduler(BlockPool(20, 16), 4),
+        deliver=broken if fault == "deliver" else lambda by_client: events.extend(by_client["c"]),
+        observe=broken if fault == "observe" else lambda *_: None,
+        on_failure=failures.append,
+    )
+    engine.start()
+    engine.admit(Open("r", "c", model.spec, 5, 5, 5, SamplingParams(max_tokens=9))).commit([Token(2)])
+    engine.stop()
+    assert failures == ["the decode engine failed: a fault of ours"]
+    assert [e.finish_reason for e in events] == (["error"] if fault == "observe" else [])
+    with pytest.raises(RejectedError, match="failed: a fault of ours"):
+        engine.admit(Open("other", "c", model.spec, 5, 5, 5, SamplingParams(max_tokens=9)))

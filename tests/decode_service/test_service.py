@@ -1,0 +1,198 @@
+"""The gRPC face over an engine that is not real: no model, no tensors."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import grpc
+import pytest
+from fake_engine import FakeEngine, FakeReservation
+from handing_over import quick
+
+from decode_service.protocol import DecodeEngine, Reservation
+from decode_service.service import DecodeService
+from decode_service.sessions import Sessions
+from kvtransfer.client import DecodeClient
+from kvtransfer.errors import FencedError, LostError, ProtocolError, RejectedError, RejectReason
+from kvtransfer.messages import Cancel, Open
+from kvtransfer.proto.handoff_pb2_grpc import add_DecodeServicer_to_server
+from kvtransfer.token_stream import TokenStream
+from prad.core.layout import KVLayout, LayerKV, ModelSpec
+from prad.core.sampling import SamplingParams
+from prad.core.tokens import Token, TokenEvent
+
+MODEL = ModelSpec("f", KVLayout((LayerKV(1, 2, 2), LayerKV(1, 2, 2)), "float32"))
+TOKEN = 8  # bytes of a token's keys, and of its values
+
+
+@dataclass
+class Served:
+    engine: FakeEngine
+    service: DecodeService
+    sessions: Sessions
+    port: int
+
+    @property
+    def last(self) -> FakeReservation:
+        return self.engine.reservations[-1]
+
+
+@asynccontextmanager
+async def serving_fake(idle_s: float = 60.0) -> AsyncIterator[Served]:
+    engine = FakeEngine()
+    sessions = Sessions("here", max_frames=9, detach_s=60, on_gone=engine.cancel_client)
+    service = DecodeService(engine, sessions, MODEL, "instance", idle_s=idle_s, shared_memory=False)
+    server = grpc.aio.server()
+    add_DecodeServicer_to_server(service, server)  # type: ignore[no-untyped-call]
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        yield Served(engine, service, sessions, port)
+    finally:
+        sessions.close()
+        service.stop()
+        await server.stop(None)
+
+
+@pytest.fixture
+async def served() -> AsyncIterator[Served]:
+    async with serving_fake() as running:
+        yield running
+
+
+@asynccontextmanager
+async def attached(served: Served, name: str = "c") -> AsyncIterator[tuple[DecodeClient, TokenStream]]:
+    async with (
+        DecodeClient(f"127.0.0.1:{served.port}", quick(shared_bytes=0)) as client,
+        await client.attach(name) as stream,
+    ):
+        yield client, stream
+
+
+def request(name: str = "r", client: str = "c", tokens: int = 3, attempt: int = 1) -> Open:
+    sampling = SamplingParams(max_tokens=9)
+    return Open(name, client, MODEL, tokens, tokens, tokens, sampling, attempt=attempt)
+
+
+def test_the_fakes_are_what_they_stand_for() -> None:
+    engine: DecodeEngine = FakeEngine()
+    reservation: Reservation = engine.admit(request())
+    assert reservation.block_count == 7
+
+
+async def test_it_describes_what_the_engine_says(served: Served) -> None:
+    async with attached(served) as (client, _):
+        described = await client.describe()
+    assert (described.model, described.instance) == (MODEL, "instance")
+    assert (described.block_size, described.total_blocks, described.free_blocks) == (16, 100, 60)
+    assert (described.max_sequences, described.running_sequences) == (32, 3)
+
+
+async def test_a_hand_off_is_admitted_written_and_committed(served: Served) -> None:
+    async with attached(served) as (client, _):
+        async with await client.open(request()) as hand_off:
+            for layer in range(2):
+                for first, count in ((0, 2), (2, 1)):
+                    data = bytes([10 * layer + first]) * count * TOKEN
+                    await hand_off.send(layer, data, data, first_token=first)
+            await hand_off.commit([Token(4)])
+        assert served.last.written == [
+            (layer, first, bytes([10 * layer + first]) * count * TOKEN)
+            for layer in range(2)
+            for first, count in ((0, 2), (2, 1))
+        ]
+        assert served.last.first_tokens == (Token(4),)
+        assert served.last.calls == ["commit", "release"]
+
+
+async def test_what_admit_refuses_is_answered(served: Served) -> None:
+    served.engine.refusal = RejectedError(RejectReason.FULL, "no room", 0.5)
+    async with attached(served) as (client, _):
+        with pytest.raises(RejectedError, match="no room") as caught:
+            await client.open(request())
+    assert (caught.value.reason, caught.value.retry_after_s) == (RejectReason.FULL, 0.5)
+
+
+async def test_nothing_is_admitted_for_who_is_not_attached_or_while_draining(served: Served) -> None:
+    async with attached(served) as (client, _):
+        with pytest.raises(RejectedError) as caught:
+            await client.open(request(client="stranger"))
+        assert caught.value.reason is RejectReason.NOT_ATTACHED
+        served.service.drain(0.25)
+        with pytest.raises(RejectedError) as caught:
+            await client.open(request())
+        assert (caught.value.reason, caught.value.retry_after_s) == (RejectReason.DRAINING, 0.25)
+    assert served.engine.reservations == []
+
+
+async def test_a_stream_of_hand_offs_is_one_clients(served: Served) -> None:
+    """Else one prefill service could fence, by its own Open, what runs for another."""
+    async with attached(served, "ours") as (client, _), attached(served, "theirs") as (other, _):
+        first = await client.open(request(client="ours"))
+        with pytest.raises(RejectedError, match="one client's") as caught:
+            await client.open(request(client="theirs", attempt=9))
+        assert caught.value.reason is RejectReason.INVALID
+        await (await client.open(request("another", client="ours"))).abort("enough")
+        await (await other.open(request(client="theirs"))).abort("enough")
+        await first.abort("enough")
+    assert [r.request.client_id for r in served.engine.reservations] == ["ours", "ours", "theirs"]
+
+
+async def test_a_cancel_reaches_only_its_own_client(served: Served) -> None:
+    async with attached(served, "ours") as (_, ours), attached(served, "theirs") as (_, theirs):
+        ours.cancel("r", 1)
+        theirs.cancel("r", 2, 0)
+        while len(served.engine.cancelled) < 2:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+    assert sorted(served.engine.cancelled, key=lambda each: each[0]) == [
+        ("ours", Cancel("r", 1)),
+        ("theirs", Cancel("r", 2, 0)),
+    ]
+
+
+async def test_room_that_was_taken_away_fails_the_hand_off_alone(served: Served) -> None:
+    async with attached(served) as (client, _):
+        lost, kept = await client.open(request("lost")), await client.open(request("kept"))
+        served.engine.reservations[0].held = False
+        data = bytes(3 * TOKEN)
+        await lost.send(0, data, data)
+        with pytest.raises(FencedError, match="taken over"):
+            await lost.commit([Token(1)])
+        for layer in range(2):
+            await kept.send(layer, data, data)
+        await kept.commit([Token(1)])
+    assert served.engine.reservations[0].written == []
+    assert [r.calls for r in served.engine.reservations] == [["release"], ["commit", "release"]]
+
+
+async def test_what_a_client_leaves_open_is_released(served: Served) -> None:
+    async with attached(served) as (client, _):
+        await client.open(request())
+    while served.last.calls != ["release"]:  # noqa: ASYNC110
+        await asyncio.sleep(0.005)
+
+
+async def test_a_silent_hand_off_is_released_and_failed() -> None:
+    async with serving_fake(idle_s=0.01) as served, attached(served) as (client, _):
+        hand_off = await client.open(request())
+        with pytest.raises(LostError, match="silent"):
+            await asyncio.shield(hand_off.ended)
+        assert served.last.calls == ["release"]
+
+
+async def test_events_go_to_their_client_until_the_service_ends(served: Served) -> None:
+    async with attached(served) as (_, stream):
+        served.sessions.deliver({"c": [TokenEvent("r", 1, 0, 1, (Token(5),))]})
+        frames = aiter(stream)
+        frame = await anext(frames)
+        assert (frame.number, [e.request_id for e in frame.events]) == (1, ["r"])
+        served.sessions.close()
+        with pytest.raises(LostError, match="shut down"):
+            await anext(frames)
+
+
+async def test_a_token_stream_begins_with_its_clients_name(served: Served) -> None:
+    async with DecodeClient(f"127.0.0.1:{served.port}", quick()) as client:
+        with pytest.raises(ProtocolError, match="no client_id"):
+            await client.attach("")
