@@ -1,15 +1,17 @@
 """Named hyper-parameters. `prad train --preset NAME`; what is given beside it wins.
 
-paper-*: learning rates, lengths of runs, widths and longest texts of the paper's appendix A and Table 5 (GPT-2
-Small; its rows of PrAd, of prefix tuning and of full fine-tuning). What these do not say is that of the
-configuration files that the authors released for GPT-2 (github.com, younengma/prad, gpt2/configs at ef524df):
-ranks of LoRA, tokens of prefixes and their MLPs' width, scales, MaM, SA on E2E, DoRA on MT. SA on SST-2 and MNLI,
-for which there is neither, is PA. paper-*-ffn: LoRA on the FFN, where their DoRA always is. Neither has BitFit,
-IA3, PARA, or prompt tuning by itself. docs/training.md lists where the files differ from the tables.
+paper-*: learning rates, lengths of runs, widths and longest texts of the paper's appendix A and Table 5
+(GPT-2 Small; its rows of PrAd, of prefix tuning and of full fine-tuning). What these do not say is that of
+the configuration files that the authors released for GPT-2 (github.com, younengma/prad, gpt2/configs at
+ef524df): ranks of LoRA, tokens of prefixes and their MLPs' width, scales, MaM, SA on E2E, DoRA on MT. SA on
+SST-2 and MNLI, for which there is neither, is PA. paper-*-ffn: LoRA on the FFN, where their DoRA always is.
+Neither has BitFit, IA3, PARA, or prompt tuning by itself. docs/training.md lists where the files differ from
+the tables.
 
 Where both differ from us: their LoRA and DoRA scale by alpha itself, not by alpha / r, so alpha is r times
-theirs here, and the files have a dropout of 0.1, which we do not have. Their MaM, except on E2E and WebNLG, has
-a soft prompt of 30 tokens besides. Some files on MT and XSum name 4096 tokens per batch, too; ours count examples.
+theirs here, and the files have a dropout of 0.1, which we do not have. Their MaM, except on E2E and WebNLG,
+has a soft prompt of 30 tokens besides. Some files on MT and XSum name 4096 tokens per batch, too; ours count
+examples.
 
 quick: ours, for a first adapter on a CPU.
 """

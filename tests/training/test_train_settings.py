@@ -88,7 +88,7 @@ TABLE_5 = {
     },
     "paper-mt-ffn": {"prad-lora": (1e-3, 60_000)},
 }
-"""Learning rate, and epochs or steps, of GPT-2 Small in the paper; batch 32 and warm-up ratio 0.06 everywhere."""
+"""Learning rate, and epochs or steps, with GPT-2 Small; batch 32 and warm-up ratio 0.06 everywhere."""
 
 APPENDIX_A = {
     "paper-sst2": (16, 128, None),
