@@ -10,7 +10,7 @@ PROTO := kvtransfer/proto/handoff.proto
 
 BENCHMARKS := floor decode choices step para prefill handoff rounding chunking serve table4
 
-.PHONY: help serve test test-long test-latest test-oldest check proto bench bench-smoke lock clean
+.PHONY: help serve test test-long test-latest test-oldest coverage check proto bench bench-smoke lock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -40,12 +40,16 @@ test-oldest: ## the tests with the oldest releases that pyproject.toml admits (l
 	@.venv-oldest/bin/pip list --format freeze | paste -sd ' ' | fold -sw 120
 	.venv-oldest/bin/pytest $(TESTS)
 
+coverage: $(VENV)/.tested ## the tests, and which lines they run; services in processes of their own count
+	$(BIN)/pytest $(TESTS) --cov --cov-report=term:skip-covered
+
 check: $(VENV)/.tested ## format, lint, types, imports, generated files
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m deploy.check_proto $(PROTO)
+	$(BIN)/python -m deploy.settings_reference --check
 
 proto: $(VENV)/.tested ## generate the gRPC stubs again
 	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. $(PROTO)

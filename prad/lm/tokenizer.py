@@ -14,7 +14,7 @@ _MOST_PENDING = 8
 
 
 class Tokenizer:
-    """The model's tokenizer, with prompt and completion tokenised separately (DESIGN: the boundary)."""
+    """The model's tokenizer, with prompt and completion tokenised separately."""
 
     def __init__(self, folder: Path) -> None:
         self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

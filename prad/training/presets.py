@@ -1,16 +1,17 @@
 """Named hyper-parameters. `prad train --preset NAME`; what is given beside it wins.
 
-paper-*: those of the configuration files that the authors of the paper released for GPT-2 (github.com,
-younengma/prad, gpt2/configs at ef524df); the tables of the paper itself were not at hand when this was
-written. They ran for up to 10 epochs or 120,000 steps on whole data sets, on GPUs. A method's values are
-those of the file named after it, but: MT's PA is adapter_1.json, as there is no adapter.json; MNLI's LoRA is
-that of mnli1, as the one of mnli is a copy of E2E's; SA on SST-2 and MNLI, for which there is no file, is PA.
-paper-*-ffn: LoRA on the FFN, where their DoRA always is. No file has BitFit, IA3, PARA, or prompt tuning by
-itself.
+paper-*: learning rates, lengths of runs, widths and longest texts of the paper's appendix A and Table 5
+(GPT-2 Small; its rows of PrAd, of prefix tuning and of full fine-tuning). What these do not say is that of
+the configuration files that the authors released for GPT-2 (github.com, younengma/prad, gpt2/configs at
+ef524df): ranks of LoRA, tokens of prefixes and their MLPs' width, scales, MaM, SA on E2E, DoRA on MT. SA on
+SST-2 and MNLI, for which there is neither, is PA. paper-*-ffn: LoRA on the FFN, where their DoRA always is.
+Neither has BitFit, IA3, PARA, or prompt tuning by itself. docs/training.md lists where the files differ from
+the tables.
 
-Where they differ from us: their LoRA and DoRA scale by alpha itself, not by alpha / r, so alpha is r times
-theirs here, and have a dropout of 0.1, which we do not have. Their MaM, except on E2E and WebNLG, has a soft
-prompt of 30 tokens besides. Some files on MT and XSum name 4096 tokens per batch, too; ours count examples.
+Where both differ from us: their LoRA and DoRA scale by alpha itself, not by alpha / r, so alpha is r times
+theirs here, and the files have a dropout of 0.1, which we do not have. Their MaM, except on E2E and WebNLG,
+has a soft prompt of 30 tokens besides. Some files on MT and XSum name 4096 tokens per batch, too; ours count
+examples.
 
 quick: ours, for a first adapter on a CPU.
 """
@@ -45,8 +46,8 @@ def _with(rate: float, run: _Fields, **config: Any) -> _Fields:
     return {"learning_rate": rate, "config": config, **run}
 
 
-def _bottleneck(r: int, rate: float) -> dict[str, _Fields]:
-    return dict.fromkeys(("prad-pa", "prad-sa"), _with(rate, {}, r=r, scale=1.0))
+def _bottlenecks(r: int, pa: float, sa: float) -> dict[str, _Fields]:
+    return {f"prad-{name}": _with(rate, {}, r=r, scale=1.0) for name, rate in (("pa", pa), ("sa", sa))}
 
 
 def _lora(r: int, rate: float, **run: Any) -> _Fields:
@@ -79,11 +80,11 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
         "quick": Preset({"batch": 16, "epochs": 2.0, "learning_rate": 1e-3, "eval_every": 50, "patience": 4}),
         "paper-sst2": _paper(
             {
-                **_bottleneck(16, 1e-3),
-                "prad-lora": _lora(8, 1e-3),
+                **_bottlenecks(16, pa=1e-3, sa=1e-3),
+                "prad-lora": _lora(8, 1e-4),
                 "prad-dora": _ffn(4, 1e-3),
                 "prad-mam": _mam(8, 6, 1e-3),
-                "prad-prefix": _prefix(32, 1e-3, epochs=5.0),
+                "prad-prefix": _prefix(32, 1e-4),
                 "full": _full(5e-5, epochs=5.0),
             },
             epochs=10.0,
@@ -93,64 +94,66 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
         ),
         "paper-mnli": _paper(
             {
-                **_bottleneck(32, 1e-3),
-                "prad-lora": _lora(16, 1e-3, epochs=5.0),
+                **_bottlenecks(32, pa=2e-3, sa=2e-3),
+                "prad-lora": _lora(16, 1e-4),
                 "prad-mam": _mam(16, 16, 1e-3),
-                "prad-prefix": _prefix(64, 1e-3),
+                "prad-prefix": _prefix(64, 2e-3),
                 "full": _full(5e-5),
             },
-            epochs=4.0,
+            epochs=5.0,
             eval_every=3000,
             max_prompt=128,
             max_completion=24,
         ),
         "paper-e2e": _paper(
             {
-                **_bottleneck(108, 2e-3),
-                "prad-lora": _lora(56, 1e-4),
+                **_bottlenecks(108, pa=1e-3, sa=2e-3),
+                "prad-lora": _lora(56, 5e-4),
                 "prad-mam": _mam(32, 78, 2e-3, scale=4.0),
-                "prad-prefix": _prefix(108, 1e-3),
-                "full": _full(1e-4, max_steps=45_000),
+                "prad-prefix": _prefix(108, 2e-3),
+                "full": _full(5e-5),
             },
             **_LONG,
             max_prompt=256,
+            max_completion=256,
         ),
         "paper-webnlg": _paper(
             {
-                **_bottleneck(108, 1e-3),
-                "prad-lora": _lora(56, 1e-4),
+                **_bottlenecks(108, pa=1e-3, sa=5e-4),
+                "prad-lora": _lora(56, 5e-4),
                 "prad-mam": _mam(32, 78, 1e-3),
                 "prad-prefix": _prefix(108, 1e-3),
-                "full": _full(1e-4, max_steps=15_000),
+                "full": _full(5e-5),
             },
             max_steps=18_000,
             eval_every=3000,
             max_prompt=256,
+            max_completion=256,
         ),
         "paper-mt": _paper(
             {
-                **_bottleneck(200, 5e-4),
-                "prad-lora": _lora(100, 5e-4, max_steps=120_000),
+                **_bottlenecks(200, pa=3e-3, sa=1e-3),
+                "prad-lora": _lora(100, 6e-4),
                 "prad-dora": _ffn(40, 2e-3, max_steps=80_000, batch=16),
                 "prad-mam": _mam(32, 136, 5e-4),
-                "prad-prefix": _prefix(200, 5e-4, max_steps=120_000),
-                "full": _full(5e-5, max_steps=None, epochs=10.0),
+                "prad-prefix": _prefix(200, 2e-3),
+                "full": _full(5e-5),
             },
             **_MT,
         ),
-        "paper-mt-ffn": _paper({"prad-lora": _ffn(40, 2e-3)}, **_MT),
+        "paper-mt-ffn": _paper({"prad-lora": _ffn(40, 1e-3)}, **_MT),
         "paper-xsum": _paper(
             {
-                **_bottleneck(200, 3e-3),
-                "prad-lora": _lora(100, 1e-4),
-                "prad-dora": _ffn(40, 1e-4),
-                "prad-mam": _mam(32, 168, 3e-3),
+                **_bottlenecks(200, pa=2e-3, sa=5e-4),
+                "prad-lora": _lora(100, 5e-4),
+                "prad-dora": _ffn(40, 5e-4),
+                "prad-mam": _mam(30, 168, 3e-3),
                 "prad-prefix": _prefix(200, 1e-3, projection=None),
                 "full": _full(5e-5),
             },
             **_XSUM,
         ),
-        "paper-xsum-ffn": _paper({"prad-lora": _ffn(40, 1e-4)}, **_XSUM),
+        "paper-xsum-ffn": _paper({"prad-lora": _ffn(40, 5e-4)}, **_XSUM),
     }
 )
 

@@ -1,4 +1,4 @@
-"""What the served stack says, and when that equals the reference (DESIGN 3.1a)."""
+"""What the served stack says, and when that equals the reference."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

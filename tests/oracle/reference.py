@@ -1,4 +1,4 @@
-"""The oracle's reference (DESIGN 3.1), written from the paper's formula over transformers' own model.
+"""The oracle's reference, written from the paper's formula over transformers' own model.
 
 One monolithic eager forward over [prompt, output]; the adapter's contribution is masked to prompt positions.
 What an adapter puts in front of the prompt (`Front`) lies there as in PEFT: in the cache, or concatenated.

@@ -1,5 +1,5 @@
 """A request is (adapted prefix, plain continuation): in one prompt pass, the continuation's tokens are
-computed without the adapter, after the prompt's with it (DESIGN 3.2). A replay draws on under the next
+computed without the adapter, after the prompt's with it. A replay draws on under the next
 index."""
 
 from collections.abc import Callable

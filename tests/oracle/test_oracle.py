@@ -1,4 +1,4 @@
-"""The project's gate (DESIGN 3.1): what comes out of the real stack (HTTP, packed multi-task prefill, gRPC,
+"""The project's gate: what comes out of the real stack (HTTP, packed multi-task prefill, gRPC,
 paged decode, between real processes) equals one monolithic forward with masked adapters; and the comparison
 fails for every way in which a server of this kind is likely to be wrong.
 """

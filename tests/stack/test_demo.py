@@ -1,6 +1,6 @@
 """`prad serve` with the real model and the demo adapters, as a person starts it: real answers, in bf16.
 
-bf16 rounds differently with every batch shape, so texts cannot be compared (DESIGN 3.1b): instead every
+bf16 rounds differently with every batch shape, so texts cannot be compared: instead every
 served token is teacher-forced through the float32 reference, and its logit must be close to the maximum.
 """
 

@@ -33,14 +33,89 @@ def test_every_preset_is_one_of_its_methods(tmp_path: Path) -> None:
     config = preset_fields("paper-e2e", "prad-lora")["config"]
     assert with_own(config, {"r": 8}) == {"r": 8, "alpha": 32.0}
     assert with_own(config, {"alpha": 1.0}) == {"r": 56, "alpha": 1.0}
-    assert preset_fields("paper-mt", "prad-lora")["max_steps"] == 120_000, "a method's own wins"
-    assert preset_fields("paper-mt", "prad-pa")["max_steps"] == 60_000
+    assert preset_fields("paper-sst2", "full")["epochs"] == 5.0, "a method's own wins"
+    assert preset_fields("paper-sst2", "prad-pa")["epochs"] == 10.0
     with pytest.raises(UnknownPresetError, match="unknown preset 'x'; known: quick, paper-sst2"):
         preset_fields("x", "prad-pa")
     with pytest.raises(
         UnknownPresetError, match=r"'paper-mnli' is for prad-pa, prad-sa, .* not for prad-ia3"
     ):
         preset_fields("paper-mnli", "prad-ia3")
+
+
+TABLE_5 = {
+    "paper-sst2": {
+        "full": (5e-5, 5.0),
+        "prad-prefix": (1e-4, 10.0),
+        "prad-pa": (1e-3, 10.0),
+        "prad-lora": (1e-4, 10.0),
+        "prad-dora": (1e-3, 10.0),
+    },
+    "paper-mnli": {
+        "full": (5e-5, 5.0),
+        "prad-prefix": (2e-3, 5.0),
+        "prad-pa": (2e-3, 5.0),
+        "prad-lora": (1e-4, 5.0),
+    },
+    "paper-e2e": {
+        "full": (5e-5, 60_000),
+        "prad-prefix": (2e-3, 60_000),
+        "prad-pa": (1e-3, 60_000),
+        "prad-lora": (5e-4, 60_000),
+    },
+    "paper-xsum": {
+        "full": (5e-5, 60_000),
+        "prad-prefix": (1e-3, 60_000),
+        "prad-sa": (5e-4, 60_000),
+        "prad-pa": (2e-3, 60_000),
+        "prad-lora": (5e-4, 60_000),
+        "prad-dora": (5e-4, 60_000),
+    },
+    "paper-xsum-ffn": {"prad-lora": (5e-4, 60_000)},
+    "paper-webnlg": {
+        "full": (5e-5, 18_000),
+        "prad-prefix": (1e-3, 18_000),
+        "prad-sa": (5e-4, 18_000),
+        "prad-pa": (1e-3, 18_000),
+        "prad-lora": (5e-4, 18_000),
+    },
+    "paper-mt": {
+        "full": (5e-5, 60_000),
+        "prad-prefix": (2e-3, 60_000),
+        "prad-sa": (1e-3, 60_000),
+        "prad-pa": (3e-3, 60_000),
+        "prad-lora": (6e-4, 60_000),
+    },
+    "paper-mt-ffn": {"prad-lora": (1e-3, 60_000)},
+}
+"""Learning rate, and epochs or steps, with GPT-2 Small; batch 32 and warm-up ratio 0.06 everywhere."""
+
+APPENDIX_A = {
+    "paper-sst2": (16, 128, None),
+    "paper-mnli": (32, 128, None),
+    "paper-e2e": (108, 256, 256),
+    "paper-webnlg": (108, 256, 256),
+    "paper-xsum": (200, 400, 130),
+    "paper-mt": (200, 100, 100),
+}
+"""Width of a bottleneck, longest prompt and longest completion (where the paper says one)."""
+
+
+@pytest.mark.parametrize(("name", "method"), [(name, method) for name in TABLE_5 for method in TABLE_5[name]])
+def test_a_preset_is_the_papers_table(name: str, method: str) -> None:
+    fields = preset_fields(name, method)
+    length = fields.get("max_steps") or fields["epochs"]
+    assert (fields["learning_rate"], length) == TABLE_5[name][method]
+    assert (fields["batch"], fields["warmup_ratio"]) == (32, 0.06)
+
+
+@pytest.mark.parametrize("name", APPENDIX_A)
+def test_widths_and_lengths_are_the_papers(name: str) -> None:
+    width, prompt, completion = APPENDIX_A[name]
+    fields = preset_fields(name, "prad-pa")
+    assert (fields["config"]["r"], fields["max_prompt"]) == (width, prompt)
+    if completion is not None:
+        assert fields["max_completion"] == completion
 
 
 def test_epochs_win_over_a_presets_steps(

@@ -1,0 +1,223 @@
+"""`python -m deploy.count_house`: how large the house is for who reads it; counted, not estimated.
+
+It starts the registry, decode and prefill of the current folder with the default model, pushes a demo adapter
+and asks for two streamed completions of its task. The second one is traced in prefill and in decode:
+
+files    *.py of ours (prad, kvtransfer, the services) in which a function ran, or one of whose dataclasses or
+         named tuples was made, between the client's request and the last event, in either process. Generated
+         gRPC stubs are apart. What a service does beside a request (keepalive, watching the registry) counts
+         if it happens then.
+names    Types of ours that bear the prompt: an instance was a local variable or the result of one of our
+         functions, was made for this request, and holds the prompt's text, or its token ids (a list, an array
+         or a tensor, in which they may have neighbours), an attribute `request_id`, or such an instance, in a
+         field or a collection. Fields count, not what properties compute. Services, queues and whatever lived
+         before the request do not, nor do protobuf's messages, nor the output's tokens, which bear the id,
+         too (deploy.traced.TOKEN_TYPES): those are printed apart.
+fields   For each field of FIELDS, the *.py of ours that name it. The proto and its stubs are apart: a field
+         must be in them once.
+
+What goes beyond a limit ends the command with status 1 if `--check` is given.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+FILES, NAMES, NAMED_IN = 40, 10, 4
+FIELDS = ("min_p", "top_p", "top_k")
+ROOMS = ("prad", "kvtransfer", "decode_service", "prefill_service", "adapter_registry")
+ADAPTER = Path("examples/adapters/sentiment")
+PROMPT = "a gripping , beautifully acted film about the quiet life of a lighthouse keeper"
+_START_S = 300.0
+_STOP_S = 60.0
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What was found, by name; `named_in` and `stubs` by sampling field."""
+
+    files: list[str]
+    stub_files: list[str]
+    names: list[str]
+    token_names: list[str]
+    named_in: dict[str, list[str]]
+    stubs: dict[str, list[str]]
+
+    @property
+    def beyond(self) -> list[str]:
+        """The limits that do not hold, in words."""
+        worst = max(self.named_in, key=lambda field: len(self.named_in[field]))
+        found = {
+            f"{len(self.files)} files, limit {FILES}": len(self.files) > FILES,
+            f"{len(self.names)} names, limit {NAMES}": len(self.names) > NAMES,
+            f"{worst} in {len(self.named_in[worst])} files, limit {NAMED_IN}": len(self.named_in[worst])
+            > NAMED_IN,
+        }
+        return [words for words, is_beyond in found.items() if is_beyond]
+
+
+def count(folder: Path) -> Counts:
+    """Runs the stack once, with its logs and data in `folder`. RuntimeError with a log if it fails."""
+    traces = [folder / "prefill.json", folder / "decode.json"]
+    with _stack(folder) as (api, traced):
+        _complete(api)
+        for process in traced:
+            process.send_signal(signal.SIGUSR1)
+        time.sleep(1.0)
+        _complete(api)
+        for process in traced:
+            process.send_signal(signal.SIGUSR2)
+        _until(lambda: all(trace.is_file() for trace in traces), "the traces", 30.0)
+    read = [json.loads(trace.read_text()) for trace in traces]
+    if faults := [fault for trace in read for fault in trace["faults"]]:
+        raise RuntimeError(f"the trace is not whole: {faults[:3]}")
+    every: dict[str, list[str]] = {
+        key: sorted({name for trace in read for name in trace[key]}) for key in read[0]
+    }
+    named_in, stubs = {}, {}
+    for field in FIELDS:
+        places = _naming(field)
+        named_in[field] = [place for place in places if "/proto/" not in place]
+        stubs[field] = [place for place in places if "/proto/" in place]
+    names = [name for name in every["bearers"] if "_pb2" not in name]
+    token_names = [name for name in every["token_types"] if "_pb2" not in name]
+    return Counts(every["files"], every["stubs"], names, token_names, named_in, stubs)
+
+
+def _naming(field: str) -> list[str]:
+    word = re.compile(rf"\b{field}\b")
+    paths = (path for room in ROOMS for path in sorted(Path(room).rglob("*")) if path.suffix in _SOURCES)
+    return [path.as_posix() for path in paths if word.search(path.read_text(encoding="utf-8"))]
+
+
+_SOURCES = (".py", ".pyi", ".proto")
+
+
+@contextmanager
+def _stack(folder: Path) -> Iterator[tuple[str, list["subprocess.Popen[bytes]"]]]:
+    """The API's URL, and the two traced processes: prefill and decode."""
+    module = "prad_cli" if importlib.util.find_spec("prad_cli") else "prad"
+    registry_port, decode_port, api_port = _free_ports(3)
+    registry, api = f"http://127.0.0.1:{registry_port}", f"http://127.0.0.1:{api_port}"
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(name: str, *arguments: str, trace: bool) -> "subprocess.Popen[bytes]":
+        tracer = [str(Path(__file__).with_name("traced.py")), str(folder / f"{name}.json"), module]
+        with (folder / f"{name}.log").open("wb") as log:
+            command = [sys.executable, *(tracer if trace else ["-m", module]), name, *arguments]
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        started.append(process)
+        return process
+
+    environment = os.environ | {"HOUSE_PROMPT": PROMPT, "HOUSE_IDS": ",".join(map(str, _prompt_ids()))}
+    try:
+        start("registry", "--port", str(registry_port), "--data-dir", str(folder / "data"), trace=False)
+        decode = start("decode", "--port", str(decode_port), trace=True)
+        where = ["--decode", f"127.0.0.1:{decode_port}", "--registry", registry, "--port", str(api_port)]
+        prefill = start("prefill", *where, trace=True)
+        _until(lambda: _answers(f"{registry}/ready"), "the registry", _START_S)
+        _until(lambda: _answers(f"{api}/ready"), f"prefill; the logs are in {folder}", _START_S)
+        pushed = [sys.executable, "-m", module, "adapter", "push", str(ADAPTER), "--task", ADAPTER.name]
+        subprocess.run([*pushed, "--registry", registry], check=True, stdout=subprocess.DEVNULL)
+        _until(lambda: _answers(f"{api}/v1/models/{ADAPTER.name}"), "the adapter", _START_S)
+        yield api, [prefill, decode]
+    finally:
+        for process in reversed(started):
+            process.terminate()
+        for process in started:
+            try:
+                process.wait(_STOP_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def _prompt_ids() -> list[int]:
+    """The prompt's own ids, as they stand in the middle of the adapter's template."""
+    from prad.lm import DEFAULT_MODEL, Tokenizer, resolve_model
+
+    source = resolve_model(DEFAULT_MODEL, Path("~/.cache/prad").expanduser())
+    found: list[int] = Tokenizer(source).encode_prompt(PROMPT)
+    return found[1:-1]  # at its ends it may melt into the template's text
+
+
+def _complete(api: str) -> None:
+    body: dict[str, Any] = {"task": ADAPTER.name, "prompt": PROMPT, "stream": True, "max_tokens": 8}
+    body |= {"ignore_eos": True, "temperature": 0.5, "seed": 1}
+    with httpx.stream("POST", f"{api}/v1/completions", json=body, timeout=60, trust_env=False) as response:
+        text = "".join(response.iter_text())
+    if response.status_code != httpx.codes.OK or "[DONE]" not in text:
+        raise RuntimeError(f"the API answered {response.status_code}: {text[:300]}")
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=5.0, trust_env=False).status_code == httpx.codes.OK
+    except httpx.TransportError:
+        return False
+
+
+def _until(ready: Any, what: str, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not ready():
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{what} took longer than {timeout_s:g} s")
+        time.sleep(0.2)
+
+
+def _free_ports(number: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(number)]
+    try:
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()
+
+
+def show(counts: Counts) -> None:
+    print(f"{len(counts.files)} files (limit {FILES}), and {len(counts.stub_files)} generated:")
+    print(*(f"  {name}" for name in counts.files), sep="\n")
+    print(f"{len(counts.names)} names of a prompt (limit {NAMES}), and {len(counts.token_names)} of a token:")
+    print(*(f"  {name}" for name in [*counts.names, *counts.token_names]), sep="\n")
+    for field, places in counts.named_in.items():
+        print(
+            f"{field} in {len(places)} files (limit {NAMED_IN}), and {len(counts.stubs[field])} of the wire:"
+        )
+        print(*(f"  {name}" for name in places), sep="\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m deploy.count_house", description="See its docstring.")
+    parser.add_argument("--check", action="store_true", help="status 1 if a limit does not hold")
+    parser.add_argument("--keep", type=Path, help="folder for logs and traces; temporary if left out")
+    given = parser.parse_args()
+    if given.keep is not None:
+        given.keep.mkdir(parents=True, exist_ok=True)
+        counts = count(given.keep)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            counts = count(Path(folder))
+    show(counts)
+    for words in counts.beyond:
+        print(f"beyond: {words}")
+    return 1 if given.check and counts.beyond else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
