@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROTO := kvtransfer/proto/handoff.proto
 
-BENCHMARKS := floor decode step para prefill handoff rounding chunking serve table4
+BENCHMARKS := floor decode step para prefill handoff rounding greedy chunking serve table4
 
 .PHONY: help serve test test-long check proto bench bench-smoke clean
 .DEFAULT_GOAL := help
