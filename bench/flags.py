@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from bench.prompts import CHAT
 from bench.quality_table import COLUMNS, ROWS
 
 RESULTS = Path(__file__).parent / "results"
@@ -170,6 +171,16 @@ class Rounding(ModelFlags):
     tokens: int = Field(512, description="teacher-forced tokens")
 
 
+class Greedy(ModelFlags):
+    SMOKE = {"chat": 4, "tokens": 4}
+
+    data: Path | None = Field(None, description="folder of the tasks' folders; chats alone without it")
+    prompts: int = Field(200, ge=1, description="of --data")
+    longest: int = Field(192, ge=1, description="tokens of a prompt; the rest is cut off")
+    chat: int = Field(len(CHAT), ge=1, le=len(CHAT), description="chats")
+    tokens: int = Field(32, ge=1, description="of each continuation")
+
+
 class Prefill(ModelFlags):
     SMOKE = {"tasks": 4, "rounds": 1, "ranks": [16], "growth": [64, 128]}
 
@@ -240,6 +251,7 @@ FLAGS: dict[str, type[Flags]] = {
     "floor": Floor,
     "handoff": Handoff,
     "rounding": Rounding,
+    "greedy": Greedy,
     "prefill": Prefill,
     "chunking": Chunking,
     "peers": Peers,

@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import torch
+
 from bench.flags import ModelFlags
 from prad.lm import LanguageModel, resolve_model
-from prad.lm.kernels import load_kernels
+from prad.lm.kernels import Choice, load_kernels
 
 
 def model_folder(arguments: ModelFlags) -> Path:
@@ -16,11 +18,17 @@ def model_flags(arguments: ModelFlags) -> list[str]:
     return ["--model", arguments.model, "--cache-dir", str(arguments.cache_dir), "--device", "cpu"]
 
 
-def load(arguments: ModelFlags, device: str = "cpu") -> LanguageModel:
-    """In bf16 and with the kernels, as it is served. Most benchmarks know the CPU only: none of theirs waits
-    for a GPU before it looks at the clock."""
-    model = LanguageModel.load(model_folder(arguments), device=device)
-    kernels = load_kernels("auto", arguments.cache_dir, device)
+def load(
+    arguments: ModelFlags,
+    device: str = "cpu",
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    choice: Choice = "auto",
+) -> LanguageModel:
+    """In bf16 and with the kernels, as it is served, unless the benchmark says else. Most benchmarks know the
+    CPU only: none of theirs waits for a GPU before it looks at the clock."""
+    model = LanguageModel.load(model_folder(arguments), dtype=dtype, device=device)
+    kernels = load_kernels(choice, arguments.cache_dir, device)
     if kernels is not None:
         model.accelerate(kernels)
     return model

@@ -7,7 +7,7 @@ not pay. Without adapters it is the control, recorded or not; what adapters cost
 latter.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +25,7 @@ _BLOCK = 16
 def prompt_kv(
     model: LanguageModel, prompts: Sequence[Sequence[int]], adaptation: Adaptation | None
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """One packed prompt pass: logits [prompts, vocab]; per layer keys and values [tokens, kv_heads, dim]."""
+    """One packed prompt pass: logits float32 [prompts, vocab]; per layer K and V [tokens, kv_heads, dim]."""
     layers: list[tuple[Tensor, Tensor]] = []
     batch = PackedBatch.of_sequences(
         prompts,
@@ -62,6 +62,33 @@ class OwnEngine:
 
     def answers(self, prompts: Sequence[Sequence[int]], output: int) -> list[list[int]]:
         """`output` tokens for every prompt, greedy, whatever the end token says."""
+        pools, sequences, logits = self._prefilled(prompts, output)
+        self._draw(sequences, logits)
+        adaptation = self._adapted([1] * len(prompts))  # the same rows in each step
+        with torch.inference_mode():
+            for _ in range(output - 1):
+                self._draw(sequences, self._decode(pools, sequences, adaptation))
+        return [s.tokens for s in sequences]
+
+    def forced(
+        self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]
+    ) -> Iterator[Tensor]:
+        """Logits float32 [prompts, vocab] in front of each of the continuations' tokens, which are fed as
+        they are given; all continuations have the same length."""
+        pools, sequences, logits = self._prefilled(prompts, len(continuations[0]))
+        adaptation = self._adapted([1] * len(prompts))
+        for following in zip(*continuations, strict=True):
+            yield logits
+            for sequence, token in zip(sequences, following, strict=True):
+                sequence.tokens.append(token)
+            with torch.inference_mode():
+                logits = self._decode(pools, sequences, adaptation)
+
+    def _prefilled(
+        self, prompts: Sequence[Sequence[int]], output: int
+    ) -> tuple[Pools, list[_Sequence], Tensor]:
+        """Behind the prompt pass: the pools with the prompts' KV and room for `output` tokens each, the
+        sequences, and the logits of their first tokens."""
         each = -(-(max(map(len, prompts)) + output) // _BLOCK)
         pools = self._pools_of(each * len(prompts))
         logits, layers = prompt_kv(self._model, prompts, self._adapted([len(ids) for ids in prompts]))
@@ -72,12 +99,7 @@ class OwnEngine:
         for layer, (key, value) in enumerate(layers):
             pools.keys[layer].flatten(0, 1).index_copy_(0, slots, key)
             pools.values[layer].flatten(0, 1).index_copy_(0, slots, value)
-        self._draw(sequences, logits)
-        adaptation = self._adapted([1] * len(prompts))  # the same rows in each step
-        with torch.inference_mode():
-            for _ in range(output - 1):
-                self._decode(pools, sequences, adaptation)
-        return [s.tokens for s in sequences]
+        return pools, sequences, logits
 
     def _pools_of(self, blocks: int) -> Pools:
         if blocks not in self._pools:
@@ -93,7 +115,8 @@ class OwnEngine:
             self._adapters, lengths, lengths, self._model.device, self._model.kernels
         )
 
-    def _decode(self, pools: Pools, sequences: Sequence[_Sequence], adaptation: Adaptation | None) -> None:
+    def _decode(self, pools: Pools, sequences: Sequence[_Sequence], adaptation: Adaptation | None) -> Tensor:
+        """One step: the logits behind each sequence's last token."""
         device = self._model.device
         batch = PackedBatch(
             ids=torch.tensor([s.tokens[-1] for s in sequences], device=device),
@@ -104,7 +127,7 @@ class OwnEngine:
         logits = self._model.forward(batch, adaptation)
         for sequence in sequences:
             sequence.kv_len += 1
-        self._draw(sequences, logits)
+        return logits
 
     def _draw(self, sequences: Sequence[_Sequence], logits: Tensor) -> None:
         greedy = [SamplingParams(max_tokens=1)] * len(sequences)

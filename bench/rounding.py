@@ -66,10 +66,10 @@ def run(arguments: Rounding) -> dict[str, Any]:
 
     def logits(of: LanguageModel, given: Layers) -> Tensor:
         kv = GivenPrompts(ragged, ~following, given)
-        return of.forward(PackedBatch(batch.ids, batch.positions, kv, batch.logit_rows)).float()
+        return of.forward(PackedBatch(batch.ids, batch.positions, kv, batch.logit_rows))
 
     with torch.inference_mode():
-        exact = model.forward(batch).float()
+        exact = model.forward(batch)
         coded = [(_through_int8(key), _through_int8(value)) for key, value in layers]
         changed = {
             "KV on the wire": logits(model, coded),

@@ -22,6 +22,7 @@ BENCHMARKS = {
     "floor": "What a decode step cannot go below here: packed GEMMs, one read of the KV.",
     "handoff": "Handing the KV cache over, as part of the prompt pass.",
     "rounding": "What 8-bit keys, values and weights do to the logits.",
+    "greedy": "How many greedy tokens in bf16 are float32's: ours, and transformers' own.",
     "prefill": "The prompt pass with adapters against the same pass without.",
     "chunking": "Short prompts beside a very long one, in chunks and whole.",
     "train": "Tokens per second of a training step, by method, beside its products and PEFT's step.",

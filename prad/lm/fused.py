@@ -1,7 +1,7 @@
 """The fused forward of the Llama family and GPT-2: packed weights, q/k/v and gate/up in one product each.
 
 Computes what prad.lm.model's generic forward does, over the same batch and with the same adapter sites; the
-residual stream stays in float32. Needs the kernels of prad.lm.kernels.
+residual stream and the logits stay in float32. Needs the kernels of prad.lm.kernels.
 """
 
 from collections.abc import Callable
@@ -104,7 +104,7 @@ class FusedModel:
         return rows <= _FEW_ROWS or self.kernels.suits(self.embedding.dtype)
 
     def forward(self, batch: PackedBatch, adaptation: Adaptation | None) -> Tensor:
-        """Logits [R, vocab] of `batch.logit_rows`."""
+        """Logits float32 [R, vocab] of `batch.logit_rows`."""
         if isinstance(batch.kv, PagedStep) and (adaptation is None or isinstance(adaptation, RowScaling)):
             x = self._decode(batch, batch.kv, adaptation)
         else:
@@ -114,8 +114,8 @@ class FusedModel:
         wanted = x.index_select(0, batch.logit_rows)
         last = torch.empty(wanted.shape, dtype=self.embedding.dtype)
         self.last_norm.run(self.kernels, wanted, last)
-        logits = torch.empty(len(wanted), self.head.out_features, dtype=last.dtype)
-        self.kernels.linear(self.head, last, logits, Out.STORE)
+        logits = torch.empty(len(wanted), self.head.out_features)
+        self.kernels.linear(self.head, last, logits, Out.WIDE)
         return logits
 
     def _decode(self, batch: PackedBatch, step: PagedStep, state: RowScaling | None) -> Tensor:

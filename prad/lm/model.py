@@ -24,6 +24,7 @@ from prad.lm.device import require_device
 from prad.lm.errors import ModelNotFoundError, UnsupportedModelError
 from prad.lm.fingerprint import Fingerprint, config_digest, weights_digest
 from prad.lm.fused import FusedModel, fuse
+from prad.lm.head import widen_head
 from prad.lm.kernels import Kernels, Precision
 from prad.lm.kv import PromptKV, dtype_name
 from prad.lm.sampling import lowest_argmax
@@ -40,6 +41,7 @@ class LanguageModel:
 
     def __init__(self, module: Any, weights: str) -> None:
         self.module: nn.Module = module.eval().requires_grad_(False)
+        widen_head(module)
         self.config: Any = module.config
         self.device: torch.device = module.device
         self.dtype: torch.dtype = module.dtype
@@ -130,7 +132,7 @@ class LanguageModel:
         return frozenset(eos) if isinstance(eos, list) else frozenset({eos})
 
     def forward(self, batch: PackedBatch, adaptation: Adaptation | None = None) -> Tensor:
-        """Logits [R, vocab] of `batch.logit_rows`; keys and values go to `batch.kv`.
+        """Logits float32 [R, vocab] of `batch.logit_rows`; keys and values go to `batch.kv`.
 
         One pass at a time: a second thread waits, so that taps never meet another pass's rows. Raises
         MissingSiteError if `adaptation` wants a site that the family does not have.
@@ -150,7 +152,7 @@ class LanguageModel:
                 kv_target=batch.kv,
             )
         logits: Tensor = output.logits.squeeze(0)
-        return logits
+        return logits.float()  # as they are, but for a head that `widen_head` does not know
 
     def argmax(self, logits: Tensor) -> list[int]:
         """The lowest id of each row's largest logit; logits [R, vocab] as `forward` returns them."""

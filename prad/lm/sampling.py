@@ -25,7 +25,7 @@ def sample(
     keys: Sequence[SampleKey],
     argmax: Callable[[Tensor], list[int]] = lowest_argmax,
 ) -> list[Token]:
-    """Draws one token per row of logits [B, vocab]; row i under params[i] and keys[i]."""
+    """Draws one token per row of logits float32 [B, vocab]; row i under params[i] and keys[i]."""
     allowed = _without_early_stops(logits, params, keys)
     tokens = argmax(allowed)
     drawn = [i for i, p in enumerate(params) if not p.greedy]

@@ -175,11 +175,11 @@ class Decoding:
         return [one for one in running if not one.rows]
 
     def _shown(self, logits: Tensor) -> list[list[Candidate]]:
-        """Each row's best continuations; logits [R, vocab]."""
+        """Each row's best continuations; logits float32 [R, vocab]."""
         if self._candidates == 1:
             return [[Candidate(token, 0.0)] for token in self._adapted.model.argmax(logits)]
         shown = min(self._candidates, logits.shape[1])
-        best = torch.log_softmax(logits.float(), dim=-1).topk(shown)
+        best = torch.log_softmax(logits, dim=-1).topk(shown)
         return [
             [Candidate(*pair) for pair in zip(tokens, scores, strict=True)]
             for tokens, scores in zip(best.indices.tolist(), best.values.tolist(), strict=True)

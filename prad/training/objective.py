@@ -37,7 +37,7 @@ class CompletionLoss(nn.Module, ABC):
 
     @abstractmethod
     def logits(self, batch: PackedBatch, lengths: list[int], prompt_lengths: list[int]) -> Tensor:
-        """[N, vocab] of the batch's logit rows."""
+        """Float32 [N, vocab] of the batch's logit rows."""
 
     def forward(
         self,
@@ -76,7 +76,7 @@ class CompletionLoss(nn.Module, ABC):
         kv: KVTarget = TrainingKV(ragged) if on_cpu else PromptKV(ragged)
         batch = PackedBatch(ids, positions, kv, label_rows)
         logits = self.logits(batch, parts, prompts)
-        return cross_entropy(logits.float(), labels, reduction="none")
+        return cross_entropy(logits, labels, reduction="none")
 
 
 class AdapterTuning(CompletionLoss):

@@ -62,6 +62,10 @@ def test_linear(kernels: Kernels, dtype: torch.dtype, columns: int, depth: int, 
     before = summed.clone()
     kernels.linear(packed, x, summed, Out.ADD)
     assert_near(summed, before + expected, 1e-5)  # products of bfloat16 are exact in float32
+    wide = torch.full((rows + 1, columns), 7.0)
+    kernels.linear(packed, x, wide[:rows], Out.WIDE)
+    assert_near(wide[:rows], expected, 1e-5)
+    assert (wide[rows] == 7).all(), "a row beyond the batch was written"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -119,6 +123,9 @@ def test_linear_with_eight_bits(kernels: Kernels, rows: int) -> None:
     kernels.linear(PackedLinear.of(weight, precision="int8"), x, out, Out.ADD)
     assert_near(out, x.float() @ rounded.T, 1e-5)
     assert not torch.allclose(out, x.float() @ weight.float().T, atol=1e-3), "nothing was rounded"
+    wide = torch.empty(rows, 80)
+    kernels.linear(PackedLinear.of(weight, precision="int8"), x, wide, Out.WIDE)
+    assert torch.equal(wide, out), "added to zeros is not what is written"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -158,6 +165,10 @@ def test_argmax_takes_the_lowest_of_a_tie(kernels: Kernels, dtype: torch.dtype) 
     logits[2, [48, 49]] = 9.0
     logits[3] = float("-inf")
     assert kernels.argmax(logits) == [int(logits[0].argmax()), 7, 48, 0]
+    wide = torch.zeros(3, 50_000, dtype=dtype)
+    wide[0, [41_000, 17, 30_000]] = 4.0
+    wide[1, [49_999, 49_998]] = 1.0
+    assert kernels.argmax(wide) == [17, 49_998, 0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -24,6 +24,8 @@ class Out(IntEnum):
     """Added to float32 rows."""
     GATED = 2
     """Columns in pairs: act(first half) * second half."""
+    WIDE = 3
+    """Written in float32, as it was summed, without an activation."""
 
 
 class Activation(IntEnum):

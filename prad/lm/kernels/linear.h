@@ -20,6 +20,7 @@ enum class Out : int32_t {
   store = 0,  // out[row][column] = act(y), in the activations' type
   add = 1,    // out[row][column] += y, float
   gated = 2,  // panels alternate between gate and up: out[row][column] = act(gate) * up
+  wide = 3,   // out[row][column] = y, float whatever the activations are
 };
 
 struct Linear {
@@ -258,6 +259,7 @@ struct Sink {
   // c[rows][16] of `panel`, and the next panel's, if given; gated mode needs them.
   void take(int64_t panel, int64_t first_row, int rows, const float* c, const float* next) const {
     if (mode == Out::add) return write<Out::add, Activation::none>(panel, first_row, rows, c, next);
+    if (mode == Out::wide) return write<Out::wide, Activation::none>(panel, first_row, rows, c, next);
     if (mode == Out::gated && act == Activation::silu)
       return write<Out::gated, Activation::silu>(panel, first_row, rows, c, next);
     if (mode == Out::gated && act == Activation::relu)
@@ -286,20 +288,22 @@ struct Sink {
   }
 
   template <Out kMode>
-  static void put(std::conditional_t<kMode == Out::add, float, T>* x, v16 y, int valid) {
-    using Result = std::conditional_t<kMode == Out::add, float, T>;
+  using Result = std::conditional_t<kMode == Out::add || kMode == Out::wide, float, T>;
+
+  template <Out kMode>
+  static void put(Result<kMode>* x, v16 y, int valid) {
     if (kMode == Out::add && valid == kColumns) y += load(x);
     if (valid == kColumns) {
       store(x, y);
     } else {
-      for (int i = 0; i < valid; i++) x[i] = from_float<Result>(kMode == Out::add ? to_float(x[i]) + y[i] : y[i]);
+      for (int i = 0; i < valid; i++) x[i] = from_float<Result<kMode>>(kMode == Out::add ? to_float(x[i]) + y[i] : y[i]);
     }
   }
 
   template <Out kMode, Activation kAct>
   void write(int64_t panel, int64_t first_row, int rows, const float* c, const float* next) const {
     Columns left = columns_of(panel), right = next ? columns_of(panel + 1) : left;
-    auto* x = static_cast<std::conditional_t<kMode == Out::add, float, T>*>(out) + first_row * stride;
+    auto* x = static_cast<Result<kMode>*>(out) + first_row * stride;
     for (int r = 0; r < rows; r++, x += stride, c += kColumns) {
       v16 y = activate<kAct>(load(c) * left.scale + left.bias);
       if (kMode == Out::gated) y *= load(next + r * kColumns) * right.scale + right.bias;

@@ -107,8 +107,10 @@ void argmax(Pool& pool, const ArgmaxCall& call, int64_t rows) {
     for (int64_t i = 0; i < whole; i += 16) best = larger(load(at + i), best);
     float most = largest(best);
     for (int64_t i = whole; i < width; i++) most = std::max(most, to_float(at[i]));
+    int64_t first = 0;  // of the sixteen that hold it
+    while (first < whole && largest(load(at + first)) != most) first += 16;
     call.out[row] = 0;
-    for (int64_t i = 0; i < width; i++)
+    for (int64_t i = first; i < width; i++)
       if (to_float(at[i]) == most) {
         call.out[row] = i;
         break;
