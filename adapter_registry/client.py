@@ -5,6 +5,7 @@ reports. Both clients raise the errors of `errors.py`: what the server refused a
 RegistryUnreachableError where no registry answers.
 """
 
+import asyncio
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,8 @@ M = TypeVar("M", bound=BaseModel)
 
 DEFAULT_WAIT = 20.0
 """Seconds that a request for changes waits at the server."""
+
+_PIECE_BYTES = 1 << 20  # of a download that are written at once
 
 
 class AsyncRegistryClient:
@@ -110,9 +113,9 @@ class AsyncRegistryClient:
                 if not response.is_success:
                     await response.aread()
                     calls.check(response)
-                with target.open("wb") as file:
-                    async for piece in response.aiter_bytes():
-                        file.write(piece)
+                with await asyncio.to_thread(target.open, "wb") as file:
+                    async for piece in response.aiter_bytes(_PIECE_BYTES):
+                        await asyncio.to_thread(file.write, piece)
 
 
 class RegistryClient:

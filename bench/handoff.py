@@ -30,7 +30,7 @@ from local_stack.stack import Stack
 from prad.core.sampling import SamplingParams
 from prad.core.tokens import Token
 from prad.lm import LanguageModel, PackedBatch
-from prefill_service.layers import PassLayers
+from prefill_service.passes import PassLayers
 
 DECODE = 18061
 STOP = 5  # the token that every request gets first, and that ends it

@@ -1,17 +1,19 @@
-"""The engine's line to the decode service: always attached, its tokens go to whoever waits for them."""
+"""The engine's line to the decode service: always attached, reserves room, passes on what decode says."""
 
 import asyncio
 import logging
+import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from kvtransfer.client import DecodeClient
 from kvtransfer.errors import LostError, RejectedError, RejectReason, TransferError
+from kvtransfer.messages import Open, StateSite
 from kvtransfer.sender import HandOff
 from kvtransfer.token_stream import TokenStream
 from prad.core.layout import ModelSpec
 from prad.core.tokens import TokenEvent
-from prad.lm import Site
 from prefill_service.errors import (
     DeadlineError,
     DecodeUnavailableError,
@@ -19,8 +21,7 @@ from prefill_service.errors import (
     InvalidRequestError,
     ServingError,
 )
-from prefill_service.generation import PromptRequest
-from prefill_service.wire import open_message
+from prefill_service.prompt import Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -28,30 +29,29 @@ _RETRY_S = 0.5
 _PERMANENT = {RejectReason.TOO_LARGE, RejectReason.INVALID, RejectReason.UNSUPPORTED}
 
 
-class NoRoomError(Exception):
+@dataclass(frozen=True, slots=True)
+class NoRoom:
     """Decode is full or draining; `retry_after` seconds is its hint."""
 
-    def __init__(self, retry_after: float) -> None:
-        super().__init__("decode has no room")
-        self.retry_after = retry_after
+    retry_after: float
+
+
+Room = HandOff | NoRoom | ServingError
+"""What came of asking for room: it is reserved, or the prompt has to wait, or it is refused for good."""
 
 
 class DecodeLink:
-    """Holds one token stream. `on_event` gets every token event, `on_lost` is called when decode has lost
-    all sequences that were handed to it."""
+    """Holds one token stream."""
 
     def __init__(
-        self,
-        client: DecodeClient,
-        model: ModelSpec,
-        on_event: Callable[[TokenEvent], None],
-        on_lost: Callable[[str], None],
+        self, client: DecodeClient, model: ModelSpec, clock: Callable[[], float] = time.monotonic
     ) -> None:
+        """clock: in whose time prompts have their deadlines."""
         self._client = client
         self._model = model
-        self._on_event = on_event
-        self._on_lost = on_lost
+        self._clock = clock
         self._stream: TokenStream | None = None
+        self._full = False
         self._trouble = f"not connected to the decode service at {client.address} yet"
 
     @property
@@ -65,57 +65,65 @@ class DecodeLink:
             else f"reconnecting to the decode service at {self._client.address}"
         )
 
-    async def run(self) -> None:
-        """Attaches, receives, and attaches anew after a loss, until cancelled."""
+    async def run(self, on_event: Callable[[TokenEvent], None], on_lost: Callable[[str], None]) -> None:
+        """Attaches, receives, and attaches anew after a loss, until cancelled. `on_event` gets every token
+        event; `on_lost` is told why decode has lost all sequences that were handed to it."""
         while True:
             try:
-                await self._receive()
+                await self._receive(on_event)
             except (TransferError, DecodeUnavailableError, ValueError) as error:
                 self._trouble = f"the decode service at {self._client.address}: {error}"
                 if self._stream is not None:
                     logger.warning("lost %s", self._trouble)
                     self._stream = None
-                    self._on_lost(self._trouble)
+                    on_lost(self._trouble)
             await asyncio.sleep(_RETRY_S)
 
-    async def open(
-        self,
-        request: PromptRequest,
-        attempt: int,
-        deadline_unix_ms: int,
-        state_widths: Mapping[Site, int],
-    ) -> HandOff:
-        """Reserves room for a request, and for the state of these widths that it will bring.
+    async def reserve(self, prompts: Sequence[Prompt]) -> dict[Prompt, Room]:
+        """Room for each, and for the request state that it will bring, asked for in order.
 
-        Raises NoRoomError (try later), InvalidRequestError (never fits) or DecodeUnavailableError.
+        All at once; but one by one up to the first without room while decode is full: what is reserved behind
+        that one would have to be given back. Those behind it are not in the answer.
         """
+        rooms: list[Room] = []
+        if not self._full:
+            rooms = await asyncio.gather(*(self._open(prompt) for prompt in prompts))
+        while len(rooms) < len(prompts) and not (rooms and isinstance(rooms[-1], NoRoom)):
+            rooms.append(await self._open(prompts[len(rooms)]))
+        if rooms:
+            self._full = any(isinstance(room, NoRoom) for room in rooms)
+        return dict(zip(prompts, rooms, strict=False))
+
+    async def _open(self, prompt: Prompt) -> Room:
         if self._stream is None:
-            raise DecodeUnavailableError(self._trouble)
+            return DecodeUnavailableError(self._trouble)
         try:
-            client_id = self._stream.client_id
-            message = open_message(request, client_id, self._model, attempt, deadline_unix_ms, state_widths)
-            return await self._client.open(message)
+            left = prompt.deadline - self._clock()
+            return await self._client.open(open_message(prompt, self._stream.client_id, self._model, left))
         except RejectedError as error:
             if error.reason in _PERMANENT:
                 advice = "; lower n or max_tokens" if error.reason is RejectReason.TOO_LARGE else ""
-                raise InvalidRequestError(
+                return InvalidRequestError(
                     f"the decode service refuses it: {error.message}{advice}",
                     param="max_tokens" if advice else None,
-                ) from error
+                )
             if error.reason in (RejectReason.FULL, RejectReason.DRAINING):
-                raise NoRoomError(error.retry_after_s) from error
-            raise DecodeUnavailableError(f"the decode service refuses: {error}") from error
+                return NoRoom(error.retry_after_s)
+            return DecodeUnavailableError(f"the decode service refuses: {error}")
         except LostError as error:
-            raise DecodeUnavailableError(f"the decode service went away: {error}") from error
+            return DecodeUnavailableError(f"the decode service went away: {error}")
         except TransferError as error:
-            raise InternalError(f"the hand-off failed: {error}") from error
+            return InternalError(f"the hand-off failed: {error}")
+        except Exception:
+            logger.exception("opening the hand-off of %s failed", prompt.request.request_id)
+            return InternalError("the hand-off could not be opened; the server's log says why")
 
     def cancel(self, request_id: str, attempt: int, choice: int | None = None) -> None:
         """Ends a handed-over request, or one choice of it."""
         if self._stream is not None:
             self._stream.cancel(request_id, attempt, choice)
 
-    async def _receive(self) -> None:
+    async def _receive(self, on_event: Callable[[TokenEvent], None]) -> None:
         description = await self._client.describe()
         if (difference := self._model.difference(description.model, "prefill", "decode")) is not None:
             raise DecodeUnavailableError(f"it serves another model: {difference}")
@@ -125,7 +133,7 @@ class DecodeLink:
             logger.info("connected to the decode service at %s", self._client.address)
             async for frame in stream:
                 for event in frame.events:
-                    self._on_event(event)
+                    on_event(event)
 
 
 def event_error(event: TokenEvent) -> ServingError:
@@ -133,3 +141,26 @@ def event_error(event: TokenEvent) -> ServingError:
     if event.finish_reason == "deadline":
         return DeadlineError("the request took longer than it may")
     return InternalError(f"decoding ended: {event.error or event.finish_reason}")
+
+
+def open_message(prompt: Prompt, client_id: str, model: ModelSpec, left_s: float) -> Open:
+    """Asks for room for a prompt whose deadline is in `left_s` seconds."""
+    request = prompt.request
+    cached = request.virtual_tokens + len(request.prompt_ids) + len(request.continuation_ids)
+    widths = {} if prompt.adapter is None else prompt.adapter.state_widths
+    return Open(
+        request_id=request.request_id,
+        client_id=client_id,
+        attempt=prompt.attempt,
+        model=model,
+        kv_len=cached,
+        prompt_len=len(request.prompt_ids),
+        next_position=cached,
+        sampling=request.sampling,
+        choices=request.choices,
+        prompt_index=request.prompt_index,
+        output_offset=request.output_offset,
+        deadline_unix_ms=round(1000 * (time.time() + left_s)),
+        state=tuple(StateSite(str(site), width) for site, width in widths.items()),
+        tokens_per_event=request.tokens_per_event,
+    )

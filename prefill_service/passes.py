@@ -1,4 +1,4 @@
-"""Runs prompt passes in a thread of their own, while their layers go out to decode."""
+"""Runs prompt passes in a thread of their own, while their keys and values go out to decode."""
 
 import asyncio
 import os
@@ -8,25 +8,103 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from kvtransfer import Encoding, PassRows
-from prad.core.tokens import Token
-from prad.lm import LanguageModel
+from kvtransfer import Encoding, PassRows, send_layer
+from kvtransfer.int8 import quantise
+from prad.adapters import AdapterError
+from prad.core.chunk import Chunk
+from prad.lm import LanguageModel, Site, SiteVectors
 from prad.lm.paged import Pools
-from prefill_service.chunks import Chunk
-from prefill_service.hand_over import HandOver
-from prefill_service.job import Job
-from prefill_service.layers import PassLayers
-from prefill_service.prompt_pass import FirstTokens, PassChunk, PassItem, run_prompt_pass
+from prefill_service.prompt import Prefilling, Prompt
+from prefill_service.prompt_pass import FirstTokens, run_prompt_pass
+
+_GATHERED_BYTES = 8 * 2**20  # of cached KV that is read at once
 
 
-def a_core_is_left(model: LanguageModel) -> bool:
-    """Whether sending could use one while a pass computes. Without, the pass would wait for whichever of its
-    threads the sender keeps from a core, and decode would not take what is sent at the same time."""
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return model.device.type != "cpu" or cores > torch.get_num_threads()
+class PassBrokeError(Exception):
+    """The pass whose layers were to be sent broke off."""
+
+
+class PassLayers:
+    """One pass's keys and values on their way to decode, layer by layer.
+
+    `put` and `put_state` are called from the computing thread, all others in the event loop.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        rows: Sequence[PassRows],
+        encoding: Encoding,
+        *,
+        overlap: bool,
+        after: "PassLayers | None",
+    ) -> None:
+        """rows: which rows of the pass are handed over, and with which hand-off. `overlap`: whether a layer
+        goes out while later ones compute, or all of them behind the last. `after`: the pass before, whose
+        layers go first: a hand-off's tokens go out in order."""
+        self._loop = asyncio.get_running_loop()
+        self._num_layers = num_layers
+        self._rows = rows
+        self._encoding = encoding
+        self._ready: asyncio.Queue[tuple[int, list[memoryview]] | PassBrokeError] = asyncio.Queue()
+        self._states: dict[Prompt, dict[Site, memoryview]] = {}
+        self._sending = self._loop.create_task(self._send(overlap, after))
+        self._sending.add_done_callback(lambda task: task.cancelled() or task.exception())  # if none asks
+
+    def put(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """key, value [T, kv_heads, dim] of the whole pass; brought to the CPU, each in one piece."""
+        if self._rows:
+            data = planes(key, value, self._encoding)
+            self._loop.call_soon_threadsafe(self._ready.put_nowait, (layer, data))
+
+    def put_state(self, prompt: Prompt, state: SiteVectors) -> None:
+        """The prompt's request state; comes before the pass ends."""
+        self._states[prompt] = {site: raw(vectors) for site, vectors in state.items()}
+
+    def break_off(self) -> None:
+        """The pass failed: no further layer comes."""
+        self._ready.put_nowait(PassBrokeError("the prompt pass broke off"))
+
+    def state(self, prompt: Prompt) -> Mapping[Site, memoryview]:
+        """As the wire has it; complete once the pass has run."""
+        return self._states.get(prompt, {})
+
+    async def sent(self) -> None:
+        """Returns when every layer is on its way. Raises what kept one from it: PassBrokeError if it was
+        never computed."""
+        await asyncio.shield(self._sending)
+
+    async def settled(self) -> None:
+        """Returns when every layer is on its way, or the pass or its sending has failed."""
+        await asyncio.wait([self._sending])
+
+    async def _send(self, overlap: bool, after: "PassLayers | None") -> None:
+        if after is not None:
+            await after.settled()
+        if not self._rows:
+            return
+        known = [] if overlap else [await self._next() for _ in range(self._num_layers)]
+        for number in range(self._num_layers):
+            layer, data = await self._next() if overlap else known[number]
+            await send_layer(layer, data, self._rows, self._encoding)
+
+    async def _next(self) -> tuple[int, list[memoryview]]:
+        ready = await self._ready.get()
+        if isinstance(ready, PassBrokeError):
+            raise ready
+        return ready
+
+
+class PassResult(NamedTuple):
+    """What a pass drew, and its layers, which may still be on their way."""
+
+    first_tokens: FirstTokens
+    layers: PassLayers
 
 
 class PassRunner:
@@ -49,30 +127,33 @@ class PassRunner:
         """Starts no further pass."""
         self._computing.shutdown(wait=False, cancel_futures=True)
 
-    async def run(self, chunks: Sequence[Chunk[Job]], hand_overs: Mapping[Job, HandOver]) -> FirstTokens:
-        """Computes the chunks; a job with a hand-over sends its own. Raises what the pass raises."""
+    async def run(self, chunks: Sequence[Chunk[Prompt]]) -> PassResult:
+        """Computes the chunks; a prompt with a hand-off sends its own, and before it what it begins with and
+        earlier prompts have computed. Raises what the pass raises."""
         if len(self._sending) > 1:  # at most two passes' KV is in memory: one goes out, one computes
             await self._sending.popleft().settled()
-        rows, before = list(_rows(chunks, hand_overs)), self._sending[-1] if self._sending else None
-        layers = PassLayers(self._model.num_layers, rows, self._encoding, overlap=self._overlap, after=before)
+        await self._send_cached(chunks)
+        layers = PassLayers(
+            self._model.num_layers,
+            list(_computed_rows(chunks)),
+            self._encoding,
+            overlap=self._overlap,
+            after=self._sending[-1] if self._sending else None,
+        )
         self._sending.append(layers)
-        for chunk in chunks:
-            if chunk.is_last and chunk.job in hand_overs:
-                hand_overs[chunk.job].finish_with(layers)
-        packed = [PassChunk(c.job.item, c.start, c.end, c.prompt.table, c.stored) for c in chunks]
         try:
-            draws = await self._compute(packed, layers)
+            return PassResult(await self._compute(chunks, layers), layers)
         except BaseException:
-            layers.fail()
+            layers.break_off()
             raise
-        layers.finish(draws)
-        return draws
 
-    async def probe(self, item: PassItem) -> list[Token] | None:
-        """The first tokens of a prompt that goes nowhere."""
-        return (await self._compute([PassChunk.whole(item)], None))[item]
+    async def probe(self, prompt: Prompt) -> None:
+        """Runs a prompt that goes nowhere. Raises AdapterError if its logits are not finite, or what the
+        forward raises."""
+        if (await self._compute([prompt.as_chunk()], None))[prompt] is None:
+            raise AdapterError("with this adapter the logits are not finite")
 
-    async def _compute(self, chunks: Sequence[PassChunk], layers: PassLayers | None) -> FirstTokens:
+    async def _compute(self, chunks: Sequence[Chunk[Prompt]], layers: PassLayers | None) -> FirstTokens:
         return await asyncio.get_running_loop().run_in_executor(
             self._computing,
             run_prompt_pass,
@@ -83,13 +164,79 @@ class PassRunner:
             None if layers is None else layers.put_state,
         )
 
+    async def _send_cached(self, chunks: Sequence[Chunk[Prompt]]) -> None:
+        """Cached beginnings of the prompts that begin, read in the computing thread: a few MB at a time, of
+        all prompts together."""
+        rows, slots = _cached_rows(chunks, self._pools)
+        step = max(1, _GATHERED_BYTES // self._model.layout.bytes_per_token)
+        for start in range(0, len(slots), step):
+            piece, loop = slots[start : start + step], asyncio.get_running_loop()
+            layers = await loop.run_in_executor(self._computing, self._gather, piece)
+            for layer, data in enumerate(layers):
+                await send_layer(layer, data, _cut(rows, start, start + len(piece)), self._encoding)
 
-def _rows(chunks: Sequence[Chunk[Job]], hand_overs: Mapping[Job, HandOver]) -> Iterator[PassRows]:
+    def _gather(self, slots: Tensor) -> list[list[memoryview]]:
+        """The planes of every layer at these slots; the blocks may change afterwards."""
+        return [
+            planes(
+                key.flatten(0, 1).index_select(0, slots),
+                value.flatten(0, 1).index_select(0, slots),
+                self._encoding,
+            )
+            for key, value in zip(self._pools.keys, self._pools.values, strict=True)
+        ]
+
+
+def a_core_is_left(model: LanguageModel) -> bool:
+    """Whether sending could use one while a pass computes. Without, the pass would wait for whichever of its
+    threads the sender keeps from a core, and decode would not take what is sent at the same time."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return model.device.type != "cpu" or cores > torch.get_num_threads()
+
+
+def planes(key: Tensor, value: Tensor, encoding: Encoding) -> list[memoryview]:
+    """A layer's keys and values [T, kv_heads, dim] as the wire has them: contiguous, on the CPU."""
+    if encoding is Encoding.INT8:
+        return [raw(part) for states in (key, value) for part in quantise(states)]
+    return [raw(states) for states in (key, value)]
+
+
+def raw(tensor: Tensor) -> memoryview:
+    """Its bytes, contiguous, on the CPU."""
+    data: Any = tensor.cpu().contiguous().view(torch.uint8).numpy()
+    return memoryview(data).cast("B")
+
+
+def _computed_rows(chunks: Sequence[Chunk[Prompt]]) -> Iterator[PassRows]:
     """Which rows of the pass go to which hand-off."""
-    starts = accumulate((chunk.end - chunk.start for chunk in chunks[:-1]), initial=0)
+    starts = accumulate((len(chunk) for chunk in chunks[:-1]), initial=0)
     for chunk, start in zip(chunks, starts, strict=True):
-        if (hand_over := hand_overs.get(chunk.job)) is not None:
-            yield hand_over.rows(start, chunk.start, chunk.end - chunk.start)
+        state = chunk.prompt.state
+        if isinstance(state, Prefilling) and state.hand_off is not None:
+            yield PassRows(state.hand_off, start, chunk.start, len(chunk))
+
+
+def _cached_rows(chunks: Sequence[Chunk[Prompt]], pools: Pools) -> tuple[list[PassRows], Tensor]:
+    """Which of these slots [S] hold the cached beginnings of which hand-offs."""
+    rows, slots = list[PassRows](), [torch.empty(0, dtype=torch.long, device=pools.device)]
+    for chunk in chunks:
+        state = chunk.prompt.state
+        if not isinstance(state, Prefilling) or state.hand_off is None or not state.computed_none:
+            continue
+        if state.cached:
+            rows.append(PassRows(state.hand_off, sum(map(len, slots)), 0, state.cached))
+            slots.append(pools.slots(state.table, state.cached))
+    return rows, torch.cat(slots)
+
+
+def _cut(rows: Sequence[PassRows], start: int, end: int) -> list[PassRows]:
+    """What of the rows lies in start .. end, counted from start."""
+    pieces = []
+    for r in rows:
+        first, last = max(r.start, start), min(r.start + r.token_count, end)
+        if first < last:
+            pieces.append(PassRows(r.hand_off, first - start, r.first_token + first - r.start, last - first))
+    return pieces
 
 
 def _step_back(nice: int) -> None:

@@ -5,30 +5,36 @@ import logging
 import signal
 import socket
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from types import FrameType
+from typing import Self
 
 import torch
 import uvicorn
 from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from adapter_registry.client import AsyncRegistryClient
-from kvtransfer.client import DecodeClient
+from kvtransfer import DecodeClient, Encoding, TransferSettings
 from kvtransfer.memory import keep_freed_memory
-from kvtransfer.settings import TransferSettings
 from prad.adapters import Adapter, load_adapter, require_free_names
 from prad.artefact import AdapterRecord, Artefact, task_token_id
+from prad.core.blocks import BlockPool
 from prad.core.sampling import SamplingParams
 from prad.lm import LanguageModel, Tokenizer, require_device, resolve_model
 from prad.lm.kernels import load_kernels
+from prad.lm.paged import Pools, blocks_in
 from prefill_service.api import ApiLimits, ModelInfo, bounded_protocol, create_app
-from prefill_service.catalogue import TaskCatalogue
+from prefill_service.catalogue import RegistryFollower, TaskCatalogue
+from prefill_service.decode_link import DecodeLink
 from prefill_service.engine import PrefillEngine
-from prefill_service.follower import RegistryFollower
 from prefill_service.generation import PromptRequest
-from prefill_service.metrics import EngineMetrics
-from prefill_service.prompt_pass import PassItem
+from prefill_service.passes import PassRunner, a_core_is_left
+from prefill_service.prompt import Prompt
 from prefill_service.residents import Residents
+from prefill_service.scheduler import PromptScheduler
 from prefill_service.settings import PrefillSettings
 
 _DRAIN_S = 30
@@ -76,19 +82,19 @@ async def _serve(
         AsyncRegistryClient(settings.registry, cache_dir=cache_dir, replica=replica) as registry,
     ):
         residents = Residents(load, settings.adapters_mib * 2**20, model.dtype.itemsize)
-        engine = PrefillEngine(model, residents, decode, settings)
+        parts = Parts.build(model, residents, decode, settings)
 
         async def probe(artefact: Artefact) -> None:
             adapter = await asyncio.to_thread(load, artefact)
-            await engine.probe(probe_item(artefact.record, adapter))
+            await parts.passes.probe(probe_prompt(artefact.record, adapter))
 
         catalogue = TaskCatalogue(settings.base_name)
         follower = RegistryFollower(registry, catalogue, probe)
         metrics = CollectorRegistry()
-        metrics.register(EngineMetrics(engine, residents))
-        readiness = _Readiness(engine, follower)
+        metrics.register(parts)
+        readiness = _Readiness(parts.engine, follower)
         limits = ApiLimits(body_timeout_s=settings.body_timeout_s)
-        app = create_app(engine, catalogue, readiness, tokenizer, info, limits, metrics)
+        app = create_app(parts.engine, catalogue, readiness, tokenizer, info, limits, metrics)
         config = uvicorn.Config(
             app,
             http=bounded_protocol(settings.max_connections, settings.body_timeout_s),
@@ -98,16 +104,73 @@ async def _serve(
             timeout_graceful_shutdown=_DRAIN_S,
         )
         async with asyncio.TaskGroup() as tasks:
-            background = [tasks.create_task(engine.run()), tasks.create_task(follower.run())]
+            background = [tasks.create_task(parts.engine.run()), tasks.create_task(follower.run())]
             await _Server(config).serve(sockets=[listening])
             for task in background:
                 task.cancel()
 
 
-def probe_item(record: AdapterRecord, adapter: Adapter) -> PassItem:
+@dataclass(frozen=True, slots=True, eq=False)
+class Parts(Collector):
+    """The real parts of an engine, and how they show themselves at /metrics. Tests put one together from
+    others."""
+
+    scheduler: PromptScheduler
+    passes: PassRunner
+    residents: Residents
+    engine: PrefillEngine
+
+    @classmethod
+    def build(
+        cls, model: LanguageModel, residents: Residents, client: DecodeClient, settings: PrefillSettings
+    ) -> Self:
+        size = settings.block_size
+        working, kept = (
+            blocks_in(model.layout, size, mib) for mib in (settings.chunked_kv_mib, settings.prefix_cache_mib)
+        )
+        scheduler = PromptScheduler(
+            BlockPool(working + kept, size, keep=kept),
+            pass_tokens=settings.pass_tokens,
+            chunk_tokens=settings.chunk_tokens,
+            pass_prompts=settings.pass_prompts,
+            max_waiting=settings.max_waiting,
+        )
+        overlap = a_core_is_left(model) if settings.kv_overlap == "auto" else settings.kv_overlap == "yes"
+        passes = PassRunner(
+            model,
+            Pools(model.layout, working + kept, size, str(model.device), model.kernels),
+            Encoding[settings.kv_wire.upper()],
+            overlap=overlap,
+            nice=settings.nice,
+        )
+        link = DecodeLink(client, model.spec)
+        return cls(scheduler, passes, residents, PrefillEngine(scheduler, passes, link, residents, settings))
+
+    def collect(self) -> Iterable[Metric]:
+        """Read whenever somebody asks for /metrics."""
+        lookups, blocks = self.scheduler.lookups, self.scheduler.blocks
+        for name, text, value in (
+            ("waiting_prompts", "Prompts in the queue, or waiting for their adapter.", self.engine.waiting),
+            ("live_prompts", "Prompts between arrival and last token.", self.engine.live),
+            ("resident_adapters", "Adapters in memory.", len(self.residents)),
+            ("resident_adapter_bytes", "Memory that they take.", self.residents.nbytes),
+            ("cached_tokens", "Tokens that the prefix cache holds now.", blocks.cached * blocks.block_size),
+            ("prompt_blocks_in_use", "Blocks of prompts under way.", blocks.in_use),
+        ):
+            yield GaugeMetricFamily(f"prad_prefill_{name}", text, value=value)
+        for name, text, value in (
+            ("prompts", "Prompts looked up in the prefix cache.", lookups.prompts),
+            ("hits", "Prompts that began with cached blocks.", lookups.hits),
+            ("looked_up_tokens", "Tokens of the prompts looked up.", lookups.tokens),
+            ("hit_tokens", "Tokens of these that were not computed again.", lookups.hit_tokens),
+        ):
+            yield CounterMetricFamily(f"prad_prefill_prefix_{name}", text, value=value)
+
+
+def probe_prompt(record: AdapterRecord, adapter: Adapter) -> Prompt:
     """The prompt that a new version is tried on: each of its task tokens, then some of the vocabulary."""
     own = (task_token_id(row) for row in range(len(record.task_tokens)))
-    return PassItem(replace(_PROBE, prompt_ids=(*own, *_PROBE.prompt_ids)), adapter)
+    return Prompt(replace(_PROBE, prompt_ids=(*own, *_PROBE.prompt_ids)), adapter)
 
 
 class _Server(uvicorn.Server):

@@ -65,7 +65,7 @@ class PrefillSettings(BaseSettings):
     prefix_cache_mib: Annotated[int, Field(ge=0)] = 512
     """Memory for prompt blocks that later prompts may begin with, least recently used out; 0 keeps none."""
     max_waiting: Annotated[int, Field(ge=1)] = 1024
-    """Prompts in the queue; further ones are refused."""
+    """Prompts in the queue, those that wait for their adapter included; further ones are refused."""
     queue_timeout_s: Annotated[float, Field(gt=0)] = 60.0
     """Seconds that a prompt waits for room at decode."""
     request_timeout_s: Annotated[float, Field(gt=0)] = 600.0

@@ -19,7 +19,7 @@ from prad.adapters.errors import (
     UnknownMethodError,
 )
 from prad.adapters.task_tokens import first_embeddings, require_free_names, split_task_tokens
-from prad.adapters.virtual import placeholders
+from prad.artefact import placeholders
 
 __all__ = [
     "METHODS",

@@ -18,11 +18,6 @@ class VirtualConfig(MethodConfig):
     virtual_tokens: Annotated[int, Field(ge=1)] = 20
 
 
-def placeholders(count: int) -> tuple[int, ...]:
-    """The ids that stand for virtual tokens in a pass. Any would do: nobody sees what they compute."""
-    return (0,) * count
-
-
 def first_ids(config: VirtualConfig, model: FrozenModel, generator: torch.Generator) -> tuple[int, ...]:
     """Tokens of the vocabulary that virtual ones begin as: a start that the model knows how to read."""
     drawn = torch.randint(min(_COMMON, model.vocab_size), (config.virtual_tokens,), generator=generator)

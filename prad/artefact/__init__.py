@@ -25,6 +25,7 @@ from prad.artefact.schema import (
     BaseModelRef,
     GenerationDefaults,
     GenerationValues,
+    placeholders,
     task_token_id,
 )
 
@@ -46,6 +47,7 @@ __all__ = [
     "NotServableError",
     "TensorInfo",
     "files_digest",
+    "placeholders",
     "read_artefact",
     "read_record",
     "read_servable",

@@ -25,6 +25,11 @@ def task_token_id(row: int) -> int:
     return -1 - row
 
 
+def placeholders(count: int) -> tuple[int, ...]:
+    """The ids that stand for virtual tokens in a pass. Any would do: nobody sees what they compute."""
+    return (0,) * count
+
+
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 

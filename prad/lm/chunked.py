@@ -1,16 +1,18 @@
 """A prompt pass over parts of sequences: earlier KV lies in blocks, new KV may be stored there.
 
 Chunks of long prompts and prompts that begin with cached blocks run beside prompts that begin here; all that
-makes a sequence's place in the pass is its `SequenceChunk`.
+makes a sequence's place in the pass is its `Chunk`.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from prad.core.chunk import Chunk
 from prad.lm.attention import CausalAttention
 from prad.lm.batch import PackedBatch
 from prad.lm.kv import LayerDone
@@ -18,41 +20,28 @@ from prad.lm.paged import Pools
 from prad.lm.prompt_attention import causal_attention
 
 
-@dataclass(frozen=True, slots=True)
-class SequenceChunk:
-    """Tokens start .. start + len(ids) of a sequence.
-
-    `table`: its blocks, with the KV of all tokens before `start`; that of the first `stored` new tokens goes
-    there as well.
-    """
-
-    ids: Sequence[int]
-    start: int = 0
-    table: Sequence[int] = ()
-    stored: int = 0
-
-
 def chunked_batch(
-    chunks: Sequence[SequenceChunk],
+    chunks: Sequence[Chunk[Any]],
+    ids: Sequence[Sequence[int]],
     pools: Pools,
     *,
     logit_rows: Sequence[int],
     layer_done: LayerDone | None = None,
 ) -> PackedBatch:
-    """The chunks packed end to end; as `PackedBatch.of_sequences` if none of them touches a block."""
+    """The chunks packed end to end, each with its own ids; as `PackedBatch.of_sequences` if none of them
+    touches a block."""
     if not any(chunk.table for chunk in chunks):
         return PackedBatch.of_sequences(
-            [chunk.ids for chunk in chunks],
+            ids,
             device=pools.device,
             logit_rows=logit_rows,
             layer_done=layer_done,
             kernels=pools.kernels,
         )
     device = pools.device
-    positions = [torch.arange(c.start, c.start + len(c.ids), device=device) for c in chunks]
     return PackedBatch(
-        ids=torch.tensor([i for chunk in chunks for i in chunk.ids], device=device),
-        positions=torch.cat(positions),
+        ids=torch.tensor([i for own in ids for i in own], device=device),
+        positions=torch.cat([torch.arange(chunk.start, chunk.end, device=device) for chunk in chunks]),
         kv=ChunkedKV.of(chunks, pools, layer_done),
         logit_rows=torch.tensor(logit_rows, device=device, dtype=torch.long),
     )
@@ -72,8 +61,8 @@ class ChunkedKV:
     layer_done: LayerDone | None
 
     @classmethod
-    def of(cls, chunks: Sequence[SequenceChunk], pools: Pools, layer_done: LayerDone | None) -> "ChunkedKV":
-        lengths = [len(chunk.ids) for chunk in chunks]
+    def of(cls, chunks: Sequence[Chunk[Any]], pools: Pools, layer_done: LayerDone | None) -> "ChunkedKV":
+        lengths = [len(chunk) for chunk in chunks]
         contexts, rows, slots = {}, [], []
         for i, (chunk, row) in enumerate(zip(chunks, accumulate(lengths[:-1], initial=0), strict=True)):
             end = chunk.start + chunk.stored

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from prad.adapters import AdaptedSpan, Adapter, PromptAdaptation, split_task_tokens
+from prad.core.chunk import Chunk
 from prad.lm import Adaptation, Candidate, LanguageModel, PackedBatch, RowScaling, Search
-from prad.lm.chunked import SequenceChunk, chunked_batch
+from prad.lm.chunked import chunked_batch
 from prad.lm.paged import Pools
 from prad.training.objective import Positions
 from prad.training.rows import Row, SharedBlocks
@@ -125,10 +126,10 @@ class Decoding:
         chunks = []
         for one, ids in zip(admitted, own, strict=True):
             one.rows = [self._blocks.new(len(ids))]
-            chunks.append(SequenceChunk(ids, table=one.rows[0].blocks, stored=len(ids)))
-        lengths = [len(chunk.ids) for chunk in chunks]
+            chunks.append(Chunk(one, 0, len(ids), tuple(one.rows[0].blocks), len(ids)))
+        lengths = [len(chunk) for chunk in chunks]
         last = [end - 1 for end in accumulate(lengths)]
-        batch = chunked_batch(chunks, self._pools, logit_rows=last)
+        batch = chunked_batch(chunks, own, self._pools, logit_rows=last)
         logits = self._adapted.model.forward(batch, adaptation)
         states = {} if adaptation is None else adaptation.states()
         for one, start in zip(admitted, accumulate(lengths[:-1], initial=0), strict=True):

@@ -24,8 +24,8 @@ from prad.artefact import WEIGHTS, Artefact, read_artefact, write_record
 from prad.lm import LanguageModel, PackedBatch, Tokenizer
 from prad.lm.kernels import Kernels
 from prad.lm.paged import Pools
-from prefill_service.prompt_pass import PassChunk, run_prompt_pass
-from prefill_service.server import probe_item
+from prefill_service.prompt_pass import run_prompt_pass
+from prefill_service.server import probe_prompt
 from tests.conftest import random_artefact
 
 TEMPLATE, NAMES = "<|one|> {prompt} <|two|>", ("<|one|>", "<|two|>")
@@ -146,8 +146,8 @@ def test_a_probe_reads_the_whole_table(load_tiny: Callable[[str], LanguageModel]
         if broken is not None:
             table[0, broken] = torch.inf
         tried = replace(adapter, parameters=adapter.parameters | {"input.task_tokens": table})
-        item = probe_item(artefact.record, tried)
-        first = run_prompt_pass(model, pools, [PassChunk.whole(item)])[item]
+        item = probe_prompt(artefact.record, tried)
+        first = run_prompt_pass(model, pools, [item.as_chunk()])[item]
         assert (first is None) == (broken is not None)
 
 

@@ -12,14 +12,16 @@ import torch
 from prad.adapters import load_adapter
 from prad.artefact import Artefact
 from prad.core.blocks import BlockPool, block_keys
+from prad.core.chunk import Chunk
 from prad.core.sampling import SamplingParams
 from prad.core.tokens import Token
 from prad.lm import LanguageModel, PackedBatch
 from prad.lm.paged import Pools
+from prefill_service import prompt as prompts
 from prefill_service import prompt_pass
-from prefill_service.chunks import Waiting
 from prefill_service.generation import PromptRequest, TaskVersion
-from prefill_service.prompt_pass import FirstTokens, PassChunk, PassItem, run_prompt_pass
+from prefill_service.prompt import Prompt, Queued
+from prefill_service.prompt_pass import FirstTokens, run_prompt_pass
 from prefill_service.scheduler import PromptScheduler
 from tests.conftest import VOCAB, random_artefact
 from tests.oracle.comparing import TOP, OracleMismatchError, Served, check
@@ -43,12 +45,12 @@ class PromptSide:
         """With empty blocks."""
         blocks = BlockPool(working + kept, SIZE, keep=kept)
         self.pools = Pools(self.model.layout, blocks.total, SIZE, "cpu")
-        self.scheduler: PromptScheduler[PassItem] = PromptScheduler(
+        self.scheduler: PromptScheduler = PromptScheduler(
             blocks, pass_tokens=pass_tokens, chunk_tokens=pass_tokens, pass_prompts=8, max_waiting=99
         )
         self.computed_tokens = 0
 
-    def item(self, task: str | None, prompt: Sequence[int], continuation: Sequence[int] = ()) -> PassItem:
+    def item(self, task: str | None, prompt: Sequence[int], continuation: Sequence[int] = ()) -> Prompt:
         version = (
             None
             if task is None
@@ -56,26 +58,26 @@ class PromptSide:
         )
         params = SamplingParams(max_tokens=99, logprobs=TOP)
         request = PromptRequest("r", version, tuple(prompt), params, continuation_ids=tuple(continuation))
-        return PassItem(request, None if task is None else self._adapters[task])
+        return Prompt(request, None if task is None else self._adapters[task])
 
-    def run(self, *items: PassItem) -> FirstTokens:
+    def run(self, *items: Prompt) -> FirstTokens:
         """All at once, to the end of each."""
         for item in items:
-            self.scheduler.add(Waiting(item, len(item.ids), item.keys(SIZE)))
+            item.state = Queued()
+            self.scheduler.add(item)
         drawn: FirstTokens = {}
         while chunks := self.scheduler.next_pass(0.0):
-            self.computed_tokens += sum(c.end - c.start for c in chunks)
-            packed = [PassChunk(c.job, c.start, c.end, c.prompt.table, c.stored) for c in chunks]
-            drawn |= run_prompt_pass(self.model, self.pools, packed)
+            self.computed_tokens += sum(map(len, chunks))
+            drawn |= run_prompt_pass(self.model, self.pools, chunks)
             self.scheduler.computed()
         return drawn
 
-    def check(self, *items: PassItem) -> None:
+    def check(self, *items: Prompt) -> None:
         """Raises OracleMismatchError if one of them, run together, is not what the reference says."""
         for item, draws in self.run(*items).items():
             self.compare(item, draws)
 
-    def compare(self, item: PassItem, draws: list[Token] | None) -> None:
+    def compare(self, item: Prompt, draws: list[Token] | None) -> None:
         assert draws is not None
         (draw,) = draws
         request = item.request
@@ -161,7 +163,7 @@ def test_blocks_that_leave_and_come_again_equal_the_reference(side: PromptSide) 
 
 
 def test_the_oracle_fails_if_keys_lack_the_adapter(side: PromptSide, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prompt_pass, "block_keys", lambda _, *rest: block_keys(None, *rest))
+    monkeypatch.setattr(prompts, "block_keys", lambda _, *rest: block_keys(None, *rest))
     for first, second in (("red", "green"), (None, "red"), ("red", None)):
         side.restart(pass_tokens=4096)
         side.check(side.item(first, TEXT))
@@ -173,14 +175,14 @@ def test_the_oracle_fails_if_keys_lack_the_tokens_before(
     side: PromptSide, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def unchained(
-        digest: str | None, virtual: int, ids: Sequence[int], size: int, *_: int | str | None
+        digest: str | None, virtual: int, ids: Sequence[int], size: int, *_: object
     ) -> tuple[bytes, ...]:
         return tuple(
             block_keys(digest, virtual, ids[i : i + size], size)[0]
             for i in range(0, len(ids) // size * size, size)
         )
 
-    monkeypatch.setattr(prompt_pass, "block_keys", unchained)
+    monkeypatch.setattr(prompts, "block_keys", unchained)
     side.restart(pass_tokens=4096)
     side.check(side.item("red", TEXT))
     with pytest.raises(OracleMismatchError):
@@ -192,7 +194,7 @@ def test_the_oracle_fails_if_keys_lack_where_the_adapter_ends(
     side: PromptSide, prompt: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     continued, whole = side.item("red", TEXT[:prompt], TEXT[prompt:]), side.item("red", TEXT)
-    monkeypatch.setattr(prompt_pass, "block_keys", lambda *given: block_keys(*given[:4]))
+    monkeypatch.setattr(prompts, "block_keys", lambda *given: block_keys(*given[:4]))
     for first, second in ((continued, whole), (whole, continued)):
         side.restart(pass_tokens=4096)
         side.check(first)
@@ -205,7 +207,7 @@ def test_the_oracle_fails_if_positions_are_off_by_a_chunk(
 ) -> None:
     def shifted(chunks: Sequence[Any], *rest: Any, **more: Any) -> PackedBatch:
         batch = original(chunks, *rest, **more)
-        starts = torch.cat([torch.full((len(c.ids),), c.start) for c in chunks])
+        starts = torch.cat([torch.full((len(c),), c.start) for c in chunks])
         return replace(batch, positions=batch.positions - starts)
 
     original = prompt_pass.chunked_batch
@@ -215,15 +217,15 @@ def test_the_oracle_fails_if_positions_are_off_by_a_chunk(
         side.check(side.item("red", TEXT))
 
 
-@pytest.mark.parametrize("adapted", [lambda chunk: 0, lambda chunk: chunk.end - chunk.start])
+@pytest.mark.parametrize("adapted", [lambda chunk: 0, len])
 def test_the_oracle_fails_if_later_chunks_are_adapted_wrongly(
-    side: PromptSide, adapted: Callable[[PassChunk], int], monkeypatch: pytest.MonkeyPatch
+    side: PromptSide, adapted: Callable[[Chunk[Prompt]], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wrong(chunk: PassChunk) -> int:
-        return right(chunk) if chunk.start == 0 else adapted(chunk)
+    def wrong(prompt: Prompt, chunk: Chunk[Prompt]) -> int:
+        return right(prompt, chunk) if chunk.start == 0 else adapted(chunk)
 
-    right = PassChunk.adapted.fget  # type: ignore[attr-defined]
-    monkeypatch.setattr(PassChunk, "adapted", property(wrong))
+    right = Prompt.adapted_in
+    monkeypatch.setattr(Prompt, "adapted_in", wrong)
     side.restart(pass_tokens=32)
     with pytest.raises(OracleMismatchError):
         side.check(side.item("red", TEXT[:50], TEXT[50:]))

@@ -13,14 +13,15 @@ from prad.core.sampling import SamplingParams
 from prad.lm import LanguageModel
 from prad.lm.paged import Pools
 from prefill_service.generation import PromptRequest
-from prefill_service.prompt_pass import FirstTokens, PassChunk, PassItem, run_prompt_pass
+from prefill_service.prompt import Prompt
+from prefill_service.prompt_pass import FirstTokens, run_prompt_pass
 from tests.conftest import random_artefact
 from tests.oracle.reference import Fault, Reference
 
 
-def first_tokens(model: LanguageModel, *items: PassItem) -> FirstTokens:
+def first_tokens(model: LanguageModel, *items: Prompt) -> FirstTokens:
     """All in one pass, without blocks."""
-    return run_prompt_pass(model, Pools(model.layout, 0, 16, "cpu"), [PassChunk.whole(i) for i in items])
+    return run_prompt_pass(model, Pools(model.layout, 0, 16, "cpu"), [i.as_chunk() for i in items])
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -40,7 +41,7 @@ def test_the_continuation_is_the_plain_models(
         "replay", None, tuple(prompt), params, continuation_ids=tuple(output), output_offset=len(output)
     )
     neighbour = PromptRequest("other", None, (1, 2, 3), params)
-    items = [PassItem(request, adapter), PassItem(neighbour, None)]
+    items = [Prompt(request, adapter), Prompt(neighbour, None)]
     (draw,) = first_tokens(model, *items)[items[0]] or ()
     expected = reference.logits(prompt, [*output, 0], artefact.folder)[-1]
     top = torch.tensor([logprob for _, logprob in draw.top])
@@ -61,7 +62,7 @@ def test_a_replay_draws_what_the_first_run_drew(load_tiny: Callable[[str], Langu
         request = PromptRequest(
             "r", None, (4, 8, 15), params, continuation_ids=continuation, output_offset=len(continuation)
         )
-        item = PassItem(request, None)
+        item = Prompt(request, None)
         (drawn,) = first_tokens(model, item)[item] or ()
         return drawn.id
 

@@ -27,7 +27,8 @@ from prad.lm import LanguageModel
 from prad.lm.kernels import Kernels
 from prad.lm.paged import Pools
 from prefill_service.generation import PromptRequest
-from prefill_service.prompt_pass import PassChunk, PassItem, run_prompt_pass
+from prefill_service.prompt import Prompt
+from prefill_service.prompt_pass import run_prompt_pass
 from tests.conftest import CONFIGS, GROUPED, SIZES, random_artefact, randomised
 from tests.oracle.comparing import TOLERANCE
 from tests.oracle.reference import Fault, Reference
@@ -129,9 +130,9 @@ def last_logprobs(
         for i, prompt in enumerate(prompts):
             for output in ((), OUTPUT):
                 request = PromptRequest("r", None, tuple(prompt), params, continuation_ids=output)
-                items[task, i, output] = PassItem(request, adapter)
+                items[task, i, output] = Prompt(request, adapter)
     pools = Pools(model.layout, 0, 16, "cpu")
-    tokens = run_prompt_pass(model, pools, [PassChunk.whole(item) for item in items.values()])
+    tokens = run_prompt_pass(model, pools, [item.as_chunk() for item in items.values()])
     tops = {}
     for key, item in items.items():
         (draw,) = tokens[item] or ()

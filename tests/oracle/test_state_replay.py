@@ -13,7 +13,8 @@ from prad.lm import LanguageModel, SiteVectors
 from prad.lm.paged import Pools
 from prad.training.objective import AdapterTuning
 from prefill_service.generation import PromptRequest
-from prefill_service.prompt_pass import PassChunk, PassItem, run_prompt_pass
+from prefill_service.prompt import Prompt
+from prefill_service.prompt_pass import run_prompt_pass
 from tests.conftest import random_artefact
 from tests.generation import generate
 from tests.oracle.comparing import TOP, OracleMismatchError, Served, check
@@ -28,14 +29,14 @@ def replayed(model: LanguageModel, adapter: Adapter, output: list[int]) -> tuple
     request = PromptRequest(
         "r", None, tuple(PROMPT), params, continuation_ids=tuple(output), output_offset=len(output)
     )
-    neighbour = PassItem(PromptRequest("n", None, (1, 2, 3), params), adapter)
-    item, states = PassItem(request, adapter), dict[PassItem, SiteVectors]()
+    neighbour = Prompt(PromptRequest("n", None, (1, 2, 3), params), adapter)
+    item, states = Prompt(request, adapter), dict[Prompt, SiteVectors]()
     assert item.whole
-    assert item.keys(4) == (), "nothing of it is cached"
+    assert item.block_keys(4) == (), "nothing of it is cached"
     drawn = run_prompt_pass(
         model,
         Pools(model.layout, 0, 16, "cpu"),
-        [PassChunk.whole(neighbour), PassChunk.whole(item)],
+        [neighbour.as_chunk(), item.as_chunk()],
         state_done=states.__setitem__,
     )
     (draw,) = drawn[item] or ()

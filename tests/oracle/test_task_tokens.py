@@ -14,9 +14,9 @@ from prad.adapters import split_task_tokens
 from prad.adapters.task_tokens import TaskRows
 from prad.lm import LanguageModel
 from prad.lm.kernels import Kernels
+from prefill_service import prompt as prompts
 from prefill_service import prompt_pass
-from prefill_service.prompt_pass import PassItem
-from prefill_service.wire import open_message
+from prefill_service.decode_link import open_message
 from tests.conftest import VOCAB, random_artefact
 from tests.oracle.comparing import OracleMismatchError
 from tests.oracle.reference import Reference
@@ -34,13 +34,13 @@ TASKS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
 }
 OWN = [task for task, (_, _, names) in TASKS.items() if names]
 CHUNKED = [task for task in TASKS if task != "para"]  # that one needs the whole prompt
-Prompt = list[int | str]
+Words = list[int | str]
 
 
 class NamedSide(PromptSide):
     """Prompts name their task tokens, as the reference takes them."""
 
-    def named(self, task: str | None, prompt: Prompt, continuation: Sequence[int] = ()) -> PassItem:
+    def named(self, task: str | None, prompt: Words, continuation: Sequence[int] = ()) -> prompts.Prompt:
         names = () if task is None else TASKS[task][2]
         ids = [~names.index(token) if isinstance(token, str) else token for token in prompt]
         return self.item(task, ids, continuation)
@@ -57,9 +57,9 @@ class _ByName(Reference):
         )
 
 
-def placed(length: int, *places: int) -> Prompt:
+def placed(length: int, *places: int) -> Words:
     """Text with ONE and TWO in turn at `places`."""
-    prompt: Prompt = list(TEXT[:length])
+    prompt: Words = list(TEXT[:length])
     for turn, place in enumerate(places):
         prompt[place] = (ONE, TWO)[turn % 2]
     return prompt
@@ -122,8 +122,8 @@ def test_cached_blocks_know_which_task_token(side: NamedSide, task: str) -> None
     side.restart(pass_tokens=4096)
     virtual = TASKS[task][1].get("virtual_tokens", 0)
     front, rows = placed(40, 3), virtual + 40
-    other: Prompt = [*front[:35], TWO, *front[36:]]
-    plain: Prompt = [*front[:3], 0, *front[4:]]  # the id that stands in for it
+    other: Words = [*front[:35], TWO, *front[36:]]
+    plain: Words = [*front[:3], 0, *front[4:]]  # the id that stands in for it
     for prompt, computed in (
         (front, rows),
         (front, rows - (rows - 1) // SIZE * SIZE),
@@ -145,10 +145,10 @@ def test_a_continuation_is_the_plain_models(side: NamedSide) -> None:
 
 @pytest.mark.parametrize("task", OWN)
 def test_what_decode_gets_are_counts(side: NamedSide, task: str) -> None:
-    request = side.named(task, placed(20, 2, 19)).request
-    opened = open_message(request, "c", side.model.spec, 1, 0, {})
+    named = side.named(task, placed(20, 2, 19))
+    opened = open_message(named, "c", side.model.spec, 1.0)
     assert all(0 <= token < VOCAB for token in opened.prompt_ids)
-    assert (opened.prompt_len, opened.kv_len) == (20, 20 + request.virtual_tokens)
+    assert (opened.prompt_len, opened.kv_len) == (20, 20 + named.request.virtual_tokens)
 
 
 # ---- faults: each is a way in which a server with task tokens could be wrong
@@ -199,11 +199,11 @@ def test_the_oracle_fails_if_keys_hold_placeholders(side: NamedSide, monkeypatch
     ) -> tuple[bytes, ...]:
         return original(digest, virtual, [max(i, 0) for i in ids], *rest)
 
-    original = prompt_pass.block_keys
-    monkeypatch.setattr(prompt_pass, "block_keys", of_placeholders)
+    original = prompts.block_keys
+    monkeypatch.setattr(prompts, "block_keys", of_placeholders)
     side.restart(pass_tokens=4096)
     side.check(side.named("pa", placed(40, 13)))
-    other: Prompt = list(TEXT[:40])
+    other: Words = list(TEXT[:40])
     other[13] = TWO
     with pytest.raises(OracleMismatchError):
         side.check(side.named("pa", other))

@@ -11,8 +11,8 @@ import pytest
 from prad.adapters import PromptAdaptation
 from prad.core.blocks import block_keys
 from prad.lm import LanguageModel
-from prefill_service import prompt_pass
-from prefill_service.prompt_pass import PassItem
+from prefill_service import prompt
+from prefill_service.prompt import Prompt
 from tests.conftest import random_artefact
 from tests.oracle.comparing import OracleMismatchError
 from tests.oracle.test_chunks_and_cache import SIZE, TEXT, PromptSide
@@ -110,7 +110,7 @@ def test_the_oracle_fails_if_a_chunk_forgets_where_it_is(
 def test_the_oracle_fails_if_virtual_tokens_are_left_out(
     side: PromptSide, task: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prompt_pass, "placeholders", lambda _: ())
+    monkeypatch.setattr(prompt, "placeholders", lambda _: ())
     side.restart(pass_tokens=4096)
     with pytest.raises(OracleMismatchError):
         side.check(side.item(task, TEXT[:20]))  # within a sliding window of them
@@ -121,7 +121,7 @@ def test_the_oracle_fails_if_they_take_prompt_rows_from_the_adapted(
     side: PromptSide, task: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Counting adapted rows by the prompt alone leaves virtual ones out where the prompt is shorter."""
-    monkeypatch.setattr(PassItem, "adapted", property(lambda item: len(item.request.prompt_ids)))
+    monkeypatch.setattr(Prompt, "adapted", property(lambda item: len(item.request.prompt_ids)))
     side.restart(pass_tokens=4096)
     with pytest.raises(OracleMismatchError):
         side.check(side.item(task, TEXT[:4]))
@@ -131,7 +131,7 @@ def test_the_oracle_fails_if_keys_lack_the_adapter(side: PromptSide, monkeypatch
     def shared(_: str | None, virtual: int, ids: Sequence[int], size: int, *rest: int) -> tuple[bytes, ...]:
         return block_keys(None, 0, ids, size)
 
-    monkeypatch.setattr(prompt_pass, "block_keys", shared)
+    monkeypatch.setattr(prompt, "block_keys", shared)
     side.restart(pass_tokens=4096)
     side.check(side.item("prefix", TEXT))
     with pytest.raises(OracleMismatchError):

@@ -4,9 +4,11 @@ from collections import Counter
 
 import pytest
 
-from prad.core.blocks import BlockPool, block_keys
-from prefill_service.chunks import Chunk, Waiting
+from prad.core.blocks import BlockPool
+from prad.core.chunk import Chunk
+from prefill_service.prompt import Prompt
 from prefill_service.scheduler import PromptScheduler
+from tests.prefill.fakes import prompt
 
 SIZE = 4
 
@@ -18,8 +20,8 @@ def scheduler(
     pass_prompts: int = 4,
     working: int = 1000,
     kept: int = 0,
-) -> PromptScheduler[str]:
-    made: PromptScheduler[str] = PromptScheduler(
+) -> PromptScheduler:
+    made = PromptScheduler(
         BlockPool(working + kept, SIZE, keep=kept),
         pass_tokens=pass_tokens,
         chunk_tokens=chunk_tokens or pass_tokens,
@@ -27,15 +29,19 @@ def scheduler(
         max_waiting=6,
     )
     for i, n in enumerate(tokens):
-        made.add(Waiting(f"job{i}", n))
+        made.add(prompt(f"job{i}", n))
     return made
 
 
-def parts(chunks: list[Chunk[str]]) -> list[tuple[str, int, int]]:
-    return [(chunk.job, chunk.start, chunk.end) for chunk in chunks]
+def name(chunk: Chunk[Prompt]) -> str:
+    return chunk.prompt.request.request_id
 
 
-def run(queue: PromptScheduler[str], now: float = 0) -> list[tuple[str, int, int]]:
+def parts(chunks: list[Chunk[Prompt]]) -> list[tuple[str, int, int]]:
+    return [(name(chunk), chunk.start, chunk.end) for chunk in chunks]
+
+
+def run(queue: PromptScheduler, now: float = 0) -> list[tuple[str, int, int]]:
     """One pass, to its end."""
     chunks = queue.next_pass(now)
     queue.computed()
@@ -50,18 +56,19 @@ def test_prompts_that_fit_share_a_pass_in_order_of_arrival() -> None:
 
 
 def test_blocks_of_a_broken_job_are_not_found_again() -> None:
-    queue, keys = scheduler(kept=20), tuple(bytes([i]) for i in range(4))
-    for broken, cached in (({"job"}, 0), ((), 0), ((), 4 * SIZE)):
-        queue.add(Waiting("job", 4 * SIZE + 1, keys))
+    queue = scheduler(kept=20)
+    for breaks, cached in ((True, 0), (False, 0), (False, 4 * SIZE)):
+        job = prompt("job", 4 * SIZE + 1)
+        queue.add(job)
         (chunk,) = queue.next_pass(0)
         assert chunk.start == cached
-        queue.computed(broken)
+        queue.computed({job} if breaks else ())
 
 
 def test_short_prompts_go_in_beside_the_chunks_of_a_long_one() -> None:
     queue = scheduler(250, 10, pass_tokens=100)
     assert run(queue) == [("job0", 0, 90), ("job1", 0, 10)]
-    queue.add(Waiting("late", 70))
+    queue.add(prompt("late", 70))
     assert run(queue) == [("job0", 90, 140), ("late", 0, 50)]
     assert run(queue) == [("job0", 140, 220), ("late", 50, 70)]
     assert run(queue) == [("job0", 220, 250)]
@@ -72,7 +79,7 @@ def test_a_stream_of_short_prompts_does_not_starve_a_long_one() -> None:
     passes = 0
     while queue.next_due() is not None and passes < 100:
         for i in range(4):
-            queue.add(Waiting(f"short{passes}.{i}", 30))
+            queue.add(prompt(f"short{passes}.{i}", 30))
         if any(job == "job0" and end == 1000 for job, _, end in run(queue)):
             break
         passes += 1
@@ -148,7 +155,7 @@ def test_the_oldest_prompt_gets_the_blocks_that_it_waits_for() -> None:
     started: list[str] = []
     for number in range(60):
         if number == 5:
-            queue.add(Waiting("late", 90))
+            queue.add(prompt("late", 90))
         started += [job for job, start, _ in run(queue) if start == 0]
         assert queue.blocks.in_use <= 50
     assert started == ["job0", "job2", "job1", "late"]
@@ -158,9 +165,9 @@ def test_the_oldest_prompt_gets_the_blocks_that_it_waits_for() -> None:
 def test_nothing_overtakes_a_prompt_that_waits_for_room_at_decode() -> None:
     queue = scheduler(10, 10)
     for chunk in queue.next_pass(0):
-        queue.put_back(chunk, not_before=5.0 if chunk.job == "job0" else 0.0)
+        queue.put_back(chunk, not_before=5.0 if name(chunk) == "job0" else 0.0)
     queue.computed()
-    queue.add(Waiting("late", 1))
+    queue.add(prompt("late", 1))
     assert queue.next_pass(4.9) == []
     assert queue.next_due() == 5.0
     assert run(queue, 5.0) == [("job0", 0, 10), ("job1", 0, 10), ("late", 0, 1)]
@@ -177,14 +184,17 @@ def test_a_prompt_under_way_goes_on_while_others_wait_for_room() -> None:
 
 
 def test_a_removed_prompt_is_never_scheduled_again_and_gives_its_blocks_back() -> None:
-    queue = scheduler(50, 50, pass_tokens=20)
+    queue = scheduler(pass_tokens=20)
+    jobs = [prompt(f"job{i}", 50) for i in range(2)]
+    for job in jobs:
+        queue.add(job)
     queue.next_pass(0)
-    queue.remove("job0")
+    queue.remove(jobs[0])
     assert queue.blocks.in_use > 0  # the pass under way still writes to them
     queue.computed()
     assert queue.blocks.in_use == 0
     assert {job for job, _, _ in run(queue)} == {"job1"}
-    queue.remove("job1")
+    queue.remove(jobs[1])
     assert queue.blocks.in_use == 0
     assert queue.next_due() is None
 
@@ -198,16 +208,20 @@ def test_the_prompts_of_a_failed_pass_leave() -> None:
 
 
 def test_the_queue_is_bounded() -> None:
-    queue = scheduler(1, 1, 1, 1, 1, 1)
-    assert queue.full
-    queue.remove("job0")
-    assert not queue.full
-    assert run(queue)[0][0] == "job1"
+    queue = scheduler(1, 1, 1, 1, 1)
+    last = prompt("last", 1)
+    assert queue.full(arriving=1)
+    assert not queue.full()
+    queue.add(last)
+    assert queue.full()
+    queue.remove(last)
+    assert not queue.full()
+    assert run(queue)[0][0] == "job0"
 
 
-def cached(queue: PromptScheduler[str], job: str, ids: list[int], digest: str | None = "d") -> list[int]:
+def cached(queue: PromptScheduler, job: str, ids: list[int], digest: str | None = "d") -> list[int]:
     """Runs a prompt to its end; returns where its chunks began."""
-    queue.add(Waiting(job, len(ids), block_keys(digest, 0, ids, SIZE)))
+    queue.add(prompt(job, ids, digest=digest))
     starts = []
     while queue.next_due() is not None:
         starts += [start for _, start, _ in run(queue)]
@@ -233,9 +247,8 @@ def test_a_repeated_prompt_computes_what_no_block_holds(pass_tokens: int) -> Non
 
 def test_the_same_prompt_twice_in_a_pass_is_computed_twice_and_kept_once() -> None:
     queue = scheduler(kept=10)
-    keys = block_keys("d", 0, range(8), SIZE)
     for job in ("one", "two"):
-        queue.add(Waiting(job, 8, keys))
+        queue.add(prompt(job, range(8), digest="d"))
     assert run(queue) == [("one", 0, 8), ("two", 0, 8)]
     assert (queue.blocks.cached, queue.blocks.in_use) == (2, 0)
 

@@ -1,31 +1,36 @@
 """What the engine makes of decode's events: no token is lost, and no end is missed."""
 
-from types import SimpleNamespace
-from typing import Any
+import asyncio
 
 import pytest
 
-from prad.core.sampling import SamplingParams
 from prad.core.tokens import Token, TokenEvent
-from prefill_service.engine import PrefillEngine
 from prefill_service.errors import DeadlineError, InternalError, ServingError
-from prefill_service.generation import PromptRequest
-from prefill_service.job import Job, Stage
-from prefill_service.prompt_pass import PassItem
+from tests.prefill.fakes import Setting, request
 
 
-def outputs_of(event: TokenEvent) -> tuple[list[TokenEvent | ServingError], list[tuple[str, int]]]:
+async def outputs_of(event: TokenEvent) -> tuple[list[TokenEvent | ServingError], list[tuple[str, int]]]:
     """What the HTTP side gets for an event, and which attempts are cancelled at decode."""
-    request = PromptRequest("r", None, (1, 2), SamplingParams(max_tokens=20))
-    job = Job(PassItem(request, None), 0.0, 1.0, stage=Stage.DECODING)
-    cancelled: list[tuple[str, int]] = []
-    engine: Any = object.__new__(PrefillEngine)  # the model and the connection have no part in this
-    engine._live = {"r": job}
-    engine._link = SimpleNamespace(cancel=lambda *which: cancelled.append(which))
-    engine._on_event(event)
-    outputs = []
-    while not job.outputs.empty():
-        outputs.append(job.outputs.get_nowait())
+    setting = Setting()
+    outputs: list[TokenEvent | ServingError] = []
+
+    async def collect() -> None:
+        try:
+            async for token in setting.engine.generate(request("r")):
+                outputs.append(token)
+        except ServingError as error:
+            outputs.append(error)
+
+    async with setting.running():
+        collecting = asyncio.create_task(collect())
+        await setting.until(lambda: outputs)
+        await setting.idle()
+        outputs.clear()
+        setting.link.tell(event)
+        await setting.idle()
+        cancelled = list(setting.link.cancelled)
+        collecting.cancel()
+        await asyncio.gather(collecting, return_exceptions=True)
     return outputs, cancelled
 
 
@@ -35,7 +40,7 @@ def event(tokens: int, reason: str | None, error: str | None = None) -> TokenEve
 
 @pytest.mark.parametrize("reason", [None, "stop", "length"])
 async def test_tokens_come_one_by_one_and_the_last_brings_the_reason(reason: str | None) -> None:
-    outputs, cancelled = outputs_of(event(3, reason))
+    outputs, cancelled = await outputs_of(event(3, reason))
     assert [(o.index, o.tokens[0].id, o.finish_reason) for o in outputs if isinstance(o, TokenEvent)] == [
         (5, 40, None),
         (6, 41, None),
@@ -52,7 +57,7 @@ async def test_tokens_come_one_by_one_and_the_last_brings_the_reason(reason: str
 async def test_an_early_end_delivers_what_it_brings_and_fails(
     tokens: int, reason: str, error: str | None, kind: type[ServingError]
 ) -> None:
-    outputs, cancelled = outputs_of(event(tokens, reason, error))
+    outputs, cancelled = await outputs_of(event(tokens, reason, error))
     *drawn, end = outputs
     assert [o.tokens[0].id for o in drawn if isinstance(o, TokenEvent)] == [40, 41][:tokens]
     assert all(isinstance(o, TokenEvent) and o.finish_reason is None for o in drawn)
@@ -62,5 +67,5 @@ async def test_an_early_end_delivers_what_it_brings_and_fails(
 
 @pytest.mark.parametrize("reason", [None, "stop"])
 async def test_an_event_without_a_token_is_never_passed_over(reason: str | None) -> None:
-    outputs, _ = outputs_of(event(0, reason))
+    outputs, _ = await outputs_of(event(0, reason))
     assert [type(o) for o in outputs] == [InternalError]

@@ -3,6 +3,8 @@
 import asyncio
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import pytest
 
@@ -109,3 +111,37 @@ def test_the_client_brings_no_server_along():
         "assert not {'fastapi', 'uvicorn', 'torch', 'sqlite3', 'adapter_registry.store'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+class Watched:
+    """A file that knows which threads write to it."""
+
+    def __init__(self, file, threads):
+        self._file, self._threads = file, threads
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._file.close()
+
+    def write(self, data):
+        self._threads.add(threading.current_thread())
+        return self._file.write(data)
+
+
+async def test_what_is_downloaded_is_written_beside_the_event_loop(registry, prefill, adapter, monkeypatch):
+    digest = registry.push(adapter(1)).digest
+    threads = set()
+
+    def watched(path, mode="r", *rest):
+        file = open_really(path, mode, *rest)
+        if mode != "wb":
+            return file
+        return Watched(file, threads)
+
+    open_really = Path.open
+    monkeypatch.setattr(Path, "open", watched)
+    await prefill.fetch("support", 1, digest)
+    assert threads
+    assert threading.main_thread() not in threads

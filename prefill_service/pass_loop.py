@@ -1,0 +1,235 @@
+"""The loop that all prompts go through: schedule -> run -> deliver.
+
+schedule   choose the chunks of the next pass, reserve room at decode for prompts that begin (Open)
+run        one packed prompt pass in the computing thread; its layers go out while it runs, or behind it
+deliver    first tokens to the client and, with Commit, to decode
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from kvtransfer import HandOff, TransferError
+from prad.core.chunk import Chunk
+from prad.core.tokens import Token
+from prefill_service.decode_link import DecodeLink, NoRoom, Room
+from prefill_service.errors import DecodeUnavailableError, InternalError, OverloadedError, ServingError
+from prefill_service.passes import PassLayers, PassResult, PassRunner
+from prefill_service.prompt import Committing, Decoding, Finished, Prefilling, Prompt
+from prefill_service.scheduler import PromptScheduler
+from prefill_service.settings import PrefillSettings
+
+logger = logging.getLogger(__name__)
+
+_BLOCKS_PINNED_S = 0.002
+_GATHER_MOST_S = 0.1
+
+
+class PassLoop:
+    """Moves prompts from state to state, but for the queue, which is the scheduler's.
+
+    `live`: those between arrival and last token, by request id. `clock` is the one in which `settings` count.
+    """
+
+    def __init__(
+        self,
+        scheduler: PromptScheduler,
+        passes: PassRunner,
+        link: DecodeLink,
+        settings: PrefillSettings,
+        clock: Callable[[], float],
+    ) -> None:
+        self._scheduler = scheduler
+        self._passes = passes
+        self._link = link
+        self._settings = settings
+        self._clock = clock
+        self.live: dict[str, Prompt] = {}
+        self._arrived = asyncio.Event()
+        self._arrivals = 0
+        self._beside: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        try:
+            while True:
+                await self._wait_for_work()
+                await self._gather()
+                chunks = await self._schedule()
+                if chunks and (result := await self._run(chunks)) is not None:
+                    self._deliver(chunks, result)
+                if chunks and self._settings.yield_s and self._any_decodes():
+                    await asyncio.sleep(self._settings.yield_s)
+        finally:
+            self._passes.close()
+
+    def add(self, prompt: Prompt) -> None:
+        self.live[prompt.request.request_id] = prompt
+        self._scheduler.add(prompt)
+        self._arrivals += 1
+        self._arrived.set()
+
+    def release(self, prompt: Prompt) -> None:
+        """Nobody waits for its tokens any more."""
+        if self.live.get(prompt.request.request_id) is prompt:
+            del self.live[prompt.request.request_id]
+        self._end(prompt)
+
+    def fail(self, prompt: Prompt, error: ServingError) -> None:
+        """Ends it with an error, unless it has ended."""
+        if not isinstance(prompt.state, Finished):
+            self._end(prompt)
+            prompt.outputs.put_nowait(error)
+
+    def _end(self, prompt: Prompt) -> None:
+        """Frees what it holds on both sides, whatever state it is in. One that is being committed is
+        cancelled when that is done."""
+        self._scheduler.remove(prompt)
+        if isinstance(prompt.state, Decoding):
+            self._link.cancel(prompt.request.request_id, prompt.attempt)
+        if isinstance(prompt.state, Prefilling):
+            self._give_back(prompt.state.hand_off, "cancelled")
+        prompt.state = Finished()
+
+    def _give_back(self, room: Room | None, reason: str) -> None:
+        """Decode may take its time to say so: nobody waits for that."""
+        if room is not None and not isinstance(room, NoRoom | ServingError):
+            self._do_beside(room.abort(reason))
+
+    # ---- a turn --------------------------------------------------------------------------------------
+
+    async def _schedule(self) -> list[Chunk[Prompt]]:
+        """The chunks of the next pass: those of prompts that have room at decode, or need none."""
+        chunks = self._scheduler.next_pass(self._clock())
+        if not chunks:  # the oldest prompt waits for blocks that are still being sent
+            await asyncio.sleep(_BLOCKS_PINNED_S)
+        asking = [chunk.prompt for chunk in chunks if _asks_for_room(chunk.prompt)]
+        return self._admit(chunks, await self._link.reserve(asking))
+
+    def _admit(self, chunks: Sequence[Chunk[Prompt]], rooms: Mapping[Prompt, Room]) -> list[Chunk[Prompt]]:
+        """Those that may run; the others go back. Whoever came later waits behind the first without room."""
+        admitted, refused, now = list[Chunk[Prompt]](), False, self._clock()
+        for chunk in chunks:
+            prompt, room = chunk.prompt, rooms.get(chunk.prompt)
+            if isinstance(room, NoRoom) and now - prompt.enqueued >= self._settings.queue_timeout_s:
+                room = OverloadedError(
+                    f"no room for this request within {self._settings.queue_timeout_s:g} s"
+                )
+            if isinstance(room, ServingError):
+                self.fail(prompt, room)
+                room = None
+            if not isinstance(prompt.state, Prefilling):  # failed, or the client left meanwhile
+                self._give_back(room, "cancelled")
+                self._scheduler.put_back(chunk)
+            elif isinstance(room, NoRoom):
+                refused = True
+                self._scheduler.put_back(chunk, now + room.retry_after)
+            elif prompt.state.computed_none and (refused or (_asks_for_room(prompt) and room is None)):
+                if room is not None:
+                    self._give_back(room, "an earlier prompt goes first")
+                    prompt.attempt += 1
+                self._scheduler.put_back(chunk)
+            else:
+                if room is not None:
+                    prompt.state = replace(prompt.state, hand_off=room)
+                admitted.append(chunk)
+        return admitted
+
+    async def _run(self, chunks: Sequence[Chunk[Prompt]]) -> PassResult | None:
+        """None if the pass failed, and all its prompts with it."""
+        try:
+            result = await self._passes.run(chunks)
+        except Exception:
+            logger.exception("a prompt pass of %d prompts failed", len(chunks))
+            self._scheduler.failed()
+            for chunk in chunks:
+                self.fail(chunk.prompt, InternalError("the prompt pass failed; the server's log says why"))
+            return None
+        self._scheduler.computed({p for p, tokens in result.first_tokens.items() if tokens is None})
+        return result
+
+    def _deliver(self, chunks: Sequence[Chunk[Prompt]], result: PassResult) -> None:
+        """First tokens to the HTTP side; what goes on is committed, beside the next passes."""
+        for prompt in (chunk.prompt for chunk in chunks if chunk.prompt.ends_with(chunk)):
+            state, tokens = prompt.state, result.first_tokens[prompt]
+            if not isinstance(state, Prefilling):  # the client left meanwhile
+                continue
+            if tokens is None:
+                reason = "the adapter or the model gave numbers that are not finite"
+                self.fail(prompt, InternalError(reason))
+            elif prompt.deliver_first(tokens, state.cached) and state.hand_off is not None:
+                prompt.state = Committing()
+                self._do_beside(self._commit(prompt, state.hand_off, result.layers, tokens))
+            else:
+                self._end(prompt)
+
+    async def _commit(
+        self, prompt: Prompt, hand_off: HandOff, layers: PassLayers, tokens: Sequence[Token]
+    ) -> None:
+        """Hands a prompt over once its last layer is on its way. What the client cancelled before decode had
+        confirmed is cancelled there afterwards."""
+        request_id, attempt = prompt.request.request_id, prompt.attempt
+        try:
+            async with hand_off:
+                await layers.sent()
+                for site, data in layers.state(prompt).items():
+                    await hand_off.send_state(site, data)
+                await hand_off.commit(tokens)
+        except TransferError as error:
+            broke = f"the hand-off to the decode service broke off: {error}"
+            self.fail(prompt, DecodeUnavailableError(broke))
+        except Exception:
+            logger.exception("the hand-off of %s failed", request_id)
+            self.fail(prompt, InternalError("the hand-off failed; the server's log says why"))
+        if not isinstance(prompt.state, Committing):  # over meanwhile; decode may have it all the same
+            self._link.cancel(request_id, attempt)
+            return
+        prompt.state = Decoding()
+        for choice in set(range(prompt.request.choices)) - prompt.running:
+            self._link.cancel(request_id, attempt, choice)
+
+    # ---- waiting -------------------------------------------------------------------------------------
+
+    async def _wait_for_work(self) -> None:
+        """Returns when the head of the queue may run."""
+        while True:
+            due = self._scheduler.next_due()
+            if due is not None and due <= self._clock():
+                return
+            self._arrived.clear()
+            try:
+                async with asyncio.timeout(None if due is None else due - self._clock()):
+                    await self._arrived.wait()
+            except TimeoutError:
+                return
+
+    async def _gather(self) -> None:
+        """Returns when no prompt came for a moment, or there are enough for a pass.
+
+        A moment in which the event loop was busy does not count: more prompts may lie in it unread.
+        """
+        now, moment = self._clock(), self._settings.gather_s
+        longest = now + _GATHER_MOST_S
+        while moment and now < longest and not self._scheduler.fills_a_pass(now):
+            known = self._arrivals
+            await asyncio.sleep(moment)
+            late = self._clock() - now - moment
+            if known == self._arrivals and late < moment:
+                return
+            now = self._clock()
+
+    def _any_decodes(self) -> bool:
+        return any(isinstance(prompt.state, Decoding) for prompt in self.live.values())
+
+    def _do_beside(self, work: Coroutine[Any, Any, None]) -> None:
+        """Nobody waits for it."""
+        task = asyncio.create_task(work)
+        self._beside.add(task)
+        task.add_done_callback(self._beside.discard)
+
+
+def _asks_for_room(prompt: Prompt) -> bool:
+    state = prompt.state
+    return prompt.needs_decode and isinstance(state, Prefilling) and state.hand_off is None

@@ -1,0 +1,165 @@
+"""What requests are resolved against, and how it follows the registry, also while that is away."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapter_registry.api import RoutingState, TaskRoute, VersionRoute
+from adapter_registry.errors import IllegalTransitionError, RegistryUnreachableError, StoredFilesDamagedError
+from adapter_registry.versions import State
+from prefill_service import catalogue as module
+from prefill_service.catalogue import RegistryFollower, TaskCatalogue, TaskVersions
+from prefill_service.errors import UnknownModelError
+from tests.prefill.fakes import version
+
+BASE = {"name": "tiny", "architecture": "llama", "weights": "tiny"}
+
+
+def digest(number: int) -> str:
+    return f"{number:064x}"
+
+
+def state(revision: int, current: int | None, **versions: State) -> RoutingState:
+    routes = [
+        VersionRoute(
+            version=int(name[1:]),
+            digest=digest(int(name[1:])),
+            state=state,
+            method="pa",
+            base=BASE,
+            pushed_at="",
+        )
+        for name, state in versions.items()
+    ]
+    return RoutingState(
+        revision=revision, tasks=(TaskRoute(task="t", current=current, versions=tuple(routes)),)
+    )
+
+
+class Registry:
+    """A registry that tells its states one after the other, and then nothing more."""
+
+    def __init__(self, *states: RoutingState | Exception) -> None:
+        self.states = list(states)
+        self.fetched: list[int] = []
+        self.probes: list[tuple[int, bool, str]] = []
+        self.damaged: set[int] = set()
+        self.moot = False
+        self.told = asyncio.Event()
+
+    async def state(self) -> RoutingState:
+        return await self._next()
+
+    async def changes(self, after: int, wait: float) -> RoutingState | None:
+        return await self._next()
+
+    async def _next(self) -> RoutingState:
+        if not self.states:
+            self.told.set()
+            await asyncio.Event().wait()
+        told = self.states.pop(0)
+        if isinstance(told, Exception):
+            raise told
+        return told
+
+    async def fetch(self, task: str, number: int, of: str) -> Any:
+        self.fetched.append(number)
+        if number in self.damaged:
+            raise StoredFilesDamagedError("damaged")
+        return version(of).artefact
+
+    async def probe(self, task: str, number: int, *, ok: bool, reason: str = "") -> None:
+        self.probes.append((number, ok, reason))
+        if self.moot:
+            raise IllegalTransitionError("retired meanwhile")
+
+
+async def sound(artefact: Any) -> None:
+    return
+
+
+async def followed(
+    registry: Registry, probe: Callable[[Any], Awaitable[None]] = sound, base: str = "plain"
+) -> tuple[TaskCatalogue, RegistryFollower]:
+    catalogue = TaskCatalogue(base)
+    client: Any = registry
+    follower = RegistryFollower(client, catalogue, probe)
+    assert follower.trouble is not None
+    task = asyncio.create_task(follower.run())
+    await registry.told.wait()
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    return catalogue, follower
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_RETRY_S", 0.0)
+
+
+def test_a_name_means_the_current_version_and_what_is_not_there_is_named() -> None:
+    catalogue = TaskCatalogue("plain")
+    with pytest.raises(UnknownModelError, match="none yet"):
+        catalogue.resolve("t", None)
+    one, two = version("a"), version("b")
+    catalogue.replace({"t": TaskVersions(2, {1: one, 2: two}), "u": TaskVersions(None, {1: one})})
+    assert catalogue.resolve("t", None) is two
+    assert catalogue.resolve("t", 1) is one
+    for task, number, said in (("t", 3, "t@1, t@2"), ("u", None, "no current version"), ("x", 1, "t, u")):
+        with pytest.raises(UnknownModelError, match=said):
+            catalogue.resolve(task, number)
+    assert [entry.name for entry in catalogue.tasks()] == ["t"], "one without a current version is not listed"
+
+
+async def test_what_answers_is_served_and_fetched_once() -> None:
+    first, second = state(1, 1, v1=State.ROUTABLE), state(2, 2, v1=State.ROUTABLE, v2=State.ROUTABLE)
+    registry = Registry(first, second)
+    catalogue, follower = await followed(registry)
+    assert (registry.fetched, follower.trouble) == ([1, 2], None)
+    assert catalogue.resolve("t", None).digest == digest(2)
+    assert catalogue.resolve("t", 1).digest == digest(1)
+
+
+async def test_what_is_pushed_is_probed_and_served_only_once_it_answers() -> None:
+    registry = Registry(state(1, None, v1=State.PUSHED))
+    catalogue, _ = await followed(registry)
+    assert registry.probes == [(1, True, "")]
+    with pytest.raises(UnknownModelError):
+        catalogue.resolve("t", 1)
+
+
+async def test_one_that_fails_its_probe_is_reported_with_the_reason() -> None:
+    async def burns(artefact: Any) -> None:
+        raise RuntimeError("burnt")
+
+    registry = Registry(state(1, None, v1=State.PUSHED))
+    registry.moot = True
+    await followed(registry, burns)
+    assert registry.probes == [(1, False, "burnt")]
+
+
+async def test_a_task_named_as_the_plain_model_is_refused() -> None:
+    registry = Registry(state(1, None, v1=State.PUSHED))
+    await followed(registry, base="t")
+    ((_, ok, reason),) = registry.probes
+    assert (ok, "plain model's name" in reason) == (False, True)
+
+
+async def test_what_cannot_be_had_takes_nothing_else_along() -> None:
+    registry = Registry(state(1, 2, v1=State.ROUTABLE, v2=State.ROUTABLE))
+    registry.damaged = {1}
+    catalogue, _ = await followed(registry)
+    assert catalogue.resolve("t", None).digest == digest(2)
+    with pytest.raises(UnknownModelError):
+        catalogue.resolve("t", 1)
+
+
+async def test_while_the_registry_is_away_what_was_known_is_served() -> None:
+    away = [RegistryUnreachableError("away"), RegistryUnreachableError("away"), ValueError("odd")]
+    registry = Registry(state(1, 1, v1=State.ROUTABLE), *away)
+    catalogue, follower = await followed(registry)
+    assert catalogue.resolve("t", None).artefact.folder == Path()
+    assert follower.trouble is None
