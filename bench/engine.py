@@ -11,8 +11,7 @@ from decode_service.engine import PagedEngine
 from decode_service.protocol import PlacedRows
 from decode_service.runner import ModelRunner
 from decode_service.scheduler import Scheduler
-from kvtransfer.kv_frame import Incoming
-from kvtransfer.layout import Encoding
+from kvtransfer.frames import Encoding, Incoming
 from kvtransfer.messages import Open, StateSite
 from prad.core.blocks import BlockPool
 from prad.core.sampling import SamplingParams
@@ -59,7 +58,6 @@ class LoadedEngine:
             state = {} if states is None else states[number]
             request = Open(
                 request_id=str(number),
-                client_id="bench",
                 model=model.spec,
                 kv_len=context,
                 prompt_len=context,
@@ -90,7 +88,7 @@ class LoadedEngine:
         bytes_per_token = request.model.layout.bytes_per_token
         frame = Incoming(0, (), Encoding.RAW, bytes_per_token, raw)
         started = time.perf_counter()
-        reservation = self._engine.admit(request)
+        reservation = self._engine.admit("bench", request)
         self._engine.write(frame, [PlacedRows(reservation, 0, 0, request.kv_len)])
         for site, vectors in state.items():
             reservation.put_state(str(site), bytes(_raw(vectors)))

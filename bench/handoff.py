@@ -23,9 +23,13 @@ from torch import Tensor
 
 from bench.flags import Handoff
 from bench.model import load, model_flags
-from kvtransfer import DecodeClient, Encoding, LostError, Open, PassRows, TransferSettings
-from kvtransfer.layout import plane_bytes
+from kvtransfer.client import DecodeClient
+from kvtransfer.errors import LostError
+from kvtransfer.frames import Encoding, plane_bytes
 from kvtransfer.memory import keep_freed_memory
+from kvtransfer.messages import Open
+from kvtransfer.sender import PassRows
+from kvtransfer.settings import TransferSettings
 from local_stack.stack import Stack
 from prad.core.sampling import SamplingParams
 from prad.core.tokens import Token
@@ -100,10 +104,7 @@ class Burst:
         sampling = SamplingParams(max_tokens=2, stop_ids=frozenset({STOP}))
         names = [f"{length}-{self._count}-{i}" for i in range(len(self._ids))]
         hand_offs = await asyncio.gather(
-            *(
-                client.open(Open(name, _name(client), self._spec, length, length, length, sampling))
-                for name in names
-            )
+            *(client.open(Open(name, self._spec, length, length, length, sampling)) for name in names)
         )
         return [PassRows(h, i * length, 0, length) for i, h in enumerate(hand_offs)]
 

@@ -25,7 +25,7 @@ from decode_service.sequences import (
     State,
 )
 from kvtransfer.errors import FencedError, ProtocolError, RejectedError, RejectReason
-from kvtransfer.kv_frame import Incoming
+from kvtransfer.frames import Incoming
 from kvtransfer.messages import Cancel, Open
 from prad.core.tokens import Token, TokenEvent
 
@@ -72,7 +72,7 @@ class PagedEngine:
 
     def step(self) -> None:
         with self._changed:
-            plan = self._scheduler.schedule(time.time_ns() // 1_000_000)
+            plan = self._scheduler.schedule(time.monotonic())
         results: list[Token | Ended] = []
         if plan.batch:
             started = time.perf_counter()
@@ -128,7 +128,7 @@ class PagedEngine:
         """One message per client."""
         by_client: defaultdict[str, list[TokenEvent]] = defaultdict(list)
         for sequence, event in events:
-            by_client[sequence.request.client_id].append(event)
+            by_client[sequence.id.hand_off.client_id].append(event)
         if by_client:
             self._deliver(by_client)
 
@@ -145,12 +145,15 @@ class PagedEngine:
 
     # ---- what the service asks, in the service's thread
 
-    def admit(self, request: Open) -> "PagedReservation":
+    def admit(self, client_id: str, request: Open) -> "PagedReservation":
         self._runner.limits.check(request)
+        # what was left when it was sent counts from now: the clocks of two hosts differ
+        left_ms = request.timeout_ms
+        deadline = None if left_ms is None else time.monotonic() + left_ms / 1000
         with self._changed:
             if self._failure is not None:
                 raise RejectedError(RejectReason.DRAINING, self._failure)
-            reserved = self._scheduler.reserve(request)
+            reserved = self._scheduler.reserve(client_id, request, deadline)
         return PagedReservation(self, self._runner, reserved)
 
     def write(self, frame: Incoming, rows: Sequence[PlacedRows]) -> None:
@@ -176,6 +179,7 @@ class PagedEngine:
                 kv_len=request.kv_len,
                 state=state,
                 phase=next(self._phases),
+                deadline=reserved.deadline,
             )
             for choice, token in enumerate(first_tokens)
             if request.sampling.finish_reason(token.id, request.output_offset + 1) is None

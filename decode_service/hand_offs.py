@@ -7,20 +7,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from decode_service.protocol import PlacedRows, Reservation
-from kvtransfer import kv_frame
+from kvtransfer import frames
 from kvtransfer.errors import (
     CorruptError,
     ProtocolError,
     RejectedError,
-    RejectReason,
     TimedOutError,
     TransferError,
+    status_of,
 )
+from kvtransfer.memory import NONCE_BYTES, map_segment
 from kvtransfer.messages import Open
 from kvtransfer.proto import handoff_pb2 as pb
 from kvtransfer.receiver import Receiver, read_open
-from kvtransfer.segment import NONCE_BYTES, map_segment
-from kvtransfer.status import failure_to_proto
 from prad.core.layout import ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -39,19 +38,19 @@ class _Receiving:
 
 
 class HandOffs:
-    """A stream is one client's: that of its first accepted Open. `close` gives back what is not committed."""
+    """A stream is one session's: its first frame says whose. `close` gives back what is not committed."""
 
     def __init__(
         self,
         model: ModelSpec,
-        admit: Callable[[Open], Reservation],
-        write: Callable[[kv_frame.Incoming, Sequence[PlacedRows]], None],
+        admit: Callable[[str, Open], Reservation],
+        write: Callable[[frames.Incoming, Sequence[PlacedRows]], None],
         *,
         idle_s: float,
         shared_memory: bool,
     ) -> None:
-        """`admit` reserves room or raises RejectedError; `write` as `DecodeEngine.write`. idle_s: how long a
-        hand-off may be silent before its room is given back."""
+        """`admit` reserves room for a session's request or raises RejectedError; `write` as
+        `DecodeEngine.write`. idle_s: how long a hand-off may be silent before its room is given back."""
         self._model = model
         self._admit = admit
         self._write = write
@@ -59,13 +58,18 @@ class HandOffs:
         self._shared_memory = shared_memory
         self._receiving: dict[int, _Receiving] = {}
         self._last = 0
-        self._client_id: str | None = None
+        self._session: str | None = None
         self._map: mmap.mmap | None = None
         self._segment: memoryview | None = None
 
     def receive(self, frame: pb.HandOffFrame) -> Replies:
         """The answers to a frame. Raises ProtocolError for what breaks the stream's own rules."""
         kind = frame.WhichOneof("frame")
+        if (kind == "begin") != (self._session is None):
+            raise ProtocolError("a stream of hand-offs begins with Begin, and only once")
+        if kind == "begin":
+            self._session = frame.begin.session
+            return []
         if kind == "open":
             return [self._open(frame.open)]
         if kind == "kv":
@@ -108,9 +112,7 @@ class HandOffs:
         self._last = number
         try:
             request = read_open(message, self._model)
-            if self._client_id not in (None, request.client_id):
-                raise RejectedError(RejectReason.INVALID, "the hand-offs of a stream are all one client's")
-            reservation = self._admit(request)
+            reservation = self._admit(self._session or "", request)
         except RejectedError as error:
             rejected = pb.Rejected(
                 reason=pb.Rejected.Reason.ValueType(error.reason),
@@ -118,7 +120,6 @@ class HandOffs:
                 retry_after_ms=round(error.retry_after_s * 1000),
             )
             return pb.HandOffReply(hand_off=number, rejected=rejected)
-        self._client_id = request.client_id
         self._receiving[number] = _Receiving(request, reservation, Receiver(request), time.monotonic())
         accepted = pb.Accepted(reserved_blocks=reservation.block_count)
         return pb.HandOffReply(hand_off=number, accepted=accepted)
@@ -130,7 +131,7 @@ class HandOffs:
         in_segment = message.WhichOneof("payload") == "place"
         replies = [pb.HandOffReply(taken=pb.Taken(frames=1))] if in_segment else []
         try:
-            frame = kv_frame.decode(message, self._model, self._segment)
+            frame = frames.decode(message, self._model, self._segment)
         except (CorruptError, ProtocolError) as error:
             return replies + [self._fail(number, error) for number in named if number in self._receiving]
         start, now = 0, time.monotonic()
@@ -196,9 +197,7 @@ class HandOffs:
         it = self._receiving.pop(number)
         it.reservation.release()
         logger.info("hand-off %s fails: %s", it.request.request_id, error)
-        reply = failure_to_proto(error)
-        reply.hand_off = number
-        return reply
+        return pb.HandOffReply(hand_off=number, failed=pb.Failed(status=status_of(error), message=str(error)))
 
     def _offered(self, offer: pb.Segment) -> pb.HandOffReply:
         if self._map is not None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from decode_service.sequences import EngineStatus
-from kvtransfer.kv_frame import Incoming
+from kvtransfer.frames import Incoming
 from kvtransfer.messages import Cancel, Open
 from prad.core.tokens import Token, TokenEvent
 
@@ -61,8 +61,8 @@ class PlacedRows:
 class DecodeEngine(Protocol):
     """All methods but `step` are called in one thread, the service's."""
 
-    def admit(self, request: Open) -> Reservation:
-        """Reserves room. Raises RejectedError."""
+    def admit(self, client_id: str, request: Open) -> Reservation:
+        """Reserves room for a client's request. Raises RejectedError."""
         ...
 
     def write(self, frame: Incoming, rows: Sequence[PlacedRows]) -> None:

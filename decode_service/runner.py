@@ -10,9 +10,8 @@ from decode_service.sequences import Reserved, Running
 from decode_service.settings import DecodeSettings
 from decode_service.validation import Limits
 from kvtransfer.errors import ProtocolError
+from kvtransfer.frames import Encoding, Incoming
 from kvtransfer.int8 import dequantise
-from kvtransfer.kv_frame import Incoming
-from kvtransfer.layout import Encoding
 from prad.core.layout import LayerKV
 from prad.core.sampling import SampleKey
 from prad.core.tokens import Token

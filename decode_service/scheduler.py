@@ -73,13 +73,13 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self._running or self._leaving or self._ended)
 
-    def reserve(self, request: Open) -> Reserved:
+    def reserve(self, client_id: str, request: Open, deadline: float | None = None) -> Reserved:
         """Blocks for the whole life of all choices, which share those that the prompt fills; fences lower
         attempts of the client's request.
 
         Raises RejectedError: FENCED, TOO_LARGE (never fits) or FULL (with a retry hint).
         """
-        self._fence(request)
+        self._fence(client_id, request)
         # the last token is drawn, but never fed
         tokens = request.kv_len + request.sampling.max_tokens - request.output_offset - 1
         shared = request.kv_len // self._blocks.block_size
@@ -103,8 +103,8 @@ class Scheduler:
                 f"and {self._max_sequences - self.sequence_count} sequences free",
                 self._retry_after_s,
             )
-        self._remember(request, request.attempt)
-        reserved = Reserved(request, tables, shared)
+        self._remember((client_id, request.request_id), request.attempt)
+        reserved = Reserved(client_id, request, tables, shared, deadline)
         self._reserved[reserved.id] = reserved
         return reserved
 
@@ -133,11 +133,11 @@ class Scheduler:
         if starting:
             self._running[reserved.id] = starting
 
-    def schedule(self, now_unix_ms: int) -> Plan:
-        """The next step; frees what left since the last one."""
+    def schedule(self, now: float) -> Plan:
+        """The next step; frees what left since the last one. now: in the time of the deadlines."""
         for hand_off, choices in list(self._running.items()):
-            deadline = next(iter(choices.values())).request.deadline_unix_ms
-            if 0 < deadline <= now_unix_ms:
+            deadline = next(iter(choices.values())).deadline
+            if deadline is not None and deadline <= now:
                 self._end(hand_off, FinishReason.DEADLINE)
         for sequence in self._leaving:
             self._blocks.free(sequence.blocks)
@@ -163,10 +163,10 @@ class Scheduler:
 
     def cancel_client(self, client_id: str) -> None:
         """Ends everything of a client, reservations included, without an event."""
-        for reserved in [r for r in self._reserved.values() if r.request.client_id == client_id]:
+        for reserved in [r for r in self._reserved.values() if r.client_id == client_id]:
             self.release(reserved)
-        for hand_off, choices in list(self._running.items()):
-            if next(iter(choices.values())).request.client_id == client_id:
+        for hand_off in list(self._running):
+            if hand_off.client_id == client_id:
                 self.cancel(hand_off)
 
     def end_all(self, message: str) -> None:
@@ -201,21 +201,21 @@ class Scheduler:
                 self._retry_after_s,
             )
 
-    def _fence(self, request: Open) -> None:
-        known = self._attempts.get((request.client_id, request.request_id), 0)
+    def _fence(self, client_id: str, request: Open) -> None:
+        name = client_id, request.request_id
+        known = self._attempts.get(name, 0)
         if request.attempt <= known:
             raise RejectedError(
                 RejectReason.FENCED,
                 f"attempt {known} of {request.request_id} is known, not {request.attempt}",
             )
-        self._remember(request, request.attempt - 1)  # if it is refused, it may try again
-        lower = HandOffId(request.client_id, request.request_id, known)
+        self._remember(name, request.attempt - 1)  # if it is refused, it may try again
+        lower = HandOffId(*name, known)
         if lower in self._reserved:
             self.release(self._reserved[lower])
         self._end(lower, FinishReason.ERROR, f"fenced by attempt {request.attempt}")
 
-    def _remember(self, request: Open, attempt: int) -> None:
-        name = request.client_id, request.request_id
+    def _remember(self, name: tuple[str, str], attempt: int) -> None:
         self._attempts[name] = attempt
         self._attempts.move_to_end(name)
         if len(self._attempts) > _REMEMBERED_REQUESTS:

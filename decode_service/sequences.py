@@ -17,15 +17,11 @@ State = Mapping[Any, Any]
 
 class HandOffId(NamedTuple):
     """One attempt of one client's request. Clients choose their request ids: without the client's own one
-    client could fence or cancel what is another's."""
+    client could fence or cancel what is another's. client_id is the session's: nobody else knows it."""
 
     client_id: str
     request_id: str
     attempt: int
-
-    @classmethod
-    def of(cls, request: Open) -> "HandOffId":
-        return cls(request.client_id, request.request_id, request.attempt)
 
 
 class SequenceId(NamedTuple):
@@ -59,16 +55,18 @@ class Reserved:
     """Blocks wait for KV bytes: blocks[choice] is that choice's block table.
 
     All tables begin with the same `shared` blocks, those that the prompt's KV fills; behind them each choice
-    has its own, because it goes on writing there.
+    has its own, because it goes on writing there. deadline: in the time of the engine's monotonic clock.
     """
 
+    client_id: str
     request: Open
     blocks: tuple[tuple[int, ...], ...]
     shared: int
+    deadline: float | None = None
 
     @property
     def id(self) -> HandOffId:
-        return HandOffId.of(self.request)
+        return HandOffId(self.client_id, self.request.request_id, self.request.attempt)
 
     @property
     def block_count(self) -> int:
@@ -95,6 +93,7 @@ class Running:
     kv_len: int
     state: State | None = None
     phase: int = 0
+    deadline: float | None = None
     pending: list[Token] = field(default_factory=list)
 
     def advance(self, token: Token) -> None:

@@ -7,17 +7,18 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from decode_service.hand_offs import HandOffs
 from decode_service.protocol import DecodeEngine, Reservation
 from decode_service.sessions import Sessions
 from kvtransfer import codec
 from kvtransfer.errors import ProtocolError, RejectedError, RejectReason, TransferError
-from kvtransfer.messages import Description, Open
-from kvtransfer.outbox import Attachment
+from kvtransfer.messages import Cancel, Description, Open
 from kvtransfer.proto import handoff_pb2 as pb
 from kvtransfer.proto.handoff_pb2_grpc import DecodeServicer
-from kvtransfer.status import status_of
+from kvtransfer.rpc import code_of
+from kvtransfer.tokens import Attachment
 from prad.core.layout import ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,8 @@ class DecodeService(DecodeServicer):
             running_sequences=status.running_sequences,
             instance=self._instance,
         )
-        return codec.description_to_proto(description)
+        message: pb.Description = codec.encode(description)
+        return message
 
     async def HandOffs(self, _: object, context: Any) -> None:  # noqa: N802
         hand_offs = HandOffs(
@@ -105,50 +107,49 @@ class DecodeService(DecodeServicer):
             control = await context.read()
             if control is grpc.aio.EOF or control.WhichOneof("control") != "attach":
                 raise ProtocolError("a token stream begins with Attach")
-            client_id = control.attach.client_id
-            if not client_id:
+            attach = control.attach
+            if not attach.client_id:
                 raise ProtocolError("Attach names no client_id")
-            name, attachment = self._sessions.attach(client_id, control.attach.received)
-            listener = asyncio.create_task(self._listen(client_id, attachment, context))
+            session, attachment = self._sessions.attach(attach.client_id, attach.session, attach.received)
+            listener = asyncio.create_task(self._listen(session, attachment, context))
             try:
-                await context.write(pb.TokenReply(attached=pb.Attached(session=name)))
+                await context.write(pb.TokenReply(attached=pb.Attached(session=session)))
                 while (frame := await attachment.next()) is not None:
-                    await context.write(codec.frame_to_proto(frame))
+                    await context.write(pb.TokenReply(frame=codec.encode(frame)))
                 await context.write(pb.TokenReply(ended=pb.Ended()))
                 await asyncio.wait((listener,))  # until the client goes
             finally:
-                self._sessions.detach(client_id, attachment)
+                self._sessions.detach(session, attachment)
                 listener.cancel()
                 await asyncio.gather(listener, return_exceptions=True)
 
-    async def _listen(self, client_id: str, attachment: Attachment, context: Any) -> None:
+    async def _listen(self, session: str, attachment: Attachment, context: Any) -> None:
         try:
             while (control := await context.read()) is not grpc.aio.EOF:
                 kind = control.WhichOneof("control")
                 if kind == "acknowledge":
-                    self._sessions.acknowledge(client_id, control.acknowledge.frame)
+                    self._sessions.acknowledge(session, control.acknowledge.frame)
                 elif kind == "cancel":
-                    self._engine.cancel(client_id, codec.cancel_from_proto(control.cancel))
+                    self._engine.cancel(session, codec.decode(Cancel, control.cancel))
                 else:
                     raise ProtocolError(f"{kind} within a token stream")
         except TransferError as error:
             attachment.fail(error)
 
-    def _admit(self, request: Open) -> Reservation:
+    def _admit(self, session: str, request: Open) -> Reservation:
         if self._draining is not None:
             raise self._draining
-        if not self._sessions.knows(request.client_id):
-            raise RejectedError(
-                RejectReason.NOT_ATTACHED, f"client {request.client_id} has no token stream: attach first"
-            )
-        return self._engine.admit(request)
+        if not self._sessions.knows(session):
+            raise RejectedError(RejectReason.NOT_ATTACHED, "this session has no token stream: attach first")
+        return self._engine.admit(session, request)
 
 
 @asynccontextmanager
 async def _errors_as_status(context: Any) -> AsyncIterator[None]:
-    """Ends the stream with our error's status."""
+    """Ends the stream with our error's status; what is no message of ours is an error of the client's."""
     try:
         yield
-    except TransferError as error:
+    except (TransferError, DecodeError) as cause:
+        error = cause if isinstance(cause, TransferError) else ProtocolError(f"not a message: {cause}")
         logger.info("a stream ends: %s", error)
-        await context.abort(status_of(error), str(error))
+        await context.abort(code_of(error), str(error))

@@ -43,7 +43,6 @@ class Limits:
             (last >= self.max_context, f"the sequence reaches position {last}, the model's context ends at "
                                        f"{self.max_context - 1}"),
             (max(request.kv_len, request.choices) > _LARGEST_REQUEST, "kv_len or choices is absurd"),
-            (any(i >= self.vocab_size for i in request.prompt_ids), "a prompt id is outside the vocabulary"),
         ):  # fmt: skip
             if wrong:
                 raise RejectedError(RejectReason.INVALID, message)

@@ -5,14 +5,14 @@ from typing import Any, Self
 import grpc
 
 from kvtransfer import codec
-from kvtransfer.hand_off_stream import HandOffStream
+from kvtransfer.errors import LostError, RejectedError, RejectReason
 from kvtransfer.messages import Description, Open
 from kvtransfer.proto import handoff_pb2 as pb
 from kvtransfer.proto.handoff_pb2_grpc import DecodeStub
-from kvtransfer.sender import HandOff
+from kvtransfer.rpc import error_behind
+from kvtransfer.sender import HandOff, HandOffStream
 from kvtransfer.settings import TransferSettings
-from kvtransfer.status import error_of
-from kvtransfer.token_stream import TokenStream
+from kvtransfer.tokens import TokenStream
 
 
 class DecodeClient:
@@ -24,6 +24,7 @@ class DecodeClient:
         self._settings = settings or TransferSettings()
         self._channel = grpc.aio.insecure_channel(address, options=self._settings.channel_options())
         self._stub: Any = DecodeStub(self._channel)  # type: ignore[no-untyped-call]
+        self._session = ""
         self._hand_offs: HandOffStream | None = None
 
     async def __aenter__(self) -> Self:
@@ -43,16 +44,17 @@ class DecodeClient:
         try:
             reply = await self._stub.Describe(pb.DescribeRequest(), timeout=self._settings.describe_timeout_s)
         except grpc.aio.AioRpcError as error:
-            raise error_of(error.code(), error.details()) from error
-        return codec.description_from_proto(reply)
+            raise error_behind(error.code(), error.details()) from error
+        return codec.decode(Description, reply)
 
     async def attach(self, client_id: str) -> TokenStream:
-        """The client's token stream; decode accepts hand-offs of attached clients only.
+        """A new session and its token stream; what is opened from now on sends its tokens there.
 
-        client_id must be new for every start of the prefill service. Raises LostError or TimedOutError.
+        client_id is a name for people. Raises LostError or TimedOutError.
         """
         stream = TokenStream(self._stub, client_id, self._settings)
         await stream.attach()
+        self._session = stream.session
         return stream
 
     async def open(self, request: Open) -> HandOff:
@@ -61,6 +63,12 @@ class DecodeClient:
         Raises RejectedError (with a retry hint where the request itself is fine), LostError, TimedOutError,
         ProtocolError.
         """
-        if self._hand_offs is None or self._hand_offs.failure is not None:
-            self._hand_offs = HandOffStream(self._stub.HandOffs(), self._settings)
-        return await self._hand_offs.open(request)
+        if not self._session:
+            raise RejectedError(RejectReason.NOT_ATTACHED, "there is no token stream: attach first")
+        stream = self._hand_offs
+        if stream is not None and stream.session != self._session:
+            stream.fail(LostError("this client has attached anew: its session before has ended"))
+        if stream is None or stream.failure is not None:
+            stream = HandOffStream(self._stub.HandOffs(), self._session, self._settings)
+            self._hand_offs = stream
+        return await stream.open(request)

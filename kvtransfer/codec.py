@@ -1,166 +1,142 @@
-"""Dataclasses to protobuf and back. KV bytes are `kv_frame.py`'s."""
+"""Dataclasses to protobuf and back, by their fields' names: nothing is named here a second time.
 
-from kvtransfer.layout import spec_from_proto, spec_to_proto
-from kvtransfer.messages import (
-    Cancel,
-    Description,
-    Open,
-    StateSite,
-    TokenFrame,
-)
+A dataclass travels as the message of its own name (`SamplingParams` as `pb.SamplingParams`), each of its
+fields in the field of the same name. What may stand in a field:
+
+    int, float, str, bytes, bool      as it is; an int in a fixed64 keeps its lowest 64 bits (a negative seed)
+    X | None                          an optional field; None: absent
+    a dataclass                       the message of its name
+    tuple[X, ...], frozenset[X]       a repeated field; of a set sorted
+    tuple[tuple[A, B], ...]           a message with a repeated field for each column, in their order
+
+For each class two functions are written as Python source when it is first used, as `dataclass` writes its
+`__init__`: a frame of tokens costs what it would by hand. A message may have fields that the dataclass has
+not (a hand-off's number on its stream).
+"""
+
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from functools import cache, lru_cache
+from types import NoneType, UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
 from kvtransfer.proto import handoff_pb2 as pb
-from prad.core.sampling import SEED_MASK, SamplingParams
-from prad.core.tokens import Token, TokenEvent
+from prad.core.layout import ModelSpec
+
+T = TypeVar("T")
+
+_SCALARS = {int, float, str, bytes, bool}
+_SAME_EACH_TIME = {ModelSpec}  # every Open of a burst names the same model: it is written and read once
 
 
-def open_to_proto(request: Open, hand_off: int = 0) -> pb.Open:
-    """hand_off: its number on the stream."""
-    return pb.Open(
-        hand_off=hand_off,
-        request_id=request.request_id,
-        attempt=request.attempt,
-        client_id=request.client_id,
-        model=spec_to_proto(request.model),
-        kv_len=request.kv_len,
-        prompt_len=request.prompt_len,
-        next_position=request.next_position,
-        choices=request.choices,
-        prompt_index=request.prompt_index,
-        output_offset=request.output_offset,
-        sampling=sampling_to_proto(request.sampling),
-        prompt_ids=request.prompt_ids,
-        deadline_unix_ms=request.deadline_unix_ms,
-        state=[pb.StateSite(site=s.site, width=s.width) for s in request.state],
-        tokens_per_event=request.tokens_per_event,
-    )
+def encode(value: Any) -> Any:
+    """The message of a dataclass. Raises ValueError for a number that its field cannot hold."""
+    kind: Any = type(value)
+    return _encoder(kind)(value)
 
 
-def open_from_proto(message: pb.Open) -> Open:
-    """Raises ValueError if the model spec is none (unknown dtype, no layers)."""
-    return Open(
-        request_id=message.request_id,
-        attempt=message.attempt,
-        client_id=message.client_id,
-        model=spec_from_proto(message.model),
-        kv_len=message.kv_len,
-        prompt_len=message.prompt_len,
-        next_position=message.next_position,
-        choices=message.choices,
-        prompt_index=message.prompt_index,
-        output_offset=message.output_offset,
-        sampling=sampling_from_proto(message.sampling),
-        prompt_ids=tuple(message.prompt_ids),
-        deadline_unix_ms=message.deadline_unix_ms,
-        state=tuple(StateSite(s.site, s.width) for s in message.state),
-        tokens_per_event=message.tokens_per_event,
-    )
+def decode(kind: type[T], message: Any) -> T:
+    """The dataclass of its message. Raises ValueError if the class refuses what is in it."""
+    of_kind: Any = kind
+    decoded: T = _decoder(of_kind)(message)
+    return decoded
 
 
-def sampling_to_proto(sampling: SamplingParams) -> pb.Sampling:
-    return pb.Sampling(
-        max_tokens=sampling.max_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        seed=sampling.seed & SEED_MASK,  # keys use the same 64 bits: a negative seed draws the same
-        min_tokens=sampling.min_tokens,
-        stop_ids=sorted(sampling.stop_ids),
-        logprobs=sampling.logprobs,
-    )
+@cache
+def _encoder(kind: type) -> Callable[[Any], Any]:
+    """Raises TypeError if the message lacks a field, or can't hold one."""
+    names: dict[str, Any] = {"Message": getattr(pb, kind.__name__)}
+    values = [f"{f.name}={_outward(hint, f, f'value.{f.name}', names)}" for hint, f in _plan(kind)]
+    encoder: Callable[[Any], Any] = eval(f"lambda value: Message({', '.join(values)})", names)
+    return lru_cache(maxsize=8)(encoder) if kind in _SAME_EACH_TIME else encoder
 
 
-def sampling_from_proto(message: pb.Sampling) -> SamplingParams:
-    return SamplingParams(
-        max_tokens=message.max_tokens,
-        temperature=message.temperature,
-        top_p=message.top_p,
-        top_k=message.top_k,
-        min_p=message.min_p,
-        seed=message.seed,
-        min_tokens=message.min_tokens,
-        stop_ids=frozenset(message.stop_ids),
-        logprobs=message.logprobs if message.HasField("logprobs") else None,
-    )
+@cache
+def _decoder(kind: type) -> Callable[[Any], Any]:
+    """Raises TypeError as `_encoder`."""
+    names: dict[str, Any] = {"Kind": kind}
+    values = [f"{f.name}={_inward(hint, f, f'message.{f.name}', names)}" for hint, f in _plan(kind)]
+    decoder: Callable[[Any], Any] = eval(f"lambda message: Kind({', '.join(values)})", names)
+    if kind not in _SAME_EACH_TIME:
+        return decoder
+    from_bytes = lru_cache(maxsize=8)(lambda data: decoder(getattr(pb, kind.__name__).FromString(data)))
+    return lambda message: from_bytes(message.SerializeToString(deterministic=True))
 
 
-def token_to_proto(token: Token) -> pb.Token:
-    if token.logprob is None:
-        return pb.Token(id=token.id)
-    return pb.Token(
-        id=token.id,
-        logprob=token.logprob,
-        top_ids=[i for i, _ in token.top],
-        top_logprobs=[value for _, value in token.top],
-    )
+def _plan(kind: type) -> list[tuple[Any, Any]]:
+    """The type of each field, and the message's field of the same name."""
+    if not is_dataclass(kind):
+        raise TypeError(f"{kind.__name__} is no dataclass")
+    message = getattr(pb, kind.__name__).DESCRIPTOR
+    hints, known = get_type_hints(kind), message.fields_by_name
+    missing = [f.name for f in fields(kind) if f.name not in known]
+    if missing:
+        raise TypeError(f"the message {message.name} has no {', '.join(missing)}")
+    return [(hints[f.name], known[f.name]) for f in fields(kind)]
 
 
-def token_from_proto(message: pb.Token) -> Token:
-    logprob = message.logprob if message.HasField("logprob") else None
-    return Token(message.id, logprob, tuple(zip(message.top_ids, message.top_logprobs, strict=False)))
+def _outward(hint: Any, field: Any, value: str, names: dict[str, Any]) -> str:
+    """The source of what `value` becomes in the message; what it calls goes into `names`."""
+    hint, optional = _without_none(hint)
+    inner = get_args(hint)
+    if field.type == field.TYPE_FIXED64:
+        source = f"{value} & {2**64 - 1}"
+    elif hint in _SCALARS:
+        return value  # protobuf takes None for absent
+    elif is_dataclass(hint):
+        source = f"{_named(_encoder(hint), names)}({value})"  # type: ignore[arg-type]
+    elif get_origin(hint) is frozenset:
+        source = f"sorted({value})"
+    elif _is_columns(hint):
+        message = _named(field.message_type._concrete_class, names)
+        columns = [
+            f"{column.name}=[row[{i}] for row in {value}]"
+            for i, column in enumerate(field.message_type.fields)
+        ]
+        source = f"{message}({', '.join(columns)}) if {value} else None"
+    elif get_origin(hint) is tuple and inner[-1] is Ellipsis:
+        each = _outward(inner[0], field, "each", names)
+        source = value if each == "each" else f"[{each} for each in {value}]"
+    else:
+        raise TypeError(f"no message holds {hint}")
+    return f"None if {value} is None else {source}" if optional else source
 
 
-def frame_to_proto(frame: TokenFrame) -> pb.TokenReply:
-    events = [
-        pb.TokenEvent(
-            request_id=e.request_id,
-            attempt=e.attempt,
-            choice=e.choice,
-            index=e.index,
-            tokens=[token_to_proto(token) for token in e.tokens],
-            finish_reason=e.finish_reason or "",
-            error=e.error or "",
-        )
-        for e in frame.events
-    ]
-    return pb.TokenReply(frame=pb.TokenFrame(frame=frame.number, events=events))
+def _inward(hint: Any, field: Any, value: str, names: dict[str, Any]) -> str:
+    """The source of what the message's `value` becomes."""
+    hint, optional = _without_none(hint)
+    inner = get_args(hint)
+    if hint in _SCALARS:
+        source = value
+    elif is_dataclass(hint):
+        source = f"{_named(_decoder(hint), names)}({value})"  # type: ignore[arg-type]
+    elif get_origin(hint) is frozenset:
+        source = f"frozenset({value})"
+    elif _is_columns(hint):
+        columns = [f"{value}.{column.name}" for column in field.message_type.fields]
+        source = f"tuple(zip({', '.join(columns)})) if message.HasField({field.name!r}) else ()"
+    elif get_origin(hint) is tuple and inner[-1] is Ellipsis:
+        each = _inward(inner[0], field, "each", names)
+        source = f"tuple({value})" if each == "each" else f"tuple([{each} for each in {value}])"
+    else:
+        raise TypeError(f"no message holds {hint}")
+    return f"{source} if message.HasField({field.name!r}) else None" if optional else source
 
 
-def frame_from_proto(message: pb.TokenFrame) -> TokenFrame:
-    events = tuple(
-        TokenEvent(
-            request_id=e.request_id,
-            attempt=e.attempt,
-            choice=e.choice,
-            index=e.index,
-            tokens=tuple(token_from_proto(token) for token in e.tokens),
-            finish_reason=e.finish_reason or None,
-            error=e.error or None,
-        )
-        for e in message.events
-    )
-    return TokenFrame(message.frame, events)
+def _is_columns(hint: Any) -> bool:
+    inner = get_args(hint)
+    return get_origin(hint) is tuple and inner[-1] is Ellipsis and get_origin(inner[0]) is tuple
 
 
-def cancel_to_proto(cancel: Cancel) -> pb.TokenControl:
-    message = pb.Cancel(request_id=cancel.request_id, attempt=cancel.attempt, choice=cancel.choice)
-    return pb.TokenControl(cancel=message)
+def _named(function: Any, names: dict[str, Any]) -> str:
+    name = f"call_{len(names)}"
+    names[name] = function
+    return name
 
 
-def cancel_from_proto(message: pb.Cancel) -> Cancel:
-    choice = message.choice if message.HasField("choice") else None
-    return Cancel(message.request_id, message.attempt, choice)
-
-
-def description_to_proto(description: Description) -> pb.Description:
-    return pb.Description(
-        model=spec_to_proto(description.model),
-        block_size=description.block_size,
-        total_blocks=description.total_blocks,
-        free_blocks=description.free_blocks,
-        max_sequences=description.max_sequences,
-        running_sequences=description.running_sequences,
-        instance=description.instance,
-    )
-
-
-def description_from_proto(message: pb.Description) -> Description:
-    return Description(
-        model=spec_from_proto(message.model),
-        block_size=message.block_size,
-        total_blocks=message.total_blocks,
-        free_blocks=message.free_blocks,
-        max_sequences=message.max_sequences,
-        running_sequences=message.running_sequences,
-        instance=message.instance,
-    )
+def _without_none(hint: Any) -> tuple[Any, bool]:
+    """(X, True) of X | None, (X, False) of X."""
+    if get_origin(hint) is not UnionType:
+        return hint, False
+    (one,) = (kind for kind in get_args(hint) if kind is not NoneType)
+    return one, True

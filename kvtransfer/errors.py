@@ -1,12 +1,15 @@
 """What can go wrong between prefill and decode: one tree, the same on both sides of the wire.
 
-`RejectedError` is an answer to Open; every other one ends a stream (`status.py` has the table to gRPC).
+`RejectedError` is an answer to Open; every other one ends a hand-off or a stream. On the wire it is a gRPC
+status code, by the one table below, read in both directions.
 """
 
 from enum import IntEnum
 
+from prad.core.errors import PradError
 
-class TransferError(Exception):
+
+class TransferError(PradError):
     """Base of everything `kvtransfer` raises on purpose."""
 
 
@@ -52,5 +55,31 @@ class LostError(TransferError):
     """The peer or the stream is gone, and with it whatever was not confirmed."""
 
 
+class GoneError(LostError):
+    """Trying again cannot help: decode has given up what the client had there, or this end was closed."""
+
+
 class TimedOutError(LostError):
     """The peer may be alive, but did not answer within a named timeout."""
+
+
+_UNKNOWN = 2
+_STATUS: dict[type[TransferError], int] = {  # gRPC's numbers
+    ProtocolError: 3,  # INVALID_ARGUMENT
+    TimedOutError: 4,  # DEADLINE_EXCEEDED
+    FencedError: 10,  # ABORTED
+    LostError: 14,  # UNAVAILABLE
+    CorruptError: 15,  # DATA_LOSS
+}
+_ERRORS = {status: error for error, status in _STATUS.items()}
+
+
+def status_of(error: TransferError) -> int:
+    """The number of the gRPC status code that stands for `error`."""
+    return _STATUS.get(type(error), _UNKNOWN)
+
+
+def error_of(status: int, details: str) -> TransferError:
+    """The error behind a status code; a code that is not ours means that the stream is lost."""
+    kind = _ERRORS.get(status)
+    return LostError(f"the stream ended: {details}") if kind is None else kind(details)

@@ -1,4 +1,5 @@
-"""What prefill and decode tell each other, as frozen dataclasses; `codec.py` puts them on the wire."""
+"""What prefill and decode tell each other, as frozen dataclasses over prad.core's; `codec.py` puts them on
+the wire."""
 
 from dataclasses import dataclass
 
@@ -19,15 +20,16 @@ class StateSite:
 class Open:
     """A request for room: everything decode must know before KV bytes move.
 
-    request_id names one prompt (an HTTP request with several prompts hands each over under its own id).
-    kv_len counts the tokens in the KV cache (virtual prefix, prompt, continuation), prompt_len the prompt's
-    alone; decode feeds the first token at position next_position. output_offset is the output index of
-    that first token. deadline_unix_ms: 0 is none. state: the request state that will come before Commit.
-    tokens_per_event: how many tokens of a sequence are told at once, at most; 1 is each when it is drawn.
+    request_id names one prompt (an HTTP request with several prompts hands each over under its own id); it is
+    the client's own: another client may use the same. kv_len counts the tokens in the KV cache (virtual
+    prefix, prompt, continuation), prompt_len the prompt's alone; decode feeds the first token at position
+    next_position. output_offset is the output index of that first token. timeout_ms: what is left of the
+    request's time, because two hosts' clocks differ; None: it may take for ever. state: the request state
+    that will come before Commit. tokens_per_event: how many tokens of a sequence are told at once, at most; 1
+    is each when it is drawn.
     """
 
     request_id: str
-    client_id: str
     model: ModelSpec
     kv_len: int
     prompt_len: int
@@ -37,8 +39,7 @@ class Open:
     choices: int = 1
     prompt_index: int = 0
     output_offset: int = 0
-    prompt_ids: tuple[int, ...] = ()
-    deadline_unix_ms: int = 0
+    timeout_ms: int | None = None
     state: tuple[StateSite, ...] = ()
     tokens_per_event: int = 1
 

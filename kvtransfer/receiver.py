@@ -7,8 +7,7 @@ import xxhash
 
 from kvtransfer import codec
 from kvtransfer.errors import CorruptError, ProtocolError, RejectedError, RejectReason
-from kvtransfer.kv_frame import Incoming, Rows
-from kvtransfer.layout import require_same
+from kvtransfer.frames import Incoming, Rows
 from kvtransfer.messages import Open
 from kvtransfer.proto import handoff_pb2 as pb
 from prad.core.layout import ModelSpec
@@ -19,13 +18,13 @@ def read_open(message: pb.Open, model: ModelSpec) -> Open:
     """Raises RejectedError if it is for another model (WRONG_MODEL) or names no request, no tokens or no
     choices (INVALID)."""
     try:
-        request = codec.open_from_proto(message)
+        request = codec.decode(Open, message)
     except ValueError as error:
         raise RejectedError(RejectReason.WRONG_MODEL, str(error)) from error
-    require_same(model, request.model)
+    if (difference := model.difference(request.model, "decode", "the hand-off")) is not None:
+        raise RejectedError(RejectReason.WRONG_MODEL, difference)
     for name, value in (
         ("request_id", request.request_id),
-        ("client_id", request.client_id),
         ("attempt", request.attempt),
         ("kv_len", request.kv_len),
         ("choices", request.choices),
@@ -90,4 +89,4 @@ class Receiver:
             raise ProtocolError(f"Commit says {commit.total_bytes} bytes were sent, {self._bytes} arrived")
         if len(commit.first_tokens) != choices:
             raise ProtocolError(f"Commit with {len(commit.first_tokens)} first tokens, choices: {choices}")
-        return tuple(codec.token_from_proto(t) for t in commit.first_tokens)
+        return tuple(codec.decode(Token, t) for t in commit.first_tokens)

@@ -1,23 +1,35 @@
-"""Prefill's side of one hand-off: layers go out in order, then Commit or Abort."""
+"""Prefill's side of the hand-off: one stream to a decode service, on it a hand-off for each prompt, whose
+layers go out in order, then Commit or Abort. `frame_queue.py` writes what is said here."""
 
 import asyncio
-from collections.abc import Sequence
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from itertools import count
+from typing import Any, Self
 
 import xxhash
 
 from kvtransfer import codec
-from kvtransfer.errors import TimedOutError, TransferError
-from kvtransfer.kv_frame import KVBytes
-from kvtransfer.layout import Encoding, plane_bytes
+from kvtransfer.errors import (
+    LostError,
+    ProtocolError,
+    RejectedError,
+    RejectReason,
+    TimedOutError,
+    TransferError,
+    error_of,
+)
+from kvtransfer.frame_queue import FrameQueue, PlacedRows
+from kvtransfer.frames import Encoding, KVBytes, Rows, plane_bytes
 from kvtransfer.messages import Open
 from kvtransfer.proto import handoff_pb2 as pb
+from kvtransfer.rpc import read, translated
+from kvtransfer.settings import TransferSettings
 from prad.core.tokens import Token
 
-if TYPE_CHECKING:
-    from kvtransfer.hand_off_stream import HandOffStream
+logger = logging.getLogger(__name__)
 
 
 class HandOff:
@@ -48,23 +60,6 @@ class HandOff:
     def over(self) -> bool:
         return self.ended.done()
 
-    async def send(self, layer: int, key: KVBytes, value: KVBytes, first_token: int = 0) -> None:
-        """Sends tokens first_token .. of `layer` alone; `send_layer` is for all hand-offs of a pass.
-
-        key [tokens, kv_heads, key_dim] and value [tokens, kv_heads, value_dim], C-contiguous, in the model's
-        dtype. Raises ValueError if the sizes are not whole tokens of this layer, and as `send_layer`.
-        """
-        sizes = memoryview(key).nbytes, memoryview(value).nbytes
-        key_bytes, value_bytes = plane_bytes(self.request.model.layout, layer, Encoding.RAW)
-        tokens = sizes[0] // key_bytes
-        if tokens == 0 or sizes != (tokens * key_bytes, tokens * value_bytes):
-            raise ValueError(
-                f"layer {layer} takes {key_bytes} + {value_bytes} bytes per token; "
-                f"got {sizes[0]} and {sizes[1]}"
-            )
-        self.require_running()
-        await self.stream.send(layer, [key, value], [PassRows(self, 0, first_token, tokens)], Encoding.RAW)
-
     async def send_state(self, site: str, data: KVBytes) -> None:
         """Sends the request state at one of the sites that Open names; returns when it is on its way.
 
@@ -89,8 +84,11 @@ class HandOff:
         the first two leaves open whether decode has it, a higher attempt settles that.
         """
         self.require_running()
-        tokens = [codec.token_to_proto(t) for t in first_tokens]
-        commit = pb.Commit(hand_off=self.number, first_tokens=tokens, total_bytes=self.sent_bytes)
+        commit = pb.Commit(
+            hand_off=self.number,
+            first_tokens=map(codec.encode, first_tokens),
+            total_bytes=self.sent_bytes,
+        )
         await asyncio.shield(self.stream.put(pb.HandOffFrame(commit=commit)))
         await self._end(self.stream.settings.commit_timeout_s, "Commit")
 
@@ -131,3 +129,153 @@ class PassRows:
     start: int
     first_token: int
     token_count: int
+
+
+class HandOffStream:
+    """All hand-offs of one session. Lives until it breaks or is closed; then every hand-off on it is over."""
+
+    def __init__(self, call: Any, session: str, settings: TransferSettings) -> None:
+        self.session = session
+        self.settings = settings
+        self.failure: TransferError | None = None
+        self._call = call
+        self._numbers = count(1)
+        self._hand_offs: dict[int, HandOff] = {}
+        self._queue = FrameQueue(call, settings)
+        self.put(pb.HandOffFrame(begin=pb.Begin(session=session)))
+        self._queue.offer_shared_memory()
+        self._tasks = [asyncio.create_task(self._work(loop)) for loop in (self._queue.write, self._read)]
+
+    async def open(self, request: Open) -> HandOff:
+        """Raises as `DecodeClient.open`."""
+        if self.failure is not None:
+            raise self.failure
+        message = codec.encode(request)
+        hand_off = HandOff(self, next(self._numbers), request)
+        message.hand_off = hand_off.number
+        self._hand_offs[hand_off.number] = hand_off
+        self.put(pb.HandOffFrame(open=message))
+        try:
+            async with asyncio.timeout(self.settings.open_timeout_s):
+                await asyncio.shield(hand_off.accepted)
+        except BaseException as error:
+            self._hand_offs.pop(hand_off.number, None)
+            if self.failure is None and not isinstance(error, TransferError):
+                self.put(pb.HandOffFrame(abort=pb.Abort(hand_off=hand_off.number, reason="nobody waits")))
+            if isinstance(error, TimeoutError):
+                raise TimedOutError(f"no answer to Open within {self.settings.open_timeout_s} s") from error
+            raise
+        return hand_off
+
+    async def send(
+        self, layer: int, planes: Sequence[KVBytes], rows: Iterable[PassRows], encoding: Encoding
+    ) -> None:
+        """As `send_layer`, for hand-offs of this stream."""
+        running = [r for r in rows if not r.hand_off.over]
+        if not running:
+            return
+        layout = running[0].hand_off.request.model.layout
+        widths = plane_bytes(layout, layer, encoding)
+        rows_in_pass = max(r.start + r.token_count for r in running)
+        sizes = [memoryview(plane).nbytes for plane in planes]
+        if len(sizes) != len(widths) or any(
+            size < rows_in_pass * width for size, width in zip(sizes, widths, strict=True)
+        ):
+            raise ValueError(
+                f"layer {layer} has planes of {sizes} bytes; {rows_in_pass} rows of {widths} bytes per token"
+            )
+        for r in running:
+            r.hand_off.sent_bytes += r.token_count * sum(widths)
+        placed = [PlacedRows(r.start, Rows(r.hand_off.number, r.first_token, r.token_count)) for r in running]
+        self._queue.add(layer, planes, widths, placed, encoding)
+        if layer == len(layout.layers) - 1:
+            self._queue.flush()  # the rest of the pass, logits and sampling, brings no more to fill it with
+        await self._queue.wait_for_room()
+
+    def put(self, frame: pb.HandOffFrame) -> "asyncio.Future[None]":
+        """Sends a frame behind the KV bytes before it; done when it is written."""
+        return self._queue.put(frame)
+
+    async def close(self) -> None:
+        """Ends the stream; decode gives back the room of what is not committed."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.fail(LostError("this client was closed"))
+
+    def fail(self, error: TransferError) -> None:
+        """The stream is over, and every hand-off on it; the first error is the one that counts."""
+        if self.failure is None:
+            self.failure = error
+        self._call.cancel()
+        for task in self._tasks:
+            task.cancel()
+        self._queue.fail(self.failure)
+        for hand_off in self._hand_offs.values():
+            hand_off.fail(self.failure)
+        self._hand_offs.clear()
+
+    async def _work(self, loop: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await loop()
+        except TransferError as error:
+            self.fail(error)
+        except Exception as error:  # ours, but whoever waits must hear of it
+            logger.exception("the stream of hand-offs fails")
+            self.fail(LostError(f"the stream of hand-offs failed: {error}"))
+
+    async def _read(self) -> None:
+        while True:
+            async with translated(self._call, None, "an answer"):
+                message = await read(self._call)
+            for reply in message.replies:
+                self._hear(reply)
+
+    def _hear(self, reply: pb.HandOffReply) -> None:
+        kind = reply.WhichOneof("reply")
+        if reply.hand_off == 0:
+            self._hear_about_stream(kind, reply)
+            return
+        if kind == "accepted":
+            hand_off = self._hand_offs.get(reply.hand_off)
+            if hand_off is not None and not hand_off.accepted.done():
+                hand_off.accepted.set_result(None)
+            return
+        hand_off = self._hand_offs.pop(reply.hand_off, None)
+        if hand_off is None or hand_off.over:
+            return  # nobody waits for it any more
+        if kind == "rejected":
+            rejected = reply.rejected
+            reason, after_s = RejectReason(rejected.reason), rejected.retry_after_ms / 1000
+            hand_off.fail(RejectedError(reason, rejected.message, after_s))
+        elif kind == "failed":
+            hand_off.fail(error_of(reply.failed.status, reply.failed.message))
+        elif kind in ("committed", "aborted"):
+            hand_off.ended.set_result(None)
+        else:
+            hand_off.fail(ProtocolError(f"decode answered a hand-off with {kind}"))
+
+    def _hear_about_stream(self, kind: str | None, reply: pb.HandOffReply) -> None:
+        if kind == "mapped":
+            self._queue.mapped(reply.mapped.nonce)
+        elif kind == "taken":
+            self._queue.taken(reply.taken.frames)
+        else:
+            raise ProtocolError(f"decode said {kind} about the stream")
+
+
+async def send_layer(
+    layer: int, planes: Sequence[KVBytes], rows: Iterable[PassRows], encoding: Encoding = Encoding.RAW
+) -> None:
+    """Sends a pass's rows of one layer to all hand-offs that they belong to: each hand-off's tokens of a
+    layer in order, layers in any.
+
+    planes: as `Encoding` says, each [pass rows, bytes per token], C-contiguous; they must not change before
+    the hand-offs are committed. Waits while decode takes no more. A hand-off that is over is passed over:
+    its `commit` says why. Raises ValueError if the rows do not lie in the planes.
+    """
+    streams: dict[HandOffStream, list[PassRows]] = {}
+    for r in rows:
+        streams.setdefault(r.hand_off.stream, []).append(r)
+    for stream, mine in streams.items():
+        await stream.send(layer, planes, mine, encoding)

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-_KEEPALIVE_TIMEOUT_MS = 10_000
 _CONNECT_TIMEOUT_MS = 1_000  # gRPC takes the shortest back-off as the shortest connect timeout as well
+_SHORTEST_KEEPALIVE_MS = 100  # a server takes more pings than that for an attack
+_SERVER_KEEPALIVE_MS, _SERVER_PING_TIMEOUT_MS = 20_000, 10_000  # a client that is gone is waited for anyway
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,7 +14,10 @@ class TransferSettings:
     A KV frame is sent when it has reached `frame_bytes`; `max_message_bytes` bounds every message on both
     ends. `shared_bytes` is the size of the shared memory that is offered to a decode service of the same host
     (0: none). `reattach_timeout_s` is how long a token stream tries to come back before its requests count as
-    lost; decode keeps a detached client's sequences a little longer than that.
+    lost; decode keeps a detached client's sequences a little longer than that. A connection on which nothing
+    arrived for `keepalive_s` is asked for a sign of life, and is broken if there is none for
+    `ping_timeout_s`: a decode service that is frozen, or whose host is gone without a word, is known after
+    their sum.
     """
 
     describe_timeout_s: float = 5.0
@@ -25,18 +29,21 @@ class TransferSettings:
     reattach_timeout_s: float = 15.0
     backoff_first_s: float = 0.05
     backoff_max_s: float = 1.0
-    keepalive_s: float = 20.0
+    keepalive_s: float = 1.0
+    ping_timeout_s: float = 2.0
     frame_bytes: int = 4 << 20
     shared_bytes: int = 16 << 20
     max_message_bytes: int = 16 << 20
     acknowledge_every: int = 16
 
     def channel_options(self) -> list[tuple[str, int]]:
-        """gRPC options of a client; the keepalive finds a peer that died without a word."""
+        """gRPC options of a client."""
+        ping_timeout_ms = int(self.ping_timeout_s * 1000)
         return [
             *_message_options(self.max_message_bytes),
             ("grpc.keepalive_time_ms", int(self.keepalive_s * 1000)),
-            ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
+            ("grpc.keepalive_timeout_ms", ping_timeout_ms),
+            ("grpc.http2.ping_timeout_ms", ping_timeout_ms),  # of any ping: gRPC's own waits a minute
             ("grpc.http2.max_pings_without_data", 0),
             # a decode service that came back is found within our own back-off, not gRPC's of two minutes
             ("grpc.initial_reconnect_backoff_ms", int(self.backoff_first_s * 1000)),
@@ -52,9 +59,9 @@ class TransferSettings:
         return [
             *_message_options(self.max_message_bytes),
             ("grpc.so_reuseport", 0),
-            ("grpc.keepalive_time_ms", int(self.keepalive_s * 1000)),
-            ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
-            ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+            ("grpc.keepalive_time_ms", _SERVER_KEEPALIVE_MS),
+            ("grpc.keepalive_timeout_ms", _SERVER_PING_TIMEOUT_MS),
+            ("grpc.http2.min_ping_interval_without_data_ms", _SHORTEST_KEEPALIVE_MS),
         ]
 
 

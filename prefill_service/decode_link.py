@@ -11,7 +11,7 @@ from kvtransfer.client import DecodeClient
 from kvtransfer.errors import LostError, RejectedError, RejectReason, TransferError
 from kvtransfer.messages import Open, StateSite
 from kvtransfer.sender import HandOff
-from kvtransfer.token_stream import TokenStream
+from kvtransfer.tokens import TokenStream
 from prad.core.layout import ModelSpec
 from prad.core.tokens import TokenEvent
 from prefill_service.errors import (
@@ -99,7 +99,7 @@ class DecodeLink:
             return DecodeUnavailableError(self._trouble)
         try:
             left = prompt.deadline - self._clock()
-            return await self._client.open(open_message(prompt, self._stream.client_id, self._model, left))
+            return await self._client.open(open_message(prompt, self._model, left))
         except RejectedError as error:
             if error.reason in _PERMANENT:
                 advice = "; lower n or max_tokens" if error.reason is RejectReason.TOO_LARGE else ""
@@ -143,14 +143,13 @@ def event_error(event: TokenEvent) -> ServingError:
     return InternalError(f"decoding ended: {event.error or event.finish_reason}")
 
 
-def open_message(prompt: Prompt, client_id: str, model: ModelSpec, left_s: float) -> Open:
+def open_message(prompt: Prompt, model: ModelSpec, left_s: float) -> Open:
     """Asks for room for a prompt whose deadline is in `left_s` seconds."""
     request = prompt.request
     cached = request.virtual_tokens + len(request.prompt_ids) + len(request.continuation_ids)
     widths = {} if prompt.adapter is None else prompt.adapter.state_widths
     return Open(
         request_id=request.request_id,
-        client_id=client_id,
         attempt=prompt.attempt,
         model=model,
         kv_len=cached,
@@ -160,7 +159,7 @@ def open_message(prompt: Prompt, client_id: str, model: ModelSpec, left_s: float
         choices=request.choices,
         prompt_index=request.prompt_index,
         output_offset=request.output_offset,
-        deadline_unix_ms=round(1000 * (time.time() + left_s)),
+        timeout_ms=max(0, round(1000 * left_s)),
         state=tuple(StateSite(str(site), width) for site, width in widths.items()),
         tokens_per_event=request.tokens_per_event,
     )

@@ -11,7 +11,8 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from kvtransfer import HandOff, TransferError
+from kvtransfer.errors import TransferError
+from kvtransfer.sender import HandOff
 from prad.core.chunk import Chunk
 from prad.core.tokens import Token
 from prefill_service.decode_link import DecodeLink, NoRoom, Room

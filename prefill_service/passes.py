@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kvtransfer import Encoding, PassRows, send_layer
+from kvtransfer.frames import Encoding
 from kvtransfer.int8 import quantise
+from kvtransfer.sender import PassRows, send_layer
 from prad.adapters import AdapterError
 from prad.core.chunk import Chunk
 from prad.lm import LanguageModel, Site, SiteVectors

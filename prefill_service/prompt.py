@@ -18,7 +18,7 @@ from prefill_service.errors import ServingError
 from prefill_service.generation import PromptRequest
 
 if TYPE_CHECKING:  # named in types only: what imports this module stays pure
-    from kvtransfer import HandOff
+    from kvtransfer.sender import HandOff
     from prad.adapters import Adapter
 
 

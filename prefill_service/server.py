@@ -17,8 +17,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from adapter_registry.client import AsyncRegistryClient
-from kvtransfer import DecodeClient, Encoding, TransferSettings
+from kvtransfer.client import DecodeClient
+from kvtransfer.frames import Encoding
 from kvtransfer.memory import keep_freed_memory
+from kvtransfer.settings import TransferSettings
 from prad.adapters import Adapter, load_adapter, require_free_names
 from prad.artefact import AdapterRecord, Artefact, task_token_id
 from prad.core.blocks import BlockPool

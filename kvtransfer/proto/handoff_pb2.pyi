@@ -37,24 +37,30 @@ class Description(_message.Message):
     def __init__(self, model: _Optional[_Union[ModelSpec, _Mapping]] = ..., block_size: _Optional[int] = ..., total_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., max_sequences: _Optional[int] = ..., running_sequences: _Optional[int] = ..., instance: _Optional[str] = ...) -> None: ...
 
 class ModelSpec(_message.Message):
-    __slots__ = ("fingerprint", "dtype", "layers")
+    __slots__ = ("fingerprint", "layout")
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
-    DTYPE_FIELD_NUMBER: _ClassVar[int]
-    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
     fingerprint: str
-    dtype: str
-    layers: _containers.RepeatedCompositeFieldContainer[LayerSpec]
-    def __init__(self, fingerprint: _Optional[str] = ..., dtype: _Optional[str] = ..., layers: _Optional[_Iterable[_Union[LayerSpec, _Mapping]]] = ...) -> None: ...
+    layout: KVLayout
+    def __init__(self, fingerprint: _Optional[str] = ..., layout: _Optional[_Union[KVLayout, _Mapping]] = ...) -> None: ...
 
-class LayerSpec(_message.Message):
-    __slots__ = ("kv_heads", "key_dim", "value_dim")
-    KV_HEADS_FIELD_NUMBER: _ClassVar[int]
+class KVLayout(_message.Message):
+    __slots__ = ("layers", "dtype")
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    layers: _containers.RepeatedCompositeFieldContainer[LayerKV]
+    dtype: str
+    def __init__(self, layers: _Optional[_Iterable[_Union[LayerKV, _Mapping]]] = ..., dtype: _Optional[str] = ...) -> None: ...
+
+class LayerKV(_message.Message):
+    __slots__ = ("heads", "key_dim", "value_dim")
+    HEADS_FIELD_NUMBER: _ClassVar[int]
     KEY_DIM_FIELD_NUMBER: _ClassVar[int]
     VALUE_DIM_FIELD_NUMBER: _ClassVar[int]
-    kv_heads: int
+    heads: int
     key_dim: int
     value_dim: int
-    def __init__(self, kv_heads: _Optional[int] = ..., key_dim: _Optional[int] = ..., value_dim: _Optional[int] = ...) -> None: ...
+    def __init__(self, heads: _Optional[int] = ..., key_dim: _Optional[int] = ..., value_dim: _Optional[int] = ...) -> None: ...
 
 class HandOffFrames(_message.Message):
     __slots__ = ("frames",)
@@ -63,20 +69,28 @@ class HandOffFrames(_message.Message):
     def __init__(self, frames: _Optional[_Iterable[_Union[HandOffFrame, _Mapping]]] = ...) -> None: ...
 
 class HandOffFrame(_message.Message):
-    __slots__ = ("open", "kv", "commit", "abort", "segment", "state")
+    __slots__ = ("open", "kv", "commit", "abort", "segment", "state", "begin")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     KV_FIELD_NUMBER: _ClassVar[int]
     COMMIT_FIELD_NUMBER: _ClassVar[int]
     ABORT_FIELD_NUMBER: _ClassVar[int]
     SEGMENT_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
+    BEGIN_FIELD_NUMBER: _ClassVar[int]
     open: Open
     kv: KV
     commit: Commit
     abort: Abort
     segment: Segment
     state: State
-    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., kv: _Optional[_Union[KV, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., segment: _Optional[_Union[Segment, _Mapping]] = ..., state: _Optional[_Union[State, _Mapping]] = ...) -> None: ...
+    begin: Begin
+    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., kv: _Optional[_Union[KV, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., segment: _Optional[_Union[Segment, _Mapping]] = ..., state: _Optional[_Union[State, _Mapping]] = ..., begin: _Optional[_Union[Begin, _Mapping]] = ...) -> None: ...
+
+class Begin(_message.Message):
+    __slots__ = ("session",)
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    session: str
+    def __init__(self, session: _Optional[str] = ...) -> None: ...
 
 class Segment(_message.Message):
     __slots__ = ("name", "size")
@@ -87,10 +101,9 @@ class Segment(_message.Message):
     def __init__(self, name: _Optional[str] = ..., size: _Optional[int] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("request_id", "attempt", "client_id", "model", "kv_len", "prompt_len", "next_position", "choices", "prompt_index", "output_offset", "sampling", "prompt_ids", "deadline_unix_ms", "state", "hand_off", "tokens_per_event")
+    __slots__ = ("request_id", "attempt", "model", "kv_len", "prompt_len", "next_position", "choices", "prompt_index", "output_offset", "sampling", "timeout_ms", "state", "hand_off", "tokens_per_event")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
-    CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     KV_LEN_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LEN_FIELD_NUMBER: _ClassVar[int]
@@ -99,14 +112,12 @@ class Open(_message.Message):
     PROMPT_INDEX_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_OFFSET_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
-    PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
-    DEADLINE_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     HAND_OFF_FIELD_NUMBER: _ClassVar[int]
     TOKENS_PER_EVENT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
-    client_id: str
     model: ModelSpec
     kv_len: int
     prompt_len: int
@@ -114,15 +125,14 @@ class Open(_message.Message):
     choices: int
     prompt_index: int
     output_offset: int
-    sampling: Sampling
-    prompt_ids: _containers.RepeatedScalarFieldContainer[int]
-    deadline_unix_ms: int
+    sampling: SamplingParams
+    timeout_ms: int
     state: _containers.RepeatedCompositeFieldContainer[StateSite]
     hand_off: int
     tokens_per_event: int
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., client_id: _Optional[str] = ..., model: _Optional[_Union[ModelSpec, _Mapping]] = ..., kv_len: _Optional[int] = ..., prompt_len: _Optional[int] = ..., next_position: _Optional[int] = ..., choices: _Optional[int] = ..., prompt_index: _Optional[int] = ..., output_offset: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., deadline_unix_ms: _Optional[int] = ..., state: _Optional[_Iterable[_Union[StateSite, _Mapping]]] = ..., hand_off: _Optional[int] = ..., tokens_per_event: _Optional[int] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., model: _Optional[_Union[ModelSpec, _Mapping]] = ..., kv_len: _Optional[int] = ..., prompt_len: _Optional[int] = ..., next_position: _Optional[int] = ..., choices: _Optional[int] = ..., prompt_index: _Optional[int] = ..., output_offset: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., timeout_ms: _Optional[int] = ..., state: _Optional[_Iterable[_Union[StateSite, _Mapping]]] = ..., hand_off: _Optional[int] = ..., tokens_per_event: _Optional[int] = ...) -> None: ...
 
-class Sampling(_message.Message):
+class SamplingParams(_message.Message):
     __slots__ = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "min_tokens", "stop_ids", "logprobs")
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
@@ -319,12 +329,14 @@ class TokenControl(_message.Message):
     def __init__(self, attach: _Optional[_Union[Attach, _Mapping]] = ..., acknowledge: _Optional[_Union[Acknowledge, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
 
 class Attach(_message.Message):
-    __slots__ = ("client_id", "received")
+    __slots__ = ("client_id", "session", "received")
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
     RECEIVED_FIELD_NUMBER: _ClassVar[int]
     client_id: str
+    session: str
     received: int
-    def __init__(self, client_id: _Optional[str] = ..., received: _Optional[int] = ...) -> None: ...
+    def __init__(self, client_id: _Optional[str] = ..., session: _Optional[str] = ..., received: _Optional[int] = ...) -> None: ...
 
 class Acknowledge(_message.Message):
     __slots__ = ("frame",)
@@ -363,15 +375,15 @@ class Attached(_message.Message):
     def __init__(self, session: _Optional[str] = ...) -> None: ...
 
 class TokenFrame(_message.Message):
-    __slots__ = ("frame", "events")
-    FRAME_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("number", "events")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
     EVENTS_FIELD_NUMBER: _ClassVar[int]
-    frame: int
+    number: int
     events: _containers.RepeatedCompositeFieldContainer[TokenEvent]
-    def __init__(self, frame: _Optional[int] = ..., events: _Optional[_Iterable[_Union[TokenEvent, _Mapping]]] = ...) -> None: ...
+    def __init__(self, number: _Optional[int] = ..., events: _Optional[_Iterable[_Union[TokenEvent, _Mapping]]] = ...) -> None: ...
 
 class TokenEvent(_message.Message):
-    __slots__ = ("request_id", "attempt", "choice", "index", "tokens", "finish_reason", "error")
+    __slots__ = ("request_id", "attempt", "choice", "index", "tokens", "finish_reason", "error", "cached_tokens")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     CHOICE_FIELD_NUMBER: _ClassVar[int]
@@ -379,6 +391,7 @@ class TokenEvent(_message.Message):
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     choice: int
@@ -386,16 +399,23 @@ class TokenEvent(_message.Message):
     tokens: _containers.RepeatedCompositeFieldContainer[Token]
     finish_reason: str
     error: str
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., choice: _Optional[int] = ..., index: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[Token, _Mapping]]] = ..., finish_reason: _Optional[str] = ..., error: _Optional[str] = ...) -> None: ...
+    cached_tokens: int
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., choice: _Optional[int] = ..., index: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[Token, _Mapping]]] = ..., finish_reason: _Optional[str] = ..., error: _Optional[str] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class Token(_message.Message):
-    __slots__ = ("id", "logprob", "top_ids", "top_logprobs")
+    __slots__ = ("id", "logprob", "top")
     ID_FIELD_NUMBER: _ClassVar[int]
     LOGPROB_FIELD_NUMBER: _ClassVar[int]
-    TOP_IDS_FIELD_NUMBER: _ClassVar[int]
-    TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    TOP_FIELD_NUMBER: _ClassVar[int]
     id: int
     logprob: float
-    top_ids: _containers.RepeatedScalarFieldContainer[int]
-    top_logprobs: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, id: _Optional[int] = ..., logprob: _Optional[float] = ..., top_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
+    top: TopTokens
+    def __init__(self, id: _Optional[int] = ..., logprob: _Optional[float] = ..., top: _Optional[_Union[TopTokens, _Mapping]] = ...) -> None: ...
+
+class TopTokens(_message.Message):
+    __slots__ = ("id", "logprob")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    LOGPROB_FIELD_NUMBER: _ClassVar[int]
+    id: _containers.RepeatedScalarFieldContainer[int]
+    logprob: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, id: _Optional[_Iterable[int]] = ..., logprob: _Optional[_Iterable[float]] = ...) -> None: ...

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from decode_service.protocol import PlacedRows
 from decode_service.sequences import EngineStatus
 from kvtransfer.errors import FencedError, RejectedError
-from kvtransfer.kv_frame import Incoming
+from kvtransfer.frames import Incoming
 from kvtransfer.messages import Cancel, Open
 from prad.core.tokens import Token
 
@@ -15,7 +15,8 @@ class FakeReservation:
 
     block_count = 7
 
-    def __init__(self, request: Open) -> None:
+    def __init__(self, client_id: str, request: Open) -> None:
+        self.client_id = client_id
         self.request = request
         self.held = True
         self.calls: list[str] = []
@@ -47,10 +48,10 @@ class FakeEngine:
         self.gone: list[str] = []
         self.refusal: RejectedError | None = None
 
-    def admit(self, request: Open) -> FakeReservation:
+    def admit(self, client_id: str, request: Open) -> FakeReservation:
         if self.refusal is not None:
             raise self.refusal
-        self.reservations.append(FakeReservation(request))
+        self.reservations.append(FakeReservation(client_id, request))
         return self.reservations[-1]
 
     def write(self, frame: Incoming, rows: Sequence[PlacedRows]) -> None:

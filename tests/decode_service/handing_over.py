@@ -11,7 +11,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from decode_service.server import DecodeServer
 from decode_service.settings import DecodeSettings
-from kvtransfer import DecodeClient, HandOff, LostError, Open, TokenStream, TransferSettings
+from kvtransfer.client import DecodeClient
+from kvtransfer.errors import LostError
+from kvtransfer.messages import Open
+from kvtransfer.sender import HandOff, PassRows, send_layer
+from kvtransfer.settings import TransferSettings
+from kvtransfer.tokens import TokenStream
 from prad.core.sampling import SamplingParams
 from prad.core.tokens import Token, TokenEvent
 from prad.lm import LanguageModel, PackedBatch
@@ -87,6 +92,13 @@ class Collected:
         return self.events[request_id, choice]
 
 
+async def send(
+    hand_off: HandOff, layer: int, key: torch.Tensor, value: torch.Tensor, first_token: int = 0
+) -> None:
+    """A layer's keys and values [tokens, kv_heads, dim] of one hand-off alone."""
+    await send_layer(layer, [raw(key), raw(value)], [PassRows(hand_off, 0, first_token, len(key))])
+
+
 class Prefill:
     """One client of a decode service."""
 
@@ -100,7 +112,6 @@ class Prefill:
     def request(self, kv_len: int, sampling: SamplingParams, **more: object) -> Open:
         values = {
             "request_id": next(self._names),
-            "client_id": self.stream.client_id,
             "model": self.model.spec,
             "kv_len": kv_len,
             "prompt_len": kv_len,
@@ -111,7 +122,7 @@ class Prefill:
 
     async def send(self, hand_off: HandOff, prompted: Prompted) -> None:
         for layer, (key, value) in enumerate(prompted.layers):
-            await hand_off.send(layer, raw(key), raw(value))
+            await send(hand_off, layer, key, value)
 
     async def hand_over(
         self, ids: Sequence[int], sampling: SamplingParams, first: Sequence[int] | None = None, **more: object
@@ -163,6 +174,8 @@ class Proxy:
     def __init__(self) -> None:
         self.port = 0
         self._writers: list[asyncio.StreamWriter] = []
+        self._thawed = asyncio.Event()
+        self._thawed.set()
         self._target = 0
 
     @asynccontextmanager
@@ -176,7 +189,12 @@ class Proxy:
             server.close()
             self.cut()
 
+    def freeze(self) -> None:
+        """Takes what is sent, and passes nothing on, until `cut`."""
+        self._thawed.clear()
+
     def cut(self) -> None:
+        self._thawed.set()
         for writer in self._writers:
             writer.transport.abort()
         self._writers.clear()
@@ -184,18 +202,18 @@ class Proxy:
     async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._target)
         self._writers += [writer, far_writer]
-        await asyncio.gather(_pump(reader, far_writer), _pump(far_reader, writer))
+        await asyncio.gather(self._pump(reader, far_writer), self._pump(far_reader, writer))
 
-
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    try:
-        while data := await reader.read(1 << 16):
-            writer.write(data)
-            await writer.drain()
-    except ConnectionError:
-        pass
-    finally:
-        writer.close()
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while data := await reader.read(1 << 16):
+                await self._thawed.wait()
+                writer.write(data)
+                await writer.drain()
+        except ConnectionError:
+            pass
+        finally:
+            writer.close()
 
 
 async def all_free(server: DecodeServer) -> None:

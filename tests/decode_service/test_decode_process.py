@@ -8,7 +8,7 @@ from pathlib import Path
 
 from handing_over import llama, prefilling, prompt, quick
 
-from kvtransfer import LostError
+from kvtransfer.errors import LostError
 from prad.core.sampling import SamplingParams
 from prad.lm import LanguageModel
 

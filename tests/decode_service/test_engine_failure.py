@@ -138,9 +138,9 @@ def test_a_fault_outside_the_pass_is_reported_by_the_thread(model: LanguageModel
         on_failure=failures.append,
     )
     engine.start()
-    engine.admit(Open("r", "c", model.spec, 5, 5, 5, SamplingParams(max_tokens=9))).commit([Token(2)])
+    engine.admit("c", Open("r", model.spec, 5, 5, 5, SamplingParams(max_tokens=9))).commit([Token(2)])
     engine.stop()
     assert failures == ["the decode engine failed: a fault of ours"]
     assert [e.finish_reason for e in events] == (["error"] if fault == "observe" else [])
     with pytest.raises(RejectedError, match="failed: a fault of ours"):
-        engine.admit(Open("other", "c", model.spec, 5, 5, 5, SamplingParams(max_tokens=9)))
+        engine.admit("c", Open("other", model.spec, 5, 5, 5, SamplingParams(max_tokens=9)))

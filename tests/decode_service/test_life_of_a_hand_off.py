@@ -5,11 +5,14 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from handing_over import Prefill, all_free, decode_settings, prefilling, prompt, prompt_pass, quick, raw
+from handing_over import Prefill, all_free, decode_settings, prefilling, prompt, prompt_pass, quick, send
 
 from decode_service.server import DecodeServer, serving
-from kvtransfer import CorruptError, FencedError, LostError, ProtocolError, RejectedError, RejectReason
-from kvtransfer.kv_frame import Outgoing
+from kvtransfer.client import DecodeClient
+from kvtransfer.errors import CorruptError, FencedError, LostError, ProtocolError, RejectedError, RejectReason
+from kvtransfer.frames import Outgoing
+from kvtransfer.messages import Open
+from kvtransfer.sender import PassRows, send_layer
 from prad.core.sampling import SamplingParams
 from prad.core.tokens import Token
 from prad.lm import LanguageModel
@@ -68,7 +71,7 @@ async def test_cancel_one_choice(prefill: Prefill, server: DecodeServer) -> None
 
 
 async def test_a_deadline_ends_it(prefill: Prefill, server: DecodeServer) -> None:
-    request, _ = await prefill.hand_over(prompt(20), LONG, deadline_unix_ms=1)
+    request, _ = await prefill.hand_over(prompt(20), LONG, timeout_ms=0)
     (event,) = await prefill.got.until(request.request_id)
     assert (event.finish_reason, event.tokens, event.index) == ("deadline", (), 1)
     await all_free(server)
@@ -129,7 +132,6 @@ async def test_another_model_is_refused(prefill: Prefill) -> None:
         ({"next_position": 160}, "context ends at 159"),
         ({"next_position": 154}, "reaches position 160"),
         ({"output_offset": 7}, "nothing to decode"),
-        ({"prompt_ids": (97,)}, "prompt id"),
         ({"sampling": replace(SHORT, stop_ids=frozenset({97}))}, "stop id"),
         ({"sampling": replace(SHORT, temperature=float("nan"))}, "temperature"),
         ({"sampling": replace(SHORT, temperature=-1.0)}, "temperature"),
@@ -145,10 +147,11 @@ async def test_nonsense_is_refused(prefill: Prefill, wrong: dict[str, object], m
     assert caught.value.reason is RejectReason.INVALID
 
 
-async def test_who_is_not_attached_is_refused(prefill: Prefill) -> None:
-    with pytest.raises(RejectedError) as caught:
-        await prefill.client.open(prefill.request(5, SHORT, client_id="stranger"))
-    assert caught.value.reason is RejectReason.NOT_ATTACHED
+async def test_who_is_not_attached_is_refused(server: DecodeServer, model: LanguageModel) -> None:
+    async with DecodeClient(f"127.0.0.1:{server.port}") as stranger:
+        with pytest.raises(RejectedError, match="attach first") as caught:
+            await stranger.open(Open("r", model.spec, 5, 5, 5, SHORT))
+        assert caught.value.reason is RejectReason.NOT_ATTACHED
 
 
 async def test_a_lower_or_equal_attempt_is_fenced(prefill: Prefill, server: DecodeServer) -> None:
@@ -188,8 +191,11 @@ async def test_a_broken_hand_off_tells_what_was_wrong(prefill: Prefill, server: 
     await prefill.send(outside, prompted)
     with pytest.raises(ProtocolError, match="outside the vocabulary"):
         await outside.commit([Token(97)])
-    with pytest.raises(ValueError, match="bytes per token"):
-        await outside.send(0, bytes(3), bytes(3))
+    short = await prefill.client.open(prefill.request(5, SHORT))
+    for planes in ([bytes(3), bytes(3)], [bytes(1000)]):
+        with pytest.raises(ValueError, match="bytes per token"):
+            await send_layer(0, planes, [PassRows(short, 0, 0, 1)])
+    await short.abort("nothing was sent")
     await all_free(server)
 
 
@@ -252,7 +258,7 @@ async def test_nan_stays_with_its_own_request(prefill: Prefill, server: DecodeSe
         request = prefill.request(3, LONG)
         hand_off = await prefill.client.open(request)
         for layer, (key, value) in enumerate(prompt_pass(prefill.model, prompt(3)).layers):
-            await hand_off.send(layer, raw(key * float("nan")), raw(value * float("nan")))
+            await send(hand_off, layer, key * float("nan"), value * float("nan"))
         await hand_off.commit([Token(1)])
         (event,) = await prefill.got.until(request.request_id)
         assert "not finite" in (event.error or "")
@@ -270,7 +276,7 @@ async def test_a_kv_cache_longer_than_its_positions_is_taken(prefill: Prefill, m
     request = prefill.request(16, SHORT, prompt_len=8, next_position=8)
     hand_off = await prefill.client.open(request)
     for layer, (key, value) in enumerate(prompted.layers):
-        await hand_off.send(layer, raw(key), raw(value))
-        await hand_off.send(layer, raw(key), raw(value), first_token=8)
+        await send(hand_off, layer, key, value)
+        await send(hand_off, layer, key, value, first_token=8)
     await hand_off.commit([Token(int(prompted.logits.argmax()))])
     assert [e.index for e in await prefill.got.until(request.request_id)] == list(range(1, 8))

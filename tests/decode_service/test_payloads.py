@@ -23,21 +23,13 @@ from handing_over import (
 
 from decode_service.sequences import HandOffId
 from decode_service.server import DecodeServer, serving
-from kvtransfer import (
-    CorruptError,
-    Encoding,
-    FencedError,
-    HandOff,
-    LostError,
-    PassRows,
-    ProtocolError,
-    segment,
-    send_layer,
-)
+from kvtransfer import memory
+from kvtransfer.errors import CorruptError, FencedError, LostError, ProtocolError
+from kvtransfer.frames import Encoding, Outgoing
 from kvtransfer.int8 import quantise
-from kvtransfer.kv_frame import Outgoing
+from kvtransfer.memory import Segment
 from kvtransfer.proto import handoff_pb2 as pb
-from kvtransfer.segment import Segment
+from kvtransfer.sender import HandOff, PassRows, send_layer
 from prad.core.sampling import SamplingParams
 from prad.core.tokens import Token
 from prad.lm import LanguageModel, PackedBatch
@@ -48,7 +40,7 @@ LENGTHS = (9, 16, 1, 33)
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(segment, "FOLDER", tmp_path)
+    monkeypatch.setattr(memory, "FOLDER", tmp_path)
     return tmp_path
 
 
@@ -101,7 +93,8 @@ async def opened(client: Prefill, lengths: Sequence[int], **more: Any) -> list[P
 def stored(server: DecodeServer, hand_off: HandOff, layer: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Per choice the keys and values of a reservation, as they lie in the pools."""
     engine: Any = server.engine
-    held = engine._scheduler._reserved[HandOffId.of(hand_off.request)]
+    request, session = hand_off.request, hand_off.stream.session
+    held = engine._scheduler._reserved[HandOffId(session, request.request_id, request.attempt)]
     pools, out = engine._runner._pools, []
     for table in held.blocks:
         slots = pools.slots(table, hand_off.request.kv_len)

@@ -10,7 +10,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from decode_service.scheduler import Scheduler
 from decode_service.sequences import FinishReason, HandOffId, Reserved, Running, SequenceId
-from kvtransfer import Open, RejectedError, RejectReason
+from kvtransfer.errors import RejectedError, RejectReason
+from kvtransfer.messages import Open
 from prad.core.blocks import BlockPool
 from prad.core.layout import KVLayout, LayerKV, ModelSpec
 from prad.core.sampling import SamplingParams
@@ -90,14 +91,11 @@ def request(
     name: str = "r",
     attempt: int = 1,
     choices: int = 1,
-    client: str = "c",
-    deadline: int = 0,
     kv_len: int = 16,
     max_tokens: int = 17,
 ) -> Open:
     return Open(
         request_id=name,
-        client_id=client,
         model=MODEL,
         kv_len=kv_len,
         prompt_len=kv_len,
@@ -105,14 +103,14 @@ def request(
         sampling=SamplingParams(max_tokens=max_tokens),
         attempt=attempt,
         choices=choices,
-        deadline_unix_ms=deadline,
     )
 
 
 def running(reserved: Reserved, choice: int = 0) -> Running:
     kv_len = reserved.request.kv_len
     table = reserved.blocks[choice]
-    return Running(SequenceId(reserved.id, choice), reserved.request, table, 1, 0, kv_len, kv_len)
+    at = 1, 0, kv_len, kv_len
+    return Running(SequenceId(reserved.id, choice), reserved.request, table, *at, deadline=reserved.deadline)
 
 
 @pytest.fixture
@@ -126,7 +124,7 @@ def scheduler(blocks: BlockPool) -> Scheduler:
 
 
 def test_a_reservation_is_a_whole_life(scheduler: Scheduler, blocks: BlockPool) -> None:
-    reserved = scheduler.reserve(request(choices=2))
+    reserved = scheduler.reserve("c", request(choices=2))
     assert [len(table) for table in reserved.blocks] == [2, 2]  # 16 + 17 - 1 tokens each
     assert reserved.blocks[0][0] == reserved.blocks[1][0]
     assert (blocks.free_count, reserved.block_count) == (5, 3)  # the prompt's block is one
@@ -136,25 +134,25 @@ def test_a_reservation_is_a_whole_life(scheduler: Scheduler, blocks: BlockPool) 
 
 
 def test_full_and_too_large(scheduler: Scheduler) -> None:
-    scheduler.reserve(request("a", choices=3))
+    scheduler.reserve("c", request("a", choices=3))
     with pytest.raises(RejectedError) as caught:
-        scheduler.reserve(request("b"))
+        scheduler.reserve("c", request("b"))
     assert (caught.value.reason, caught.value.retry_after_s) == (RejectReason.FULL, 0.5)
     with pytest.raises(RejectedError) as caught:
-        scheduler.reserve(request("c", choices=4))
+        scheduler.reserve("c", request("c", choices=4))
     assert caught.value.reason is RejectReason.TOO_LARGE
 
 
 def test_a_refused_attempt_may_be_tried_again(scheduler: Scheduler) -> None:
-    first = scheduler.reserve(request("a", choices=3))
+    first = scheduler.reserve("c", request("a", choices=3))
     with pytest.raises(RejectedError):
-        scheduler.reserve(request("b"))
+        scheduler.reserve("c", request("b"))
     scheduler.release(first)
-    scheduler.reserve(request("b"))
+    scheduler.reserve("c", request("b"))
 
 
 def test_cancelled_blocks_are_free_only_between_steps(scheduler: Scheduler, blocks: BlockPool) -> None:
-    reserved = scheduler.reserve(request())
+    reserved = scheduler.reserve("c", request())
     sequence = running(reserved)
     scheduler.start(reserved, [sequence])
     assert scheduler.schedule(0).batch == (sequence,)
@@ -166,7 +164,7 @@ def test_cancelled_blocks_are_free_only_between_steps(scheduler: Scheduler, bloc
 
 
 def test_choices_leave_one_by_one(scheduler: Scheduler, blocks: BlockPool) -> None:
-    reserved = scheduler.reserve(request(choices=3))
+    reserved = scheduler.reserve("c", request(choices=3))
     sequences = [running(reserved, c) for c in (0, 2)]
     scheduler.start(reserved, sequences)  # choice 1 has ended with its first token
     assert (blocks.free_count, scheduler.running_count) == (5, 2)
@@ -178,32 +176,32 @@ def test_choices_leave_one_by_one(scheduler: Scheduler, blocks: BlockPool) -> No
 
 
 def test_a_deadline_is_told(scheduler: Scheduler) -> None:
-    reserved = scheduler.reserve(request(deadline=100))
+    reserved = scheduler.reserve("c", request(), deadline=100.0)
     sequence = running(reserved)
     scheduler.start(reserved, [sequence])
-    assert scheduler.schedule(99).batch == (sequence,)
-    plan = scheduler.schedule(100)
+    assert scheduler.schedule(99.9).batch == (sequence,)
+    plan = scheduler.schedule(100.0)
     assert plan.batch == ()
     assert [(e.sequence, e.reason) for e in plan.ended] == [(sequence, FinishReason.DEADLINE)]
 
 
 def test_a_higher_attempt_fences(scheduler: Scheduler, blocks: BlockPool) -> None:
-    low = scheduler.reserve(request(attempt=1))
+    low = scheduler.reserve("c", request(attempt=1))
     scheduler.start(low, [running(low)])
-    middle = scheduler.reserve(request(attempt=2))
+    middle = scheduler.reserve("c", request(attempt=2))
     assert [e.reason for e in scheduler.schedule(0).ended] == [FinishReason.ERROR]
-    high = scheduler.reserve(request(attempt=5))
+    high = scheduler.reserve("c", request(attempt=5))
     assert not scheduler.holds(middle)
     assert blocks.free_count == 6
     with pytest.raises(RejectedError) as caught:
-        scheduler.reserve(request(attempt=5))
+        scheduler.reserve("c", request(attempt=5))
     assert caught.value.reason is RejectReason.FENCED
     assert scheduler.holds(high)
 
 
 def test_a_client_that_is_gone_leaves_nothing(scheduler: Scheduler, blocks: BlockPool) -> None:
-    ours, theirs = scheduler.reserve(request("a")), scheduler.reserve(request("b", client="d"))
-    scheduler.reserve(request("c"))
+    ours, theirs = scheduler.reserve("c", request("a")), scheduler.reserve("d", request("b"))
+    scheduler.reserve("c", request("c"))
     scheduler.start(ours, [running(ours)])
     scheduler.cancel_client("c")
     scheduler.schedule(0)
@@ -220,7 +218,7 @@ def test_choices_share_what_the_prompt_fills_and_never_write_there(
     """8 steps follow, each of which writes a token at kv_len."""
     blocks = BlockPool(20, 16)
     scheduler = Scheduler(blocks, max_sequences=4)
-    reserved = scheduler.reserve(request(choices=4, kv_len=kv_len, max_tokens=9))
+    reserved = scheduler.reserve("c", request(choices=4, kv_len=kv_len, max_tokens=9))
     assert (reserved.shared, reserved.block_count) == (shared, shared + 4 * own)
     assert blocks.in_use == reserved.block_count
     sequences = [running(reserved, c) for c in range(4)]
@@ -235,7 +233,7 @@ def test_choices_share_what_the_prompt_fills_and_never_write_there(
 
 
 def test_a_shared_block_that_would_be_written_is_our_bug(scheduler: Scheduler) -> None:
-    reserved = scheduler.reserve(request(choices=2))
+    reserved = scheduler.reserve("c", request(choices=2))
     wrong = replace(running(reserved, 1), kv_len=15)  # its next token would go into the prompt's block
     with pytest.raises(AssertionError, match="another one reads"):
         scheduler.start(reserved, [running(reserved, 0), wrong])
@@ -244,23 +242,23 @@ def test_a_shared_block_that_would_be_written_is_our_bug(scheduler: Scheduler) -
 def test_what_does_not_fit_twice_fits_when_shared() -> None:
     blocks = BlockPool(9, 16)
     scheduler = Scheduler(blocks, max_sequences=4)
-    reserved = scheduler.reserve(request(choices=4, kv_len=80, max_tokens=9))  # 4 tables of 6 blocks
+    reserved = scheduler.reserve("c", request(choices=4, kv_len=80, max_tokens=9))  # 4 tables of 6 blocks
     assert (reserved.block_count, blocks.free_count) == (9, 0)
     with pytest.raises(RejectedError, match="5 blocks and 1 sequences") as caught:
-        scheduler.reserve(request("other", choices=1, kv_len=64))
+        scheduler.reserve("c", request("other", choices=1, kv_len=64))
     assert caught.value.reason is RejectReason.FULL
 
 
 def test_clients_of_equal_request_ids_do_not_meet(scheduler: Scheduler, blocks: BlockPool) -> None:
     """Clients choose their request ids: no attempt fences, and no cancel ends, what is another's."""
-    ours = scheduler.reserve(request(attempt=1, client="c"))
+    ours = scheduler.reserve("c", request(attempt=1))
     sequence = running(ours)
     scheduler.start(ours, [sequence])
-    theirs = scheduler.reserve(request(attempt=7, client="d"))
+    theirs = scheduler.reserve("d", request(attempt=7))
     assert scheduler.schedule(0).ended == ()
     scheduler.cancel(HandOffId("d", "r", 1))
     assert scheduler.runs(sequence)
-    again = scheduler.reserve(request(attempt=2, client="c"))  # 2 is higher than our own 1: not fenced by 7
+    again = scheduler.reserve("c", request(attempt=2))  # 2 is higher than our own 1: not fenced by 7
     assert [e.sequence for e in scheduler.schedule(0).ended] == [sequence]
     assert scheduler.holds(theirs)
     assert scheduler.holds(again)
@@ -268,7 +266,7 @@ def test_clients_of_equal_request_ids_do_not_meet(scheduler: Scheduler, blocks: 
 
 
 def test_abandoning_ends_everything_and_says_who_has_yet_to_hear(scheduler: Scheduler) -> None:
-    first, second = scheduler.reserve(request("a")), scheduler.reserve(request("b"))
+    first, second = scheduler.reserve("c", request("a")), scheduler.reserve("c", request("b"))
     sequence = running(first)
     scheduler.start(first, [sequence])
     (ended,) = scheduler.abandon("broken")

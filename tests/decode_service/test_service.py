@@ -17,7 +17,8 @@ from kvtransfer.client import DecodeClient
 from kvtransfer.errors import FencedError, LostError, ProtocolError, RejectedError, RejectReason
 from kvtransfer.messages import Cancel, Open
 from kvtransfer.proto.handoff_pb2_grpc import add_DecodeServicer_to_server
-from kvtransfer.token_stream import TokenStream
+from kvtransfer.sender import HandOff, PassRows, send_layer
+from kvtransfer.tokens import TokenStream
 from prad.core.layout import KVLayout, LayerKV, ModelSpec
 from prad.core.sampling import SamplingParams
 from prad.core.tokens import Token, TokenEvent
@@ -41,7 +42,7 @@ class Served:
 @asynccontextmanager
 async def serving_fake(idle_s: float = 60.0) -> AsyncIterator[Served]:
     engine = FakeEngine()
-    sessions = Sessions("here", max_frames=9, detach_s=60, on_gone=engine.cancel_client)
+    sessions = Sessions(max_frames=9, detach_s=60, on_gone=engine.cancel_client)
     service = DecodeService(engine, sessions, MODEL, "instance", idle_s=idle_s, shared_memory=False)
     server = grpc.aio.server()
     add_DecodeServicer_to_server(service, server)  # type: ignore[no-untyped-call]
@@ -70,14 +71,20 @@ async def attached(served: Served, name: str = "c") -> AsyncIterator[tuple[Decod
         yield client, stream
 
 
-def request(name: str = "r", client: str = "c", tokens: int = 3, attempt: int = 1) -> Open:
+def request(name: str = "r", tokens: int = 3, attempt: int = 1) -> Open:
     sampling = SamplingParams(max_tokens=9)
-    return Open(name, client, MODEL, tokens, tokens, tokens, sampling, attempt=attempt)
+    return Open(name, MODEL, tokens, tokens, tokens, sampling, attempt=attempt)
+
+
+async def send(hand_off: HandOff, layer: int, data: bytes, first_token: int = 0) -> None:
+    """`data` as keys and as values."""
+    rows = PassRows(hand_off, 0, first_token, len(data) // TOKEN)
+    await send_layer(layer, [data, data], [rows])
 
 
 def test_the_fakes_are_what_they_stand_for() -> None:
     engine: DecodeEngine = FakeEngine()
-    reservation: Reservation = engine.admit(request())
+    reservation: Reservation = engine.admit("c", request())
     assert reservation.block_count == 7
 
 
@@ -95,7 +102,7 @@ async def test_a_hand_off_is_admitted_written_and_committed(served: Served) -> N
             for layer in range(2):
                 for first, count in ((0, 2), (2, 1)):
                     data = bytes([10 * layer + first]) * count * TOKEN
-                    await hand_off.send(layer, data, data, first_token=first)
+                    await send(hand_off, layer, data, first)
             await hand_off.commit([Token(4)])
         assert served.last.written == [
             (layer, first, bytes([10 * layer + first]) * count * TOKEN)
@@ -115,9 +122,9 @@ async def test_what_admit_refuses_is_answered(served: Served) -> None:
 
 
 async def test_nothing_is_admitted_for_who_is_not_attached_or_while_draining(served: Served) -> None:
-    async with attached(served) as (client, _):
+    async with attached(served) as (client, _), DecodeClient(f"127.0.0.1:{served.port}") as stranger:
         with pytest.raises(RejectedError) as caught:
-            await client.open(request(client="stranger"))
+            await stranger.open(request())
         assert caught.value.reason is RejectReason.NOT_ATTACHED
         served.service.drain(0.25)
         with pytest.raises(RejectedError) as caught:
@@ -128,15 +135,13 @@ async def test_nothing_is_admitted_for_who_is_not_attached_or_while_draining(ser
 
 async def test_a_stream_of_hand_offs_is_one_clients(served: Served) -> None:
     """Else one prefill service could fence, by its own Open, what runs for another."""
-    async with attached(served, "ours") as (client, _), attached(served, "theirs") as (other, _):
-        first = await client.open(request(client="ours"))
-        with pytest.raises(RejectedError, match="one client's") as caught:
-            await client.open(request(client="theirs", attempt=9))
-        assert caught.value.reason is RejectReason.INVALID
-        await (await client.open(request("another", client="ours"))).abort("enough")
-        await (await other.open(request(client="theirs"))).abort("enough")
+    async with attached(served) as (client, ours), attached(served) as (other, theirs):
+        first = await client.open(request())
+        await (await client.open(request("another"))).abort("enough")
+        await (await other.open(request(attempt=9))).abort("enough")
         await first.abort("enough")
-    assert [r.request.client_id for r in served.engine.reservations] == ["ours", "ours", "theirs"]
+    mine = ours.session
+    assert [r.client_id for r in served.engine.reservations] == [mine, mine, theirs.session]
 
 
 async def test_a_cancel_reaches_only_its_own_client(served: Served) -> None:
@@ -145,10 +150,10 @@ async def test_a_cancel_reaches_only_its_own_client(served: Served) -> None:
         theirs.cancel("r", 2, 0)
         while len(served.engine.cancelled) < 2:  # noqa: ASYNC110
             await asyncio.sleep(0.005)
-    assert sorted(served.engine.cancelled, key=lambda each: each[0]) == [
-        ("ours", Cancel("r", 1)),
-        ("theirs", Cancel("r", 2, 0)),
-    ]
+    assert dict(served.engine.cancelled) == {
+        ours.session: Cancel("r", 1),
+        theirs.session: Cancel("r", 2, 0),
+    }
 
 
 async def test_room_that_was_taken_away_fails_the_hand_off_alone(served: Served) -> None:
@@ -156,11 +161,11 @@ async def test_room_that_was_taken_away_fails_the_hand_off_alone(served: Served)
         lost, kept = await client.open(request("lost")), await client.open(request("kept"))
         served.engine.reservations[0].held = False
         data = bytes(3 * TOKEN)
-        await lost.send(0, data, data)
+        await send(lost, 0, data)
         with pytest.raises(FencedError, match="taken over"):
             await lost.commit([Token(1)])
         for layer in range(2):
-            await kept.send(layer, data, data)
+            await send(kept, layer, data)
         await kept.commit([Token(1)])
     assert served.engine.reservations[0].written == []
     assert [r.calls for r in served.engine.reservations] == [["release"], ["commit", "release"]]
@@ -183,7 +188,7 @@ async def test_a_silent_hand_off_is_released_and_failed() -> None:
 
 async def test_events_go_to_their_client_until_the_service_ends(served: Served) -> None:
     async with attached(served) as (_, stream):
-        served.sessions.deliver({"c": [TokenEvent("r", 1, 0, 1, (Token(5),))]})
+        served.sessions.deliver({stream.session: [TokenEvent("r", 1, 0, 1, (Token(5),))]})
         frames = aiter(stream)
         frame = await anext(frames)
         assert (frame.number, [e.request_id for e in frame.events]) == (1, ["r"])

@@ -6,18 +6,18 @@ import pytest
 
 from decode_service.sessions import Sessions
 from kvtransfer.errors import FencedError, LostError, ProtocolError
-from kvtransfer.outbox import Attachment
+from kvtransfer.tokens import Attachment
 from prad.core.tokens import TokenEvent
 
 
 class Gone(list[str]):
-    """The clients whose sessions have ended."""
+    """The sessions that have ended."""
 
     def __init__(self) -> None:
         self.changed = asyncio.Event()
 
-    def __call__(self, client_id: str) -> None:
-        self.append(client_id)
+    def __call__(self, session: str) -> None:
+        self.append(session)
         self.changed.set()
 
 
@@ -28,7 +28,7 @@ async def gone() -> Gone:
 
 @pytest.fixture
 async def sessions(gone: Gone) -> Sessions:
-    return Sessions("here", max_frames=3, detach_s=60, on_gone=gone)
+    return Sessions(max_frames=3, detach_s=60, on_gone=gone)
 
 
 def event(name: str, index: int = 0) -> TokenEvent:
@@ -41,10 +41,10 @@ async def names(attachment: Attachment, count: int) -> list[list[str]]:
 
 
 async def test_each_client_gets_its_own_events_in_one_frame_per_step(sessions: Sessions) -> None:
-    _, ours = sessions.attach("a", 0)
-    _, theirs = sessions.attach("b", 0)
-    sessions.deliver({"a": [event("x"), event("y")], "b": [event("z")], "nobody": [event("w")]})
-    sessions.deliver({"a": [event("v")]})
+    a, ours = sessions.attach("same name", "", 0)
+    b, theirs = sessions.attach("same name", "", 0)
+    sessions.deliver({a: [event("x"), event("y")], b: [event("z")], "nobody": [event("w")]})
+    sessions.deliver({a: [event("v")]})
     assert not sessions.flushed
     assert await names(ours, 2) == [["x", "y"], ["v"]]
     assert await names(theirs, 1) == [["z"]]
@@ -52,67 +52,67 @@ async def test_each_client_gets_its_own_events_in_one_frame_per_step(sessions: S
 
 
 async def test_a_session_goes_on_where_its_client_stopped(sessions: Sessions, gone: Gone) -> None:
-    name, first = sessions.attach("a", 0)
+    a, first = sessions.attach("c", "", 0)
     for i in range(3):
-        sessions.deliver({"a": [event(str(i))]})
+        sessions.deliver({a: [event(str(i))]})
     await first.next()
-    sessions.detach("a", first)
-    assert sessions.knows("a")
-    again, second = sessions.attach("a", 1)
-    assert again == name
+    sessions.detach(a, first)
+    assert sessions.knows(a)
+    again, second = sessions.attach("c", a, 1)
+    assert again == a
     assert await names(second, 2) == [["1"], ["2"]]
     assert gone == []
 
 
 async def test_a_newer_stream_takes_over_and_the_older_detaches_nothing(sessions: Sessions) -> None:
-    _, older = sessions.attach("a", 0)
-    _, newer = sessions.attach("a", 0)
+    a, older = sessions.attach("c", "", 0)
+    _, newer = sessions.attach("c", a, 0)
     with pytest.raises(FencedError):
         await older.next()
-    sessions.detach("a", older)
-    sessions.deliver({"a": [event("x")]})
+    sessions.detach(a, older)
+    sessions.deliver({a: [event("x")]})
     assert await names(newer, 1) == [["x"]]
 
 
 async def test_who_stays_away_too_long_is_gone(gone: Gone) -> None:
-    sessions = Sessions("here", max_frames=3, detach_s=0, on_gone=gone)
-    name, stream = sessions.attach("a", 0)
-    sessions.detach("a", stream)
+    sessions = Sessions(max_frames=3, detach_s=0, on_gone=gone)
+    a, stream = sessions.attach("c", "", 0)
+    sessions.detach(a, stream)
     await gone.changed.wait()
-    assert (gone, sessions.knows("a")) == (["a"], False)
-    again, _ = sessions.attach("a", 7)  # its old count is from another session: from the start
-    assert again != name
+    assert (gone, sessions.knows(a)) == ([a], False)
+    again, _ = sessions.attach("c", a, 7)  # its old count is from another session: from the start
+    assert again != a
 
 
 async def test_who_takes_no_frames_is_gone(sessions: Sessions, gone: Gone) -> None:
-    _, stream = sessions.attach("a", 0)
+    a, stream = sessions.attach("c", "", 0)
     for _ in range(4):
-        sessions.deliver({"a": [event("x")]})
-    assert gone == ["a"]
+        sessions.deliver({a: [event("x")]})
+    assert gone == [a]
     with pytest.raises(LostError, match="too slowly"):
         await stream.next()
 
 
 async def test_acknowledged_frames_make_room(sessions: Sessions, gone: Gone) -> None:
-    sessions.attach("a", 0)
+    a, _ = sessions.attach("c", "", 0)
     for number in range(1, 9):
-        sessions.deliver({"a": [event("x")]})
-        sessions.acknowledge("a", number)
+        sessions.deliver({a: [event("x")]})
+        sessions.acknowledge(a, number)
     assert gone == []
     with pytest.raises(ProtocolError):
-        sessions.acknowledge("a", 9)
+        sessions.acknowledge(a, 9)
     sessions.acknowledge("nobody", 1)
 
 
 async def test_events_cross_from_the_engines_thread(sessions: Sessions) -> None:
-    _, stream = sessions.attach("a", 0)
-    await asyncio.to_thread(sessions.deliver_from_thread, {"a": [event("x")]})
+    a, stream = sessions.attach("c", "", 0)
+    await asyncio.to_thread(sessions.deliver_from_thread, {a: [event("x")]})
     assert await names(stream, 1) == [["x"]]
 
 
 async def test_closing_lets_streams_end_behind_their_frames(sessions: Sessions) -> None:
-    _, stream = sessions.attach("a", 0)
-    sessions.deliver({"a": [event("x")]})
+    a, stream = sessions.attach("c", "", 0)
+    sessions.deliver({a: [event("x")]})
     sessions.close()
     assert await names(stream, 1) == [["x"]]
     assert await stream.next() is None

@@ -20,7 +20,8 @@ from handing_over import (
 from decode_service.scheduler import Scheduler
 from decode_service.sequences import Running, SequenceId
 from decode_service.server import DecodeServer, serving
-from kvtransfer import CorruptError, Open, ProtocolError, RejectedError, RejectReason, StateSite
+from kvtransfer.errors import CorruptError, ProtocolError, RejectedError, RejectReason
+from kvtransfer.messages import Open, StateSite
 from kvtransfer.proto import handoff_pb2 as pb
 from prad.core.blocks import BlockPool
 from prad.core.sampling import SamplingParams
@@ -119,23 +120,26 @@ def test_memory_for_state_is_bounded(model: LanguageModel) -> None:
 
     def request(name: str, width: int, choices: int = 1) -> Open:
         state = (StateSite("q", width),) if width else ()
-        return Open(name, "c", model.spec, 5, 5, 5, SHORT, choices=choices, state=state)
+        return Open(name, model.spec, 5, 5, 5, SHORT, choices=choices, state=state)
 
     with pytest.raises(RejectedError, match="1008 bytes of request state; there is room for 1000") as caught:
-        scheduler.reserve(request("too large", 84))
+        scheduler.reserve("c", request("too large", 84))
     assert caught.value.reason is RejectReason.TOO_LARGE
-    first, second = scheduler.reserve(request("a", 40, choices=3)), scheduler.reserve(request("b", 43))
+    first, second = (
+        scheduler.reserve("c", request("a", 40, choices=3)),
+        scheduler.reserve("c", request("b", 43)),
+    )
     with pytest.raises(RejectedError, match="12 bytes of request state wanted, 4 free") as caught:
-        scheduler.reserve(request("c", 1))
+        scheduler.reserve("c", request("c", 1))
     assert (caught.value.reason, caught.value.retry_after_s) == (RejectReason.FULL, 0.5)
-    scheduler.reserve(request("without", 0))
+    scheduler.reserve("c", request("without", 0))
     running = Running(SequenceId(first.id, 1), first.request, first.blocks[1], 1, 0, 5, 5)
     scheduler.start(first, [running])
     scheduler.release(second)
     with pytest.raises(RejectedError, match="520 free"):
-        scheduler.reserve(request("c", 44))
+        scheduler.reserve("c", request("c", 44))
     scheduler.finish(running)
-    scheduler.reserve(request("c", 83))
+    scheduler.reserve("c", request("c", 83))
 
 
 async def test_a_service_may_take_no_state(model: LanguageModel) -> None:

@@ -1,10 +1,13 @@
 """The way back: streams that break, clients that vanish, services that stop."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 
 import pytest
-from grpc.aio import insecure_channel
+from grpc import StatusCode
+from grpc.aio import AioRpcError, insecure_channel
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from handing_over import (
     Prefill,
@@ -18,7 +21,8 @@ from handing_over import (
 )
 
 from decode_service.server import BindError, CacheTooSmallError, DecodeServer, serving
-from kvtransfer import FencedError, LostError, RejectedError, RejectReason
+from kvtransfer import codec
+from kvtransfer.errors import FencedError, LostError, RejectedError, RejectReason
 from kvtransfer.proto import handoff_pb2 as pb
 from kvtransfer.proto.handoff_pb2_grpc import DecodeStub
 from prad.core.sampling import SamplingParams
@@ -124,13 +128,118 @@ async def test_a_client_that_takes_no_frames_is_given_up(model: LanguageModel) -
         assert len(client.got.events[request.request_id, 0]) <= 10
 
 
-async def test_a_newer_stream_of_a_client_takes_over(model: LanguageModel, server: DecodeServer) -> None:
+async def test_a_newer_stream_of_a_session_takes_over(model: LanguageModel, server: DecodeServer) -> None:
+    """As after a connection that only one of its ends knows to be broken."""
     async with prefilling(model, server.port, "same") as first:
-        async with prefilling(model, server.port, "same") as second:
-            request, _ = await second.hand_over(prompt(9), SamplingParams(max_tokens=9))
-            assert len(await second.got.until(request.request_id)) == 8
-        with pytest.raises(FencedError):
-            await anext(aiter(first.stream))
+        attach = pb.Attach(client_id="same", session=first.stream.session)
+        async with insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            newer = DecodeStub(channel).Tokens()  # type: ignore[no-untyped-call]
+            await newer.write(pb.TokenControl(attach=attach))
+            assert (await newer.read()).attached.session == first.stream.session
+            with pytest.raises(FencedError):
+                await anext(aiter(first.stream))
+            newer.cancel()
+
+
+async def test_a_clients_name_is_no_key(model: LanguageModel, server: DecodeServer) -> None:
+    """Who knows a client's name and its request ids takes over, fences and cancels nothing of it."""
+    short = SamplingParams(max_tokens=9)
+    async with (
+        prefilling(model, server.port, "same") as ours,
+        prefilling(model, server.port, "same") as theirs,
+    ):
+        assert ours.stream.session != theirs.stream.session
+        await ours.hand_over(prompt(9), LONG, request_id="x")
+        theirs.stream.cancel("x", 1)
+        await theirs.hand_over(prompt(12), short, request_id="x", attempt=2)
+        assert len(await theirs.got.until("x")) == 8
+        assert len(await ours.got.until("x")) == 119
+        await ours.hand_over(prompt(9), short, request_id="x", attempt=2)
+        await all_free(server)
+
+
+async def raw_hand_offs(server: DecodeServer, *frames: pb.HandOffFrame) -> pb.HandOffReplies:
+    async with insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        call = DecodeStub(channel).HandOffs()  # type: ignore[no-untyped-call]
+        await call.write(pb.HandOffFrames(frames=frames))
+        replies: pb.HandOffReplies = await call.read()
+        call.cancel()
+        return replies
+
+
+async def test_a_session_that_is_guessed_hands_nothing_over(prefill: Prefill, server: DecodeServer) -> None:
+    request = codec.encode(prefill.request(5, LONG))
+    request.hand_off = 1
+    for guess in ("", prefill.stream.client_id, prefill.stream.session[:-1]):
+        begin = pb.HandOffFrame(begin=pb.Begin(session=guess))
+        (reply,) = (await raw_hand_offs(server, begin, pb.HandOffFrame(open=request))).replies
+        assert reply.rejected.reason == RejectReason.NOT_ATTACHED
+    await all_free(server)
+
+
+@pytest.mark.parametrize("begins", [0, 2])
+async def test_a_stream_of_hand_offs_begins_with_its_session(
+    prefill: Prefill, server: DecodeServer, begins: int
+) -> None:
+    begin = pb.HandOffFrame(begin=pb.Begin(session=prefill.stream.session))
+    with pytest.raises(AioRpcError, match="begins with Begin"):
+        await raw_hand_offs(server, *[begin] * begins, pb.HandOffFrame(abort=pb.Abort(hand_off=1)))
+
+
+async def test_attaching_anew_ends_the_session_before(prefill: Prefill, server: DecodeServer) -> None:
+    before = await prefill.client.open(prefill.request(5, LONG))
+    async with await prefill.client.attach("again"):
+        await (await prefill.client.open(prefill.request(5, LONG))).abort("enough")
+        with pytest.raises(LostError, match="attached anew"):
+            await before.commit([Token(1)])
+        await all_free(server)
+
+
+async def test_clocks_of_two_hosts_may_differ(
+    model: LanguageModel, server: DecodeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decode's clocks are hours ahead of prefill's, or behind: what is left of a request is the same."""
+    for ahead_s in (7200, -7200):
+        skewed = SimpleNamespace(
+            time_ns=lambda s=ahead_s: time.time_ns() + s * 10**9,
+            time=lambda s=ahead_s: time.time() + s,
+            monotonic=lambda s=ahead_s: time.monotonic() + s,
+            perf_counter=time.perf_counter,
+        )
+        monkeypatch.setattr("decode_service.engine.time", skewed)
+        async with prefilling(model, server.port) as client:
+            in_time, _ = await client.hand_over(prompt(9), LONG, timeout_ms=600_000)
+            assert (await client.got.until(in_time.request_id))[-1].finish_reason == "length"
+            late, _ = await client.hand_over(prompt(9), LONG, timeout_ms=0)
+            assert (await client.got.until(late.request_id))[-1].finish_reason == "deadline"
+
+
+async def test_a_frozen_service_is_noticed(model: LanguageModel, server: DecodeServer, wire: Proxy) -> None:
+    """Its host takes whatever is sent, and nothing comes back: only the pings tell."""
+    quickly = quick(keepalive_s=0.2, ping_timeout_s=0.2)
+    async with prefilling(model, wire.port, settings=quickly) as prefill:
+        assert prefill.stream.connected
+        wire.freeze()
+        while prefill.stream.connected:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        wire.cut()
+        while not prefill.stream.connected:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        request, _ = await prefill.hand_over(prompt(9), SamplingParams(max_tokens=9))
+        assert len(await prefill.got.until(request.request_id)) == 8
+
+
+@pytest.mark.parametrize("method", ["HandOffs", "Tokens"])
+async def test_garbage_is_refused_in_one_line(
+    server: DecodeServer, caplog: pytest.LogCaptureFixture, method: str
+) -> None:
+    async with insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        call = channel.stream_stream(f"/prad.kvtransfer.v1.Decode/{method}")()
+        await call.write(b"\xff\xff garbage")
+        with pytest.raises(AioRpcError) as caught:
+            await call.read()
+        assert caught.value.code() is StatusCode.INVALID_ARGUMENT
+    assert "Traceback" not in caplog.text
 
 
 async def test_a_restarted_service_is_noticed(model: LanguageModel) -> None:

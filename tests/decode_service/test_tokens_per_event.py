@@ -14,7 +14,7 @@ from decode_service.engine import PagedEngine
 from decode_service.runner import ModelRunner
 from decode_service.scheduler import Scheduler
 from decode_service.server import DecodeServer
-from kvtransfer import Cancel, Open
+from kvtransfer.messages import Cancel, Open
 from prad.core.blocks import BlockPool
 from prad.core.sampling import SamplingParams
 from prad.core.tokens import Token, TokenEvent
@@ -22,7 +22,6 @@ from prad.lm import LanguageModel
 from prad.lm.paged import Pools
 
 DRAWN = SamplingParams(max_tokens=24, temperature=1.0, seed=5, logprobs=2)
-_NOON_MS = 1_900_000_000_000
 
 
 @pytest.mark.parametrize("each", [2, 16, 32])
@@ -105,18 +104,17 @@ def test_an_early_end_tells_what_was_held(
     )
     request = Open(
         request_id="r",
-        client_id="client",
         model=model.spec,
         kv_len=12,
         prompt_len=12,
         next_position=12,
         sampling=SamplingParams(max_tokens=100),
-        deadline_unix_ms=_NOON_MS if why == "deadline" else 0,
+        timeout_ms=1000 if why == "deadline" else None,
         tokens_per_event=32,
     )
-    clock = SimpleNamespace(time_ns=lambda: (_NOON_MS - 1) * 1_000_000, perf_counter=time.perf_counter)
+    clock = SimpleNamespace(monotonic=lambda: 99.0, perf_counter=time.perf_counter)
     monkeypatch.setattr("decode_service.engine.time", clock)
-    reservation = engine.admit(request)
+    reservation = engine.admit("client", request)
     prompted = prompt_pass(model, prompt(12))
     for layer, (key, value) in enumerate(prompted.layers):
         pools.write(layer, reservation.room.slots, raw(key), raw(value))
@@ -127,13 +125,13 @@ def test_an_early_end_tells_what_was_held(
     assert told == []
     reason, error = "error", None
     if why == "deadline":
-        clock.time_ns = lambda: _NOON_MS * 1_000_000
+        clock.monotonic = lambda: 100.0
         reason = "deadline"
     elif why == "ended":
         engine.end_all("over")
         error = "over"
     elif why == "fenced":
-        engine.admit(replace(request, attempt=2))
+        engine.admit("client", replace(request, attempt=2))
         error = "fenced by attempt 2"
     elif why == "cancelled":
         engine.cancel("client", Cancel("r", 1))

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from kvtransfer import Encoding
+from kvtransfer.frames import Encoding, plane_bytes
 from kvtransfer.int8 import dequantise, quantise
-from kvtransfer.layout import plane_bytes
 from prad.core.layout import KVLayout, LayerKV
 
 

@@ -11,16 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtransfer import segment
-from kvtransfer.ring import Ring
-from kvtransfer.segment import NONCE_BYTES, Segment, map_segment, remove_orphans
+from kvtransfer import memory
+from kvtransfer.memory import NONCE_BYTES, Ring, Segment, map_segment, remove_orphans
 
 SIZE = 1 << 16
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(segment, "FOLDER", tmp_path)
+    monkeypatch.setattr(memory, "FOLDER", tmp_path)
     return tmp_path
 
 
@@ -78,7 +77,7 @@ def test_what_is_not_as_offered(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     for size in (SIZE - 1, SIZE + 1):
         with pytest.raises(ValueError, match="another size"):
             map_segment(made.name, size)
-    for size in (0, NONCE_BYTES, segment.LARGEST + 1):
+    for size in (0, NONCE_BYTES, memory.LARGEST + 1):
         with pytest.raises(ValueError, match="is refused"):
             map_segment(made.name, size)
     (folder / made.name).rename(folder / "elsewhere")
@@ -107,8 +106,8 @@ def test_no_room(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_a_killed_process_leaves_is_removed(folder: Path) -> None:
     code = (
-        "import sys, time, pathlib; from kvtransfer import segment; "
-        "segment.FOLDER = pathlib.Path(sys.argv[1]); kept = segment.Segment(1 << 16); "
+        "import sys, time, pathlib; from kvtransfer import memory; "
+        "memory.FOLDER = pathlib.Path(sys.argv[1]); kept = memory.Segment(1 << 16); "
         "print(kept.name, flush=True); time.sleep(600)"
     )
     with subprocess.Popen(

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtransfer import FencedError, LostError, ProtocolError
-from kvtransfer.outbox import Outbox
+from kvtransfer.errors import FencedError, LostError, ProtocolError
+from kvtransfer.tokens import Outbox
 from prad.core.tokens import TokenEvent
 
 EVENT = TokenEvent("r", 1, 0, 1)

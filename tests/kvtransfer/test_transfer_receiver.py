@@ -1,12 +1,15 @@
 """The book of one hand-off: every order that is not allowed, without gRPC and without bytes."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtransfer import Encoding, Open, ProtocolError, RejectedError, RejectReason, codec
-from kvtransfer.kv_frame import Incoming, Rows
-from kvtransfer.layout import plane_bytes
+from kvtransfer import codec
+from kvtransfer.errors import ProtocolError, RejectedError, RejectReason
+from kvtransfer.frames import Encoding, Incoming, Rows, plane_bytes
+from kvtransfer.messages import Open
 from kvtransfer.proto import handoff_pb2 as pb
 from kvtransfer.receiver import Receiver, read_open
 from prad.core.layout import KVLayout, LayerKV, ModelSpec
@@ -16,7 +19,7 @@ MODEL = ModelSpec("f", KVLayout((LayerKV(1, 2, 2), LayerKV(1, 2, 3)), "float16")
 
 
 def request(kv_len: int = 6, choices: int = 1) -> Open:
-    return Open("r", "c", MODEL, kv_len, kv_len, kv_len, SamplingParams(9), choices=choices)
+    return Open("r", MODEL, kv_len, kv_len, kv_len, SamplingParams(9), choices=choices)
 
 
 def receive(receiver: Receiver, layer: int, first_token: int, tokens: int, layers: int = 1) -> None:
@@ -76,12 +79,19 @@ def test_a_commit_that_does_not_add_up(layers: int, last: pb.Commit, message: st
 
 
 def test_open() -> None:
-    assert read_open(codec.open_to_proto(request(), 3), MODEL) == request()
+    assert read_open(codec.encode(request()), MODEL) == request()
+
+
+def test_a_mismatch_names_both_sides() -> None:
+    other = replace(MODEL, layout=replace(MODEL.layout, dtype="float32"))
+    with pytest.raises(RejectedError, match="decode has dtype float16, the hand-off has float32") as caught:
+        read_open(codec.encode(replace(request(), model=other)), MODEL)
+    assert caught.value.reason is RejectReason.WRONG_MODEL
 
 
 def test_an_unknown_dtype_is_a_wrong_model() -> None:
-    message = codec.open_to_proto(request())
-    message.model.dtype = "int4"
+    message = codec.encode(request())
+    message.model.layout.dtype = "int4"
     with pytest.raises(RejectedError) as caught:
         read_open(message, MODEL)
     assert caught.value.reason is RejectReason.WRONG_MODEL

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from kvtransfer import CorruptError, LostError, RejectedError, RejectReason, TimedOutError, TokenFrame
+from kvtransfer.errors import CorruptError, LostError, RejectedError, RejectReason, TimedOutError
+from kvtransfer.messages import TokenFrame
 from prad.core.layout import KVLayout, LayerKV, ModelSpec
 from prad.core.tokens import Token, TokenEvent
 from prefill_service import decode_link
@@ -21,7 +22,6 @@ SPEC = ModelSpec("abc", KVLayout((LayerKV(2, 4, 4),), "float32"))
 class Stream:
     """A token stream whose frames are put into a queue; None breaks it."""
 
-    client_id = "c"
     connected = True
 
     def __init__(self) -> None:
@@ -139,8 +139,7 @@ async def test_without_a_connection_there_is_no_room() -> None:
     link.cancel("r", 1)  # nobody has it
 
 
-async def test_open_says_all_that_decode_must_know(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode_link.time, "time", lambda: 1000.0)
+async def test_open_says_all_that_decode_must_know() -> None:
     client = Client(object())
     link, task = await connected(client, Heard(), clock=lambda: 10.0)
     own = adapter(virtual_tokens=0)
@@ -153,9 +152,9 @@ async def test_open_says_all_that_decode_must_know(monkeypatch: pytest.MonkeyPat
     )
     await link.reserve([asking])
     (opened,) = client.opens
-    assert (opened.request_id, opened.client_id, opened.attempt, opened.choices) == ("r", "c", 3, 2)
+    assert (opened.request_id, opened.attempt, opened.choices) == ("r", 3, 2)
     assert (opened.kv_len, opened.prompt_len, opened.next_position, opened.output_offset) == (4, 3, 4, 1)
-    assert (opened.tokens_per_event, opened.deadline_unix_ms) == (5, 1_002_500)
+    assert (opened.tokens_per_event, opened.timeout_ms) == (5, 2_500)
     assert [(site.site, site.width) for site in opened.state] == [("q", 7)]
     task.cancel()
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from kvtransfer import Encoding, PassRows
+from kvtransfer.frames import Encoding
+from kvtransfer.sender import PassRows
 from prad.core.blocks import BlockPool
 from prad.core.chunk import Chunk
 from prad.core.sampling import SamplingParams

@@ -8,15 +8,34 @@ among layers, too; a layer of a long pass is cut into token ranges.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import IntEnum
 
 import xxhash
 
+from kvtransfer import codec
 from kvtransfer.errors import CorruptError, ProtocolError
-from kvtransfer.layout import Encoding, plane_bytes
 from kvtransfer.proto import handoff_pb2 as pb
-from prad.core.layout import ModelSpec
+from prad.core.layout import KVLayout, ModelSpec
 
 KVBytes = bytes | bytearray | memoryview
+
+_SCALE_BYTES = 4
+
+
+class Encoding(IntEnum):
+    """How KV bytes are written on the wire; the numbers are the proto's."""
+
+    RAW = 0
+    INT8 = 1
+
+
+def plane_bytes(layout: KVLayout, layer: int, encoding: Encoding) -> tuple[int, ...]:
+    """Bytes of one token in each plane of `layer`, in their order on the wire (see the proto)."""
+    if encoding is Encoding.RAW:
+        return layout.key_bytes(layer), layout.value_bytes(layer)
+    kept = layout.layers[layer]
+    scales = kept.heads * _SCALE_BYTES
+    return kept.heads * kept.key_dim, scales, kept.heads * kept.value_dim, scales
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +88,7 @@ class Outgoing:
         return pb.KV(
             first_layer=self.first_layer,
             layer_count=self.layer_count,
-            rows=[
-                pb.Rows(hand_off=r.hand_off, first_token=r.first_token, token_count=r.token_count)
-                for r in self.rows
-            ],
+            rows=map(codec.encode, self.rows),
             encoding=pb.Encoding.ValueType(self.encoding),
             checksum=xxhash.xxh3_64_intdigest(payload),
         )
@@ -101,7 +117,7 @@ def decode(frame: pb.KV, model: ModelSpec, segment: memoryview | None = None) ->
     is no segment.
     """
     first, last = frame.first_layer, frame.first_layer + frame.layer_count
-    rows = tuple(Rows(r.hand_off, r.first_token, r.token_count) for r in frame.rows)
+    rows = tuple(codec.decode(Rows, r) for r in frame.rows)
     count = len(model.layout.layers)
     if first >= last or last > count or not all(r.token_count for r in rows):
         raise CorruptError(f"a KV frame names layers {first}..{last} of {count}, or no tokens")

@@ -1,4 +1,4 @@
-"""What gRPC's streams raise, in our words."""
+"""What gRPC's calls raise, in our words, and our errors in gRPC's."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -7,8 +7,19 @@ from typing import Any
 
 import grpc
 
-from kvtransfer.errors import LostError, TimedOutError
-from kvtransfer.status import error_of
+from kvtransfer.errors import LostError, TimedOutError, TransferError, error_of, status_of
+
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
+
+
+def code_of(error: TransferError) -> Any:
+    """The grpc.StatusCode with which a server ends a call because of `error`."""
+    return _CODES[status_of(error)]
+
+
+def error_behind(code: Any, details: str | None) -> TransferError:
+    """The error behind the status with which a call has ended."""
+    return error_of(code.value[0], details or code.name)
 
 
 async def read(call: Any) -> Any:
@@ -19,7 +30,7 @@ async def read(call: Any) -> Any:
         return message
     if await call.code() is grpc.StatusCode.OK:
         raise LostError("decode ended the stream")
-    raise error_of(await call.code(), await call.details())
+    raise error_behind(await call.code(), await call.details())
 
 
 @asynccontextmanager
@@ -32,9 +43,9 @@ async def translated(call: Any, timeout_s: float | None, what: str) -> AsyncIter
         call.cancel()
         raise TimedOutError(f"no answer to {what} within {timeout_s} s") from error
     except grpc.aio.AioRpcError as error:
-        raise error_of(error.code(), error.details()) from error
+        raise error_behind(error.code(), error.details()) from error
     except asyncio.InvalidStateError as error:  # grpc.aio's word for writing to a stream that has ended
-        raise error_of(await call.code(), await call.details()) from error
+        raise error_behind(await call.code(), await call.details()) from error
     except asyncio.CancelledError as error:
         task = asyncio.current_task()
         if call.cancelled() and task is not None and not task.cancelling():

@@ -1,0 +1,23 @@
+"""Schedulers import what prefill and decode say to each other: that brings neither gRPC nor torch along."""
+
+import subprocess
+import sys
+
+import pytest
+
+_LOADED = "import sys, {module}; print([m for m in ('grpc', 'torch', 'transformers') if m in sys.modules])"
+
+
+@pytest.mark.parametrize(
+    "module", ["kvtransfer", "kvtransfer.errors", "kvtransfer.messages", "decode_service.scheduler"]
+)
+def test_a_pure_module_loads_nothing_heavy(module: str) -> None:
+    code = _LOADED.format(module=module)
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout.strip() == "[]"
+
+
+def test_codec_and_frames_need_no_grpc() -> None:
+    code = _LOADED.format(module="kvtransfer.codec, kvtransfer.frames, kvtransfer.receiver")
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout.strip() == "[]"
