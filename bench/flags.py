@@ -193,7 +193,15 @@ class Prefill(ModelFlags):
 
 
 class Chunking(ModelFlags):
-    SMOKE = {"long": 300, "streams": 2, "rounds": 1, "instruction": 48, "repeats": 2, "undisturbed": 8}
+    SMOKE = {
+        "long": 300,
+        "streams": 2,
+        "rounds": 1,
+        "instruction": 48,
+        "repeats": 2,
+        "undisturbed": 8,
+        "only": ["chunks"],  # each variant is a service that loads the model
+    }
 
     long: int = Field(4096, description="tokens of the long prompt")
     short: int = Field(32, description="tokens of the short ones")

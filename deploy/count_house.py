@@ -83,7 +83,7 @@ def count(folder: Path) -> Counts:
         for process in traced:
             process.send_signal(signal.SIGUSR2)
         _until(lambda: all(trace.is_file() for trace in traces), "the traces", 30.0)
-    read = [json.loads(trace.read_text()) for trace in traces]
+    read = [json.loads(trace.read_text(encoding="utf-8")) for trace in traces]
     if faults := [fault for trace in read for fault in trace["faults"]]:
         raise RuntimeError(f"the trace is not whole: {faults[:3]}")
     every: dict[str, list[str]] = {

@@ -58,7 +58,7 @@ class Trace:
             "faults": self._faults,
         }
         partial = out.with_suffix(".partial")
-        partial.write_text(json.dumps(written))
+        partial.write_text(json.dumps(written), encoding="utf-8")
         partial.replace(out)
 
     def profile(self, frame: FrameType, event: str, given: Any) -> None:

@@ -19,8 +19,8 @@ def _class_map() -> list[tuple[tuple[str, ...], str]]:
     for section in re.split(r"^### ", ARCHITECTURE, flags=re.MULTILINE)[1:]:
         title, _, rest = section.partition("\n")
         rooms = tuple(re.findall(r"`([a-z_/]+)`", title))
-        for row in re.findall(r"^\| (`.*?) \|", rest.partition("\n## ")[0], re.MULTILINE):
-            found += [(rooms, name) for name in re.findall(r"`(\w+)`", row)]
+        for row in re.findall(r"^\| `.*$", rest.partition("\n## ")[0], re.MULTILINE):
+            found += [(rooms, name) for name in re.findall(r"`([A-Z]\w+)`", row)]
     return found
 
 
