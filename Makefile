@@ -37,6 +37,7 @@ test-latest: ## the tests with the newest releases that pyproject.toml admits; e
 test-oldest: ## the tests with the oldest releases that pyproject.toml admits (locks/oldest.txt)
 	@rm -rf .venv-oldest && $(PYTHON) -m venv .venv-oldest
 	@locks/install .venv-oldest/bin/python oldest
+	@.venv-oldest/bin/pip install --quiet --quiet --no-deps --no-build-isolation --editable .
 	@.venv-oldest/bin/pip list --format freeze | paste -sd ' ' | fold -sw 120
 	.venv-oldest/bin/pytest $(TESTS)
 

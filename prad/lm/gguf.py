@@ -36,13 +36,23 @@ def convert_gguf(path: Path, cache_dir: Path) -> Path:
 
 
 def _convert(path: Path, folder: Path) -> None:
+    """Not by from_pretrained(gguf_file=...), for which transformers wants accelerate; serving does not."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     where = {"gguf_file": path.name}
-    model = AutoModelForCausalLM.from_pretrained(
-        path.parent, **where, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
-    )
+    config = AutoConfig.from_pretrained(path.parent, **where)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    read = load_gguf_checkpoint(
+        str(path), return_tensors=True, model_to_load=model, torch_dtype=torch.bfloat16
+    )["tensors"]
+    outcome = model.load_state_dict(read, strict=False)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    filled = {id(parameters[name]) for name in read if name in parameters}
+    missing = [n for n in outcome.missing_keys if n not in parameters or id(parameters[n]) not in filled]
+    if missing or outcome.unexpected_keys:
+        raise ValueError(f"tensors {missing} are missing, {outcome.unexpected_keys} are not the model's")
     model.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
     if _pre_tokenizer(path) == "smollm":

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,11 +24,13 @@ def without_extras(tmp_path: Path) -> dict[str, str]:
     return ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(here)}
 
 
-def test_serving_needs_none(without_extras: dict[str, str], tiny_model: Callable[[str], Path]) -> None:
+def test_serving_needs_none(without_extras: dict[str, str], tmp_path: Path) -> None:
+    """Its imports, and what the first start does: the default model is converted and loaded."""
     program = (
-        f"import {SERVING}, torch\nfrom pathlib import Path\nfrom prad.lm import LanguageModel, Tokenizer\n"
-        f"folder = Path({str(tiny_model('llama'))!r})\n"
-        "LanguageModel.load(folder, dtype=torch.float32)\nTokenizer(folder)\n"
+        f"import {SERVING}, torch\nfrom pathlib import Path\n"
+        "from prad.lm import DEFAULT_MODEL, LanguageModel, Tokenizer, resolve_model\n"
+        f"folder = resolve_model(DEFAULT_MODEL, Path({str(tmp_path / 'cache')!r}))\n"
+        "LanguageModel.load(folder, dtype=torch.bfloat16)\nTokenizer(folder)\n"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", program], env=without_extras, check=True)
 
