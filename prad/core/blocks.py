@@ -97,7 +97,7 @@ class BlockPool:
         self, table: Sequence[int], tokens: int
     ) -> tuple[tuple[int, ...], tuple[int, int] | None] | None:
         """A table for another holder with the same first `tokens` tokens: full blocks are shared, one that is
-        still written to gets a copy, reported as (from, to). None (and nothing changes) if there is no room."""
+        still written to gets a copy, given as (from, to). None (and nothing changes) if there is no room."""
         full, rest = divmod(tokens, self.block_size)
         forked = self.extend(table[:full], 1 if rest else 0)
         if forked is None:
