@@ -245,5 +245,7 @@ def test_what_decides_is_pure() -> None:
     program = (
         "import sys, prefill_service.scheduler; print(*sorted({n.partition('.')[0] for n in sys.modules}))"
     )
-    loaded = check_output([sys.executable, "-c", program], text=True, env={"PYTHONPATH": ":".join(sys.path)})
+    loaded = check_output(
+        [sys.executable, "-c", program], encoding="utf-8", env={"PYTHONPATH": ":".join(sys.path)}
+    )
     assert not {"torch", "grpc", "transformers"} & set(loaded.split())
