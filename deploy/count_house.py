@@ -89,14 +89,17 @@ def count(folder: Path) -> Counts:
     every: dict[str, list[str]] = {
         key: sorted({name for trace in read for name in trace[key]}) for key in read[0]
     }
-    named_in, stubs = {}, {}
-    for field in FIELDS:
-        places = _naming(field)
-        named_in[field] = [place for place in places if "/proto/" not in place]
-        stubs[field] = [place for place in places if "/proto/" in place]
+    named_in, stubs = fields_named_in()
     names = [name for name in every["bearers"] if "_pb2" not in name]
     token_names = [name for name in every["token_types"] if "_pb2" not in name]
     return Counts(every["files"], every["stubs"], names, token_names, named_in, stubs)
+
+
+def fields_named_in() -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """By sampling field, below the current folder: the files of ours that name it, and those of the wire."""
+    places = {field: _naming(field) for field in FIELDS}
+    named_in = {f: [place for place in found if "/proto/" not in place] for f, found in places.items()}
+    return named_in, {f: [place for place in found if "/proto/" in place] for f, found in places.items()}
 
 
 def _naming(field: str) -> list[str]:

@@ -54,7 +54,7 @@ def test_tasks_give_prompts_in_turn(tmp_path: Path) -> None:
     for task, count in (("b", 3), ("a", 1)):
         (tmp_path / task).mkdir()
         lines = [json.dumps({"prompt": f"{task}{i}", "completion": ""}) + "\n" for i in range(count)]
-        (tmp_path / task / "test.jsonl").write_text("".join(lines))
+        (tmp_path / task / "test.jsonl").write_text("".join(lines), encoding="utf-8")
     assert task_prompts(tmp_path, 4) == ["a0", "b0", "b1", "b2"]
     assert task_prompts(tmp_path, 2) == ["a0", "b0"]
     with pytest.raises(ValueError, match="has 4 prompts"):

@@ -64,7 +64,7 @@ def test_help_waits_for_no_torch(command: str) -> None:
         "except SystemExit as e: sys.exit(e.code or 'torch' in sys.modules)"
     )
     asked = [sys.executable, "-c", started, *command.split()]
-    ended = subprocess.run(asked, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    ended = subprocess.run(asked, capture_output=True, encoding="utf-8", env=ENVIRONMENT, check=False)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert "Usage: prad" in ended.stdout
 

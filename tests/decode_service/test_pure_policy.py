@@ -20,5 +20,5 @@ def test_the_face_of_the_service_needs_no_model() -> None:
 
 def loaded_by(module: str) -> set[str]:
     script = f"import sys, {module}; print(*{{'torch', 'transformers', 'grpc'}} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, encoding="utf-8", check=True)
     return set(done.stdout.split())

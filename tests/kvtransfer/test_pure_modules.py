@@ -13,11 +13,11 @@ _LOADED = "import sys, {module}; print([m for m in ('grpc', 'torch', 'transforme
 )
 def test_a_pure_module_loads_nothing_heavy(module: str) -> None:
     code = _LOADED.format(module=module)
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
     assert ended.stdout.strip() == "[]"
 
 
 def test_codec_and_frames_need_no_grpc() -> None:
     code = _LOADED.format(module="kvtransfer.codec, kvtransfer.frames, kvtransfer.receiver")
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
     assert ended.stdout.strip() == "[]"
