@@ -6,8 +6,10 @@ in `replies.py`; the state machine raises `IllegalTransitionError`.
 
 from typing import ClassVar
 
+from prad.core.errors import PradError
 
-class RegistryError(Exception):
+
+class RegistryError(PradError):
     """Base of everything. `param` names the part of the request that is at fault, where one is."""
 
     code: ClassVar[str] = "registry_error"

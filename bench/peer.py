@@ -14,11 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from prad.core.errors import PradError
+
 _WORKERS = Path(__file__).parent / "workers"
 _STOP_S = 15.0
 
 
-class PeerError(Exception):
+class PeerError(PradError):
     """A peer did not start, or ended; the message holds the end of what it said."""
 
 

@@ -13,6 +13,7 @@ from typing import Self
 import httpx
 
 from local_stack.signals import signals_later
+from prad.core.errors import PradError
 
 _POLL_S = 0.1
 _STOP_S = 50.0
@@ -20,7 +21,7 @@ _STOP_S = 50.0
 _LOG_LINES = 12
 
 
-class StackError(Exception):
+class StackError(PradError):
     """A part of the stack did not start, or ended by itself."""
 
 

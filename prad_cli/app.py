@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from prad import __version__
+from prad.core.errors import PradError
 from prad_cli import adapter, bench, evaluate, serve, services, train
 from prad_cli.flags import PASS_ARGUMENTS
 
@@ -56,10 +57,6 @@ def main() -> None:
         app(prog_name="prad")
     except KeyboardInterrupt:
         sys.exit(130)
-    except Exception as error:
-        from prad_cli.errors import known_errors
-
-        if not isinstance(error, known_errors()):
-            raise
+    except PradError as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         sys.exit(1)

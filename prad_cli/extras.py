@@ -2,8 +2,10 @@
 
 from importlib.util import find_spec
 
+from prad.core.errors import PradError
 
-class MissingExtraError(Exception):
+
+class MissingExtraError(PradError):
     """A command's packages are not installed."""
 
 

@@ -17,8 +17,10 @@ ServingError
 
 from typing import ClassVar
 
+from prad.core.errors import PradError
 
-class ServingError(Exception):
+
+class ServingError(PradError):
     """Base: HTTP status, OpenAI's error type and code, a message for the client, the field it is about.
 
     `retry_after`: seconds after which it makes sense to try again; None says nothing about it. `closes`: the

@@ -24,6 +24,7 @@ from kvtransfer.settings import TransferSettings
 from prad.adapters import Adapter, load_adapter, require_free_names
 from prad.artefact import AdapterRecord, Artefact, task_token_id
 from prad.core.blocks import BlockPool
+from prad.core.errors import PradError
 from prad.core.sampling import SamplingParams
 from prad.lm import LanguageModel, Tokenizer, require_device, resolve_model
 from prad.lm.kernels import load_kernels
@@ -44,7 +45,7 @@ _KEEP_ALIVE_S = 75  # longer than clients keep idle connections: a request must 
 _PROBE = PromptRequest("probe", None, prompt_ids=(0, 1, 2), sampling=SamplingParams(max_tokens=1))
 
 
-class CannotStartError(Exception):
+class CannotStartError(PradError):
     """The service cannot start as it is set up; the message names what to change."""
 
 

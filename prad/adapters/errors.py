@@ -1,7 +1,9 @@
 """What can be wrong with an adapter for the model at hand."""
 
+from prad.core.errors import PradError
 
-class AdapterError(Exception):
+
+class AdapterError(PradError):
     """An adapter that cannot be used with this model; the message says what was found and expected."""
 
 

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
 from prad.artefact.schema import FULL, AdapterRecord
+from prad.core.errors import PradError
 
 WEIGHTS = "adapter_model.safetensors"
 RECORD = "prad.json"
@@ -27,7 +28,7 @@ _PEFT_NAMES = ("base_model.", "prompt_embeddings")
 FILES = (*REQUIRED_FILES, PEFT_CONFIG, CARD)
 
 
-class ArtefactError(Exception):
+class ArtefactError(PradError):
     """An adapter folder that cannot be used; the message says which file and what was expected."""
 
 

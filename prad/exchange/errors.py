@@ -2,8 +2,10 @@
 
 from typing import Any
 
+from prad.core.errors import PradError
 
-class ExchangeError(Exception):
+
+class ExchangeError(PradError):
     """A folder that cannot be imported or exported; the message names the file and what was expected."""
 
 

@@ -1,7 +1,9 @@
 """What can go wrong with a frozen model, before a request ever reaches it."""
 
+from prad.core.errors import PradError
 
-class ModelError(Exception):
+
+class ModelError(PradError):
     """Base of everything `prad.lm` raises on purpose."""
 
 

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from prad.adapters import placeholders
 from prad.artefact import PROMPT_FIELD, AdapterRecord
+from prad.core.errors import PradError
 from prad.lm import Tokenizer
 
 
-class DataError(Exception):
+class DataError(PradError):
     """A data file that cannot be used; the message names file and line."""
 
 

@@ -9,11 +9,12 @@ import httpx
 from rich.console import Console
 from rich.progress import track
 
+from prad.core.errors import PradError
 from prad.training.data import read_examples, without_end
 from prad.training.evaluate import ANSWER_TOKENS, Evaluation
 
 
-class ServerError(Exception):
+class ServerError(PradError):
     """The server cannot be reached, or refuses a request; the message says what it said."""
 
 
