@@ -8,6 +8,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from random import uniform
 
 from adapter_registry.api import RoutingState, VersionRoute
 from adapter_registry.client import DEFAULT_WAIT, AsyncRegistryClient
@@ -101,10 +102,10 @@ class RegistryFollower:
                 if not away:
                     logger.warning("%s; new versions are not seen until it is back", error)
                 away = True
-                await asyncio.sleep(_RETRY_S)
+                await asyncio.sleep(_RETRY_S * uniform(0.5, 1.5))
             except Exception:  # whatever it was: the tasks known last go on being served
                 logger.exception("following the adapter registry failed")
-                await asyncio.sleep(_RETRY_S)
+                await asyncio.sleep(_RETRY_S * uniform(0.5, 1.5))
 
     async def _next_state(self) -> RoutingState:
         """Waits for a change; what could not be had the last time is tried again sooner."""

@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from random import uniform
 
 from kvtransfer.client import DecodeClient
 from kvtransfer.errors import LostError, RejectedError, RejectReason, TransferError
@@ -77,7 +78,7 @@ class DecodeLink:
                     logger.warning("lost %s", self._trouble)
                     self._stream = None
                     on_lost(self._trouble)
-            await asyncio.sleep(_RETRY_S)
+            await asyncio.sleep(_RETRY_S * uniform(0.5, 1.5))
 
     async def reserve(self, prompts: Sequence[Prompt]) -> dict[Prompt, Room]:
         """Room for each, and for the request state that it will bring, asked for in order.

@@ -25,6 +25,8 @@ def test_every_tree_of_errors_has_the_same_root() -> None:
         for path in sources
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.ClassDef)
-        and any(isinstance(base, ast.Name) and base.id in ("Exception", "BaseException") for base in node.bases)
+        and any(
+            isinstance(base, ast.Name) and base.id in ("Exception", "BaseException") for base in node.bases
+        )
     }
     assert found == NO_ERRORS
