@@ -1,5 +1,7 @@
 """Tiny random float32 models, adapters with weight on every parameter, and the real stack in processes."""
 
+import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -72,7 +74,25 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 }
 SEEDS = {"llama": 1, "gpt2": 1, "mistral": 4, "qwen3": 1, "gemma3": 12, "opt": 1, "gpt-neox": 1}
 
-KERNEL_CACHE = Path("~/.cache/prad")
+
+def _cache() -> Path:
+    """Where the converted default model and the compiled kernels are kept from run to run: as `prad` does, or
+    in the temporary folder where the home folder takes no files."""
+    home = Path(os.environ.get("PRAD_CACHE_DIR", "~/.cache/prad")).expanduser()
+    elsewhere = Path(tempfile.gettempdir()) / f"prad-tests-{os.getuid()}"
+    for folder in (home, elsewhere):
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                return folder
+        except OSError:
+            continue
+    raise OSError(f"neither {home} nor {elsewhere} can be written")
+
+
+CACHE = _cache()
+os.environ["PRAD_CACHE_DIR"] = str(CACHE)  # for the commands that tests start
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"  # also where a proxy leads out
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -131,7 +151,7 @@ def _word_tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def kernels() -> Kernels:
     """Needs a C++ compiler."""
-    found = load_kernels("native", KERNEL_CACHE, "cpu")
+    found = load_kernels("native", CACHE, "cpu")
     assert found is not None
     return found
 
@@ -229,7 +249,7 @@ def _running_stack(
     if _device != "cpu":
         common += ["--device", _device, "--kernels", "torch"]
     else:
-        (root / "cache" / "kernels").symlink_to(built(KERNEL_CACHE).parent)  # compiled once for all tests
+        (root / "cache" / "kernels").symlink_to(built(CACHE).parent)  # compiled once for all tests
         common += ["--kernels", kernels]
     with Stack(root / "logs") as stack:
 

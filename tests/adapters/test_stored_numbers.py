@@ -21,7 +21,7 @@ from prad.adapters import (
 from prad.artefact import AdapterRecord, Artefact, BaseModelRef, read_artefact, write_record
 from prad.lm import DEFAULT_MODEL, LanguageModel, PackedBatch, Site, Tokenizer, resolve_model
 from prad.lm.kernels import Kernels
-from tests.conftest import random_artefact
+from tests.conftest import CACHE, random_artefact
 
 PROMPTS = ("a gripping , beautifully acted film", "name[The Eagle], eatType[coffee shop]", "two hours")
 METHODS = ("prad-pa", "prad-sa", "prad-lora", "prad-dora", "prad-ia3", "prad-bitfit", "prad-para", "para")
@@ -29,7 +29,7 @@ METHODS = ("prad-pa", "prad-sa", "prad-lora", "prad-dora", "prad-ia3", "prad-bit
 
 @pytest.fixture(scope="module")
 def folder() -> Path:
-    return resolve_model(DEFAULT_MODEL, Path("~/.cache/prad"))
+    return resolve_model(DEFAULT_MODEL, CACHE)
 
 
 @pytest.fixture(scope="module")

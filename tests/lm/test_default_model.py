@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 
 from prad.lm import DEFAULT_MODEL, Tokenizer, gguf, resolve_model
-
-CACHE = Path("~/.cache/prad")
+from tests.conftest import CACHE
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ from prad.lm.kernels.build import built
 from prad.lm.kv import dtype_name
 from prad.lm.paged import Pools
 from prad.lm.prompt_attention import causal_attention, prompt_spans
+from tests.conftest import CACHE
 
 ROWS = (1, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 100, 257)
 SIZES = ((48, 64), (50, 96), (96, 32), (720, 160))  # columns: whole panels or not, an odd number of them
@@ -334,7 +335,7 @@ def test_prompt_attention_with_any_number_of_threads(kernels: Kernels, threads: 
     states = [some(sum(PROMPTS), n, 32, seed=n) for n in (4, 2, 2)]
     results = [
         causal_attention(PROMPTS, kernels=own).attend(states[0], states[1], states[2], 0.5, None)
-        for own in (kernels, Kernels(built(Path("~/.cache/prad")), threads))
+        for own in (kernels, Kernels(built(CACHE), threads))
     ]
     assert torch.equal(*results)
 
@@ -393,7 +394,7 @@ def test_one_thread_equals_two(kernels: Kernels, tmp_path: Path) -> None:
     results = []
     for threads in (1, 2, 3):
         out = torch.empty(70, 480)
-        Kernels(built(Path("~/.cache/prad")), threads).linear(packed, x, out, Out.STORE)
+        Kernels(built(CACHE), threads).linear(packed, x, out, Out.STORE)
         results.append(out)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
@@ -405,7 +406,7 @@ def test_attention_with_any_number_of_threads(threads: int) -> None:
     layout = KVLayout((LayerKV(2, 32, 32),), "float32")
     batch: list[Any] = [SimpleNamespace(blocks=[i], kv_len=i) for i in range(12)]
     results = []
-    for own in (None, Kernels(built(Path("~/.cache/prad")), threads)):
+    for own in (None, Kernels(built(CACHE), threads)):
         pools = Pools(layout, 12, 16, "cpu", own)
         pools.keys[0].copy_(some(*pools.keys[0].shape, seed=1))
         pools.values[0].copy_(some(*pools.values[0].shape, seed=2))

@@ -13,9 +13,9 @@ from torch import Tensor
 from prad.core.sampling import SamplingParams
 from prad.lm import DEFAULT_MODEL, LanguageModel, Tokenizer, resolve_model
 from prad.lm.kernels import Kernels, Precision
+from tests.conftest import CACHE
 from tests.generation import generate
 
-CACHE = Path("~/.cache/prad")
 PATHS: dict[str, Precision | None] = {"torch": None, "kernels": "full", "kernels, int8": "int8"}
 FAMILIES: dict[str, Any] = {
     "llama": lambda: transformers.LlamaConfig(**SIZES | {"hidden_size": 64}),

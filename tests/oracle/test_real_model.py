@@ -7,7 +7,7 @@ import pytest
 
 from prad.artefact import read_artefact
 from prad.lm import DEFAULT_MODEL, Tokenizer, resolve_model
-from tests.conftest import StackMaker
+from tests.conftest import CACHE, StackMaker
 from tests.oracle.comparing import CLEAR, TOLERANCE
 from tests.oracle.reference import Reference
 
@@ -25,7 +25,7 @@ PROMPTS = {
 
 @pytest.mark.long
 def test_the_stack_equals_the_reference(tmp_path: Path, running_stack: StackMaker) -> None:
-    folder = resolve_model(DEFAULT_MODEL, Path("~/.cache/prad"))
+    folder = resolve_model(DEFAULT_MODEL, CACHE)
     tokenizer, reference = Tokenizer(folder), Reference(folder)
     texts = [tokenizer.token_text(i) for i in range(len(tokenizer))]
     ids = {text: i for i, text in enumerate(texts)}

@@ -18,6 +18,7 @@ import pytest
 
 from prad.artefact import read_artefact
 from prad.lm import DEFAULT_MODEL, Tokenizer, resolve_model
+from tests.conftest import CACHE
 from tests.oracle.reference import Reference
 
 BF16_TOLERANCE = 0.5
@@ -102,7 +103,7 @@ def test_chat_with_a_task_and_with_the_plain_model(api: httpx.Client) -> None:
 
 
 def test_every_served_token_is_near_the_references_best(api: httpx.Client) -> None:
-    folder = resolve_model(DEFAULT_MODEL, Path("~/.cache/prad"))
+    folder = resolve_model(DEFAULT_MODEL, CACHE)
     tokenizer, reference = Tokenizer(folder), Reference(folder)
     ids = {tokenizer.token_text(i): i for i in range(len(tokenizer))}
     with ThreadPoolExecutor(len(PROMPTS)) as pool:  # they share prompt passes and decode steps

@@ -20,6 +20,7 @@ from prad.training.data import (
     without_end,
 )
 from prefill_service.api.prompts import PromptEncoder
+from tests.conftest import CACHE
 
 GOOD = '{"prompt": "a film", "completion": "positive"}'
 RECORD = AdapterRecord(
@@ -118,7 +119,7 @@ def test_nothing_goes_on_behind_the_end_token(fields: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer(resolve_model(DEFAULT_MODEL, Path("~/.cache/prad")))
+    return Tokenizer(resolve_model(DEFAULT_MODEL, CACHE))
 
 
 @pytest.mark.parametrize("chat_template", [False, True])
