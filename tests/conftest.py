@@ -1,6 +1,7 @@
 """Tiny random float32 models, adapters with weight on every parameter, and the real stack in processes."""
 
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -92,6 +93,8 @@ def _cache() -> Path:
 
 CACHE = _cache()
 os.environ["PRAD_CACHE_DIR"] = str(CACHE)  # for the commands that tests start
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a script's background job: children would not heed it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"  # also where a proxy leads out
 
 
