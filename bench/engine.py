@@ -13,11 +13,10 @@ from decode_service.runner import ModelRunner
 from decode_service.scheduler import Scheduler
 from kvtransfer.frames import Encoding, Incoming
 from kvtransfer.messages import Open, StateSite
-from prad.core.blocks import BlockPool
-from prad.core.sampling import SamplingParams
-from prad.core.tokens import Token
+from prad.core.kv import BlockPool
+from prad.core.sampling import SamplingParams, Token
 from prad.lm import LanguageModel, SiteVectors
-from prad.lm.paged import Pools
+from prad.lm.kv import Pools
 
 _BLOCK = 16
 

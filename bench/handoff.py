@@ -31,8 +31,7 @@ from kvtransfer.messages import Open
 from kvtransfer.sender import PassRows
 from kvtransfer.settings import TransferSettings
 from local_stack.stack import Stack
-from prad.core.sampling import SamplingParams
-from prad.core.tokens import Token
+from prad.core.sampling import SamplingParams, Token
 from prad.lm import LanguageModel, PackedBatch
 from prefill_service.passes import PassLayers
 

@@ -17,7 +17,7 @@ from bench.rounds import seconds
 from prad.adapters import Adapter, PromptAdaptation
 from prad.core.sampling import SampleKey, SamplingParams
 from prad.lm import Adaptation, LanguageModel, PackedBatch, sample
-from prad.lm.paged import Pools
+from prad.lm.kv import Pools
 
 _BLOCK = 16
 

@@ -27,7 +27,7 @@ from decode_service.sequences import (
 from kvtransfer.errors import FencedError, ProtocolError, RejectedError, RejectReason
 from kvtransfer.frames import Incoming
 from kvtransfer.messages import Cancel, Open
-from prad.core.tokens import Token, TokenEvent
+from prad.core.sampling import Token, TokenEvent
 
 logger = logging.getLogger(__name__)
 

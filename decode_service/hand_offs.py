@@ -20,7 +20,7 @@ from kvtransfer.memory import NONCE_BYTES, map_segment
 from kvtransfer.messages import Open
 from kvtransfer.proto import handoff_pb2 as pb
 from kvtransfer.receiver import Receiver, read_open
-from prad.core.layout import ModelSpec
+from prad.core.kv import ModelSpec
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from typing import Protocol
 from decode_service.sequences import EngineStatus
 from kvtransfer.frames import Incoming
 from kvtransfer.messages import Cancel, Open
-from prad.core.tokens import Token, TokenEvent
+from prad.core.sampling import Token, TokenEvent
 
 Deliver = Callable[[Mapping[str, Sequence[TokenEvent]]], None]
 """Receives one step's events, by client id; called in the engine's thread.

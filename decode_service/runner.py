@@ -12,9 +12,8 @@ from decode_service.validation import Limits
 from kvtransfer.errors import ProtocolError
 from kvtransfer.frames import Encoding, Incoming
 from kvtransfer.int8 import dequantise
-from prad.core.layout import LayerKV
-from prad.core.sampling import SampleKey
-from prad.core.tokens import Token
+from prad.core.kv import LayerKV
+from prad.core.sampling import SampleKey, Token
 from prad.lm import (
     LanguageModel,
     PackedBatch,
@@ -26,7 +25,7 @@ from prad.lm import (
     sample,
 )
 from prad.lm.kernels import load_kernels
-from prad.lm.paged import Pools
+from prad.lm.kv import Pools
 
 
 @dataclass(frozen=True, slots=True)

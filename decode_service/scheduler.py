@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from decode_service.sequences import Ended, EngineStatus, FinishReason, HandOffId, Reserved, Running
 from kvtransfer.errors import RejectedError, RejectReason
 from kvtransfer.messages import Open
-from prad.core.blocks import BlockPool
+from prad.core.kv import BlockPool
 
 _REMEMBERED_REQUESTS = 1 << 16
 

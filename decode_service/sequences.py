@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 
 from kvtransfer.messages import Open
-from prad.core.tokens import Token, TokenEvent
+from prad.core.sampling import Token, TokenEvent
 
 State = Mapping[Any, Any]
 """Request state as the engine's hands hold it (vectors by site): it is carried here, never looked into."""

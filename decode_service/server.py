@@ -24,10 +24,10 @@ from kvtransfer.memory import keep_freed_memory
 from kvtransfer.proto import handoff_pb2 as pb
 from kvtransfer.proto.handoff_pb2_grpc import add_DecodeServicer_to_server
 from kvtransfer.settings import TransferSettings
-from prad.core.blocks import BlockPool
 from prad.core.errors import PradError
+from prad.core.kv import BlockPool
 from prad.lm import LanguageModel
-from prad.lm.paged import Pools, blocks_in
+from prad.lm.kv import Pools, blocks_in
 
 logger = logging.getLogger(__name__)
 

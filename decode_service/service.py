@@ -19,7 +19,7 @@ from kvtransfer.proto import handoff_pb2 as pb
 from kvtransfer.proto.handoff_pb2_grpc import DecodeServicer
 from kvtransfer.rpc import code_of
 from kvtransfer.tokens import Attachment
-from prad.core.layout import ModelSpec
+from prad.core.kv import ModelSpec
 
 logger = logging.getLogger(__name__)
 

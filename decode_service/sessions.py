@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from kvtransfer.errors import LostError
 from kvtransfer.tokens import Attachment, Outbox
-from prad.core.tokens import TokenEvent
+from prad.core.sampling import TokenEvent
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from kvtransfer.proto import handoff_pb2 as pb
-from prad.core.layout import ModelSpec
+from prad.core.kv import ModelSpec
 
 T = TypeVar("T")
 

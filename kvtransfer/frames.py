@@ -15,7 +15,7 @@ import xxhash
 from kvtransfer import codec
 from kvtransfer.errors import CorruptError, ProtocolError
 from kvtransfer.proto import handoff_pb2 as pb
-from prad.core.layout import KVLayout, ModelSpec
+from prad.core.kv import KVLayout, ModelSpec
 
 KVBytes = bytes | bytearray | memoryview
 

@@ -3,9 +3,8 @@ the wire."""
 
 from dataclasses import dataclass
 
-from prad.core.layout import ModelSpec
-from prad.core.sampling import SamplingParams
-from prad.core.tokens import TokenEvent
+from prad.core.kv import ModelSpec
+from prad.core.sampling import SamplingParams, TokenEvent
 
 
 @dataclass(frozen=True, slots=True)

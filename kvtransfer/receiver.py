@@ -10,8 +10,8 @@ from kvtransfer.errors import CorruptError, ProtocolError, RejectedError, Reject
 from kvtransfer.frames import Incoming, Rows
 from kvtransfer.messages import Open
 from kvtransfer.proto import handoff_pb2 as pb
-from prad.core.layout import ModelSpec
-from prad.core.tokens import Token
+from prad.core.kv import ModelSpec
+from prad.core.sampling import Token
 
 
 def read_open(message: pb.Open, model: ModelSpec) -> Open:

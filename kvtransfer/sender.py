@@ -27,7 +27,7 @@ from kvtransfer.messages import Open
 from kvtransfer.proto import handoff_pb2 as pb
 from kvtransfer.rpc import read, translated
 from kvtransfer.settings import TransferSettings
-from prad.core.tokens import Token
+from prad.core.sampling import Token
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from kvtransfer.messages import Cancel, TokenFrame
 from kvtransfer.proto import handoff_pb2 as pb
 from kvtransfer.rpc import read, translated
 from kvtransfer.settings import TransferSettings
-from prad.core.tokens import TokenEvent
+from prad.core.sampling import TokenEvent
 
 _REMEMBERED_CANCELS = 256
 

@@ -10,8 +10,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import replace
 
-from prad.core.sampling import SamplingParams
-from prad.core.tokens import Token, TokenEvent
+from prad.core.sampling import SamplingParams, Token, TokenEvent
 from prad.lm import BeamSearch, Candidate, Limits
 from prefill_service.errors import InternalError
 from prefill_service.generation import PromptRequest

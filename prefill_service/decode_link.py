@@ -13,8 +13,8 @@ from kvtransfer.errors import LostError, RejectedError, RejectReason, TransferEr
 from kvtransfer.messages import Open, StateSite
 from kvtransfer.sender import HandOff
 from kvtransfer.tokens import TokenStream
-from prad.core.layout import ModelSpec
-from prad.core.tokens import TokenEvent
+from prad.core.kv import ModelSpec
+from prad.core.sampling import TokenEvent
 from prefill_service.errors import (
     DeadlineError,
     DecodeUnavailableError,

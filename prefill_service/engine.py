@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from functools import partial
 
 from prad.adapters import Adapter
-from prad.core.tokens import TokenEvent
+from prad.core.sampling import TokenEvent
 from prefill_service.beams import beam_search
 from prefill_service.decode_link import DecodeLink, event_error
 from prefill_service.errors import DeadlineError, DecodeUnavailableError, OverloadedError, ServingError

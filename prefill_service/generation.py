@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from prad.artefact import Artefact
-from prad.core.sampling import SamplingParams
-from prad.core.tokens import TokenEvent
+from prad.core.sampling import SamplingParams, TokenEvent
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,8 @@ from typing import Any
 
 from kvtransfer.errors import TransferError
 from kvtransfer.sender import HandOff
-from prad.core.chunk import Chunk
-from prad.core.tokens import Token
+from prad.core.kv import Chunk
+from prad.core.sampling import Token
 from prefill_service.decode_link import DecodeLink, NoRoom, Room
 from prefill_service.errors import DecodeUnavailableError, InternalError, OverloadedError, ServingError
 from prefill_service.passes import PassLayers, PassResult, PassRunner

@@ -17,9 +17,9 @@ from kvtransfer.frames import Encoding
 from kvtransfer.int8 import quantise
 from kvtransfer.sender import PassRows, send_layer
 from prad.adapters import AdapterError
-from prad.core.chunk import Chunk
+from prad.core.kv import Chunk
 from prad.lm import LanguageModel, Site, SiteVectors
-from prad.lm.paged import Pools
+from prad.lm.kv import Pools
 from prefill_service.prompt import Prefilling, Prompt
 from prefill_service.prompt_pass import FirstTokens, run_prompt_pass
 

@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from prad.artefact import placeholders
-from prad.core.blocks import block_keys
-from prad.core.chunk import Chunk
-from prad.core.tokens import Token, TokenEvent
+from prad.core.kv import Chunk, block_keys
+from prad.core.sampling import Token, TokenEvent
 from prefill_service.errors import ServingError
 from prefill_service.generation import PromptRequest
 

@@ -7,13 +7,10 @@ import torch
 from torch import Tensor
 
 from prad.adapters import PromptAdaptation, split_task_tokens
-from prad.core.chunk import Chunk
-from prad.core.sampling import SampleKey
-from prad.core.tokens import Token
+from prad.core.kv import Chunk
+from prad.core.sampling import SampleKey, Token
 from prad.lm import LanguageModel, SiteVectors, sample
-from prad.lm.chunked import chunked_batch
-from prad.lm.kv import LayerDone
-from prad.lm.paged import Pools
+from prad.lm.kv import LayerDone, Pools, chunked_batch
 from prefill_service.generation import PromptRequest
 from prefill_service.prompt import Prompt
 

@@ -10,8 +10,7 @@ cut, however long it is.
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
-from prad.core.blocks import BlockPool
-from prad.core.chunk import Chunk
+from prad.core.kv import BlockPool, Chunk
 from prefill_service.prompt import Prefilling, Prompt, Queued
 
 

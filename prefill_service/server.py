@@ -23,12 +23,12 @@ from kvtransfer.memory import keep_freed_memory
 from kvtransfer.settings import TransferSettings
 from prad.adapters import Adapter, load_adapter, require_free_names
 from prad.artefact import AdapterRecord, Artefact, task_token_id
-from prad.core.blocks import BlockPool
 from prad.core.errors import PradError
+from prad.core.kv import BlockPool
 from prad.core.sampling import SamplingParams
 from prad.lm import LanguageModel, Tokenizer, require_device, resolve_model
 from prad.lm.kernels import load_kernels
-from prad.lm.paged import Pools, blocks_in
+from prad.lm.kv import Pools, blocks_in
 from prefill_service.api import ApiLimits, ModelInfo, bounded_protocol, create_app
 from prefill_service.catalogue import RegistryFollower, TaskCatalogue
 from prefill_service.decode_link import DecodeLink

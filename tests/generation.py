@@ -8,15 +8,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from prad.core.layout import KVLayout
+from prad.core.kv import KVLayout
 from prad.core.sampling import SampleKey, SamplingParams
 from prad.lm.attention import decode_attention
-from prad.lm.batch import PackedBatch
-from prad.lm.kv import torch_dtype
+from prad.lm.kv import PackedBatch, torch_dtype
 from prad.lm.model import LanguageModel
 from prad.lm.sampling import sample
-from prad.lm.sites import Adaptation
-from prad.lm.state import RowScaling, SiteVectors
+from prad.lm.sites import Adaptation, RowScaling, SiteVectors
 
 
 class PromptPassAdaptation(Adaptation, Protocol):

@@ -1,24 +1,24 @@
 """The PrAd methods: adapters that act on the prompt only, many at once in a packed pass."""
 
-from prad.adapters.adaptation import AdaptedSpan, PromptAdaptation
-from prad.adapters.adapter import (
-    METHODS,
-    Adapter,
-    find_method,
-    load_adapter,
-    new_adapter,
-    prepared,
-    reparametrised,
-    save_parameters,
-    stored_parameters,
-)
+from prad.adapters.adaptation import AdaptedSpan, Adapter, PromptAdaptation, split_task_tokens
 from prad.adapters.errors import (
     AdapterError,
     BaseMismatchError,
     ParameterMismatchError,
     UnknownMethodError,
 )
-from prad.adapters.task_tokens import first_embeddings, require_free_names, split_task_tokens
+from prad.adapters.loading import (
+    METHODS,
+    find_method,
+    first_embeddings,
+    load_adapter,
+    new_adapter,
+    prepared,
+    reparametrised,
+    require_free_names,
+    save_parameters,
+    stored_parameters,
+)
 from prad.artefact import placeholders
 
 __all__ = [

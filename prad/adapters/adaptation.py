@@ -1,19 +1,118 @@
-"""All adapters of one packed prompt pass, as the forward asks for them."""
+"""Adapters in memory, and all those of one packed prompt pass, as the forward asks for them.
+
+Task tokens go with any method: named places in an artefact's template with learned input embeddings (the
+paper's appendix A).
+
+    x_i = E[row]      E [task tokens, embedding width], in the place of an embedding
+
+They are tokens like others to positions, chunks, cached blocks and the hand-off. In a prompt they have ids
+that no vocabulary has (`prad.artefact.task_token_id`); the model gets placeholders, and `TaskRows` puts what
+was learned in their place: see `split_task_tokens`. Generated tokens are never among them.
+"""
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from prad.adapters.adapter import Adapter
-from prad.adapters.method import Group
+from prad.adapters.method import INPUT, Group, LayerParameters, Method, MethodConfig, Parameters
 from prad.adapters.segments import Span
-from prad.adapters.task_tokens import TaskRows
+from prad.artefact import task_token_id
 from prad.lm import Site, SiteVectors
 from prad.lm.kernels import Kernels
+
+TASK_TOKENS = f"{INPUT}task_tokens"
+"""What adapters call E, a parameter [1, task tokens, embedding width] beside their method's own."""
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """A method, its configuration and its parameters [layers, ...] on the model's device, in dtypes as
+    `kept_in` says, with the task tokens' embeddings if it has any.
+
+    Compared by identity: two loads of the same file are two adapters.
+    """
+
+    method: Method
+    config: MethodConfig
+    parameters: Parameters
+
+    @property
+    def sites(self) -> frozenset[Site]:
+        return self.method.sites(self.config)
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Tokens that every prompt gets in front; in a pass `placeholders` stand for them."""
+        return self.method.virtual_tokens(self.config)
+
+    @cached_property
+    def task_embeddings(self) -> Tensor | None:
+        """[task tokens, embedding width]"""
+        return self.parameters[TASK_TOKENS][0] if TASK_TOKENS in self.parameters else None
+
+    @cached_property
+    def own_names(self) -> frozenset[str]:
+        """Of its method's parameters."""
+        return frozenset(self.parameters) - {TASK_TOKENS}
+
+    @cached_property
+    def per_layer(self) -> LayerParameters:
+        return {name: stacked.unbind(0) for name, stacked in self.parameters.items()}
+
+    @property
+    def state_widths(self) -> dict[Site, int]:
+        """See `Method.state_widths`."""
+        return self.method.state_widths(self.parameters)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(p.nbytes for p in self.parameters.values())
+
+
+class TaskRows(NamedTuple):
+    """The rows [n] of a pass that are task tokens, and what they are [n, embedding width]."""
+
+    rows: Tensor
+    vectors: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        tables: Sequence[Tensor | None],
+        sequences: Sequence[Sequence[int]],
+        device: torch.device | str,
+    ) -> "TaskRows | None":
+        """Of packed sequences of ids, each with its own adapter's E. None if there are no task tokens."""
+        rows: list[int] = []
+        parts: list[Tensor] = []
+        start = 0
+        for table, ids in zip(tables, sequences, strict=True):
+            if table is not None and (places := [i for i, token in enumerate(ids) if token < 0]):
+                rows += [start + i for i in places]
+                parts.append(table[[task_token_id(ids[i]) for i in places]])  # its own inverse
+            start += len(ids)
+        return cls(torch.tensor(rows, device=device), torch.cat(parts)) if rows else None
+
+    def contribute(self, layer: int, site: Site, value: Tensor, source: Tensor) -> None:
+        """As `Method.contribute`, at the site EMBEDDING."""
+        value.index_copy_(0, self.rows, self.vectors.to(value.dtype))
+
+
+def split_task_tokens(
+    tables: Sequence[Tensor | None], sequences: Sequence[Sequence[int]], device: torch.device | str
+) -> tuple[list[Sequence[int]], TaskRows | None]:
+    """Packed sequences as the model gets them, with placeholders for task tokens, and the rows of these.
+
+    tables: E of each sequence's own adapter. Which ids the placeholders are does not matter.
+    """
+    pairs = zip(tables, sequences, strict=True)
+    ids = [own if table is None else tuple(max(token, 0) for token in own) for table, own in pairs]
+    return ids, TaskRows.of(tables, sequences, device)
 
 
 class AdaptedSpan(NamedTuple):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from prad.adapters.errors import AdapterError
 from prad.adapters.segments import Segment, Span, cut
-from prad.core.layout import KVLayout
+from prad.core.kv import KVLayout
 from prad.lm import LanguageModel, PackedBatch, Site, SiteVectors, projection
 from prad.lm.kernels import Kernels, LowRankSpan
 

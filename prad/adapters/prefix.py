@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from prad.adapters.errors import AdapterError
 from prad.adapters.method import FrozenModel, Group, Method, Parameters
 from prad.adapters.virtual import VirtualConfig, first_ids
-from prad.core.layout import LayerKV
+from prad.core.kv import LayerKV
 from prad.lm import Site
 from prad.lm.sites import module_paths
 

@@ -1,7 +1,6 @@
 """The frozen model, shared by prefill and decode: loading, fingerprint, forward, tokenizer, sampling."""
 
 from prad.lm.attention import Ragged
-from prad.lm.batch import PackedBatch
 from prad.lm.device import require_device
 from prad.lm.errors import (
     DeviceError,
@@ -10,14 +9,22 @@ from prad.lm.errors import (
     ModelNotFoundError,
     UnsupportedModelError,
 )
+from prad.lm.families import Site
 from prad.lm.fingerprint import Fingerprint
-from prad.lm.kv import KVTarget, PromptKV, dtype_name, torch_dtype
+from prad.lm.kv import KVTarget, PackedBatch, PromptKV, dtype_name, torch_dtype
 from prad.lm.model import LanguageModel
 from prad.lm.sampling import sample
 from prad.lm.search import BeamSearch, Candidate, Child, Greedy, Limits, Search
-from prad.lm.sites import Adaptation, Placement, Site, placements, projection, require_sites
+from prad.lm.sites import (
+    Adaptation,
+    Placement,
+    RowScaling,
+    SiteVectors,
+    placements,
+    projection,
+    require_sites,
+)
 from prad.lm.source import DEFAULT_MODEL, resolve_model, served_name
-from prad.lm.state import RowScaling, SiteVectors
 from prad.lm.tokenizer import TextStream, Tokenizer
 
 __all__ = [

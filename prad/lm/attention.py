@@ -2,11 +2,12 @@
 
 Every model runs with the implementation registered here. transformers builds no mask for it, so nothing
 but the sequence lengths decides who sees whom: packed prompts of different tenants cannot attend to each
-other.
+other. A prompt pass asks `causal_attention` for the kernels' or torch's, whichever is the faster way.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from prad.lm.errors import UnsupportedModelError
+from prad.lm.kernels import Kernels, PromptSpan
 
 NAME = "prad_packed"
 
@@ -204,6 +206,63 @@ def _going_on(
     )
     by_query = out.reshape(sequences, heads // groups, new, groups, -1).transpose(1, 2)
     return by_query.reshape(sequences, new, heads, -1)
+
+
+def causal_attention(
+    lengths: Sequence[int],
+    *,
+    device: torch.device | str = "cpu",
+    contexts: Mapping[int, Tensor] = MappingProxyType({}),
+    kernels: Kernels | None = None,
+) -> CausalAttention:
+    """Over sequences of these lengths, packed end to end; by `kernels` where they are the faster way.
+
+    `contexts`: of the sequences that go on from stored tokens, the slots of these, in order.
+    """
+    if kernels is None:
+        return Ragged.of(lengths, device, contexts)
+    return _KernelAttention(kernels, lengths, contexts)
+
+
+class _KernelAttention:
+    """Nothing is padded or gathered. On torch where a gradient is wanted or the dtype does not suit."""
+
+    def __init__(self, kernels: Kernels, lengths: Sequence[int], contexts: Mapping[int, Tensor]) -> None:
+        self._kernels = kernels
+        self._lengths = lengths
+        self._contexts = contexts
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: int | None,
+        stored: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        if not self._kernels.suits(query.dtype) or (torch.is_grad_enabled() and query.requires_grad):
+            return self._on_torch.attend(query, key, value, scale, window, stored)
+        return self._kernels.prompt_attention(query, key, value, self._spans, stored, scale, window)
+
+    @cached_property
+    def _spans(self) -> Any:
+        return prompt_spans(self._lengths, self._contexts)
+
+    @cached_property
+    def _on_torch(self) -> Ragged:
+        return Ragged.of(self._lengths, contexts=self._contexts)
+
+
+def prompt_spans(lengths: Sequence[int], contexts: Mapping[int, Tensor]) -> Any:
+    """The array of `PromptSpan` that the kernel reads; the contexts must outlive it."""
+    starts = accumulate(lengths[:-1], initial=0)
+    slots = [contexts.get(i) for i in range(len(lengths))]
+    spans = [
+        PromptSpan(start, rows, None if s is None else s.data_ptr(), 0 if s is None else len(s))
+        for start, rows, s in zip(starts, lengths, slots, strict=True)
+    ]
+    return (PromptSpan * len(spans))(*spans)
 
 
 def decode_attention(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from prad.core.layout import KVLayout, ModelSpec
+from prad.core.kv import KVLayout, ModelSpec
 from prad.lm.errors import ModelNotFoundError
 
 _IRRELEVANT = frozenset(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prad.lm.batch import PackedBatch
+from prad.lm.families import Site
 from prad.lm.kernels import (
     Activation,
     Calls,
@@ -22,27 +22,16 @@ from prad.lm.kernels import (
     PagedView,
     Precision,
     Recording,
-    fits,
 )
-from prad.lm.kv import KVTarget
-from prad.lm.paged import PagedStep
-from prad.lm.sites import Adaptation, Site
-from prad.lm.state import RowScaling
+from prad.lm.kv import KVTarget, PackedBatch, PagedStep
+from prad.lm.sites import Adaptation, RowScaling
 
-_ACTIVATIONS = {
-    "silu": Activation.SILU,
-    "gelu_new": Activation.GELU_TANH,
-    "gelu_pytorch_tanh": Activation.GELU_TANH,
-    "relu": Activation.RELU,
-}
 _FEW_ROWS = 64
 _LEAST_RECORDED = 16  # rows; a recording serves all batches up to its own number
-_MOST_HEAD_DIM = 512  # rows.h
-_PLAIN_ROPE = {"default", "linear", "llama3", "yarn"}  # the others change with the longest sequence of a pass
 
 
 @dataclass(frozen=True, slots=True)
-class _Norm:
+class Norm:
     """RMSNorm, or LayerNorm if it has a bias; float32."""
 
     weight: Tensor
@@ -50,7 +39,7 @@ class _Norm:
     eps: float
 
     @classmethod
-    def of(cls, module: Any) -> "_Norm":
+    def of(cls, module: Any) -> "Norm":
         bias = getattr(module, "bias", None)
         eps = module.variance_epsilon if bias is None else module.eps
         return cls(module.weight.float(), None if bias is None else bias.float(), eps)
@@ -61,20 +50,20 @@ class _Norm:
 
 
 @dataclass(frozen=True, slots=True)
-class _Layer:
-    attention_norm: _Norm
+class Layer:
+    attention_norm: Norm
     qkv: PackedLinear
     o: PackedLinear
-    ffn_norm: _Norm
+    ffn_norm: Norm
     up: PackedLinear  # gate and up side by side where there is a gate
     down: PackedLinear
-    qk_norm: tuple[_Norm, _Norm] | None
+    qk_norm: tuple[Norm, Norm] | None
     scale: float
     window: int | None
 
 
 @dataclass(frozen=True, slots=True)
-class _Shape:
+class Shape:
     heads: int
     kv_heads: int
     head_dim: int
@@ -87,12 +76,12 @@ class _Shape:
 class FusedModel:
     """The whole model in packed form. Make it with `fuse`."""
 
-    shape: _Shape
+    shape: Shape
     embedding: Tensor
     position_embedding: Tensor | None
     rotary: nn.Module | None
-    layers: tuple[_Layer, ...]
-    last_norm: _Norm
+    layers: tuple[Layer, ...]
+    last_norm: Norm
     head: PackedLinear
     kernels: Kernels
     precision: Precision
@@ -219,7 +208,7 @@ class _Pass:
             self._add(layer.down, inner, x, [(tap(Site.DOWN), inner), (tap(Site.FFN_OUT), normed)])
 
     def _project(
-        self, layer: _Layer, source: Tensor, angles: _Angles, tap: "_Tap"
+        self, layer: Layer, source: Tensor, angles: _Angles, tap: "_Tap"
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q [T, heads, dim], k and v [T, kv_heads, dim], after RoPE; the memory stays theirs."""
         shape = self.model.shape
@@ -237,7 +226,7 @@ class _Pass:
         q, k, v = (part.view(len(qkv), n, shape.head_dim) for part, n in zip(parts, heads, strict=True))
         return q, k, v
 
-    def _inner(self, layer: _Layer, source: Tensor, tap: "_Tap") -> Tensor:
+    def _inner(self, layer: Layer, source: Tensor, tap: "_Tap") -> Tensor:
         """The FFN's inner states [T, ffn]: act(gate) * up, or act(up)."""
         shape, rows = self.model.shape, len(source)
         gate_tap, up_tap = tap(Site.GATE), tap(Site.UP)
@@ -285,121 +274,3 @@ def _tap(adaptation: Adaptation | None, layer: int) -> _Tap:
 def _adapt(adapt: _Adapt | None, value: Tensor, source: Tensor) -> None:
     if adapt is not None:
         adapt(value, source)
-
-
-def fuse(module: Any, kernels: Kernels, precision: Precision) -> FusedModel | None:
-    """The fused form of a transformers model on the CPU; None if its family or sizes are not covered."""
-    make = {"llama": _llama, "mistral": _llama, "qwen2": _llama, "qwen3": _llama, "gpt2": _gpt2}
-    family = make.get(module.config.model_type)
-    if family is None or module.device.type != "cpu":
-        return None
-    if module.dtype not in ((torch.bfloat16,) if precision == "int8" else (torch.bfloat16, torch.float32)):
-        return None
-    if not fits([p.T if _is_conv(m) else p for m, p in _linear_weights(module)]):
-        return None
-    return family(module, kernels, precision)
-
-
-def _llama(module: Any, kernels: Kernels, precision: Precision) -> FusedModel | None:
-    config, model = module.config, module.model
-    head_dim = model.layers[0].self_attn.head_dim
-    rope = getattr(config, "rope_parameters", None) or {}
-    if config.hidden_act not in _ACTIVATIONS or rope.get("rope_type") not in _PLAIN_ROPE:
-        return None
-    if model.rotary_emb.inv_freq.numel() * 2 != head_dim or head_dim > _MOST_HEAD_DIM:
-        return None
-
-    def layer(index: int) -> _Layer:
-        block = model.layers[index]
-        attention, ffn = block.self_attn, block.mlp
-        normed = hasattr(attention, "q_norm")
-        window = getattr(attention, "sliding_window", None)
-        if config.model_type == "mistral":
-            window = config.sliding_window
-        return _Layer(
-            _Norm.of(block.input_layernorm),
-            _packed([attention.q_proj, attention.k_proj, attention.v_proj], precision),
-            _packed([attention.o_proj], precision),
-            _Norm.of(block.post_attention_layernorm),
-            _packed([ffn.gate_proj, ffn.up_proj], precision, paired=True),
-            _packed([ffn.down_proj], precision),
-            (_Norm.of(attention.q_norm), _Norm.of(attention.k_norm)) if normed else None,
-            attention.scaling,
-            window,
-        )
-
-    kv_heads = config.num_key_value_heads
-    return FusedModel(
-        _Shape(
-            config.num_attention_heads,
-            kv_heads,
-            head_dim,
-            config.intermediate_size,
-            True,
-            _ACTIVATIONS[config.hidden_act],
-        ),
-        model.embed_tokens.weight,
-        None,
-        model.rotary_emb,
-        tuple(map(layer, range(config.num_hidden_layers))),
-        _Norm.of(model.norm),
-        _packed([module.lm_head], precision),
-        kernels,
-        precision,
-    )
-
-
-def _gpt2(module: Any, kernels: Kernels, precision: Precision) -> FusedModel | None:
-    config, model = module.config, module.transformer
-    if config.activation_function not in _ACTIVATIONS or config.add_cross_attention:
-        return None
-
-    def layer(block: Any) -> _Layer:
-        return _Layer(
-            _Norm.of(block.ln_1),
-            _packed([block.attn.c_attn], precision),
-            _packed([block.attn.c_proj], precision),
-            _Norm.of(block.ln_2),
-            _packed([block.mlp.c_fc], precision),
-            _packed([block.mlp.c_proj], precision),
-            None,
-            block.attn.scaling,
-            None,
-        )
-
-    heads = config.num_attention_heads
-    ffn = config.n_inner or 4 * config.hidden_size
-    return FusedModel(
-        _Shape(
-            heads, heads, config.hidden_size // heads, ffn, False, _ACTIVATIONS[config.activation_function]
-        ),
-        model.wte.weight,
-        model.wpe.weight,
-        None,
-        tuple(map(layer, model.h)),
-        _Norm.of(model.ln_f),
-        _packed([module.lm_head], precision),
-        kernels,
-        precision,
-    )
-
-
-def _packed(modules: list[Any], precision: Precision, paired: bool = False) -> PackedLinear:
-    """Several projections of the same input as one."""
-    weights = [m.weight.T if _is_conv(m) else m.weight for m in modules]
-    biases = [m.bias for m in modules if m.bias is not None]
-    bias = None
-    if biases:
-        bias = torch.cat(
-            [w.new_zeros(len(w)) if m.bias is None else m.bias for m, w in zip(modules, weights, strict=True)]
-        )
-    return PackedLinear.of(torch.cat(weights), bias, precision=precision, paired=paired)
-
-
-def _is_conv(module: Any) -> bool:
-    """GPT-2 keeps its weights [in, out]."""
-    return type(module).__name__ == "Conv1D"
-
-
-def _linear_weights(module: nn.Module) -> list[tuple[nn.Module, Any]]:
-    return [(m, m.weight) for m in module.modules() if isinstance(m, nn.Linear) or _is_conv(m)]

@@ -16,20 +16,20 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from prad.core.layout import KVLayout, LayerKV, ModelSpec
+from prad.core.kv import KVLayout, LayerKV, ModelSpec
 from prad.lm import attention
 from prad.lm.attention import Ragged
-from prad.lm.batch import PackedBatch
 from prad.lm.device import require_device
 from prad.lm.errors import ModelNotFoundError, UnsupportedModelError
+from prad.lm.families import Site
 from prad.lm.fingerprint import Fingerprint, config_digest, weights_digest
-from prad.lm.fused import FusedModel, fuse
+from prad.lm.fuse import fuse
+from prad.lm.fused import FusedModel
 from prad.lm.head import widen_head
 from prad.lm.kernels import Kernels, Precision
-from prad.lm.kv import PromptKV, dtype_name
+from prad.lm.kv import PackedBatch, PromptKV, dtype_name
 from prad.lm.sampling import lowest_argmax
-from prad.lm.sites import Adaptation, Site, TappedKV, require_sites, tapped
-from prad.lm.state import state_widths
+from prad.lm.sites import Adaptation, TappedKV, require_sites, state_widths, tapped
 from prad.lm.support import max_context, require_servable
 
 

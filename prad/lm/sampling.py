@@ -9,8 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from prad.core.sampling import SampleKey, SamplingParams
-from prad.core.tokens import Token
+from prad.core.sampling import SampleKey, SamplingParams, Token
 
 
 def lowest_argmax(logits: Tensor) -> list[int]:

@@ -1,41 +1,23 @@
-"""Named places in a layer where an adapter may act, and where each model family keeps them.
+"""What acts on a pass from outside the model, and how the model asks it.
 
-The model knows the places, never the adapters: a pass receives one `Adaptation` and asks it at each site it
-names. The taps live for one pass only, so nothing stays behind on the frozen model.
-
-The paper's FFN (equations 4 and 6) is what lies between the norm before it and whatever comes behind it:
-FFN_IN is the output of the norm before it (for an OPT that norms behind its sublayers, the residual stream),
-FFN_OUT what it adds to the residual stream, before Gemma 3's second norm and OPT's norm behind the addition.
+The model knows the places (`families`), never the adapters: a pass receives one `Adaptation` and asks it at
+each site it names. The taps live for one pass only, so nothing stays behind on the frozen model. A prompt
+pass gets its adapters so; a decode step gets request state, vectors that belong to one request and scale its
+rows (`RowScaling`).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import StrEnum
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from prad.lm.errors import MissingSiteError
+from prad.lm.families import FAMILIES, Site, Tap
 from prad.lm.kv import KVTarget
-
-
-class Site(StrEnum):
-    Q = "q"
-    K = "k"
-    V = "v"
-    O = "o"  # noqa: E741 - the field's name for the output projection
-    GATE = "gate"
-    UP = "up"
-    DOWN = "down"
-    DOWN_IN = "down_in"
-    FFN_IN = "ffn_in"
-    FFN_OUT = "ffn_out"
-    EMBEDDING = "embedding"
-    KEYS = "keys"
-    VALUES = "values"
-
 
 _OF_ALL_FAMILIES = frozenset({Site.EMBEDDING, Site.KEYS, Site.VALUES})
 """Sites outside the layers' modules: the tokens' embeddings, and what goes to the KV cache (keys after their
@@ -61,119 +43,14 @@ class Adaptation(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class _Tap:
-    """Where a site is: a module below the layer, its input or output, and which part of a fused output.
-
-    `by_head`: the parts of each head lie side by side (GPT-NeoX), not those of all heads. `entry`: the
-    module whose input is the source, where it is not `path`'s own. `shared`: the input is also the residual
-    stream in some models of the family, which an adapter of the site must not change.
-    """
-
-    path: str
-    is_input: bool = False
-    part: int = 0
-    parts: int = 1
-    by_head: bool = False
-    entry: str | None = None
-    shared: bool = False
-
-    @property
-    def is_projection(self) -> bool:
-        """Whether the site is what its module makes of its own input."""
-        return not self.is_input and self.entry is None
-
-    def part_of(self, fused: Tensor, heads: int) -> Tensor:
-        """fused [T, all parts] -> the site's own, a view: [T, width], or [T, heads, head_dim] by_head."""
-        if self.by_head:
-            return fused.view(len(fused), heads, self.parts, -1)[:, :, self.part]
-        width = fused.shape[-1] // self.parts
-        return fused.narrow(-1, self.part * width, width)
-
-
-@dataclass(frozen=True, slots=True)
-class _Family:
-    layers: str
-    taps: dict[Site, _Tap]
-
-
-_LLAMA = _Family(
-    "model.layers",
-    {
-        Site.Q: _Tap("self_attn.q_proj"),
-        Site.K: _Tap("self_attn.k_proj"),
-        Site.V: _Tap("self_attn.v_proj"),
-        Site.O: _Tap("self_attn.o_proj"),
-        Site.GATE: _Tap("mlp.gate_proj"),
-        Site.UP: _Tap("mlp.up_proj"),
-        Site.DOWN: _Tap("mlp.down_proj"),
-        Site.DOWN_IN: _Tap("mlp.down_proj", is_input=True),
-        Site.FFN_IN: _Tap("mlp", is_input=True),
-        Site.FFN_OUT: _Tap("mlp"),
-    },
-)
-_GPT2 = _Family(
-    "transformer.h",
-    {
-        Site.Q: _Tap("attn.c_attn", part=0, parts=3),
-        Site.K: _Tap("attn.c_attn", part=1, parts=3),
-        Site.V: _Tap("attn.c_attn", part=2, parts=3),
-        Site.O: _Tap("attn.c_proj"),
-        Site.UP: _Tap("mlp.c_fc"),
-        Site.DOWN: _Tap("mlp.c_proj"),
-        Site.DOWN_IN: _Tap("mlp.c_proj", is_input=True),
-        Site.FFN_IN: _Tap("mlp", is_input=True),
-        Site.FFN_OUT: _Tap("mlp"),
-    },
-)
-_GPT_NEOX = _Family(
-    "gpt_neox.layers",
-    {
-        Site.Q: _Tap("attention.query_key_value", part=0, parts=3, by_head=True),
-        Site.K: _Tap("attention.query_key_value", part=1, parts=3, by_head=True),
-        Site.V: _Tap("attention.query_key_value", part=2, parts=3, by_head=True),
-        Site.O: _Tap("attention.dense"),
-        Site.UP: _Tap("mlp.dense_h_to_4h"),
-        Site.DOWN: _Tap("mlp.dense_4h_to_h"),
-        Site.DOWN_IN: _Tap("mlp.dense_4h_to_h", is_input=True),
-        Site.FFN_IN: _Tap("mlp", is_input=True),
-        Site.FFN_OUT: _Tap("mlp"),
-    },
-)
-_OPT = _Family(
-    "model.decoder.layers",
-    {
-        Site.Q: _Tap("self_attn.q_proj"),
-        Site.K: _Tap("self_attn.k_proj"),
-        Site.V: _Tap("self_attn.v_proj"),
-        Site.O: _Tap("self_attn.out_proj"),
-        Site.UP: _Tap("fc1"),
-        Site.DOWN: _Tap("fc2"),
-        Site.DOWN_IN: _Tap("fc2", is_input=True),
-        Site.FFN_IN: _Tap("fc1", is_input=True, shared=True),  # no module is the FFN
-        Site.FFN_OUT: _Tap("fc2", entry="fc1"),
-    },
-)
-_FAMILIES = {
-    "gemma3_text": _LLAMA,
-    "gpt2": _GPT2,
-    "gpt_neox": _GPT_NEOX,
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "opt": _OPT,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-}
-
-
 def require_sites(model_type: str, sites: frozenset[Site], method: str = "the adapter") -> None:
     """Raises MissingSiteError unless the family `model_type` has all of the `sites` that `method` acts on."""
     sites -= _OF_ALL_FAMILIES
     if not sites:
         return
-    family = _FAMILIES.get(model_type)
+    family = FAMILIES.get(model_type)
     if family is None:
-        known = ", ".join(sorted(_FAMILIES))
+        known = ", ".join(sorted(FAMILIES))
         raise MissingSiteError(
             f"{method}: adapters know no sites in a '{model_type}' model (families: {known})"
         )
@@ -188,7 +65,7 @@ def require_sites(model_type: str, sites: frozenset[Site], method: str = "the ad
 
 def module_paths(model_type: str, sites: Iterable[Site]) -> str:
     """What messages call the modules of `sites`: model.layers.*.mlp.up_proj."""
-    family = _FAMILIES.get(model_type)
+    family = FAMILIES.get(model_type)
     if family is None:
         return "modules that adapters do not know"
     return ", ".join(dict.fromkeys(f"{family.layers}.*.{family.taps[site].path}" for site in sites))
@@ -201,7 +78,7 @@ def projection(model: nn.Module, model_type: str, layer: int, site: Site) -> tup
     not have the site, or no projection computes it.
     """
     require_sites(model_type, frozenset({site}))
-    family = _FAMILIES[model_type]
+    family = FAMILIES[model_type]
     tap = family.taps[site]
     module = model.get_submodule(f"{family.layers}.{layer}.{tap.path}")
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
@@ -232,7 +109,7 @@ class Placement(NamedTuple):
 def placements(model: nn.Module, model_type: str) -> Iterator[Placement]:
     """Where every site of every layer is. Raises MissingSiteError for a family that is not known."""
     require_sites(model_type, frozenset({Site.Q}))
-    family = _FAMILIES[model_type]
+    family = FAMILIES[model_type]
     for index, layer in enumerate(model.get_submodule(family.layers).children()):
         for site, tap in family.taps.items():
             module = layer.get_submodule(tap.path)
@@ -261,7 +138,7 @@ def tapped(model: nn.Module, model_type: str, adaptation: Adaptation | None) -> 
         if Site.EMBEDDING in adaptation.sites:
             handles.append(_attach_to_embedding(model, adaptation))
         if inside:
-            family = _FAMILIES[model_type]
+            family = FAMILIES[model_type]
             for index, layer in enumerate(model.get_submodule(family.layers).children()):
                 for site in inside:
                     tap = _LayerTap(index, site, family.taps[site], adaptation, _heads(model))
@@ -282,7 +159,7 @@ class _LayerTap:
 
     layer: int
     site: Site
-    tap: _Tap
+    tap: Tap
     adaptation: Adaptation
     heads: int
     source: Tensor | None = None
@@ -361,3 +238,68 @@ class TappedKV:
             if site in self.adaptation.sites:
                 self.adaptation.apply(layer, site, states, states)
         return self.target.attend(layer, query, key, value, scale, window)
+
+
+SiteVectors = Mapping[Site, Tensor]
+"""One request's vectors by site, [layers, width of the site], contiguous, in the model's dtype."""
+
+
+class RowScaling:
+    """An `Adaptation` of a decode step: row i is scaled by the vectors of its sequence, if it has any.
+
+        x' = x ⊙ (1 + v)
+
+    They depend on a prompt, not on a weight: a prompt pass makes them, and nothing here knows how. v is what
+    a row changes by, as near 1 bf16 keeps steps of 1/128 only.
+    """
+
+    def __init__(self, rows: Sequence[SiteVectors | None]) -> None:
+        """rows: one per row of the step; each may have vectors at sites of its own."""
+        self._rows = [row or {} for row in rows]
+        self.sites = frozenset(site for row in self._rows for site in row)
+
+    @classmethod
+    def of(cls, rows: Sequence[SiteVectors | None]) -> "RowScaling | None":
+        """None if no row has state: then a step costs what it costs without."""
+        return cls(rows) if any(rows) else None
+
+    @property
+    def ordered(self) -> tuple[Site, ...]:
+        """The sites, in the order of `addresses`."""
+        return tuple(sorted(self.sites))
+
+    @cached_property
+    def addresses(self) -> Tensor:
+        """Where the vectors lie, int64 [sites, rows]; 0 for none. Lives as long as this."""
+        return torch.tensor(
+            [[row[site].data_ptr() if site in row else 0 for row in self._rows] for site in self.ordered]
+        )
+
+    def apply(self, layer: int, site: Site, value: Tensor, source: Tensor) -> None:
+        rows, vectors = self._stacked[site]
+        value[rows] *= 1 + vectors[:, layer].float()
+
+    @cached_property
+    def _stacked(self) -> dict[Site, tuple[Tensor, Tensor]]:
+        """By site: the rows [n] that have vectors there, and those [n, layers, width]."""
+        stacked = {}
+        for site in self.sites:
+            having = [(i, row[site]) for i, row in enumerate(self._rows) if site in row]
+            vectors = torch.stack([vector for _, vector in having])
+            stacked[site] = torch.tensor([i for i, _ in having], device=vectors.device), vectors
+        return stacked
+
+
+_SCALED = (Site.Q, Site.K, Site.V, Site.GATE, Site.UP)
+
+
+def state_widths(module: nn.Module, model_type: str) -> dict[Site, int]:
+    """The sites at which a model takes request state, with their widths."""
+    widths = {}
+    for site in _SCALED:
+        try:
+            weight, _ = projection(module, model_type, 0, site)
+        except MissingSiteError:
+            continue
+        widths[site] = weight.shape[0]
+    return widths

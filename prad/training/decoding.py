@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from prad.adapters import AdaptedSpan, Adapter, PromptAdaptation, split_task_tokens
-from prad.core.chunk import Chunk
+from prad.core.kv import Chunk
 from prad.lm import Adaptation, Candidate, LanguageModel, PackedBatch, RowScaling, Search
-from prad.lm.chunked import chunked_batch
-from prad.lm.paged import Pools
+from prad.lm.kv import Pools, chunked_batch
 from prad.training.objective import Positions
 from prad.training.rows import Row, SharedBlocks
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-from prad.core.blocks import BlockPool
+from prad.core.kv import BlockPool
 from prad.lm import SiteVectors
-from prad.lm.paged import Pools
+from prad.lm.kv import Pools
 
 _TOO_FEW = "the pools were made with too few blocks"
 

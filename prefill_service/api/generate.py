@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from prad.core.tokens import TokenEvent
+from prad.core.sampling import TokenEvent
 from prad.lm import Tokenizer
 from prefill_service.api.admission import Admitted
 from prefill_service.api.observe import RequestRecord

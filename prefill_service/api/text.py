@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
 
-from prad.core.tokens import Token
+from prad.core.sampling import Token
 from prad.lm import Tokenizer
 
 REMEMBERED_TOKENS = 65_536

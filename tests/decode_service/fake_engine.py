@@ -7,7 +7,7 @@ from decode_service.sequences import EngineStatus
 from kvtransfer.errors import FencedError, RejectedError
 from kvtransfer.frames import Incoming
 from kvtransfer.messages import Cancel, Open
-from prad.core.tokens import Token
+from prad.core.sampling import Token
 
 
 class FakeReservation:

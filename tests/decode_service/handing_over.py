@@ -17,8 +17,7 @@ from kvtransfer.messages import Open
 from kvtransfer.sender import HandOff, PassRows, send_layer
 from kvtransfer.settings import TransferSettings
 from kvtransfer.tokens import TokenStream
-from prad.core.sampling import SamplingParams
-from prad.core.tokens import Token, TokenEvent
+from prad.core.sampling import SamplingParams, Token, TokenEvent
 from prad.lm import LanguageModel, PackedBatch
 from prad.lm.attention import NAME
 

@@ -7,7 +7,7 @@ import torch
 from handing_over import Prefill, all_free, all_logits, decode_settings, prefilling, prompt
 
 from decode_service.server import DecodeServer, serving
-from prad.core.blocks import BlockPool
+from prad.core.kv import BlockPool
 from prad.core.sampling import SamplingParams
 from prad.lm import LanguageModel
 

@@ -20,9 +20,8 @@ from decode_service.server import DecodeServer
 from decode_service.validation import Limits
 from kvtransfer.errors import LostError, RejectedError, RejectReason
 from kvtransfer.messages import Open
-from prad.core.blocks import BlockPool
-from prad.core.sampling import SamplingParams
-from prad.core.tokens import Token, TokenEvent
+from prad.core.kv import BlockPool
+from prad.core.sampling import SamplingParams, Token, TokenEvent
 from prad.lm import LanguageModel
 
 LONG = SamplingParams(max_tokens=120)

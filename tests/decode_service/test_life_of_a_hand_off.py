@@ -13,8 +13,7 @@ from kvtransfer.errors import CorruptError, FencedError, LostError, ProtocolErro
 from kvtransfer.frames import Outgoing
 from kvtransfer.messages import Open
 from kvtransfer.sender import PassRows, send_layer
-from prad.core.sampling import SamplingParams
-from prad.core.tokens import Token
+from prad.core.sampling import SamplingParams, Token
 from prad.lm import LanguageModel
 
 LONG = SamplingParams(max_tokens=100)

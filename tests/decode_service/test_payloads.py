@@ -30,8 +30,7 @@ from kvtransfer.int8 import quantise
 from kvtransfer.memory import Segment
 from kvtransfer.proto import handoff_pb2 as pb
 from kvtransfer.sender import HandOff, PassRows, send_layer
-from prad.core.sampling import SamplingParams
-from prad.core.tokens import Token
+from prad.core.sampling import SamplingParams, Token
 from prad.lm import LanguageModel, PackedBatch
 
 SHORT = SamplingParams(max_tokens=8)

@@ -12,8 +12,7 @@ from decode_service.scheduler import Scheduler
 from decode_service.sequences import FinishReason, HandOffId, Reserved, Running, SequenceId
 from kvtransfer.errors import RejectedError, RejectReason
 from kvtransfer.messages import Open
-from prad.core.blocks import BlockPool
-from prad.core.layout import KVLayout, LayerKV, ModelSpec
+from prad.core.kv import BlockPool, KVLayout, LayerKV, ModelSpec
 from prad.core.sampling import SamplingParams
 
 MODEL = ModelSpec("f", KVLayout((LayerKV(1, 2, 2),), "float32"))

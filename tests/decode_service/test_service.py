@@ -19,9 +19,8 @@ from kvtransfer.messages import Cancel, Open
 from kvtransfer.proto.handoff_pb2_grpc import add_DecodeServicer_to_server
 from kvtransfer.sender import HandOff, PassRows, send_layer
 from kvtransfer.tokens import TokenStream
-from prad.core.layout import KVLayout, LayerKV, ModelSpec
-from prad.core.sampling import SamplingParams
-from prad.core.tokens import Token, TokenEvent
+from prad.core.kv import KVLayout, LayerKV, ModelSpec
+from prad.core.sampling import SamplingParams, Token, TokenEvent
 
 MODEL = ModelSpec("f", KVLayout((LayerKV(1, 2, 2), LayerKV(1, 2, 2)), "float32"))
 TOKEN = 8  # bytes of a token's keys, and of its values

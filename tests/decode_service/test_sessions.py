@@ -7,7 +7,7 @@ import pytest
 from decode_service.sessions import Sessions
 from kvtransfer.errors import FencedError, LostError, ProtocolError
 from kvtransfer.tokens import Attachment
-from prad.core.tokens import TokenEvent
+from prad.core.sampling import TokenEvent
 
 
 class Gone(list[str]):

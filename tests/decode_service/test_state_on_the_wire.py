@@ -23,9 +23,8 @@ from decode_service.server import DecodeServer, serving
 from kvtransfer.errors import CorruptError, ProtocolError, RejectedError, RejectReason
 from kvtransfer.messages import Open, StateSite
 from kvtransfer.proto import handoff_pb2 as pb
-from prad.core.blocks import BlockPool
-from prad.core.sampling import SamplingParams
-from prad.core.tokens import Token
+from prad.core.kv import BlockPool
+from prad.core.sampling import SamplingParams, Token
 from prad.lm import LanguageModel, PackedBatch, RowScaling, Site
 
 SHORT = SamplingParams(max_tokens=8)

@@ -25,8 +25,7 @@ from kvtransfer import codec
 from kvtransfer.errors import FencedError, LostError, RejectedError, RejectReason
 from kvtransfer.proto import handoff_pb2 as pb
 from kvtransfer.proto.handoff_pb2_grpc import DecodeStub
-from prad.core.sampling import SamplingParams
-from prad.core.tokens import Token
+from prad.core.sampling import SamplingParams, Token
 from prad.lm import LanguageModel
 
 LONG = SamplingParams(max_tokens=120)

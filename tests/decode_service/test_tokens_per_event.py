@@ -15,11 +15,10 @@ from decode_service.runner import ModelRunner
 from decode_service.scheduler import Scheduler
 from decode_service.server import DecodeServer
 from kvtransfer.messages import Cancel, Open
-from prad.core.blocks import BlockPool
-from prad.core.sampling import SamplingParams
-from prad.core.tokens import Token, TokenEvent
+from prad.core.kv import BlockPool
+from prad.core.sampling import SamplingParams, Token, TokenEvent
 from prad.lm import LanguageModel
-from prad.lm.paged import Pools
+from prad.lm.kv import Pools
 
 DRAWN = SamplingParams(max_tokens=24, temperature=1.0, seed=5, logprobs=2)
 

@@ -5,7 +5,7 @@ import torch
 
 from kvtransfer.frames import Encoding, plane_bytes
 from kvtransfer.int8 import dequantise, quantise
-from prad.core.layout import KVLayout, LayerKV
+from prad.core.kv import KVLayout, LayerKV
 
 
 def there_and_back(states: torch.Tensor) -> torch.Tensor:

@@ -12,9 +12,8 @@ from kvtransfer.errors import CorruptError, ProtocolError
 from kvtransfer.frames import Encoding, Outgoing, Rows, plane_bytes
 from kvtransfer.messages import Cancel, Description, Open, StateSite, TokenFrame
 from kvtransfer.proto import handoff_pb2 as pb
-from prad.core.layout import KVLayout, LayerKV, ModelSpec
-from prad.core.sampling import SamplingParams
-from prad.core.tokens import Token, TokenEvent
+from prad.core.kv import KVLayout, LayerKV, ModelSpec
+from prad.core.sampling import SamplingParams, Token, TokenEvent
 
 MODEL = ModelSpec("abc", KVLayout((LayerKV(2, 4, 4), LayerKV(1, 8, 2), LayerKV(2, 4, 4)), "bfloat16"))
 U32 = st.integers(0, 2**32 - 1)

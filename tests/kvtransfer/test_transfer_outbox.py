@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from kvtransfer.errors import FencedError, LostError, ProtocolError
 from kvtransfer.tokens import Outbox
-from prad.core.tokens import TokenEvent
+from prad.core.sampling import TokenEvent
 
 EVENT = TokenEvent("r", 1, 0, 1)
 

@@ -12,7 +12,7 @@ from kvtransfer.frames import Encoding, Incoming, Rows, plane_bytes
 from kvtransfer.messages import Open
 from kvtransfer.proto import handoff_pb2 as pb
 from kvtransfer.receiver import Receiver, read_open
-from prad.core.layout import KVLayout, LayerKV, ModelSpec
+from prad.core.kv import KVLayout, LayerKV, ModelSpec
 from prad.core.sampling import SamplingParams
 
 MODEL = ModelSpec("f", KVLayout((LayerKV(1, 2, 2), LayerKV(1, 2, 3)), "float16"))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from prad.core.layout import KVLayout, LayerKV
+from prad.core.kv import KVLayout, LayerKV
 from prad.lm import LanguageModel, ModelNotFoundError
 from prad.lm.fingerprint import Fingerprint, weights_digest
 

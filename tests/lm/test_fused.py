@@ -12,7 +12,7 @@ from tiny import SIZES, packed_logits, save_random, some_ids
 
 from prad.lm import LanguageModel, PackedBatch, RowScaling, Site, UnsupportedModelError
 from prad.lm.kernels import Kernels
-from prad.lm.paged import Pools
+from prad.lm.kv import Pools
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}),

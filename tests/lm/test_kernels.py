@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, relu, silu
 
-from prad.core.layout import KVLayout, LayerKV
+from prad.core.kv import KVLayout, LayerKV
+from prad.lm.attention import causal_attention, prompt_spans
 from prad.lm.kernels import (
     Activation,
     BuildError,
@@ -22,9 +23,7 @@ from prad.lm.kernels import (
     load_kernels,
 )
 from prad.lm.kernels.build import built
-from prad.lm.kv import dtype_name
-from prad.lm.paged import Pools
-from prad.lm.prompt_attention import causal_attention, prompt_spans
+from prad.lm.kv import Pools, dtype_name
 from tests.conftest import CACHE
 
 ROWS = (1, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 100, 257)

@@ -11,12 +11,10 @@ import torch
 
 from prad.adapters import load_adapter
 from prad.artefact import Artefact
-from prad.core.blocks import BlockPool, block_keys
-from prad.core.chunk import Chunk
-from prad.core.sampling import SamplingParams
-from prad.core.tokens import Token
+from prad.core.kv import BlockPool, Chunk, block_keys
+from prad.core.sampling import SamplingParams, Token
 from prad.lm import LanguageModel, PackedBatch
-from prad.lm.paged import Pools
+from prad.lm.kv import Pools
 from prefill_service import prompt as prompts
 from prefill_service import prompt_pass
 from prefill_service.generation import PromptRequest, TaskVersion

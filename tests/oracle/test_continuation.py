@@ -11,7 +11,7 @@ import torch
 from prad.adapters import load_adapter
 from prad.core.sampling import SamplingParams
 from prad.lm import LanguageModel
-from prad.lm.paged import Pools
+from prad.lm.kv import Pools
 from prefill_service.generation import PromptRequest
 from prefill_service.prompt import Prompt
 from prefill_service.prompt_pass import FirstTokens, run_prompt_pass

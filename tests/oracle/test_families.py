@@ -25,7 +25,7 @@ from prad.artefact import read_artefact
 from prad.core.sampling import SamplingParams
 from prad.lm import LanguageModel
 from prad.lm.kernels import Kernels
-from prad.lm.paged import Pools
+from prad.lm.kv import Pools
 from prefill_service.generation import PromptRequest
 from prefill_service.prompt import Prompt
 from prefill_service.prompt_pass import run_prompt_pass

@@ -10,7 +10,7 @@ import torch
 from prad.adapters import Adapter, PromptAdaptation, load_adapter
 from prad.core.sampling import SamplingParams
 from prad.lm import LanguageModel, SiteVectors
-from prad.lm.paged import Pools
+from prad.lm.kv import Pools
 from prad.training.objective import AdapterTuning
 from prefill_service.generation import PromptRequest
 from prefill_service.prompt import Prompt

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from prad.adapters import split_task_tokens
-from prad.adapters.task_tokens import TaskRows
+from prad.adapters.adaptation import TaskRows
 from prad.lm import LanguageModel
 from prad.lm.kernels import Kernels
 from prefill_service import prompt as prompts

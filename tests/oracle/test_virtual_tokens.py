@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from prad.adapters import PromptAdaptation
-from prad.core.blocks import block_keys
+from prad.core.kv import block_keys
 from prad.lm import LanguageModel
 from prefill_service import prompt
 from prefill_service.prompt import Prompt

@@ -9,9 +9,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from prad.artefact import AdapterRecord, Artefact, BaseModelRef
-from prad.core.blocks import BlockPool
-from prad.core.sampling import SamplingParams
-from prad.core.tokens import Token, TokenEvent
+from prad.core.kv import BlockPool
+from prad.core.sampling import SamplingParams, Token, TokenEvent
 from prefill_service.decode_link import NoRoom
 from prefill_service.engine import PrefillEngine
 from prefill_service.errors import ServingError

@@ -8,8 +8,8 @@ import pytest
 
 from kvtransfer.errors import CorruptError, LostError, RejectedError, RejectReason, TimedOutError
 from kvtransfer.messages import TokenFrame
-from prad.core.layout import KVLayout, LayerKV, ModelSpec
-from prad.core.tokens import Token, TokenEvent
+from prad.core.kv import KVLayout, LayerKV, ModelSpec
+from prad.core.sampling import Token, TokenEvent
 from prefill_service import decode_link
 from prefill_service.decode_link import DecodeLink, NoRoom
 from prefill_service.errors import DecodeUnavailableError, InternalError, InvalidRequestError, ServingError

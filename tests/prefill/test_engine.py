@@ -7,7 +7,7 @@ from subprocess import check_output
 import pytest
 
 from kvtransfer.errors import LostError
-from prad.core.tokens import TokenEvent
+from prad.core.sampling import TokenEvent
 from prefill_service.decode_link import NoRoom
 from prefill_service.errors import (
     DeadlineError,

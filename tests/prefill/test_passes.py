@@ -11,11 +11,10 @@ import torch
 
 from kvtransfer.frames import Encoding
 from kvtransfer.sender import PassRows
-from prad.core.blocks import BlockPool
-from prad.core.chunk import Chunk
+from prad.core.kv import BlockPool, Chunk
 from prad.core.sampling import SamplingParams
 from prad.lm import LanguageModel
-from prad.lm.paged import Pools
+from prad.lm.kv import Pools
 from prefill_service import passes
 from prefill_service.passes import PassBrokeError, PassLayers, PassRunner
 from prefill_service.prompt import Prefilling, Prompt, Queued

@@ -4,8 +4,7 @@ from collections import Counter
 
 import pytest
 
-from prad.core.blocks import BlockPool
-from prad.core.chunk import Chunk
+from prad.core.kv import BlockPool, Chunk
 from prefill_service.prompt import Prompt
 from prefill_service.scheduler import PromptScheduler
 from tests.prefill.fakes import prompt

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from prad.core.tokens import Token, TokenEvent
+from prad.core.sampling import Token, TokenEvent
 from prefill_service.errors import DeadlineError, InternalError, ServingError
 from tests.prefill.fakes import Setting, request
 

@@ -1,6 +1,6 @@
 """Prompts that must run whole are never cut, wait for their turn and leave nothing behind: plain data."""
 
-from prad.core.blocks import BlockPool
+from prad.core.kv import BlockPool
 from prefill_service.scheduler import PromptScheduler
 from tests.prefill.fakes import prompt
 

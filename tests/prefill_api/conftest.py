@@ -15,8 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from prad.artefact import AdapterRecord, Artefact, BaseModelRef, GenerationDefaults
-from prad.core.sampling import SampleKey
-from prad.core.tokens import Token, TokenEvent
+from prad.core.sampling import SampleKey, Token, TokenEvent
 from prad.lm import LanguageModel, PackedBatch, Tokenizer, attention, sample
 from prefill_service.api import ApiLimits, ModelInfo, TaskEntry, create_app
 from prefill_service.beams import beam_search

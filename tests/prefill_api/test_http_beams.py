@@ -7,8 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from prad.core.sampling import SamplingParams
-from prad.core.tokens import TokenEvent
+from prad.core.sampling import SamplingParams, TokenEvent
 from prad.lm import BeamSearch, LanguageModel, Limits, Tokenizer
 from prad.training.decoding import AdaptedModel
 from prad.training.evaluate import decoder

@@ -7,10 +7,18 @@ from typing import Literal
 import torch
 
 from prad.lm.kernels.build import BuildError, built
-from prad.lm.kernels.calls import Activation, Calls, Kind, LowRankSpan, Out, PagedView, PromptSpan
-from prad.lm.kernels.library import Kernels
-from prad.lm.kernels.packed import PackedLinear, Precision, fits
-from prad.lm.kernels.recording import Recording
+from prad.lm.kernels.calls import Calls, Kernels, Recording
+from prad.lm.kernels.structs import (
+    Activation,
+    Kind,
+    LowRankSpan,
+    Out,
+    PackedLinear,
+    PagedView,
+    Precision,
+    PromptSpan,
+    fits,
+)
 
 logger = logging.getLogger(__name__)
 

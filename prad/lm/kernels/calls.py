@@ -1,162 +1,32 @@
-"""The kernels' operations as calls: a kind, a struct of arguments (kernels.cpp), a number of rows.
+"""The kernels' operations on tensors: run at once by `Kernels`, or kept by a `Recording` to be run again.
 
-`Calls` makes them of tensors; `Kernels` (library.py) runs each, `Recording` (recording.py) keeps them.
+Each is a call of the built library: a kind, a struct of arguments (structs.py), a number of rows.
 """
 
 import ctypes
 from abc import ABC, abstractmethod
-from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
-from enum import IntEnum
-from typing import Any, ClassVar
+from collections import Counter
+from ctypes import POINTER, c_double, c_int32, c_int64, c_void_p
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from prad.lm.kernels.packed import PackedLinear
-
-
-class Out(IntEnum):
-    """What becomes of a linear layer's result."""
-
-    STORE = 0
-    """Written in the activations' dtype."""
-    ADD = 1
-    """Added to float32 rows."""
-    GATED = 2
-    """Columns in pairs: act(first half) * second half."""
-    WIDE = 3
-    """Written in float32, as it was summed, without an activation."""
-
-
-class Activation(IntEnum):
-    NONE = 0
-    SILU = 1
-    GELU_TANH = 2
-    RELU = 3
-
-
-class Kind(IntEnum):
-    LINEAR = 0
-    NORM = 1
-    ROTATE = 2
-    ATTENTION = 3
-    ARGMAX = 4
-    LOW_RANK = 5
-    SCALE = 6
-    ACTIVATE = 7
-    PROMPT = 8
-    AFFINE = 9
-    MEAN = 10
-
-
-class Call(Structure):
-    _fields_: ClassVar[list[Any]] = [("kind", c_int32), ("half", c_int32), ("arguments", c_void_p)]
-
-
-class PagedView(Structure):
-    """Where a step's sequences lie: block table int64 [B, width] and lengths int64 [B] with the new token;
-    and their request state, for `scale`: addresses int64 [sites, B] of vectors [layers, width of the site], 0
-    for none."""
-
-    _fields_: ClassVar[list[Any]] = [
-        ("table", c_void_p),
-        ("lengths", c_void_p),
-        ("width", c_int64),
-        ("vectors", c_void_p),
-    ]
-
-    @classmethod
-    def of(cls, table: Tensor, lengths: Tensor, vectors: Tensor | None = None) -> "PagedView":
-        """The tensors must outlive it."""
-        state = None if vectors is None else vectors.data_ptr()
-        return cls(table.data_ptr(), lengths.data_ptr(), table.shape[1], state)
-
-
-def _struct(name: str, **fields: Any) -> Any:
-    return type(name, (Structure,), {"_fields_": list(fields.items())})
-
-
-def _fields(names: str, kind: Any) -> dict[str, Any]:
-    return dict.fromkeys(names.split(), kind)
-
-
-ARGUMENTS: dict[Kind, Any] = {
-    Kind.LINEAR: _struct(
-        "LinearCall",
-        **_fields("weights x out", c_void_p),
-        **_fields("x_stride out_stride", c_int64),
-        **_fields("mode act", c_int32),
-    ),
-    Kind.NORM: _struct(
-        "NormCall",
-        **_fields("x weight bias out", c_void_p),
-        width=c_int64,
-        center=c_int32,
-        epsilon=c_float,
-    ),
-    Kind.ROTATE: _struct(
-        "RotateCall",
-        **_fields("x cosine sine q_norm k_norm", c_void_p),
-        **_fields("stride heads queries dim", c_int64),
-        epsilon=c_float,
-    ),
-    Kind.ATTENTION: _struct(
-        "AttentionCall",
-        **_fields("query key value", c_void_p),
-        **_fields("query_stride key_stride value_stride", c_int64),
-        **_fields("keys values out", c_void_p),
-        **_fields("heads kv_heads key_dim value_dim block_size window", c_int64),
-        scale=c_float,
-    ),
-    Kind.ARGMAX: _struct("ArgmaxCall", **_fields("x out", c_void_p), width=c_int64),
-    Kind.LOW_RANK: _struct(
-        "LowRankCall",
-        **_fields("value source spans", c_void_p),
-        **_fields("count value_stride source_stride width_in width_out layer", c_int64),
-        relu=c_int32,
-    ),
-    Kind.SCALE: _struct("ScaleCall", x=c_void_p, **_fields("stride width site layer", c_int64)),
-    Kind.ACTIVATE: _struct(
-        "ActivateCall", **_fields("x out", c_void_p), width=c_int64, **_fields("act gated", c_int32)
-    ),
-    Kind.PROMPT: _struct(
-        "PromptCall",
-        **_fields("query key value keys values out spans", c_void_p),
-        **_fields("count query_stride key_stride value_stride heads kv_heads", c_int64),
-        **_fields("key_dim value_dim window", c_int64),
-        scale=c_float,
-    ),
-    Kind.AFFINE: _struct(
-        "AffineCall",
-        **_fields("x bounds gains shifts", c_void_p),
-        **_fields("count stride width layer", c_int64),
-    ),
-    Kind.MEAN: _struct(
-        "MeanCall", **_fields("x out bounds", c_void_p), **_fields("count stride width", c_int64)
-    ),
-}
-
-
-class LowRankSpan(Structure):
-    """Rows [start, stop); down [layers, in, r], bias float32 [layers, r] or none, up [layers, r, out]."""
-
-    _fields_: ClassVar[list[Any]] = [
-        *((name, c_int64) for name in ("start", "stop")),
-        *((name, c_void_p) for name in ("down", "bias", "up")),
-        ("r", c_int64),
-        ("factor", c_float),
-    ]
-
-
-class PromptSpan(Structure):
-    """A sequence: rows [start, start + rows) of a pass, behind tokens that lie at slots int64 [stored]."""
-
-    _fields_: ClassVar[list[Any]] = [
-        ("start", c_int64),
-        ("rows", c_int64),
-        ("slots", c_void_p),
-        ("stored", c_int64),
-    ]
+from prad.lm.kernels.build import BuildError
+from prad.lm.kernels.structs import (
+    ARGUMENTS,
+    Activation,
+    Call,
+    Kind,
+    LinearStruct,
+    LowRankSpan,
+    Out,
+    PackedLinear,
+    PagedView,
+    PromptSpan,
+)
 
 
 class Calls(ABC):
@@ -173,57 +43,23 @@ class Calls(ABC):
     def _take(self, call: Call, rows: int, used: tuple[Any, ...], view: PagedView | None) -> None:
         """One call on `rows` rows; `used`: what it points into. `view` is for attention, which needs one."""
 
-    def _do(
-        self,
-        kind: Kind,
-        half: bool,
-        rows: int,
-        arguments: tuple[Any, ...],
-        used: tuple[Any, ...],
-        view: PagedView | None = None,
-    ) -> None:
-        struct = ARGUMENTS[kind](*arguments)
-        self._take(Call(kind, half, ctypes.addressof(struct)), rows, (struct, *used), view)
+    def _do(self, kind: Kind, like: Tensor, *arguments: Any, view: PagedView | None = None) -> None:
+        """One call on as many rows as `like` has, in its dtype; tensors and structs go as their addresses."""
+        struct = ARGUMENTS[kind](*map(_address, arguments))
+        call = Call(kind, like.dtype is torch.bfloat16, ctypes.addressof(struct))
+        self._take(call, len(like), (struct, *arguments), view)
 
     def linear(
         self, weights: PackedLinear, x: Tensor, out: Tensor, mode: Out, act: Activation = Activation.NONE
     ) -> None:
         """x [rows, in] to out [rows, out] as `mode` says."""
-        self._do(
-            Kind.LINEAR,
-            x.dtype is torch.bfloat16,
-            len(x),
-            (
-                ctypes.addressof(weights.struct),
-                x.data_ptr(),
-                out.data_ptr(),
-                x.stride(0),
-                out.stride(0),
-                mode,
-                act,
-            ),
-            (weights, x, out),
-        )
+        self._do(Kind.LINEAR, x, weights, x, out, x.stride(0), out.stride(0), mode, act)
 
     def norm(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, center: bool, eps: float, out: Tensor
     ) -> None:
         """x float32 [rows, width], RMSNorm or (`center`) LayerNorm, to out."""
-        self._do(
-            Kind.NORM,
-            out.dtype is torch.bfloat16,
-            len(x),
-            (
-                x.data_ptr(),
-                weight.data_ptr(),
-                None if bias is None else bias.data_ptr(),
-                out.data_ptr(),
-                x.shape[1],
-                center,
-                eps,
-            ),
-            (x, weight, bias, out),
-        )
+        self._do(Kind.NORM, out, x, weight, bias, out, x.shape[1], center, eps)
 
     def rotate(
         self,
@@ -240,25 +76,8 @@ class Calls(ABC):
 
         `norms`: RMSNorm weights [dim] of the first `queries` heads and of the others, applied before.
         """
-        q_norm, k_norm = (None, None) if norms is None else (norms[0].data_ptr(), norms[1].data_ptr())
-        self._do(
-            Kind.ROTATE,
-            x.dtype is torch.bfloat16,
-            len(x),
-            (
-                x.data_ptr(),
-                cosine.data_ptr(),
-                sine.data_ptr(),
-                q_norm,
-                k_norm,
-                x.stride(0),
-                heads,
-                queries,
-                dim,
-                eps,
-            ),
-            (x, cosine, sine, norms),
-        )
+        normed = norms or (None, None)
+        self._do(Kind.ROTATE, x, x, cosine, sine, *normed, x.stride(0), heads, queries, dim, eps)
 
     def paged_attention(
         self,
@@ -278,31 +97,10 @@ class Calls(ABC):
         heads, dim = query.shape[1], value.shape[2]
         query, key, value = (_whole_rows(x) for x in (query, key, value))
         out = self.empty("attended", len(query), heads * dim, query.dtype)
-        self._do(
-            Kind.ATTENTION,
-            query.dtype is torch.bfloat16,
-            len(query),
-            (
-                query.data_ptr(),
-                key.data_ptr(),
-                value.data_ptr(),
-                query.stride(0),
-                key.stride(0),
-                value.stride(0),
-                pools[0].data_ptr(),
-                pools[1].data_ptr(),
-                out.data_ptr(),
-                heads,
-                key.shape[1],
-                key.shape[2],
-                dim,
-                pools[0].shape[1],
-                window or 0,
-                scale,
-            ),
-            (query, key, value, pools, out),
-            view,
-        )
+        strides = query.stride(0), key.stride(0), value.stride(0)
+        sizes = heads, key.shape[1], key.shape[2], dim, pools[0].shape[1], window or 0
+        states = query, key, value
+        self._do(Kind.ATTENTION, query, *states, *strides, *pools, out, *sizes, scale, view=view)
         return out.view(len(query), heads, dim)
 
     def prompt_attention(
@@ -324,31 +122,10 @@ class Calls(ABC):
         heads, dim = query.shape[1], value.shape[2]
         query, key, value = (_whole_rows(x) for x in (query, key, value))
         out = self.empty("attended", len(query), heads * dim, query.dtype)
-        stored = (None, None) if pools is None else (pools[0].data_ptr(), pools[1].data_ptr())
-        self._do(
-            Kind.PROMPT,
-            query.dtype is torch.bfloat16,
-            len(query),
-            (
-                query.data_ptr(),
-                key.data_ptr(),
-                value.data_ptr(),
-                *stored,
-                out.data_ptr(),
-                ctypes.addressof(spans),
-                len(spans),
-                query.stride(0),
-                key.stride(0),
-                value.stride(0),
-                heads,
-                key.shape[1],
-                key.shape[2],
-                dim,
-                window or 0,
-                scale,
-            ),
-            (query, key, value, pools, spans, out),
-        )
+        strides = query.stride(0), key.stride(0), value.stride(0)
+        sizes = heads, key.shape[1], key.shape[2], dim, window or 0
+        states = query, key, value, *(pools or (None, None))
+        self._do(Kind.PROMPT, query, *states, out, spans, len(spans), *strides, *sizes, scale)
         return out.view(len(query), heads, dim)
 
     def low_rank(self, value: Tensor, source: Tensor, spans: Any, layer: int, relu: bool) -> None:
@@ -356,24 +133,8 @@ class Calls(ABC):
 
         spans: an array of `LowRankSpan`, no two of which share a row; f is ReLU or nothing.
         """
-        self._do(
-            Kind.LOW_RANK,
-            value.dtype is torch.bfloat16,
-            len(value),
-            (
-                value.data_ptr(),
-                source.data_ptr(),
-                ctypes.addressof(spans),
-                len(spans),
-                value.stride(0),
-                source.stride(0),
-                source.shape[1],
-                value.shape[1],
-                layer,
-                relu,
-            ),
-            (value, source, spans),
-        )
+        strides, widths = (value.stride(0), source.stride(0)), (source.shape[1], value.shape[1])
+        self._do(Kind.LOW_RANK, value, value, source, spans, len(spans), *strides, *widths, layer, relu)
 
     def affine(
         self, x: Tensor, bounds: Tensor, gains: Tensor | None, shifts: Tensor | None, layer: int
@@ -383,55 +144,135 @@ class Calls(ABC):
         bounds int64 [n, 2]: their rows, [start, stop), no two of which overlap; gains and shifts int64 [n]:
         where the vectors float32 [layers, width] lie.
         """
-        self._do(
-            Kind.AFFINE,
-            x.dtype is torch.bfloat16,
-            len(x),
-            (
-                x.data_ptr(),
-                bounds.data_ptr(),
-                None if gains is None else gains.data_ptr(),
-                None if shifts is None else shifts.data_ptr(),
-                len(bounds),
-                x.stride(0),
-                x.shape[1],
-                layer,
-            ),
-            (x, bounds, gains, shifts),
-        )
+        self._do(Kind.AFFINE, x, x, bounds, gains, shifts, len(bounds), x.stride(0), x.shape[1], layer)
 
     def mean(self, x: Tensor, bounds: Tensor, out: Tensor) -> None:
         """x [T, width] to out [n, width]: the means of rows [start, stop) of bounds int64 [n, 2]."""
-        self._do(
-            Kind.MEAN,
-            x.dtype is torch.bfloat16,
-            len(x),
-            (x.data_ptr(), out.data_ptr(), bounds.data_ptr(), len(bounds), x.stride(0), x.shape[1]),
-            (x, out, bounds),
-        )
+        self._do(Kind.MEAN, x, x, out, bounds, len(bounds), x.stride(0), x.shape[1])
 
     def scale(self, x: Tensor, site: int, layer: int, view: PagedView) -> None:
         """x [B, width] *= 1 + the vector of each row's sequence at the view's site `site`, if it has one."""
-        self._do(
-            Kind.SCALE,
-            x.dtype is torch.bfloat16,
-            len(x),
-            (x.data_ptr(), x.stride(0), x.shape[1], site, layer),
-            (x,),
-            view,
-        )
+        self._do(Kind.SCALE, x, x, x.stride(0), x.shape[1], site, layer, view=view)
 
     def activate(self, x: Tensor, out: Tensor, act: Activation) -> None:
         """x [rows, width] to out = act(x), or x [rows, 2 width] to act(first half) * second half."""
-        self._do(
-            Kind.ACTIVATE,
-            x.dtype is torch.bfloat16,
-            len(x),
-            (x.data_ptr(), out.data_ptr(), out.shape[1], act, x.shape[1] != out.shape[1]),
-            (x, out),
-        )
+        self._do(Kind.ACTIVATE, x, x, out, out.shape[1], act, x.shape[1] != out.shape[1])
+
+
+def _address(argument: Any) -> Any:
+    """As a struct's field takes it; numbers and None are what they are."""
+    if isinstance(argument, Tensor):
+        return argument.data_ptr()
+    if isinstance(argument, PackedLinear):
+        return ctypes.addressof(argument.struct)
+    return ctypes.addressof(argument) if isinstance(argument, ctypes.Array) else argument
 
 
 def _whole_rows(x: Tensor) -> Tensor:
     """x [T, heads, dim] with each row's heads side by side, as the kernels read them."""
     return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
+
+
+_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "prad_pool": (c_void_p, [c_int32]),
+    "prad_pool_free": (None, [c_void_p]),
+    "prad_has_amx": (c_int32, []),
+    "prad_sizes": (None, [POINTER(c_int64)]),
+    "prad_run": (
+        None,
+        [c_void_p, POINTER(Call), c_int64, c_int64, POINTER(PagedView), POINTER(c_double)],
+    ),
+}
+
+_STRUCTS = (Call, PagedView, LowRankSpan, PromptSpan, LinearStruct, *ARGUMENTS.values())
+
+
+class Kernels(Calls):
+    """The built kernels; every call runs at once and releases the GIL."""
+
+    def __init__(self, library: Path, threads: int) -> None:
+        try:
+            self._c = ctypes.CDLL(str(library))
+        except OSError as error:
+            library.unlink(missing_ok=True)
+            raise BuildError(
+                f"the kernels cannot be loaded, the next start builds them anew: {error}"
+            ) from error
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(self._c, name)
+            function.restype, function.argtypes = result, arguments
+        self.threads = threads
+        self.spent: Counter[Kind] | None = None  # where to add the seconds that calls take, if anywhere
+        self.has_amx = bool(self._c.prad_has_amx())
+        sizes = (c_int64 * len(_STRUCTS))()
+        self._c.prad_sizes(sizes)
+        for struct, size in zip(_STRUCTS, sizes, strict=True):
+            assert ctypes.sizeof(struct) == size, f"{struct.__name__} is declared otherwise in C"
+
+    def suits(self, dtype: torch.dtype) -> bool:
+        """Whether they are the faster way for more rows than a decode step's: in bfloat16 these want matrix
+        registers."""
+        return self.has_amx or dtype is torch.float32
+
+    @cached_property
+    def _pool(self) -> int:
+        """Threads take their priority from whoever starts them: the first that computes."""
+        return int(self._c.prad_pool(self.threads))
+
+    def __del__(self) -> None:
+        if "_pool" in self.__dict__:
+            self._c.prad_pool_free(self._pool)
+
+    def empty(self, name: str, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(rows, width, dtype=dtype)
+
+    def _take(self, call: Call, rows: int, used: tuple[Any, ...], view: PagedView | None) -> None:
+        self.run((Call * 1)(call), rows, view)
+
+    def run(self, calls: Any, rows: int, view: PagedView | None = None) -> None:
+        """An array of calls in order; `view` is for the attention among them."""
+        if self.spent is None:
+            self._c.prad_run(self._pool, calls, len(calls), rows, view, None)
+            return
+        seconds = (c_double * len(calls))()
+        self._c.prad_run(self._pool, calls, len(calls), rows, view, seconds)
+        for call, took in zip(calls, seconds, strict=True):
+            self.spent[Kind(call.kind)] += took
+
+    def argmax(self, logits: Tensor) -> list[int]:
+        """The lowest id of each row's largest logit."""
+        out = torch.empty(len(logits), dtype=torch.long)
+        self._do(Kind.ARGMAX, logits, logits, out, logits.shape[1])
+        return out.tolist()
+
+
+class Recording(Calls):
+    """Keeps calls instead of running them.
+
+    Whatever they read and write stays theirs; `run` may be given fewer rows than were recorded.
+    """
+
+    def __init__(self, kernels: Kernels) -> None:
+        self._kernels = kernels
+        self._memory: dict[str, Tensor] = {}
+        self._calls: list[Call] = []
+        self._used: list[Any] = []
+        self._list: Any = None
+
+    def empty(self, name: str, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+        """The same memory for every result of that name."""
+        if name not in self._memory:
+            self._memory[name] = torch.empty(rows, width, dtype=dtype)
+        kept = self._memory[name]
+        assert kept.shape == (rows, width), f"{name} changed its shape from {tuple(kept.shape)}"
+        return kept
+
+    def _take(self, call: Call, rows: int, used: tuple[Any, ...], view: PagedView | None) -> None:
+        self._calls.append(call)
+        self._used += used
+
+    def run(self, rows: int, view: PagedView) -> None:
+        """All calls in order, on the first `rows` rows of what they were recorded with."""
+        if self._list is None:
+            self._list = (Call * len(self._calls))(*self._calls)
+        self._kernels.run(self._list, rows, view)

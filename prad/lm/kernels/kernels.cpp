@@ -1,4 +1,4 @@
-// The kernels' C interface, as calls.py declares it: lists of calls, each a kind and a struct of arguments.
+// The kernels' C interface, as structs.py declares it: lists of calls, each a kind and a struct of arguments.
 #include <chrono>
 
 #include "affine.h"
@@ -69,7 +69,7 @@ Pool* prad_pool(int32_t threads) { return new Pool(threads); }
 void prad_pool_free(Pool* pool) { delete pool; }
 int32_t prad_has_amx() { return allow_amx(); }
 
-// In bytes, of every struct that library.py declares as well, in its order.
+// In bytes, of every struct that calls.py lists as well, in its order.
 void prad_sizes(int64_t* out) {
   for (size_t size : {sizeof(Call), sizeof(PagedView), sizeof(LowRankSpan), sizeof(PromptSpan), sizeof(Linear),
                       sizeof(LinearCall), sizeof(NormCall), sizeof(RotateCall), sizeof(AttentionCall),

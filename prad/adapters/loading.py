@@ -1,14 +1,13 @@
-"""One adapter in memory, and its way from and to an artefact's files."""
+"""Where adapters come from: made anew for training, or loaded from an artefact's files; and back."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from prad.adapters.adaptation import TASK_TOKENS, Adapter
 from prad.adapters.bitfit import BitFit
 from prad.adapters.dora import DoRA
 from prad.adapters.errors import (
@@ -23,7 +22,6 @@ from prad.adapters.mam import MaM
 from prad.adapters.method import (
     INPUT,
     FrozenModel,
-    LayerParameters,
     Method,
     MethodConfig,
     Parameters,
@@ -34,9 +32,8 @@ from prad.adapters.parallel import ParallelAdapter
 from prad.adapters.prefix import PrefixTuning
 from prad.adapters.prompt import PromptTuning
 from prad.adapters.sequential import SequentialAdapter
-from prad.adapters.task_tokens import TASK_TOKENS
-from prad.artefact import WEIGHTS, Artefact, require_servable
-from prad.lm import LanguageModel, Site, require_sites
+from prad.artefact import WEIGHTS, AdapterRecord, Artefact, require_servable
+from prad.lm import LanguageModel, Tokenizer, require_sites
 
 _DTYPES = ("F32", "F16", "BF16")
 _LEAST_ROOM = 4  # positions behind the virtual tokens; with fewer there is no prompt and output worth a name
@@ -57,51 +54,6 @@ METHODS: dict[str, Method] = {
         PARA(),
     )
 }
-
-
-@dataclass(frozen=True, eq=False)
-class Adapter:
-    """A method, its configuration and its parameters [layers, ...] on the model's device, in dtypes as
-    `kept_in` says, with the task tokens' embeddings if it has any.
-
-    Compared by identity: two loads of the same file are two adapters.
-    """
-
-    method: Method
-    config: MethodConfig
-    parameters: Parameters
-
-    @property
-    def sites(self) -> frozenset[Site]:
-        return self.method.sites(self.config)
-
-    @property
-    def virtual_tokens(self) -> int:
-        """Tokens that every prompt gets in front; in a pass `placeholders` stand for them."""
-        return self.method.virtual_tokens(self.config)
-
-    @cached_property
-    def task_embeddings(self) -> Tensor | None:
-        """[task tokens, embedding width]"""
-        return self.parameters[TASK_TOKENS][0] if TASK_TOKENS in self.parameters else None
-
-    @cached_property
-    def own_names(self) -> frozenset[str]:
-        """Of its method's parameters."""
-        return frozenset(self.parameters) - {TASK_TOKENS}
-
-    @cached_property
-    def per_layer(self) -> LayerParameters:
-        return {name: stacked.unbind(0) for name, stacked in self.parameters.items()}
-
-    @property
-    def state_widths(self) -> dict[Site, int]:
-        """See `Method.state_widths`."""
-        return self.method.state_widths(self.parameters)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(p.nbytes for p in self.parameters.values())
 
 
 def find_method(name: str) -> Method:
@@ -126,6 +78,26 @@ def new_adapter(
     if task_embeddings is not None:
         parameters[TASK_TOKENS] = task_embeddings[None]
     return Adapter(method, config, parameters)
+
+
+def first_embeddings(words: Sequence[str | None], tokenizer: Tokenizer, model: LanguageModel) -> Tensor:
+    """A beginning for task tokens: float32 [len(words), embedding width], each the mean of what stands for
+    its words, or for the whole vocabulary if there are none."""
+    frozen = FrozenModel(model)
+    means = []
+    for own in words:
+        ids = range(frozen.vocab_size) if own is None else tokenizer.encode_continuation(f" {own}")
+        if not ids or (own is not None and not own.strip()):  # the space in front may be a token
+            raise AdapterError(f"a task token cannot begin as {own!r}: these are no words")
+        means.append(frozen.embeddings(ids).mean(dim=0))
+    return torch.stack(means)
+
+
+def require_free_names(record: AdapterRecord, tokenizer: Tokenizer) -> None:
+    """Raises AdapterError if the base model has a token of a task token's name."""
+    for name in record.task_tokens:
+        if tokenizer.knows(name):
+            raise AdapterError(f"{name} is a token of the base model; a task token needs another name")
 
 
 def reparametrised(fresh: Adapter, model: LanguageModel, seed: int) -> nn.Module | None:

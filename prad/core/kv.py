@@ -1,4 +1,8 @@
-"""Which KV blocks are whose: one pool for running sequences, prompts under way, and what is kept for later.
+"""The KV cache without its tensors: what a model's looks like, which blocks are whose, what a pass adds.
+
+A `KVLayout` is what prefill and decode agree on before any byte moves. A `BlockPool` is each one's book over
+its own blocks, for running sequences, prompts under way, and what is kept for later. A `Chunk` is the part of
+a prompt that one pass computes and puts there.
 
 A block is in one of three states: free; in use, by as many holders as took it; or kept, which nobody uses,
 but whoever begins with the same tokens under the same adapter will find. Holders that share a beginning
@@ -9,6 +13,93 @@ import hashlib
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+P = TypeVar("P")
+
+ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKV:
+    """What one layer stores per token: `heads` keys of `key_dim` and as many values of `value_dim`."""
+
+    heads: int
+    key_dim: int
+    value_dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayout:
+    """The adapter-independent KV layout of a model: one `LayerKV` per layer, one dtype, by its name.
+
+    Raises ValueError for a dtype that no KV cache has here, or no layers.
+    """
+
+    layers: tuple[LayerKV, ...]
+    dtype: str
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ITEM_BYTES:
+            raise ValueError(f"KV of dtype {self.dtype!r} is not known (known: {', '.join(ITEM_BYTES)})")
+        if not self.layers:
+            raise ValueError("a model without layers has no KV cache")
+
+    @property
+    def item_bytes(self) -> int:
+        return ITEM_BYTES[self.dtype]
+
+    def key_bytes(self, layer: int) -> int:
+        """Bytes of one token's keys in `layer`."""
+        return self.layers[layer].heads * self.layers[layer].key_dim * self.item_bytes
+
+    def value_bytes(self, layer: int) -> int:
+        """Bytes of one token's values in `layer`."""
+        return self.layers[layer].heads * self.layers[layer].value_dim * self.item_bytes
+
+    @property
+    def bytes_per_token(self) -> int:
+        return sum(self.key_bytes(layer) + self.value_bytes(layer) for layer in range(len(self.layers)))
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """Which frozen model, and its layout; equal fingerprints mean interchangeable KV caches."""
+
+    fingerprint: str
+    layout: KVLayout
+
+    def difference(self, other: "ModelSpec", own_name: str, other_name: str) -> str | None:
+        """What of `other` is not this model's, with both sides' values; None if it is this model."""
+        for what, own, theirs in (
+            ("dtype", self.layout.dtype, other.layout.dtype),
+            ("layers", len(self.layout.layers), len(other.layout.layers)),
+            ("KV layout", self.layout.layers, other.layout.layers),
+            ("fingerprint", self.fingerprint, other.fingerprint),
+        ):
+            if own != theirs:
+                return f"{own_name} has {what} {own}, {other_name} has {theirs}"
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk(Generic[P]):
+    """Tokens start .. end of a prompt: from the scheduler through the pass, one value.
+
+    `table`: its blocks, with the KV of all tokens before `start`; that of the first `stored` tokens of the
+    chunk goes there as well.
+    """
+
+    prompt: P
+    start: int
+    end: int
+    table: tuple[int, ...] = ()
+    stored: int = 0
+
+    def __len__(self) -> int:
+        """Tokens to compute."""
+        return self.end - self.start
 
 
 class BlockPool:

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from prad.core.blocks import BlockPool, block_keys
+from prad.core.kv import BlockPool, block_keys
 
 
 def compute(blocks: BlockPool, *keys: bytes) -> tuple[int, ...]:

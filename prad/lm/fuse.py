@@ -1,0 +1,136 @@
+"""From transformers' modules to the fused model, once, when a model is loaded: weights packed, sizes read."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from prad.lm.fused import FusedModel, Layer, Norm, Shape
+from prad.lm.kernels import Activation, Kernels, PackedLinear, Precision, fits
+
+_ACTIVATIONS = {
+    "silu": Activation.SILU,
+    "gelu_new": Activation.GELU_TANH,
+    "gelu_pytorch_tanh": Activation.GELU_TANH,
+    "relu": Activation.RELU,
+}
+_MOST_HEAD_DIM = 512  # rows.h
+_PLAIN_ROPE = {"default", "linear", "llama3", "yarn"}  # the others change with the longest sequence of a pass
+
+
+def fuse(module: Any, kernels: Kernels, precision: Precision) -> FusedModel | None:
+    """The fused form of a transformers model on the CPU; None if its family or sizes are not covered."""
+    make = {"llama": _llama, "mistral": _llama, "qwen2": _llama, "qwen3": _llama, "gpt2": _gpt2}
+    family = make.get(module.config.model_type)
+    if family is None or module.device.type != "cpu":
+        return None
+    if module.dtype not in ((torch.bfloat16,) if precision == "int8" else (torch.bfloat16, torch.float32)):
+        return None
+    if not fits([p.T if _is_conv(m) else p for m, p in _linear_weights(module)]):
+        return None
+    return family(module, kernels, precision)
+
+
+def _llama(module: Any, kernels: Kernels, precision: Precision) -> FusedModel | None:
+    config, model = module.config, module.model
+    head_dim = model.layers[0].self_attn.head_dim
+    rope = getattr(config, "rope_parameters", None) or {}
+    if config.hidden_act not in _ACTIVATIONS or rope.get("rope_type") not in _PLAIN_ROPE:
+        return None
+    if model.rotary_emb.inv_freq.numel() * 2 != head_dim or head_dim > _MOST_HEAD_DIM:
+        return None
+
+    def layer(index: int) -> Layer:
+        block = model.layers[index]
+        attention, ffn = block.self_attn, block.mlp
+        normed = hasattr(attention, "q_norm")
+        window = getattr(attention, "sliding_window", None)
+        if config.model_type == "mistral":
+            window = config.sliding_window
+        return Layer(
+            Norm.of(block.input_layernorm),
+            _packed([attention.q_proj, attention.k_proj, attention.v_proj], precision),
+            _packed([attention.o_proj], precision),
+            Norm.of(block.post_attention_layernorm),
+            _packed([ffn.gate_proj, ffn.up_proj], precision, paired=True),
+            _packed([ffn.down_proj], precision),
+            (Norm.of(attention.q_norm), Norm.of(attention.k_norm)) if normed else None,
+            attention.scaling,
+            window,
+        )
+
+    kv_heads = config.num_key_value_heads
+    return FusedModel(
+        Shape(
+            config.num_attention_heads,
+            kv_heads,
+            head_dim,
+            config.intermediate_size,
+            True,
+            _ACTIVATIONS[config.hidden_act],
+        ),
+        model.embed_tokens.weight,
+        None,
+        model.rotary_emb,
+        tuple(map(layer, range(config.num_hidden_layers))),
+        Norm.of(model.norm),
+        _packed([module.lm_head], precision),
+        kernels,
+        precision,
+    )
+
+
+def _gpt2(module: Any, kernels: Kernels, precision: Precision) -> FusedModel | None:
+    config, model = module.config, module.transformer
+    if config.activation_function not in _ACTIVATIONS or config.add_cross_attention:
+        return None
+
+    def layer(block: Any) -> Layer:
+        return Layer(
+            Norm.of(block.ln_1),
+            _packed([block.attn.c_attn], precision),
+            _packed([block.attn.c_proj], precision),
+            Norm.of(block.ln_2),
+            _packed([block.mlp.c_fc], precision),
+            _packed([block.mlp.c_proj], precision),
+            None,
+            block.attn.scaling,
+            None,
+        )
+
+    heads = config.num_attention_heads
+    ffn = config.n_inner or 4 * config.hidden_size
+    return FusedModel(
+        Shape(
+            heads, heads, config.hidden_size // heads, ffn, False, _ACTIVATIONS[config.activation_function]
+        ),
+        model.wte.weight,
+        model.wpe.weight,
+        None,
+        tuple(map(layer, model.h)),
+        Norm.of(model.ln_f),
+        _packed([module.lm_head], precision),
+        kernels,
+        precision,
+    )
+
+
+def _packed(modules: list[Any], precision: Precision, paired: bool = False) -> PackedLinear:
+    """Several projections of the same input as one."""
+    weights = [m.weight.T if _is_conv(m) else m.weight for m in modules]
+    biases = [m.bias for m in modules if m.bias is not None]
+    bias = None
+    if biases:
+        bias = torch.cat(
+            [w.new_zeros(len(w)) if m.bias is None else m.bias for m, w in zip(modules, weights, strict=True)]
+        )
+    return PackedLinear.of(torch.cat(weights), bias, precision=precision, paired=paired)
+
+
+def _is_conv(module: Any) -> bool:
+    """GPT-2 keeps its weights [in, out]."""
+    return type(module).__name__ == "Conv1D"
+
+
+def _linear_weights(module: nn.Module) -> list[tuple[nn.Module, Any]]:
+    return [(m, m.weight) for m in module.modules() if isinstance(m, nn.Linear) or _is_conv(m)]

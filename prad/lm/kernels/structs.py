@@ -1,0 +1,248 @@
+"""What the kernels are given, as C declares it: weights in their order, the arguments of each call.
+
+Weights lie in panels of 16 output columns (linear.h); a call is a kind and a struct of its arguments
+(kernels.cpp).
+"""
+
+from collections.abc import Sequence
+from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+COLUMNS, DEPTH = 16, 32
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+
+Precision = Literal["full", "int8"]
+
+
+class LinearStruct(Structure):
+    _fields_: ClassVar[list[Any]] = [
+        ("panels", c_void_p),
+        ("scales", c_void_p),
+        ("bias", c_void_p),
+        ("in_features", c_int64),
+        ("out_features", c_int64),
+        ("weights", c_int32),
+        ("paired", c_int32),
+    ]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedLinear:
+    """A linear layer y = x W^T + b for the kernels; `struct` points into the tensors beside it."""
+
+    panels: Tensor
+    scales: Tensor | None
+    bias: Tensor | None
+    struct: LinearStruct
+
+    @property
+    def out_features(self) -> int:
+        return int(self.struct.out_features)
+
+    @property
+    def nbytes(self) -> int:
+        return self.panels.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+    @classmethod
+    def of(
+        cls,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        precision: Precision = "full",
+        paired: bool = False,
+    ) -> "PackedLinear":
+        """weight [out, in] in bfloat16 (in: a multiple of 32) or float32.
+
+        precision int8: weights rounded to 8 bits, one scale per output column. `paired`: the panels of the
+        first and of the second half of the columns alternate, for gate and up.
+        """
+        out_features, in_features = weight.shape
+        scales = None
+        if precision == "int8":
+            scales = (weight.float().abs().amax(dim=1) / 127).clamp_min(1e-12)
+            weight = (weight.float() / scales[:, None]).round().to(torch.int8)
+        panels = _columns(weight, paired)  # [panels, 16, in]
+        if weight.dtype is torch.float32:
+            panels = panels.transpose(1, 2).contiguous()
+        else:
+            pairs = panels.view(len(panels), COLUMNS, in_features // DEPTH, DEPTH // 2, 2)
+            panels = pairs.permute(0, 2, 3, 1, 4).contiguous()
+        scales, bias = (
+            None if x is None else _columns(x.float()[:, None], paired).flatten().contiguous()
+            for x in (scales, bias)
+        )
+        struct = LinearStruct(
+            panels.data_ptr(),
+            None if scales is None else scales.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            in_features,
+            out_features,
+            _KINDS[panels.dtype],
+            paired,
+        )
+        return cls(panels, scales, bias, struct)
+
+
+def fits(weights: Sequence[Tensor]) -> bool:
+    """Whether the kernels can take these weights [out, in]."""
+    return all(w.dtype is torch.float32 or w.shape[1] % DEPTH == 0 for w in weights)
+
+
+def _columns(rows: Tensor, paired: bool) -> Tensor:
+    """rows [out, n] -> [panels, 16, n], padded with zeros; paired: panels of both halves in turn."""
+    if paired:
+        gate, up = (_columns(half, paired=False) for half in rows.chunk(2))
+        return torch.stack((gate, up), dim=1).flatten(0, 1)
+    padded = pad(rows, (0, 0, 0, -len(rows) % COLUMNS))
+    return padded.view(-1, COLUMNS, rows.shape[1])
+
+
+class Out(IntEnum):
+    """What becomes of a linear layer's result."""
+
+    STORE = 0
+    """Written in the activations' dtype."""
+    ADD = 1
+    """Added to float32 rows."""
+    GATED = 2
+    """Columns in pairs: act(first half) * second half."""
+    WIDE = 3
+    """Written in float32, as it was summed, without an activation."""
+
+
+class Activation(IntEnum):
+    NONE = 0
+    SILU = 1
+    GELU_TANH = 2
+    RELU = 3
+
+
+class Kind(IntEnum):
+    LINEAR = 0
+    NORM = 1
+    ROTATE = 2
+    ATTENTION = 3
+    ARGMAX = 4
+    LOW_RANK = 5
+    SCALE = 6
+    ACTIVATE = 7
+    PROMPT = 8
+    AFFINE = 9
+    MEAN = 10
+
+
+class Call(Structure):
+    _fields_: ClassVar[list[Any]] = [("kind", c_int32), ("half", c_int32), ("arguments", c_void_p)]
+
+
+class PagedView(Structure):
+    """Where a step's sequences lie: block table int64 [B, width] and lengths int64 [B] with the new token;
+    and their request state, for `scale`: addresses int64 [sites, B] of vectors [layers, width of the site], 0
+    for none."""
+
+    _fields_: ClassVar[list[Any]] = [
+        ("table", c_void_p),
+        ("lengths", c_void_p),
+        ("width", c_int64),
+        ("vectors", c_void_p),
+    ]
+
+    @classmethod
+    def of(cls, table: Tensor, lengths: Tensor, vectors: Tensor | None = None) -> "PagedView":
+        """The tensors must outlive it."""
+        state = None if vectors is None else vectors.data_ptr()
+        return cls(table.data_ptr(), lengths.data_ptr(), table.shape[1], state)
+
+
+def _struct(name: str, **fields: Any) -> Any:
+    return type(name, (Structure,), {"_fields_": list(fields.items())})
+
+
+def _fields(names: str, kind: Any) -> dict[str, Any]:
+    return dict.fromkeys(names.split(), kind)
+
+
+ARGUMENTS: dict[Kind, Any] = {
+    Kind.LINEAR: _struct(
+        "LinearCall",
+        **_fields("weights x out", c_void_p),
+        **_fields("x_stride out_stride", c_int64),
+        **_fields("mode act", c_int32),
+    ),
+    Kind.NORM: _struct(
+        "NormCall",
+        **_fields("x weight bias out", c_void_p),
+        width=c_int64,
+        center=c_int32,
+        epsilon=c_float,
+    ),
+    Kind.ROTATE: _struct(
+        "RotateCall",
+        **_fields("x cosine sine q_norm k_norm", c_void_p),
+        **_fields("stride heads queries dim", c_int64),
+        epsilon=c_float,
+    ),
+    Kind.ATTENTION: _struct(
+        "AttentionCall",
+        **_fields("query key value", c_void_p),
+        **_fields("query_stride key_stride value_stride", c_int64),
+        **_fields("keys values out", c_void_p),
+        **_fields("heads kv_heads key_dim value_dim block_size window", c_int64),
+        scale=c_float,
+    ),
+    Kind.ARGMAX: _struct("ArgmaxCall", **_fields("x out", c_void_p), width=c_int64),
+    Kind.LOW_RANK: _struct(
+        "LowRankCall",
+        **_fields("value source spans", c_void_p),
+        **_fields("count value_stride source_stride width_in width_out layer", c_int64),
+        relu=c_int32,
+    ),
+    Kind.SCALE: _struct("ScaleCall", x=c_void_p, **_fields("stride width site layer", c_int64)),
+    Kind.ACTIVATE: _struct(
+        "ActivateCall", **_fields("x out", c_void_p), width=c_int64, **_fields("act gated", c_int32)
+    ),
+    Kind.PROMPT: _struct(
+        "PromptCall",
+        **_fields("query key value keys values out spans", c_void_p),
+        **_fields("count query_stride key_stride value_stride heads kv_heads", c_int64),
+        **_fields("key_dim value_dim window", c_int64),
+        scale=c_float,
+    ),
+    Kind.AFFINE: _struct(
+        "AffineCall",
+        **_fields("x bounds gains shifts", c_void_p),
+        **_fields("count stride width layer", c_int64),
+    ),
+    Kind.MEAN: _struct(
+        "MeanCall", **_fields("x out bounds", c_void_p), **_fields("count stride width", c_int64)
+    ),
+}
+
+
+class LowRankSpan(Structure):
+    """Rows [start, stop); down [layers, in, r], bias float32 [layers, r] or none, up [layers, r, out]."""
+
+    _fields_: ClassVar[list[Any]] = [
+        *((name, c_int64) for name in ("start", "stop")),
+        *((name, c_void_p) for name in ("down", "bias", "up")),
+        ("r", c_int64),
+        ("factor", c_float),
+    ]
+
+
+class PromptSpan(Structure):
+    """A sequence: rows [start, start + rows) of a pass, behind tokens that lie at slots int64 [stored]."""
+
+    _fields_: ClassVar[list[Any]] = [
+        ("start", c_int64),
+        ("rows", c_int64),
+        ("slots", c_void_p),
+        ("stored", c_int64),
+    ]
