@@ -1,8 +1,14 @@
-"""A `.gguf` file becomes an ordinary bf16 model folder, once; afterwards every process maps that folder."""
+"""A `.gguf` file becomes an ordinary bf16 model folder, once; afterwards every process maps that folder.
+
+A conversion takes every tensor of the file and fills every parameter of the model, or it fails and names what
+does not fit: what transformers leaves out it fills with random numbers, and what it does not know it skips.
+"""
 
 import hashlib
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 from gguf import GGUFReader
@@ -10,14 +16,14 @@ from tokenizers import pre_tokenizers
 
 from prad.lm.errors import ModelNotFoundError
 
-_FORMAT = 1  # raise it when the conversion changes, so that old folders are not used again
+_FORMAT = 2  # raise it when the conversion changes, so that old folders are not used again
 
 
 def convert_gguf(path: Path, cache_dir: Path) -> Path:
     """The folder under `cache_dir` that holds `path` as safetensors; converts when it is not there yet.
 
     Processes that start together wait for one conversion. The folder appears whole or not at all. Raises
-    ModelNotFoundError if the file is not what its ending says.
+    ModelNotFoundError if the file is not what its ending says, not whole, or one of several.
     """
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -29,9 +35,13 @@ def convert_gguf(path: Path, cache_dir: Path) -> Path:
             shutil.rmtree(partial, ignore_errors=True)
             try:
                 _convert(path, partial)
-            except ValueError as error:  # also transformers' word for an architecture it cannot convert
+                partial.rename(folder)
+            except (
+                Exception
+            ) as error:  # the readers have no word of their own for a file that is cut off, or odd
                 raise ModelNotFoundError(f"{path} cannot be converted: {error}") from error
-            partial.rename(folder)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
@@ -41,21 +51,20 @@ def _convert(path: Path, folder: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+    reader = GGUFReader(path)
+    _require_all_in_one(reader)
     where = {"gguf_file": path.name}
     config = AutoConfig.from_pretrained(path.parent, **where)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    _require_known(reader, model)
     read = load_gguf_checkpoint(
         str(path), return_tensors=True, model_to_load=model, torch_dtype=torch.bfloat16
     )["tensors"]
-    outcome = model.load_state_dict(read, strict=False)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    filled = {id(parameters[name]) for name in read if name in parameters}
-    missing = [n for n in outcome.missing_keys if n not in parameters or id(parameters[n]) not in filled]
-    if missing or outcome.unexpected_keys:
-        raise ValueError(f"tensors {missing} are missing, {outcome.unexpected_keys} are not the model's")
+    _fill(model, read)
+    model.generation_config.eos_token_id = _end_ids(reader, config.eos_token_id)
     model.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
-    if _pre_tokenizer(path) == "smollm":
+    if _field(reader, "tokenizer.ggml.pre") == "smollm":
         # transformers reads the merges but not this field: SmolLM splits numbers into digits first, which
         # decides how spaces in front of a digit are grouped
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -65,6 +74,60 @@ def _convert(path: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _pre_tokenizer(path: Path) -> str | None:
-    field = GGUFReader(path).get_field("tokenizer.ggml.pre")
-    return None if field is None else str(field.contents())
+def _require_all_in_one(reader: GGUFReader) -> None:
+    parts = _field(reader, "split.count") or 1
+    if parts > 1:
+        number = (_field(reader, "split.no") or 0) + 1
+        raise ValueError(
+            f"it is part {number} of {parts}, expected a whole model; join them with llama.cpp: "
+            "llama-gguf-split --merge FIRST_PART WHOLE.gguf"
+        )
+
+
+def _require_known(reader: GGUFReader, model: Any) -> None:
+    """Raises ValueError for a tensor of the file that the model has no place for: it means something."""
+    from transformers.modeling_gguf_pytorch_utils import (
+        TENSOR_PROCESSORS,
+        TensorProcessor,
+        get_gguf_hf_weights_map,
+    )
+
+    make = TENSOR_PROCESSORS.get(_field(reader, "general.architecture"), TensorProcessor)
+    known = get_gguf_hf_weights_map(model, make(config=model.config.to_dict()))
+    if extra := [tensor.name for tensor in reader.tensors if tensor.name not in known]:
+        raise ValueError(f"a {type(model).__name__} has no place for its tensors {_listed(extra)}")
+
+
+def _fill(model: Any, read: dict[str, Any]) -> None:
+    """Loads `read` into the model, all of it and nowhere less. Raises ValueError with what does not fit."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    if misshapen := [
+        f"{name} {list(found.shape)} (expected {list(parameters[name].shape)})"
+        for name, found in read.items()
+        if name in parameters and found.shape != parameters[name].shape
+    ]:
+        raise ValueError(f"tensors of another shape than the model's: {_listed(misshapen)}")
+    outcome = model.load_state_dict(read, strict=False)
+    filled = {id(parameters[name]) for name in read if name in parameters}  # with those that are tied to them
+    missing = [n for n in outcome.missing_keys if n not in parameters or id(parameters[n]) not in filled]
+    if missing:
+        raise ValueError(f"tensors are missing: {_listed(missing)}")
+    if outcome.unexpected_keys:
+        raise ValueError(f"tensors are not the model's: {_listed(outcome.unexpected_keys)}")
+
+
+def _end_ids(reader: GGUFReader, eos: int | list[int] | None) -> list[int]:
+    """Every token that the file calls an end: of the text, of a turn, of a message."""
+    named = (_field(reader, f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
+    given = eos if isinstance(eos, list) else [eos]
+    return sorted({int(token) for token in (*given, *named) if token is not None})
+
+
+def _field(reader: GGUFReader, name: str) -> Any:
+    field = reader.get_field(name)
+    return None if field is None else field.contents()
+
+
+def _listed(names: Iterable[str], most: int = 5) -> str:
+    every = list(names)
+    return ", ".join(every[:most]) + (f" and {len(every) - most} more" if len(every) > most else "")

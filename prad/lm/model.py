@@ -71,19 +71,7 @@ class LanguageModel:
             raise ModelNotFoundError(f"{folder} holds no model that can be read: {error}") from error
         require_servable(config)
         digest = weights_digest(folder)
-        with _no_load_bar():
-            module, report = AutoModelForCausalLM.from_pretrained(
-                folder,
-                config=config,
-                dtype=dtype,
-                attn_implementation=attention.NAME,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-        if report["missing_keys"]:  # transformers would go on with random numbers
-            raise ModelNotFoundError(f"{folder} lacks weights: {', '.join(sorted(report['missing_keys']))}")
-        return cls(module.to(device), digest)
+        return cls(_mapped(folder, config, dtype).to(device), digest)
 
     def accelerate(self, kernels: Kernels, precision: Precision = "full") -> None:
         """From now on passes without gradients compute with `kernels` where the model's family allows it.
@@ -204,6 +192,35 @@ def architecture(config: Any) -> str:
         + (f"head_dim={head_dim} " if head_dim * heads != hidden else "")
         + f"ffn={ffn} vocab={config.vocab_size}"
     )
+
+
+def _mapped(folder: Path, config: Any, dtype: torch.dtype) -> Any:
+    """transformers' model over the files of `folder`: every parameter from them, none of theirs left.
+
+    Raises ModelNotFoundError with what does not fit: transformers would go on with random numbers.
+    """
+    with _no_load_bar():
+        try:
+            module, report = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                attn_implementation=attention.NAME,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are reported
+            )
+        except OSError as error:  # an index that names a file which is not there
+            raise ModelNotFoundError(f"{folder} is no whole model: {error}") from error
+    for what, key in (
+        ("lacks weights", "missing_keys"),
+        ("holds weights that are not the model's", "unexpected_keys"),
+        ("holds weights of another shape than its configuration's", "mismatched_keys"),
+    ):
+        if report[key]:
+            raise ModelNotFoundError(f"{folder} {what}: {', '.join(sorted(map(str, report[key])))}")
+    return module
 
 
 @contextmanager
