@@ -35,7 +35,7 @@ def main(
     """Score the demo adapters and the plain model, and write the adapters' cards."""
     folder = resolve_model(DEFAULT_MODEL, Path("~/.cache/prad"))
     model, tokenizer = LanguageModel.load(folder), Tokenizer(folder)
-    stop_ids = model.stop_ids(folder) | {tokenizer.eos_id}
+    stop_ids = model.stop_ids(folder) | tokenizer.end_ids
     scores: dict[str, Any] = {}
     for path in sorted(p for p in ADAPTERS.iterdir() if p.is_dir()):
         artefact = read_artefact(path)

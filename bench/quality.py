@@ -37,7 +37,7 @@ def run(arguments: Quality) -> dict[str, Any]:
     study = Study(
         model,
         tokenizer,
-        model.stop_ids(folder) | {tokenizer.eos_id},
+        model.stop_ids(folder) | tokenizer.end_ids,
         served_name(arguments.model),
         arguments.data,
         cells,

@@ -159,7 +159,7 @@ class _Computing:
         kernels = load_kernels("auto", self.cache_dir, self.device)
         if kernels is not None:
             model.accelerate(kernels)
-        stop_ids = model.stop_ids(resolve_model(name, self.cache_dir)) | {tokenizer.eos_id}
+        stop_ids = model.stop_ids(resolve_model(name, self.cache_dir)) | tokenizer.end_ids
         return _Loaded(model, tokenizer, stop_ids)
 
     def _evaluate(

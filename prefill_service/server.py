@@ -64,7 +64,15 @@ def run(settings: PrefillSettings) -> None:
     if kernels is not None:
         model.accelerate(kernels)
     info = ModelInfo(model.fingerprint.digest, model.max_context, model.vocab_size, model.stop_ids(folder))
-    asyncio.run(_serve(settings, listening, model, Tokenizer(folder), info))
+    asyncio.run(
+        _serve(
+            settings,
+            listening,
+            model,
+            Tokenizer(folder, special_tokens_in_text=settings.special_tokens_in_text),
+            info,
+        )
+    )
 
 
 async def _serve(

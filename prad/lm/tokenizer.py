@@ -1,9 +1,20 @@
-"""Text to ids and back: only the HTTP side and training hold one; decode knows ids alone."""
+"""Text to ids and back: only the HTTP side and training hold one; decode knows ids alone.
 
+Special tokens end turns and texts: a template may write them, a user's text may not. What comes from a user
+goes through `Tokenizer.as_text` before it is put into a template; special tokens in it are text then,
+whatever is built around it.
+"""
+
+import copy
+import re
+import secrets
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from prad.lm.errors import UnsupportedModelError
@@ -14,10 +25,14 @@ _MOST_PENDING = 8
 
 
 class Tokenizer:
-    """The model's tokenizer, with prompt and completion tokenised separately."""
+    """The model's tokenizer, with prompt and completion tokenised separately.
 
-    def __init__(self, folder: Path) -> None:
+    special_tokens_in_text: special tokens in users' texts are tokens, too.
+    """
+
+    def __init__(self, folder: Path, *, special_tokens_in_text: bool = False) -> None:
         self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        self._specials = None if special_tokens_in_text else _Specials(self._tokenizer)
 
     def save(self, folder: Path) -> None:
         """Writes its files, for a model that is saved there."""
@@ -30,6 +45,27 @@ class Tokenizer:
             raise UnsupportedModelError("the tokenizer names no end-of-sequence token")
         return int(self._tokenizer.eos_token_id)
 
+    @cached_property
+    def end_ids(self) -> frozenset[int]:
+        """What ends an answer: the tokenizer's end of sequence, and what the chat template puts behind an
+        assistant's turn, if that is a special token. Raises UnsupportedModelError if there is no former."""
+        return frozenset({self.eos_id, *self._turn_end()})
+
+    def _turn_end(self) -> tuple[int, ...]:
+        if not self.has_chat_template:
+            return ()
+        said = "\N{WHITE MEDIUM STAR}"
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}]
+        try:
+            text = self._tokenizer.apply_chat_template(turns, tokenize=False)
+        except (TemplateError, TypeError, ValueError):  # of other tasks than plain conversations
+            return ()
+        if said not in text:
+            return ()
+        ids = self._tokenizer(text.rpartition(said)[2].lstrip(), add_special_tokens=False).input_ids
+        added = self._tokenizer.added_tokens_decoder
+        return tuple(ids[:1]) if ids and ids[0] in added and added[ids[0]].special else ()
+
     @property
     def has_chat_template(self) -> bool:
         return bool(self._tokenizer.chat_template)
@@ -41,28 +77,40 @@ class Tokenizer:
         """Whether the vocabulary has it, special tokens included."""
         return self._tokenizer.backend_tokenizer.token_to_id(token) is not None
 
+    def as_text(self, text: str) -> str:
+        """A user's text on its way into a template: what it says like special tokens will be text.
+
+        It is for this tokenizer's encode methods only: others see marks in their place.
+        """
+        return text if self._specials is None else self._specials.marked(text)
+
     def encode_prompt(self, text: str, *more: str | int) -> list[int]:
         """Ids of a prompt, with the special tokens that the model expects in front.
 
         more: further parts, texts that are tokenised alone, and ids.
         """
-        ids = list(self._tokenizer(text).input_ids)
+        ids = self._ids(text, add_special_tokens=True)
         for part in more:
             ids += [part] if isinstance(part, int) else self.encode_continuation(part)
         return ids
 
     def encode_continuation(self, text: str) -> list[int]:
         """Ids of text that follows a prompt: no special tokens."""
-        return list(self._tokenizer(text, add_special_tokens=False).input_ids)
+        return self._ids(text, add_special_tokens=False)
 
     def encode_completion(self, text: str) -> list[int]:
-        """Ids of a training target: " " + text + EOS."""
-        return [*self.encode_continuation(" " + text), self.eos_id]
+        """Ids of a training target: " " + text + EOS; special tokens in the text are text."""
+        return [*self.encode_continuation(" " + self.as_text(text)), self.eos_id]
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Ids of a conversation under the model's chat template, ready for the assistant's turn."""
         text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        return list(self._tokenizer(text, add_special_tokens=False).input_ids)
+        return self._ids(text, add_special_tokens=False)
+
+    def _ids(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        if self._specials is not None and self._specials.concern(text):
+            return self._specials.encode(text, add_special_tokens)
+        return list(self._tokenizer(text, add_special_tokens=add_special_tokens).input_ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens left out."""
@@ -74,6 +122,79 @@ class Tokenizer:
 
     def stream(self) -> "TextStream":
         return TextStream(self)
+
+
+class _Specials:
+    """Tells special tokens of a template from what looks like them in a user's text.
+
+    In a text, `marked` writes a mark for each. Once a template is around it, `encode` gives the template's
+    special tokens names that nobody can have written, puts the text back in place of the marks, and encodes
+    that with a tokenizer that knows those names only: the ids around them are what they always were.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._backend: Any = tokenizer.backend_tokenizer
+        named = set(tokenizer.all_special_tokens)
+        self._tokens: dict[int, Any] = {
+            token: added
+            for token, added in tokenizer.added_tokens_decoder.items()
+            if added.special or added.content in named
+        }
+        nonce = secrets.token_hex(8)  # a user who knew it could write names and marks
+        self._names = {a.content: f"\ue000{nonce}-{token}\ue001" for token, a in self._tokens.items()}
+        self._marks = {a.content: f"\ue000{nonce}+{token}\ue001" for token, a in self._tokens.items()}
+        self._contents = {mark: content for content, mark in self._marks.items()}
+        self._mark_start = f"\ue000{nonce}+"
+        longest_first = sorted(self._names, key=len, reverse=True)
+        self._in_text = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        marks = re.escape(self._mark_start) + r"\d+\ue001"
+        self._in_template = re.compile(f"{marks}|{self._in_text.pattern}")
+        self._found_late = any(added.normalized for added in self._tokens.values())
+
+    def marked(self, text: str) -> str:
+        return self._in_text.sub(lambda found: self._marks[found[0]], text)
+
+    def concern(self, text: str) -> bool:
+        """Whether the plain tokenizer may find other special tokens in it than the template's: it has marks,
+        or some are looked for only once the text is normalised, and may be written otherwise before."""
+        return self._found_late or self._mark_start in text
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        both = self._names | self._contents
+        named = self._in_template.sub(lambda found: both[found[0]], text)
+        encoded = self._by_name.encode(named, add_special_tokens=add_special_tokens)
+        return [self._known_as.get(token, token) for token in encoded.ids]
+
+    @cached_property
+    def _by_name(self) -> Any:
+        """The tokenizer, with names for its special tokens; their own texts are text to it."""
+        backend = copy.deepcopy(self._backend)
+        backend.no_truncation()
+        backend.no_padding()
+        backend.add_special_tokens([_as_it_is(added, added.content) for added in self._tokens.values()])
+        backend.encode_special_tokens = True  # as text; the names are ordinary added tokens
+        backend.add_tokens([_as_it_is(added, self._names[added.content]) for added in self._tokens.values()])
+        return backend
+
+    @cached_property
+    def _known_as(self) -> dict[int, int]:
+        """Ids of special tokens by those of their names."""
+        named = (
+            (self._by_name.token_to_id(self._names[a.content]), token) for token, a in self._tokens.items()
+        )
+        return dict(named)
+
+
+def _as_it_is(added: Any, content: str) -> AddedToken:
+    """`content` found in a text as `added` is: with the same spaces around it, normalised or not."""
+    return AddedToken(
+        content,
+        single_word=added.single_word,
+        lstrip=added.lstrip,
+        rstrip=added.rstrip,
+        normalized=added.normalized,
+        special=False,
+    )
 
 
 class TextStream:

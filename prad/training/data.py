@@ -95,10 +95,12 @@ def _ended(text: str, end_token: str, number: int) -> str:
 def prompt_ids(text: str, tokenizer: Tokenizer, record: AdapterRecord, most: int) -> list[int]:
     """Ids of a prompt inside its template, as serving computes them, at most `most`.
 
-    Longer ones keep their last, as with `truncate_prompt_tokens` in serving. With task tokens only the piece
-    between them that holds the prompt is shortened, from its front. Raises DataError if nothing of it fits,
-    or for a chat template that the model does not have.
+    Special tokens of the base are the template's alone, as there. Longer prompts keep their last, as with
+    `truncate_prompt_tokens` in serving. With task tokens only the piece between them that holds the prompt is
+    shortened, from its front. Raises DataError if nothing of it fits, or for a chat template that the model
+    does not have.
     """
+    text = tokenizer.as_text(text)
     if record.chat_template:
         if not tokenizer.has_chat_template:
             raise DataError("the adapter was trained on a chat template, and this model has none")

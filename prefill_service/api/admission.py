@@ -107,7 +107,7 @@ class Admission:
         self._readiness = readiness
         self._encoder = PromptEncoder(tokenizer, model.vocab_size, limits.thread_chars)
         self._max_context = model.max_context
-        self._stop_ids = model.stop_ids | {tokenizer.eos_id}
+        self._stop_ids = model.stop_ids | tokenizer.end_ids
         self._limits = limits
 
     def target(self, request: GenerationRequest) -> Target:

@@ -10,8 +10,8 @@
 
 A completion of a task that was trained on the chat template is a conversation of one user message.
 
-Task tokens come from the template alone: a prompt's text that looks like one is text, and ids outside the
-vocabulary are refused.
+Task tokens and the model's special tokens come from templates alone: a prompt's text that looks like one is
+text (`Tokenizer.as_text`). Of ids, those outside the vocabulary are refused.
 """
 
 import asyncio
@@ -49,10 +49,11 @@ class PromptEncoder:
         if not prompt:
             raise InvalidRequestError("the prompt is empty: expected at least one token", param="prompt")
         if raw or record is None:
-            return await self._text(prompt)
+            return await self._text(self.tokenizer.as_text(prompt))
+        text = self.tokenizer.as_text(prompt)
         if record.chat_template:
-            return await self._chat([{"role": "user", "content": record.wrap(prompt)}], "prompt")
-        return await self._text(*record.parts(prompt))
+            return await self._chat([{"role": "user", "content": record.wrap(text)}], "prompt")
+        return await self._text(*record.parts(text))
 
     async def chat(
         self, record: AdapterRecord | None, messages: Sequence[Message], *, raw: bool
@@ -66,8 +67,10 @@ class PromptEncoder:
                 param="messages",
             )
         if record is None or record.chat_template:
-            content = last.content if raw or record is None else record.wrap(last.content)
-            turns = [{"role": m.template_role, "content": m.content} for m in messages[:-1]]
+            as_text = self.tokenizer.as_text
+            text = as_text(last.content)
+            content = text if raw or record is None else record.wrap(text)
+            turns = [{"role": m.template_role, "content": as_text(m.content)} for m in messages[:-1]]
             return await self._chat([*turns, {"role": "user", "content": content}], "messages")
         if len(messages) > 1:
             raise InvalidRequestError(
@@ -78,7 +81,8 @@ class PromptEncoder:
             )
         if not last.content:
             raise InvalidRequestError("the message is empty", param="messages")
-        return await self._text(*((last.content,) if raw else record.parts(last.content)))
+        text = self.tokenizer.as_text(last.content)
+        return await self._text(*((text,) if raw else record.parts(text)))
 
     def _checked(self, ids: tuple[int, ...]) -> tuple[int, ...]:
         if ids and not (min(ids) >= 0 and max(ids) < self.vocab_size):
