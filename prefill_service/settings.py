@@ -37,8 +37,8 @@ class PrefillSettings(BaseSettings):
     cache_dir: Path = Path("~/.cache/prad")
     """Where converted models and fetched adapters are kept."""
     special_tokens_in_text: bool = False
-    """Whether special tokens in the text of prompts and messages are tokens. If not, they are text, and nobody
-    can end a turn from within a message; templates and token ids may hold them anyway."""
+    """Whether special tokens in the text of prompts and messages are tokens. If not, they are text, and
+    nobody can end a turn from within a message; templates and token ids may hold them anyway."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """What the model computes in; decode must use the same."""
     device: str = "cpu"

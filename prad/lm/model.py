@@ -110,10 +110,15 @@ class LanguageModel:
         return state_widths(self.module, self.config.model_type)
 
     def stop_ids(self, folder: Path) -> frozenset[int]:
-        """The ids that end a sequence, as the model's generation config names them."""
+        """The ids that end a sequence, as the model's generation config names them, or else its config.
+
+        The tokenizer may know more: `Tokenizer.end_ids`.
+        """
         try:
             eos = GenerationConfig.from_pretrained(folder).eos_token_id
         except OSError:
+            eos = None
+        if eos is None:
             eos = self.config.eos_token_id
         if eos is None:
             return frozenset()

@@ -185,6 +185,10 @@ def test_stop_ids_come_from_the_generation_config(tiny_model: Callable[[str], Pa
     assert model.stop_ids(tmp_path) == {119}, "without a generation config the model's own is asked"
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}), encoding="utf-8")
     assert model.stop_ids(tmp_path) == {7, 9}
+    (tmp_path / "generation_config.json").write_text(
+        '{"temperature": 0.6, "do_sample": true}', encoding="utf-8"
+    )
+    assert model.stop_ids(tmp_path) == {119}, "nor is one that names none the last word"
 
 
 def test_the_files_are_mapped_not_copied(tiny_model: Callable[[str], Path], load_tiny: Any) -> None:
