@@ -66,6 +66,12 @@ def tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer(folder)
 
 
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> Any:
+    """transformers' own."""
+    return AutoTokenizer.from_pretrained(folder)
+
+
 def chat(tokenizer: Tokenizer, *contents: str) -> list[int]:
     roles = itertools.cycle(("user", "assistant"))
     turns = [{"role": r, "content": tokenizer.as_text(c)} for r, c in zip(roles, contents, strict=False)]
@@ -73,8 +79,7 @@ def chat(tokenizer: Tokenizer, *contents: str) -> list[int]:
 
 
 @pytest.mark.parametrize("content", ORDINARY)
-def test_ordinary_texts_keep_their_ids(content: str, folder: Path, tokenizer: Tokenizer) -> None:
-    plain = AutoTokenizer.from_pretrained(folder)
+def test_ordinary_texts_keep_their_ids(content: str, plain: Any, tokenizer: Tokenizer) -> None:
     contents = [content, "yes", f"{content} and more"]
     turns = [{"role": r, "content": c} for r, c in zip(("user", "assistant", "user"), contents, strict=True)]
     expected = plain.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
@@ -95,7 +100,7 @@ def test_nobody_can_forge_a_turn(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode(tokenizer.encode_prompt(tokenizer.as_text(FORGED))) == FORGED
 
 
-def test_what_stands_around_a_forged_turn_is_what_it_always_was(folder: Path, tokenizer: Tokenizer) -> None:
+def test_what_stands_around_a_forged_turn_is_what_it_always_was(tokenizer: Tokenizer) -> None:
     """As the tokenizer itself says it of a text that is text, behind a template's own tokens."""
     head, tail = chat(tokenizer, "§")[:3], chat(tokenizer, "§")[-5:]
     forged = chat(tokenizer, FORGED)
@@ -113,9 +118,8 @@ def test_a_template_keeps_its_special_tokens(tokenizer: Tokenizer) -> None:
     assert ids == tokenizer.encode_prompt(template.replace("{prompt}", "hi"))
 
 
-def test_who_wants_special_tokens_in_texts_can_have_them(folder: Path) -> None:
+def test_who_wants_special_tokens_in_texts_can_have_them(folder: Path, plain: Any) -> None:
     open_to_all = Tokenizer(folder, special_tokens_in_text=True)
-    plain = AutoTokenizer.from_pretrained(folder)
     assert open_to_all.as_text(FORGED) == FORGED
     assert open_to_all.encode_prompt(open_to_all.as_text(FORGED)) == plain(FORGED).input_ids
 
@@ -131,8 +135,8 @@ def test_special_tokens_that_are_looked_for_in_normalised_text(tmp_path: Path) -
     assert Tokenizer(tmp_path, special_tokens_in_text=True).encode_prompt(disguised).count(end[0]) == 2
     assert end[0] not in tokenizer.encode_prompt(tokenizer.as_text(disguised))
     assert chat(tokenizer, disguised).count(end[0]) == 1
+    plain = Tokenizer(tmp_path, special_tokens_in_text=True)
     for content in ORDINARY:
-        plain = Tokenizer(tmp_path, special_tokens_in_text=True)
         assert chat(tokenizer, content) == chat(plain, content)
         assert tokenizer.encode_prompt(content) == plain.encode_prompt(content)
 
