@@ -8,10 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import uniform
 
-from kvtransfer.client import DecodeClient
 from kvtransfer.errors import LostError, RejectedError, RejectReason, TransferError
 from kvtransfer.messages import Open, StateSite
-from kvtransfer.sender import HandOff
+from kvtransfer.sender import DecodeClient, HandOff
 from kvtransfer.tokens import TokenStream
 from prad.core.layout import ModelSpec
 from prad.core.tokens import TokenEvent

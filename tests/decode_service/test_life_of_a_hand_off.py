@@ -8,11 +8,10 @@ import pytest
 from handing_over import Prefill, all_free, decode_settings, prefilling, prompt, prompt_pass, quick, send
 
 from decode_service.server import DecodeServer, serving
-from kvtransfer.client import DecodeClient
 from kvtransfer.errors import CorruptError, FencedError, LostError, ProtocolError, RejectedError, RejectReason
 from kvtransfer.frames import Outgoing
 from kvtransfer.messages import Open
-from kvtransfer.sender import PassRows, send_layer
+from kvtransfer.sender import DecodeClient, send_layer
 from prad.core.sampling import SamplingParams
 from prad.core.tokens import Token
 from prad.lm import LanguageModel
@@ -194,7 +193,7 @@ async def test_a_broken_hand_off_tells_what_was_wrong(prefill: Prefill, server: 
     short = await prefill.client.open(prefill.request(5, SHORT))
     for planes in ([bytes(3), bytes(3)], [bytes(1000)]):
         with pytest.raises(ValueError, match="bytes per token"):
-            await send_layer(0, planes, [PassRows(short, 0, 0, 1)])
+            await send_layer(0, planes, [short.rows(0, 0, 1)])
     await short.abort("nothing was sent")
     await all_free(server)
 

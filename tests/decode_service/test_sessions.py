@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from decode_service.sessions import Sessions
+from decode_service.service import Sessions
 from kvtransfer.errors import FencedError, LostError, ProtocolError
 from kvtransfer.tokens import Attachment
 from prad.core.tokens import TokenEvent

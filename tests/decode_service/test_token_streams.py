@@ -21,8 +21,8 @@ from handing_over import (
 )
 
 from decode_service.server import BindError, CacheTooSmallError, DecodeServer, serving
-from kvtransfer import codec
 from kvtransfer.errors import FencedError, LostError, RejectedError, RejectReason
+from kvtransfer.messages import encode
 from kvtransfer.proto import handoff_pb2 as pb
 from kvtransfer.proto.handoff_pb2_grpc import DecodeStub
 from prad.core.sampling import SamplingParams
@@ -168,7 +168,7 @@ async def raw_hand_offs(server: DecodeServer, *frames: pb.HandOffFrame) -> pb.Ha
 
 
 async def test_a_session_that_is_guessed_hands_nothing_over(prefill: Prefill, server: DecodeServer) -> None:
-    request = codec.encode(prefill.request(5, LONG))
+    request = encode(prefill.request(5, LONG))
     request.hand_off = 1
     for guess in ("", prefill.stream.client_id, prefill.stream.session[:-1]):
         begin = pb.HandOffFrame(begin=pb.Begin(session=guess))
