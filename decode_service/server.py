@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from decode_service.engine import Metrics, PagedEngine
 from decode_service.runner import ModelRunner, load
 from decode_service.scheduler import Scheduler
-from decode_service.service import DecodeService, Sessions
+from decode_service.service import DecodeService, ReadableMessages, Sessions
 from decode_service.settings import DecodeSettings
 from kvtransfer.frames import keep_freed_memory
 from kvtransfer.proto import handoff_pb2 as pb
@@ -87,7 +87,7 @@ async def serving(
 
     `model`: one that is loaded already, instead of the settings'.
     """
-    server = grpc.aio.server(options=TransferSettings().server_options())
+    server = grpc.aio.server(interceptors=[ReadableMessages()], options=TransferSettings().server_options())
     try:
         port = _bind(server, f"{settings.host}:{settings.port}")  # a taken port fails before the model loads
         if model is None:

@@ -60,10 +60,16 @@ class Sessions:
         """The session, and a stream's cursor that goes on after frame `received`.
 
         A new session where the one that the client shows is not known ("": it is its first): whatever it
-        knew before is gone. Raises ProtocolError.
+        knew before is gone. A session of the same name that has no stream is then given up at once, and not
+        only after `detach_s`: its client was started anew. One with a stream stays: a name is no secret.
+        Raises ProtocolError.
         """
         known = self._sessions.get(session)
         if known is None:
+            for before in [
+                s for s, its in self._sessions.items() if its.client_id == client_id and its.expiry
+            ]:
+                self._drop(before, "was started anew")
             session, known = secrets.token_hex(16), _Session(client_id, Outbox(self._max_frames))
             self._sessions[session] = known
             received = 0
@@ -234,12 +240,29 @@ class DecodeService(DecodeServicer):
         return self._engine.admit(session, request)
 
 
+class ReadableMessages(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Refuses what is no message, in one line, before a call that takes a single one is run: gRPC itself logs
+    a traceback for each. Calls that read a stream do the same by `_errors_as_status`."""
+
+    async def intercept_service(self, continuation: Any, details: Any) -> Any:
+        handler = await continuation(details)
+        if handler is None or handler.unary_unary is None:
+            return handler
+
+        async def answer(data: bytes, context: Any) -> Any:
+            async with _errors_as_status(context):
+                request = handler.request_deserializer(data)
+            return await handler.unary_unary(request, context)
+
+        return grpc.unary_unary_rpc_method_handler(answer, None, handler.response_serializer)
+
+
 @asynccontextmanager
 async def _errors_as_status(context: Any) -> AsyncIterator[None]:
-    """Ends the stream with our error's status; what is no message of ours is an error of the client's."""
+    """Ends the call with our error's status; what is no message of ours is an error of the client's."""
     try:
         yield
     except (TransferError, DecodeError) as cause:
         error = cause if isinstance(cause, TransferError) else ProtocolError(f"not a message: {cause}")
-        logger.info("a stream ends: %s", error)
+        logger.info("a call ends: %s", error)
         await context.abort(code_of(error), str(error))

@@ -145,7 +145,8 @@ class Parts(Collector):
             overlap=overlap,
             nice=settings.nice,
         )
-        link = DecodeLink(client, model.spec)
+        name = f"prefill {socket.gethostname()}:{settings.port}" if settings.port else None
+        link = DecodeLink(client, model.spec, name=name)
         return cls(scheduler, passes, residents, PrefillEngine(scheduler, passes, link, residents, settings))
 
     def collect(self) -> Iterable[Metric]:

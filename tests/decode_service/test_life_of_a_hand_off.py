@@ -44,6 +44,25 @@ async def test_abort_frees(prefill: Prefill, server: DecodeServer) -> None:
     await all_free(server)
 
 
+async def test_a_broken_hand_off_is_known_before_its_next_chunk(prefill: Prefill) -> None:
+    """Of a prompt in chunks the first was sent, the second is computed: nothing is sent meanwhile."""
+    refused, lost = [await prefill.client.open(prefill.request(17, LONG)) for _ in range(2)]
+    first = [(key[:8], value[:8]) for key, value in prompt_pass(prefill.model, prompt(17)).layers]
+    for hand_off in (refused, lost, refused):  # the second time these are tokens that decode has
+        assert hand_off.failure is None
+        for layer, (key, value) in enumerate(first):
+            await send(hand_off, layer, key, value)
+    with pytest.raises(ProtocolError, match="goes on at token 8"):
+        await refused.ended
+    assert isinstance(refused.failure, ProtocolError)
+    assert lost.failure is None
+    lost.stream.fail(LostError("the connection broke"))
+    assert isinstance(lost.failure, LostError)
+    done = await prefill.client.open(prefill.request(5, SHORT))
+    await done.abort("enough")
+    assert (done.over, done.failure) == (True, None)
+
+
 async def test_a_prefill_that_dies_frees(model: LanguageModel, server: DecodeServer) -> None:
     async with prefilling(model, server.port) as dying:
         await dying.client.open(dying.request(17, LONG))
