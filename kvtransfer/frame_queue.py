@@ -20,7 +20,6 @@ _TOGETHER = 64  # frames of one message
 
 _Queued = tuple[pb.HandOffFrame | Outgoing, "asyncio.Future[None]"]
 
-
 Placed = tuple[int, Rows]
 """A hand-off's rows, and from which row of a pass on they lie there."""
 
