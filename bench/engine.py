@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from decode_service.engine import PagedEngine
-from decode_service.protocol import PlacedRows
 from decode_service.runner import ModelRunner
 from decode_service.scheduler import Scheduler
-from kvtransfer.frames import Encoding, Incoming
+from kvtransfer.frames import Encoding, Incoming, Rows
 from kvtransfer.messages import Open, StateSite
 from prad.core.kv import BlockPool
 from prad.core.sampling import SamplingParams, Token
@@ -88,10 +87,10 @@ class LoadedEngine:
         frame = Incoming(0, (), Encoding.RAW, bytes_per_token, raw)
         started = time.perf_counter()
         reservation = self._engine.admit("bench", request)
-        self._engine.write(frame, [PlacedRows(reservation, 0, 0, request.kv_len)])
+        self._engine.write(frame, [reservation.placed(0, Rows(0, 0, request.kv_len))])
         for site, vectors in state.items():
-            reservation.put_state(str(site), bytes(_raw(vectors)))
-        reservation.commit([Token(100)] * request.choices)
+            self._engine.put_state(reservation, str(site), bytes(_raw(vectors)))
+        self._engine.commit(reservation, [Token(100)] * request.choices)
         self.admitted_s += time.perf_counter() - started
 
 

@@ -23,12 +23,10 @@ from torch import Tensor
 
 from bench.flags import Handoff
 from bench.model import load, model_flags
-from kvtransfer.client import DecodeClient
 from kvtransfer.errors import LostError
-from kvtransfer.frames import Encoding, plane_bytes
-from kvtransfer.memory import keep_freed_memory
+from kvtransfer.frames import Encoding, keep_freed_memory, plane_bytes
 from kvtransfer.messages import Open
-from kvtransfer.sender import PassRows
+from kvtransfer.sender import DecodeClient, HandOff
 from kvtransfer.settings import TransferSettings
 from local_stack.stack import Stack
 from prad.core.sampling import SamplingParams, Token
@@ -80,14 +78,16 @@ class Burst:
         alone, of layers that are there. `overlap`: as for `PassLayers`."""
         loop = asyncio.get_running_loop()
         before = time.perf_counter(), time.process_time(), _cpu_s(self._decode)
-        rows = [] if client is None else await self._opened(client)
+        hand_offs = [] if client is None else await self._opened(client)
+        length = len(self._ids[0])
+        rows = [hand_off.rows(i * length, 0, length) for i, hand_off in enumerate(hand_offs)]
         layers = PassLayers(self._model.num_layers, rows, encoding, overlap=overlap, after=None)
         if compute:
             await loop.run_in_executor(None, self._forward, layers.put)
         else:
             await loop.run_in_executor(None, self._put_all, layers)
         await layers.sent()
-        await asyncio.gather(*(r.hand_off.commit([Token(STOP)]) for r in rows))
+        await asyncio.gather(*(hand_off.commit([Token(STOP)]) for hand_off in hand_offs))
         after = time.perf_counter(), time.process_time(), _cpu_s(self._decode)
         return Cost(*(b - a for a, b in zip(before, after, strict=True)))
 
@@ -97,15 +97,14 @@ class Burst:
         token = sum(sum(plane_bytes(self._spec.layout, layer, encoding)) for layer in layers)
         return round(sum(map(len, self._ids)) * token / 2**20, 1)
 
-    async def _opened(self, client: DecodeClient) -> list[PassRows]:
+    async def _opened(self, client: DecodeClient) -> list[HandOff]:
         self._count += 1
         length = len(self._ids[0])
         sampling = SamplingParams(max_tokens=2, stop_ids=frozenset({STOP}))
         names = [f"{length}-{self._count}-{i}" for i in range(len(self._ids))]
-        hand_offs = await asyncio.gather(
+        return await asyncio.gather(
             *(client.open(Open(name, self._spec, length, length, length, sampling)) for name in names)
         )
-        return [PassRows(h, i * length, 0, length) for i, h in enumerate(hand_offs)]
 
     def _forward(self, layer_done: Callable[[int, Tensor, Tensor], None]) -> None:
         with torch.inference_mode():

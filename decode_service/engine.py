@@ -1,6 +1,7 @@
 """Continuous batching in one thread: schedule -> run -> deliver.
 
-Sequences join and leave between steps; a step is one forward pass and one call of the sampler for all.
+Sequences join and leave between steps; a step is one forward pass and one call of the sampler for all. What
+touches tensors is `runner.py`'s: who asks the engine loads no torch.
 """
 
 import itertools
@@ -8,40 +9,47 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from decode_service.protocol import Deliver, PlacedRows
-from decode_service.runner import ModelRunner, Room, RoomRows
-from decode_service.scheduler import Scheduler
-from decode_service.sequences import (
-    Ended,
-    EngineStatus,
-    FinishReason,
-    HandOffId,
-    Reserved,
-    Running,
-    SequenceId,
-    State,
-)
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from decode_service.reservations import HandOffId, PlacedRows, Reservation
+from decode_service.scheduler import Ended, EngineStatus, FinishReason, Running, Scheduler, SequenceId
 from kvtransfer.errors import FencedError, ProtocolError, RejectedError, RejectReason
 from kvtransfer.frames import Incoming
 from kvtransfer.messages import Cancel, Open
 from prad.core.sampling import Token, TokenEvent
 
+if TYPE_CHECKING:
+    from decode_service.runner import ModelRunner
+
 logger = logging.getLogger(__name__)
+
+Deliver = Callable[[Mapping[str, Sequence[TokenEvent]]], None]
+"""Receives one step's events, by client id; called in the engine's thread.
+
+An event holds at most its request's `tokens_per_event` tokens, the one that ends a sequence all that were
+pending; a cancelled one's are dropped.
+"""
 
 Observe = Callable[[float, int], None]
 """Called with a step's seconds and its number of tokens."""
 
+_STEP_BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)
+
 
 class PagedEngine:
     """The decode engine over paged KV. A step that fails ends its sequences. Any other fault in the thread
-    ends everything with an error event and calls `on_failure`: nothing is decoded after it."""
+    ends everything with an error event and calls `on_failure`: nothing is decoded after it.
+
+    All methods but `step` are called in one thread, the service's.
+    """
 
     def __init__(
         self,
-        runner: ModelRunner,
+        runner: "ModelRunner",
         scheduler: Scheduler,
         deliver: Deliver,
         observe: Observe,
@@ -72,15 +80,16 @@ class PagedEngine:
 
     def step(self) -> None:
         with self._changed:
-            plan = self._scheduler.schedule(time.monotonic())
+            batch = self._scheduler.schedule(time.monotonic())
+            all_ended = self._scheduler.take_ended()
         results: list[Token | Ended] = []
-        if plan.batch:
+        if batch:
             started = time.perf_counter()
-            results = self._run(plan.batch)
+            results = self._run(batch)
             self._observe(time.perf_counter() - started, len(results))
         with self._changed:
-            events = [(ended.sequence, ended.emit()) for ended in plan.ended]
-            for sequence, result in zip(plan.batch, results, strict=True):
+            events = [(ended.sequence, ended.emit()) for ended in all_ended]
+            for sequence, result in zip(batch, results, strict=True):
                 if self._scheduler.runs(sequence):  # else it was cancelled during the pass
                     events += self._book(sequence, result)
         self._send(events)
@@ -136,7 +145,8 @@ class PagedEngine:
         try:
             with self._changed:
                 self._failure = message
-                ended = self._scheduler.abandon(message)
+                self._scheduler.end_all(message)
+                ended = self._scheduler.take_ended()
             self._send((each.sequence, each.emit()) for each in ended)
         except Exception:  # whoever was not reached hears it from the end of the stream
             logger.exception("not all clients got to know that the decode engine failed")
@@ -145,7 +155,8 @@ class PagedEngine:
 
     # ---- what the service asks, in the service's thread
 
-    def admit(self, client_id: str, request: Open) -> "PagedReservation":
+    def admit(self, client_id: str, request: Open) -> Reservation:
+        """Reserves room for a client's request. Raises RejectedError."""
         self._runner.limits.check(request)
         # what was left when it was sent counts from now: the clocks of two hosts differ
         left_ms = request.timeout_ms
@@ -153,53 +164,72 @@ class PagedEngine:
         with self._changed:
             if self._failure is not None:
                 raise RejectedError(RejectReason.DRAINING, self._failure)
-            reserved = self._scheduler.reserve(client_id, request, deadline)
-        return PagedReservation(self, self._runner, reserved)
+            reservation = self._scheduler.reserve(client_id, request, deadline)
+        reservation.room = self._runner.room(reservation)
+        return reservation
+
+    def require_held(self, reservation: Reservation) -> None:
+        """Raises FencedError if the room was taken away."""
+        with self._changed:
+            held = self._scheduler.holds(reservation)
+        if not held:
+            name, attempt = reservation.request.request_id, reservation.request.attempt
+            raise FencedError(f"attempt {attempt} of {name} was taken over or cancelled")
 
     def write(self, frame: Incoming, rows: Sequence[PlacedRows]) -> None:
-        self._runner.write(
-            frame, [RoomRows(_own(r).room, r.start, r.first_token, r.token_count) for r in rows]
-        )
+        """Puts the bytes of a KV frame into reservations, which still hold their room."""
+        self._runner.write(frame, rows)
 
-    def holds(self, reserved: Reserved) -> bool:
-        with self._changed:
-            return self._scheduler.holds(reserved)
+    def put_state(self, reservation: Reservation, site: str, data: bytes) -> None:
+        """The request state at a site that the Open names: [layers, width] in the model's dtype. Raises
+        ProtocolError if it holds numbers that are not finite."""
+        key, vectors = self._runner.state(site, data)
+        reservation.state[key] = vectors
 
-    def begin(self, reserved: Reserved, first_tokens: Sequence[Token], state: State) -> None:
-        """The reservation's KV is complete: it runs, but for choices that their first token ends."""
-        request = reserved.request
+    def commit(self, reservation: Reservation, first_tokens: Sequence[Token]) -> None:
+        """Its KV is complete: its sequences run from the next step on, but for choices that their first token
+        ends. Raises FencedError as `require_held`, ProtocolError for a first token outside the vocabulary."""
+        self.require_held(reservation)
+        outside = [t.id for t in first_tokens if t.id >= self._runner.limits.vocab_size]
+        if outside:
+            raise ProtocolError(f"first tokens {outside} are outside the vocabulary")
+        request = reservation.request
         sequences = [
             Running(
-                id=SequenceId(reserved.id, choice),
+                id=SequenceId(reservation.id, choice),
                 request=request,
-                blocks=reserved.blocks[choice],
+                blocks=reservation.blocks[choice],
                 token=token.id,
                 index=request.output_offset,
                 position=request.next_position,
                 kv_len=request.kv_len,
-                state=state,
+                state=reservation.state,
                 phase=next(self._phases),
-                deadline=reserved.deadline,
+                deadline=reservation.deadline,
             )
             for choice, token in enumerate(first_tokens)
             if request.sampling.finish_reason(token.id, request.output_offset + 1) is None
         ]
         with self._wake():
-            self._scheduler.start(reserved, sequences)
+            self._scheduler.start(reservation, sequences)
 
-    def release(self, reserved: Reserved) -> None:
+    def release(self, reservation: Reservation) -> None:
+        """Gives the room back; no effect after `commit`."""
         with self._changed:
-            self._scheduler.release(reserved)
+            self._scheduler.release(reservation)
 
     def cancel(self, client_id: str, cancel: Cancel) -> None:
+        """Frees the sequences of a client's request without an event; no effect on unknown ones."""
         with self._wake():
             self._scheduler.cancel(HandOffId(client_id, cancel.request_id, cancel.attempt), cancel.choice)
 
     def cancel_client(self, client_id: str) -> None:
+        """Frees everything of a client that is gone."""
         with self._wake():
             self._scheduler.cancel_client(client_id)
 
     def end_all(self, message: str) -> None:
+        """Ends everything with an error event."""
         with self._wake():
             self._scheduler.end_all(message)
 
@@ -214,42 +244,28 @@ class PagedEngine:
             self._changed.notify()
 
 
-class PagedReservation:
-    """As protocol.Reservation. Lives in the service's thread; `room` is where its KV bytes go."""
+class Metrics:
+    """What an engine's steps say about it; one registry each, so that several may live in a process."""
 
-    def __init__(self, engine: PagedEngine, runner: ModelRunner, reserved: Reserved) -> None:
-        self.room: Room = runner.room(reserved)
-        self._engine = engine
-        self._runner = runner
-        self._reserved = reserved
-        self._state: dict[object, object] = {}
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._tokens = Counter("prad_decode_tokens", "Tokens computed.", registry=self.registry)
+        self._seconds = Histogram(
+            "prad_decode_step_seconds",
+            "Time of one decode step.",
+            buckets=_STEP_BUCKETS,
+            registry=self.registry,
+        )
 
-    @property
-    def block_count(self) -> int:
-        return self._reserved.block_count
+    def watch(self, status: Callable[[], EngineStatus]) -> None:
+        """Gauges read the engine when they are scraped."""
+        for name, text, read in (
+            ("prad_decode_blocks", "KV blocks.", lambda: status().total_blocks),
+            ("prad_decode_free_blocks", "KV blocks that are free.", lambda: status().free_blocks),
+            ("prad_decode_running_sequences", "Running sequences.", lambda: status().running_sequences),
+        ):
+            Gauge(name, text, registry=self.registry).set_function(read)
 
-    def put_state(self, site: str, data: bytes) -> None:
-        key, vectors = self._runner.state(site, data)
-        self._state[key] = vectors
-
-    def commit(self, first_tokens: Sequence[Token]) -> None:
-        self.require_held()
-        outside = [t.id for t in first_tokens if t.id >= self._runner.limits.vocab_size]
-        if outside:
-            raise ProtocolError(f"first tokens {outside} are outside the vocabulary")
-        self._engine.begin(self._reserved, first_tokens, self._state)
-
-    def release(self) -> None:
-        self._engine.release(self._reserved)
-
-    def require_held(self) -> None:
-        if not self._engine.holds(self._reserved):
-            request = self._reserved.request
-            raise FencedError(
-                f"attempt {request.attempt} of {request.request_id} was taken over or cancelled"
-            )
-
-
-def _own(rows: PlacedRows) -> PagedReservation:
-    assert isinstance(rows.reservation, PagedReservation), "a reservation of another engine"
-    return rows.reservation
+    def step(self, seconds: float, tokens: int) -> None:
+        self._seconds.observe(seconds)
+        self._tokens.inc(tokens)

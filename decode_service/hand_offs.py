@@ -3,11 +3,10 @@
 import logging
 import mmap
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
-from decode_service.protocol import PlacedRows, Reservation
-from kvtransfer import frames
+from decode_service.engine import PagedEngine
+from decode_service.reservations import PlacedRows, Reservation, read_open
 from kvtransfer.errors import (
     CorruptError,
     ProtocolError,
@@ -16,25 +15,14 @@ from kvtransfer.errors import (
     TransferError,
     status_of,
 )
-from kvtransfer.memory import NONCE_BYTES, map_segment
+from kvtransfer.frames import NONCE_BYTES, map_segment, unpack
 from kvtransfer.messages import Open
 from kvtransfer.proto import handoff_pb2 as pb
-from kvtransfer.receiver import Receiver, read_open
 from prad.core.kv import ModelSpec
 
 logger = logging.getLogger(__name__)
 
 Replies = list[pb.HandOffReply]
-
-
-@dataclass(slots=True)
-class _Receiving:
-    """A hand-off that was accepted; its last frame arrived at `last_frame_at` (of time.monotonic)."""
-
-    request: Open
-    reservation: Reservation
-    receiver: Receiver
-    last_frame_at: float
 
 
 class HandOffs:
@@ -43,20 +31,20 @@ class HandOffs:
     def __init__(
         self,
         model: ModelSpec,
+        engine: PagedEngine,
         admit: Callable[[str, Open], Reservation],
-        write: Callable[[frames.Incoming, Sequence[PlacedRows]], None],
         *,
         idle_s: float,
         shared_memory: bool,
     ) -> None:
-        """`admit` reserves room for a session's request or raises RejectedError; `write` as
-        `DecodeEngine.write`. idle_s: how long a hand-off may be silent before its room is given back."""
+        """`admit` reserves room for a session's request or raises RejectedError. idle_s: how long a hand-off
+        may be silent before its room is given back."""
         self._model = model
+        self._engine = engine
         self._admit = admit
-        self._write = write
         self._idle_s = idle_s
         self._shared_memory = shared_memory
-        self._receiving: dict[int, _Receiving] = {}
+        self._receiving: dict[int, Reservation] = {}
         self._last = 0
         self._session: str | None = None
         self._map: mmap.mmap | None = None
@@ -98,7 +86,7 @@ class HandOffs:
 
     def close(self) -> None:
         for it in self._receiving.values():
-            it.reservation.release()
+            self._engine.release(it)
         self._receiving.clear()
         if self._segment is not None and self._map is not None:
             self._segment.release()
@@ -120,7 +108,8 @@ class HandOffs:
                 retry_after_ms=round(error.retry_after_s * 1000),
             )
             return pb.HandOffReply(hand_off=number, rejected=rejected)
-        self._receiving[number] = _Receiving(request, reservation, Receiver(request), time.monotonic())
+        reservation.last_frame_at = time.monotonic()
+        self._receiving[number] = reservation
         accepted = pb.Accepted(reserved_blocks=reservation.block_count)
         return pb.HandOffReply(hand_off=number, accepted=accepted)
 
@@ -131,7 +120,7 @@ class HandOffs:
         in_segment = message.WhichOneof("payload") == "place"
         replies = [pb.HandOffReply(taken=pb.Taken(frames=1))] if in_segment else []
         try:
-            frame = frames.decode(message, self._model, self._segment)
+            frame = unpack(message, self._model, self._segment)
         except (CorruptError, ProtocolError) as error:
             return replies + [self._fail(number, error) for number in named if number in self._receiving]
         start, now = 0, time.monotonic()
@@ -141,17 +130,16 @@ class HandOffs:
             it = self._receiving.get(number)
             if it is not None:
                 try:
-                    it.reservation.require_held()
-                    it.receiver.receive(frame, rows)
-                    where = PlacedRows(it.reservation, start, rows.first_token, rows.token_count)
-                    placed.setdefault(number, []).append(where)
+                    self._engine.require_held(it)
+                    it.receive(frame, rows)
+                    placed.setdefault(number, []).append(it.placed(start, rows))
                     it.last_frame_at = now
                 except TransferError as error:
                     replies.append(self._fail(number, error))
                     placed.pop(number, None)
             start += rows.token_count
         if placed:
-            self._write(frame, sorted((r for each in placed.values() for r in each), key=_start))
+            self._engine.write(frame, sorted((r for each in placed.values() for r in each), key=_start))
         return replies
 
     def _receive_state(self, message: pb.State) -> Replies:
@@ -159,15 +147,15 @@ class HandOffs:
         if it is None:
             return []
         try:
-            it.reservation.require_held()
-            it.receiver.receive_state(message)
-            it.reservation.put_state(message.site, message.data)
+            self._engine.require_held(it)
+            it.receive_state(message)
+            self._engine.put_state(it, message.site, message.data)
         except TransferError as error:
             return [self._fail(message.hand_off, error)]
         it.last_frame_at = time.monotonic()
         return []
 
-    def _known(self, number: int) -> _Receiving | None:
+    def _known(self, number: int) -> Reservation | None:
         """None for one that has failed already: its client was answered so; what crossed that is dropped.
 
         Raises ProtocolError for one that never was.
@@ -176,11 +164,11 @@ class HandOffs:
             raise ProtocolError(f"hand-off {number} was never opened")
         return self._receiving.get(number)
 
-    def _commit(self, it: _Receiving, commit: pb.Commit) -> pb.HandOffReply:
-        it.reservation.commit(it.receiver.commit(commit))
+    def _commit(self, it: Reservation, commit: pb.Commit) -> pb.HandOffReply:
+        self._engine.commit(it, it.complete(commit))
         return pb.HandOffReply(committed=pb.Committed())
 
-    def _ended(self, number: int, end: Callable[[_Receiving], pb.HandOffReply]) -> Replies:
+    def _ended(self, number: int, end: Callable[[Reservation], pb.HandOffReply]) -> Replies:
         it = self._known(number)
         if it is None:
             return []
@@ -189,13 +177,13 @@ class HandOffs:
         except TransferError as error:
             return [self._fail(number, error)]
         del self._receiving[number]
-        it.reservation.release()
+        self._engine.release(it)
         reply.hand_off = number
         return [reply]
 
     def _fail(self, number: int, error: TransferError) -> pb.HandOffReply:
         it = self._receiving.pop(number)
-        it.reservation.release()
+        self._engine.release(it)
         logger.info("hand-off %s fails: %s", it.request.request_id, error)
         return pb.HandOffReply(hand_off=number, failed=pb.Failed(status=status_of(error), message=str(error)))
 

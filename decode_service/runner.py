@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from decode_service.sequences import Reserved, Running
+from decode_service.reservations import Limits, PlacedRows, Reservation
+from decode_service.scheduler import Running
 from decode_service.settings import DecodeSettings
-from decode_service.validation import Limits
 from kvtransfer.errors import ProtocolError
 from kvtransfer.frames import Encoding, Incoming
 from kvtransfer.int8 import dequantise
@@ -44,16 +44,6 @@ class Room:
             yield from ((begin, slots[begin - self.shared : end - self.shared]) for slots in self.others)
 
 
-@dataclass(frozen=True, slots=True)
-class RoomRows:
-    """Rows start .. of a KV frame are tokens first_token .. first_token + token_count of a room."""
-
-    room: Room
-    start: int
-    first_token: int
-    token_count: int
-
-
 def load(settings: DecodeSettings) -> LanguageModel:
     """The settings' model. Raises prad.lm's ModelError."""
     require_device(settings.device)  # before a model is fetched or converted
@@ -79,7 +69,7 @@ class ModelRunner:
         self._model = model
         self._pools = pools
 
-    def room(self, reserved: Reserved) -> Room:
+    def room(self, reserved: Reservation) -> Room:
         """Its slots; blocks that the prompt's KV will not fill are zeroed (see `Pools`)."""
         kv_len, size = reserved.request.kv_len, self._pools.block_size
         shared = reserved.shared * size
@@ -88,7 +78,7 @@ class ModelRunner:
             self._pools.clear([table[reserved.shared] for table in reserved.blocks])
         return Room(first, shared, tuple(slots[shared:] for slots in others))
 
-    def write(self, frame: Incoming, rows: Iterable[RoomRows]) -> None:
+    def write(self, frame: Incoming, rows: Iterable[PlacedRows]) -> None:
         """A frame's bytes: few, large writes, however many hand-offs there are."""
         spans = list(_spans(rows))
         layout = self._pools.layout
@@ -143,7 +133,7 @@ class ModelRunner:
         )
 
 
-def _spans(rows: Iterable[RoomRows]) -> Iterator[tuple[int, Tensor]]:
+def _spans(rows: Iterable[PlacedRows]) -> Iterator[tuple[int, Tensor]]:
     """(first row, slots): what lies side by side in the frame is written at once; further choices of a
     request get copies of the rows of their partial block."""
     start, end, run = 0, 0, list[Tensor]()

@@ -1,27 +1,105 @@
-"""Who is in, who runs the next step, whose blocks become free: pure policy over plain data.
+"""Who is in, who runs the next step, whose blocks become free: pure policy over plain data. A sequence has a
+type for each state: reserved -> running -> ended.
 
 Decode reserves a sequence's whole life at first, so everything that runs fits, and every running sequence
 takes part in every step.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, NamedTuple
 
-from decode_service.sequences import Ended, EngineStatus, FinishReason, HandOffId, Reserved, Running
+from decode_service.reservations import HandOffId, Reservation
 from kvtransfer.errors import RejectedError, RejectReason
 from kvtransfer.messages import Open
 from prad.core.kv import BlockPool
+from prad.core.sampling import Token, TokenEvent
 
 _REMEMBERED_REQUESTS = 1 << 16
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """One step: who runs, and who ended since the last one and has yet to emit that."""
+class SequenceId(NamedTuple):
+    """One choice of a hand-off."""
 
-    batch: tuple[Running, ...]
-    ended: tuple[Ended, ...]
+    hand_off: HandOffId
+    choice: int
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+    DEADLINE = "deadline"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """How full the engine is. `sequences` counts running and reserved ones."""
+
+    block_size: int
+    total_blocks: int
+    free_blocks: int
+    max_sequences: int
+    running_sequences: int
+    sequences: int
+
+
+@dataclass(slots=True)
+class Running:
+    """A sequence between two steps.
+
+    The next step feeds `token` (output index `index`) at `position` and stores its keys and values as the
+    `kv_len`-th token of `blocks`. Its rows are scaled by `state`, if it has any. `pending`: the latest
+    tokens, which no event has carried yet; `phase` is its own, so that sequences that began together do not
+    emit in the same step.
+    """
+
+    id: SequenceId
+    request: Open
+    blocks: tuple[int, ...]
+    token: int
+    index: int
+    position: int
+    kv_len: int
+    state: Mapping[Any, Any] | None = None
+    phase: int = 0
+    deadline: float | None = None
+    pending: list[Token] = field(default_factory=list)
+
+    def advance(self, token: Token) -> None:
+        """A step is done and drew `token`."""
+        self.token = token.id
+        self.pending.append(token)
+        self.index += 1
+        self.position += 1
+        self.kv_len += 1
+
+    @property
+    def emits(self) -> bool:
+        """Whether what is pending goes out after this step, by `tokens_per_event`."""
+        return (self.index + self.phase) % self.request.tokens_per_event == 0
+
+    def emit(self, reason: str | None, error: str = "") -> TokenEvent:
+        """An event with what was pending, and why the sequence ends, if it does."""
+        tokens = tuple(self.pending)
+        self.pending.clear()
+        (_, request_id, attempt), choice = self.id
+        first = self.index + 1 - len(tokens)
+        return TokenEvent(request_id, attempt, choice, first, tokens, reason, error or None)
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A sequence that ended without a further token, and why."""
+
+    sequence: Running
+    reason: FinishReason
+    message: str = ""
+
+    def emit(self) -> TokenEvent:
+        return self.sequence.emit(self.reason.value, self.message)
 
 
 class Scheduler:
@@ -43,7 +121,7 @@ class Scheduler:
         self._max_sequences = max_sequences
         self._retry_after_s = retry_after_s
         self._state_bytes = state_bytes
-        self._reserved: dict[HandOffId, Reserved] = {}
+        self._reserved: dict[HandOffId, Reservation] = {}
         self._running: dict[HandOffId, dict[int, Running]] = {}
         self._leaving: list[Running] = []
         self._ended: list[Ended] = []
@@ -73,7 +151,7 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self._running or self._leaving or self._ended)
 
-    def reserve(self, client_id: str, request: Open, deadline: float | None = None) -> Reserved:
+    def reserve(self, client_id: str, request: Open, deadline: float | None = None) -> Reservation:
         """Blocks for the whole life of all choices, which share those that the prompt fills; fences lower
         attempts of the client's request.
 
@@ -104,22 +182,22 @@ class Scheduler:
                 self._retry_after_s,
             )
         self._remember((client_id, request.request_id), request.attempt)
-        reserved = Reserved(client_id, request, tables, shared, deadline)
+        reserved = Reservation(client_id, request, tables, shared, deadline)
         self._reserved[reserved.id] = reserved
         return reserved
 
-    def holds(self, reserved: Reserved) -> bool:
+    def holds(self, reserved: Reservation) -> bool:
         """Whether the reservation still stands."""
         return self._reserved.get(reserved.id) is reserved
 
-    def release(self, reserved: Reserved) -> None:
+    def release(self, reserved: Reservation) -> None:
         """Gives a reservation back; no effect if it does not stand any more."""
         if self.holds(reserved):
             del self._reserved[reserved.id]
             for table in reserved.blocks:
                 self._blocks.free(table)
 
-    def start(self, reserved: Reserved, sequences: Sequence[Running]) -> None:
+    def start(self, reserved: Reservation, sequences: Sequence[Running]) -> None:
         """The reservation becomes running sequences; blocks of choices that do not run become free."""
         assert self.holds(reserved), "a reservation is started that does not stand"
         del self._reserved[reserved.id]
@@ -133,8 +211,8 @@ class Scheduler:
         if starting:
             self._running[reserved.id] = starting
 
-    def schedule(self, now: float) -> Plan:
-        """The next step; frees what left since the last one. now: in the time of the deadlines."""
+    def schedule(self, now: float) -> list[Running]:
+        """Who runs the next step; frees what left since the last one. now: in the time of the deadlines."""
         for hand_off, choices in list(self._running.items()):
             deadline = next(iter(choices.values())).deadline
             if deadline is not None and deadline <= now:
@@ -142,8 +220,12 @@ class Scheduler:
         for sequence in self._leaving:
             self._blocks.free(sequence.blocks)
         self._leaving.clear()
-        ended, self._ended = tuple(self._ended), []
-        return Plan(tuple(s for choices in self._running.values() for s in choices.values()), ended)
+        return [s for choices in self._running.values() for s in choices.values()]
+
+    def take_ended(self) -> list[Ended]:
+        """Who ended since the last call and has yet to emit that."""
+        ended, self._ended = self._ended, []
+        return ended
 
     def runs(self, sequence: Running) -> bool:
         """Whether nobody cancelled it meanwhile."""
@@ -175,12 +257,6 @@ class Scheduler:
             self.release(reserved)
         for hand_off in list(self._running):
             self._end(hand_off, FinishReason.ERROR, message)
-
-    def abandon(self, message: str) -> tuple[Ended, ...]:
-        """Ends everything for good: no step follows. Returns who has yet to emit that it ended."""
-        self.end_all(message)
-        ended, self._ended = tuple(self._ended), []
-        return ended
 
     def _require_state_room(self, request: Open) -> None:
         """Choices share the state of their prompt."""

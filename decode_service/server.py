@@ -1,4 +1,4 @@
-"""A decode service's life: startup, serving, shutdown with drain; its metrics and its health."""
+"""A decode service's life: startup, serving, shutdown with drain; its health."""
 
 import asyncio
 import logging
@@ -11,16 +11,14 @@ import grpc
 import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, start_http_server
 
-from decode_service.engine import PagedEngine
+from decode_service.engine import Metrics, PagedEngine
 from decode_service.runner import ModelRunner, load
 from decode_service.scheduler import Scheduler
-from decode_service.sequences import EngineStatus
-from decode_service.service import DecodeService
-from decode_service.sessions import Sessions
+from decode_service.service import DecodeService, ReadableMessages, Sessions
 from decode_service.settings import DecodeSettings
-from kvtransfer.memory import keep_freed_memory
+from kvtransfer.frames import keep_freed_memory
 from kvtransfer.proto import handoff_pb2 as pb
 from kvtransfer.proto.handoff_pb2_grpc import add_DecodeServicer_to_server
 from kvtransfer.settings import TransferSettings
@@ -35,7 +33,6 @@ _SERVICE = pb.DESCRIPTOR.services_by_name["Decode"].full_name
 _FLUSH_S = 10.0  # a client's process may not get a core at once
 _GRACE_S = 5.0  # for clients to receive their last frames and go
 _DRAIN_LOOK_S = 0.05
-_STEP_BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)
 
 
 class DecodeError(PradError):
@@ -90,7 +87,7 @@ async def serving(
 
     `model`: one that is loaded already, instead of the settings'.
     """
-    server = grpc.aio.server(options=TransferSettings().server_options())
+    server = grpc.aio.server(interceptors=[ReadableMessages()], options=TransferSettings().server_options())
     try:
         port = _bind(server, f"{settings.host}:{settings.port}")  # a taken port fails before the model loads
         if model is None:
@@ -201,33 +198,6 @@ class DecodeServer:
     async def _set_health(self, status: int) -> None:
         for name in ("", _SERVICE):
             await self._health.set(name, status)
-
-
-class Metrics:
-    """What a decode service says about itself; one registry each, so that several may live in a process."""
-
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        self._tokens = Counter("prad_decode_tokens", "Tokens computed.", registry=self.registry)
-        self._seconds = Histogram(
-            "prad_decode_step_seconds",
-            "Time of one decode step.",
-            buckets=_STEP_BUCKETS,
-            registry=self.registry,
-        )
-
-    def watch(self, status: Callable[[], EngineStatus]) -> None:
-        """Gauges read the engine when they are scraped."""
-        for name, text, read in (
-            ("prad_decode_blocks", "KV blocks.", lambda: status().total_blocks),
-            ("prad_decode_free_blocks", "KV blocks that are free.", lambda: status().free_blocks),
-            ("prad_decode_running_sequences", "Running sequences.", lambda: status().running_sequences),
-        ):
-            Gauge(name, text, registry=self.registry).set_function(read)
-
-    def step(self, seconds: float, tokens: int) -> None:
-        self._seconds.observe(seconds)
-        self._tokens.inc(tokens)
 
 
 @contextmanager

@@ -1,27 +1,123 @@
-"""The gRPC face: hand-offs in, token frames out. Everything else is the engine's."""
+"""The gRPC face: hand-offs in, token frames out, and who gets these: one outbox per client, which outlives a
+broken stream for a while. Everything else is the engine's.
+
+Lives in the asyncio loop; the engine's thread reaches it through `Sessions.deliver_from_thread`.
+"""
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+import secrets
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
 
+from decode_service.engine import PagedEngine
 from decode_service.hand_offs import HandOffs
-from decode_service.protocol import DecodeEngine, Reservation
-from decode_service.sessions import Sessions
-from kvtransfer import codec
-from kvtransfer.errors import ProtocolError, RejectedError, RejectReason, TransferError
-from kvtransfer.messages import Cancel, Description, Open
+from decode_service.reservations import Reservation
+from kvtransfer.errors import LostError, ProtocolError, RejectedError, RejectReason, TransferError
+from kvtransfer.messages import Cancel, Description, Open, decode, encode
 from kvtransfer.proto import handoff_pb2 as pb
 from kvtransfer.proto.handoff_pb2_grpc import DecodeServicer
 from kvtransfer.rpc import code_of
-from kvtransfer.tokens import Attachment
+from kvtransfer.tokens import Attachment, Outbox
 from prad.core.kv import ModelSpec
+from prad.core.sampling import TokenEvent
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Session:
+    client_id: str
+    outbox: Outbox
+    expiry: asyncio.TimerHandle | None = None  # set while no stream is attached
+
+
+class Sessions:
+    """By secrets that decode makes and only the client learns: who knows a client's name or its request ids
+    can't act for it. `on_gone` is called with a session when it ends and its sequences are nobody's: its
+    client takes its frames too slowly, or has been without a stream for `detach_s`."""
+
+    def __init__(self, max_frames: int, detach_s: float, on_gone: Callable[[str], None]) -> None:
+        self._max_frames = max_frames
+        self._detach_s = detach_s
+        self._on_gone = on_gone
+        self._sessions: dict[str, _Session] = {}
+        self._loop = asyncio.get_running_loop()
+
+    @property
+    def flushed(self) -> bool:
+        return all(s.outbox.flushed for s in self._sessions.values())
+
+    def knows(self, session: str) -> bool:
+        return session in self._sessions
+
+    def attach(self, client_id: str, session: str, received: int) -> tuple[str, Attachment]:
+        """The session, and a stream's cursor that goes on after frame `received`.
+
+        A new session where the one that the client shows is not known ("": it is its first): whatever it
+        knew before is gone. A session of the same name that has no stream is then given up at once, and not
+        only after `detach_s`: its client was started anew. One with a stream stays: a name is no secret.
+        Raises ProtocolError.
+        """
+        known = self._sessions.get(session)
+        if known is None:
+            for before in [
+                s for s, its in self._sessions.items() if its.client_id == client_id and its.expiry
+            ]:
+                self._drop(before, "was started anew")
+            session, known = secrets.token_hex(16), _Session(client_id, Outbox(self._max_frames))
+            self._sessions[session] = known
+            received = 0
+        if known.expiry is not None:
+            known.expiry.cancel()
+            known.expiry = None
+        return session, known.outbox.attach(received)
+
+    def detach(self, session: str, attachment: Attachment) -> None:
+        """A stream has ended; the session waits for the next one."""
+        known = self._sessions.get(session)
+        if known is not None and known.outbox.detach(attachment):
+            why = f"had no token stream for {self._detach_s} s"
+            known.expiry = self._loop.call_later(self._detach_s, self._drop, session, why)
+
+    def acknowledge(self, session: str, number: int) -> None:
+        """Raises ProtocolError for a frame that never was."""
+        if session in self._sessions:
+            self._sessions[session].outbox.acknowledge(number)
+
+    def deliver(self, events: Mapping[str, Sequence[TokenEvent]]) -> None:
+        """One frame for each session that is still there."""
+        for session, its_events in events.items():
+            known = self._sessions.get(session)
+            if known is None:
+                continue
+            if known.outbox.full:
+                self._drop(session, "takes its token frames too slowly")
+            else:
+                known.outbox.append(its_events)
+
+    def deliver_from_thread(self, events: Mapping[str, Sequence[TokenEvent]]) -> None:
+        self._loop.call_soon_threadsafe(self.deliver, events)
+
+    def close(self) -> None:
+        """Lets every stream end in order once it has taken its frames."""
+        for session in self._sessions.values():
+            session.outbox.close()
+            if session.expiry is not None:
+                session.expiry.cancel()
+
+    def _drop(self, session: str, why: str) -> None:
+        gone = self._sessions.pop(session)
+        logger.warning("client %s %s: its sequences are cancelled", gone.client_id, why)
+        if gone.expiry is not None:
+            gone.expiry.cancel()
+        gone.outbox.fail(LostError(f"this client {why}"))
+        self._on_gone(session)
 
 
 class DecodeService(DecodeServicer):
@@ -29,7 +125,7 @@ class DecodeService(DecodeServicer):
 
     def __init__(
         self,
-        engine: DecodeEngine,
+        engine: PagedEngine,
         sessions: Sessions,
         model: ModelSpec,
         instance: str,
@@ -66,14 +162,14 @@ class DecodeService(DecodeServicer):
             running_sequences=status.running_sequences,
             instance=self._instance,
         )
-        message: pb.Description = codec.encode(description)
+        message: pb.Description = encode(description)
         return message
 
     async def HandOffs(self, _: object, context: Any) -> None:  # noqa: N802
         hand_offs = HandOffs(
             self._model,
+            self._engine,
             self._admit,
-            self._engine.write,
             idle_s=self._idle_s,
             shared_memory=self._shared_memory,
         )
@@ -115,7 +211,7 @@ class DecodeService(DecodeServicer):
             try:
                 await context.write(pb.TokenReply(attached=pb.Attached(session=session)))
                 while (frame := await attachment.next()) is not None:
-                    await context.write(pb.TokenReply(frame=codec.encode(frame)))
+                    await context.write(pb.TokenReply(frame=encode(frame)))
                 await context.write(pb.TokenReply(ended=pb.Ended()))
                 await asyncio.wait((listener,))  # until the client goes
             finally:
@@ -130,7 +226,7 @@ class DecodeService(DecodeServicer):
                 if kind == "acknowledge":
                     self._sessions.acknowledge(session, control.acknowledge.frame)
                 elif kind == "cancel":
-                    self._engine.cancel(session, codec.decode(Cancel, control.cancel))
+                    self._engine.cancel(session, decode(Cancel, control.cancel))
                 else:
                     raise ProtocolError(f"{kind} within a token stream")
         except TransferError as error:
@@ -144,12 +240,29 @@ class DecodeService(DecodeServicer):
         return self._engine.admit(session, request)
 
 
+class ReadableMessages(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Refuses what is no message, in one line, before a call that takes a single one is run: gRPC itself logs
+    a traceback for each. Calls that read a stream do the same by `_errors_as_status`."""
+
+    async def intercept_service(self, continuation: Any, details: Any) -> Any:
+        handler = await continuation(details)
+        if handler is None or handler.unary_unary is None:
+            return handler
+
+        async def answer(data: bytes, context: Any) -> Any:
+            async with _errors_as_status(context):
+                request = handler.request_deserializer(data)
+            return await handler.unary_unary(request, context)
+
+        return grpc.unary_unary_rpc_method_handler(answer, None, handler.response_serializer)
+
+
 @asynccontextmanager
 async def _errors_as_status(context: Any) -> AsyncIterator[None]:
-    """Ends the stream with our error's status; what is no message of ours is an error of the client's."""
+    """Ends the call with our error's status; what is no message of ours is an error of the client's."""
     try:
         yield
     except (TransferError, DecodeError) as cause:
         error = cause if isinstance(cause, TransferError) else ProtocolError(f"not a message: {cause}")
-        logger.info("a stream ends: %s", error)
+        logger.info("a call ends: %s", error)
         await context.abort(code_of(error), str(error))

@@ -54,7 +54,7 @@ class DecodeSettings(BaseSettings):
     hand_off_idle_s: float = Field(default=60.0, gt=0)
     """A hand-off that says nothing for so long gives its room back."""
     detach_s: float = Field(default=30.0, gt=0)
-    """How long a client without a token stream keeps its sequences."""
+    """How long a client without a token stream keeps its sequences, unless it is started anew before."""
     shared_memory: bool = True
     """Take KV through shared memory where a prefill service of this host offers it."""
     outbox_frames: int = Field(default=4096, ge=1)

@@ -7,12 +7,10 @@ until somebody waits for it.
 import asyncio
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from kvtransfer.errors import ProtocolError, TransferError
-from kvtransfer.frames import Encoding, KVBytes, Outgoing, Rows
-from kvtransfer.memory import SharedPayload
+from kvtransfer.frames import Encoding, KVBytes, Outgoing, Rows, SharedPayload
 from kvtransfer.proto import handoff_pb2 as pb
 from kvtransfer.rpc import translated
 from kvtransfer.settings import TransferSettings
@@ -22,13 +20,8 @@ _TOGETHER = 64  # frames of one message
 
 _Queued = tuple[pb.HandOffFrame | Outgoing, "asyncio.Future[None]"]
 
-
-@dataclass(frozen=True, slots=True)
-class PlacedRows:
-    """A hand-off's rows lie in a pass from row `start` on."""
-
-    start: int
-    rows: Rows
+Placed = tuple[int, Rows]
+"""A hand-off's rows, and from which row of a pass on they lie there."""
 
 
 class FrameQueue:
@@ -62,13 +55,13 @@ class FrameQueue:
         layer: int,
         planes: Sequence[KVBytes],
         widths: Sequence[int],
-        placed: Sequence[PlacedRows],
+        placed: Sequence[Placed],
         encoding: Encoding,
     ) -> None:
         """A pass's rows of one layer; widths: the bytes of a row in each plane."""
         views = [memoryview(plane).cast("B") for plane in planes]
         for piece in _cut(placed, max(1, self._settings.frame_bytes // sum(widths))):
-            named = tuple(p.rows for p in piece)
+            named = tuple(rows for _, rows in piece)
             if self._filling is None or not self._filling.goes_on_with(layer, named, encoding):
                 self.flush()
                 self._filling = Outgoing(layer, named, encoding)
@@ -173,30 +166,29 @@ class FrameQueue:
             self._shared = None
 
 
-def _cut(placed: Sequence[PlacedRows], most: int) -> list[list[PlacedRows]]:
+def _cut(placed: Sequence[Placed], most: int) -> list[list[Placed]]:
     """The rows in pieces of at most `most` tokens."""
-    pieces: list[list[PlacedRows]] = [[]]
+    pieces: list[list[Placed]] = [[]]
     room = most
-    for p in placed:
-        done, rows = 0, p.rows
+    for start, rows in placed:
+        done = 0
         while done < rows.token_count:
             if room == 0:
                 pieces.append([])
                 room = most
             count = min(room, rows.token_count - done)
-            piece = Rows(rows.hand_off, rows.first_token + done, count)
-            pieces[-1].append(PlacedRows(p.start + done, piece))
+            pieces[-1].append((start + done, Rows(rows.hand_off, rows.first_token + done, count)))
             done, room = done + count, room - count
     return pieces
 
 
-def _runs(placed: Iterable[PlacedRows]) -> list[tuple[int, int]]:
+def _runs(placed: Iterable[Placed]) -> list[tuple[int, int]]:
     """The (start, end) of rows that lie side by side in the pass."""
     runs: list[tuple[int, int]] = []
-    for p in placed:
-        end = p.start + p.rows.token_count
-        if runs and runs[-1][1] == p.start:
+    for start, rows in placed:
+        end = start + rows.token_count
+        if runs and runs[-1][1] == start:
             runs[-1] = runs[-1][0], end
         else:
-            runs.append((p.start, end))
+            runs.append((start, end))
     return runs

@@ -1,25 +1,52 @@
-"""KV bytes in frames: one frame carries rows of a prompt pass for a range of layers, with a checksum.
+"""How KV bytes travel: in frames, each with rows of a prompt pass for a range of layers and a checksum; on
+one host in shared memory, where the frame only says where.
 
 Rows of one pass may belong to many hand-offs. They lie packed, as in the pass: per layer its planes (keys and
 values, or their coded form), each plane [tokens of all rows, bytes per token]. So the cost of a frame does
 not grow with the number of hand-offs, and decode writes a plane in one piece. Short prompts share a frame
 among layers, too; a layer of a long pass is cut into token ranges.
+
+Shared memory is made, offered, mapped, never trusted. Prefill makes a file that has no name and offers its
+place among its own open files; decode maps it and shows the nonce that it found there, which proves that both
+see the same memory (containers may each have process numbers of their own). Then prefill closes the file:
+nothing is left behind whoever is killed. The file is sealed: nobody can make it shorter, which would kill
+whoever reads behind its end. Places within it are taken and come free in a ring.
 """
 
+import asyncio
+import ctypes
+import fcntl
+import logging
+import mmap
+import os
+import re
+import secrets
+import stat
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import Self
 
 import xxhash
 
-from kvtransfer import codec
 from kvtransfer.errors import CorruptError, ProtocolError
+from kvtransfer.messages import decode, encode
 from kvtransfer.proto import handoff_pb2 as pb
 from prad.core.kv import KVLayout, ModelSpec
 
+logger = logging.getLogger(__name__)
+
 KVBytes = bytes | bytearray | memoryview
 
+NONCE_BYTES = 16
+LARGEST = 1 << 30
+
 _SCALE_BYTES = 4
+_NAME = re.compile("/proc/[0-9]{1,10}/fd/[0-9]{1,10}")
+_ALIGN = 64  # bytes: a tensor library may read any place as any number type
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+_LARGEST_MMAP_THRESHOLD = 32 << 20
 
 
 class Encoding(IntEnum):
@@ -88,7 +115,7 @@ class Outgoing:
         return pb.KV(
             first_layer=self.first_layer,
             layer_count=self.layer_count,
-            rows=map(codec.encode, self.rows),
+            rows=map(encode, self.rows),
             encoding=pb.Encoding.ValueType(self.encoding),
             checksum=xxhash.xxh3_64_intdigest(payload),
         )
@@ -109,7 +136,7 @@ class Incoming:
     layers: tuple[tuple[memoryview, ...], ...]
 
 
-def decode(frame: pb.KV, model: ModelSpec, segment: memoryview | None = None) -> Incoming:
+def unpack(frame: pb.KV, model: ModelSpec, segment: memoryview | None = None) -> Incoming:
     """Checks a frame and opens it.
 
     Raises CorruptError if the ranges are not the model's, the size does not follow from them, the place lies
@@ -117,7 +144,7 @@ def decode(frame: pb.KV, model: ModelSpec, segment: memoryview | None = None) ->
     is no segment.
     """
     first, last = frame.first_layer, frame.first_layer + frame.layer_count
-    rows = tuple(codec.decode(Rows, r) for r in frame.rows)
+    rows = tuple(decode(Rows, r) for r in frame.rows)
     count = len(model.layout.layers)
     if first >= last or last > count or not all(r.token_count for r in rows):
         raise CorruptError(f"a KV frame names layers {first}..{last} of {count}, or no tokens")
@@ -153,3 +180,176 @@ def _payload(frame: pb.KV, segment: memoryview | None) -> memoryview:
     if end > len(segment):
         raise CorruptError(f"a KV frame lies at {start}..{end} of {len(segment)} bytes of shared memory")
     return segment[start:end]
+
+
+class Segment:
+    """Prefill's side: `memory` is the whole segment, its first NONCE_BYTES the nonce; `name` is where decode
+    finds it, until `close_file`."""
+
+    def __init__(self, size: int) -> None:
+        """Raises OSError if this system has no such files, or not so much memory."""
+        if not hasattr(os, "memfd_create"):
+            raise OSError("this system makes no sealed files in memory")
+        self.size = size
+        self.nonce = secrets.token_bytes(NONCE_BYTES)
+        self._file = os.memfd_create("prad-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        self.name = f"/proc/{os.getpid()}/fd/{self._file}"
+        try:
+            # memory that is missing is an error here, not a SIGBUS later
+            os.posix_fallocate(self._file, 0, size)
+            fcntl.fcntl(self._file, fcntl.F_ADD_SEALS, _seals() | fcntl.F_SEAL_SEAL)
+            self._map = mmap.mmap(self._file, size)
+        except BaseException:
+            self.close_file()
+            raise
+        self.memory = memoryview(self._map)
+        self.memory[:NONCE_BYTES] = self.nonce
+
+    def close_file(self) -> None:
+        """Closes the file; whoever has mapped it keeps the memory. Twice is once."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def close(self) -> None:
+        """Gives the memory back."""
+        self.close_file()
+        self.memory.release()
+        self._map.close()
+
+
+def map_segment(name: str, size: int) -> mmap.mmap:
+    """Decode's side: maps what prefill offers.
+
+    Raises OSError if it is not there or may not be opened, ValueError if the name is none of ours, or the
+    file is not a sealed one of this user and of this size.
+    """
+    if not _NAME.fullmatch(name):
+        raise ValueError("the segment's name is none that a prefill service makes")
+    if not NONCE_BYTES < size <= LARGEST:
+        raise ValueError(f"a segment of {size} bytes is refused")
+    # whatever else may be open there: opening it neither waits nor makes it this process's terminal
+    file = os.open(name, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    try:
+        found = os.fstat(file)
+        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_size != size:
+            raise ValueError("the segment is not a plain file of this user, or of another size than offered")
+        if fcntl.fcntl(file, fcntl.F_GET_SEALS) & _seals() != _seals():
+            raise ValueError("the segment's file is not sealed: it could be cut while it is read")
+        return mmap.mmap(file, size)
+    finally:
+        os.close(file)
+
+
+def _seals() -> int:
+    return fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+
+
+class Ring:
+    """Places in bytes first .. end of a segment, taken in a ring and freed in the order they were taken; pure
+    arithmetic."""
+
+    def __init__(self, first: int, end: int) -> None:
+        self._first = -(-first // _ALIGN) * _ALIGN
+        self._end = end
+        self._next = self._first
+        self._taken: deque[int] = deque()  # offsets, oldest first
+
+    @property
+    def largest(self) -> int:
+        """What fits at most, when nothing is taken."""
+        return max(0, self._end - self._first)
+
+    def take(self, size: int) -> int | None:
+        """The offset of `size` free bytes, None if there are none now."""
+        if not self._taken:
+            self._next = self._first  # the same few pages again: they are warm
+        oldest = self._taken[0] if self._taken else None
+        if oldest is None or self._next > oldest:
+            if self._next + size <= self._end:
+                return self._take(self._next, size)
+            if oldest is None or self._first + size > oldest:
+                return None
+            return self._take(self._first, size)
+        return self._take(self._next, size) if self._next + size <= oldest else None
+
+    def free_oldest(self, count: int) -> None:
+        """Raises ValueError for more than are taken."""
+        if count > len(self._taken):
+            raise ValueError(f"{count} places come free, {len(self._taken)} are taken")
+        for _ in range(count):
+            self._taken.popleft()
+
+    def _take(self, offset: int, size: int) -> int:
+        self._taken.append(offset)
+        self._next = -(-(offset + size) // _ALIGN) * _ALIGN
+        return offset
+
+
+class SharedPayload:
+    """Prefill's side, from the offer to the last place that comes free.
+
+    Used once decode has confirmed it; until then, and for frames that never fit, bytes go inline.
+    """
+
+    def __init__(self, segment: Segment) -> None:
+        self._segment = segment
+        self._ring = Ring(NONCE_BYTES, segment.size)
+        self._confirmed = False
+        self._freed = asyncio.Event()
+
+    @classmethod
+    def offered(cls, size: int) -> Self | None:
+        """None if it is switched off (size 0) or this system has no such memory to give."""
+        if size == 0:
+            return None
+        try:
+            return cls(Segment(size))
+        except OSError as error:
+            logger.info("no shared memory for the hand-off (%s): KV travels in messages", error)
+            return None
+
+    def offer(self) -> pb.Segment:
+        return pb.Segment(name=self._segment.name, size=self._segment.size)
+
+    def confirm(self, nonce: bytes) -> bool:
+        """Decode's answer; False if it does not see this memory. Its file is needed no longer."""
+        self._confirmed = nonce == self._segment.nonce
+        self._segment.close_file()
+        logger.info("KV travels %s", "through shared memory" if self._confirmed else "in messages")
+        return self._confirmed
+
+    async def place(self, frame: Outgoing) -> pb.KV:
+        """The frame, its bytes in shared memory if they may. Waits for places that come free."""
+        if not self._confirmed or frame.size > self._ring.largest:
+            return frame.inline()
+        while (offset := self._ring.take(frame.size)) is None:
+            self._freed.clear()
+            await self._freed.wait()
+        return frame.placed(self._segment.memory, offset)
+
+    def free(self, frames: int) -> None:
+        """Decode has taken the oldest frames. Raises ProtocolError if there are not so many."""
+        try:
+            self._ring.free_oldest(frames)
+        except ValueError as error:
+            raise ProtocolError(str(error)) from error
+        self._freed.set()
+
+    def close(self) -> None:
+        self._segment.close()
+
+
+def keep_freed_memory(nbytes: int = 256 << 20) -> None:
+    """Lets malloc keep up to about `nbytes` that are free, in this process, from now on.
+
+    By itself glibc gives the memory of each KV frame back to the system and takes it anew for the next, page
+    by page: with frames of megabytes that was more than half of a sender's CPU time. No effect with another
+    libc.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
+    mallopt(_TRIM_THRESHOLD, nbytes)

@@ -1,10 +1,34 @@
-"""What prefill and decode tell each other, as frozen dataclasses over prad.core's; `codec.py` puts them on
-the wire."""
+"""What prefill and decode tell each other, as frozen dataclasses over prad.core's, and how they are written
+on the wire: to protobuf and back by their fields' names, so that nothing is named here a second time.
 
-from dataclasses import dataclass
+A dataclass travels as the message of its own name (`SamplingParams` as `pb.SamplingParams`), each of its
+fields in the field of the same name. What may stand in a field:
 
+    int, float, str, bytes, bool      as it is; an int in a fixed64 keeps its lowest 64 bits (a negative seed)
+    X | None                          an optional field; None: absent
+    a dataclass                       the message of its name
+    tuple[X, ...], frozenset[X]       a repeated field; of a set sorted
+    tuple[tuple[A, B], ...]           a message with a repeated field for each column, in their order
+
+For each class two functions are written as Python source when it is first used, as `dataclass` writes its
+`__init__`: a frame of tokens costs what it would by hand. A message may have fields that the dataclass has
+not (a hand-off's number on its stream). Neither gRPC nor torch: schedulers import this.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache, lru_cache
+from types import NoneType, UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from kvtransfer.proto import handoff_pb2 as pb
 from prad.core.kv import ModelSpec
 from prad.core.sampling import SamplingParams, TokenEvent
+
+T = TypeVar("T")
+
+_SCALARS = {int, float, str, bytes, bool}
+_SAME_EACH_TIME = {ModelSpec}  # every Open of a burst names the same model: it is written and read once
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,3 +104,116 @@ class Description:
     max_sequences: int
     running_sequences: int
     instance: str
+
+
+def encode(value: Any) -> Any:
+    """The message of a dataclass. Raises ValueError for a number that its field cannot hold."""
+    kind: Any = type(value)
+    return _encoder(kind)(value)
+
+
+def decode(kind: type[T], message: Any) -> T:
+    """The dataclass of its message. Raises ValueError if the class refuses what is in it."""
+    of_kind: Any = kind
+    decoded: T = _decoder(of_kind)(message)
+    return decoded
+
+
+@cache
+def _encoder(kind: type) -> Callable[[Any], Any]:
+    """Raises TypeError if the message lacks a field, or can't hold one."""
+    names: dict[str, Any] = {"Message": getattr(pb, kind.__name__)}
+    values = [f"{f.name}={_outward(hint, f, f'value.{f.name}', names)}" for hint, f in _plan(kind)]
+    encoder: Callable[[Any], Any] = eval(f"lambda value: Message({', '.join(values)})", names)
+    return lru_cache(maxsize=8)(encoder) if kind in _SAME_EACH_TIME else encoder
+
+
+@cache
+def _decoder(kind: type) -> Callable[[Any], Any]:
+    """Raises TypeError as `_encoder`."""
+    names: dict[str, Any] = {"Kind": kind}
+    values = [f"{f.name}={_inward(hint, f, f'message.{f.name}', names)}" for hint, f in _plan(kind)]
+    decoder: Callable[[Any], Any] = eval(f"lambda message: Kind({', '.join(values)})", names)
+    if kind not in _SAME_EACH_TIME:
+        return decoder
+    from_bytes = lru_cache(maxsize=8)(lambda data: decoder(getattr(pb, kind.__name__).FromString(data)))
+    return lambda message: from_bytes(message.SerializeToString(deterministic=True))
+
+
+def _plan(kind: type) -> list[tuple[Any, Any]]:
+    """The type of each field, and the message's field of the same name."""
+    if not is_dataclass(kind):
+        raise TypeError(f"{kind.__name__} is no dataclass")
+    message = getattr(pb, kind.__name__).DESCRIPTOR
+    hints, known = get_type_hints(kind), message.fields_by_name
+    missing = [f.name for f in fields(kind) if f.name not in known]
+    if missing:
+        raise TypeError(f"the message {message.name} has no {', '.join(missing)}")
+    return [(hints[f.name], known[f.name]) for f in fields(kind)]
+
+
+def _outward(hint: Any, field: Any, value: str, names: dict[str, Any]) -> str:
+    """The source of what `value` becomes in the message; what it calls goes into `names`."""
+    hint, optional = _without_none(hint)
+    inner = get_args(hint)
+    if field.type == field.TYPE_FIXED64:
+        source = f"{value} & {2**64 - 1}"
+    elif hint in _SCALARS:
+        return value  # protobuf takes None for absent
+    elif is_dataclass(hint):
+        source = f"{_named(_encoder(hint), names)}({value})"  # type: ignore[arg-type]
+    elif get_origin(hint) is frozenset:
+        source = f"sorted({value})"
+    elif _is_columns(hint):
+        message = _named(field.message_type._concrete_class, names)
+        columns = [
+            f"{column.name}=[row[{i}] for row in {value}]"
+            for i, column in enumerate(field.message_type.fields)
+        ]
+        source = f"{message}({', '.join(columns)}) if {value} else None"
+    elif get_origin(hint) is tuple and inner[-1] is Ellipsis:
+        each = _outward(inner[0], field, "each", names)
+        source = value if each == "each" else f"[{each} for each in {value}]"
+    else:
+        raise TypeError(f"no message holds {hint}")
+    return f"None if {value} is None else {source}" if optional else source
+
+
+def _inward(hint: Any, field: Any, value: str, names: dict[str, Any]) -> str:
+    """The source of what the message's `value` becomes."""
+    hint, optional = _without_none(hint)
+    inner = get_args(hint)
+    if hint in _SCALARS:
+        source = value
+    elif is_dataclass(hint):
+        source = f"{_named(_decoder(hint), names)}({value})"  # type: ignore[arg-type]
+    elif get_origin(hint) is frozenset:
+        source = f"frozenset({value})"
+    elif _is_columns(hint):
+        columns = [f"{value}.{column.name}" for column in field.message_type.fields]
+        source = f"tuple(zip({', '.join(columns)})) if message.HasField({field.name!r}) else ()"
+    elif get_origin(hint) is tuple and inner[-1] is Ellipsis:
+        each = _inward(inner[0], field, "each", names)
+        source = f"tuple({value})" if each == "each" else f"tuple([{each} for each in {value}])"
+    else:
+        raise TypeError(f"no message holds {hint}")
+    return f"{source} if message.HasField({field.name!r}) else None" if optional else source
+
+
+def _is_columns(hint: Any) -> bool:
+    inner = get_args(hint)
+    return get_origin(hint) is tuple and inner[-1] is Ellipsis and get_origin(inner[0]) is tuple
+
+
+def _named(function: Any, names: dict[str, Any]) -> str:
+    name = f"call_{len(names)}"
+    names[name] = function
+    return name
+
+
+def _without_none(hint: Any) -> tuple[Any, bool]:
+    """(X, True) of X | None, (X, False) of X."""
+    if get_origin(hint) is not UnionType:
+        return hint, False
+    (one,) = (kind for kind in get_args(hint) if kind is not NoneType)
+    return one, True

@@ -1,5 +1,6 @@
-"""Prefill's side of the hand-off: one stream to a decode service, on it a hand-off for each prompt, whose
-layers go out in order, then Commit or Abort. `frame_queue.py` writes what is said here."""
+"""Prefill's door to one decode service, and its side of the hand-off: one channel, on it one stream with a
+hand-off for each prompt, whose layers go out in order, then Commit or Abort. `frame_queue.py` writes what is
+said here; tokens come back on the stream of `tokens.py`."""
 
 import asyncio
 import logging
@@ -9,9 +10,9 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any, Self
 
+import grpc
 import xxhash
 
-from kvtransfer import codec
 from kvtransfer.errors import (
     LostError,
     ProtocolError,
@@ -21,15 +22,76 @@ from kvtransfer.errors import (
     TransferError,
     error_of,
 )
-from kvtransfer.frame_queue import FrameQueue, PlacedRows
+from kvtransfer.frame_queue import FrameQueue
 from kvtransfer.frames import Encoding, KVBytes, Rows, plane_bytes
-from kvtransfer.messages import Open
+from kvtransfer.messages import Description, Open, decode, encode
 from kvtransfer.proto import handoff_pb2 as pb
-from kvtransfer.rpc import read, translated
+from kvtransfer.proto.handoff_pb2_grpc import DecodeStub
+from kvtransfer.rpc import error_behind, read, translated
 from kvtransfer.settings import TransferSettings
+from kvtransfer.tokens import TokenStream
 from prad.core.sampling import Token
 
 logger = logging.getLogger(__name__)
+
+
+class DecodeClient:
+    """Use it in the asyncio loop that made it, and `close` it (or `async with`)."""
+
+    def __init__(self, address: str, settings: TransferSettings | None = None) -> None:
+        """address: "host:port" or any gRPC target. Connects when first used."""
+        self.address = address
+        self._settings = settings or TransferSettings()
+        self._channel = grpc.aio.insecure_channel(address, options=self._settings.channel_options())
+        self._stub: Any = DecodeStub(self._channel)  # type: ignore[no-untyped-call]
+        self._session = ""
+        self._hand_offs: HandOffStream | None = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Ends every stream of this client at once."""
+        if self._hand_offs is not None:
+            await self._hand_offs.close()
+        await self._channel.close()
+
+    async def describe(self) -> Description:
+        """Who decode is and how full. Raises LostError or TimedOutError."""
+        try:
+            reply = await self._stub.Describe(pb.DescribeRequest(), timeout=self._settings.describe_timeout_s)
+        except grpc.aio.AioRpcError as error:
+            raise error_behind(error.code(), error.details()) from error
+        return decode(Description, reply)
+
+    async def attach(self, client_id: str) -> TokenStream:
+        """A new session and its token stream; what is opened from now on sends its tokens there.
+
+        client_id is a name for people. Raises LostError or TimedOutError.
+        """
+        stream = TokenStream(self._stub, client_id, self._settings)
+        await stream.attach()
+        self._session = stream.session
+        return stream
+
+    async def open(self, request: Open) -> "HandOff":
+        """Reserves room; call it before the prompt pass.
+
+        Raises RejectedError (with a retry hint where the request itself is fine), LostError, TimedOutError,
+        ProtocolError.
+        """
+        if not self._session:
+            raise RejectedError(RejectReason.NOT_ATTACHED, "there is no token stream: attach first")
+        stream = self._hand_offs
+        if stream is not None and stream.session != self._session:
+            stream.fail(LostError("this client has attached anew: its session before has ended"))
+        if stream is None or stream.failure is not None:
+            stream = HandOffStream(self._stub.HandOffs(), self._session, self._settings)
+            self._hand_offs = stream
+        return await stream.open(request)
 
 
 class HandOff:
@@ -60,6 +122,19 @@ class HandOff:
     def over(self) -> bool:
         return self.ended.done()
 
+    @property
+    def failure(self) -> TransferError | None:
+        """Why decode will not take it any more: known as soon as decode says so or the stream is lost, also
+        between two chunks of a prompt, when nothing is being sent. `ended` is the same to wait for."""
+        if not self.ended.done() or self.ended.cancelled():
+            return None
+        error = self.ended.exception()
+        return error if isinstance(error, TransferError) else None
+
+    def rows(self, start: int, first_token: int, token_count: int) -> "PassRows":
+        """Rows start .. start + token_count of a pass are tokens first_token .. of this hand-off."""
+        return PassRows(self.stream, self.number, start, first_token, token_count)
+
     async def send_state(self, site: str, data: KVBytes) -> None:
         """Sends the request state at one of the sites that Open names; returns when it is on its way.
 
@@ -86,7 +161,7 @@ class HandOff:
         self.require_running()
         commit = pb.Commit(
             hand_off=self.number,
-            first_tokens=map(codec.encode, first_tokens),
+            first_tokens=map(encode, first_tokens),
             total_bytes=self.sent_bytes,
         )
         await asyncio.shield(self.stream.put(pb.HandOffFrame(commit=commit)))
@@ -123,9 +198,11 @@ class HandOff:
 
 @dataclass(frozen=True, slots=True)
 class PassRows:
-    """Rows start .. start + token_count of a pass are tokens first_token .. of a hand-off."""
+    """Rows start .. start + token_count of a pass are tokens first_token .. of a stream's hand-off of this
+    number (`HandOff.rows` makes it)."""
 
-    hand_off: HandOff
+    stream: "HandOffStream"
+    hand_off: int
     start: int
     first_token: int
     token_count: int
@@ -150,7 +227,7 @@ class HandOffStream:
         """Raises as `DecodeClient.open`."""
         if self.failure is not None:
             raise self.failure
-        message = codec.encode(request)
+        message = encode(request)
         hand_off = HandOff(self, next(self._numbers), request)
         message.hand_off = hand_off.number
         self._hand_offs[hand_off.number] = hand_off
@@ -171,12 +248,12 @@ class HandOffStream:
         self, layer: int, planes: Sequence[KVBytes], rows: Iterable[PassRows], encoding: Encoding
     ) -> None:
         """As `send_layer`, for hand-offs of this stream."""
-        running = [r for r in rows if not r.hand_off.over]
+        running = [(hand_off, r) for r in rows if (hand_off := self._running(r.hand_off)) is not None]
         if not running:
             return
-        layout = running[0].hand_off.request.model.layout
+        layout = running[0][0].request.model.layout
         widths = plane_bytes(layout, layer, encoding)
-        rows_in_pass = max(r.start + r.token_count for r in running)
+        rows_in_pass = max(r.start + r.token_count for _, r in running)
         sizes = [memoryview(plane).nbytes for plane in planes]
         if len(sizes) != len(widths) or any(
             size < rows_in_pass * width for size, width in zip(sizes, widths, strict=True)
@@ -184,9 +261,9 @@ class HandOffStream:
             raise ValueError(
                 f"layer {layer} has planes of {sizes} bytes; {rows_in_pass} rows of {widths} bytes per token"
             )
-        for r in running:
-            r.hand_off.sent_bytes += r.token_count * sum(widths)
-        placed = [PlacedRows(r.start, Rows(r.hand_off.number, r.first_token, r.token_count)) for r in running]
+        for hand_off, r in running:
+            hand_off.sent_bytes += r.token_count * sum(widths)
+        placed = [(r.start, Rows(r.hand_off, r.first_token, r.token_count)) for _, r in running]
         self._queue.add(layer, planes, widths, placed, encoding)
         if layer == len(layout.layers) - 1:
             self._queue.flush()  # the rest of the pass, logits and sampling, brings no more to fill it with
@@ -214,6 +291,10 @@ class HandOffStream:
         for hand_off in self._hand_offs.values():
             hand_off.fail(self.failure)
         self._hand_offs.clear()
+
+    def _running(self, number: int) -> HandOff | None:
+        hand_off = self._hand_offs.get(number)
+        return None if hand_off is None or hand_off.over else hand_off
 
     async def _work(self, loop: Callable[[], Awaitable[None]]) -> None:
         try:
@@ -276,6 +357,6 @@ async def send_layer(
     """
     streams: dict[HandOffStream, list[PassRows]] = {}
     for r in rows:
-        streams.setdefault(r.hand_off.stream, []).append(r)
+        streams.setdefault(r.stream, []).append(r)
     for stream, mine in streams.items():
         await stream.send(layer, planes, mine, encoding)

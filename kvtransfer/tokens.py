@@ -13,9 +13,8 @@ from typing import Any, Self
 import grpc
 from tenacity import AsyncRetrying, retry_if_exception, wait_random_exponential
 
-from kvtransfer import codec
 from kvtransfer.errors import FencedError, GoneError, LostError, ProtocolError, TimedOutError, TransferError
-from kvtransfer.messages import Cancel, TokenFrame
+from kvtransfer.messages import Cancel, TokenFrame, decode, encode
 from kvtransfer.proto import handoff_pb2 as pb
 from kvtransfer.rpc import read, translated
 from kvtransfer.settings import TransferSettings
@@ -182,7 +181,7 @@ class TokenStream:
                 self._connected = False
                 await self._reattach()
                 continue
-            frame = codec.decode(TokenFrame, message.frame)
+            frame = decode(TokenFrame, message.frame)
             if frame.number != self._received + 1:
                 raise ProtocolError(f"frame {frame.number} after frame {self._received}")
             self._received = frame.number
@@ -256,7 +255,7 @@ class TokenStream:
                 await self._to_say.wait()
                 self._to_say.clear()
                 while self._cancels:
-                    await call.write(pb.TokenControl(cancel=codec.encode(self._cancels[0])))
+                    await call.write(pb.TokenControl(cancel=encode(self._cancels[0])))
                     self._said.append(self._cancels.popleft())
                 if self._done > self._acknowledged:
                     number = self._done

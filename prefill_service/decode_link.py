@@ -8,10 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import uniform
 
-from kvtransfer.client import DecodeClient
 from kvtransfer.errors import LostError, RejectedError, RejectReason, TransferError
 from kvtransfer.messages import Open, StateSite
-from kvtransfer.sender import HandOff
+from kvtransfer.sender import DecodeClient, HandOff
 from kvtransfer.tokens import TokenStream
 from prad.core.kv import ModelSpec
 from prad.core.sampling import TokenEvent
@@ -45,12 +44,18 @@ class DecodeLink:
     """Holds one token stream."""
 
     def __init__(
-        self, client: DecodeClient, model: ModelSpec, clock: Callable[[], float] = time.monotonic
+        self,
+        client: DecodeClient,
+        model: ModelSpec,
+        clock: Callable[[], float] = time.monotonic,
+        name: str | None = None,
     ) -> None:
-        """clock: in whose time prompts have their deadlines."""
+        """clock: in whose time prompts have their deadlines. name: who this service is to decode, the same
+        when it is started anew, so that decode frees at once what was left there; None: a new one."""
         self._client = client
         self._model = model
         self._clock = clock
+        self._name = name or f"prefill-{uuid.uuid4().hex[:12]}"
         self._stream: TokenStream | None = None
         self._full = False
         self._trouble = f"not connected to the decode service at {client.address} yet"
@@ -128,7 +133,7 @@ class DecodeLink:
         description = await self._client.describe()
         if (difference := self._model.difference(description.model, "prefill", "decode")) is not None:
             raise DecodeUnavailableError(f"it serves another model: {difference}")
-        stream = await self._client.attach(f"prefill-{uuid.uuid4().hex[:12]}")
+        stream = await self._client.attach(self._name)
         async with stream:
             self._stream = stream
             logger.info("connected to the decode service at %s", self._client.address)

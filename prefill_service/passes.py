@@ -7,6 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -214,7 +215,7 @@ def _computed_rows(chunks: Sequence[Chunk[Prompt]]) -> Iterator[PassRows]:
     for chunk, start in zip(chunks, starts, strict=True):
         state = chunk.prompt.state
         if isinstance(state, Prefilling) and state.hand_off is not None:
-            yield PassRows(state.hand_off, start, chunk.start, len(chunk))
+            yield state.hand_off.rows(start, chunk.start, len(chunk))
 
 
 def _cached_rows(chunks: Sequence[Chunk[Prompt]], pools: Pools) -> tuple[list[PassRows], Tensor]:
@@ -225,7 +226,7 @@ def _cached_rows(chunks: Sequence[Chunk[Prompt]], pools: Pools) -> tuple[list[Pa
         if not isinstance(state, Prefilling) or state.hand_off is None or not state.computed_none:
             continue
         if state.cached:
-            rows.append(PassRows(state.hand_off, sum(map(len, slots)), 0, state.cached))
+            rows.append(state.hand_off.rows(sum(map(len, slots)), 0, state.cached))
             slots.append(pools.slots(state.table, state.cached))
     return rows, torch.cat(slots)
 
@@ -236,7 +237,8 @@ def _cut(rows: Sequence[PassRows], start: int, end: int) -> list[PassRows]:
     for r in rows:
         first, last = max(r.start, start), min(r.start + r.token_count, end)
         if first < last:
-            pieces.append(PassRows(r.hand_off, first - start, r.first_token + first - r.start, last - first))
+            token = r.first_token + first - r.start
+            pieces.append(replace(r, start=first - start, first_token=token, token_count=last - first))
     return pieces
 
 

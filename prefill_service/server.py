@@ -17,9 +17,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from adapter_registry.client import AsyncRegistryClient
-from kvtransfer.client import DecodeClient
-from kvtransfer.frames import Encoding
-from kvtransfer.memory import keep_freed_memory
+from kvtransfer.frames import Encoding, keep_freed_memory
+from kvtransfer.sender import DecodeClient
 from kvtransfer.settings import TransferSettings
 from prad.adapters import Adapter, load_adapter, require_free_names
 from prad.artefact import AdapterRecord, Artefact, task_token_id
@@ -154,7 +153,8 @@ class Parts(Collector):
             overlap=overlap,
             nice=settings.nice,
         )
-        link = DecodeLink(client, model.spec)
+        name = f"prefill {socket.gethostname()}:{settings.port}" if settings.port else None
+        link = DecodeLink(client, model.spec, name=name)
         return cls(scheduler, passes, residents, PrefillEngine(scheduler, passes, link, residents, settings))
 
     def collect(self) -> Iterable[Metric]:

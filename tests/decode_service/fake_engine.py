@@ -2,45 +2,29 @@
 
 from collections.abc import Sequence
 
-from decode_service.protocol import PlacedRows
-from decode_service.sequences import EngineStatus
+from decode_service.engine import PagedEngine
+from decode_service.reservations import PlacedRows, Reservation
+from decode_service.scheduler import EngineStatus
 from kvtransfer.errors import FencedError, RejectedError
 from kvtransfer.frames import Incoming
 from kvtransfer.messages import Cancel, Open
 from prad.core.sampling import Token
 
 
-class FakeReservation:
-    """What was done with it, in order; `held` False: its room was taken away."""
-
-    block_count = 7
+class FakeReservation(Reservation):
+    """Of 7 blocks. What was done with it, in order; `held` False: its room was taken away."""
 
     def __init__(self, client_id: str, request: Open) -> None:
-        self.client_id = client_id
-        self.request = request
+        super().__init__(client_id, request, blocks=(tuple(range(7)),), shared=0)
+        self.room = self
         self.held = True
         self.calls: list[str] = []
         self.written: list[tuple[int, int, bytes]] = []  # layer, first token, keys
         self.first_tokens: tuple[Token, ...] = ()
 
-    def require_held(self) -> None:
-        if not self.held:
-            raise FencedError("taken over")
 
-    def put_state(self, site: str, data: bytes) -> None:
-        self.calls.append(f"state {site}")
-
-    def commit(self, first_tokens: Sequence[Token]) -> None:
-        self.require_held()
-        self.first_tokens = tuple(first_tokens)
-        self.calls.append("commit")
-
-    def release(self) -> None:
-        self.calls.append("release")
-
-
-class FakeEngine:
-    """As protocol.DecodeEngine. `refusal`: what admit raises, if anything."""
+class FakeEngine(PagedEngine):
+    """Nothing of the real one is left but what it is asked. `refusal`: what admit raises, if anything."""
 
     def __init__(self) -> None:
         self.reservations: list[FakeReservation] = []
@@ -54,13 +38,34 @@ class FakeEngine:
         self.reservations.append(FakeReservation(client_id, request))
         return self.reservations[-1]
 
+    def require_held(self, reservation: Reservation) -> None:
+        if not _ours(reservation).held:
+            raise FencedError("taken over")
+
     def write(self, frame: Incoming, rows: Sequence[PlacedRows]) -> None:
         for row in rows:
-            assert isinstance(row.reservation, FakeReservation)
+            reservation = _ours(row.room)
             for layer, (keys, _) in enumerate(frame.layers, frame.first_layer):
-                width = row.reservation.request.model.layout.key_bytes(layer)
+                width = reservation.request.model.layout.key_bytes(layer)
                 mine = keys[row.start * width : (row.start + row.token_count) * width]
-                row.reservation.written.append((layer, row.first_token, bytes(mine)))
+                reservation.written.append((layer, row.first_token, bytes(mine)))
+
+    def put_state(self, reservation: Reservation, site: str, data: bytes) -> None:
+        _ours(reservation).calls.append(f"state {site}")
+
+    def commit(self, reservation: Reservation, first_tokens: Sequence[Token]) -> None:
+        self.require_held(reservation)
+        _ours(reservation).first_tokens = tuple(first_tokens)
+        _ours(reservation).calls.append("commit")
+
+    def release(self, reservation: Reservation) -> None:
+        _ours(reservation).calls.append("release")
+
+    def start(self) -> None:
+        raise AssertionError("the service starts nothing")
+
+    def stop(self) -> None:
+        raise AssertionError("the service stops nothing")
 
     def step(self) -> None:
         raise AssertionError("the service never steps")
@@ -76,3 +81,8 @@ class FakeEngine:
 
     def status(self) -> EngineStatus:
         return EngineStatus(16, 100, 60, 32, 3, 5)
+
+
+def _ours(reservation: Reservation) -> FakeReservation:
+    assert isinstance(reservation, FakeReservation)
+    return reservation

@@ -2,8 +2,9 @@
 
 import asyncio
 import itertools
+import os
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -11,10 +12,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from decode_service.server import DecodeServer
 from decode_service.settings import DecodeSettings
-from kvtransfer.client import DecodeClient
 from kvtransfer.errors import LostError
 from kvtransfer.messages import Open
-from kvtransfer.sender import HandOff, PassRows, send_layer
+from kvtransfer.sender import DecodeClient, HandOff, send_layer
 from kvtransfer.settings import TransferSettings
 from kvtransfer.tokens import TokenStream
 from prad.core.sampling import SamplingParams, Token, TokenEvent
@@ -95,7 +95,7 @@ async def send(
     hand_off: HandOff, layer: int, key: torch.Tensor, value: torch.Tensor, first_token: int = 0
 ) -> None:
     """A layer's keys and values [tokens, kv_heads, dim] of one hand-off alone."""
-    await send_layer(layer, [raw(key), raw(value)], [PassRows(hand_off, 0, first_token, len(key))])
+    await send_layer(layer, [raw(key), raw(value)], [hand_off.rows(0, first_token, len(key))])
 
 
 class Prefill:
@@ -219,6 +219,15 @@ async def all_free(server: DecodeServer) -> None:
     """Waits until nothing is reserved and nothing runs; then every block must be free."""
     while (s := server.engine.status()).sequences or s.free_blocks != s.total_blocks:  # noqa: ASYNC110
         await asyncio.sleep(0.005)
+
+
+def memory_files() -> list[str]:
+    """This process's files of shared memory, its mappings included."""
+    links = []
+    for number in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):  # the listing's own
+            links.append(os.readlink(f"/proc/self/fd/{number}"))
+    return [link for link in links if link.startswith("/memfd:prad-kv")]
 
 
 def llama() -> LanguageModel:

@@ -14,10 +14,10 @@ from handing_over import Prefill, llama, prefilling, prompt
 from test_decode_process import listening
 
 from decode_service.engine import PagedEngine
+from decode_service.reservations import Limits
 from decode_service.runner import ModelRunner
 from decode_service.scheduler import Scheduler
 from decode_service.server import DecodeServer
-from decode_service.validation import Limits
 from kvtransfer.errors import LostError, RejectedError, RejectReason
 from kvtransfer.messages import Open
 from prad.core.kv import BlockPool
@@ -137,7 +137,8 @@ def test_a_fault_outside_the_pass_is_reported_by_the_thread(model: LanguageModel
         on_failure=failures.append,
     )
     engine.start()
-    engine.admit("c", Open("r", model.spec, 5, 5, 5, SamplingParams(max_tokens=9))).commit([Token(2)])
+    reservation = engine.admit("c", Open("r", model.spec, 5, 5, 5, SamplingParams(max_tokens=9)))
+    engine.commit(reservation, [Token(2)])
     engine.stop()
     assert failures == ["the decode engine failed: a fault of ours"]
     assert [e.finish_reason for e in events] == (["error"] if fault == "observe" else [])

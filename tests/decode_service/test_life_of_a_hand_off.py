@@ -8,11 +8,10 @@ import pytest
 from handing_over import Prefill, all_free, decode_settings, prefilling, prompt, prompt_pass, quick, send
 
 from decode_service.server import DecodeServer, serving
-from kvtransfer.client import DecodeClient
 from kvtransfer.errors import CorruptError, FencedError, LostError, ProtocolError, RejectedError, RejectReason
 from kvtransfer.frames import Outgoing
 from kvtransfer.messages import Open
-from kvtransfer.sender import PassRows, send_layer
+from kvtransfer.sender import DecodeClient, send_layer
 from prad.core.sampling import SamplingParams, Token
 from prad.lm import LanguageModel
 
@@ -42,6 +41,25 @@ async def test_abort_frees(prefill: Prefill, server: DecodeServer) -> None:
     await hand_off.abort("twice is once")
     assert server.engine.status().sequences == 0
     await all_free(server)
+
+
+async def test_a_broken_hand_off_is_known_before_its_next_chunk(prefill: Prefill) -> None:
+    """Of a prompt in chunks the first was sent, the second is computed: nothing is sent meanwhile."""
+    refused, lost = [await prefill.client.open(prefill.request(17, LONG)) for _ in range(2)]
+    first = [(key[:8], value[:8]) for key, value in prompt_pass(prefill.model, prompt(17)).layers]
+    for hand_off in (refused, lost, refused):  # the second time these are tokens that decode has
+        assert hand_off.failure is None
+        for layer, (key, value) in enumerate(first):
+            await send(hand_off, layer, key, value)
+    with pytest.raises(ProtocolError, match="goes on at token 8"):
+        await refused.ended
+    assert isinstance(refused.failure, ProtocolError)
+    assert lost.failure is None
+    lost.stream.fail(LostError("the connection broke"))
+    assert isinstance(lost.failure, LostError)
+    done = await prefill.client.open(prefill.request(5, SHORT))
+    await done.abort("enough")
+    assert (done.over, done.failure) == (True, None)
 
 
 async def test_a_prefill_that_dies_frees(model: LanguageModel, server: DecodeServer) -> None:
@@ -193,7 +211,7 @@ async def test_a_broken_hand_off_tells_what_was_wrong(prefill: Prefill, server: 
     short = await prefill.client.open(prefill.request(5, SHORT))
     for planes in ([bytes(3), bytes(3)], [bytes(1000)]):
         with pytest.raises(ValueError, match="bytes per token"):
-            await send_layer(0, planes, [PassRows(short, 0, 0, 1)])
+            await send_layer(0, planes, [short.rows(0, 0, 1)])
     await short.abort("nothing was sent")
     await all_free(server)
 

@@ -2,9 +2,9 @@
 with the hand-offs they hit."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+import os
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from handing_over import (
     all_free,
     decode_settings,
     llama,
+    memory_files,
     prefilling,
     prompt,
     prompt_pass,
@@ -21,13 +22,11 @@ from handing_over import (
     raw,
 )
 
-from decode_service.sequences import HandOffId
+from decode_service.reservations import HandOffId
 from decode_service.server import DecodeServer, serving
-from kvtransfer import memory
 from kvtransfer.errors import CorruptError, FencedError, LostError, ProtocolError
-from kvtransfer.frames import Encoding, Outgoing
+from kvtransfer.frames import Encoding, Outgoing, Segment
 from kvtransfer.int8 import quantise
-from kvtransfer.memory import Segment
 from kvtransfer.proto import handoff_pb2 as pb
 from kvtransfer.sender import HandOff, PassRows, send_layer
 from prad.core.sampling import SamplingParams, Token
@@ -37,17 +36,11 @@ SHORT = SamplingParams(max_tokens=8)
 LENGTHS = (9, 16, 1, 33)
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(memory, "FOLDER", tmp_path)
-    return tmp_path
-
-
 @pytest.fixture(params=["messages", "shared", "refused", "tiny ring"])
 async def payload(
-    request: pytest.FixtureRequest, model: LanguageModel, folder: Path
+    request: pytest.FixtureRequest, model: LanguageModel
 ) -> AsyncIterator[tuple[DecodeServer, Prefill]]:
-    """Every way for the bytes; the segment's name is gone as soon as decode has answered."""
+    """Every way for the bytes; the segment's file is closed as soon as decode has answered."""
     size = {"messages": 0, "tiny ring": 6000}.get(request.param, 1 << 20)
     settings = decode_settings(shared_memory=request.param != "refused")
     async with (
@@ -56,12 +49,11 @@ async def payload(
     ):
         await (await client.client.open(client.request(5, SHORT))).abort("a first one, until all is agreed")
         yield server, client
-        assert left_in(folder) == []
 
 
 @pytest.fixture
 async def shared(
-    model: LanguageModel, server: DecodeServer, folder: Path, monkeypatch: pytest.MonkeyPatch
+    model: LanguageModel, server: DecodeServer, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Prefill]:
     """Whose frames all go through shared memory."""
 
@@ -71,8 +63,11 @@ async def shared(
         yield client
 
 
-def left_in(folder: Path) -> list[str]:
-    return [path.name for path in folder.iterdir()]
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    """Whatever happened: no shared memory is held when all that took part is gone."""
+    yield
+    assert memory_files() == []
 
 
 def packed(model: LanguageModel, prompts: Sequence[Sequence[int]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -83,10 +78,12 @@ def packed(model: LanguageModel, prompts: Sequence[Sequence[int]]) -> list[tuple
     return layers
 
 
-async def opened(client: Prefill, lengths: Sequence[int], **more: Any) -> list[PassRows]:
+async def opened(
+    client: Prefill, lengths: Sequence[int], **more: Any
+) -> tuple[list[HandOff], list[PassRows]]:
     hand_offs = await asyncio.gather(*(client.client.open(client.request(n, SHORT, **more)) for n in lengths))
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
-    return [PassRows(h, start, 0, n) for h, start, n in zip(hand_offs, starts, lengths, strict=True)]
+    return hand_offs, [h.rows(s, 0, n) for h, s, n in zip(hand_offs, starts, lengths, strict=True)]
 
 
 def stored(server: DecodeServer, hand_off: HandOff, layer: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -101,12 +98,10 @@ def stored(server: DecodeServer, hand_off: HandOff, layer: int) -> list[tuple[to
     return out
 
 
-async def arrived(rows: PassRows) -> None:
+async def arrived(hand_off: HandOff) -> None:
     """Whatever was sent before has been taken: a neighbour's answer comes behind it."""
-    stream = rows.hand_off.stream
-    await (
-        await stream.open(replace(rows.hand_off.request, request_id="behind", kv_len=1, prompt_len=1))
-    ).abort("that was all")
+    request = replace(hand_off.request, request_id="behind", kv_len=1, prompt_len=1)
+    await (await hand_off.stream.open(request)).abort("that was all")
 
 
 @pytest.mark.parametrize("choices", [1, 3])
@@ -116,36 +111,36 @@ async def test_bytes_arrive_equal(
     server, client = payload
     prompts = [prompt(n) for n in LENGTHS]
     layers = packed(model, prompts)
-    rows = await opened(client, LENGTHS, choices=choices)
+    hand_offs, rows = await opened(client, LENGTHS, choices=choices)
     for layer, (key, value) in enumerate(layers):
         await send_layer(layer, [raw(key), raw(value)], rows)
-    await arrived(rows[0])
+    await arrived(hand_offs[0])
     for layer, (key, value) in enumerate(layers):
-        for r in rows:
+        for hand_off, r in zip(hand_offs, rows, strict=True):
             mine = slice(r.start, r.start + r.token_count)
-            for k, v in stored(server, r.hand_off, layer):
+            for k, v in stored(server, hand_off, layer):
                 assert torch.equal(k, key[mine])
                 assert torch.equal(v, value[mine])
-    await asyncio.gather(*(r.hand_off.abort("seen") for r in rows))
+    await asyncio.gather(*(hand_off.abort("seen") for hand_off in hand_offs))
     await all_free(server)
 
 
 async def test_int8_arrives_close(payload: tuple[DecodeServer, Prefill], model: LanguageModel) -> None:
     server, client = payload
     layers = packed(model, [prompt(n) for n in LENGTHS])
-    rows = await opened(client, LENGTHS)
+    hand_offs, rows = await opened(client, LENGTHS)
     for layer, pair in enumerate(layers):
         planes = [raw(part) for states in pair for part in quantise(states)]
         await send_layer(layer, planes, rows, Encoding.INT8)
-    await arrived(rows[0])
+    await arrived(hand_offs[0])
     for layer, pair in enumerate(layers):
-        for r in rows:
-            for got, sent in zip(stored(server, r.hand_off, layer)[0], pair, strict=True):
+        for hand_off, r in zip(hand_offs, rows, strict=True):
+            for got, sent in zip(stored(server, hand_off, layer)[0], pair, strict=True):
                 exact = sent[r.start : r.start + r.token_count]
                 step = exact.abs().amax(dim=-1, keepdim=True) / 127
                 assert ((got - exact).abs() <= 0.501 * step).all()
                 assert not torch.equal(got, exact)
-    await asyncio.gather(*(r.hand_off.commit([Token(1)]) for r in rows))
+    await asyncio.gather(*(hand_off.commit([Token(1)]) for hand_off in hand_offs))
     await all_free(server)
 
 
@@ -154,12 +149,12 @@ async def test_a_pass_generates_what_one_at_a_time_does(
 ) -> None:
     _, client = payload
     alone = [await client.generate(prompt(n), SHORT) for n in LENGTHS]
-    rows = await opened(client, LENGTHS)
+    hand_offs, rows = await opened(client, LENGTHS)
     for layer, (key, value) in enumerate(packed(model, [prompt(n) for n in LENGTHS])):
         await send_layer(layer, [raw(key), raw(value)], rows)
-    await asyncio.gather(*(r.hand_off.commit([Token(t[0])]) for r, t in zip(rows, alone, strict=True)))
-    for r, tokens in zip(rows, alone, strict=True):
-        events = await client.got.until(r.hand_off.request.request_id)
+    await asyncio.gather(*(h.commit([Token(t[0])]) for h, t in zip(hand_offs, alone, strict=True)))
+    for hand_off, tokens in zip(hand_offs, alone, strict=True):
+        events = await client.got.until(hand_off.request.request_id)
         assert [t.id for e in events for t in e.tokens] == tokens[1:]
 
 
@@ -169,22 +164,21 @@ async def test_a_neighbour_that_ends_leaves_the_rest_of_the_pass(
     """Its blocks may be someone else's by then: none of its later rows may be written."""
     server, client = payload
     layers = packed(model, [prompt(n) for n in LENGTHS])
-    rows = await opened(client, LENGTHS)
-    (first, *rest), gone = layers, rows[1]
+    hand_offs, rows = await opened(client, LENGTHS)
+    (first, *rest), gone = layers, hand_offs[1]
     await send_layer(0, [raw(first[0]), raw(first[1])], rows)
-    fenced = await client.client.open(replace(gone.hand_off.request, attempt=2))
+    fenced = await client.client.open(replace(gone.request, attempt=2))
     for layer, (key, value) in enumerate(rest, 1):
         await send_layer(layer, [raw(key), raw(value)], rows)
-    await arrived(rows[0])
+    await arrived(hand_offs[0])
     for layer, (key, _) in enumerate(layers):
-        for r in (rows[0], rows[2], rows[3]):
-            assert torch.equal(
-                stored(server, r.hand_off, layer)[0][0], key[r.start : r.start + r.token_count]
-            )
+        for i in (0, 2, 3):
+            mine = slice(rows[i].start, rows[i].start + rows[i].token_count)
+            assert torch.equal(stored(server, hand_offs[i], layer)[0][0], key[mine])
     assert not stored(server, fenced, 2)[0][0].any()
     with pytest.raises(FencedError):
-        await gone.hand_off.commit([Token(1)])
-    await asyncio.gather(fenced.abort("seen"), *(r.hand_off.abort("seen") for r in rows))
+        await gone.commit([Token(1)])
+    await asyncio.gather(fenced.abort("seen"), *(hand_off.abort("seen") for hand_off in hand_offs))
     await all_free(server)
 
 
@@ -244,8 +238,15 @@ async def test_a_bad_frame_fails_its_hand_offs_only(
 async def test_rows_of_a_hand_off_that_never_was_end_the_stream(
     shared: Prefill, server: DecodeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    placed = Outgoing.placed
+
+    def misnamed(outgoing: Outgoing, memory: memoryview, offset: int) -> pb.KV:
+        frame = placed(outgoing, memory, offset)
+        frame.rows[0].hand_off += 1
+        return frame
+
     hand_off = await shared.client.open(shared.request(5, SHORT))
-    hand_off.number += 1
+    monkeypatch.setattr(Outgoing, "placed", misnamed)
     await shared.send(hand_off, prompt_pass(shared.model, prompt(5)))
     with pytest.raises(ProtocolError, match="never opened"):
         await hand_off.commit([Token(1)])
@@ -255,13 +256,13 @@ async def test_rows_of_a_hand_off_that_never_was_end_the_stream(
 
 
 async def test_a_segment_that_vanishes_before_decode_looks(
-    model: LanguageModel, server: DecodeServer, folder: Path, monkeypatch: pytest.MonkeyPatch
+    model: LanguageModel, server: DecodeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = Segment.__init__
 
     def vanishing(self: Segment, size: int) -> None:
         made(self, size)
-        (folder / self.name).unlink()
+        self.close_file()
 
     monkeypatch.setattr(Segment, "__init__", vanishing)
     async with prefilling(model, server.port) as client:
@@ -269,24 +270,25 @@ async def test_a_segment_that_vanishes_before_decode_looks(
 
 
 async def test_another_memory_of_the_same_name_is_not_used(
-    model: LanguageModel, server: DecodeServer, folder: Path, monkeypatch: pytest.MonkeyPatch
+    model: LanguageModel, server: DecodeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As between two containers: the nonce tells."""
     made = Segment.__init__
 
     def replaced(self: Segment, size: int) -> None:
         made(self, size)
-        (folder / self.name).unlink()
-        (folder / self.name).write_bytes(bytes(size))
+        other = object.__new__(Segment)
+        made(other, size)
+        os.dup2(int(other.name.split("/")[-1]), int(self.name.split("/")[-1]), inheritable=False)
+        other.close()
 
     monkeypatch.setattr(Segment, "__init__", replaced)
     monkeypatch.delattr(Outgoing, "placed")
     async with prefilling(model, server.port) as client:
         assert len(await client.generate(prompt(9), SHORT)) == 8
-    assert left_in(folder) == []
 
 
-async def test_a_decode_that_dies_leaves_nothing(folder: Path) -> None:
+async def test_a_decode_that_dies_leaves_nothing() -> None:
     model = llama()
     async with serving(decode_settings(), model) as server:
         client = prefilling(model, server.port)
@@ -294,5 +296,5 @@ async def test_a_decode_that_dies_leaves_nothing(folder: Path) -> None:
         hand_off = await prefill.client.open(prefill.request(5, SHORT))
     with pytest.raises(LostError):
         await hand_off.commit([Token(1)])
-    assert left_in(folder) == []
+    assert memory_files() == []
     await client.__aexit__(None, None, None)

@@ -8,7 +8,7 @@ import pytest
 
 @pytest.mark.parametrize(
     "module",
-    ["decode_service", "decode_service.sequences", "decode_service.scheduler", "decode_service.protocol"],
+    ["decode_service", "decode_service.reservations", "decode_service.scheduler", "decode_service.engine"],
 )
 def test_importing_policy_loads_neither_torch_nor_grpc(module: str) -> None:
     assert loaded_by(module) <= loaded_by("kvtransfer") & {"grpc"}

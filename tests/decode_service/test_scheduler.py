@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from decode_service.scheduler import Scheduler
-from decode_service.sequences import FinishReason, HandOffId, Reserved, Running, SequenceId
+from decode_service.reservations import HandOffId, Reservation
+from decode_service.scheduler import FinishReason, Running, Scheduler, SequenceId
 from kvtransfer.errors import RejectedError, RejectReason
 from kvtransfer.messages import Open
 from prad.core.kv import BlockPool, KVLayout, LayerKV, ModelSpec
@@ -105,7 +105,7 @@ def request(
     )
 
 
-def running(reserved: Reserved, choice: int = 0) -> Running:
+def running(reserved: Reservation, choice: int = 0) -> Running:
     kv_len = reserved.request.kv_len
     table = reserved.blocks[choice]
     at = 1, 0, kv_len, kv_len
@@ -154,11 +154,11 @@ def test_cancelled_blocks_are_free_only_between_steps(scheduler: Scheduler, bloc
     reserved = scheduler.reserve("c", request())
     sequence = running(reserved)
     scheduler.start(reserved, [sequence])
-    assert scheduler.schedule(0).batch == (sequence,)
+    assert scheduler.schedule(0) == [sequence]
     scheduler.cancel(reserved.id)
     assert not scheduler.runs(sequence)
     assert (blocks.free_count, scheduler.has_work) == (6, True)
-    assert scheduler.schedule(0).batch == ()
+    assert scheduler.schedule(0) == []
     assert (blocks.free_count, scheduler.has_work) == (8, False)
 
 
@@ -168,7 +168,7 @@ def test_choices_leave_one_by_one(scheduler: Scheduler, blocks: BlockPool) -> No
     scheduler.start(reserved, sequences)  # choice 1 has ended with its first token
     assert (blocks.free_count, scheduler.running_count) == (5, 2)
     scheduler.finish(sequences[0])
-    assert (blocks.free_count, scheduler.schedule(0).batch) == (6, (sequences[1],))
+    assert (blocks.free_count, scheduler.schedule(0)) == (6, [sequences[1]])
     scheduler.cancel(reserved.id, 2)
     scheduler.schedule(0)
     assert (blocks.free_count, scheduler.has_work) == (8, False)
@@ -178,17 +178,17 @@ def test_a_deadline_is_told(scheduler: Scheduler) -> None:
     reserved = scheduler.reserve("c", request(), deadline=100.0)
     sequence = running(reserved)
     scheduler.start(reserved, [sequence])
-    assert scheduler.schedule(99.9).batch == (sequence,)
-    plan = scheduler.schedule(100.0)
-    assert plan.batch == ()
-    assert [(e.sequence, e.reason) for e in plan.ended] == [(sequence, FinishReason.DEADLINE)]
+    assert scheduler.schedule(99.9) == [sequence]
+    assert scheduler.schedule(100.0) == []
+    assert [(e.sequence, e.reason) for e in scheduler.take_ended()] == [(sequence, FinishReason.DEADLINE)]
 
 
 def test_a_higher_attempt_fences(scheduler: Scheduler, blocks: BlockPool) -> None:
     low = scheduler.reserve("c", request(attempt=1))
     scheduler.start(low, [running(low)])
     middle = scheduler.reserve("c", request(attempt=2))
-    assert [e.reason for e in scheduler.schedule(0).ended] == [FinishReason.ERROR]
+    scheduler.schedule(0)
+    assert [e.reason for e in scheduler.take_ended()] == [FinishReason.ERROR]
     high = scheduler.reserve("c", request(attempt=5))
     assert not scheduler.holds(middle)
     assert blocks.free_count == 6
@@ -254,21 +254,24 @@ def test_clients_of_equal_request_ids_do_not_meet(scheduler: Scheduler, blocks: 
     sequence = running(ours)
     scheduler.start(ours, [sequence])
     theirs = scheduler.reserve("d", request(attempt=7))
-    assert scheduler.schedule(0).ended == ()
+    assert scheduler.take_ended() == []
     scheduler.cancel(HandOffId("d", "r", 1))
     assert scheduler.runs(sequence)
     again = scheduler.reserve("c", request(attempt=2))  # 2 is higher than our own 1: not fenced by 7
-    assert [e.sequence for e in scheduler.schedule(0).ended] == [sequence]
+    assert [e.sequence for e in scheduler.take_ended()] == [sequence]
     assert scheduler.holds(theirs)
     assert scheduler.holds(again)
+    scheduler.schedule(0)
     assert blocks.free_count == 4
 
 
-def test_abandoning_ends_everything_and_says_who_has_yet_to_hear(scheduler: Scheduler) -> None:
+def test_ending_all_says_once_who_has_yet_to_hear(scheduler: Scheduler) -> None:
     first, second = scheduler.reserve("c", request("a")), scheduler.reserve("c", request("b"))
     sequence = running(first)
     scheduler.start(first, [sequence])
-    (ended,) = scheduler.abandon("broken")
+    scheduler.end_all("broken")
+    (ended,) = scheduler.take_ended()
+    assert scheduler.take_ended() == []
     assert (ended.sequence, ended.reason, ended.message) == (sequence, FinishReason.ERROR, "broken")
     assert not scheduler.holds(second)
     assert scheduler.sequence_count == 0

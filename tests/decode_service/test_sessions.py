@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from decode_service.sessions import Sessions
+from decode_service.service import Sessions
 from kvtransfer.errors import FencedError, LostError, ProtocolError
 from kvtransfer.tokens import Attachment
 from prad.core.sampling import TokenEvent
@@ -49,6 +49,21 @@ async def test_each_client_gets_its_own_events_in_one_frame_per_step(sessions: S
     assert await names(ours, 2) == [["x", "y"], ["v"]]
     assert await names(theirs, 1) == [["z"]]
     assert sessions.flushed
+
+
+async def test_who_is_started_anew_frees_what_it_left_at_once(sessions: Sessions, gone: Gone) -> None:
+    """But for what has a stream: whoever takes another's name ends nothing of it."""
+    left, stream = sessions.attach("c", "", 0)
+    sessions.detach(left, stream)
+    alive, _ = sessions.attach("other", "", 0)
+    assert gone == []
+    anew, _ = sessions.attach("c", "", 0)
+    assert gone == [left]
+    sessions.attach("c", "", 0)
+    sessions.attach("other", "", 0)
+    assert gone == [left]
+    assert sessions.knows(anew)
+    assert sessions.knows(alive)
 
 
 async def test_a_session_goes_on_where_its_client_stopped(sessions: Sessions, gone: Gone) -> None:

@@ -17,8 +17,7 @@ from handing_over import (
     raw,
 )
 
-from decode_service.scheduler import Scheduler
-from decode_service.sequences import Running, SequenceId
+from decode_service.scheduler import Running, Scheduler, SequenceId
 from decode_service.server import DecodeServer, serving
 from kvtransfer.errors import CorruptError, ProtocolError, RejectedError, RejectReason
 from kvtransfer.messages import Open, StateSite

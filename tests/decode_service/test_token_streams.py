@@ -21,8 +21,8 @@ from handing_over import (
 )
 
 from decode_service.server import BindError, CacheTooSmallError, DecodeServer, serving
-from kvtransfer import codec
 from kvtransfer.errors import FencedError, LostError, RejectedError, RejectReason
+from kvtransfer.messages import encode
 from kvtransfer.proto import handoff_pb2 as pb
 from kvtransfer.proto.handoff_pb2_grpc import DecodeStub
 from prad.core.sampling import SamplingParams, Token
@@ -167,7 +167,7 @@ async def raw_hand_offs(server: DecodeServer, *frames: pb.HandOffFrame) -> pb.Ha
 
 
 async def test_a_session_that_is_guessed_hands_nothing_over(prefill: Prefill, server: DecodeServer) -> None:
-    request = codec.encode(prefill.request(5, LONG))
+    request = encode(prefill.request(5, LONG))
     request.hand_off = 1
     for guess in ("", prefill.stream.client_id, prefill.stream.session[:-1]):
         begin = pb.HandOffFrame(begin=pb.Begin(session=guess))
@@ -228,16 +228,48 @@ async def test_a_frozen_service_is_noticed(model: LanguageModel, server: DecodeS
         assert len(await prefill.got.until(request.request_id)) == 8
 
 
-@pytest.mark.parametrize("method", ["HandOffs", "Tokens"])
+@pytest.mark.parametrize("method", ["prad.kvtransfer.v1.Decode/HandOffs", "prad.kvtransfer.v1.Decode/Tokens"])
 async def test_garbage_is_refused_in_one_line(
     server: DecodeServer, caplog: pytest.LogCaptureFixture, method: str
 ) -> None:
+    caplog.set_level("INFO")
     async with insecure_channel(f"127.0.0.1:{server.port}") as channel:
-        call = channel.stream_stream(f"/prad.kvtransfer.v1.Decode/{method}")()
+        call = channel.stream_stream(f"/{method}")()
         await call.write(b"\xff\xff garbage")
         with pytest.raises(AioRpcError) as caught:
             await call.read()
         assert caught.value.code() is StatusCode.INVALID_ARGUMENT
+    assert "Traceback" not in caplog.text
+    assert [r.message.split(":")[:2] for r in caplog.records] == [["a call ends", " not a message"]]
+
+
+@pytest.mark.parametrize("method", ["prad.kvtransfer.v1.Decode/Describe", "grpc.health.v1.Health/Check"])
+async def test_garbage_in_a_single_message_is_refused_in_one_line(
+    server: DecodeServer, caplog: pytest.LogCaptureFixture, method: str
+) -> None:
+    caplog.set_level("INFO")
+    async with insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        with pytest.raises(AioRpcError, match="not a message") as caught:
+            await channel.unary_unary(f"/{method}")(b"\xff\xff garbage")
+        assert caught.value.code() is StatusCode.INVALID_ARGUMENT
+    assert "Traceback" not in caplog.text
+    assert [r.message.split(":")[:2] for r in caplog.records] == [["a call ends", " not a message"]]
+
+
+async def test_bytes_that_are_no_grpc_leave_the_service_alone(
+    prefill: Prefill, server: DecodeServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    for garbage in (
+        b"GET / HTTP/1.1\r\n\r\n",
+        bytes(range(256)) * 9,
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\xff" * 99,
+    ):
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(garbage)
+        writer.write_eof()
+        await reader.read()
+        writer.close()
+    assert len(await prefill.generate(prompt(9), SamplingParams(max_tokens=9))) == 9
     assert "Traceback" not in caplog.text
 
 

@@ -118,7 +118,7 @@ def test_an_early_end_tells_what_was_held(
     for layer, (key, value) in enumerate(prompted.layers):
         pools.write(layer, reservation.room.slots, raw(key), raw(value))
     first = int(prompted.logits.argmax())
-    reservation.commit([Token(first)])
+    engine.commit(reservation, [Token(first)])
     for _ in range(3):
         engine.step()
     assert told == []

@@ -5,7 +5,7 @@ import sys
 
 _FAULTS = """
 import resource
-from kvtransfer.memory import keep_freed_memory
+from kvtransfer.frames import keep_freed_memory
 {call}
 def use():
     for _ in range(8):

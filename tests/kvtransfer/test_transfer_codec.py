@@ -7,10 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtransfer import codec, frames
 from kvtransfer.errors import CorruptError, ProtocolError
-from kvtransfer.frames import Encoding, Outgoing, Rows, plane_bytes
-from kvtransfer.messages import Cancel, Description, Open, StateSite, TokenFrame
+from kvtransfer.frames import Encoding, Outgoing, Rows, plane_bytes, unpack
+from kvtransfer.messages import Cancel, Description, Open, StateSite, TokenFrame, decode, encode
 from kvtransfer.proto import handoff_pb2 as pb
 from prad.core.kv import KVLayout, LayerKV, ModelSpec
 from prad.core.sampling import SamplingParams, Token, TokenEvent
@@ -35,7 +34,7 @@ def over_the_wire(message: object) -> object:
 
 
 def there_and_back(value: object) -> object:
-    return codec.decode(type(value), over_the_wire(codec.encode(value)))
+    return decode(type(value), over_the_wire(encode(value)))
 
 
 @given(SAMPLINGS, st.none() | st.integers(0, 2**40))
@@ -47,7 +46,7 @@ def test_open(sampling: SamplingParams, timeout_ms: int | None) -> None:
 
 
 def test_a_negative_seed_keeps_its_64_bits() -> None:
-    assert codec.encode(SamplingParams(1, seed=-1)).seed == 2**64 - 1
+    assert encode(SamplingParams(1, seed=-1)).seed == 2**64 - 1
 
 
 @given(st.lists(TOKENS).map(tuple), st.sampled_from([None, "stop", "length"]))
@@ -84,9 +83,9 @@ class Abort:
 
 def test_a_field_that_cannot_travel_is_an_error_and_not_silently_dropped() -> None:
     with pytest.raises(TypeError, match="the message Commit has no colour"):
-        codec.encode(Commit(1, "red"))
+        encode(Commit(1, "red"))
     with pytest.raises(TypeError, match="no message holds dict"):
-        codec.encode(Abort(1, {}))
+        encode(Abort(1, {}))
 
 
 def test_bytes_per_token() -> None:
@@ -118,7 +117,7 @@ def test_kv_frames(rows: tuple[Rows, ...], first_layer: int, encoding: Encoding,
     frame, planes = outgoing(first_layer, 3 - first_layer, rows, encoding)
     segment = memoryview(bytearray(frame.size + 100))
     sent = frame.placed(segment, 64) if shared else frame.inline()
-    got = frames.decode(over_the_wire(sent), MODEL, segment)  # type: ignore[arg-type]
+    got = unpack(over_the_wire(sent), MODEL, segment)  # type: ignore[arg-type]
     assert (got.first_layer, got.rows, got.encoding) == (first_layer, rows, encoding)
     assert [tuple(map(bytes, layer)) for layer in got.layers] == planes
     assert got.token_bytes * sum(r.token_count for r in rows) == frame.size
@@ -135,7 +134,7 @@ def test_any_flipped_bit_is_found(shared: bool, data: st.DataObject) -> None:
     if not shared:
         sent.data = bytes(damaged)
     with pytest.raises(CorruptError, match="checksum"):
-        frames.decode(sent, MODEL, memoryview(segment))
+        unpack(sent, MODEL, memoryview(segment))
 
 
 @pytest.mark.parametrize(
@@ -146,7 +145,7 @@ def test_layers_that_are_not_the_models(change: dict[str, int]) -> None:
     for name, value in change.items():
         setattr(frame, name, value)
     with pytest.raises(CorruptError):
-        frames.decode(frame, MODEL)
+        unpack(frame, MODEL)
 
 
 @pytest.mark.parametrize("tokens", [0, 2, 4, 2**32 - 1])
@@ -154,7 +153,7 @@ def test_rows_that_are_not_there(tokens: int) -> None:
     frame = outgoing(0, 2, (Rows(1, 0, 3),))[0].inline()
     frame.rows[0].token_count = tokens
     with pytest.raises(CorruptError):
-        frames.decode(frame, MODEL)
+        unpack(frame, MODEL)
 
 
 def test_places_outside_the_segment() -> None:
@@ -164,23 +163,23 @@ def test_places_outside_the_segment() -> None:
         sent = frame.placed(segment, 0)
         sent.place.offset = offset
         with pytest.raises(CorruptError, match="of 1000 bytes of shared memory"):
-            frames.decode(sent, MODEL, segment)
+            unpack(sent, MODEL, segment)
     sent.place.offset, sent.place.size = 0, frame.size - 1
     with pytest.raises(CorruptError, match="its ranges make"):
-        frames.decode(sent, MODEL, segment)
+        unpack(sent, MODEL, segment)
     with pytest.raises(ProtocolError, match="none is mapped"):
-        frames.decode(frame.placed(segment, 0), MODEL)
+        unpack(frame.placed(segment, 0), MODEL)
 
 
 def test_an_unknown_encoding() -> None:
     frame = outgoing(0, 2, (Rows(1, 0, 3),))[0].inline()
     frame.encoding = 7  # type: ignore[assignment]
     with pytest.raises(ProtocolError, match="unknown encoding 7"):
-        frames.decode(over_the_wire(frame), MODEL)  # type: ignore[arg-type]
+        unpack(over_the_wire(frame), MODEL)  # type: ignore[arg-type]
 
 
 def test_a_dtype_that_does_not_travel() -> None:
     with pytest.raises(ValueError, match="int4"):
         replace(MODEL.layout, dtype="int4")
     with pytest.raises(ValueError, match="layers"):
-        codec.decode(ModelSpec, pb.ModelSpec(fingerprint="x", layout=pb.KVLayout(dtype="float32")))
+        decode(ModelSpec, pb.ModelSpec(fingerprint="x", layout=pb.KVLayout(dtype="float32")))

@@ -51,6 +51,7 @@ class Client:
     def __init__(self, *answers: Any, model: ModelSpec = SPEC) -> None:
         self.model, self.answers = model, list(answers)
         self.streams: list[Stream] = []
+        self.names: list[str] = []
         self.opens: list[Any] = []
         self.together = 0
 
@@ -58,6 +59,7 @@ class Client:
         return self  # all that is asked for is its model
 
     async def attach(self, client_id: str) -> Stream:
+        self.names.append(client_id)
         self.streams.append(Stream())
         return self.streams[-1]
 
@@ -172,6 +174,7 @@ async def test_events_are_passed_on_and_a_loss_is_told_once(monkeypatch: pytest.
         await asyncio.sleep(0)
     assert (heard.events, client.streams[0].cancelled) == ([event], [("r", 1, 0)])
     assert len(heard.losses) == 1
+    assert client.names[0] == client.names[1], "decode frees at once what was left under that name"
     client.streams[-1].connected = False
     await asyncio.sleep(0)
     assert "reconnecting" in (link.trouble or "")

@@ -48,6 +48,16 @@ class Wire:
     token_bytes = 1
 
 
+class Room:
+    """As a hand-off."""
+
+    def __init__(self, name: str) -> None:
+        self._name: Any = name
+
+    def rows(self, *where: int) -> PassRows:
+        return PassRows(self._name, self._name, *where)
+
+
 @pytest.fixture
 def wire(monkeypatch: pytest.MonkeyPatch) -> Wire:
     made = Wire()
@@ -61,7 +71,7 @@ def layer(value: float) -> torch.Tensor:
 
 
 def layers(*, overlap: bool, after: PassLayers | None = None, name: str = "room") -> PassLayers:
-    rows: list[Any] = [PassRows(name, 0, 0, 1)]  # type: ignore[arg-type]
+    rows: list[Any] = [Room(name).rows(0, 0, 1)]
     return PassLayers(3, rows, Encoding.RAW, overlap=overlap, after=after)
 
 
@@ -146,7 +156,7 @@ class Service:
         while chunks := self.scheduler.next_pass(0.0):
             for chunk in chunks:
                 assert isinstance(chunk.prompt.state, Prefilling)
-                room: Any = chunk.prompt.request.request_id
+                room: Any = Room(chunk.prompt.request.request_id)
                 chunk.prompt.state = replace(chunk.prompt.state, hand_off=room)
             result = await self.passes.run(chunks)
             self.scheduler.computed()

@@ -6,12 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtransfer import codec
+from decode_service.reservations import Reservation, read_open
 from kvtransfer.errors import ProtocolError, RejectedError, RejectReason
 from kvtransfer.frames import Encoding, Incoming, Rows, plane_bytes
-from kvtransfer.messages import Open
+from kvtransfer.messages import Open, encode
 from kvtransfer.proto import handoff_pb2 as pb
-from kvtransfer.receiver import Receiver, read_open
 from prad.core.kv import KVLayout, LayerKV, ModelSpec
 from prad.core.sampling import SamplingParams
 
@@ -22,11 +21,15 @@ def request(kv_len: int = 6, choices: int = 1) -> Open:
     return Open("r", MODEL, kv_len, kv_len, kv_len, SamplingParams(9), choices=choices)
 
 
-def receive(receiver: Receiver, layer: int, first_token: int, tokens: int, layers: int = 1) -> None:
+def reservation() -> Reservation:
+    return Reservation("c", request(), blocks=((0,),), shared=0)
+
+
+def receive(book: Reservation, layer: int, first_token: int, tokens: int, layers: int = 1) -> None:
     named = range(layer, layer + layers)
     rows = Rows(1, first_token, tokens)
     token_bytes = sum(sum(plane_bytes(MODEL.layout, i, Encoding.RAW)) for i in named)
-    receiver.receive(Incoming(layer, (rows,), Encoding.RAW, token_bytes, ((),) * layers), rows)
+    book.receive(Incoming(layer, (rows,), Encoding.RAW, token_bytes, ((),) * layers), rows)
 
 
 def commit(total: int = 6 * MODEL.layout.bytes_per_token, tokens: int = 1) -> pb.Commit:
@@ -36,14 +39,14 @@ def commit(total: int = 6 * MODEL.layout.bytes_per_token, tokens: int = 1) -> pb
 @given(st.data())
 def test_in_any_pieces(data: st.DataObject) -> None:
     """Layers may interleave as they like, as long as each one's tokens are in order."""
-    receiver = Receiver(request())
+    book = reservation()
     arrived = [0, 0]
     while arrived != [6, 6]:
         layer = data.draw(st.sampled_from([i for i in (0, 1) if arrived[i] < 6]))
         tokens = data.draw(st.integers(1, 6 - arrived[layer]))
-        receive(receiver, layer, arrived[layer], tokens)
+        receive(book, layer, arrived[layer], tokens)
         arrived[layer] += tokens
-    assert [t.id for t in receiver.commit(commit())] == [4]
+    assert [t.id for t in book.complete(commit())] == [4]
 
 
 @pytest.mark.parametrize(
@@ -56,11 +59,11 @@ def test_in_any_pieces(data: st.DataObject) -> None:
     ],
 )
 def test_rows_that_are_not_due(frames: list[tuple[int, int, int]], message: str) -> None:
-    receiver = Receiver(request())
+    book = reservation()
     for frame in frames[:-1]:
-        receive(receiver, *frame)
+        receive(book, *frame)
     with pytest.raises(ProtocolError, match=message):
-        receive(receiver, *frames[-1])
+        receive(book, *frames[-1])
 
 
 @pytest.mark.parametrize(
@@ -72,25 +75,25 @@ def test_rows_that_are_not_due(frames: list[tuple[int, int, int]], message: str)
     ],
 )
 def test_a_commit_that_does_not_add_up(layers: int, last: pb.Commit, message: str) -> None:
-    receiver = Receiver(request())
-    receive(receiver, 0, 0, 6, layers)
+    book = reservation()
+    receive(book, 0, 0, 6, layers)
     with pytest.raises(ProtocolError, match=message):
-        receiver.commit(last)
+        book.complete(last)
 
 
 def test_open() -> None:
-    assert read_open(codec.encode(request()), MODEL) == request()
+    assert read_open(encode(request()), MODEL) == request()
 
 
 def test_a_mismatch_names_both_sides() -> None:
     other = replace(MODEL, layout=replace(MODEL.layout, dtype="float32"))
     with pytest.raises(RejectedError, match="decode has dtype float16, the hand-off has float32") as caught:
-        read_open(codec.encode(replace(request(), model=other)), MODEL)
+        read_open(encode(replace(request(), model=other)), MODEL)
     assert caught.value.reason is RejectReason.WRONG_MODEL
 
 
 def test_an_unknown_dtype_is_a_wrong_model() -> None:
-    message = codec.encode(request())
+    message = encode(request())
     message.model.layout.dtype = "int4"
     with pytest.raises(RejectedError) as caught:
         read_open(message, MODEL)
