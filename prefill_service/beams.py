@@ -14,7 +14,7 @@ from prad.core.sampling import SamplingParams
 from prad.core.tokens import Token, TokenEvent
 from prad.lm import BeamSearch, Candidate, Limits
 from prefill_service.errors import InternalError
-from prefill_service.generation import PromptRequest
+from prefill_service.prompt import PromptRequest
 
 Ask = Callable[[PromptRequest], AsyncGenerator[TokenEvent, None]]
 

@@ -12,19 +12,18 @@ from functools import partial
 from prad.adapters import Adapter
 from prad.core.tokens import TokenEvent
 from prefill_service.beams import beam_search
+from prefill_service.catalogue import Residents
 from prefill_service.decode_link import DecodeLink, event_error
 from prefill_service.errors import DeadlineError, DecodeUnavailableError, OverloadedError, ServingError
-from prefill_service.generation import PromptRequest
 from prefill_service.pass_loop import PassLoop
 from prefill_service.passes import PassRunner
-from prefill_service.prompt import Committing, Decoding, Finished, Prompt
-from prefill_service.residents import Residents
+from prefill_service.prompt import Committing, Decoding, Finished, Prompt, PromptRequest
 from prefill_service.scheduler import PromptScheduler
 from prefill_service.settings import PrefillSettings
 
 
 class PrefillEngine:
-    """Implements `prefill_service.generation.Engine`. Use `run()` as a task beside the HTTP server.
+    """Implements `prefill_service.prompt.Engine`. Use `run()` as a task beside the HTTP server.
 
     `clock` is the one in which `settings` count.
     """
@@ -48,7 +47,7 @@ class PrefillEngine:
 
     @property
     def trouble(self) -> str | None:
-        """Why no request can be served now; None if all is well."""
+        """See `Engine.trouble`."""
         return self._link.trouble
 
     @property

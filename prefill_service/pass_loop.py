@@ -8,7 +8,6 @@ deliver    first tokens to the client and, with Commit, to decode
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from kvtransfer.errors import TransferError
@@ -90,9 +89,8 @@ class PassLoop:
         self._scheduler.remove(prompt)
         if isinstance(prompt.state, Decoding):
             self._link.cancel(prompt.request.request_id, prompt.attempt)
-        if isinstance(prompt.state, Prefilling):
-            self._give_back(prompt.state.hand_off, "cancelled")
-        prompt.state = Finished()
+        self._give_back(prompt.hand_off, "cancelled")
+        prompt.state, prompt.hand_off = Finished(), None
 
     def _give_back(self, room: Room | None, reason: str) -> None:
         """Decode may take its time to say so: nobody waits for that."""
@@ -133,8 +131,7 @@ class PassLoop:
                     prompt.attempt += 1
                 self._scheduler.put_back(chunk)
             else:
-                if room is not None:
-                    prompt.state = replace(prompt.state, hand_off=room)
+                prompt.hand_off = room or prompt.hand_off
                 admitted.append(chunk)
         return admitted
 
@@ -160,9 +157,10 @@ class PassLoop:
             if tokens is None:
                 reason = "the adapter or the model gave numbers that are not finite"
                 self.fail(prompt, InternalError(reason))
-            elif prompt.deliver_first(tokens, state.cached) and state.hand_off is not None:
+            elif prompt.deliver_first(tokens, state.cached) and prompt.hand_off is not None:
+                hand_off, prompt.hand_off = prompt.hand_off, None
                 prompt.state = Committing()
-                self._do_beside(self._commit(prompt, state.hand_off, result.layers, tokens))
+                self._do_beside(self._commit(prompt, hand_off, result.layers, tokens))
             else:
                 self._end(prompt)
 
@@ -232,5 +230,4 @@ class PassLoop:
 
 
 def _asks_for_room(prompt: Prompt) -> bool:
-    state = prompt.state
-    return prompt.needs_decode and isinstance(state, Prefilling) and state.hand_off is None
+    return prompt.needs_decode and prompt.hand_off is None

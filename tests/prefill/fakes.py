@@ -15,8 +15,7 @@ from prad.core.tokens import Token, TokenEvent
 from prefill_service.decode_link import NoRoom
 from prefill_service.engine import PrefillEngine
 from prefill_service.errors import ServingError
-from prefill_service.generation import PromptRequest, TaskVersion
-from prefill_service.prompt import Prompt
+from prefill_service.prompt import Prompt, PromptRequest, TaskVersion
 from prefill_service.scheduler import PromptScheduler
 from prefill_service.settings import PrefillSettings
 

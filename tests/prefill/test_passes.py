@@ -3,7 +3,6 @@
 import asyncio
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -148,7 +147,7 @@ class Service:
             for chunk in chunks:
                 assert isinstance(chunk.prompt.state, Prefilling)
                 room: Any = chunk.prompt.request.request_id
-                chunk.prompt.state = replace(chunk.prompt.state, hand_off=room)
+                chunk.prompt.hand_off = room
             result = await self.passes.run(chunks)
             self.scheduler.computed()
             computed += sum(map(len, chunks))

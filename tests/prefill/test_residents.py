@@ -10,8 +10,8 @@ import torch
 from prad.adapters import Adapter, load_adapter
 from prad.artefact import Artefact
 from prad.lm import LanguageModel
+from prefill_service.catalogue import Residents
 from prefill_service.errors import InternalError, OverloadedError
-from prefill_service.residents import Residents
 from tests.conftest import random_artefact
 
 
