@@ -8,7 +8,7 @@ import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from random import uniform
 
@@ -18,7 +18,7 @@ from adapter_registry.errors import RegistryError, RegistryUnreachableError
 from adapter_registry.versions import State
 from prad.adapters import Adapter
 from prad.artefact import Artefact
-from prefill_service.errors import InternalError, OverloadedError, UnknownModelError
+from prefill_service.errors import InternalError, UnknownModelError
 from prefill_service.prompt import TaskVersion
 
 logger = logging.getLogger(__name__)
@@ -197,9 +197,20 @@ class _Resident:
     pins: int = 0
 
 
-class Residents:
-    """Bounded by `capacity` bytes. Keyed by digest: versions with the same files share one adapter.
+@dataclass(eq=False, slots=True)
+class _Waiting:
+    """turn: has the resident, pinned, once there is one."""
 
+    artefact: Artefact
+    turn: "asyncio.Future[_Resident]"
+
+
+class Residents:
+    """Adapters in memory: pinned while a prompt needs them, least recently used ones leave first.
+
+    Bounded by `capacity` bytes; one that is larger is alone. Keyed by digest: versions with the same files
+    share one adapter. Who finds no room waits in line, the oldest first. Nobody overtakes, or adapters in
+    steady use would keep it from its room for ever; but those in line who want the same adapter go with it.
     `itemsize`: bytes of a matrix's number in memory.
     """
 
@@ -208,6 +219,7 @@ class Residents:
         self._capacity = capacity
         self._itemsize = itemsize
         self._residents: OrderedDict[str, _Resident] = OrderedDict()
+        self._line: list[_Waiting] = []
 
     @property
     def nbytes(self) -> int:
@@ -218,17 +230,53 @@ class Residents:
 
     @asynccontextmanager
     async def pinned(self, artefact: Artefact) -> AsyncIterator[Adapter]:
-        """The artefact's adapter, kept in memory inside the `async with`.
+        """The artefact's adapter, kept in memory inside the `async with`; waits until there is room for it.
 
-        Raises OverloadedError if pinned adapters leave no room, InternalError if the files do not load.
+        Who holds one must not wait for another. Raises InternalError if the files do not load.
         """
-        resident = self._residents.get(artefact.digest) or self._start_loading(artefact)
-        self._residents.move_to_end(artefact.digest)
-        resident.pins += 1
+        resident = await self._in_turn(artefact)
         try:
             yield await asyncio.shield(resident.loaded)
         finally:
-            resident.pins -= 1
+            self._unpin(resident)
+
+    async def _in_turn(self, artefact: Artefact) -> _Resident:
+        waiting = _Waiting(artefact, asyncio.get_running_loop().create_future())
+        self._line.append(waiting)
+        self._call_up()
+        try:
+            return await asyncio.shield(waiting.turn)
+        except asyncio.CancelledError:  # it leaves; its turn may have come in the same moment
+            if waiting.turn.done():
+                self._unpin(waiting.turn.result())
+            else:
+                self._line.remove(waiting)
+                self._call_up()
+            raise
+
+    def _call_up(self) -> None:
+        """Pins for the first in line as long as there is room, and for all who wait for the same."""
+        while self._line and self._has_room(artefact := self._line[0].artefact):
+            resident = self._residents.get(artefact.digest) or self._start_loading(artefact)
+            self._residents.move_to_end(artefact.digest)
+            line, self._line = self._line, []
+            for waiting in line:
+                if waiting.artefact.digest != artefact.digest:
+                    self._line.append(waiting)
+                else:
+                    resident.pins += 1
+                    waiting.turn.set_result(resident)
+
+    def _unpin(self, resident: _Resident) -> None:
+        resident.pins -= 1
+        self._call_up()
+
+    def _has_room(self, artefact: Artefact) -> bool:
+        """Whether it is in memory, or fits beside what is in use."""
+        if artefact.digest in self._residents:
+            return True
+        in_use = sum(resident.nbytes for resident in self._residents.values() if _in_use(resident))
+        return not in_use or in_use + artefact.nbytes(self._itemsize) <= self._capacity
 
     def _start_loading(self, artefact: Artefact) -> _Resident:
         nbytes = artefact.nbytes(self._itemsize)
@@ -243,17 +291,21 @@ class Residents:
         except Exception as error:
             logger.exception("the adapter %s does not load", artefact.digest)
             del self._residents[artefact.digest]
+            self._call_up()
             raise InternalError(f"the adapter {artefact.digest[:12]} does not load: {error}") from error
         self._residents[artefact.digest].nbytes = adapter.nbytes  # a method may derive more
-        with suppress(OverloadedError):
-            self._make_room(0)
+        self._make_room(0)
+        asyncio.get_running_loop().call_soon(self._call_up)  # when this is done: who wanted it may have left
         return adapter
 
     def _make_room(self, nbytes: int) -> None:
+        """As far as what is in use leaves any."""
         for digest, resident in list(self._residents.items()):
             if self.nbytes + nbytes <= self._capacity:
                 return
-            if resident.pins == 0 and resident.loaded.done():
+            if not _in_use(resident):
                 del self._residents[digest]
-        if self._residents and self.nbytes + nbytes > self._capacity:
-            raise OverloadedError("all resident adapters are in use; try again, or raise adapters_mib")
+
+
+def _in_use(resident: _Resident) -> bool:
+    return resident.pins > 0 or not resident.loaded.done()

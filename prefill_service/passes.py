@@ -7,6 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from kvtransfer.frames import Encoding
 from kvtransfer.int8 import quantise
-from kvtransfer.sender import PassRows, send_layer
+from kvtransfer.sender import HandOff, PassRows, send_layer
 from prad.adapters import AdapterError, PromptAdaptation, split_task_tokens
 from prad.core.chunk import Chunk
 from prad.core.sampling import SampleKey
@@ -199,12 +200,22 @@ class PassRunner:
         """Starts no further pass."""
         self._computing.shutdown(wait=False, cancel_futures=True)
 
-    async def run(self, chunks: Sequence[Chunk[Prompt]]) -> PassResult:
-        """Computes the chunks; a prompt with a hand-off sends its own, and before it what it begins with and
-        earlier prompts have computed. Raises what the pass raises."""
+    async def send_cached(self, chunks: Sequence[Chunk[Prompt]]) -> dict[HandOff, Exception]:
+        """Comes before `run`: sends what prompts that begin have from earlier ones, read in the computing
+        thread, a few MB at a time of all prompts together. Returns the hand-offs that do not get theirs, and
+        why."""
         if len(self._sending) > 1:  # at most two passes' KV is in memory: one goes out, one computes
             await self._sending.popleft().settled()
-        await self._send_cached(chunks)
+        rows, slots = _cached_rows(chunks, self._pools)
+        step = max(1, _GATHERED_BYTES // self._model.layout.bytes_per_token)
+        broken: dict[HandOff, Exception] = {}
+        for start in range(0, len(slots), step):
+            going = [r for r in rows if r.hand_off not in broken]
+            broken |= await self._send_slots(_cut(going, start, start + step), slots[start : start + step])
+        return broken
+
+    async def run(self, chunks: Sequence[Chunk[Prompt]]) -> PassResult:
+        """Computes the chunks; a prompt with a hand-off sends its own. Raises what the pass raises."""
         layers = PassLayers(
             self._model.num_layers,
             list(_computed_rows(chunks)),
@@ -236,16 +247,26 @@ class PassRunner:
             None if layers is None else layers.put_state,
         )
 
-    async def _send_cached(self, chunks: Sequence[Chunk[Prompt]]) -> None:
-        """Cached beginnings of the prompts that begin, read in the computing thread: a few MB at a time, of
-        all prompts together."""
-        rows, slots = _cached_rows(chunks, self._pools)
-        step = max(1, _GATHERED_BYTES // self._model.layout.bytes_per_token)
-        for start in range(0, len(slots), step):
-            piece, loop = slots[start : start + step], asyncio.get_running_loop()
-            layers = await loop.run_in_executor(self._computing, self._gather, piece)
+    async def _send_slots(self, rows: Sequence[PassRows], slots: Tensor) -> dict[HandOff, Exception]:
+        """As `send_cached`, for rows of these slots. If reading fails, each hand-off's are read alone: only
+        who cannot be read is to blame."""
+        try:
+            loop = asyncio.get_running_loop()
+            layers = await loop.run_in_executor(self._computing, self._gather, slots)
+        except Exception as error:
+            if len(rows) <= 1:
+                return {r.hand_off: error for r in rows}
+            broken: dict[HandOff, Exception] = {}
+            for r in rows:
+                alone = slots[r.start : r.start + r.token_count]
+                broken |= await self._send_slots([replace(r, start=0)], alone)
+            return broken
+        try:
             for layer, data in enumerate(layers):
-                await send_layer(layer, data, _cut(rows, start, start + len(piece)), self._encoding)
+                await send_layer(layer, data, rows, self._encoding)
+        except Exception as error:
+            return {r.hand_off: error for r in rows}
+        return {}
 
     def _gather(self, slots: Tensor) -> list[list[memoryview]]:
         """The planes of every layer at these slots; the blocks may change afterwards."""

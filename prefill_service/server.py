@@ -105,7 +105,7 @@ async def _serve(
         )
         async with asyncio.TaskGroup() as tasks:
             background = [tasks.create_task(parts.engine.run()), tasks.create_task(follower.run())]
-            await _Server(config).serve(sockets=[listening])
+            await tasks.create_task(_Server(config).serve(sockets=[listening]))
             for task in background:
                 task.cancel()
 

@@ -118,7 +118,7 @@ def _generation(admission: Admission, responder: Responder, limits: ApiLimits) -
 
     @router.post("/v1/chat/completions", response_model=None, openapi_extra=_takes(ChatRequest))
     async def create_chat_completion(request: Request) -> Response:
-        """Answers the last user message `n` times; `text` says how messages become a prompt."""
+        """Answers the last user message `n` times, with a task's adapter on the prompt if one is named."""
         wanted = await read_body(request, ChatRequest, limits)
         target = admission.target(wanted)
         record_of(request).task = target.version.task if target.version else None
