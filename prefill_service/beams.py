@@ -13,7 +13,7 @@ from dataclasses import replace
 from prad.core.sampling import SamplingParams, Token, TokenEvent
 from prad.lm import BeamSearch, Candidate, Limits
 from prefill_service.errors import InternalError
-from prefill_service.generation import PromptRequest
+from prefill_service.prompt import PromptRequest
 
 Ask = Callable[[PromptRequest], AsyncGenerator[TokenEvent, None]]
 

@@ -1,12 +1,14 @@
-"""The tasks that can be served now: what new requests are resolved against, and who keeps it true.
+"""The tasks that can be served now and their adapters: which version a request gets, and what is in memory.
 
 The catalogue is replaced whole at each change. The follower follows the adapter registry: what answers there
-is served here, what is new there is probed here.
+is served here, what is new there is probed here. A version's adapter is loaded when first wanted.
 """
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from random import uniform
 
@@ -14,10 +16,10 @@ from adapter_registry.api import RoutingState, VersionRoute
 from adapter_registry.client import DEFAULT_WAIT, AsyncRegistryClient
 from adapter_registry.errors import RegistryError, RegistryUnreachableError
 from adapter_registry.versions import State
+from prad.adapters import Adapter
 from prad.artefact import Artefact
-from prefill_service.api.protocols import TaskEntry
-from prefill_service.errors import UnknownModelError
-from prefill_service.generation import TaskVersion
+from prefill_service.errors import InternalError, UnknownModelError
+from prefill_service.prompt import TaskVersion
 
 logger = logging.getLogger(__name__)
 
@@ -34,22 +36,33 @@ class TaskVersions:
     versions: Mapping[int, TaskVersion]
 
 
+@dataclass(frozen=True, slots=True)
+class TaskEntry:
+    """One task as `/v1/models` lists it. `versions`: all that a request may name, `current` among them."""
+
+    name: str
+    current: TaskVersion
+    versions: tuple[int, ...]
+
+
 class TaskCatalogue:
-    """Implements `prefill_service.api.protocols.Catalogue`."""
+    """What new requests are resolved against; none of its methods waits for anything. `base_name`: the id
+    under which clients name the plain model. `trouble`: why it is not to be relied on yet; None if it is."""
 
     def __init__(self, base_name: str) -> None:
-        self._base_name = base_name
+        self.base_name = base_name
+        self.trouble: str | None = "the adapter registry has not answered yet"
         self._tasks: Mapping[str, TaskVersions] = {}
-
-    @property
-    def base_name(self) -> str:
-        return self._base_name
 
     def replace(self, tasks: Mapping[str, TaskVersions]) -> None:
         """From now on new requests see `tasks`; running ones keep what they resolved."""
         self._tasks = dict(tasks)
 
     def resolve(self, task: str, version: int | None) -> TaskVersion:
+        """The version that a new request gets: the named one, or the task's current one.
+
+        Raises UnknownModelError whose message lists a few known tasks.
+        """
         found = self._tasks.get(task)
         if found is None:
             known = ", ".join(sorted(self._tasks)[:_NAMED]) or "none yet"
@@ -84,11 +97,6 @@ class RegistryFollower:
         self._state: RoutingState | None = None
         self._complete = True
 
-    @property
-    def trouble(self) -> str | None:
-        """Why no task can be served yet; None once the registry has answered."""
-        return "the adapter registry has not answered yet" if self._state is None else None
-
     async def run(self) -> None:
         """Follows until cancelled. While the registry is away, the tasks known last go on being served."""
         away = False
@@ -96,7 +104,7 @@ class RegistryFollower:
             try:
                 state = await self._next_state()
                 self._complete = await self._adopt(state)
-                self._state = state
+                self._state, self._catalogue.trouble = state, None
                 away = False
             except RegistryUnreachableError as error:
                 if not away:
@@ -178,3 +186,126 @@ class RegistryFollower:
         except (RegistryError, OSError) as error:
             logger.error("%s@%d cannot be had: %s", task, version.version, error)
             return None
+
+
+@dataclass(slots=True)
+class _Resident:
+    """loaded: done once the adapter is in memory; nbytes: what it takes, its file's share until then."""
+
+    loaded: "asyncio.Future[Adapter]"
+    nbytes: int
+    pins: int = 0
+
+
+@dataclass(eq=False, slots=True)
+class _Waiting:
+    """turn: has the resident, pinned, once there is one."""
+
+    artefact: Artefact
+    turn: "asyncio.Future[_Resident]"
+
+
+class Residents:
+    """Adapters in memory: pinned while a prompt needs them, least recently used ones leave first.
+
+    Bounded by `capacity` bytes; one that is larger is alone. Keyed by digest: versions with the same files
+    share one adapter. Who finds no room waits in line, the oldest first. Nobody overtakes, or adapters in
+    steady use would keep it from its room for ever; but those in line who want the same adapter go with it.
+    `itemsize`: bytes of a matrix's number in memory.
+    """
+
+    def __init__(self, load: Callable[[Artefact], Adapter], capacity: int, itemsize: int) -> None:
+        self._load = load
+        self._capacity = capacity
+        self._itemsize = itemsize
+        self._residents: OrderedDict[str, _Resident] = OrderedDict()
+        self._line: list[_Waiting] = []
+
+    @property
+    def nbytes(self) -> int:
+        return sum(r.nbytes for r in self._residents.values())
+
+    def __len__(self) -> int:
+        return len(self._residents)
+
+    @asynccontextmanager
+    async def pinned(self, artefact: Artefact) -> AsyncIterator[Adapter]:
+        """The artefact's adapter, kept in memory inside the `async with`; waits until there is room for it.
+
+        Who holds one must not wait for another. Raises InternalError if the files do not load.
+        """
+        resident = await self._in_turn(artefact)
+        try:
+            yield await asyncio.shield(resident.loaded)
+        finally:
+            self._unpin(resident)
+
+    async def _in_turn(self, artefact: Artefact) -> _Resident:
+        waiting = _Waiting(artefact, asyncio.get_running_loop().create_future())
+        self._line.append(waiting)
+        self._call_up()
+        try:
+            return await asyncio.shield(waiting.turn)
+        except asyncio.CancelledError:  # it leaves; its turn may have come in the same moment
+            if waiting.turn.done():
+                self._unpin(waiting.turn.result())
+            else:
+                self._line.remove(waiting)
+                self._call_up()
+            raise
+
+    def _call_up(self) -> None:
+        """Pins for the first in line as long as there is room, and for all who wait for the same."""
+        while self._line and self._has_room(artefact := self._line[0].artefact):
+            resident = self._residents.get(artefact.digest) or self._start_loading(artefact)
+            self._residents.move_to_end(artefact.digest)
+            line, self._line = self._line, []
+            for waiting in line:
+                if waiting.artefact.digest != artefact.digest:
+                    self._line.append(waiting)
+                else:
+                    resident.pins += 1
+                    waiting.turn.set_result(resident)
+
+    def _unpin(self, resident: _Resident) -> None:
+        resident.pins -= 1
+        self._call_up()
+
+    def _has_room(self, artefact: Artefact) -> bool:
+        """Whether it is in memory, or fits beside what is in use."""
+        if artefact.digest in self._residents:
+            return True
+        in_use = sum(resident.nbytes for resident in self._residents.values() if _in_use(resident))
+        return not in_use or in_use + artefact.nbytes(self._itemsize) <= self._capacity
+
+    def _start_loading(self, artefact: Artefact) -> _Resident:
+        nbytes = artefact.nbytes(self._itemsize)
+        self._make_room(nbytes)
+        loading = asyncio.create_task(self._load_one(artefact))
+        resident = self._residents[artefact.digest] = _Resident(loading, nbytes)
+        return resident
+
+    async def _load_one(self, artefact: Artefact) -> Adapter:
+        try:
+            adapter = await asyncio.to_thread(self._load, artefact)
+        except Exception as error:
+            logger.exception("the adapter %s does not load", artefact.digest)
+            del self._residents[artefact.digest]
+            self._call_up()
+            raise InternalError(f"the adapter {artefact.digest[:12]} does not load: {error}") from error
+        self._residents[artefact.digest].nbytes = adapter.nbytes  # a method may derive more
+        self._make_room(0)
+        asyncio.get_running_loop().call_soon(self._call_up)  # when this is done: who wanted it may have left
+        return adapter
+
+    def _make_room(self, nbytes: int) -> None:
+        """As far as what is in use leaves any."""
+        for digest, resident in list(self._residents.items()):
+            if self.nbytes + nbytes <= self._capacity:
+                return
+            if not _in_use(resident):
+                del self._residents[digest]
+
+
+def _in_use(resident: _Resident) -> bool:
+    return resident.pins > 0 or not resident.loaded.done()

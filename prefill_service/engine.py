@@ -6,25 +6,29 @@ Its prompt goes through `PassLoop` to the first token; later ones come from deco
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
-from functools import partial
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    aclosing,
+    asynccontextmanager,
+    nullcontext,
+)
 
 from prad.adapters import Adapter
 from prad.core.sampling import TokenEvent
 from prefill_service.beams import beam_search
+from prefill_service.catalogue import Residents
 from prefill_service.decode_link import DecodeLink, event_error
 from prefill_service.errors import DeadlineError, DecodeUnavailableError, OverloadedError, ServingError
-from prefill_service.generation import PromptRequest
 from prefill_service.pass_loop import PassLoop
 from prefill_service.passes import PassRunner
-from prefill_service.prompt import Committing, Decoding, Finished, Prompt
-from prefill_service.residents import Residents
+from prefill_service.prompt import Committing, Decoding, Finished, Prompt, PromptRequest
 from prefill_service.scheduler import PromptScheduler
 from prefill_service.settings import PrefillSettings
 
 
 class PrefillEngine:
-    """Implements `prefill_service.generation.Engine`. Use `run()` as a task beside the HTTP server.
+    """Implements `prefill_service.prompt.Engine`. Use `run()` as a task beside the HTTP server.
 
     `clock` is the one in which `settings` count.
     """
@@ -48,7 +52,7 @@ class PrefillEngine:
 
     @property
     def trouble(self) -> str | None:
-        """Why no request can be served now; None if all is well."""
+        """See `Engine.trouble`."""
         return self._link.trouble
 
     @property
@@ -70,7 +74,9 @@ class PrefillEngine:
     def generate(self, request: PromptRequest) -> AsyncGenerator[TokenEvent, None]:
         """See `Engine.generate`."""
         deadline = self._clock() + self._settings.request_timeout_s
-        return self._tokens(request, deadline) if request.beams is None else self._search(request, deadline)
+        if request.beams is not None:
+            return self._search(request, deadline)
+        return self._tokens(request, deadline, self._adapter_of(request, deadline))
 
     def cancel_choice(self, request_id: str, choice: int) -> None:
         """See `Engine.cancel_choice`."""
@@ -83,19 +89,24 @@ class PrefillEngine:
     # ---- a request, from its adapter to its last token ---------------------------------------------------
 
     async def _search(self, request: PromptRequest, deadline: float) -> AsyncGenerator[TokenEvent, None]:
-        async with self._adapter_of(request, deadline):  # from the first step to the last
-            steps = beam_search(partial(self._tokens, deadline=deadline), request)
-            async with aclosing(steps) as tokens:
+        async with self._adapter_of(request, deadline) as adapter:  # from the first step to the last
+
+            def step(asked: PromptRequest) -> AsyncGenerator[TokenEvent, None]:
+                return self._tokens(asked, deadline, nullcontext(adapter))
+
+            async with aclosing(beam_search(step, request)) as tokens:
                 async for output in tokens:
                     yield output
 
-    async def _tokens(self, request: PromptRequest, deadline: float) -> AsyncGenerator[TokenEvent, None]:
+    async def _tokens(
+        self, request: PromptRequest, deadline: float, held: AbstractAsyncContextManager[Adapter | None]
+    ) -> AsyncGenerator[TokenEvent, None]:
         if self._link.trouble is not None:
             raise DecodeUnavailableError(self._link.trouble)
         prompt = None
         try:
             # pinned until the first token: after the prompt pass nobody needs it
-            async with self._adapter_of(request, deadline) as adapter:
+            async with held as adapter:
                 prompt = Prompt(request, adapter, self._clock(), deadline)
                 overdue = self._at_deadline(prompt)
                 self._loop.add(prompt)
@@ -118,7 +129,8 @@ class PrefillEngine:
 
     @asynccontextmanager
     async def _adapter_of(self, request: PromptRequest, deadline: float) -> AsyncIterator[Adapter | None]:
-        """The request's adapter, pinned. Loading it counts against the queue's bound and the deadline."""
+        """The request's adapter, pinned. Waiting for room for it, and loading it, count against the queue's
+        bound and the deadline."""
         if self._scheduler.full(self._loading) and not request.continuation_ids:  # what is under way goes on
             raise OverloadedError(f"{self.waiting} prompts are waiting already")
         async with AsyncExitStack() as held:

@@ -1,6 +1,7 @@
 """The loop that all prompts go through: schedule -> run -> deliver.
 
-schedule   choose the chunks of the next pass, reserve room at decode for prompts that begin (Open)
+schedule   choose the chunks of the next pass, reserve room at decode for prompts that begin (Open), send what
+           they have from earlier ones
 run        one packed prompt pass in the computing thread; its layers go out while it runs, or behind it
 deliver    first tokens to the client and, with Commit, to decode
 """
@@ -8,7 +9,6 @@ deliver    first tokens to the client and, with Commit, to decode
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from kvtransfer.errors import TransferError
@@ -58,7 +58,7 @@ class PassLoop:
             while True:
                 await self._wait_for_work()
                 await self._gather()
-                chunks = await self._schedule()
+                chunks = await self._prepare(await self._schedule())
                 if chunks and (result := await self._run(chunks)) is not None:
                     self._deliver(chunks, result)
                 if chunks and self._settings.yield_s and self._any_decodes():
@@ -90,9 +90,8 @@ class PassLoop:
         self._scheduler.remove(prompt)
         if isinstance(prompt.state, Decoding):
             self._link.cancel(prompt.request.request_id, prompt.attempt)
-        if isinstance(prompt.state, Prefilling):
-            self._give_back(prompt.state.hand_off, "cancelled")
-        prompt.state = Finished()
+        self._give_back(prompt.hand_off, "cancelled")
+        prompt.state, prompt.hand_off = Finished(), None
 
     def _give_back(self, room: Room | None, reason: str) -> None:
         """Decode may take its time to say so: nobody waits for that."""
@@ -133,23 +132,50 @@ class PassLoop:
                     prompt.attempt += 1
                 self._scheduler.put_back(chunk)
             else:
-                if room is not None:
-                    prompt.state = replace(prompt.state, hand_off=room)
+                prompt.hand_off = room or prompt.hand_off
                 admitted.append(chunk)
         return admitted
+
+    async def _prepare(self, chunks: Sequence[Chunk[Prompt]]) -> list[Chunk[Prompt]]:
+        """Those that are still worth computing once what they begin with is on its way: whose room at decode
+        is not lost, and whom the client, or the deadline, has not left meanwhile."""
+        try:
+            broken = await self._passes.send_cached(chunks)
+        except Exception:
+            self._pass_failed(chunks)
+            return []
+        for chunk in chunks:
+            hand_off = chunk.prompt.hand_off
+            error = None if hand_off is None else broken.get(hand_off) or _lost(hand_off)
+            if error is not None:
+                self._hand_off_failed(chunk.prompt, error)
+            if not isinstance(chunk.prompt.state, Prefilling):
+                self._scheduler.put_back(chunk)
+        return [chunk for chunk in chunks if isinstance(chunk.prompt.state, Prefilling)]
+
+    def _hand_off_failed(self, prompt: Prompt, error: Exception) -> None:
+        if isinstance(error, TransferError):
+            broke = f"the hand-off to the decode service broke off: {error}"
+            self.fail(prompt, DecodeUnavailableError(broke))
+        else:
+            logger.error("the hand-off of %s failed", prompt.request.request_id, exc_info=error)
+            self.fail(prompt, InternalError("the hand-off failed; the server's log says why"))
 
     async def _run(self, chunks: Sequence[Chunk[Prompt]]) -> PassResult | None:
         """None if the pass failed, and all its prompts with it."""
         try:
             result = await self._passes.run(chunks)
         except Exception:
-            logger.exception("a prompt pass of %d prompts failed", len(chunks))
-            self._scheduler.failed()
-            for chunk in chunks:
-                self.fail(chunk.prompt, InternalError("the prompt pass failed; the server's log says why"))
+            self._pass_failed(chunks)
             return None
         self._scheduler.computed({p for p, tokens in result.first_tokens.items() if tokens is None})
         return result
+
+    def _pass_failed(self, chunks: Sequence[Chunk[Prompt]]) -> None:
+        logger.exception("a prompt pass of %d prompts failed", len(chunks))
+        self._scheduler.failed()
+        for chunk in chunks:
+            self.fail(chunk.prompt, InternalError("the prompt pass failed; the server's log says why"))
 
     def _deliver(self, chunks: Sequence[Chunk[Prompt]], result: PassResult) -> None:
         """First tokens to the HTTP side; what goes on is committed, beside the next passes."""
@@ -160,9 +186,10 @@ class PassLoop:
             if tokens is None:
                 reason = "the adapter or the model gave numbers that are not finite"
                 self.fail(prompt, InternalError(reason))
-            elif prompt.deliver_first(tokens, state.cached) and state.hand_off is not None:
+            elif prompt.deliver_first(tokens, state.cached) and prompt.hand_off is not None:
+                hand_off, prompt.hand_off = prompt.hand_off, None
                 prompt.state = Committing()
-                self._do_beside(self._commit(prompt, state.hand_off, result.layers, tokens))
+                self._do_beside(self._commit(prompt, hand_off, result.layers, tokens))
             else:
                 self._end(prompt)
 
@@ -178,12 +205,8 @@ class PassLoop:
                 for site, data in layers.state(prompt).items():
                     await hand_off.send_state(site, data)
                 await hand_off.commit(tokens)
-        except TransferError as error:
-            broke = f"the hand-off to the decode service broke off: {error}"
-            self.fail(prompt, DecodeUnavailableError(broke))
-        except Exception:
-            logger.exception("the hand-off of %s failed", request_id)
-            self.fail(prompt, InternalError("the hand-off failed; the server's log says why"))
+        except Exception as error:
+            self._hand_off_failed(prompt, error)
         if not isinstance(prompt.state, Committing):  # over meanwhile; decode may have it all the same
             self._link.cancel(request_id, attempt)
             return
@@ -231,6 +254,14 @@ class PassLoop:
         task.add_done_callback(self._beside.discard)
 
 
+def _lost(hand_off: HandOff) -> TransferError | None:
+    """What ended it, if it has ended."""
+    try:
+        hand_off.require_running()
+    except TransferError as error:
+        return error
+    return None
+
+
 def _asks_for_room(prompt: Prompt) -> bool:
-    state = prompt.state
-    return prompt.needs_decode and isinstance(state, Prefilling) and state.hand_off is None
+    return prompt.needs_decode and prompt.hand_off is None

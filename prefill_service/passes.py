@@ -1,11 +1,11 @@
-"""Runs prompt passes in a thread of their own, while their keys and values go out to decode."""
+"""The packed prompt pass of many tasks, computed in a thread of its own while its KV goes out to decode."""
 
 import asyncio
 import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import accumulate
@@ -16,15 +16,82 @@ from torch import Tensor
 
 from kvtransfer.frames import Encoding
 from kvtransfer.int8 import quantise
-from kvtransfer.sender import PassRows, send_layer
-from prad.adapters import AdapterError
+from kvtransfer.sender import HandOff, PassRows, send_layer
+from prad.adapters import AdapterError, PromptAdaptation, split_task_tokens
 from prad.core.kv import Chunk
-from prad.lm import LanguageModel, Site, SiteVectors
-from prad.lm.kv import Pools
-from prefill_service.prompt import Prefilling, Prompt
-from prefill_service.prompt_pass import FirstTokens, run_prompt_pass
+from prad.core.sampling import SampleKey, Token
+from prad.lm import LanguageModel, Site, SiteVectors, sample
+from prad.lm.kv import LayerDone, Pools, chunked_batch
+from prefill_service.prompt import Prefilling, Prompt, PromptRequest
 
 _GATHERED_BYTES = 8 * 2**20  # of cached KV that is read at once
+
+FirstTokens = dict[Prompt, list[Token] | None]
+"""Of every prompt whose last token was computed: its first tokens, one per choice. None if its logits are not
+finite: a broken adapter spoils its own request only."""
+
+StateDone = Callable[[Prompt, SiteVectors], None]
+"""Gets the request state of every prompt whose adapter makes some."""
+
+
+def run_prompt_pass(
+    model: LanguageModel,
+    pools: Pools,
+    chunks: Sequence[Chunk[Prompt]],
+    layer_done: LayerDone | None = None,
+    state_done: StateDone | None = None,
+) -> FirstTokens:
+    """Runs all chunks in one forward: adapters on prompt rows, the plain model everywhere else.
+
+    `layer_done` gets every layer's keys and values [T, kv_heads, dim], chunks packed in order.
+    """
+    prompts = [chunk.prompt for chunk in chunks]
+    assert all(len(c) == c.prompt.tokens for c in chunks if c.prompt.whole), "a whole prompt was cut"
+    lengths = [len(chunk) for chunk in chunks]
+    adapted = [chunk.prompt.adapted_in(chunk) for chunk in chunks]
+    ids, task_rows = split_task_tokens(
+        [None if prompt.adapter is None else prompt.adapter.task_embeddings for prompt in prompts],
+        [chunk.prompt.ids[chunk.start : chunk.end] for chunk in chunks],
+        model.device,
+    )
+    adaptation = PromptAdaptation.of_prompts(
+        [prompt.adapter if rows else None for prompt, rows in zip(prompts, adapted, strict=True)],
+        lengths,
+        adapted,
+        model.device,
+        model.kernels,
+        [chunk.start for chunk in chunks],
+        task_rows,
+    )
+    ended = [chunk.prompt.ends_with(chunk) for chunk in chunks]
+    batch = chunked_batch(
+        chunks,
+        ids,
+        pools,
+        logit_rows=[end - 1 for end, last in zip(accumulate(lengths), ended, strict=True) if last],
+        layer_done=layer_done,
+    )
+    with torch.inference_mode():
+        logits = model.forward(batch, adaptation)
+        if adaptation is not None and state_done is not None:
+            by_start = dict(zip(accumulate(lengths[:-1], initial=0), prompts, strict=True))
+            for start, state in adaptation.states().items():
+                state_done(by_start[start], state)
+        sound = torch.isfinite(logits).all(dim=-1).tolist()
+        done = [prompt for prompt, last in zip(prompts, ended, strict=True) if last]
+        return {
+            prompt: _first_tokens(model, row, prompt.request) if ok else None
+            for row, prompt, ok in zip(logits, done, sound, strict=True)
+        }
+
+
+def _first_tokens(model: LanguageModel, row: Tensor, request: PromptRequest) -> list[Token]:
+    """row [vocab]: every choice draws from it, under its own key."""
+    keys = [
+        SampleKey(request.sampling.seed, request.prompt_index, choice, request.output_offset)
+        for choice in range(request.choices)
+    ]
+    return sample(row.expand(len(keys), -1), [request.sampling] * len(keys), keys, model.argmax)
 
 
 class PassBrokeError(Exception):
@@ -46,21 +113,22 @@ class PassLayers:
         overlap: bool,
         after: "PassLayers | None",
     ) -> None:
-        """rows: which rows of the pass are handed over, and with which hand-off. `overlap`: whether a layer
+        """rows: which rows of the pass are handed over, and with which hand-off; if none, no layer is kept.
+        `overlap`: whether a layer
         goes out while later ones compute, or all of them behind the last. `after`: the pass before, whose
         layers go first: a hand-off's tokens go out in order."""
         self._loop = asyncio.get_running_loop()
         self._num_layers = num_layers
-        self._rows = rows
+        self._needed = bool(rows)
         self._encoding = encoding
         self._ready: asyncio.Queue[tuple[int, list[memoryview]] | PassBrokeError] = asyncio.Queue()
         self._states: dict[Prompt, dict[Site, memoryview]] = {}
-        self._sending = self._loop.create_task(self._send(overlap, after))
+        self._sending = self._loop.create_task(self._send(rows, overlap, after))
         self._sending.add_done_callback(lambda task: task.cancelled() or task.exception())  # if none asks
 
     def put(self, layer: int, key: Tensor, value: Tensor) -> None:
         """key, value [T, kv_heads, dim] of the whole pass; brought to the CPU, each in one piece."""
-        if self._rows:
+        if self._needed:
             data = planes(key, value, self._encoding)
             self._loop.call_soon_threadsafe(self._ready.put_nowait, (layer, data))
 
@@ -85,15 +153,15 @@ class PassLayers:
         """Returns when every layer is on its way, or the pass or its sending has failed."""
         await asyncio.wait([self._sending])
 
-    async def _send(self, overlap: bool, after: "PassLayers | None") -> None:
+    async def _send(self, rows: Sequence[PassRows], overlap: bool, after: "PassLayers | None") -> None:
         if after is not None:
             await after.settled()
-        if not self._rows:
+        if not rows:
             return
         known = [] if overlap else [await self._next() for _ in range(self._num_layers)]
         for number in range(self._num_layers):
             layer, data = await self._next() if overlap else known[number]
-            await send_layer(layer, data, self._rows, self._encoding)
+            await send_layer(layer, data, rows, self._encoding)
 
     async def _next(self) -> tuple[int, list[memoryview]]:
         ready = await self._ready.get()
@@ -129,12 +197,22 @@ class PassRunner:
         """Starts no further pass."""
         self._computing.shutdown(wait=False, cancel_futures=True)
 
-    async def run(self, chunks: Sequence[Chunk[Prompt]]) -> PassResult:
-        """Computes the chunks; a prompt with a hand-off sends its own, and before it what it begins with and
-        earlier prompts have computed. Raises what the pass raises."""
+    async def send_cached(self, chunks: Sequence[Chunk[Prompt]]) -> dict[HandOff, Exception]:
+        """Comes before `run`: sends what prompts that begin have from earlier ones, read in the computing
+        thread, a few MB at a time of all prompts together. Returns the hand-offs that do not get theirs, and
+        why."""
         if len(self._sending) > 1:  # at most two passes' KV is in memory: one goes out, one computes
             await self._sending.popleft().settled()
-        await self._send_cached(chunks)
+        rows, slots = _cached_rows(chunks, self._pools)
+        step = max(1, _GATHERED_BYTES // self._model.layout.bytes_per_token)
+        broken: dict[HandOff, Exception] = {}
+        for start in range(0, len(slots), step):
+            going = {hand_off: r for hand_off, r in rows.items() if hand_off not in broken}
+            broken |= await self._send_slots(_cut(going, start, start + step), slots[start : start + step])
+        return broken
+
+    async def run(self, chunks: Sequence[Chunk[Prompt]]) -> PassResult:
+        """Computes the chunks; a prompt with a hand-off sends its own. Raises what the pass raises."""
         layers = PassLayers(
             self._model.num_layers,
             list(_computed_rows(chunks)),
@@ -166,16 +244,28 @@ class PassRunner:
             None if layers is None else layers.put_state,
         )
 
-    async def _send_cached(self, chunks: Sequence[Chunk[Prompt]]) -> None:
-        """Cached beginnings of the prompts that begin, read in the computing thread: a few MB at a time, of
-        all prompts together."""
-        rows, slots = _cached_rows(chunks, self._pools)
-        step = max(1, _GATHERED_BYTES // self._model.layout.bytes_per_token)
-        for start in range(0, len(slots), step):
-            piece, loop = slots[start : start + step], asyncio.get_running_loop()
-            layers = await loop.run_in_executor(self._computing, self._gather, piece)
+    async def _send_slots(
+        self, rows: Mapping[HandOff, PassRows], slots: Tensor
+    ) -> dict[HandOff, Exception]:
+        """As `send_cached`, for rows of these slots. If reading fails, each hand-off's are read alone: only
+        who cannot be read is to blame."""
+        try:
+            loop = asyncio.get_running_loop()
+            layers = await loop.run_in_executor(self._computing, self._gather, slots)
+        except Exception as error:
+            if len(rows) <= 1:
+                return dict.fromkeys(rows, error)
+            broken: dict[HandOff, Exception] = {}
+            for hand_off, r in rows.items():
+                alone = slots[r.start : r.start + r.token_count]
+                broken |= await self._send_slots({hand_off: replace(r, start=0)}, alone)
+            return broken
+        try:
             for layer, data in enumerate(layers):
-                await send_layer(layer, data, _cut(rows, start, start + len(piece)), self._encoding)
+                await send_layer(layer, data, rows.values(), self._encoding)
+        except Exception as error:
+            return dict.fromkeys(rows, error)
+        return {}
 
     def _gather(self, slots: Tensor) -> list[list[memoryview]]:
         """The planes of every layer at these slots; the blocks may change afterwards."""
@@ -213,32 +303,31 @@ def _computed_rows(chunks: Sequence[Chunk[Prompt]]) -> Iterator[PassRows]:
     """Which rows of the pass go to which hand-off."""
     starts = accumulate((len(chunk) for chunk in chunks[:-1]), initial=0)
     for chunk, start in zip(chunks, starts, strict=True):
-        state = chunk.prompt.state
-        if isinstance(state, Prefilling) and state.hand_off is not None:
-            yield state.hand_off.rows(start, chunk.start, len(chunk))
+        if chunk.prompt.hand_off is not None:
+            yield chunk.prompt.hand_off.rows(start, chunk.start, len(chunk))
 
 
-def _cached_rows(chunks: Sequence[Chunk[Prompt]], pools: Pools) -> tuple[list[PassRows], Tensor]:
+def _cached_rows(chunks: Sequence[Chunk[Prompt]], pools: Pools) -> tuple[dict[HandOff, PassRows], Tensor]:
     """Which of these slots [S] hold the cached beginnings of which hand-offs."""
-    rows, slots = list[PassRows](), [torch.empty(0, dtype=torch.long, device=pools.device)]
+    rows, slots = dict[HandOff, PassRows](), [torch.empty(0, dtype=torch.long, device=pools.device)]
     for chunk in chunks:
-        state = chunk.prompt.state
-        if not isinstance(state, Prefilling) or state.hand_off is None or not state.computed_none:
+        state, hand_off = chunk.prompt.state, chunk.prompt.hand_off
+        if hand_off is None or not isinstance(state, Prefilling) or not state.computed_none:
             continue
         if state.cached:
-            rows.append(state.hand_off.rows(sum(map(len, slots)), 0, state.cached))
+            rows[hand_off] = hand_off.rows(sum(map(len, slots)), 0, state.cached)
             slots.append(pools.slots(state.table, state.cached))
     return rows, torch.cat(slots)
 
 
-def _cut(rows: Sequence[PassRows], start: int, end: int) -> list[PassRows]:
+def _cut(rows: Mapping[HandOff, PassRows], start: int, end: int) -> dict[HandOff, PassRows]:
     """What of the rows lies in start .. end, counted from start."""
-    pieces = []
-    for r in rows:
+    pieces = {}
+    for hand_off, r in rows.items():
         first, last = max(r.start, start), min(r.start + r.token_count, end)
         if first < last:
             token = r.first_token + first - r.start
-            pieces.append(replace(r, start=first - start, first_token=token, token_count=last - first))
+            pieces[hand_off] = replace(r, start=first - start, first_token=token, token_count=last - first)
     return pieces
 
 

@@ -1,4 +1,6 @@
-"""One prompt on its way through the service: what was asked, its adapter, and the one state that it is in.
+"""What is wanted of the engine, and one prompt on its way: its request, its adapter, its one state.
+
+HTTP hands a `PromptRequest` to an `Engine`, which makes it a `Prompt`:
 
     Queued -> Prefilling -> Committing -> Decoding -> Finished
 
@@ -7,18 +9,85 @@ and any of them may end early. Knows neither torch nor grpc.
 """
 
 import asyncio
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from prad.artefact import placeholders
+from prad.artefact import Artefact, placeholders
 from prad.core.kv import Chunk, block_keys
-from prad.core.sampling import Token, TokenEvent
+from prad.core.sampling import SamplingParams, Token, TokenEvent
 from prefill_service.errors import ServingError
-from prefill_service.generation import PromptRequest
 
 if TYPE_CHECKING:  # named in types only: what imports this module stays pure
     from kvtransfer.sender import HandOff
     from prad.adapters import Adapter
+
+
+@dataclass(frozen=True, slots=True)
+class TaskVersion:
+    """An adapter version, as a request resolved it on admission and keeps it to its end."""
+
+    task: str
+    version: int
+    digest: str
+    artefact: Artefact
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}@{self.version}"
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRequest:
+    """One prompt of an HTTP request: (adapted prefix, plain continuation) and how to go on.
+
+    `choices` sequences start from the same KV cache; the prompt pass is paid once. `version` None is the
+    plain model. `output_offset`: output tokens that the client has already (a replay's continuation); the
+    next one draws under that index, and `sampling.max_tokens` counts them. prompt_ids: of the vocabulary, or
+    `task_token_id`s of the version; these stay on the prompt side. tokens_per_event: how many tokens decode
+    tells at once, at most; 1 if somebody waits for each. beams: how many hypotheses a beam search keeps, of
+    which the `choices` best are the answers; None: tokens are drawn. cache_salt: only requests with the same
+    one find each other's prompts in the prefix cache.
+    """
+
+    request_id: str
+    version: TaskVersion | None
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    prompt_index: int = 0
+    choices: int = 1
+    continuation_ids: tuple[int, ...] = ()
+    output_offset: int = 0
+    tokens_per_event: int = 1
+    beams: int | None = None
+    cache_salt: str | None = None
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Tokens that the adapter puts in front of the prompt."""
+        return 0 if self.version is None else self.version.artefact.record.virtual_tokens
+
+
+class Engine(Protocol):
+    """Everything behind the HTTP face: queue, prompt pass, hand-off, tokens from decode."""
+
+    @property
+    def trouble(self) -> str | None:
+        """Why no request can be served now; None if all is well."""
+        ...
+
+    def generate(self, request: PromptRequest) -> AsyncGenerator[TokenEvent, None]:
+        """Events of one token each, of all choices, interleaved, each choice in order; ends when every
+        choice has finished.
+
+        Closing the generator cancels the request and frees what it holds on both sides. Raises the errors
+        of `prefill_service.errors`.
+        """
+        ...
+
+    def cancel_choice(self, request_id: str, choice: int) -> None:
+        """Ends one choice early (a stop string was found); its further tokens are not delivered."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +102,12 @@ class Prefilling:
     """`done` tokens have their KV, the first `cached` of them from earlier prompts.
 
     `table`: its blocks; they hold all of it while it is computed in chunks, its shareable part otherwise, and
-    are given back with its last chunk. `hand_off`: its room at decode; None if it needs none.
+    are given back with its last chunk.
     """
 
     table: tuple[int, ...]
     cached: int
     done: int
-    hand_off: "HandOff | None" = None
 
     @property
     def computed_none(self) -> bool:
@@ -73,7 +141,8 @@ class Prompt:
     tokens are negative ids among the prompt's. `keys` of its blocks that may be shared, once it is queued.
     `outputs` carries its tokens, or the error that ends it, to the HTTP side; `running` are the choices that
     have neither finished nor been cancelled. `attempt` counts the hand-offs: one that was given up is never
-    opened again. `enqueued` and `deadline` are in the time of the engine's clock.
+    opened again. `hand_off`: its room at decode while it is prefilled; None if it needs none, or has none
+    yet. `enqueued` and `deadline` are in the time of the engine's clock.
     """
 
     request: PromptRequest
@@ -82,6 +151,7 @@ class Prompt:
     deadline: float = 0.0
     state: State = Queued()
     attempt: int = 1
+    hand_off: "HandOff | None" = None
     keys: tuple[bytes, ...] = ()
     outputs: "asyncio.Queue[TokenEvent | ServingError]" = field(default_factory=asyncio.Queue)
     ids: tuple[int, ...] = field(init=False)

@@ -29,13 +29,11 @@ from prad.lm import LanguageModel, Tokenizer, require_device, resolve_model
 from prad.lm.kernels import load_kernels
 from prad.lm.kv import Pools, blocks_in
 from prefill_service.api import ApiLimits, ModelInfo, bounded_protocol, create_app
-from prefill_service.catalogue import RegistryFollower, TaskCatalogue
+from prefill_service.catalogue import RegistryFollower, Residents, TaskCatalogue
 from prefill_service.decode_link import DecodeLink
 from prefill_service.engine import PrefillEngine
-from prefill_service.generation import PromptRequest
 from prefill_service.passes import PassRunner, a_core_is_left
-from prefill_service.prompt import Prompt
-from prefill_service.residents import Residents
+from prefill_service.prompt import Prompt, PromptRequest
 from prefill_service.scheduler import PromptScheduler
 from prefill_service.settings import PrefillSettings
 
@@ -102,9 +100,8 @@ async def _serve(
         follower = RegistryFollower(registry, catalogue, probe)
         metrics = CollectorRegistry()
         metrics.register(parts)
-        readiness = _Readiness(parts.engine, follower)
         limits = ApiLimits(body_timeout_s=settings.body_timeout_s)
-        app = create_app(parts.engine, catalogue, readiness, tokenizer, info, limits, metrics)
+        app = create_app(parts.engine, catalogue, tokenizer, info, limits, metrics)
         config = uvicorn.Config(
             app,
             http=bounded_protocol(settings.max_connections, settings.body_timeout_s),
@@ -115,7 +112,7 @@ async def _serve(
         )
         async with asyncio.TaskGroup() as tasks:
             background = [tasks.create_task(parts.engine.run()), tasks.create_task(follower.run())]
-            await _Server(config).serve(sockets=[listening])
+            await tasks.create_task(_Server(config).serve(sockets=[listening]))
             for task in background:
                 task.cancel()
 
@@ -190,15 +187,6 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.force_exit = self.should_exit and sig == signal.SIGINT
         self.should_exit = True
-
-
-@dataclass(frozen=True, slots=True)
-class _Readiness:
-    engine: PrefillEngine
-    follower: RegistryFollower
-
-    def reasons(self) -> list[str]:
-        return [t for t in (self.engine.trouble, self.follower.trouble) if t is not None]
 
 
 def _bind(host: str, port: int) -> socket.socket:

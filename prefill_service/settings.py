@@ -83,7 +83,8 @@ class PrefillSettings(BaseSettings):
     """Shared memory offered to a decode service of this host for KV; 0: none."""
 
     adapters_mib: Annotated[int, Field(ge=1)] = 1024
-    """Memory for resident adapters; least recently used ones leave first."""
+    """Memory for resident adapters; least recently used ones leave first, and while all are in use, prompts
+    that want others wait their turn."""
     allow_other_weights: bool = False
     """Serve adapters trained on other weights of the same architecture."""
 

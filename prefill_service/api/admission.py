@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 from prad.artefact import AdapterRecord, GenerationDefaults, GenerationValues
 from prad.core.sampling import SamplingParams
 from prad.lm import Tokenizer
-from prefill_service.api.prompts import PromptEncoder, fit
-from prefill_service.api.protocols import ApiLimits, Catalogue, ModelInfo, Readiness
+from prefill_service.api.intake import ApiLimits
 from prefill_service.api.requests import ChatRequest, CompletionRequest, GenerationRequest
+from prefill_service.api.text import PromptEncoder, fit
+from prefill_service.catalogue import TaskCatalogue
 from prefill_service.errors import InvalidRequestError, NotReadyError, UnknownModelError
-from prefill_service.generation import PromptRequest, TaskVersion
+from prefill_service.prompt import Engine, PromptRequest, TaskVersion
 
 TOKENS_PER_EVENT = 16
 """How many tokens decode tells at once where nobody sees them one by one."""
@@ -27,6 +28,24 @@ GREEDY_BELOW = 1e-5
 """Logits divided by less than this may overflow float32; the draw is greedy there anyway."""
 
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """Facts of the frozen model. `fingerprint` is shown short as `system_fingerprint`.
+
+    max_context: positions that prompt, virtual tokens and output share; vocab_size: ids that the model
+    embeds; stop_ids: what the model's generation config names (the tokenizer's EOS always counts as well).
+    """
+
+    fingerprint: str
+    max_context: int
+    vocab_size: int
+    stop_ids: frozenset[int]
+
+    @property
+    def short_fingerprint(self) -> str:
+        return f"fp_{self.fingerprint[:12]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,24 +116,29 @@ class Admission:
 
     def __init__(
         self,
-        catalogue: Catalogue,
-        readiness: Readiness,
+        engine: Engine,
+        catalogue: TaskCatalogue,
         tokenizer: Tokenizer,
         model: ModelInfo,
         limits: ApiLimits,
     ) -> None:
+        self._engine = engine
         self._catalogue = catalogue
-        self._readiness = readiness
         self._encoder = PromptEncoder(tokenizer, model.vocab_size, limits.thread_chars)
         self._max_context = model.max_context
         self._stop_ids = model.stop_ids | tokenizer.end_ids
         self._limits = limits
 
+    @property
+    def troubles(self) -> list[str]:
+        """Why no request can be served now; empty once they can."""
+        return [t for t in (self._engine.trouble, self._catalogue.trouble) if t is not None]
+
     def target(self, request: GenerationRequest) -> Target:
         """The one place where task becomes version. Raises NotReadyError, UnknownModelError,
         InvalidRequestError."""
-        if reasons := self._readiness.reasons():
-            raise NotReadyError(f"not ready: {'; '.join(reasons)}")
+        if troubles := self.troubles:
+            raise NotReadyError(f"not ready: {'; '.join(troubles)}")
         base_name = self._catalogue.base_name
         name, param = _wanted(request, base_name)
         if name is None:
@@ -197,7 +221,7 @@ def split_name(name: str, param: str) -> tuple[str, int | None]:
     return task, int(version) if at else None
 
 
-def find_version(catalogue: Catalogue, task: str, version: int | None, param: str) -> TaskVersion:
+def find_version(catalogue: TaskCatalogue, task: str, version: int | None, param: str) -> TaskVersion:
     """Raises UnknownModelError that names the field."""
     try:
         return catalogue.resolve(task, version)

@@ -1,7 +1,9 @@
 """The HTTP face as one app: its endpoints, and everything they need, which comes in; nothing is global.
 
-bytes ─ intake ▶ JSON ─ requests ▶ request ─ admission, prompts ▶ Admitted
-      ─ Engine.generate ▶ tokens ─ generate, text ▶ deltas ─ answers, responses ▶ one answer, or a stream
+bytes ─ intake, requests ▶ request ─ admission, text ▶ Admitted ─ Engine.generate ▶ tokens
+      ─ responses, text ▶ deltas ─ responses, requests ▶ one answer, or a stream
+
+What is noted about it, and whatever goes wrong: outcomes.
 """
 
 import time
@@ -11,24 +13,22 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
 from starlette.responses import Response
 
 from prad.lm import Tokenizer
-from prefill_service.api.admission import Admission, find_version, split_name
-from prefill_service.api.answers import ChatShape, CompletionShape, Json
-from prefill_service.api.failures import JsonResponse, Observe, add_failure_handlers
-from prefill_service.api.intake import TurnAway, json_route
-from prefill_service.api.observe import Metrics, record_of
-from prefill_service.api.protocols import ApiLimits, Catalogue, ModelInfo, Readiness
-from prefill_service.api.requests import ChatRequest, CompletionRequest
+from prefill_service.api.admission import Admission, ModelInfo, find_version, split_name
+from prefill_service.api.intake import ApiLimits, TurnAway, read_body
+from prefill_service.api.outcomes import JsonResponse, Metrics, Observe, add_failure_handlers, record_of
+from prefill_service.api.requests import ChatRequest, ChatShape, CompletionRequest, CompletionShape, Json
 from prefill_service.api.responses import Responder
-from prefill_service.generation import Engine, TaskVersion
+from prefill_service.catalogue import TaskCatalogue
+from prefill_service.prompt import Engine, TaskVersion
 
 
 def create_app(
     engine: Engine,
-    catalogue: Catalogue,
-    readiness: Readiness,
+    catalogue: TaskCatalogue,
     tokenizer: Tokenizer,
     model: ModelInfo,
     limits: ApiLimits | None = None,
@@ -36,17 +36,29 @@ def create_app(
 ) -> FastAPI:
     """`registry`: shown at /metrics; the engine may hold its own metrics in the same one."""
     limits = limits or ApiLimits()
-    admission = Admission(catalogue, readiness, tokenizer, model, limits)
+    admission = Admission(engine, catalogue, tokenizer, model, limits)
     responder = Responder(engine, tokenizer, model.short_fingerprint)
     metrics = Metrics(registry or CollectorRegistry())
-    app = FastAPI(title="PrAd server", docs_url="/docs", redoc_url=None, responses=_FAILURES)
+    app = _Api(title="PrAd server", docs_url="/docs", redoc_url=None, responses=_FAILURES)
     app.include_router(_generation(admission, responder, limits))
     app.include_router(_models(catalogue, model))
-    app.include_router(_operations(readiness, metrics, model))
+    app.include_router(_operations(admission, metrics, model))
     add_failure_handlers(app)
     app.add_middleware(TurnAway)
     app.add_middleware(Observe, metrics=metrics)
     return app
+
+
+class _Api(FastAPI):
+    """FastAPI, which cannot describe the bodies that endpoints read themselves."""
+
+    def openapi(self) -> dict[str, Any]:
+        described = super().openapi()
+        _, bodies = models_json_schema(
+            [(CompletionRequest, "validation"), (ChatRequest, "validation")], ref_template=_SCHEMA
+        )
+        described["components"]["schemas"] |= bodies["$defs"]
+        return described
 
 
 class Failure(BaseModel):
@@ -64,6 +76,7 @@ class FailureBody(BaseModel):
     error: Failure
 
 
+_SCHEMA = "#/components/schemas/{model}"
 _FAILURES: dict[int | str, dict[str, Any]] = {
     "default": {"model": FailureBody, "description": "Not served, and why"}
 }
@@ -92,19 +105,21 @@ _ANSWER: dict[int | str, dict[str, Any]] = {
 
 
 def _generation(admission: Admission, responder: Responder, limits: ApiLimits) -> APIRouter:
-    router = APIRouter(tags=["generation"], route_class=json_route(limits), responses=_ANSWER | _REFUSALS)
+    router = APIRouter(tags=["generation"], responses=_ANSWER | _REFUSALS)
 
-    @router.post("/v1/completions", response_model=None)
-    async def create_completion(request: Request, wanted: CompletionRequest) -> Response:
+    @router.post("/v1/completions", response_model=None, openapi_extra=_takes(CompletionRequest))
+    async def create_completion(request: Request) -> Response:
         """Completes each prompt `n` times, with a task's adapter on the prompt if one is named."""
+        wanted = await read_body(request, CompletionRequest, limits)
         target = admission.target(wanted)
         record_of(request).task = target.version.task if target.version else None
         admitted = await admission.completion(wanted, target)
         return await responder.respond(request, wanted, admitted, CompletionShape())
 
-    @router.post("/v1/chat/completions", response_model=None)
-    async def create_chat_completion(request: Request, wanted: ChatRequest) -> Response:
-        """Answers the last user message `n` times; `prompts` says how messages become a prompt."""
+    @router.post("/v1/chat/completions", response_model=None, openapi_extra=_takes(ChatRequest))
+    async def create_chat_completion(request: Request) -> Response:
+        """Answers the last user message `n` times, with a task's adapter on the prompt if one is named."""
+        wanted = await read_body(request, ChatRequest, limits)
         target = admission.target(wanted)
         record_of(request).task = target.version.task if target.version else None
         admitted = await admission.chat(wanted, target)
@@ -113,7 +128,13 @@ def _generation(admission: Admission, responder: Responder, limits: ApiLimits) -
     return router
 
 
-def _models(catalogue: Catalogue, model: ModelInfo) -> APIRouter:
+def _takes(kind: type[BaseModel]) -> dict[str, Any]:
+    """An operation's body, as the API describes it."""
+    schema = {"$ref": _SCHEMA.format(model=kind.__name__)}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def _models(catalogue: TaskCatalogue, model: ModelInfo) -> APIRouter:
     """The plain model, and every task as vLLM lists LoRAs (`parent` is the base model's id)."""
     router = APIRouter(tags=["models"])
     created = int(time.time())
@@ -172,7 +193,7 @@ def _models(catalogue: Catalogue, model: ModelInfo) -> APIRouter:
     return router
 
 
-def _operations(readiness: Readiness, metrics: Metrics, model: ModelInfo) -> APIRouter:
+def _operations(admission: Admission, metrics: Metrics, model: ModelInfo) -> APIRouter:
     """What operators and their machines ask: alive, ready, how busy, which build."""
     router = APIRouter(tags=["operations"])
     package_version = version("prad-server")
@@ -187,8 +208,7 @@ def _operations(readiness: Readiness, metrics: Metrics, model: ModelInfo) -> API
     @router.get("/ready", response_model=None)
     async def ready() -> Response:
         """200 once requests can be served, else 503 with the reasons."""
-        reasons = readiness.reasons()
-        if reasons:
+        if reasons := admission.troubles:
             return JsonResponse({"status": "not ready", "reasons": reasons}, 503)
         return JsonResponse({"status": "ready", "reasons": []})
 

@@ -1,22 +1,33 @@
-"""From a connection's bytes to the JSON of a request, everything bounded: connections, bytes, time, depth.
+"""What a body may be: bounds on how it comes, a base of all that clients send, a type for each value.
 
-FastAPI reads a whole body of any size for as long as it takes, and parses it with `json`: so the route reads
-it here first, and FastAPI finds it done.
+FastAPI reads a whole body of any size for as long as it takes, and parses it with `json`: so endpoints read
+it here themselves, with connections, bytes, time and depth bounded.
+
+Clients send many fields at the value that means "off". Those are taken for what they are; any other value of
+a feature that is not there is refused by the feature's name: nobody gets an answer that ignored a wish.
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import orjson
-from fastapi.routing import APIRoute
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from prefill_service.api.failures import ClientGoneError
-from prefill_service.api.protocols import ApiLimits
+from prefill_service.api.outcomes import ClientGoneError, invalid_request, shown
 from prefill_service.errors import (
     BodyTimeoutError,
     InvalidRequestError,
@@ -34,6 +45,32 @@ ALWAYS_SERVED = ("/health", "/ready", "/metrics")
 """A crowd of clients must not make operators' machines believe that the service is dead."""
 
 _CROWDED = "prad.crowded"
+MAX_FIELDS = 100
+"""Fields of one object: each unknown one would be an error of its own."""
+MAX_STOPS = 16
+MAX_STOP_CHARACTERS = 1000
+
+Neutral = Mapping[str, tuple[object, ...]]
+
+PromptInput = str | tuple[int, ...]
+"""One prompt: text, or token ids that are taken as they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class ApiLimits:
+    """Bounds on one HTTP request, and the output lengths of requests that name none.
+
+    body_timeout_s: seconds in which a body must come; thread_chars: texts longer than this are tokenised off
+    the event loop.
+    """
+
+    max_body_bytes: int = 4 * 2**20
+    body_timeout_s: float = 10.0
+    max_prompts: int = 128
+    max_choices: int = 256
+    completion_tokens: int = 16
+    chat_tokens: int = 1024
+    thread_chars: int = 4096
 
 
 def bounded_protocol(connections: int, head_timeout_s: float) -> type[HttpToolsProtocol]:
@@ -76,37 +113,18 @@ class TurnAway:
         await self._app(scope, receive, send)
 
 
-def json_route(limits: ApiLimits) -> type[APIRoute]:
-    """FastAPI's route, but for how the body is read. Its endpoints also raise UnsupportedMediaTypeError,
-    RequestTooLargeError, BodyTimeoutError and InvalidRequestError."""
-
-    class JsonRoute(APIRoute):
-        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-            handle = super().get_route_handler()
-
-            async def read_then_handle(request: Request) -> Response:
-                _require_json(request)
-                body = await _read(request, limits)
-                return await handle(_JsonRequest(request.scope, request.receive, body, _parsed(body)))
-
-            return read_then_handle
-
-    return JsonRoute
+Body = TypeVar("Body", bound=BaseModel)
 
 
-class _JsonRequest(Request):
-    """A request whose body has been read."""
-
-    def __init__(self, scope: Scope, receive: Receive, body: bytes, data: Any) -> None:
-        super().__init__(scope, receive)
-        self._read = body
-        self._data = data
-
-    async def body(self) -> bytes:
-        return self._read
-
-    async def json(self) -> Any:
-        return self._data
+async def read_body(request: Request, kind: type[Body], limits: ApiLimits) -> Body:
+    """The body as what its endpoint takes; nothing else of it is kept. Raises UnsupportedMediaTypeError,
+    RequestTooLargeError, BodyTimeoutError or InvalidRequestError."""
+    _require_json(request)
+    data = _parsed(await _read(request, limits))
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise invalid_request(error.errors(include_url=False)) from None
 
 
 def _require_json(request: Request) -> None:
@@ -119,10 +137,10 @@ def _require_json(request: Request) -> None:
 
 
 async def _read(request: Request, limits: ApiLimits) -> bytes:
-    too_large = RequestTooLargeError(f"the body is larger than {limits.max_body_bytes} bytes")
+    too_large = f"the body is larger than {limits.max_body_bytes} bytes"
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and (len(announced) > 18 or int(announced) > limits.max_body_bytes):
-        raise too_large
+        raise RequestTooLargeError(too_large)
     body = bytearray()
     latest = asyncio.get_running_loop().time() + limits.body_timeout_s
     try:
@@ -130,7 +148,7 @@ async def _read(request: Request, limits: ApiLimits) -> bytes:
             async for part in request.stream():
                 body += part
                 if len(body) > limits.max_body_bytes:
-                    raise too_large
+                    raise RequestTooLargeError(too_large)
                 bound.reschedule(latest + len(body) / SLOWEST_BODY)
     except ClientDisconnect as error:
         raise ClientGoneError from error
@@ -148,3 +166,173 @@ def _parsed(body: bytes) -> Any:
         return orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise InvalidRequestError(f"the body is not valid JSON: {error}", code="invalid_json") from error
+
+
+class StrictModel(BaseModel):
+    """Base of everything a client sends: "5" is not 5, true is not 1, unknown fields are refused.
+
+    `unsupported` maps a feature's field to the values that leave it off (null always does); `ignored` holds
+    fields that are accepted because they cannot change a result.
+    """
+
+    model_config = ConfigDict(
+        strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    unsupported: ClassVar[Neutral] = {}
+    ignored: ClassVar[frozenset[str]] = frozenset()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_neutral(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        if len(data) > MAX_FIELDS:
+            raise expected(f"up to {MAX_FIELDS} fields", len(data))
+        for name, neutral in cls.unsupported.items():
+            value = data.get(name)
+            if value is not None and not any(_same(value, n) for n in neutral):
+                raise refused(
+                    name,
+                    f"'{name}' is not supported yet"
+                    + (f" (only {shown(neutral[0])} is accepted)" if neutral else ""),
+                )
+        return {k: v for k, v in data.items() if k not in cls.unsupported and k not in cls.ignored}
+
+
+def refused(field: str, why: str) -> PydanticCustomError:
+    """The error of a check that looks at several fields; `field` is to blame."""
+    return PydanticCustomError("refused", "{why}", {"field": field, "why": why})
+
+
+def expected(what: str, value: object) -> PydanticCustomError:
+    """The error of a hand-written check: `what` should have been there instead of `value`."""
+    return PydanticCustomError("expected", "{what}", {"what": f"expected {what}, got {shown(value)}"})
+
+
+def _same(value: object, neutral: object) -> bool:
+    """Equality as JSON has it: 0 equals 0.0, but false does not equal 0."""
+    return isinstance(value, bool) == isinstance(neutral, bool) and value == neutral
+
+
+def _prompts(value: Any) -> tuple[PromptInput, ...]:
+    """A text, a list of texts, a list of ids or a list of lists of ids, as a tuple of prompts."""
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, list) or not value:
+        raise expected("a text, a list of texts, a list of token ids or a list of those", value)
+    if all(isinstance(item, str) for item in value):
+        return tuple(value)
+    if all(type(item) is int for item in value):
+        return (tuple(value),)
+    if all(isinstance(item, list) for item in value):
+        for ids in value:
+            if not all(type(token) is int for token in ids):
+                raise expected("whole numbers as token ids", ids)
+        return tuple(tuple(ids) for ids in value)
+    raise expected("all texts, all token ids or all lists of token ids", value)
+
+
+def _stops(value: Any) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
+        raise expected(f"a non-empty text or a list of up to {MAX_STOPS} of them", value)
+    if len(stops) > MAX_STOPS:
+        raise expected(f"up to {MAX_STOPS} stop texts", len(stops))
+    if any(len(stop) > MAX_STOP_CHARACTERS for stop in stops):
+        raise expected(f"stop texts of up to {MAX_STOP_CHARACTERS} characters", max(map(len, stops)))
+    return tuple(stops)
+
+
+def _content(value: Any) -> str:
+    """A message's text; text parts are joined as they stand, and `cache_control` changes no result."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not value:
+        raise expected("a text or a list of text parts", value)
+    texts = []
+    for part in value:
+        match part:
+            case {"type": "text", "text": str(text), **more} if more.keys() <= {"cache_control"}:
+                texts.append(text)
+            case _:
+                raise expected('{"type": "text", "text": …}, as only text is supported yet', part)
+    return "".join(texts)
+
+
+def _top_k(value: Any) -> int | None:
+    if value is None:
+        return None
+    if type(value) is not int or not -1 <= value < 2**31:
+        raise expected("a whole number of at least 1, or 0 or -1 to switch it off", value)
+    return max(value, 0)
+
+
+def _truncate(value: Any) -> int | None:
+    if value is None:
+        return None
+    if type(value) is not int or (value < 1 and value != -1):
+        raise expected("a whole number of at least 1, or -1 to keep what fits", value)
+    return int(value)
+
+
+_TEXTS = {"type": "array", "items": {"type": "string"}}
+_IDS = {"type": "array", "items": {"type": "integer"}}
+
+Prompts = Annotated[
+    tuple[PromptInput, ...],
+    PlainValidator(_prompts),
+    WithJsonSchema({"anyOf": [{"type": "string"}, _TEXTS, _IDS, {"type": "array", "items": _IDS}]}),
+]
+Stops = Annotated[
+    tuple[str, ...] | None,
+    PlainValidator(_stops),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {**_TEXTS, "maxItems": MAX_STOPS}, {"type": "null"}]}),
+]
+Content = Annotated[
+    str,
+    PlainValidator(_content),
+    WithJsonSchema(
+        {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}, {"type": "null"}]}
+    ),
+]
+_FROM_MINUS_1 = WithJsonSchema({"anyOf": [{"type": "integer", "minimum": -1}, {"type": "null"}]})
+TopK = Annotated[int | None, PlainValidator(_top_k), _FROM_MINUS_1]
+Truncation = Annotated[int | None, PlainValidator(_truncate), _FROM_MINUS_1]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+TokenCount = Annotated[int, Field(ge=1)]
+Logprobs = Annotated[int, Field(ge=0, le=20)]
+Choices = Annotated[int, Field(ge=1, le=16)]
+
+
+class Message(StrictModel):
+    """One turn. Fields that assistants' answers carry are accepted empty, as clients send answers back."""
+
+    unsupported: ClassVar[Neutral] = {
+        "name": (),
+        "refusal": (),
+        "tool_calls": ([],),
+        "function_call": (),
+        "audio": (),
+        "annotations": ([],),
+        "reasoning_content": (),
+    }
+
+    role: Literal["system", "developer", "user", "assistant"]
+    """`developer` is a newer name of `system`."""
+    content: Content
+    """A text, or text parts, which are joined as they stand; null for an assistant's empty turn."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_said(cls, data: Any) -> Any:
+        """An assistant's turn may have no content, as it may have been all tool calls."""
+        silent = isinstance(data, dict) and data.get("role") == "assistant" and data.get("content") is None
+        return {**data, "content": ""} if silent else data
+
+    @property
+    def template_role(self) -> str:
+        """The role as chat templates know it."""
+        return "system" if self.role == "developer" else self.role

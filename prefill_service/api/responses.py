@@ -1,6 +1,11 @@
-"""An admitted request's answer: in one piece, or as server-sent events while it is made."""
+"""An admitted request's answer: in one piece, or as server-sent events while it is made.
 
-from collections.abc import AsyncGenerator, Mapping
+engine.generate(prompt 0) ─ tokens ▶ ChoiceText per choice ─┐
+engine.generate(prompt 1) ─ tokens ▶ ChoiceText per choice ─┴▶ deltas ▶ one answer, or events
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -9,24 +14,26 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from prad.core.sampling import TokenEvent
 from prad.lm import Tokenizer
 from prefill_service.api.admission import Admitted
-from prefill_service.api.answers import Json, Shape
-from prefill_service.api.failures import (
+from prefill_service.api.outcomes import (
     CLIENT_GONE,
     ClientGoneError,
     JsonResponse,
+    RequestRecord,
     as_told,
     error_body,
+    record_of,
     while_connected,
 )
-from prefill_service.api.generate import Delta, Generation
-from prefill_service.api.observe import RequestRecord, record_of
-from prefill_service.api.requests import GenerationRequest, StreamOptions
-from prefill_service.api.text import TokenScore, TokenScorer
-from prefill_service.generation import Engine
+from prefill_service.api.requests import GenerationRequest, Json, Shape, StreamOptions
+from prefill_service.api.text import ChoiceText, Delta, TokenScore, TokenScorer
+from prefill_service.errors import InternalError
+from prefill_service.prompt import Engine, PromptRequest
 
 DONE = b"data: [DONE]\n\n"
+QUEUED_DELTAS = 64
 
 
 class Responder:
@@ -43,7 +50,8 @@ class Responder:
     ) -> Response:
         """Raises what the engine raises before its first token (streaming) or at all (in one piece)."""
         record = record_of(request)
-        deltas = Generation(self._engine, self._tokenizer, self._scorer, admitted, record).deltas()
+        record.prompt_tokens = sum(len(prompt.prompt_ids) for prompt in admitted.prompts)
+        deltas = self._deltas(admitted, record)
         shared: Json = {
             "id": admitted.id,
             "object": shape.chunk_object if wanted.stream else shape.whole_object,
@@ -63,6 +71,91 @@ class Responder:
         ]
         body = {**shared, "choices": whole, "usage": record.usage(), "prad": admitted.report()}
         return JsonResponse(body, headers=_headers(admitted))
+
+    def _deltas(self, admitted: Admitted, record: RequestRecord) -> AsyncGenerator[Delta, None]:
+        """Settled text of every choice, in the order it happens; its tokens are noted in `record`. Closing it
+        closes the engine's generators. Raises what they raise."""
+        return _merged([self._of_prompt(prompt, admitted.stop, record) for prompt in admitted.prompts])
+
+    async def _of_prompt(
+        self, request: PromptRequest, stop: tuple[str, ...], record: RequestRecord
+    ) -> AsyncGenerator[Delta, None]:
+        running = {choice: self._choice_text(request, stop) for choice in range(request.choices)}
+        async with aclosing(self._engine.generate(request)) as tokens:
+            async for out in tokens:
+                text = running.get(out.choice)
+                if text is None:
+                    continue  # was under way when its choice was cancelled
+                record.count_token(out.cached_tokens)
+                delta = self._delta(request, out, text)
+                if delta.finish_reason is not None:
+                    del running[out.choice]
+                if delta.text or delta.scores or delta.finish_reason is not None:
+                    yield delta
+                if delta.finish_reason is not None and out.finish_reason is None:
+                    self._engine.cancel_choice(request.request_id, out.choice)
+                    if not running:
+                        return
+        if running:
+            raise InternalError("the engine ended before the output did")
+
+    def _choice_text(self, request: PromptRequest, stop: tuple[str, ...]) -> ChoiceText:
+        return ChoiceText(
+            self._tokenizer.stream(),
+            stop,
+            strip_space=request.version is not None,
+            min_tokens=request.sampling.min_tokens,
+        )
+
+    def _delta(self, request: PromptRequest, out: TokenEvent, text: ChoiceText) -> Delta:
+        scored = request.sampling.logprobs is not None
+        scores = (self._scorer.score(out.tokens[0], text.length),) if scored else ()
+        settled, finish_reason = text.settle(out)
+        return Delta(request.prompt_index * request.choices + out.choice, settled, scores, finish_reason)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ended:
+    error: Exception | None = None
+
+
+async def _merged(sources: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[Delta, None]:
+    """All sources at once; the first error ends all of them.
+
+    Tasks by hand: a TaskGroup belongs to the task that entered it, and must not stay open across a yield.
+    """
+    if len(sources) == 1:
+        async with aclosing(sources[0]) as only:
+            async for delta in only:
+                yield delta
+        return
+    queue: asyncio.Queue[Delta | _Ended] = asyncio.Queue(QUEUED_DELTAS)
+    tasks = [asyncio.create_task(_pump(source, queue)) for source in sources]
+    running = len(tasks)
+    try:
+        while running:
+            item = await queue.get()
+            if isinstance(item, Delta):
+                yield item
+            elif item.error is not None:
+                raise item.error
+            else:
+                running -= 1
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _pump(source: AsyncGenerator[Delta, None], queue: "asyncio.Queue[Delta | _Ended]") -> None:
+    try:
+        async with aclosing(source):
+            async for delta in source:
+                await queue.put(delta)
+    except Exception as error:
+        await queue.put(_Ended(error))
+    else:
+        await queue.put(_Ended())
 
 
 @dataclass(slots=True)

@@ -24,7 +24,7 @@ from prad.artefact import WEIGHTS, Artefact, read_artefact, write_record
 from prad.lm import LanguageModel, PackedBatch, Tokenizer
 from prad.lm.kernels import Kernels
 from prad.lm.kv import Pools
-from prefill_service.prompt_pass import run_prompt_pass
+from prefill_service.passes import run_prompt_pass
 from prefill_service.server import probe_prompt
 from tests.conftest import random_artefact
 

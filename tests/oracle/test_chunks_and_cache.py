@@ -15,11 +15,10 @@ from prad.core.kv import BlockPool, Chunk, block_keys
 from prad.core.sampling import SamplingParams, Token
 from prad.lm import LanguageModel, PackedBatch
 from prad.lm.kv import Pools
+from prefill_service import passes
 from prefill_service import prompt as prompts
-from prefill_service import prompt_pass
-from prefill_service.generation import PromptRequest, TaskVersion
-from prefill_service.prompt import Prompt, Queued
-from prefill_service.prompt_pass import FirstTokens, run_prompt_pass
+from prefill_service.passes import FirstTokens, run_prompt_pass
+from prefill_service.prompt import Prompt, PromptRequest, Queued, TaskVersion
 from prefill_service.scheduler import PromptScheduler
 from tests.conftest import VOCAB, random_artefact
 from tests.oracle.comparing import TOP, OracleMismatchError, Served, check
@@ -208,8 +207,8 @@ def test_the_oracle_fails_if_positions_are_off_by_a_chunk(
         starts = torch.cat([torch.full((len(c),), c.start) for c in chunks])
         return replace(batch, positions=batch.positions - starts)
 
-    original = prompt_pass.chunked_batch
-    monkeypatch.setattr(prompt_pass, "chunked_batch", shifted)
+    original = passes.chunked_batch
+    monkeypatch.setattr(passes, "chunked_batch", shifted)
     side.restart(pass_tokens=32)
     with pytest.raises(OracleMismatchError):
         side.check(side.item("red", TEXT))

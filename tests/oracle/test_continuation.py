@@ -12,9 +12,8 @@ from prad.adapters import load_adapter
 from prad.core.sampling import SamplingParams
 from prad.lm import LanguageModel
 from prad.lm.kv import Pools
-from prefill_service.generation import PromptRequest
-from prefill_service.prompt import Prompt
-from prefill_service.prompt_pass import FirstTokens, run_prompt_pass
+from prefill_service.passes import FirstTokens, run_prompt_pass
+from prefill_service.prompt import Prompt, PromptRequest
 from tests.conftest import random_artefact
 from tests.oracle.reference import Fault, Reference
 

@@ -26,9 +26,8 @@ from prad.core.sampling import SamplingParams
 from prad.lm import LanguageModel
 from prad.lm.kernels import Kernels
 from prad.lm.kv import Pools
-from prefill_service.generation import PromptRequest
-from prefill_service.prompt import Prompt
-from prefill_service.prompt_pass import run_prompt_pass
+from prefill_service.passes import run_prompt_pass
+from prefill_service.prompt import Prompt, PromptRequest
 from tests.conftest import CONFIGS, GROUPED, SIZES, random_artefact, randomised
 from tests.oracle.comparing import TOLERANCE
 from tests.oracle.reference import Fault, Reference

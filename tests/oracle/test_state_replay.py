@@ -12,9 +12,8 @@ from prad.core.sampling import SamplingParams
 from prad.lm import LanguageModel, SiteVectors
 from prad.lm.kv import Pools
 from prad.training.objective import AdapterTuning
-from prefill_service.generation import PromptRequest
-from prefill_service.prompt import Prompt
-from prefill_service.prompt_pass import run_prompt_pass
+from prefill_service.passes import run_prompt_pass
+from prefill_service.prompt import Prompt, PromptRequest
 from tests.conftest import random_artefact
 from tests.generation import generate
 from tests.oracle.comparing import TOP, OracleMismatchError, Served, check

@@ -15,8 +15,8 @@ from prad.adapters import split_task_tokens
 from prad.adapters.adaptation import TaskRows
 from prad.lm import LanguageModel
 from prad.lm.kernels import Kernels
+from prefill_service import passes
 from prefill_service import prompt as prompts
-from prefill_service import prompt_pass
 from prefill_service.decode_link import open_message
 from tests.conftest import random_artefact
 from tests.oracle.comparing import OracleMismatchError
@@ -188,7 +188,7 @@ def test_the_oracle_fails_under(
     items = [side.named(task, placed(20, 8, 17)) for task in ("pa", "lora")]
     side.restart(pass_tokens=4096)
     side.check(*items)
-    monkeypatch.setattr(prompt_pass, "split_task_tokens", _spoilt(wrong))
+    monkeypatch.setattr(passes, "split_task_tokens", _spoilt(wrong))
     side.restart(pass_tokens=4096)
     for item, draws in side.run(*items).items():
         with pytest.raises(OracleMismatchError):

@@ -14,8 +14,7 @@ from prad.core.sampling import SamplingParams, Token, TokenEvent
 from prefill_service.decode_link import NoRoom
 from prefill_service.engine import PrefillEngine
 from prefill_service.errors import ServingError
-from prefill_service.generation import PromptRequest, TaskVersion
-from prefill_service.prompt import Prompt
+from prefill_service.prompt import Prompt, PromptRequest, TaskVersion
 from prefill_service.scheduler import PromptScheduler
 from prefill_service.settings import PrefillSettings
 
@@ -66,6 +65,11 @@ class HandOff:
     aborted: str | None = None
     committed: list[Token] | None = None
     fails: Exception | None = None
+    lost: Exception | None = None
+
+    def require_running(self) -> None:
+        if self.lost is not None:
+            raise self.lost
 
     async def __aenter__(self) -> "HandOff":
         return self
@@ -119,12 +123,22 @@ class Layers:
 
 @dataclass
 class Passes:
-    """Every choice draws 40; `hold` keeps a pass from ending, `fails` breaks it off."""
+    """Every choice draws `drawn`; `hold` keeps a pass from ending, `fails` breaks it off; `sending` holds up
+    what is sent before it, `unsent` says whose is not."""
 
     ran: list[list[tuple[str, int, int]]] = field(default_factory=list)
     hold: asyncio.Event | None = None
     fails: Exception | None = None
+    sending: asyncio.Event | None = None
+    drawn: Token = field(default_factory=lambda: Token(40))
+    unsent: dict[str, Exception] = field(default_factory=dict)
     closed: bool = False
+
+    async def send_cached(self, chunks: Any) -> Any:
+        if self.sending is not None:
+            await self.sending.wait()
+        rooms = {c.prompt.request.request_id: c.prompt.hand_off for c in chunks}
+        return {rooms[name]: error for name, error in self.unsent.items() if name in rooms}
 
     async def run(self, chunks: Any) -> Any:
         self.ran.append([(c.prompt.request.request_id, c.start, c.end) for c in chunks])
@@ -132,7 +146,7 @@ class Passes:
             await self.hold.wait()
         if self.fails is not None:
             raise self.fails
-        drawn = {c.prompt: [Token(40)] * c.prompt.request.choices for c in chunks if c.prompt.ends_with(c)}
+        drawn = {c.prompt: [self.drawn] * c.prompt.request.choices for c in chunks if c.prompt.ends_with(c)}
         return SimpleNamespace(first_tokens=drawn, layers=Layers())
 
     def close(self) -> None:
@@ -145,10 +159,12 @@ class Residents:
 
     loaded: asyncio.Event | None = None
     pins: int = 0
+    taken: int = 0
 
     @asynccontextmanager
     async def pinned(self, artefact: Artefact) -> AsyncIterator[Any]:
         self.pins += 1
+        self.taken += 1
         try:
             if self.loaded is not None:
                 await self.loaded.wait()

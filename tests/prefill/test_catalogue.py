@@ -87,7 +87,7 @@ async def followed(
     catalogue = TaskCatalogue(base)
     client: Any = registry
     follower = RegistryFollower(client, catalogue, probe)
-    assert follower.trouble is not None
+    assert catalogue.trouble is not None
     task = asyncio.create_task(follower.run())
     await registry.told.wait()
     task.cancel()
@@ -117,8 +117,8 @@ def test_a_name_means_the_current_version_and_what_is_not_there_is_named() -> No
 async def test_what_answers_is_served_and_fetched_once() -> None:
     first, second = state(1, 1, v1=State.ROUTABLE), state(2, 2, v1=State.ROUTABLE, v2=State.ROUTABLE)
     registry = Registry(first, second)
-    catalogue, follower = await followed(registry)
-    assert (registry.fetched, follower.trouble) == ([1, 2], None)
+    catalogue, _ = await followed(registry)
+    assert (registry.fetched, catalogue.trouble) == ([1, 2], None)
     assert catalogue.resolve("t", None).digest == digest(2)
     assert catalogue.resolve("t", 1).digest == digest(1)
 
@@ -160,6 +160,6 @@ async def test_what_cannot_be_had_takes_nothing_else_along() -> None:
 async def test_while_the_registry_is_away_what_was_known_is_served() -> None:
     away = [RegistryUnreachableError("away"), RegistryUnreachableError("away"), ValueError("odd")]
     registry = Registry(state(1, 1, v1=State.ROUTABLE), *away)
-    catalogue, follower = await followed(registry)
+    catalogue, _ = await followed(registry)
     assert catalogue.resolve("t", None).artefact.folder == Path()
-    assert follower.trouble is None
+    assert catalogue.trouble is None

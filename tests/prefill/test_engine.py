@@ -7,7 +7,7 @@ from subprocess import check_output
 import pytest
 
 from kvtransfer.errors import LostError
-from prad.core.sampling import TokenEvent
+from prad.core.sampling import Token, TokenEvent
 from prefill_service.decode_link import NoRoom
 from prefill_service.errors import (
     DeadlineError,
@@ -100,6 +100,16 @@ async def test_prompts_that_wait_for_their_adapter_are_within_the_queues_bound()
         assert [token.finish_reason for token in await asyncio.gather(*loading)] == ["length"] * 2
 
 
+async def test_a_beam_search_takes_its_adapter_once() -> None:
+    """Its steps would wait in line behind others, who wait for its adapter."""
+    setting = Setting()
+    setting.passes.drawn = Token(40, -1.0, tuple((40 + i, -1.0 - i) for i in range(8)))
+    async with setting.running():
+        search = setting.engine.generate(request("r", version=version("d"), beams=2, max_tokens=3))
+        assert [token.tokens[0].id async for token in search] == [40] * 3
+    assert (len(setting.passes.ran), setting.residents.taken) == (3, 1)
+
+
 async def test_no_room_waits_and_whoever_came_later_waits_behind_it() -> None:
     setting = Setting()
     told = iter([NoRoom(0.01)])
@@ -164,6 +174,47 @@ async def test_a_failed_pass_fails_its_prompts_and_gives_their_room_back() -> No
             await anext(setting.engine.generate(request("r")))
         await setting.idle()
         assert [room.aborted for room in setting.link.opened] == ["cancelled"]
+
+
+async def test_who_cannot_be_sent_what_it_begins_with_ends_alone() -> None:
+    setting = Setting()
+    setting.passes.unsent = {"bad": IndexError("out of range")}
+    async with setting.running():
+        jobs = [setting.engine.generate(request(name)) for name in ("good", "bad", "fine")]
+        first, bad, third = await asyncio.gather(*(anext(job) for job in jobs), return_exceptions=True)
+        assert isinstance(bad, InternalError)
+        assert isinstance(first, TokenEvent)
+        assert isinstance(third, TokenEvent)
+        assert setting.passes.ran == [[("good", 0, 3), ("fine", 0, 3)]]
+        for job in jobs:
+            await job.aclose()
+
+
+@pytest.mark.parametrize("why", ["lost", "left", "overdue"])
+async def test_who_is_given_up_between_its_chunks_is_not_computed_to_the_end(why: str) -> None:
+    setting = Setting(request_timeout_s=0.2 if why == "overdue" else 60)
+    setting.passes.hold = asyncio.Event()
+    async with setting.running():
+        tokens = setting.engine.generate(request("r", range(30)))
+        waits = asyncio.ensure_future(anext(tokens))
+        await setting.until(lambda: setting.passes.ran)
+        setting.passes.sending = asyncio.Event()  # the next chunk is chosen, and waits for those before it
+        setting.passes.hold.set()
+        await setting.idle()
+        if why == "lost":
+            setting.link.opened[0].lost = LostError("gone")
+        elif why == "left":
+            waits.cancel()
+        else:
+            await setting.until(waits.done)
+        await setting.idle()
+        setting.passes.sending.set()
+        (outcome,) = await asyncio.gather(waits, return_exceptions=True)
+        kinds = {"lost": DecodeUnavailableError, "left": asyncio.CancelledError, "overdue": DeadlineError}
+        assert isinstance(outcome, kinds[why])
+        await setting.idle()
+        assert [chunk for run in setting.passes.ran for chunk in run] == [("r", 0, 10)]
+        await tokens.aclose()
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import asyncio
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -48,16 +47,6 @@ class Wire:
     token_bytes = 1
 
 
-class Room:
-    """As a hand-off."""
-
-    def __init__(self, name: str) -> None:
-        self._name: Any = name
-
-    def rows(self, *where: int) -> PassRows:
-        return PassRows(self._name, self._name, *where)
-
-
 @pytest.fixture
 def wire(monkeypatch: pytest.MonkeyPatch) -> Wire:
     made = Wire()
@@ -71,7 +60,7 @@ def layer(value: float) -> torch.Tensor:
 
 
 def layers(*, overlap: bool, after: PassLayers | None = None, name: str = "room") -> PassLayers:
-    rows: list[Any] = [Room(name).rows(0, 0, 1)]
+    rows: list[Any] = [PassRows(name, 0, 0, 1)]  # type: ignore[arg-type]
     return PassLayers(3, rows, Encoding.RAW, overlap=overlap, after=after)
 
 
@@ -146,9 +135,10 @@ class Service:
         )
         pools = Pools(model.layout, 40, SIZE, "cpu")
         self.passes = PassRunner(model, pools, Encoding.RAW, overlap=overlap, nice=0)
+        self.drawn: dict[str, Any] = {}
 
     async def run(self, *prompts: Prompt) -> int:
-        """To the end of each; returns how many tokens were computed."""
+        """To the end of each; returns how many tokens were computed, and keeps what was drawn."""
         for prompt in prompts:
             prompt.state = Queued()
             self.scheduler.add(prompt)
@@ -156,10 +146,12 @@ class Service:
         while chunks := self.scheduler.next_pass(0.0):
             for chunk in chunks:
                 assert isinstance(chunk.prompt.state, Prefilling)
-                room: Any = Room(chunk.prompt.request.request_id)
-                chunk.prompt.state = replace(chunk.prompt.state, hand_off=room)
+                room: Any = chunk.prompt.request.request_id
+                chunk.prompt.hand_off = room
+            assert not await self.passes.send_cached(chunks)
             result = await self.passes.run(chunks)
             self.scheduler.computed()
+            self.drawn |= {p.request.request_id: drawn for p, drawn in result.first_tokens.items()}
             computed += sum(map(len, chunks))
         assert result is not None
         await result.layers.sent()
@@ -192,6 +184,50 @@ async def test_cached_tokens_and_chunks_go_out_once_and_in_order(
         assert wire.sent["again", index][:20] == cut[:20]
         assert wire.sent["beside", index][:12] == cut[:12]
         assert (len(wire.sent["again", index]), len(wire.sent["beside", index])) == (21, 13)
+    service.passes.close()
+
+
+@pytest.mark.parametrize("gathered", [1, 2**30])
+async def test_who_cannot_be_read_from_the_cache_is_named_and_others_are_sent_whole(
+    wire: Wire,
+    load_tiny: Callable[[str], LanguageModel],
+    monkeypatch: pytest.MonkeyPatch,
+    gathered: int,
+) -> None:
+    monkeypatch.setattr(passes, "_GATHERED_BYTES", gathered)
+    model = load_tiny("llama")
+    wire.token_bytes = model.layout.key_bytes(0)
+    service, text = Service(model, False), [(7 * i) % 100 for i in range(21)]
+    await service.run(asked("first", text))
+    original = Pools.slots
+    asks: list[int] = []
+
+    def astray(pools: Pools, table: Any, count: int) -> torch.Tensor:
+        asks.append(count)
+        return original(pools, table, count) + (10**6 if len(asks) == 2 else 0)
+
+    rows = [asked(name, text) for name in ("before", "astray", "behind")]
+    with monkeypatch.context() as context:
+        context.setattr(passes.Pools, "slots", astray)
+        for prompt in rows:
+            service.scheduler.add(prompt)
+        chunks = service.scheduler.next_pass(0.0)
+        for chunk in chunks:
+            room: Any = chunk.prompt.request.request_id
+            chunk.prompt.hand_off = room
+        broken = await service.passes.send_cached(chunks)
+    assert list(broken) == ["astray"]
+    service.scheduler.remove(rows[1])
+    service.scheduler.put_back(chunks[1])
+    result = await service.passes.run([chunks[0], chunks[2]])
+    assert [drawn and drawn[0].id for drawn in result.first_tokens.values()] == [
+        service.drawn["first"][0].id
+    ] * 2
+    await result.layers.sent()
+    for index in range(model.num_layers):
+        for name in ("before", "behind"):
+            assert wire.sent[name, index][:20] == wire.sent["first", index][:20]
+            assert len(wire.sent[name, index]) == 21
     service.passes.close()
 
 

@@ -10,8 +10,8 @@ import torch
 from prad.adapters import Adapter, load_adapter
 from prad.artefact import Artefact
 from prad.lm import LanguageModel
-from prefill_service.errors import InternalError, OverloadedError
-from prefill_service.residents import Residents
+from prefill_service.catalogue import Residents
+from prefill_service.errors import InternalError
 from tests.conftest import random_artefact
 
 
@@ -65,17 +65,68 @@ async def test_the_least_recently_used_leaves(setting: tuple[Loader, list[Artefa
     assert loader.loaded == [red.digest, green.digest, blue.digest, green.digest]
 
 
-async def test_pinned_adapters_stay_and_a_newcomer_is_told(
+async def test_pinned_adapters_stay_and_a_newcomer_waits_its_turn(
     setting: tuple[Loader, list[Artefact]],
 ) -> None:
     loader, (red, green, _) = setting
     residents = Residents(loader, red.nbytes(4), 4)
     async with residents.pinned(red):
-        with pytest.raises(OverloadedError):
-            await use(residents, green)
-        await use(residents, red)
-    await use(residents, green)
-    assert loader.loaded == [red.digest, green.digest]
+        waits = asyncio.create_task(use(residents, green))
+        await asyncio.sleep(0.01)
+        assert (waits.done(), loader.loaded) == (False, [red.digest])
+    await waits
+    assert (loader.loaded, residents.nbytes) == ([red.digest, green.digest], green.nbytes(4))
+
+
+async def test_the_oldest_goes_first_and_takes_along_who_wants_the_same(
+    setting: tuple[Loader, list[Artefact]],
+) -> None:
+    """An adapter in steady use keeps nobody from its room: who wants it again waits behind the others."""
+    loader, (red, green, blue) = setting
+    residents, order, go = Residents(loader, red.nbytes(4), 4), list[str](), asyncio.Event()
+    names = {red.digest: "red", green.digest: "green", blue.digest: "blue"}
+
+    async def one(artefact: Artefact) -> None:
+        async with residents.pinned(artefact):
+            order.append(names[artefact.digest])
+            await go.wait()
+
+    users = [asyncio.create_task(one(artefact)) for artefact in (red, green, red, blue, green, red)]
+    await asyncio.sleep(0)  # all are in line
+    go.set()
+    await asyncio.gather(*users)
+    assert order == ["red", "green", "green", "red", "red", "blue"]
+    assert loader.loaded == [red.digest, green.digest, red.digest, blue.digest]
+
+
+async def test_who_leaves_the_line_holds_up_nobody(setting: tuple[Loader, list[Artefact]]) -> None:
+    loader, (red, green, blue) = setting
+    residents = Residents(loader, 2 * red.nbytes(4), 4)
+    async with residents.pinned(red):
+        async with residents.pinned(green):
+            first, second, third = (
+                asyncio.create_task(use(residents, artefact)) for artefact in (blue, red, blue)
+            )
+            await asyncio.sleep(0)
+            first.cancel()
+            await second
+            assert not third.done(), "there is no room for it"
+        await third
+    assert loader.loaded == [red.digest, green.digest, blue.digest]
+
+
+async def test_a_turn_that_comes_as_its_user_leaves_goes_to_the_next(
+    setting: tuple[Loader, list[Artefact]],
+) -> None:
+    loader, (red, green, blue) = setting
+    residents = Residents(loader, red.nbytes(4), 4)
+    async with residents.pinned(red):
+        leaves, stays = (asyncio.create_task(use(residents, artefact)) for artefact in (green, blue))
+        await asyncio.sleep(0)
+    leaves.cancel()  # its turn has come, it has not heard of it yet
+    await stays
+    assert leaves.cancelled()
+    assert residents.nbytes == blue.nbytes(4)
 
 
 async def test_files_that_do_not_load_are_an_error_each_time(

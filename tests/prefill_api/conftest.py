@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from prad.artefact import AdapterRecord, Artefact, BaseModelRef, GenerationDefaults
 from prad.core.sampling import SampleKey, Token, TokenEvent
 from prad.lm import LanguageModel, PackedBatch, Tokenizer, attention, sample
-from prefill_service.api import ApiLimits, ModelInfo, TaskEntry, create_app
+from prefill_service.api import ApiLimits, ModelInfo, create_app
 from prefill_service.beams import beam_search
-from prefill_service.errors import UnknownModelError
-from prefill_service.generation import Engine, PromptRequest, TaskVersion
+from prefill_service.catalogue import TaskCatalogue, TaskVersions
+from prefill_service.prompt import Engine, PromptRequest, TaskVersion
 
 EOS = "<|end|>"
 CHAT_TEMPLATE = (
@@ -84,6 +84,7 @@ class WatchedEngine:
     resume: asyncio.Event = field(default_factory=asyncio.Event)
     paused: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(0))
     all_closed: asyncio.Event = field(default_factory=asyncio.Event)
+    trouble: str | None = None
 
     def next_tokens(self, request: PromptRequest, outputs: Sequence[list[int]], step: int) -> list[Token]:
         raise NotImplementedError
@@ -160,40 +161,22 @@ class ScriptedEngine(WatchedEngine):
         return [Token(token, -0.5, ((token, -0.5),))] * request.choices
 
 
-class Tasks:
-    """A catalogue of fixed tasks; version 2 is current everywhere."""
-
-    base_name = "tiny/model"
-
-    def __init__(self, records: dict[str, AdapterRecord]) -> None:
-        self._versions = {
-            (task, number): TaskVersion(
-                task,
-                number,
-                f"{task}-{number}-digest",
-                Artefact(Path(task), record, {}, f"{task}-{number}-digest"),
-            )
+def catalogue_of(records: dict[str, AdapterRecord]) -> TaskCatalogue:
+    """Of fixed tasks; version 2 is current everywhere."""
+    made = TaskCatalogue("tiny/model")
+    made.trouble = None
+    made.replace(
+        {
+            task: TaskVersions(2, {number: _version(task, number, record) for number in (1, 2)})
             for task, record in records.items()
-            for number in (1, 2)
         }
-        self._names = sorted(records)
-
-    def resolve(self, task: str, version: int | None) -> TaskVersion:
-        found = self._versions.get((task, version or 2))
-        if found is None:
-            raise UnknownModelError(f"unknown task {task!r}; known are {', '.join(self._names)}")
-        return found
-
-    def tasks(self) -> list[TaskEntry]:
-        return [TaskEntry(name, self.resolve(name, None), (1, 2)) for name in self._names]
+    )
+    return made
 
 
-@dataclass
-class Ready:
-    missing: list[str] = field(default_factory=list)
-
-    def reasons(self) -> list[str]:
-        return self.missing
+def _version(task: str, number: int, record: AdapterRecord) -> TaskVersion:
+    digest = f"{task}-{number}-digest"
+    return TaskVersion(task, number, digest, Artefact(Path(task), record, {}, digest))
 
 
 def record(**fields: object) -> AdapterRecord:
@@ -243,8 +226,8 @@ def drive_fixture() -> Callable[..., Driven]:
 
 
 @pytest.fixture(scope="session")
-def catalogue() -> Tasks:
-    return Tasks(
+def catalogue() -> TaskCatalogue:
+    return catalogue_of(
         {
             "plain": record(template="{prompt}"),
             "e2e": record(
@@ -257,19 +240,14 @@ def catalogue() -> Tasks:
     )
 
 
-@pytest.fixture
-def ready() -> Ready:
-    return Ready()
-
-
 AppOf = Callable[[Engine], FastAPI]
 
 
 @pytest.fixture
-def app_of(tokenizer: Tokenizer, language_model: LanguageModel, catalogue: Tasks, ready: Ready) -> AppOf:
+def app_of(tokenizer: Tokenizer, language_model: LanguageModel, catalogue: TaskCatalogue) -> AppOf:
     info = ModelInfo("0123456789abcdef", language_model.max_context, len(tokenizer), frozenset())
     limits = ApiLimits(max_body_bytes=20_000, max_prompts=4, max_choices=8, chat_tokens=12)
-    return lambda engine: create_app(engine, catalogue, ready, tokenizer, info, limits)
+    return lambda engine: create_app(engine, catalogue, tokenizer, info, limits)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from prad.lm import BeamSearch, LanguageModel, Limits, Tokenizer
 from prad.training.decoding import AdaptedModel
 from prad.training.evaluate import decoder
 from prefill_service.errors import OverloadedError
-from prefill_service.generation import PromptRequest
+from prefill_service.prompt import PromptRequest
 from tests.prefill_api.conftest import ModelEngine
 from tests.prefill_api.test_http_completions import events
 

@@ -116,8 +116,8 @@ async def test_unexpected_errors_stay_in_the_log(
     assert response.headers["x-request-id"] in caplog.text
 
 
-async def test_nothing_is_served_before_ready(client: httpx.AsyncClient, ready: Any) -> None:
-    ready.missing.append("the model is loading")
+async def test_nothing_is_served_before_ready(client: httpx.AsyncClient, engine: Any) -> None:
+    engine.trouble = "the model is loading"
     response = await client.post(URL, json=BODY)
     assert (response.status_code, response.json()["error"]["code"]) == (503, "not_ready")
     assert "the model is loading" in response.json()["error"]["message"]

@@ -56,10 +56,10 @@ async def answer(reader: asyncio.StreamReader) -> tuple[int, dict[str, str], Any
 
 
 @pytest.fixture
-def impatient(tokenizer: Any, language_model: Any, catalogue: Any, ready: Any, engine: Any) -> FastAPI:
+def impatient(tokenizer: Any, language_model: Any, catalogue: Any, engine: Any) -> FastAPI:
     info = ModelInfo("0123456789abcdef", language_model.max_context, len(tokenizer), frozenset())
     limits = ApiLimits(body_timeout_s=1)
-    return create_app(engine, catalogue, ready, tokenizer, info, limits)
+    return create_app(engine, catalogue, tokenizer, info, limits)
 
 
 @pytest.mark.parametrize("sent", [b"", BODY[:10]])

@@ -25,10 +25,10 @@ async def test_one_model_is_found_by_any_of_its_names(client: httpx.AsyncClient)
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "model_not_found")
 
 
-async def test_health_readiness_and_version(client: httpx.AsyncClient, ready: Any) -> None:
+async def test_health_readiness_and_version(client: httpx.AsyncClient, engine: Any) -> None:
     assert (await client.get("/health")).json() == {"status": "ok"}
     assert (await client.get("/ready")).status_code == 200
-    ready.missing.append("no decode service")
+    engine.trouble = "no decode service"
     refused = await client.get("/ready")
     assert (refused.status_code, refused.json()["reasons"]) == (503, ["no decode service"])
     assert (await client.get("/health")).status_code == 200
@@ -48,10 +48,10 @@ async def test_metrics_count_by_task_and_not_by_what_clients_write(client: httpx
     assert "made-up" not in text
 
 
-async def test_what_is_asked_with_get_can_be_asked_with_head(client: httpx.AsyncClient, ready: Any) -> None:
+async def test_what_is_asked_with_get_can_be_asked_with_head(client: httpx.AsyncClient, engine: Any) -> None:
     for path in ("/health", "/ready", "/v1/models", "/v1/models/e2e"):
         assert (await client.head(path)).status_code == 200
-    ready.missing.append("no decode service")
+    engine.trouble = "no decode service"
     assert (await client.head("/ready")).status_code == 503
 
 

@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from prad.artefact import AdapterRecord, BaseModelRef
 from prad.lm import Tokenizer
 from prefill_service.api import ApiLimits, ModelInfo, create_app
-from tests.prefill_api.conftest import Ready, ScriptedEngine, Tasks
+from tests.prefill_api.conftest import ScriptedEngine, catalogue_of
 
 TEMPLATE = "<|topic|>Q: {prompt}<|answer|>"
 
@@ -30,7 +30,7 @@ async def client(engine: ScriptedEngine, tokenizer: Tokenizer) -> AsyncIterator[
     )
     info = ModelInfo("0123456789abcdef", 128, len(tokenizer), frozenset())
     limits = ApiLimits(thread_chars=30)
-    app: FastAPI = create_app(engine, Tasks({"named": record}), Ready(), tokenizer, info, limits)
+    app: FastAPI = create_app(engine, catalogue_of({"named": record}), tokenizer, info, limits)
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as opened:
         yield opened

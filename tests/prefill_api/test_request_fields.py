@@ -7,10 +7,10 @@ from pydantic import ValidationError
 
 from prad.artefact import GenerationDefaults
 from prefill_service.api.admission import resolve
-from prefill_service.api.failures import invalid_request
-from prefill_service.api.fields import StrictModel
-from prefill_service.api.prompts import fit
+from prefill_service.api.intake import StrictModel
+from prefill_service.api.outcomes import invalid_request
 from prefill_service.api.requests import ChatRequest, CompletionRequest
+from prefill_service.api.text import fit
 from prefill_service.errors import InvalidRequestError, PromptTooLongError
 
 USER = [{"role": "user", "content": "hi"}]

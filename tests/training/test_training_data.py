@@ -19,7 +19,7 @@ from prad.training.data import (
     tokenise,
     without_end,
 )
-from prefill_service.api.prompts import PromptEncoder
+from prefill_service.api.text import PromptEncoder
 from tests.conftest import CACHE
 
 GOOD = '{"prompt": "a film", "completion": "positive"}'

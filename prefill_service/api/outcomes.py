@@ -1,30 +1,43 @@
-"""From what went wrong to what the client reads: always OpenAI's error object, and never a word too much.
+"""What is noted of one HTTP request, and what its client is told when it fails.
 
-A client that goes away is nobody to be told: its request ends at once, streaming or not.
+Notes are its id for the log and its numbers for the metrics, whose labels are routes, statuses, known tasks:
+never a client's text. What went wrong becomes OpenAI's error object, and never a word too much. A client that
+goes away is nobody to be told: its request ends at once, streaming or not.
 """
 
 import asyncio
+import json
 import logging
 import math
+import re
+import time
+import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
 
 import orjson
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
+from prometheus_client import CollectorRegistry, Counter, Histogram
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from prefill_service.api.fields import shown
-from prefill_service.api.observe import Metrics, RequestRecord, begin_record, record_of
 from prefill_service.errors import InternalError, InvalidRequestError, ServingError
 
 logger = logging.getLogger(__name__)
 
+BASE_TASK = ""
+"""The task label of the plain model, and of requests that ended before their task was known."""
+
+_KEY = "prad.request_record"
+_CLIENT_ID = re.compile(r"[A-Za-z0-9._:-]{1,100}")
+_FIRST_TOKEN = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_DURATION = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 CLIENT_GONE = 499
 """The status that logs and metrics show for a client that went away, as nginx has it."""
 NO_ROUTE = "(none)"
@@ -33,6 +46,94 @@ TOLD_CHARACTERS = 1000
 """Of every text in an error: what a client sent may be quoted there."""
 NAMED_CHARACTERS = 200
 """Of a field's name among them."""
+SHOWN_CHARACTERS = 60
+"""Of a value that was not expected."""
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """`id` is the client's x-request-id if it sent a harmless one; the engine's ids are drawn elsewhere.
+
+    `status`: how a stream really ended, where that differs from the status that was sent when it began.
+    """
+
+    id: str
+    started: float = field(default_factory=time.monotonic)
+    first_token: float | None = None
+    task: str | None = None
+    status: int | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+
+    def count_token(self, cached_tokens: int = 0) -> None:
+        self.cached_tokens += cached_tokens
+        if self.first_token is None:
+            self.first_token = time.monotonic()
+        self.completion_tokens += 1
+
+    def usage(self) -> dict[str, object]:
+        """OpenAI's usage object: each prompt counts once, all its choices' tokens count."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
+
+def begin_record(scope: Scope) -> RequestRecord:
+    """A record in the connection's scope, where `record_of` finds it."""
+    sent = next((v.decode("latin-1") for k, v in scope["headers"] if k == b"x-request-id"), "")
+    record = RequestRecord(sent if _CLIENT_ID.fullmatch(sent) else f"req-{uuid.uuid4().hex}")
+    scope[_KEY] = record
+    return record
+
+
+def record_of(request: HTTPConnection) -> RequestRecord:
+    record: RequestRecord = request.scope[_KEY]
+    return record
+
+
+class Metrics:
+    """Counters and histograms in `registry`, which the rest of the service may share."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+        self._requests = Counter(
+            "prad_http_requests", "HTTP requests by outcome.", ("route", "status", "task"), registry=registry
+        )
+        self._duration = Histogram(
+            "prad_http_request_duration_seconds",
+            "From a request's head to the end of its answer.",
+            ("route",),
+            buckets=_DURATION,
+            registry=registry,
+        )
+        self._first_token = Histogram(
+            "prad_time_to_first_token_seconds",
+            "From a request's head to its first output token.",
+            ("route",),
+            buckets=_FIRST_TOKEN,
+            registry=registry,
+        )
+        self._prompt_tokens = Counter(
+            "prad_prompt_tokens", "Prompt tokens of admitted requests.", ("task",), registry=registry
+        )
+        self._completion_tokens = Counter(
+            "prad_completion_tokens", "Output tokens.", ("task",), registry=registry
+        )
+
+    def observe(self, record: RequestRecord, route: str, status: int) -> None:
+        """One finished request."""
+        task = record.task or BASE_TASK
+        self._requests.labels(route, str(record.status or status), task).inc()
+        self._duration.labels(route).observe(time.monotonic() - record.started)
+        if record.first_token is not None:
+            self._first_token.labels(route).observe(record.first_token - record.started)
+        if record.prompt_tokens:
+            self._prompt_tokens.labels(task).inc(record.prompt_tokens)
+            self._completion_tokens.labels(task).inc(record.completion_tokens)
 
 
 class JsonResponse(JSONResponse):
@@ -136,18 +237,11 @@ def error_response(error: ServingError) -> Response:
 def add_failure_handlers(app: FastAPI) -> None:
     """Everything else ends in `Observe` as an internal error."""
     app.add_exception_handler(ServingError, _serving_error)
-    app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
 
 
 async def _serving_error(request: Request, error: Exception) -> Response:
     return error_response(as_told(error, record_of(request)))
-
-
-async def _invalid(_: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    in_the_body = [{**problem, "loc": problem["loc"][1:]} for problem in error.errors()]
-    return error_response(invalid_request(in_the_body))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -171,6 +265,19 @@ def invalid_request(problems: Sequence[Mapping[str, Any]]) -> InvalidRequestErro
     return InvalidRequestError(
         "; ".join(_cut(_describe(p)) for p in problems[:SHOWN_PROBLEMS]), param=_field(problems[0])
     )
+
+
+def shown(value: object) -> str:
+    """As JSON, cut: of a long list or a deep nesting only the beginning is written at all."""
+    text = ""
+    for part in _JSON.iterencode(value):
+        text += part[: SHOWN_CHARACTERS + 1]
+        if len(text) > SHOWN_CHARACTERS:
+            return f"{text[:SHOWN_CHARACTERS]}…"
+    return text
+
+
+_JSON = json.JSONEncoder(ensure_ascii=False)
 
 
 def _describe(problem: Mapping[str, Any]) -> str:
