@@ -146,7 +146,7 @@ class PassLoop:
             return []
         for chunk in chunks:
             hand_off = chunk.prompt.hand_off
-            error = None if hand_off is None else broken.get(hand_off) or _lost(hand_off)
+            error = None if hand_off is None else broken.get(hand_off) or hand_off.failure
             if error is not None:
                 self._hand_off_failed(chunk.prompt, error)
             if not isinstance(chunk.prompt.state, Prefilling):
@@ -252,15 +252,6 @@ class PassLoop:
         task = asyncio.create_task(work)
         self._beside.add(task)
         task.add_done_callback(self._beside.discard)
-
-
-def _lost(hand_off: HandOff) -> TransferError | None:
-    """What ended it, if it has ended."""
-    try:
-        hand_off.require_running()
-    except TransferError as error:
-        return error
-    return None
 
 
 def _asks_for_room(prompt: Prompt) -> bool:

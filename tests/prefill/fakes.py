@@ -65,11 +65,7 @@ class HandOff:
     aborted: str | None = None
     committed: list[Token] | None = None
     fails: Exception | None = None
-    lost: Exception | None = None
-
-    def require_running(self) -> None:
-        if self.lost is not None:
-            raise self.lost
+    failure: Exception | None = None
 
     async def __aenter__(self) -> "HandOff":
         return self

@@ -202,7 +202,7 @@ async def test_who_is_given_up_between_its_chunks_is_not_computed_to_the_end(why
         setting.passes.hold.set()
         await setting.idle()
         if why == "lost":
-            setting.link.opened[0].lost = LostError("gone")
+            setting.link.opened[0].failure = LostError("gone")
         elif why == "left":
             waits.cancel()
         else:

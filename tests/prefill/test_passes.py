@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -47,6 +48,17 @@ class Wire:
     token_bytes = 1
 
 
+@dataclass(frozen=True)
+class Room:
+    """As a hand-off; the same name is the same one."""
+
+    name: str
+
+    def rows(self, *where: int) -> PassRows:
+        stream: Any = self.name
+        return PassRows(stream, stream, *where)
+
+
 @pytest.fixture
 def wire(monkeypatch: pytest.MonkeyPatch) -> Wire:
     made = Wire()
@@ -60,7 +72,7 @@ def layer(value: float) -> torch.Tensor:
 
 
 def layers(*, overlap: bool, after: PassLayers | None = None, name: str = "room") -> PassLayers:
-    rows: list[Any] = [PassRows(name, 0, 0, 1)]  # type: ignore[arg-type]
+    rows = [Room(name).rows(0, 0, 1)]
     return PassLayers(3, rows, Encoding.RAW, overlap=overlap, after=after)
 
 
@@ -146,7 +158,7 @@ class Service:
         while chunks := self.scheduler.next_pass(0.0):
             for chunk in chunks:
                 assert isinstance(chunk.prompt.state, Prefilling)
-                room: Any = chunk.prompt.request.request_id
+                room: Any = Room(chunk.prompt.request.request_id)
                 chunk.prompt.hand_off = room
             assert not await self.passes.send_cached(chunks)
             result = await self.passes.run(chunks)
@@ -213,10 +225,10 @@ async def test_who_cannot_be_read_from_the_cache_is_named_and_others_are_sent_wh
             service.scheduler.add(prompt)
         chunks = service.scheduler.next_pass(0.0)
         for chunk in chunks:
-            room: Any = chunk.prompt.request.request_id
+            room: Any = Room(chunk.prompt.request.request_id)
             chunk.prompt.hand_off = room
         broken = await service.passes.send_cached(chunks)
-    assert list(broken) == ["astray"]
+    assert list(broken) == [Room("astray")]
     service.scheduler.remove(rows[1])
     service.scheduler.put_back(chunks[1])
     result = await service.passes.run([chunks[0], chunks[2]])
