@@ -29,6 +29,8 @@ class PrefillSettings(BaseSettings):
     """The decode service, host:port."""
     registry: str = "http://127.0.0.1:8001"
     """The adapter registry's URL."""
+    registry_secret_file: Path | None = None
+    """The registry's replica_secret_file, if it has one: what it knows its prefill replicas by."""
 
     model: str = DEFAULT_MODEL
     """Folder, .gguf file, Hugging Face id, or the default model."""
@@ -36,6 +38,10 @@ class PrefillSettings(BaseSettings):
     """The plain model's id in the API; taken from the model's name if not given."""
     cache_dir: Path = Path("~/.cache/prad")
     """Where converted models and fetched adapters are kept."""
+    adapter_cache_mib: Annotated[int, Field(ge=0)] = 4096
+    """Disk for fetched adapters; least recently used ones leave first, those that can answer stay."""
+    kernel_cache_mib: Annotated[int, Field(ge=0)] = 64
+    """Disk for kernels compiled for other sources or processors; least recently used ones leave first."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """What the model computes in; decode must use the same."""
     device: str = "cpu"

@@ -11,10 +11,10 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
+from prad.artefact import MAX_STOP_CHARACTERS, MAX_STOPS
+
 MAX_FIELDS = 100
 """Fields of one object: each unknown one would be an error of its own."""
-MAX_STOPS = 16
-MAX_STOP_CHARACTERS = 1000
 SHOWN_CHARACTERS = 60
 
 Neutral = Mapping[str, tuple[object, ...]]
