@@ -52,7 +52,7 @@ def create_app(registry: Registry, settings: RegistrySettings, secret: str | Non
     app.include_router(_pushing(registry, settings), prefix="/v1")
     app.include_router(_changing(registry), prefix="/v1")
     app.include_router(_service(registry, settings))
-    app.add_middleware(AllowedHosts, allowed=(settings.host, *settings.allowed_hosts), refuse=_refuse_host)
+    app.add_middleware(AllowedHosts, allowed=settings.hosts, refuse=_refuse_host)
     return app
 
 

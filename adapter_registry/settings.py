@@ -49,9 +49,9 @@ class RegistrySettings(BaseSettings):
     replica_secret_file: Path | None = None
     """File with the secret that prefill replicas must show (their registry_secret_file); written if there is
     none. On loopback nobody needs one if not given; elsewhere the registry does not start without."""
-    allowed_hosts: tuple[str, ...] = ()
-    """Further names that clients may call the registry by: a name, "*.example.com" for those below one, "*"
-    for any. Addresses, and names without a dot, are always allowed."""
+    allowed_hosts: str = ""
+    """Further names that clients may call the registry by, separated by commas: a name, *.example.com for
+    those below one, * for any. Addresses, and names without a dot, are always allowed."""
     retired_mib: Annotated[int, Field(ge=0)] = 1024
     """Disk for files of retired and failed versions; those that are so longest are deleted beyond it."""
     min_free_mib: Annotated[int, Field(ge=0)] = 64
@@ -68,6 +68,11 @@ class RegistrySettings(BaseSettings):
     @property
     def max_upload_bytes(self) -> int:
         return self.max_upload_mib * MIB
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """Names that clients may call the registry by."""
+        return (self.host, *(name.strip() for name in self.allowed_hosts.split(",") if name.strip()))
 
     @property
     def bounds(self) -> Bounds:

@@ -45,7 +45,7 @@ def test_another_host_is_refused_in_the_apis_own_format(data_dir, serving, regis
 
 def test_a_listed_host_is_answered(data_dir, serving):
     settings = RegistrySettings(
-        port=0, data_dir=data_dir, log_level="warning", allowed_hosts=("registry.svc.example",)
+        port=0, data_dir=data_dir, log_level="warning", allowed_hosts="a.example, registry.svc.example"
     )
     with serving(settings) as registry:
         assert registry.http.get("/health", headers={"host": "registry.svc.example:8001"}).status_code == 200
