@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from adapter_registry.versions import Event, State
 from prad.artefact import AdapterRecord, BaseModelRef
@@ -69,6 +69,14 @@ class RoutingState(_Answer):
     revision: int
     tasks: tuple[TaskRoute, ...]
 
+    def listed(self) -> "RoutingState":
+        """Without failed and deleted versions, and tasks that have no others."""
+        tasks = (
+            task.model_copy(update={"versions": tuple(v for v in task.versions if v.state.listed)})
+            for task in self.tasks
+        )
+        return self.model_copy(update={"tasks": tuple(task for task in tasks if task.versions)})
+
 
 class HistoryLine(_Answer):
     revision: int
@@ -108,16 +116,33 @@ class Pushed(VersionRecord):
     created: bool
 
 
+class Rerouted(VersionRecord):
+    """The answer to promote and retire. `replicas`: the revision in force at each connected prefill replica.
+
+    `pending`: those of them that have not put the change in force yet, and still route by an earlier one.
+    """
+
+    replicas: dict[str, int] = Field(examples=[{"prefill-a": 41, "prefill-b": 39}])
+    pending: tuple[str, ...] = Field(examples=[["prefill-b"]])
+
+
 class Replica(_Answer):
-    """A prefill replica that follows the changes. `connected`: it waits now, or did a moment ago."""
+    """A prefill replica that follows the changes. `connected`: it waits now, or did a moment ago.
+
+    `revision`: the one in force there; None if it has not asked for changes yet.
+    """
 
     name: str
     connected: bool
+    revision: int | None = None
     last_seen: str
 
 
 class ReplicaList(_Answer):
+    """`pending`: the connected ones where the revision that was asked for is not in force yet."""
+
     replicas: tuple[Replica, ...]
+    pending: tuple[str, ...] = ()
 
 
 class ServerVersion(_Answer):

@@ -1,10 +1,10 @@
 """The files of adapters on the registry's disk: staged, checked, then moved to their digest.
 
     <data>/staging/<random>/     being uploaded; emptied at every start
-    <data>/artefacts/<digest>/   complete, checked, on disk for good; a folder appears here by one rename
+    <data>/artefacts/<digest>/   complete, checked, flushed; a folder appears here by one rename
 
-A version enters the database only after its folder is here, so a kill at any moment leaves whole versions
-and, at worst, a folder that no version refers to: `sweep` removes those at the next start.
+A version enters the database only after its folder is here, and leaves it before: a kill at any moment leaves
+whole versions and, at worst, a folder that no version needs, which `sweep` removes at the next start.
 """
 
 import os
@@ -12,8 +12,8 @@ import shutil
 import stat
 import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from adapter_registry.api import StoredFile
@@ -22,6 +22,7 @@ from adapter_registry.errors import (
     StoredFilesDamagedError,
     UploadTooLargeError,
 )
+from adapter_registry.storage import storing
 from adapter_registry.store import StoredAdapter
 from prad.artefact import FILES, Artefact, ArtefactError, files_digest, read_servable
 
@@ -30,6 +31,7 @@ class ArtefactFolder:
     """Raises OSError if `data` cannot be written."""
 
     def __init__(self, data: Path) -> None:
+        self.folder = data
         self._staging = data / "staging"
         self._artefacts = data / "artefacts"
         self._lock = threading.Lock()
@@ -45,19 +47,33 @@ class ArtefactFolder:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def keep(self, staged: Path) -> StoredAdapter:
-        """Checks the staged files and moves them to their digest. Raises AdapterRefusedError."""
+    def check(self, staged: Path) -> StoredAdapter:
+        """Reads the staged files. Raises AdapterRefusedError."""
         try:
             artefact = read_servable(staged)
         except ArtefactError as error:
             raise AdapterRefusedError(
                 str(error).replace(str(staged), "the adapter"), param="files"
             ) from error
-        adapter = _describe(artefact)
+        return _describe(artefact)
+
+    @contextmanager
+    def kept(self, staged: Path, adapter: StoredAdapter) -> Iterator[None]:
+        """Moves checked files to their digest; inside, nobody removes them: time to enter the version."""
         _flush(staged)
         with self._lock:
-            self._move(staged, self._artefacts / artefact.digest)
-        return adapter
+            self._move(staged, self._artefacts / adapter.digest)
+            yield
+
+    def remove(self, digest: str, needed: Callable[[], frozenset[str]]) -> None:
+        """Removes the files of `digest`, unless they are `needed` by a version."""
+        with self._lock:
+            if digest in needed():
+                return
+            gone = Path(tempfile.mkdtemp(dir=self._staging))
+            with suppress(FileNotFoundError):
+                (self._artefacts / digest).rename(gone / digest)
+        shutil.rmtree(gone, ignore_errors=True)
 
     def file(self, digest: str, name: str) -> Path:
         """Where a file lies. `name` is one of the stored names. Raises StoredFilesDamagedError."""
@@ -69,7 +85,7 @@ class ArtefactFolder:
         return path
 
     def sweep(self, known: frozenset[str]) -> None:
-        """Removes what a killed registry left: half uploads, folders that no version refers to."""
+        """Removes what a killed registry left: half uploads, folders that no version needs."""
         for folder in self._staging.iterdir():
             shutil.rmtree(folder, ignore_errors=True)
         for folder in self._artefacts.iterdir():
@@ -90,7 +106,7 @@ def copy_local(source: Path, target: Path, limit: int) -> None:
     """Copies the known files of a folder on this machine; others stay where they are.
 
     Links are refused: the registry may be able to read what the person who pushes may not.
-    Raises AdapterRefusedError, UploadTooLargeError.
+    Raises AdapterRefusedError, UploadTooLargeError, StorageFullError.
     """
     if not source.is_absolute():
         raise AdapterRefusedError(f"path must be absolute, got {str(source)!r}", param="path")
@@ -107,7 +123,8 @@ def copy_local(source: Path, target: Path, limit: int) -> None:
                 raise UploadTooLargeError(
                     f"{source} holds more than the limit of {limit} bytes", param="path"
                 )
-            shutil.copyfile(path, target / path.name, follow_symlinks=False)
+            with storing():
+                shutil.copyfile(path, target / path.name, follow_symlinks=False)
     except OSError as error:
         raise AdapterRefusedError(f"cannot read {source}: {error.strerror}", param="path") from error
 

@@ -11,6 +11,7 @@ from adapter_registry.api import (
     ErrorReply,
     Probe,
     ReplicaList,
+    Rerouted,
     Retire,
     RoutingState,
     TaskRoute,
@@ -19,6 +20,9 @@ from adapter_registry.api import (
 from adapter_registry.names import check_task
 
 M = TypeVar("M", bound=BaseModel)
+
+LONGEST_WAIT = 60.0
+"""Seconds that the registry may wait for replicas before it answers a change; its settings allow no more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,17 +65,26 @@ def version_path(task: str, version: int) -> str:
     return f"/v1/tasks/{check_task(task)}/versions/{version}"
 
 
+def file_path(task: str, version: int, name: str) -> str:
+    return f"{version_path(task, version)}/files/{name}"
+
+
 def state() -> Call[RoutingState]:
     return Call("GET", "/v1/state", RoutingState)
 
 
-def changes(after: int, wait: float, replica: str) -> Call[RoutingState]:
-    params = {"after": after, "wait": wait, "replica": replica}
+def tasks(*, everything: bool) -> Call[RoutingState]:
+    return Call("GET", "/v1/tasks", RoutingState, {"all": everything})
+
+
+def changes(after: int, wait: float, replica: str, in_force: int) -> Call[RoutingState]:
+    params = {"after": after, "wait": wait, "replica": replica, "in_force": in_force}
     return Call("GET", "/v1/changes", RoutingState, params, wait=wait)
 
 
-def replicas() -> Call[ReplicaList]:
-    return Call("GET", "/v1/replicas", ReplicaList)
+def replicas(revision: int, wait: float) -> Call[ReplicaList]:
+    params = {"revision": revision, "wait": wait}
+    return Call("GET", "/v1/replicas", ReplicaList, params, wait=wait)
 
 
 def task(name: str) -> Call[TaskRoute]:
@@ -86,12 +99,21 @@ def probe(task: str, number: int, report: Probe) -> Call[VersionRecord]:
     return Call("POST", f"{version_path(task, number)}/probe", VersionRecord, body=report)
 
 
-def promote(task: str, number: int) -> Call[VersionRecord]:
-    return Call("POST", f"{version_path(task, number)}/promote", VersionRecord)
+def promote(task: str, number: int) -> Call[Rerouted]:
+    return Call("POST", f"{version_path(task, number)}/promote", Rerouted, wait=LONGEST_WAIT)
 
 
-def retire(task: str, number: int, *, force: bool) -> Call[VersionRecord]:
-    return Call("POST", f"{version_path(task, number)}/retire", VersionRecord, body=Retire(force=force))
+def retire(task: str, number: int, *, force: bool) -> Call[Rerouted]:
+    path = f"{version_path(task, number)}/retire"
+    return Call("POST", path, Rerouted, body=Retire(force=force), wait=LONGEST_WAIT)
+
+
+def unretire(task: str, number: int) -> Call[VersionRecord]:
+    return Call("POST", f"{version_path(task, number)}/unretire", VersionRecord)
+
+
+def delete(task: str, number: int) -> Call[VersionRecord]:
+    return Call("DELETE", version_path(task, number), VersionRecord)
 
 
 def _kinds(kind: type[errors.RegistryError]) -> list[type[errors.RegistryError]]:

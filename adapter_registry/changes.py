@@ -4,42 +4,60 @@ Lives on the server's event loop; whoever changes something calls `publish` afte
 """
 
 import asyncio
+from collections import Counter
 
 from adapter_registry.errors import TooManyWaitersError
 
 
 class ChangeFeed:
-    def __init__(self, revision: int, max_waiters: int) -> None:
-        self._revision = revision
+    """`max_waiters`: requests that wait at once; `max_per_address`: of them from one address."""
+
+    def __init__(self, revision: int, max_waiters: int, max_per_address: int) -> None:
+        self.revision = revision
         self._max_waiters = max_waiters
+        self._max_per_address = max_per_address
         self._closed = False
         self._changed = asyncio.Condition()
-        self.waiters = 0
+        self._waiters: Counter[str] = Counter()
+
+    @property
+    def waiters(self) -> int:
+        return self._waiters.total()
 
     async def publish(self, revision: int) -> None:
         async with self._changed:
-            self._revision = max(self._revision, revision)
+            self.revision = max(self.revision, revision)
             self._changed.notify_all()
 
-    async def wait(self, after: int, seconds: float) -> bool:
+    async def wait(self, after: int, seconds: float, *, address: str, known: bool) -> bool:
         """Whether the revision is another than `after`, now or within `seconds`; False early on `close`.
 
         Another, not a later one: a client that knows a later revision followed a registry whose data are
-        gone, and must not wait for it to catch up. Raises TooManyWaitersError.
+        gone, and must not wait for it to catch up. One that is `known` as a replica keeps its place,
+        however many others wait. Raises TooManyWaitersError.
         """
-        if self._revision != after:
+        if self.revision != after:
             return True
-        if self.waiters >= self._max_waiters:
-            raise TooManyWaitersError(f"{self.waiters} requests already wait for changes; try again later")
-        self.waiters += 1
+        self._require_place(address, known)
+        self._waiters[address] += 1
         try:
             async with asyncio.timeout(seconds), self._changed:
-                await self._changed.wait_for(lambda: self._closed or self._revision != after)
+                await self._changed.wait_for(lambda: self._closed or self.revision != after)
         except TimeoutError:
             return False
         finally:
-            self.waiters -= 1
-        return self._revision != after
+            self._waiters[address] -= 1
+            self._waiters += Counter()  # forgets those with none
+        return self.revision != after
+
+    def _require_place(self, address: str, known: bool) -> None:
+        if self._waiters[address] >= self._max_per_address:
+            raise TooManyWaitersError(
+                f"{self._waiters[address]} requests from {address} already wait for changes, as many as one "
+                "client may have (max_waiters_per_client)"
+            )
+        if not known and self.waiters >= self._max_waiters:
+            raise TooManyWaitersError(f"{self.waiters} requests already wait for changes; try again later")
 
     async def close(self) -> None:
         """Sends everyone home; nobody waits any more."""

@@ -15,9 +15,17 @@ from typing import IO, Self, TypeVar
 import httpx
 from pydantic import BaseModel
 
-from adapter_registry import calls
-from adapter_registry.api import Probe, Pushed, ReplicaList, RoutingState, TaskRoute, VersionRecord
-from adapter_registry.cache import AdapterCache
+from adapter_registry import arrivals, calls
+from adapter_registry.api import (
+    Probe,
+    Pushed,
+    ReplicaList,
+    Rerouted,
+    RoutingState,
+    TaskRoute,
+    VersionRecord,
+)
+from adapter_registry.cache import DEFAULT_CACHE_BYTES, AdapterCache
 from adapter_registry.calls import Call
 from adapter_registry.errors import RegistryUnreachableError
 from adapter_registry.names import check_task
@@ -32,25 +40,46 @@ _PIECE_BYTES = 1 << 20  # of a download that are written at once
 
 
 class AsyncRegistryClient:
-    """For prefill services. `replica` names this one to operators; fetched adapters stay in `cache_dir`."""
+    """For prefill services. `replica` names this one to operators; fetched adapters stay in `cache_dir`.
 
-    def __init__(self, url: str, *, cache_dir: Path, replica: str, timeout: float = 10.0) -> None:
+    `cache_bytes`: for those that nobody uses; `secret`: what the registry knows its replicas by, if it does.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        cache_dir: Path,
+        replica: str,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+        secret: str = "",
+        timeout: float = 10.0,
+    ) -> None:
         self._url = url
         self._timeout = timeout
         self._replica = replica
-        self._cache = AdapterCache(cache_dir)
-        self._http = httpx.AsyncClient(base_url=url, timeout=timeout, trust_env=not _on_loopback(url))
+        self._cache = AdapterCache(cache_dir, cache_bytes)
+        self._http = httpx.AsyncClient(
+            base_url=url,
+            timeout=timeout,
+            trust_env=not _on_loopback(url),
+            headers={"authorization": f"Bearer {secret}"} if secret else {},
+        )
 
     async def state(self) -> RoutingState:
         """The whole routing state, now."""
         return await self._send(calls.state())
 
-    async def changes(self, after: int, wait: float = DEFAULT_WAIT) -> RoutingState | None:
+    async def changes(
+        self, after: int, wait: float = DEFAULT_WAIT, *, in_force: int | None = None
+    ) -> RoutingState | None:
         """The state as soon as its revision is not `after`; None if it still is after `wait` seconds.
 
-        The server may answer sooner than `wait`, also with None. Raises TooManyWaitersError.
+        Tells operators that new requests here are routed by revision `in_force` (None: by `after`), so ask
+        only once they are. The server may answer sooner than `wait`, also with None.
+        Raises TooManyWaitersError, NotAReplicaError.
         """
-        call = calls.changes(after, wait, self._replica)
+        call = calls.changes(after, wait, self._replica, after if in_force is None else in_force)
         response = await self._exchange(call)
         return None if response.status_code == httpx.codes.NO_CONTENT else call.read(response)
 
@@ -61,8 +90,8 @@ class AsyncRegistryClient:
     async def probe(self, task: str, version: int, *, ok: bool, reason: str = "") -> VersionRecord:
         """Reports a probe.
 
-        Raises NotFoundError, and IllegalTransitionError if the version was retired meanwhile, or `ok` is
-        False for a version that another replica has verified.
+        Raises NotFoundError, NotAReplicaError, and IllegalTransitionError if the version was retired
+        meanwhile, or `ok` is False for a version that another replica has verified.
         """
         report = Probe(ok=ok, reason=reason, replica=self._replica)
         return await self._send(calls.probe(task, version, report))
@@ -70,6 +99,7 @@ class AsyncRegistryClient:
     async def fetch(self, task: str, version: int, digest: str) -> Artefact:
         """The version's files in `cache_dir/adapters/<digest>/`, downloaded unless there already.
 
+        They stay there at least as long as the returned artefact is referred to.
         Raises DigestMismatchError if the files that arrive are not those of `digest`, NotFoundError,
         StoredFilesDamagedError.
         """
@@ -77,14 +107,19 @@ class AsyncRegistryClient:
         if found is not None:
             return found
         record = await self.version(task, version)
-        with self._cache.stage() as staged:
+        async with self._cache.stage() as staged:
             for file in record.files:
-                path = f"{calls.version_path(task, version)}/files/{file.name}"
-                await self._download(path, self._cache.target(staged, file.name))
+                path = calls.file_path(task, version, file.name)
+                await self._download(path, arrivals.place(staged, file.name))
             return await self._cache.keep(staged, digest, record.name)
+
+    async def tidy(self) -> None:
+        """Removes adapters on disk that nobody uses, beyond `cache_bytes`, and what dead processes left."""
+        await self._cache.sweep()
 
     async def close(self) -> None:
         await self._http.aclose()
+        await self._cache.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -137,15 +172,22 @@ class RegistryClient:
     def state(self) -> RoutingState:
         return self._send(calls.state())
 
+    def tasks(self, *, everything: bool = False) -> RoutingState:
+        """As `state`, but without failed and deleted versions unless `everything` is asked for."""
+        return self._send(calls.tasks(everything=everything))
+
     def changes(self, after: int, wait: float = DEFAULT_WAIT) -> RoutingState | None:
         """As `AsyncRegistryClient.changes`, but without being counted as a replica."""
-        call = calls.changes(after, wait, "")
+        call = calls.changes(after, wait, "", after)
         response = self._exchange(call)
         return None if response.status_code == httpx.codes.NO_CONTENT else call.read(response)
 
-    def replicas(self) -> ReplicaList:
-        """The prefill replicas that follow this registry."""
-        return self._send(calls.replicas())
+    def replicas(self, revision: int = 0, wait: float = 0.0) -> ReplicaList:
+        """The prefill replicas that follow this registry.
+
+        Waits up to `wait` seconds until `revision` is in force at all connected ones.
+        """
+        return self._send(calls.replicas(revision, wait))
 
     def task(self, task: str) -> TaskRoute:
         """Raises TaskNotFoundError."""
@@ -155,13 +197,34 @@ class RegistryClient:
         """Raises TaskNotFoundError, VersionNotFoundError."""
         return self._send(calls.version(task, version))
 
-    def promote(self, task: str, version: int) -> VersionRecord:
+    def promote(self, task: str, version: int) -> Rerouted:
         """Raises NotFoundError, IllegalTransitionError."""
         return self._send(calls.promote(task, version))
 
-    def retire(self, task: str, version: int, *, force: bool = False) -> VersionRecord:
+    def retire(self, task: str, version: int, *, force: bool = False) -> Rerouted:
         """Raises NotFoundError, CurrentVersionInUseError."""
         return self._send(calls.retire(task, version, force=force))
+
+    def unretire(self, task: str, version: int) -> VersionRecord:
+        """Brings a retired version back, to be probed. Raises NotFoundError, IllegalTransitionError."""
+        return self._send(calls.unretire(task, version))
+
+    def delete(self, task: str, version: int) -> VersionRecord:
+        """Removes the version's files. Raises NotFoundError, IllegalTransitionError while it answers."""
+        return self._send(calls.delete(task, version))
+
+    def pull(self, task: str, version: int, folder: Path) -> VersionRecord:
+        """Downloads the version's files into `folder`, which must be new or empty, all of them or none.
+
+        Raises NotFoundError, StoredFilesDamagedError, DigestMismatchError if what arrives is not what was
+        pushed, FolderInUseError, OSError.
+        """
+        record = self.version(task, version)
+        with arrivals.new_folder(folder) as staged:
+            for file in record.files:
+                self._download(calls.file_path(task, version, file.name), arrivals.place(staged, file.name))
+            arrivals.read(staged, record.digest, record.name)
+        return record
 
     def close(self) -> None:
         self._http.close()
@@ -173,6 +236,15 @@ class RegistryClient:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _download(self, path: str, target: Path) -> None:
+        with _reaching(self._url), self._http.stream("GET", path) as response:
+            if not response.is_success:
+                response.read()
+                calls.check(response)
+            with target.open("wb") as file:
+                for piece in response.iter_bytes(_PIECE_BYTES):
+                    file.write(piece)
 
     def _send(self, call: Call[M]) -> M:
         return call.read(self._exchange(call))

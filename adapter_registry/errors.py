@@ -46,6 +46,18 @@ class ForbiddenError(RegistryError):
     code = "forbidden"
 
 
+class HostNotAllowedError(ForbiddenError):
+    """The request names this service by a host name that is not allowed."""
+
+    code = "host_not_allowed"
+
+
+class NotAReplicaError(ForbiddenError):
+    """Who speaks as a prefill replica does not show the secret that replicas have."""
+
+    code = "not_a_replica"
+
+
 class NotFoundError(RegistryError):
     code = "not_found"
 
@@ -84,6 +96,12 @@ class TooManyWaitersError(RegistryError):
     code = "too_many_waiters"
 
 
+class StorageFullError(RegistryError):
+    """The registry's disk is full, or nearly."""
+
+    code = "storage_full"
+
+
 class StoredFilesDamagedError(RegistryError):
     """The registry's own files are gone, or no longer have the digest they were stored under."""
 
@@ -94,6 +112,12 @@ class DigestMismatchError(RegistryError):
     """Client: the files that arrived are not the files of that digest. Never served."""
 
     code = "digest_mismatch"
+
+
+class FolderInUseError(RegistryError):
+    """Client: files are to be pulled into a folder that holds some."""
+
+    code = "folder_in_use"
 
 
 class RegistryUnreachableError(RegistryError):

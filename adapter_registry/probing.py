@@ -10,6 +10,9 @@ from adapter_registry.versions import State
 
 STEP_SECONDS = 2.0
 
+IN_FORCE_SECONDS = 5.0
+"""How long a verified version is waited for at replicas that have not heard of it yet."""
+
 
 class NotProbedError(RegistryError):
     """Nobody has probed the version so far; it stays pushed, and is probed when somebody can."""
@@ -26,8 +29,9 @@ def wait_probed(
     probe_seconds: float,
     clock: Callable[[], float] = time.monotonic,
 ) -> VersionRecord:
-    """The version once it is no longer `pushed`. Raises NotProbedError.
+    """The version once it is no longer `pushed`, at all connected replicas. Raises NotProbedError.
 
+    Replicas that are busy with something else are waited for a few seconds only.
     Gives up after `connect_seconds` if no prefill replica follows the registry, and after `probe_seconds`
     if one does but reports nothing.
     """
@@ -36,6 +40,7 @@ def wait_probed(
         revision = client.state().revision
         record = client.version(task, version)
         if record.state is not State.PUSHED:
+            client.replicas(record.history[-1].revision, IN_FORCE_SECONDS)
             return record
         waited = clock() - start
         if waited >= connect_seconds and not any(r.connected for r in client.replicas().replicas):

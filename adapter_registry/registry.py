@@ -1,62 +1,126 @@
 """The registry itself, behind HTTP: files are kept, the store decides, waiters are woken. In that order."""
 
 import asyncio
+import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from adapter_registry.api import Probe, Pushed, RoutingState, TaskRoute, VersionRecord
+from adapter_registry.api import Probe, Pushed, ReplicaList, Rerouted, RoutingState, TaskRoute, VersionRecord
 from adapter_registry.artefacts import ArtefactFolder
 from adapter_registry.changes import ChangeFeed
-from adapter_registry.errors import FileNotStoredError
+from adapter_registry.errors import AdapterRefusedError, FileNotStoredError
 from adapter_registry.metrics import Metrics
 from adapter_registry.names import check_task
 from adapter_registry.replicas import Replicas
+from adapter_registry.room import make_room
+from adapter_registry.settings import Bounds
+from adapter_registry.storage import require_free, storing
 from adapter_registry.store import Store
-from adapter_registry.versions import Event
+from adapter_registry.versions import Event, State
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+CHECK_SECONDS = 60.0
+"""An upload that takes longer to check is refused: what is sent may be anything."""
+
+
+@dataclass(frozen=True, slots=True)
+class Follower:
+    """Who asks for changes: a replica's name (empty: an operator), its address, what is in force there."""
+
+    replica: str
+    address: str
+    in_force: int
 
 
 class Registry:
     """Blocking work (disk, database) runs in worker threads; the feed stays on the event loop."""
 
     def __init__(
-        self, store: Store, files: ArtefactFolder, feed: ChangeFeed, replicas: Replicas, metrics: Metrics
+        self,
+        store: Store,
+        files: ArtefactFolder,
+        feed: ChangeFeed,
+        replicas: Replicas,
+        metrics: Metrics,
+        bounds: Bounds,
     ) -> None:
         self._store = store
+        self._bounds = bounds
         self.files = files
         self.feed = feed
         self.replicas = replicas
         self.metrics = metrics
 
+    async def ready(self) -> int:
+        """The revision. Raises StorageFullError if there is hardly any disk left."""
+        await self.require_room()
+        return await asyncio.to_thread(self._store.revision)
+
+    async def require_room(self) -> None:
+        """Raises StorageFullError if a push would find hardly any disk left."""
+        await asyncio.to_thread(require_free, self.files.folder, self._bounds.free_bytes)
+
     async def push(self, task: str, staged: Path) -> Pushed:
-        """Makes a version of the files in `staged`. Raises InvalidTaskNameError, AdapterRefusedError."""
+        """Makes a version of the files in `staged`.
+
+        Raises InvalidTaskNameError, AdapterRefusedError, StorageFullError.
+        """
         check_task(task)
+        try:
+            async with asyncio.timeout(CHECK_SECONDS):
+                adapter = await asyncio.to_thread(self.files.check, staged)
+        except TimeoutError:
+            raise AdapterRefusedError(
+                f"the adapter was not read and checked in {CHECK_SECONDS:.0f} s", param="files"
+            ) from None
 
         def store() -> Pushed:
-            adapter = self.files.keep(staged)
-            number, created = self._store.push(task, adapter)
-            record = self._store.version(task, number)
-            return Pushed(**dict(record), created=created)
+            with self.files.kept(staged, adapter):
+                number, created = self._store.push(task, adapter)
+            return Pushed(**dict(self._store.version(task, number)), created=created)
 
         pushed = await self._change(store)
         self.metrics.pushed(created=pushed.created)
+        await self._make_room()
         return pushed
 
     async def probe(self, task: str, version: int, probe: Probe) -> VersionRecord:
         """A replica's report. Raises NotFoundError, IllegalTransitionError."""
         self.replicas.heard(probe.replica)
         event = Event.PROBE_OK if probe.ok else Event.PROBE_FAILED
-        return await self._apply(task, version, event, replica=probe.replica, reason=probe.reason)
+        record = await self._apply(task, version, event, replica=probe.replica, reason=probe.reason)
+        if not probe.ok:
+            await self._make_room()
+        return record
 
-    async def promote(self, task: str, version: int) -> VersionRecord:
-        """Makes the version what plain `task` means. Raises NotFoundError, IllegalTransitionError."""
-        return await self._apply(task, version, Event.PROMOTE)
+    async def promote(self, task: str, version: int) -> Rerouted:
+        """Makes the version what plain `task` means, at all replicas that put it in force in time.
 
-    async def retire(self, task: str, version: int, *, force: bool) -> VersionRecord:
-        """Ends the version for new requests. Raises NotFoundError, CurrentVersionInUseError."""
-        return await self._apply(task, version, Event.RETIRE, force=force)
+        Raises NotFoundError, IllegalTransitionError.
+        """
+        return await self._in_force(await self._apply(task, version, Event.PROMOTE))
+
+    async def retire(self, task: str, version: int, *, force: bool) -> Rerouted:
+        """Ends the version for new requests, likewise. Raises NotFoundError, CurrentVersionInUseError."""
+        rerouted = await self._in_force(await self._apply(task, version, Event.RETIRE, force=force))
+        await self._make_room()
+        return rerouted
+
+    async def unretire(self, task: str, version: int) -> VersionRecord:
+        """Pushed again, as it were: to be probed. Raises NotFoundError, IllegalTransitionError."""
+        return await self._apply(task, version, Event.UNRETIRE)
+
+    async def delete(self, task: str, version: int) -> VersionRecord:
+        """Removes the version's files. Raises NotFoundError, IllegalTransitionError while it answers."""
+        record = await self._apply(task, version, Event.DELETE)
+        await asyncio.to_thread(self.files.remove, record.digest, self._store.digests)
+        logger.info("deleted %s, digest %s, on request", record.name, record.digest)
+        return record
 
     async def state(self) -> RoutingState:
         return await asyncio.to_thread(self._store.state)
@@ -69,18 +133,28 @@ class Registry:
         """Raises TaskNotFoundError, VersionNotFoundError."""
         return await asyncio.to_thread(self._store.version, task, version)
 
-    async def changes(self, after: int, seconds: float, replica: str) -> RoutingState | None:
+    async def changes(self, after: int, seconds: float, follower: Follower) -> RoutingState | None:
         """The state as soon as its revision is not `after`; None if it still is.
 
         Raises TooManyWaitersError.
         """
-        with self.replicas.following(replica):
-            changed = await self.feed.wait(after, seconds)
+        known = self.replicas.knows(follower.replica)
+        # Later than ours: of a registry whose data are gone.
+        in_force = follower.in_force if follower.in_force <= self.feed.revision else 0
+        async with self.replicas.following(follower.replica, in_force):
+            changed = await self.feed.wait(after, seconds, address=follower.address, known=known)
         return await self.state() if changed else None
+
+    async def followers(self, revision: int, seconds: float) -> ReplicaList:
+        """The replicas, once `revision` is in force at the connected ones, or `seconds` later."""
+        await self.replicas.wait(revision, seconds)
+        return ReplicaList(replicas=self.replicas.list(), pending=tuple(self.replicas.pending(revision)))
 
     async def file(self, task: str, version: int, name: str) -> Path:
         """Raises NotFoundError, StoredFilesDamagedError."""
         record = await self.version(task, version)
+        if record.state is State.DELETED:
+            raise FileNotStoredError(f"the files of {record.name} were deleted", param="version")
         names = [file.name for file in record.files]
         if name not in names:
             raise FileNotStoredError(
@@ -106,7 +180,30 @@ class Registry:
         self.metrics.event(event)
         return record
 
+    async def close(self) -> None:
+        """Sends home whoever waits."""
+        await self.feed.close()
+        await self.replicas.close()
+
+    async def _in_force(self, record: VersionRecord) -> Rerouted:
+        revision = self.feed.revision
+        await self.replicas.wait(revision, self._bounds.wait_seconds)
+        pending = tuple(self.replicas.pending(revision))
+        return Rerouted(**dict(record), replicas=self.replicas.in_force(), pending=pending)
+
+    async def _make_room(self) -> None:
+        work = asyncio.to_thread(make_room, self._store, self.files, self._bounds.retired_bytes)
+        if await work:
+            await self._publish()
+
     async def _change(self, work: Callable[[], T]) -> T:
-        result = await asyncio.to_thread(work)
-        await self.feed.publish(await asyncio.to_thread(self._store.revision))
+        def change() -> T:
+            with storing():
+                return work()
+
+        result = await asyncio.to_thread(change)
+        await self._publish()
         return result
+
+    async def _publish(self) -> None:
+        await self.feed.publish(await asyncio.to_thread(self._store.revision))

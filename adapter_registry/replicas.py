@@ -1,8 +1,12 @@
-"""Which prefill replicas follow this registry: those whose long poll waits, or ended a moment ago."""
+"""Which prefill replicas follow this registry, and which routing is in force at each.
 
+A replica that follows asks for the next change, and says after which revision: that one is in force there.
+"""
+
+import asyncio
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -16,27 +20,42 @@ MAX_REMEMBERED = 1024
 
 @dataclass(slots=True)
 class _Seen:
-    waiting: int
-    at: float
+    """`follows`: it has asked for changes, not only reported a probe."""
+
+    at: float = 0.0
+    waiting: int = 0
+    follows: bool = False
+    revision: int = 0
+    gone: bool = False
 
 
 class Replicas:
-    """In memory only. `clock` is in seconds since the epoch."""
+    """In memory only, on the server's event loop. `clock` is in seconds since the epoch."""
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self._seen: dict[str, _Seen] = {}
+        self._moved = asyncio.Condition()
+        self._closed = False
 
-    @contextmanager
-    def following(self, name: str) -> Iterator[None]:
-        """Held while the replica `name` waits for changes; an empty name is nobody (an operator)."""
+    @asynccontextmanager
+    async def following(self, name: str, revision: int) -> AsyncIterator[None]:
+        """Held while the replica `name`, where `revision` is in force, waits for changes.
+
+        An empty name is nobody (an operator). One that hangs up instead of waiting is gone.
+        """
         if not name:
             yield
             return
         seen = self._touch(name)
+        seen.follows, seen.revision = True, revision
         seen.waiting += 1
+        await self._tell()
         try:
             yield
+        except asyncio.CancelledError:
+            seen.gone = seen.waiting == 1
+            raise
         finally:
             seen.waiting -= 1
             seen.at = self._clock()
@@ -46,21 +65,53 @@ class Replicas:
         if name:
             self._touch(name)
 
+    def knows(self, name: str) -> bool:
+        """Whether the replica `name` is connected."""
+        seen = self._seen.get(name)
+        return seen is not None and seen.follows and self._connected(seen)
+
+    def in_force(self) -> dict[str, int]:
+        """The revision in force at each connected replica that follows."""
+        return {name: seen.revision for name, seen in sorted(self._seen.items()) if self.knows(name)}
+
+    def pending(self, revision: int) -> list[str]:
+        """The connected replicas where an earlier revision is in force."""
+        return [name for name, known in self.in_force().items() if known < revision]
+
+    async def wait(self, revision: int, seconds: float) -> None:
+        """Until `revision` is in force at all connected replicas, at most `seconds`."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds), self._moved:
+                await self._moved.wait_for(lambda: self._closed or not self.pending(revision))
+
+    async def close(self) -> None:
+        """Nobody is waited for any more."""
+        self._closed = True
+        await self._tell()
+
     def list(self) -> tuple[Replica, ...]:
-        now = self._clock()
         return tuple(
             Replica(
                 name=name,
-                connected=seen.waiting > 0 or now - seen.at < GRACE_SECONDS,
+                connected=self._connected(seen),
+                revision=seen.revision if seen.follows else None,
                 last_seen=datetime.fromtimestamp(seen.at, UTC).isoformat(timespec="milliseconds"),
             )
             for name, seen in sorted(self._seen.items())
         )
 
+    def _connected(self, seen: _Seen) -> bool:
+        return seen.waiting > 0 or (not seen.gone and self._clock() - seen.at < GRACE_SECONDS)
+
+    async def _tell(self) -> None:
+        async with self._moved:
+            self._moved.notify_all()
+
     def _touch(self, name: str) -> _Seen:
-        seen = self._seen.pop(name, None) or _Seen(0, 0.0)
-        seen.at = self._clock()
+        seen = self._seen.pop(name, None) or _Seen()
+        seen.at, seen.gone = self._clock(), False
         self._seen[name] = seen  # at the end: the first in the dictionary is the longest unheard
         if len(self._seen) > MAX_REMEMBERED:
-            del self._seen[next(iter(self._seen))]
+            idle = (name for name, seen in self._seen.items() if not self._connected(seen))
+            del self._seen[next(idle, next(iter(self._seen)))]
         return seen

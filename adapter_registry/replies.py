@@ -21,6 +21,7 @@ STATUS: Mapping[type[errors.RegistryError], int] = MappingProxyType(
         errors.ConflictError: 409,
         errors.UploadTooLargeError: 413,
         errors.TooManyWaitersError: 503,
+        errors.StorageFullError: 507,
         errors.StoredFilesDamagedError: 500,
         errors.RegistryError: 500,
     }
@@ -32,17 +33,28 @@ def status_of(error: errors.RegistryError) -> int:
     return next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
 
 
+def reply_to(error: errors.RegistryError) -> JSONResponse:
+    """The answer for it, also where no handler of the app comes by: in middleware."""
+    status = status_of(error)
+    return _reply(status, error.message, error.code, error.param)
+
+
+def _reply(status: int, message: str, code: str, param: str | None = None) -> JSONResponse:
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    body = ErrorReply(error=ErrorBody(message=message, type=kind, param=param, code=code))
+    return JSONResponse(body.model_dump(), status)
+
+
 def install(app: FastAPI, metrics: Metrics) -> None:
     """Every failure of `app` is answered in the one shape."""
 
     def reply(status: int, message: str, code: str, param: str | None = None) -> JSONResponse:
         metrics.error(code)
-        kind = "server_error" if status >= 500 else "invalid_request_error"
-        body = ErrorReply(error=ErrorBody(message=message, type=kind, param=param, code=code))
-        return JSONResponse(body.model_dump(), status)
+        return _reply(status, message, code, param)
 
     async def ours(_: Request, error: errors.RegistryError) -> JSONResponse:
-        return reply(status_of(error), error.message, error.code, error.param)
+        metrics.error(error.code)
+        return reply_to(error)
 
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         problems = error.errors()

@@ -6,6 +6,7 @@ import sqlite3
 from adapter_registry.api import HistoryLine, StoredFile, TaskRoute, VersionRecord, VersionRoute
 from adapter_registry.errors import TaskNotFoundError
 from adapter_registry.routing import TaskView
+from adapter_registry.store import Idle
 from adapter_registry.versions import State
 from prad.artefact import AdapterRecord, BaseModelRef
 
@@ -13,6 +14,17 @@ ROUTES = """
     SELECT t.task, t.current, v.version, v.state, v.digest, v.pushed_at, a.method, a.base
     FROM tasks t JOIN versions v USING (task) JOIN adapters a USING (digest)
 """
+
+IDLE_STATES = (State.RETIRED, State.FAILED)
+GONE_STATES = (*IDLE_STATES, State.DELETED)
+IDLE = """
+    SELECT v.task, v.version, v.digest, a.files, max(h.revision) AS since
+    FROM versions v JOIN adapters a USING (digest) JOIN history h USING (task, version)
+    WHERE v.state IN (?, ?)
+    AND NOT EXISTS (SELECT 1 FROM versions o WHERE o.digest = v.digest AND o.state NOT IN (?, ?, ?))
+    GROUP BY v.task, v.version ORDER BY since
+"""
+"""With `IDLE_STATES`, then `GONE_STATES`: whose files no version needs that answers, or may come to."""
 
 
 def no_task(task: str) -> TaskNotFoundError:
@@ -44,6 +56,11 @@ def task_route(rows: list[sqlite3.Row]) -> TaskRoute:
         for row in rows
     )
     return TaskRoute(task=rows[0]["task"], current=rows[0]["current"], versions=tuple(versions))
+
+
+def idle(row: sqlite3.Row) -> Idle:
+    nbytes = sum(file["size"] for file in json.loads(row["files"]))
+    return Idle(row["task"], row["version"], row["digest"], nbytes)
 
 
 def version_record(row: sqlite3.Row, current: bool, history: list[sqlite3.Row]) -> VersionRecord:

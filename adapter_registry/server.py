@@ -17,6 +17,8 @@ from adapter_registry.errors import CannotStartError
 from adapter_registry.metrics import Metrics
 from adapter_registry.registry import Registry
 from adapter_registry.replicas import Replicas
+from adapter_registry.room import make_room
+from adapter_registry.secret import ensure_secret
 from adapter_registry.settings import RegistrySettings
 from adapter_registry.sqlite import SqliteStore
 
@@ -41,6 +43,7 @@ class RegistryServer:
         try:
             self._socket = _bind(settings.host, settings.port)
             try:
+                secret = _secret(settings)
                 self._store = SqliteStore(settings.folder / "registry.sqlite3")
             except CannotStartError:
                 self._socket.close()
@@ -48,19 +51,20 @@ class RegistryServer:
         except CannotStartError:
             self._lock.release()
             raise
-        self._files = ArtefactFolder(settings.folder)
-        self._files.sweep(self._store.digests())
-        self._feed = ChangeFeed(self._store.revision(), settings.max_waiters)
-        registry = Registry(self._store, self._files, self._feed, Replicas(), Metrics())
+        files = ArtefactFolder(settings.folder)
+        files.sweep(self._store.digests())
+        make_room(self._store, files, settings.bounds.retired_bytes)
+        feed = ChangeFeed(self._store.revision(), settings.max_waiters, settings.max_waiters_per_client)
+        registry = Registry(self._store, files, feed, Replicas(), Metrics(), settings.bounds)
         config = uvicorn.Config(
-            create_app(registry, settings),
+            create_app(registry, settings, secret),
             log_level=settings.log_level,
             access_log=False,
             lifespan="off",
             timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_graceful_shutdown=settings.shutdown_seconds,
         )
-        self._server = _DrainingServer(config, self._feed)
+        self._server = _DrainingServer(config, registry)
 
     @property
     def url(self) -> str:
@@ -90,17 +94,30 @@ class _DrainingServer(uvicorn.Server):
     of it before the database is closed.
     """
 
-    def __init__(self, config: uvicorn.Config, feed: ChangeFeed) -> None:
+    def __init__(self, config: uvicorn.Config, registry: Registry) -> None:
         super().__init__(config)
-        self._feed = feed
+        self._registry = registry
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.force_exit = self.should_exit and sig == signal.SIGINT
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        await self._feed.close()
+        await self._registry.close()
         await super().shutdown(sockets)
+
+
+def _secret(settings: RegistrySettings) -> str | None:
+    """None: whoever reaches the registry may speak as a replica, which on loopback is this machine."""
+    if settings.replica_secret_file is not None:
+        return ensure_secret(settings.replica_secret_file)
+    if not settings.on_loopback:
+        raise CannotStartError(
+            f"a registry on {settings.host} is reached by others than this machine, and must know its "
+            "replicas: set replica_secret_file (PRAD_REGISTRY_REPLICA_SECRET_FILE) here, and "
+            "registry_secret_file (PRAD_PREFILL_REGISTRY_SECRET_FILE) at each of them, to the same file"
+        )
+    return None
 
 
 def _lock(settings: RegistrySettings) -> FileLock:

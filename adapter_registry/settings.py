@@ -1,6 +1,7 @@
 """The registry's settings, read once at start: arguments, then PRAD_REGISTRY_* variables, then defaults."""
 
 import ipaddress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +9,16 @@ from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """retired_bytes: files of versions that answer nothing any more; free_bytes: of disk, below which nothing
+    is pushed; wait_seconds: for replicas, until a new routing is in force there."""
+
+    retired_bytes: int
+    free_bytes: int
+    wait_seconds: float
 
 
 class RegistrySettings(BaseSettings):
@@ -30,7 +41,21 @@ class RegistrySettings(BaseSettings):
     max_wait_seconds: Annotated[float, Field(gt=0)] = 30.0
     """Longest wait for changes in one request."""
     max_waiters: Annotated[int, Field(ge=1)] = 256
-    """Requests that may wait for changes at once."""
+    """Requests that may wait for changes at once; connected prefill replicas keep their place beyond it."""
+    max_waiters_per_client: Annotated[int, Field(ge=1)] = 64
+    """Of those, requests of one address."""
+    replicas_wait_seconds: Annotated[float, Field(ge=0, le=60)] = 5.0
+    """How long promote and retire wait until the new routing is in force at all connected replicas."""
+    replica_secret_file: Path | None = None
+    """File with the secret that prefill replicas must show (their registry_secret_file); written if there is
+    none. On loopback nobody needs one if not given; elsewhere the registry does not start without."""
+    allowed_hosts: str = ""
+    """Further names that clients may call the registry by, separated by commas: a name, *.example.com for
+    those below one, * for any. Addresses, and names without a dot, are always allowed."""
+    retired_mib: Annotated[int, Field(ge=0)] = 1024
+    """Disk for files of retired and failed versions; those that are so longest are deleted beyond it."""
+    min_free_mib: Annotated[int, Field(ge=0)] = 64
+    """Free disk below which pushes are refused, and the registry is not ready."""
     shutdown_seconds: Annotated[int, Field(ge=1)] = 10
     """How long open requests may take when the registry stops."""
     log_level: str = "info"
@@ -45,8 +70,21 @@ class RegistrySettings(BaseSettings):
         return self.max_upload_mib * MIB
 
     @property
+    def hosts(self) -> tuple[str, ...]:
+        """Names that clients may call the registry by."""
+        return (self.host, *(name.strip() for name in self.allowed_hosts.split(",") if name.strip()))
+
+    @property
+    def bounds(self) -> Bounds:
+        return Bounds(self.retired_mib * MIB, self.min_free_mib * MIB, self.replicas_wait_seconds)
+
+    @property
+    def on_loopback(self) -> bool:
+        return _is_loopback(self.host)
+
+    @property
     def local_paths_allowed(self) -> bool:
-        return _is_loopback(self.host) if self.allow_local_paths is None else self.allow_local_paths
+        return self.on_loopback if self.allow_local_paths is None else self.allow_local_paths
 
 
 def _is_loopback(host: str) -> bool:

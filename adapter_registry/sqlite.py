@@ -13,7 +13,7 @@ from adapter_registry import rows, schema
 from adapter_registry.api import RoutingState, TaskRoute, VersionRecord
 from adapter_registry.errors import CannotStartError, VersionNotFoundError
 from adapter_registry.routing import Change, plan
-from adapter_registry.store import StoredAdapter
+from adapter_registry.store import Idle, StoredAdapter
 from adapter_registry.versions import Event, State
 
 _HISTORY = """
@@ -50,8 +50,8 @@ class SqliteStore:
         with self._transaction("IMMEDIATE") as db:
             db.execute("INSERT OR IGNORE INTO tasks (task, current) VALUES (?, NULL)", (task,))
             known = db.execute(
-                "SELECT max(version) FROM versions WHERE task = ? AND digest = ? AND state != ?",
-                (task, adapter.digest, State.RETIRED),
+                "SELECT max(version) FROM versions WHERE task = ? AND digest = ? AND state NOT IN (?, ?)",
+                (task, adapter.digest, State.RETIRED, State.DELETED),
             ).fetchone()[0]
             if known is not None:
                 self._write(db, task, plan(rows.view(db, task), known, Event.PUSH))
@@ -120,7 +120,12 @@ class SqliteStore:
 
     def digests(self) -> frozenset[str]:
         with self._transaction() as db:
-            return frozenset(row[0] for row in db.execute("SELECT digest FROM adapters"))
+            found = db.execute("SELECT DISTINCT digest FROM versions WHERE state != ?", (State.DELETED,))
+            return frozenset(row[0] for row in found)
+
+    def idle(self) -> tuple[Idle, ...]:
+        with self._transaction() as db:
+            return tuple(map(rows.idle, db.execute(rows.IDLE, (*rows.IDLE_STATES, *rows.GONE_STATES))))
 
     def close(self) -> None:
         with self._lock:
@@ -132,10 +137,11 @@ class SqliteStore:
             self._connection.execute(f"BEGIN {kind}")
             try:
                 yield self._connection
+                self._connection.execute("COMMIT")
             except BaseException:
-                self._connection.execute("ROLLBACK")
+                if self._connection.in_transaction:  # SQLite ends one itself when the disk is full
+                    self._connection.execute("ROLLBACK")
                 raise
-            self._connection.execute("COMMIT")
 
     def _write(
         self,
@@ -147,9 +153,11 @@ class SqliteStore:
         reason: str = "",
     ) -> None:
         for change in changes:
+            why = (change.event is Event.DELETE, reason)  # what is deleted goes on saying why it had failed
             db.execute(
-                "UPDATE versions SET state = ?, reason = ? WHERE task = ? AND version = ?",
-                (change.after, reason, task, change.version),
+                "UPDATE versions SET state = ?, reason = CASE WHEN ? THEN reason ELSE ? END"
+                " WHERE task = ? AND version = ?",
+                (change.after, *why, task, change.version),
             )
             db.execute("UPDATE tasks SET current = ? WHERE task = ?", (change.current, task))
             moved = (change.event, change.before, change.after, change.current)

@@ -23,13 +23,23 @@ class StoredAdapter:
     tensor_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Idle:
+    """A version that answers nothing any more, whose files no version needs that does or may."""
+
+    task: str
+    version: int
+    digest: str
+    nbytes: int
+
+
 class Store(Protocol):
     """Tasks, versions, history. `revision` grows with every change and never goes back."""
 
     def push(self, task: str, adapter: StoredAdapter) -> tuple[int, bool]:
         """The version number of these files, and whether it is new.
 
-        Files that already are a version of this task, not retired, get that one's number.
+        Files that already are a version of this task, neither retired nor deleted, get that one's number.
         """
         ...
 
@@ -62,7 +72,11 @@ class Store(Protocol):
         ...
 
     def digests(self) -> frozenset[str]:
-        """Of every adapter that any version refers to."""
+        """Of every adapter whose files some version needs: any that is not deleted."""
+        ...
+
+    def idle(self) -> tuple[Idle, ...]:
+        """What may be deleted to make room: retired and failed versions, those that are so longest first."""
         ...
 
     def close(self) -> None: ...

@@ -1,9 +1,12 @@
-"""Reading a pushed adapter from an HTTP body into a staged folder: known names only, within the limit."""
+"""Bodies of requests, all within limits: a pushed adapter's into a staged folder, known names only."""
 
 import shutil
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
-from fastapi import Request
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
 from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
@@ -21,6 +24,9 @@ from prad.artefact import FILES
 
 MULTIPART_OVERHEAD = 64 << 10
 """Boundaries and headers of the parts, on top of the files' bytes."""
+
+MAX_JSON_BYTES = 64 << 10
+"""Of what is no upload: a command or a report."""
 
 DRAINED = 4
 """A body up to so many times the limit is read to its end, so that the sender hears why it was refused."""
@@ -47,8 +53,22 @@ async def receive(request: Request, staged: Path, *, limit: int, local_paths: bo
         )
 
 
+class BoundedRoute(APIRoute):
+    """FastAPI reads a JSON body of any size: so it is read here first, within bounds, and found done."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def bounded(request: Request) -> Response:
+            limited = Request(request.scope, Limited(request, MAX_JSON_BYTES).receive)
+            await limited.body()
+            return await handle(limited)
+
+        return bounded
+
+
 async def _path(request: Request) -> Path:
-    limited = Request(request.scope, _Limited(request, MULTIPART_OVERHEAD).receive)
+    limited = Request(request.scope, Limited(request, MAX_JSON_BYTES).receive)
     try:
         return Path(PushPath.model_validate_json(await limited.body()).path)
     except ValidationError as error:
@@ -58,7 +78,7 @@ async def _path(request: Request) -> Path:
 
 
 async def _receive_parts(request: Request, staged: Path, limit: int) -> None:
-    limited = Request(request.scope, _Limited(request, limit + MULTIPART_OVERHEAD).receive)
+    limited = Request(request.scope, Limited(request, limit + MULTIPART_OVERHEAD).receive)
     async with limited.form(max_files=2 * len(FILES), max_fields=len(FILES)) as form:
         for field, part in form.multi_items():
             if not isinstance(part, UploadFile):
@@ -79,7 +99,7 @@ def _write(part: UploadFile, target: Path) -> None:
         raise AdapterRefusedError(f"{target.name} was sent twice", param="files") from None
 
 
-class _Limited:
+class Limited:
     """Counts the body as it arrives."""
 
     def __init__(self, request: Request, limit: int) -> None:
@@ -96,6 +116,6 @@ class _Limited:
                 message = await self._receive()
                 self._read += len(message.get("body", b""))
             raise UploadTooLargeError(
-                f"the upload is larger than the limit of {self._limit} bytes", param="files"
+                f"the body is larger than the limit of {self._limit} bytes", param="body"
             )
         return message

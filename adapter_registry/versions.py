@@ -7,9 +7,15 @@
         └──────────▶ failed ──────────────────────────────────────────────────┘
          probe_failed                      retire (from any state)
 
+       retired ── unretire ──▶ pushed (and is probed again)
+       pushed, failed, retired ── delete ──▶ deleted (its files go, its record stays)
+
 Probing again never takes a version away from traffic: once verified, another replica's `probe_failed` is
 refused (that replica is at fault, not the version). A failed version is probed again when the same files
 are pushed again.
+
+A retired version comes back through a probe, as it may never have had one. A deleted one does not: the same
+files, pushed again, are a new version.
 """
 
 from collections.abc import Mapping
@@ -27,11 +33,22 @@ class State(StrEnum):
     FAILED = "failed"
     ROUTABLE = "routable"
     RETIRED = "retired"
+    DELETED = "deleted"
 
     @property
     def answers(self) -> bool:
         """Whether a new request for an explicit `task@N` may use it."""
         return self in (State.VERIFIED, State.ROUTABLE)
+
+    @property
+    def over(self) -> bool:
+        """Whether the same files, pushed again, are a new version."""
+        return self in (State.RETIRED, State.DELETED)
+
+    @property
+    def listed(self) -> bool:
+        """Whether a list for people shows it without being asked for all."""
+        return self not in (State.FAILED, State.DELETED)
 
 
 class Event(StrEnum):
@@ -42,6 +59,8 @@ class Event(StrEnum):
     PROBE_FAILED = "probe_failed"
     PROMOTE = "promote"
     RETIRE = "retire"
+    UNRETIRE = "unretire"
+    DELETE = "delete"
 
 
 TRANSITIONS: Mapping[State, Mapping[Event, State]] = MappingProxyType(
@@ -51,12 +70,14 @@ TRANSITIONS: Mapping[State, Mapping[Event, State]] = MappingProxyType(
             Event.PROBE_OK: State.VERIFIED,
             Event.PROBE_FAILED: State.FAILED,
             Event.RETIRE: State.RETIRED,
+            Event.DELETE: State.DELETED,
         },
         State.FAILED: {
             Event.PUSH: State.PUSHED,
             Event.PROBE_OK: State.VERIFIED,
             Event.PROBE_FAILED: State.FAILED,
             Event.RETIRE: State.RETIRED,
+            Event.DELETE: State.DELETED,
         },
         State.VERIFIED: {
             Event.PUSH: State.VERIFIED,
@@ -70,14 +91,23 @@ TRANSITIONS: Mapping[State, Mapping[Event, State]] = MappingProxyType(
             Event.PROMOTE: State.ROUTABLE,
             Event.RETIRE: State.RETIRED,
         },
-        State.RETIRED: {Event.RETIRE: State.RETIRED},
+        State.RETIRED: {
+            Event.RETIRE: State.RETIRED,
+            Event.UNRETIRE: State.PUSHED,
+            Event.DELETE: State.DELETED,
+        },
+        State.DELETED: {Event.DELETE: State.DELETED},
     }
 )
 
 _ADVICE = {
     (State.PUSHED, Event.PROMOTE): "no prefill service has verified it yet: wait until one has probed it",
     (State.FAILED, Event.PROMOTE): "its probe failed: push repaired files, or the same again for a new probe",
-    (State.RETIRED, Event.PROMOTE): "push its files again: that makes a new version",
+    (State.RETIRED, Event.PROMOTE): "unretire it first: it is probed again, and can then be promoted",
+    (State.VERIFIED, Event.DELETE): "it answers requests: retire it first",
+    (State.ROUTABLE, Event.DELETE): "it answers requests: retire it first",
+    (State.DELETED, Event.PROMOTE): "push its files again: that makes a new version",
+    (State.DELETED, Event.UNRETIRE): "its files are gone: push them again, that makes a new version",
 }
 
 

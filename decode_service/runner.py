@@ -49,7 +49,9 @@ def load(settings: DecodeSettings) -> LanguageModel:
     require_device(settings.device)  # before a model is fetched or converted
     folder = resolve_model(settings.model, settings.cache_dir)
     model = LanguageModel.load(folder, dtype=getattr(torch, settings.dtype), device=settings.device)
-    kernels = load_kernels(settings.kernels, settings.cache_dir, settings.device)
+    kernels = load_kernels(
+        settings.kernels, settings.cache_dir, settings.device, settings.kernel_cache_mib << 20
+    )
     if kernels is not None:
         model.accelerate(kernels, settings.weights)
     elif settings.weights != "full":

@@ -1,7 +1,7 @@
 """Everything that configures a decode service, read once at its start."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -28,6 +28,8 @@ class DecodeSettings(BaseSettings):
     """Folder, .gguf file, Hugging Face id, or the default model."""
     cache_dir: Path = Path("~/.cache/prad")
     """Where converted models are kept."""
+    kernel_cache_mib: Annotated[int, Field(ge=0)] = 64
+    """Disk for kernels compiled for other sources or processors; least recently used ones leave first."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """What the model computes in; prefill must use the same."""
     device: str = "cpu"

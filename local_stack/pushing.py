@@ -33,6 +33,6 @@ def push_all(folder: Path, registry: str) -> dict[str, str]:
             except (ArtefactError, RegistryError) as error:
                 failed[path.name] = str(error)
                 continue
-            if seen.state is State.FAILED:
+            if seen.state is State.FAILED or (seen.state is State.DELETED and seen.reason):
                 failed[seen.name] = seen.reason
     return failed

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from adapter_registry.api import Pushed, TaskRoute, VersionRecord
+from adapter_registry.api import Pushed, Rerouted, TaskRoute, VersionRecord
 from adapter_registry.client import RegistryClient
 from adapter_registry.errors import RegistryError, RegistryUnreachableError
 from adapter_registry.names import parse_name
@@ -70,21 +70,30 @@ def push(
             return
         record = _wait(client, pushed, connect_timeout, timeout)
         if promote and not record.current:
-            record = client.promote(record.task, record.version)
+            record = rerouted = client.promote(record.task, record.version)
+            _say_pending(rerouted)
         _say_next(record, registry)
 
 
 @app.command("list", epilog="Example: [bold]prad adapter list --json[/bold]")
-def list_(as_json: Json = False, registry: Registry = DEFAULT_REGISTRY) -> None:
+def list_(
+    everything: Annotated[bool, typer.Option("--all", help="Also failed and deleted versions.")] = False,
+    as_json: Json = False,
+    registry: Registry = DEFAULT_REGISTRY,
+) -> None:
     """All tasks: the current version of each, and its other versions."""
     with _talking(registry) as client:
-        state = client.state()
+        state = client.tasks(everything=everything)
     if as_json:
         _print_json(state.model_dump(mode="json"))
-    elif not state.tasks:
+    elif state.tasks:
+        show_tasks(state.tasks)
+    elif everything:
         print("No adapters yet. Push one: prad adapter push DIR --task NAME")
     else:
-        show_tasks(state.tasks)
+        print(
+            "No adapters. Push one: prad adapter push DIR --task NAME (--all lists failed and deleted ones)"
+        )
 
 
 @app.command(
@@ -114,6 +123,7 @@ def promote(name: Version, registry: Registry = DEFAULT_REGISTRY) -> None:
     with _talking(registry) as client:
         record = client.promote(*_version(name))
     print(f"{record.name} is now what plain {record.task!r} means")
+    _say_pending(record)
 
 
 @app.command(epilog="Example: [bold]prad adapter retire support@1[/bold]")
@@ -133,6 +143,38 @@ def retire(
         print(f"{record.task!r} has no current version now: requests for it are refused")
     else:
         print(f"plain {record.task!r} means {record.task}@{current}")
+    _say_pending(record)
+
+
+@app.command(epilog="Example: [bold]prad adapter unretire support@1[/bold]")
+def unretire(name: Version, registry: Registry = DEFAULT_REGISTRY) -> None:
+    """Bring a retired version back: it is probed again, and then answers as TASK@N."""
+    with _talking(registry) as client:
+        record = client.unretire(*_version(name))
+    print(f"{record.name} is {record.state} again, and answers as soon as a prefill service has verified it")
+
+
+@app.command(epilog="Example: [bold]prad adapter rm support@1[/bold]")
+def rm(name: Version, registry: Registry = DEFAULT_REGISTRY) -> None:
+    """Remove a version's files from the registry; its record stays. Retire it first if it answers."""
+    with _talking(registry) as client:
+        record = client.delete(*_version(name))
+    print(f"{record.name} is deleted; the same files, pushed again, are a new version")
+
+
+@app.command(epilog="Example: [bold]prad adapter pull support@2 adapters/support[/bold]")
+def pull(
+    name: Version,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to be, new or empty.")],
+    registry: Registry = DEFAULT_REGISTRY,
+) -> None:
+    """Fetch a version's files back from the registry, verified against its digest."""
+    with _talking(registry) as client:
+        try:
+            record = client.pull(*_version(name), folder)
+        except OSError as error:
+            _fail(f"cannot write {folder}: {error.strerror or error}")
+    print(f"{record.name} is in {folder} (digest {record.digest[:12]})")
 
 
 app.command(
@@ -155,6 +197,11 @@ def _talking(url: str) -> Iterator[RegistryClient]:
         _fail(f"{error}. Start one with: prad serve, or prad registry; or name another with --registry URL")
     except RegistryError as error:
         _fail(error.message)
+
+
+def _say_pending(record: Rerouted) -> None:
+    if record.pending:
+        print(f"not yet at {', '.join(record.pending)}: it goes on with what it knew until it hears of this")
 
 
 def _fail(message: str) -> NoReturn:
@@ -211,10 +258,10 @@ def _wait(
             )
     except NotProbedError as error:
         _fail(f"{error}; {pushed.name} is stored, and answers as soon as one has verified it")
-    if record.state is State.FAILED:
+    if record.state is State.FAILED or (record.state is State.DELETED and record.reason):
         _fail(f"{record.name} failed on the model: {record.reason or 'no reason given'}")
-    if record.state is State.RETIRED:
-        _fail(f"{record.name} was retired meanwhile")
+    if record.state.over:
+        _fail(f"{record.name} was {record.state} meanwhile")
     return record
 
 

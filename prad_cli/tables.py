@@ -15,6 +15,7 @@ STYLES = {
     State.FAILED: "red",
     State.ROUTABLE: "green",
     State.RETIRED: "dim",
+    State.DELETED: "dim",
 }
 
 

@@ -95,7 +95,7 @@ class RegistryFollower:
         self._probe = probe
         self._known: dict[tuple[str, int], TaskVersion] = {}
         self._state: RoutingState | None = None
-        self._complete = True
+        self._in_force = 0  # the last revision of which everything could be had
 
     async def run(self) -> None:
         """Follows until cancelled. While the registry is away, the tasks known last go on being served."""
@@ -103,12 +103,15 @@ class RegistryFollower:
         while True:
             try:
                 state = await self._next_state()
-                self._complete = await self._adopt(state)
+                if await self._adopt(state):
+                    self._in_force = state.revision
+                if self._state is None:  # now it is known which adapters on disk are in use
+                    await self._client.tidy()
                 self._state, self._catalogue.trouble = state, None
                 away = False
-            except RegistryUnreachableError as error:
+            except RegistryError as error:  # away, or it refuses what replicas ask
                 if not away:
-                    logger.warning("%s; new versions are not seen until it is back", error)
+                    logger.warning("%s; new versions are not seen until that is mended", error)
                 away = True
                 await asyncio.sleep(_RETRY_S * uniform(0.5, 1.5))
             except Exception:  # whatever it was: the tasks known last go on being served
@@ -116,11 +119,15 @@ class RegistryFollower:
                 await asyncio.sleep(_RETRY_S * uniform(0.5, 1.5))
 
     async def _next_state(self) -> RoutingState:
-        """Waits for a change; what could not be had the last time is tried again sooner."""
+        """Waits for a change; what could not be had the last time is tried again sooner.
+
+        Asking tells the registry which revision is in force here, so it comes after everything else.
+        """
         if self._state is None:
             return await self._client.state()
-        wait = DEFAULT_WAIT if self._complete else _AGAIN_S
-        return await self._client.changes(self._state.revision, wait) or self._state
+        after = self._state.revision
+        wait = DEFAULT_WAIT if self._in_force == after else _AGAIN_S
+        return await self._client.changes(after, wait, in_force=self._in_force) or self._state
 
     async def _adopt(self, state: RoutingState) -> bool:
         """Serves what answers in `state`, and probes one version that is new: its report is a change, with

@@ -244,9 +244,7 @@ class PassRunner:
             None if layers is None else layers.put_state,
         )
 
-    async def _send_slots(
-        self, rows: Mapping[HandOff, PassRows], slots: Tensor
-    ) -> dict[HandOff, Exception]:
+    async def _send_slots(self, rows: Mapping[HandOff, PassRows], slots: Tensor) -> dict[HandOff, Exception]:
         """As `send_cached`, for rows of these slots. If reading fails, each hand-off's are read alone: only
         who cannot be read is to blame."""
         try:

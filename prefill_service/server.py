@@ -17,6 +17,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from adapter_registry.client import AsyncRegistryClient
+from adapter_registry.secret import read_secret
 from kvtransfer.frames import Encoding, keep_freed_memory
 from kvtransfer.sender import DecodeClient
 from kvtransfer.settings import TransferSettings
@@ -57,7 +58,9 @@ def run(settings: PrefillSettings) -> None:
         torch.set_num_threads(settings.threads)
     folder = resolve_model(settings.model, settings.cache_dir)
     model = LanguageModel.load(folder, dtype=getattr(torch, settings.dtype), device=settings.device)
-    kernels = load_kernels(settings.kernels, settings.cache_dir, settings.device)
+    kernels = load_kernels(
+        settings.kernels, settings.cache_dir, settings.device, settings.kernel_cache_mib << 20
+    )
     if kernels is not None:
         model.accelerate(kernels)
     info = ModelInfo(model.fingerprint.digest, model.max_context, model.vocab_size, model.stop_ids(folder))
@@ -84,10 +87,16 @@ async def _serve(
         return load_adapter(artefact, model, allow_other_weights=settings.allow_other_weights)
 
     replica = f"{socket.gethostname()}-{uuid.uuid4().hex[:6]}"
-    cache_dir = settings.cache_dir.expanduser()
+    secret_file = settings.registry_secret_file
     async with (
         DecodeClient(settings.decode, TransferSettings(shared_bytes=settings.kv_shared_mib << 20)) as decode,
-        AsyncRegistryClient(settings.registry, cache_dir=cache_dir, replica=replica) as registry,
+        AsyncRegistryClient(
+            settings.registry,
+            cache_dir=settings.cache_dir,
+            replica=replica,
+            cache_bytes=settings.adapter_cache_mib << 20,
+            secret="" if secret_file is None else read_secret(secret_file),
+        ) as registry,
     ):
         residents = Residents(load, settings.adapters_mib * 2**20, model.dtype.itemsize)
         parts = Parts.build(model, residents, decode, settings)

@@ -29,6 +29,8 @@ class PrefillSettings(BaseSettings):
     """The decode service, host:port."""
     registry: str = "http://127.0.0.1:8001"
     """The adapter registry's URL."""
+    registry_secret_file: Path | None = None
+    """The registry's replica_secret_file, if it has one: what it knows its prefill replicas by."""
 
     model: str = DEFAULT_MODEL
     """Folder, .gguf file, Hugging Face id, or the default model."""
@@ -39,6 +41,10 @@ class PrefillSettings(BaseSettings):
     special_tokens_in_text: bool = False
     """Whether special tokens in the text of prompts and messages are tokens. If not, they are text, and
     nobody can end a turn from within a message; templates and token ids may hold them anyway."""
+    adapter_cache_mib: Annotated[int, Field(ge=0)] = 4096
+    """Disk for fetched adapters; least recently used ones leave first, those that can answer stay."""
+    kernel_cache_mib: Annotated[int, Field(ge=0)] = 64
+    """Disk for kernels compiled for other sources or processors; least recently used ones leave first."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """What the model computes in; decode must use the same."""
     device: str = "cpu"

@@ -20,6 +20,8 @@ from prad.artefact.files import (
 from prad.artefact.schema import (
     DEFAULT_TEMPLATE,
     FULL,
+    MAX_STOP_CHARACTERS,
+    MAX_STOPS,
     PROMPT_FIELD,
     AdapterRecord,
     BaseModelRef,
@@ -34,6 +36,8 @@ __all__ = [
     "DEFAULT_TEMPLATE",
     "FILES",
     "FULL",
+    "MAX_STOPS",
+    "MAX_STOP_CHARACTERS",
     "PEFT_CONFIG",
     "PROMPT_FIELD",
     "RECORD",

@@ -27,6 +27,11 @@ REQUIRED_FILES = (WEIGHTS, RECORD)
 _PEFT_NAMES = ("base_model.", "prompt_embeddings")
 FILES = (*REQUIRED_FILES, PEFT_CONFIG, CARD)
 
+MAX_RECORD_BYTES = 1 << 20
+MAX_HEADER_BYTES = 2 << 20
+MAX_TENSORS = 10_000
+"""Far more than any adapter has; a file of hundreds of thousands of empty ones takes seconds to parse."""
+
 
 class ArtefactError(PradError):
     """An adapter folder that cannot be used; the message says which file and what was expected."""
@@ -42,7 +47,7 @@ class TensorInfo:
     shape: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Artefact:
     """A checked adapter folder. `digest` is the SHA-256 over the names and contents of its files."""
 
@@ -90,6 +95,8 @@ def read_servable(folder: Path) -> Artefact:
 def read_record(folder: Path) -> AdapterRecord:
     """Reads `prad.json` alone. Raises ArtefactError."""
     _require(folder, RECORD)
+    if (size := (folder / RECORD).stat().st_size) > MAX_RECORD_BYTES:
+        raise ArtefactError(f"{RECORD} has {size} bytes, expected at most {MAX_RECORD_BYTES}")
     try:
         return AdapterRecord.model_validate_json((folder / RECORD).read_bytes())
     except ValidationError as error:
@@ -139,8 +146,23 @@ def files_digest(folder: Path) -> str:
 
 def _tensors(path: Path) -> dict[str, TensorInfo]:
     try:
+        _require_bounded(path)
         with safe_open(path, framework="np") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
             return {n: TensorInfo(s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
     except (SafetensorError, OSError) as error:
         raise ArtefactError(f"{path.name} is not a safetensors file: {error}") from error
+
+
+def _require_bounded(path: Path) -> None:
+    """Before anything parses the header: its length, then JSON with an object for each tensor."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > MAX_HEADER_BYTES:
+            raise ArtefactError(
+                f"{path.name} is not a safetensors file of an adapter: its header has {length} bytes, "
+                f"expected at most {MAX_HEADER_BYTES}"
+            )
+        objects = file.read(length).count(b"{") - 2  # the header itself, and its metadata
+    if objects > MAX_TENSORS:
+        raise ArtefactError(f"{path.name} holds some {objects} tensors, expected at most {MAX_TENSORS}")

@@ -13,6 +13,11 @@ DEFAULT_TEMPLATE = f"#INPUT: {PROMPT_FIELD} #OUTPUT:"
 FULL = "full"
 """The method of a record beside a whole fine-tuned model: no adapter, and so not loaded as one."""
 
+MAX_STOPS = 16
+"""Texts that end an answer, of one request or of an artefact."""
+MAX_STOP_CHARACTERS = 1000
+MAX_TASK_TOKENS = 1024
+
 _NAME = re.compile(r"<\|[^\s|<>{}=]+\|>")
 
 
@@ -66,7 +71,10 @@ class GenerationValues(BaseModel):
 class GenerationDefaults(_Record, GenerationValues):
     """What a request gets when it does not say."""
 
-    stop: tuple[str, ...] = ()
+    stop: Annotated[
+        tuple[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)], ...],
+        Field(max_length=MAX_STOPS),
+    ] = ()
 
 
 class AdapterRecord(_Record):
@@ -82,7 +90,7 @@ class AdapterRecord(_Record):
     base: BaseModelRef
     template: str = DEFAULT_TEMPLATE
     chat_template: bool = False
-    task_tokens: tuple[str, ...] = ()
+    task_tokens: Annotated[tuple[str, ...], Field(max_length=MAX_TASK_TOKENS)] = ()
     end_token: str | None = None
     positions: Literal["prompt", "all"] = "prompt"
     """What the adapter acts on. "all" is a baseline: it can be trained and evaluated, not served."""

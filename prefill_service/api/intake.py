@@ -27,6 +27,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from prad.artefact import MAX_STOP_CHARACTERS, MAX_STOPS
 from prefill_service.api.outcomes import ClientGoneError, invalid_request, shown
 from prefill_service.errors import (
     BodyTimeoutError,
@@ -47,8 +48,6 @@ ALWAYS_SERVED = ("/health", "/ready", "/metrics")
 _CROWDED = "prad.crowded"
 MAX_FIELDS = 100
 """Fields of one object: each unknown one would be an error of its own."""
-MAX_STOPS = 16
-MAX_STOP_CHARACTERS = 1000
 
 Neutral = Mapping[str, tuple[object, ...]]
 

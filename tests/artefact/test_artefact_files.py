@@ -183,3 +183,21 @@ def test_artefact_needs_no_torch() -> None:
     )
     assert ended.stdout.split() == ["False", "False"]
     assert Artefact.__module__ == "prad.artefact.files"
+
+
+def test_a_header_or_record_beyond_its_bounds_is_not_parsed(tmp_path: Path) -> None:
+    folder = write(tmp_path / "a")
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes((3 << 20).to_bytes(8, "little") + b" " * (3 << 20))
+    with pytest.raises(ArtefactError, match="its header has 3145728 bytes, expected at most 2097152"):
+        read_artefact(folder)
+    many = {f"t{n}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for n in range(10_003)}
+    text = json.dumps(many).encode()
+    weights.write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(ArtefactError, match="expected at most 10000"):
+        read_artefact(folder)
+    (folder / "prad.json").write_bytes(b" " * (1 << 20) + b"{}")
+    with pytest.raises(ArtefactError, match=r"prad\.json has 1048578 bytes, expected at most 1048576"):
+        read_artefact(folder)
+    with pytest.raises(ArtefactError, match="task_tokens: Tuple should have at most 1024 items"):
+        read_artefact(with_json(write(tmp_path / "b"), task_tokens=["<|a|>"] * 1025))

@@ -1,5 +1,6 @@
 """Every kernel against the same computation written out in torch, around the edges of tiles and blocks."""
 
+import os
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -429,3 +430,27 @@ def test_a_compiler_that_refuses_is_told(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("CXX", str(refusing))
     with pytest.raises(BuildError, match="no such standard"):
         load_kernels("native", tmp_path, "cpu")
+
+
+def test_libraries_of_older_sources_go_least_recently_used_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = tmp_path / "cxx"
+    compiler.write_text('#!/bin/sh\nfor out; do :; done\necho library > "$out"\n', encoding="utf-8")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    kept = built(tmp_path)
+    ages = {"a.so": 3, "a.lock": 3, "b.so": 2, "b.lock": 2, "c.new": 1}
+    for name, used in ages.items():
+        (kept.parent / name).write_bytes(bytes(100))
+        os.utime(kept.parent / name, (used, used))
+    fresh = kept.parent / "fresh.so"
+    fresh.write_bytes(bytes(100))
+    os.utime(kept, (0, 0))
+    assert built(tmp_path, 250) == kept
+    there = {path.name for path in kept.parent.iterdir()} - {kept.name, kept.with_suffix(".lock").name}
+    assert there == {"a.so", "a.lock", "fresh.so"}
+    built(tmp_path, 0)
+    assert fresh.exists(), "another process may be about to load it"
+    assert kept.exists()
+    assert not (kept.parent / "a.so").exists()

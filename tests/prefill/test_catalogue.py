@@ -48,13 +48,19 @@ class Registry:
         self.probes: list[tuple[int, bool, str]] = []
         self.damaged: set[int] = set()
         self.moot = False
+        self.in_force: list[int] = []
+        self.tidied = 0
         self.told = asyncio.Event()
 
     async def state(self) -> RoutingState:
         return await self._next()
 
-    async def changes(self, after: int, wait: float) -> RoutingState | None:
+    async def changes(self, after: int, wait: float, *, in_force: int) -> RoutingState | None:
+        self.in_force.append(in_force)
         return await self._next()
+
+    async def tidy(self) -> None:
+        self.tidied += 1
 
     async def _next(self) -> RoutingState:
         if not self.states:
@@ -119,6 +125,9 @@ async def test_what_answers_is_served_and_fetched_once() -> None:
     registry = Registry(first, second)
     catalogue, _ = await followed(registry)
     assert (registry.fetched, catalogue.trouble) == ([1, 2], None)
+    assert (registry.in_force, registry.tidied) == ([1, 2], 1), (
+        "asked for the next one when each was in force"
+    )
     assert catalogue.resolve("t", None).digest == digest(2)
     assert catalogue.resolve("t", 1).digest == digest(1)
 
@@ -155,6 +164,7 @@ async def test_what_cannot_be_had_takes_nothing_else_along() -> None:
     assert catalogue.resolve("t", None).digest == digest(2)
     with pytest.raises(UnknownModelError):
         catalogue.resolve("t", 1)
+    assert registry.in_force == [0], "what could not be had is not said to be in force"
 
 
 async def test_while_the_registry_is_away_what_was_known_is_served() -> None:

@@ -151,6 +151,36 @@ def test_promote_and_retire(prad, registry, adapter):
     assert "has no current version now" in prad("retire", "support@1").stdout
 
 
+def test_a_replica_that_has_not_heard_yet_is_named(prad, registry, adapter):
+    registry.verified(adapter(1))
+    registry.verified(adapter(2))
+    registry.http.get("/v1/changes", params={"after": 0, "replica": "busy"})
+    for command in (("promote", "support@2"), ("retire", "support@1")):
+        assert "not yet at busy" in prad(*command).stdout
+
+
+def test_rm_unretire_and_pull(prad, registry, adapter, tmp_path):
+    registry.verified(adapter(1))
+    failed(prad("rm", "support@1"), "it answers requests: retire it first")
+    prad("retire", "support@1")
+    assert "support@1 is pushed again" in prad("unretire", "support@1").stdout
+    back = tmp_path / "back"
+    assert f"support@1 is in {back}" in prad("pull", "support@1", str(back)).stdout
+    assert read_artefact(back).digest == registry.client.version("support", 1).digest
+    failed(prad("pull", "support@1", str(back)), "not an empty folder")
+    failed(prad("pull", "support@1", str(back / "prad.json" / "x")), "cannot write")
+    assert "support@1 is deleted" in prad("rm", "support@1").stdout
+    failed(prad("pull", "support@1", str(tmp_path / "more")), "were deleted")
+    failed(prad("unretire", "support@1"), "its files are gone")
+
+
+def test_list_leaves_out_what_failed(prad, registry, adapter):
+    registry.push(adapter(1))
+    registry.probe("support@1", ok=False, reason="no")
+    assert "--all lists" in prad("list").stdout
+    assert "@1 failed" in prad("list", "--all").stdout
+
+
 def test_errors_are_one_line(prad):
     failed(prad("show", "nobody"), "there is no task 'nobody'")
     failed(prad("promote", "support"), "Say support@N")
@@ -161,7 +191,9 @@ def test_errors_are_one_line(prad):
         )
 
 
-@pytest.mark.parametrize("command", [[], ["push"], ["list"], ["show"], ["promote"], ["retire"]])
+@pytest.mark.parametrize(
+    "command", [[], ["push"], ["list"], ["show"], ["promote"], ["retire"], ["unretire"], ["rm"], ["pull"]]
+)
 def test_help_has_examples(command):
     result = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "120"})
     assert result.exit_code == 0

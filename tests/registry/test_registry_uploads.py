@@ -140,3 +140,55 @@ def test_a_web_page_of_another_origin_changes_nothing(registry, files):
     parts = [("files", part) for part in files.items()]
     response = registry.http.post(PUSH, files=parts, headers={"origin": "https://evil.example"})
     refused(registry, response, 403, "forbidden", "evil.example")
+
+
+@pytest.mark.parametrize("kind", ["application/json", "multipart/form-data; boundary=b", "text/plain", None])
+@pytest.mark.parametrize("command", ["probe", "retire", "promote"])
+def test_a_large_body_of_a_command_is_not_taken(registry, adapter, command, kind):
+    registry.push(adapter(1))
+    body = b'{"ok": true, "reason": "' + b"x" * (100 << 10) + b'"}'
+    headers = {} if kind is None else {"content-type": kind}
+    path = f"/v1/tasks/support/versions/1/{command}"
+    response = registry.http.post(path, content=body, headers=headers)
+    assert (response.status_code, response.json()["error"]["code"]) == (413, "upload_too_large")
+    assert "larger than the limit of 65536 bytes" in response.json()["error"]["message"]
+    assert registry.client.version("support", 1).state == "pushed"
+
+
+def test_hundreds_of_thousands_of_tensors(registry, files):
+    header = {f"t{n}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for n in range(12_000)}
+    text = json.dumps(header).encode()
+    files["adapter_model.safetensors"] = len(text).to_bytes(8, "little") + text
+    response = upload(registry, files.items())
+    refused(registry, response, 400, "adapter_refused", "expected at most 10000")
+    text = b" " * (3 << 20)
+    files["adapter_model.safetensors"] = len(text).to_bytes(8, "little") + text
+    response = upload(registry, files.items())
+    refused(registry, response, 413, "upload_too_large", "larger than the limit")
+
+
+@pytest.mark.parametrize(
+    "generation",
+    [
+        {"stop": [""]},
+        {"stop": ["x" * 1001]},
+        {"stop": ["x"] * 17},
+        {"temperature": -1},
+        {"temperature": 3},
+        {"top_p": 0},
+        {"top_k": -5},
+        {"min_p": 2},
+        {"max_tokens": 0},
+        {"max_tokens": 2**31},
+    ],
+)
+def test_generation_defaults_that_no_request_may_have(registry, files, generation):
+    record = json.loads(files["prad.json"])
+    files["prad.json"] = json.dumps({**record, "generation": generation}).encode()
+    response = upload(registry, files.items())
+    refused(registry, response, 400, "adapter_refused", f"generation.{next(iter(generation))}")
+
+
+def test_a_check_that_takes_too_long(registry, files, monkeypatch):
+    monkeypatch.setattr("adapter_registry.registry.CHECK_SECONDS", 0.0)
+    refused(registry, upload(registry, files.items()), 400, "adapter_refused", "not read and checked")

@@ -21,8 +21,14 @@ def test_a_move_is_legal_or_names_what_is(state: State, event: Event) -> None:
             after("support@1", state, event)
 
 
-def test_retired_is_for_good() -> None:
-    assert set(TRANSITIONS[State.RETIRED].values()) == {State.RETIRED}
+def test_retired_comes_back_through_a_probe_and_deleted_never() -> None:
+    assert TRANSITIONS[State.RETIRED][Event.UNRETIRE] is State.PUSHED
+    assert set(TRANSITIONS[State.DELETED].values()) == {State.DELETED}
+
+
+@pytest.mark.parametrize("state", State)
+def test_what_answers_is_never_deleted(state: State) -> None:
+    assert (Event.DELETE in TRANSITIONS[state]) is not state.answers
 
 
 def test_the_first_verified_version_becomes_current() -> None:

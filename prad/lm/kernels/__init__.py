@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from prad.lm.kernels.build import BuildError, built
+from prad.lm.kernels.build import DEFAULT_KEPT_BYTES, BuildError, built
 from prad.lm.kernels.calls import Calls, Kernels, Recording
 from prad.lm.kernels.structs import (
     Activation,
@@ -26,14 +26,19 @@ Choice = Literal["auto", "native", "torch"]
 """Kernels where they can be built, kernels or an error, or no kernels."""
 
 
-def load_kernels(choice: Choice, cache_dir: Path, device: str) -> Kernels | None:
-    """The kernels, with as many threads as torch has; None if torch is to compute. Raises BuildError."""
+def load_kernels(
+    choice: Choice, cache_dir: Path, device: str, kept_bytes: int = DEFAULT_KEPT_BYTES
+) -> Kernels | None:
+    """The kernels, with as many threads as torch has; None if torch is to compute. Raises BuildError.
+
+    `kept_bytes`: of kernels compiled earlier for something else, which stay in `cache_dir`.
+    """
     if choice == "torch" or (choice == "auto" and device != "cpu"):
         return None
     try:
         if device != "cpu":
             raise BuildError(f"the kernels compute on a CPU, not on {device}")
-        return Kernels(built(cache_dir), torch.get_num_threads())
+        return Kernels(built(cache_dir, kept_bytes), torch.get_num_threads())
     except BuildError as error:
         if choice == "native":
             raise

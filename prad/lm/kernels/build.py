@@ -1,4 +1,4 @@
-"""Builds the kernels once for this machine's CPU, and keeps them.
+"""Builds the kernels once for this machine's CPU, and keeps them; of others, what was used last.
 
 Nothing here runs while serving: a model loads them before its first pass.
 """
@@ -8,6 +8,8 @@ import os
 import platform
 import shutil
 import subprocess
+import time
+from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock
@@ -18,13 +20,20 @@ _SOURCES = Path(__file__).parent
 _FLAGS = ("-std=c++20", "-O3", "-march=native", "-fno-math-errno", "-fPIC", "-shared", "-pthread")
 _BUILD_S = 300.0
 
+DEFAULT_KEPT_BYTES = 64 << 20
+_FRESH_S = 3600.0
+"""What was used so lately may be on its way into another process, and is left alone."""
+
 
 class BuildError(ModelError):
     """There is no C++ compiler, or it refused the kernels."""
 
 
-def built(cache_dir: Path) -> Path:
-    """The shared library, compiled now if this machine has not yet. Raises BuildError."""
+def built(cache_dir: Path, kept_bytes: int = DEFAULT_KEPT_BYTES) -> Path:
+    """The shared library, compiled now if this machine has not yet. Raises BuildError.
+
+    Those of other sources, flags or processors stay beside it, `kept_bytes` of them.
+    """
     sources = sorted(p for p in _SOURCES.iterdir() if p.suffix in (".cpp", ".h"))
     known = hashlib.sha256(
         "\0".join((*_FLAGS, _cpu(), *(p.read_text(encoding="utf-8") for p in sources))).encode()
@@ -35,20 +44,38 @@ def built(cache_dir: Path) -> Path:
         _require_own(library.parent)
         if library.exists():
             _require_own(library)
-            return library
-        return _built_once(library)
+        else:
+            _built_once(library)
+        _sweep(library, kept_bytes)
+        return library
     except OSError as error:
         raise BuildError(f"the kernels cannot be kept in {library.parent}: {error}") from error
 
 
-def _built_once(library: Path) -> Path:
+def _built_once(library: Path) -> None:
     compiler = os.environ.get("CXX") or shutil.which("g++")
     if compiler is None:
         raise BuildError("no C++ compiler (g++, or what CXX names)")
     with FileLock(library.with_suffix(".lock")):  # both services may start at once
         if not library.exists():
             _compile(compiler, library)
-    return library
+
+
+def _sweep(used: Path, kept_bytes: int) -> None:
+    """Removes what was not used for longest. A process that has loaded a library keeps it all the same."""
+    with suppress(OSError):  # somebody else's folder, or another sweep at the same time
+        os.utime(used)
+        files = {path: path.stat() for path in used.parent.iterdir() if path.stem != used.stem}
+        left = sum(found.st_size for path, found in files.items() if path.suffix == ".so")
+        for path, found in sorted(files.items(), key=lambda entry: entry[1].st_mtime):
+            if time.time() - found.st_mtime < _FRESH_S:
+                break
+            if path.suffix == ".new":  # of a compiler that was killed
+                path.unlink(missing_ok=True)
+            elif path.suffix == ".so" and left > kept_bytes:
+                path.unlink(missing_ok=True)
+                path.with_suffix(".lock").unlink(missing_ok=True)
+                left -= found.st_size
 
 
 def _require_own(path: Path) -> None:

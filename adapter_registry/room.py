@@ -1,0 +1,42 @@
+"""Making room on the registry's disk: files of versions that answer nothing any more, oldest out first."""
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+
+from adapter_registry.artefacts import ArtefactFolder
+from adapter_registry.errors import IllegalTransitionError, StorageFullError
+from adapter_registry.storage import storing
+from adapter_registry.store import Idle, Store
+from adapter_registry.versions import Event
+
+logger = logging.getLogger(__name__)
+
+
+def surplus(idle: Sequence[Idle], bound: int) -> tuple[Idle, ...]:
+    """The first of `idle`, so many that the files of the rest fit into `bound` bytes."""
+    users = Counter(version.digest for version in idle)
+    left = sum({version.digest: version.nbytes for version in idle}.values())
+    found = []
+    for version in idle:
+        if left <= bound:
+            break
+        found.append(version)
+        users[version.digest] -= 1  # files that several versions have go with the last of them
+        left -= 0 if users[version.digest] else version.nbytes
+    return tuple(found)
+
+
+def make_room(store: Store, files: ArtefactFolder, bound: int) -> bool:
+    """Deletes idle versions beyond `bound` bytes; whether there were any. Blocks."""
+    found = surplus(store.idle(), bound)
+    for version in found:
+        try:
+            with storing():
+                store.apply(version.task, version.version, Event.DELETE, reason="made room for others")
+        except (IllegalTransitionError, StorageFullError) as error:  # unretired meanwhile; or the next sweep
+            logger.warning("%s@%d stays on disk: %s", version.task, version.version, error)
+            continue
+        files.remove(version.digest, store.digests)
+        logger.info("deleted %s@%d, digest %s, to make room", version.task, version.version, version.digest)
+    return bool(found)
