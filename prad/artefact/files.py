@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from prad.artefact.schema import FULL, AdapterRecord
 from prad.core.errors import PradError
+from prad.core.json_text import without_mark
 
 WEIGHTS = "adapter_model.safetensors"
 RECORD = "prad.json"
@@ -91,7 +92,7 @@ def read_record(folder: Path) -> AdapterRecord:
     """Reads `prad.json` alone. Raises ArtefactError."""
     _require(folder, RECORD)
     try:
-        return AdapterRecord.model_validate_json((folder / RECORD).read_bytes())
+        return AdapterRecord.model_validate_json(without_mark((folder / RECORD).read_bytes()))
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
         raise ArtefactError(f"{RECORD}: {problems}") from error
