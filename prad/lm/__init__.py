@@ -16,12 +16,13 @@ from prad.lm.model import LanguageModel
 from prad.lm.sampling import sample
 from prad.lm.search import BeamSearch, Candidate, Child, Greedy, Limits, Search
 from prad.lm.sites import Adaptation, Placement, Site, placements, projection, require_sites
-from prad.lm.source import DEFAULT_MODEL, resolve_model, served_name
+from prad.lm.source import DEFAULT_MODEL, DEFAULT_MODEL_ID, resolve_model, served_name
 from prad.lm.state import RowScaling, SiteVectors
 from prad.lm.tokenizer import TextStream, Tokenizer
 
 __all__ = [
     "DEFAULT_MODEL",
+    "DEFAULT_MODEL_ID",
     "Adaptation",
     "BeamSearch",
     "Candidate",
