@@ -139,15 +139,17 @@ class Stack:
             service.check()
 
 
-def require_free(port: int, host: str = "127.0.0.1") -> None:
-    """Raises StackError if something listens on the port of this machine already."""
+def require_free(port: int, flag: str, host: str = "127.0.0.1") -> None:
+    """Raises StackError, which names the flag, if something listens on the port of this machine already."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
-                raise StackError(f"port {port} is taken; stop what uses it, or choose another") from error
+                raise StackError(
+                    f"port {port} is taken; stop what uses it, or choose another {flag}"
+                ) from error
             raise StackError(f"cannot listen on {host}:{port}: {error.strerror}") from error
 
 

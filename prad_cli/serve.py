@@ -21,6 +21,7 @@ from prad_cli.model import (
 if TYPE_CHECKING:
     from rich.console import Console
 
+_PORTS: Any = {"min": 1, "max": 65535}
 _START_S = 300.0  # the first start converts or fetches the model
 
 
@@ -39,14 +40,16 @@ def serve_command(
         str,
         typer.Option(
             help="Address that the API listens on; 0.0.0.0 is every one. Nobody is asked for a password: "
-            "whoever reaches it can use every task. The registry and decode stay on this machine."
+            "whoever reaches it can use every task. The registry and decode stay on this machine.",
+            envvar="PRAD_PREFILL_HOST",
         ),
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="The API's port.")] = 8000,
-    registry_port: Annotated[int, typer.Option(help="The adapter registry's port.")] = 8001,
-    decode_port: Annotated[int, typer.Option(help="The decode service's port.")] = 50051,
+    port: Annotated[int, typer.Option(help="The API's port.", **_PORTS)] = 8000,
+    registry_port: Annotated[int, typer.Option(help="The adapter registry's port.", **_PORTS)] = 8001,
+    decode_port: Annotated[int, typer.Option(help="The decode service's port.", **_PORTS)] = 50051,
     decode_metrics_port: Annotated[
-        int, typer.Option(help="The port of decode's /metrics.", envvar="PRAD_DECODE_METRICS_PORT")
+        int,
+        typer.Option(help="The port of decode's /metrics.", envvar="PRAD_DECODE_METRICS_PORT", **_PORTS),
     ] = 8002,
     data_dir: Annotated[
         Path, typer.Option(help="Where the registry keeps adapters, and the logs.", envvar="PRAD_DATA_DIR")
@@ -105,9 +108,10 @@ def serve_command(
     listening = ["--host", host, "--port", str(port)]
     if adapters is not None and not adapter_folders(adapters):
         console.print(f"[yellow]{adapters} holds no adapter folders:[/] nothing is pushed", soft_wrap=True)
-    require_free(port, host)
-    for wanted in (registry_port, decode_port, decode_metrics_port):
-        require_free(wanted)
+    require_free(port, "--port", host)
+    require_free(registry_port, "--registry-port")
+    require_free(decode_port, "--decode-port")
+    require_free(decode_metrics_port, "--decode-metrics-port")
     with stopped_by_signals(), Stack(logs) as stack, _said_when_stopping(console):
         with console.status("starting the registry"):
             stack.start("registry", ["--port", str(registry_port), *kept])

@@ -224,12 +224,16 @@ def test_whoever_stops_decode_gives_it_the_time_to_end() -> None:
     assert needed < min(_STOP_S, float(grace))
 
 
-@pytest.mark.parametrize("taken", [0, 2], ids=["the API's port", "decode's port"])
-def test_a_taken_port_is_said_clearly(taken: int, model: Path, tmp_path: Path, ports: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("taken", "flag"), [(0, "--port"), (2, "--decode-port"), (3, "--decode-metrics-port")]
+)
+def test_a_taken_port_is_said_clearly(
+    taken: int, flag: str, model: Path, tmp_path: Path, ports: list[int]
+) -> None:
     with (
         socket.create_server(("127.0.0.1", ports[taken])),
         serving(model, tmp_path, *ports) as serve,
     ):
         assert serve.process.wait() == 1
-        assert str(ports[taken]) in serve.said
+        assert f"port {ports[taken]} is taken; stop what uses it, or choose another {flag}\n" in serve.said
         assert "Traceback" not in serve.said
