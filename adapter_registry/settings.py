@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsConfigDict
+
+from prad.settings import ServiceSettings
 
 MIB = 1 << 20
 
@@ -21,7 +23,7 @@ class Bounds:
     wait_seconds: float
 
 
-class RegistrySettings(BaseSettings):
+class RegistrySettings(ServiceSettings):
     """Set by flags of `prad registry`, or PRAD_REGISTRY_* in the environment; flags win."""
 
     model_config = SettingsConfigDict(

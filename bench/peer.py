@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from local_stack.endings import described_end
 from prad.core.errors import PradError
 
 _WORKERS = Path(__file__).parent / "workers"
@@ -83,11 +84,11 @@ class Peer:
         return answer
 
     def _ended(self) -> PeerError:
-        status = self._process.wait()
+        end = described_end(self._process.wait())
         tail = "\n".join(
             f"  {line}" for line in self._log.read_text(errors="replace", encoding="utf-8").splitlines()[-12:]
         )
-        return PeerError(f"the worker {self._worker} ended with status {status}:\n{tail}")
+        return PeerError(f"the worker {self._worker} {end}:\n{tail}")
 
     def _stop(self) -> None:
         assert self._process.stdin is not None

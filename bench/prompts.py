@@ -8,6 +8,8 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+from prad.core.json_text import json_lines
+
 CHAT = (
     "What is the capital of France?",
     "What is the capital of Australia?",
@@ -74,7 +76,7 @@ def task_prompts(folder: Path, count: int) -> list[str]:
     ValueError if there are not so many.
     """
     files = sorted(folder.expanduser().glob("*/test.jsonl"))
-    tasks = [file.read_text(encoding="utf-8").splitlines() for file in files]
+    tasks = [[line for _, line in json_lines(file)] for file in files]
     longest = max(map(len, tasks), default=0)
     lines = [task[i] for i in range(longest) for task in tasks if i < len(task)]
     if len(lines) < count:

@@ -4,13 +4,14 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsConfigDict
 
 from prad.lm import DEFAULT_MODEL
 from prad.lm.kernels import Choice, Precision
+from prad.settings import ServiceSettings
 
 
-class DecodeSettings(BaseSettings):
+class DecodeSettings(ServiceSettings):
     """Set by flags of `prad decode`, or PRAD_DECODE_* in the environment; flags win. Times in seconds."""
 
     model_config = SettingsConfigDict(

@@ -30,13 +30,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
+
+from local_stack.endings import described_end
 
 FILES, NAMES, NAMED_IN = 40, 10, 4
 FIELDS = ("min_p", "top_p", "top_k")
@@ -45,6 +47,7 @@ ADAPTER = Path("examples/adapters/sentiment")
 PROMPT = "a gripping , beautifully acted film about the quiet life of a lighthouse keeper"
 _START_S = 300.0
 _STOP_S = 60.0
+_LOG_LINES = 12
 
 
 @dataclass(frozen=True)
@@ -76,13 +79,13 @@ def count(folder: Path) -> Counts:
     traces = [folder / "prefill.json", folder / "decode.json"]
     with _stack(folder) as (api, traced):
         _complete(api)
-        for process in traced:
-            process.send_signal(signal.SIGUSR1)
+        for child in traced:
+            child.process.send_signal(signal.SIGUSR1)
         time.sleep(1.0)
         _complete(api)
-        for process in traced:
-            process.send_signal(signal.SIGUSR2)
-        _until(lambda: all(trace.is_file() for trace in traces), "the traces", 30.0)
+        for child in traced:
+            child.process.send_signal(signal.SIGUSR2)
+        _until(lambda: all(trace.is_file() for trace in traces), "the traces", 30.0, traced)
     read = [json.loads(trace.read_text(encoding="utf-8")) for trace in traces]
     if faults := [fault for trace in read for fault in trace["faults"]]:
         raise RuntimeError(f"the trace is not whole: {faults[:3]}")
@@ -111,21 +114,39 @@ def _naming(field: str) -> list[str]:
 _SOURCES = (".py", ".pyi", ".proto")
 
 
+@dataclass(frozen=True)
+class _Child:
+    """A service that was started, and what it says."""
+
+    name: str
+    process: "subprocess.Popen[bytes]"
+    log: Path
+
+    def check(self) -> None:
+        """Raises RuntimeError with the end of its log if it has ended."""
+        status = self.process.poll()
+        if status is not None:
+            lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_LINES:]
+            said = "\n".join(f"  {line}" for line in lines)
+            raise RuntimeError(f"{self.name} {described_end(status)}:\n{said}")
+
+
 @contextmanager
-def _stack(folder: Path) -> Iterator[tuple[str, list["subprocess.Popen[bytes]"]]]:
-    """The API's URL, and the two traced processes: prefill and decode."""
+def _stack(folder: Path) -> Iterator[tuple[str, list[_Child]]]:
+    """The API's URL, and the two traced services: prefill and decode."""
     module = "prad_cli" if importlib.util.find_spec("prad_cli") else "prad"
     registry_port, decode_port, api_port = _free_ports(3)
     registry, api = f"http://127.0.0.1:{registry_port}", f"http://127.0.0.1:{api_port}"
-    started: list[subprocess.Popen[bytes]] = []
+    started: list[_Child] = []
 
-    def start(name: str, *arguments: str, trace: bool) -> "subprocess.Popen[bytes]":
+    def start(name: str, *arguments: str, trace: bool) -> _Child:
         tracer = [str(Path(__file__).with_name("traced.py")), str(folder / f"{name}.json"), module]
-        with (folder / f"{name}.log").open("wb") as log:
+        path = folder / f"{name}.log"
+        with path.open("wb") as log:
             command = [sys.executable, *(tracer if trace else ["-m", module]), name, *arguments]
             process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-        started.append(process)
-        return process
+        started.append(_Child(name, process, path))
+        return started[-1]
 
     environment = os.environ | {"HOUSE_PROMPT": PROMPT, "HOUSE_IDS": ",".join(map(str, _prompt_ids()))}
     try:
@@ -133,20 +154,20 @@ def _stack(folder: Path) -> Iterator[tuple[str, list["subprocess.Popen[bytes]"]]
         decode = start("decode", "--port", str(decode_port), trace=True)
         where = ["--decode", f"127.0.0.1:{decode_port}", "--registry", registry, "--port", str(api_port)]
         prefill = start("prefill", *where, trace=True)
-        _until(lambda: _answers(f"{registry}/ready"), "the registry", _START_S)
-        _until(lambda: _answers(f"{api}/ready"), f"prefill; the logs are in {folder}", _START_S)
+        _until(lambda: _answers(f"{registry}/ready"), "the registry", _START_S, started)
+        _until(lambda: _answers(f"{api}/ready"), f"prefill; the logs are in {folder}", _START_S, started)
         pushed = [sys.executable, "-m", module, "adapter", "push", str(ADAPTER), "--task", ADAPTER.name]
         subprocess.run([*pushed, "--registry", registry], check=True, stdout=subprocess.DEVNULL)
-        _until(lambda: _answers(f"{api}/v1/models/{ADAPTER.name}"), "the adapter", _START_S)
+        _until(lambda: _answers(f"{api}/v1/models/{ADAPTER.name}"), "the adapter", _START_S, started)
         yield api, [prefill, decode]
     finally:
-        for process in reversed(started):
-            process.terminate()
-        for process in started:
+        for child in reversed(started):
+            child.process.terminate()
+        for child in started:
             try:
-                process.wait(_STOP_S)
+                child.process.wait(_STOP_S)
             except subprocess.TimeoutExpired:
-                process.kill()
+                child.process.kill()
 
 
 def _prompt_ids() -> list[int]:
@@ -174,9 +195,12 @@ def _answers(url: str) -> bool:
         return False
 
 
-def _until(ready: Any, what: str, timeout_s: float) -> None:
+def _until(ready: Callable[[], bool], what: str, timeout_s: float, children: Sequence[_Child]) -> None:
+    """Raises RuntimeError if a child ends meanwhile, or after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while not ready():
+        for child in children:
+            child.check()
         if time.monotonic() > deadline:
             raise RuntimeError(f"{what} took longer than {timeout_s:g} s")
         time.sleep(0.2)
@@ -210,12 +234,16 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="status 1 if a limit does not hold")
     parser.add_argument("--keep", type=Path, help="folder for logs and traces; temporary if left out")
     given = parser.parse_args()
-    if given.keep is not None:
-        given.keep.mkdir(parents=True, exist_ok=True)
-        counts = count(given.keep)
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            counts = count(Path(folder))
+    try:
+        if given.keep is not None:
+            given.keep.mkdir(parents=True, exist_ok=True)
+            counts = count(given.keep)
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                counts = count(Path(folder))
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     show(counts)
     for words in counts.beyond:
         print(f"beyond: {words}")

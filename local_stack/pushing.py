@@ -10,6 +10,11 @@ from adapter_registry.versions import State
 from prad.artefact import ArtefactError, read_servable
 
 
+def adapter_folders(folder: Path) -> list[Path]:
+    """Those below `folder`: each is an adapter, its name a task's."""
+    return sorted(path for path in folder.iterdir() if path.is_dir())
+
+
 def push_all(folder: Path, registry: str) -> dict[str, str]:
     """Pushes every folder below `folder` as a version of the task of its name, and waits for its probe.
 
@@ -19,7 +24,7 @@ def push_all(folder: Path, registry: str) -> dict[str, str]:
     failed = {}
     with RegistryClient(registry) as client:
         known = {(t.task, v.digest) for t in client.state().tasks for v in t.versions}
-        for path in sorted(p for p in folder.iterdir() if p.is_dir()):
+        for path in adapter_folders(folder):
             try:
                 artefact = read_servable(path)
                 if (path.name, artefact.digest) in known:

@@ -1,6 +1,8 @@
 """The whole stack as child processes of one command: started, watched, stopped together."""
 
 import contextlib
+import errno
+import os
 import socket
 import subprocess
 import sys
@@ -8,10 +10,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 import httpx
 
+from local_stack.endings import described_end
 from local_stack.signals import signals_later
 from prad.core.errors import PradError
 
@@ -27,18 +30,35 @@ class StackError(PradError):
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """One child: `prad NAME ARGUMENTS`, its output in `log`."""
+    """One child: `prad NAME ARGUMENTS`; its output is what `log` holds from byte `log_start` on."""
 
     name: str
+    arguments: tuple[str, ...]
     process: "subprocess.Popen[bytes]"
     log: Path
+    log_start: int
+
+    @property
+    def ended(self) -> bool:
+        return self.process.poll() is not None
+
+    def describe_end(self, then: str = "") -> str:
+        """Why it ended, with what comes `then`, and below it the end of its log; only the log's name where a
+        signal ended it, of which the log knows nothing."""
+        status = self.process.wait()
+        below = self._last_lines() if status >= 0 else [f"  its log: {self.log}"]
+        return "\n".join((f"{self.name} {described_end(status)}{then}", *below))
 
     def check(self) -> None:
-        """Raises StackError with the end of the log if the process has ended."""
-        if self.process.poll() is not None:
-            lines = self.log.read_text(errors="replace", encoding="utf-8").splitlines()[-_LOG_LINES:]
-            tail = "\n".join(f"  {line}" for line in lines)
-            raise StackError(f"{self.name} ended with status {self.process.returncode}:\n{tail}")
+        """Raises StackError with why if the process has ended."""
+        if self.ended:
+            raise StackError(self.describe_end())
+
+    def _last_lines(self) -> list[str]:
+        with self.log.open("rb") as file:
+            file.seek(self.log_start)
+            said = file.read().decode("utf-8", errors="replace")
+        return [f"  {line}" for line in said.splitlines()[-_LOG_LINES:]]
 
 
 class Stack:
@@ -69,12 +89,21 @@ class Stack:
     def start(self, name: str, arguments: Sequence[str]) -> None:
         """Starts `prad NAME ARGUMENTS` in a session of its own: Ctrl-C reaches it through us, in order.
         Raises StackError if its log cannot be written."""
+        self._run(name, tuple(arguments), len(self._services), "wb")
+
+    def restart(self, name: str) -> None:
+        """Starts a child that has ended once more, in its place of the order; its log goes on."""
+        ((place, service),) = ((i, s) for i, s in enumerate(self._services) if s.name == name)
+        self._run(name, service.arguments, place, "ab")
+
+    def _run(self, name: str, arguments: tuple[str, ...], place: int, mode: Literal["wb", "ab"]) -> None:
         log = self._logs / f"{name}.log"
         try:
-            opened = log.open("wb")
+            opened = log.open(mode)
         except OSError as error:
             raise StackError(f"the log of {name} cannot be kept: {error}") from error
         with opened as file, signals_later():
+            log_start = file.seek(0, os.SEEK_END)
             process = subprocess.Popen(
                 [sys.executable, "-m", "prad_cli", name, *arguments],
                 stdin=subprocess.DEVNULL,
@@ -82,7 +111,7 @@ class Stack:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-            self._services.append(Service(name, process, log))
+            self._services[place : place + 1] = [Service(name, arguments, process, log, log_start)]
 
     def kill(self, name: str) -> None:
         """Ends a child at once, without a chance to tidy up, and watches it no longer."""
@@ -100,25 +129,28 @@ class Stack:
                 raise StackError(f"{what} took longer than {timeout_s:g} s; the logs are in {self._logs}")
             time.sleep(_POLL_S)
 
-    def watch(self) -> None:
-        """Returns never; raises StackError when a child ends by itself."""
-        while True:
-            self.check()
-            time.sleep(_POLL_S * 5)
+    @property
+    def services(self) -> tuple[Service, ...]:
+        """The children, in the order of their start."""
+        return tuple(self._services)
 
     def check(self) -> None:
         for service in self._services:
             service.check()
 
 
-def require_free(port: int) -> None:
-    """Raises StackError if something listens on the port of this machine already."""
-    with socket.socket() as probe:
+def require_free(port: int, flag: str, host: str = "127.0.0.1") -> None:
+    """Raises StackError, which names the flag, if something listens on the port of this machine already."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("127.0.0.1", port))
+            probe.bind((host, port))
         except OSError as error:
-            raise StackError(f"port {port} is taken; stop what uses it, or choose another") from error
+            if error.errno == errno.EADDRINUSE:
+                raise StackError(
+                    f"port {port} is taken; stop what uses it, or choose another {flag}"
+                ) from error
+            raise StackError(f"cannot listen on {host}:{port}: {error.strerror}") from error
 
 
 def answers(url: str) -> bool:

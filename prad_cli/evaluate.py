@@ -1,8 +1,8 @@
-"""`prad eval`: how well an adapter does, beside the plain model; here, or through a running server."""
+"""`prad eval`: how well an adapter does, and the plain model; here, or through a running server."""
 
 import json
 from collections.abc import Iterator
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -52,7 +52,13 @@ def eval_command(
         int, typer.Option(help="Beam search with so many beams; 1 is greedy; with --url at most 16.", min=1)
     ] = 1,
     batch: Annotated[int, typer.Option(help="Sequences that are decoded together.", min=1)] = 64,
-    plain: Annotated[bool, typer.Option(help="Score the plain model on the same prompts as well.")] = True,
+    plain: Annotated[
+        bool,
+        typer.Option(
+            help="Score the plain model on the same prompts as well: slower, it seldom stops. Its answers "
+            "end at twice the longest right one, unless --max-tokens is given."
+        ),
+    ] = False,
     show: Annotated[int, typer.Option(help="Print so many answers.", min=0)] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Print scores as JSON.")] = False,
     model: ModelOption = DEFAULT_MODEL,
@@ -143,13 +149,22 @@ class _Computing:
         if record.method == FULL:
             yield "fine-tuned model", self._evaluate(self._load(str(self.folder)), record, None)
             if plain:
-                yield "plain model", self._evaluate(self._load(self.base), record, None)
+                yield "plain model", self._evaluate_plain(self._load(self.base), record)
             return
         loaded = self._load(self.base)
         adapter = load_adapter(read_artefact(self.folder), loaded.model, allow_all_positions=True)
         yield "adapter", self._evaluate(loaded, record, adapter)
         if plain:
-            yield "plain model", self._evaluate(loaded, record, None)
+            yield "plain model", self._evaluate_plain(loaded, record)
+
+    def _evaluate_plain(self, loaded: "_Loaded", record: "AdapterRecord") -> "Evaluation":
+        from prad.training.evaluate import ANSWER_TOKENS, plain_answer_tokens
+
+        if self.max_tokens is not None:
+            return self._evaluate(loaded, record, None)
+        most = record.generation.max_tokens or ANSWER_TOKENS
+        needed = plain_answer_tokens(loaded.tokenizer, self.data, self.limit)
+        return replace(self, max_tokens=min(most, needed))._evaluate(loaded, record, None)
 
     def _load(self, name: str) -> "_Loaded":
         from prad.lm import resolve_model

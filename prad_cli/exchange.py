@@ -17,7 +17,7 @@ from prad_cli.model import (
 )
 
 if TYPE_CHECKING:
-    from prad.artefact import Artefact
+    from prad.artefact import AdapterRecord, Artefact
 
 
 def import_command(
@@ -46,7 +46,8 @@ def import_command(
         typer.Option(help="What it acts on. all: as in PEFT, a baseline for prad eval, never served."),
     ] = "prompt",
     allow_other_base: Annotated[
-        bool, typer.Option("--allow-other-base", help="Also if the file names another base than --model.")
+        bool,
+        typer.Option("--allow-other-base", help="Also if the file names another base model than --model."),
     ] = False,
     model: ModelOption = DEFAULT_MODEL,
     cache_dir: CacheOption = DEFAULT_CACHE,
@@ -69,6 +70,7 @@ def import_command(
 
     settings = ImportSettings(
         base_name=served_name(model),
+        base_model=model,
         template=template,
         chat_template=chat_template,
         max_tokens=max_tokens,
@@ -130,6 +132,7 @@ def _said(artefact: "Artefact", source: Path, out: Path | None, model: str, *, p
 
     record = artefact.record
     said = [f"{source} imported: {record.method} for {record.base.name} (weights {record.base.weights[:12]})"]
+    said += _base_note(record)
     if find_method(record.method).only_in_front:
         said.append("note: its virtual tokens stand in front of the prompt here as in PEFT: nothing changes")
     elif record.positions == "all":
@@ -149,3 +152,20 @@ def _said(artefact: "Artefact", source: Path, out: Path | None, model: str, *, p
         if record.positions == "prompt" and not pushed:
             said.append(f"next:  prad adapter push {out} --task NAME")
     return "\n".join(said)
+
+
+def _base_note(record: "AdapterRecord") -> list[str]:
+    """What a person cannot see: how sure it is that the adapter was made for this model."""
+    from prad.exchange import how_base_is_known
+
+    known, named = how_base_is_known(record), record.training["imported"]["base_model"]
+    if known == "digest":
+        return []
+    if known == "name":
+        return [
+            f"note: the file names {named}, as --model does; PEFT keeps no digest, so that the weights are "
+            "the same is the name's word alone"
+        ]
+    if named is None:
+        return ["note: the file names no base model; that its shapes fit is all that is known"]
+    return [f"note: the file names {named}: it was made for other weights, or their name is another"]

@@ -1,6 +1,9 @@
 """What serving does not need comes with an extra: a command asks for it before it loads anything."""
 
+import shlex
+import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 from prad.core.errors import PradError
 
@@ -14,6 +17,13 @@ def require_extra(extra: str, *modules: str) -> None:
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
         verb = "is" if len(missing) == 1 else "are"
-        raise MissingExtraError(
-            f"{' and '.join(missing)} {verb} not installed; run: pip install -e '.[{extra}]' (in a checkout)"
-        )
+        raise MissingExtraError(f"{' and '.join(missing)} {verb} not installed; run: {_installing(extra)}")
+
+
+def _installing(extra: str) -> str:
+    """For this interpreter, whose `pip` need not be the one that the shell finds, and from any folder."""
+    pip = f"{shlex.quote(sys.executable)} -m pip install -e"
+    checkout = Path(__file__).parents[1]
+    if (checkout / "pyproject.toml").is_file():
+        return f"{pip} {shlex.quote(f'{checkout}[{extra}]')}"
+    return f"{pip} '.[{extra}]' (in a checkout)"

@@ -5,6 +5,7 @@ The class is imported when its command runs, so typer cannot know its fields as 
 """
 
 import inspect
+import os
 import types
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,10 @@ import typer
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
+from pydantic_settings import BaseSettings
 from rich.markup import escape
+
+from prad.settings import environment_name
 
 PASS_ARGUMENTS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
@@ -39,12 +43,21 @@ def read_flags(kind: type[M], context: typer.Context, text: str, epilog: str | N
         return kind(**given)
     except ValidationError as error:
         for problem in error.errors():
-            flag = _flag(str(problem["loc"][0]))
+            source = _source(kind, str(problem["loc"][0]), given)
             wrong = f": {problem['msg']} (got {problem['input']!r})"
             if problem["type"] == "missing":
                 wrong = " is required"
-            typer.secho(f"error: {flag}{wrong}", fg="red", err=True)
+            typer.secho(f"error: {source}{wrong}", fg="red", err=True)
         raise typer.Exit(2) from error
+
+
+def _source(kind: type[BaseModel], name: str, given: Mapping[str, Any]) -> str:
+    """Where a value came from: a flag, or the environment where there is none."""
+    if name not in given and issubclass(kind, BaseSettings):
+        variable = environment_name(kind, name)
+        if variable in os.environ:
+            return f"{variable} in the environment"
+    return _flag(name)
 
 
 def _taking(kind: type[BaseModel], given: dict[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""The model options that several commands share."""
+"""`prad model`, and the model options that several commands share."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -22,6 +22,26 @@ DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N
 DEFAULT_MODEL = "smollm2-135m"
 """`prad.lm`'s, which is not imported at `--help`."""
 DEFAULT_CACHE = Path("~/.cache/prad")
+
+
+app = typer.Typer(no_args_is_help=True, help="The frozen model.")
+
+
+@app.command("path")
+def path_command(
+    name: Annotated[
+        str,
+        typer.Argument(metavar="[MODEL]", help="Folder, .gguf file, Hugging Face id, or the default model."),
+    ] = DEFAULT_MODEL,
+    cache_dir: CacheOption = DEFAULT_CACHE,
+) -> None:
+    """Print the folder that a model is loaded from; converts or fetches it if it is not here yet.
+
+    Other programs read it, too: PEFT, to train a LoRA of the default model.
+    """
+    from prad.lm import resolve_model
+
+    typer.echo(resolve_model(name, cache_dir))
 
 
 def load_model(name: str, cache_dir: Path, dtype: str, device: str) -> "tuple[LanguageModel, Tokenizer]":

@@ -1,8 +1,11 @@
 """`prad serve`: registry, decode and prefill on this machine, and what to type next."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -15,6 +18,10 @@ from prad_cli.model import (
     ModelOption,
 )
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_PORTS: Any = {"min": 1, "max": 65535}
 _START_S = 300.0  # the first start converts or fetches the model
 
 
@@ -29,9 +36,21 @@ def serve_command(
     ] = None,
     model: ModelOption = DEFAULT_MODEL,
     model_name: Annotated[str | None, typer.Option(help="The plain model's id in the API.")] = None,
-    port: Annotated[int, typer.Option(help="The API's port.")] = 8000,
-    registry_port: Annotated[int, typer.Option(help="The adapter registry's port.")] = 8001,
-    decode_port: Annotated[int, typer.Option(help="The decode service's port.")] = 50051,
+    host: Annotated[
+        str,
+        typer.Option(
+            help="Address that the API listens on; 0.0.0.0 is every one. Nobody is asked for a password: "
+            "whoever reaches it can use every task. The registry and decode stay on this machine.",
+            envvar="PRAD_PREFILL_HOST",
+        ),
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="The API's port.", **_PORTS)] = 8000,
+    registry_port: Annotated[int, typer.Option(help="The adapter registry's port.", **_PORTS)] = 8001,
+    decode_port: Annotated[int, typer.Option(help="The decode service's port.", **_PORTS)] = 50051,
+    decode_metrics_port: Annotated[
+        int,
+        typer.Option(help="The port of decode's /metrics.", envvar="PRAD_DECODE_METRICS_PORT", **_PORTS),
+    ] = 8002,
     data_dir: Annotated[
         Path, typer.Option(help="Where the registry keeps adapters, and the logs.", envvar="PRAD_DATA_DIR")
     ] = Path("~/.local/share/prad"),
@@ -71,37 +90,79 @@ def serve_command(
     """
     from rich.console import Console
 
-    from local_stack.pushing import push_all
+    from local_stack.pushing import adapter_folders, push_all
     from local_stack.signals import stopped_by_signals
     from local_stack.stack import Stack, answers, require_free
+    from local_stack.supervisor import Supervisor
 
     console = Console(stderr=True)
     data_dir = data_dir.expanduser()
-    api, registry = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{registry_port}"
+    logs = data_dir / "logs"
+    at = _Addresses.of(host, port, registry_port, decode_metrics_port)
     shared = ["--model", model, "--cache-dir", str(cache_dir), "--dtype", dtype, "--device", device]
     shared += _given({"--threads": threads})
     own = _given({"--model-name": model_name, "--nice": nice})
+    kept = ["--data-dir", str(data_dir / "registry")]
+    told = _given({"--weights": weights, "--metrics-port": decode_metrics_port})
     decode = ["--decode", f"127.0.0.1:{decode_port}"]
-    logs = data_dir / "logs"
-    for wanted in (port, registry_port, decode_port):
-        require_free(wanted)
-    with stopped_by_signals(), Stack(logs) as stack:
+    listening = ["--host", host, "--port", str(port)]
+    if adapters is not None and not adapter_folders(adapters):
+        console.print(f"[yellow]{adapters} holds no adapter folders:[/] nothing is pushed", soft_wrap=True)
+    require_free(port, "--port", host)
+    require_free(registry_port, "--registry-port")
+    require_free(decode_port, "--decode-port")
+    require_free(decode_metrics_port, "--decode-metrics-port")
+    with stopped_by_signals(), Stack(logs) as stack, _said_when_stopping(console):
         with console.status("starting the registry"):
-            stack.start("registry", ["--port", str(registry_port), "--data-dir", str(data_dir / "registry")])
-            stack.start("decode", [*shared, *_given({"--weights": weights}), "--port", str(decode_port)])
-            stack.start("prefill", [*shared, *own, *decode, "--registry", registry, "--port", str(port)])
-            stack.wait_until(lambda: answers(f"{registry}/ready"), 30.0, "starting the registry")
+            stack.start("registry", ["--port", str(registry_port), *kept])
+            stack.start("decode", [*shared, *told, "--port", str(decode_port)])
+            stack.start("prefill", [*shared, *own, *decode, "--registry", at.registry, *listening])
+            stack.wait_until(lambda: answers(f"{at.registry}/ready"), 30.0, "starting the registry")
         with console.status("loading the model (the first start converts it: about a minute)"):
-            stack.wait_until(lambda: answers(f"{api}/ready"), _START_S, "starting")
+            stack.wait_until(lambda: answers(f"{at.api}/ready"), _START_S, "starting")
         with console.status("verifying the adapters"):
-            failed = {} if adapters is None else push_all(adapters, registry)
-            tasks = _current_tasks(registry)
-            listed = [f"{api}/v1/models/{task}" for task in tasks]
+            failed = {} if adapters is None else push_all(adapters, at.registry)
+            tasks = _current_tasks(at.registry)
+            listed = [f"{at.api}/v1/models/{task}" for task in tasks]
             stack.wait_until(lambda: all(map(answers, listed)), 60.0, "loading the adapters")
         for name, reason in failed.items():
             console.print(f"[red]{name} cannot be served:[/] {reason}")
-        _say_what_next(console.print, api, registry, tasks, logs)
-        stack.watch()
+        _say_where(console.print, at, host, logs)
+        _say_what_next(console.print, at.api, tasks)
+        ready = {
+            "registry": lambda: answers(f"{at.registry}/ready"),
+            "decode": lambda: answers(at.decode_metrics),
+            "prefill": lambda: answers(f"{at.api}/ready"),
+        }
+        Supervisor(stack, ready, lambda text: console.print(text, markup=False, soft_wrap=True)).run()
+
+
+@dataclass(frozen=True)
+class _Addresses:
+    """URLs under which this machine reaches the services."""
+
+    api: str
+    registry: str
+    decode_metrics: str
+
+    @classmethod
+    def of(cls, host: str, port: int, registry_port: int, decode_metrics_port: int) -> "_Addresses":
+        here = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        here = f"[{here}]" if ":" in here else here
+        return cls(
+            f"http://{here}:{port}",
+            f"http://127.0.0.1:{registry_port}",
+            f"http://127.0.0.1:{decode_metrics_port}/metrics",
+        )
+
+
+@contextmanager
+def _said_when_stopping(console: "Console") -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print("stopping: answers under way may end, for up to half a minute; Ctrl-C again ends them")
+        raise
 
 
 def _given(flags: dict[str, Any]) -> list[str]:
@@ -116,9 +177,26 @@ def _current_tasks(registry: str) -> list[str]:
         return [task.task for task in client.state().tasks if task.current is not None]
 
 
-def _say_what_next(say: Callable[..., None], api: str, registry: str, tasks: list[str], logs: Path) -> None:
+def _say_where(say: Callable[..., None], at: _Addresses, host: str, logs: Path) -> None:
+    say(f"\n[bold green]ready[/]  API {at.api}   registry {at.registry}   logs {logs}", soft_wrap=True)
+    say(f"metrics  {at.api}/metrics  {at.registry}/metrics  {at.decode_metrics}", soft_wrap=True)
+    if not _is_loopback(host):
+        say(
+            f"[yellow]the API listens on {host}:[/] whoever reaches it can use every task and read /metrics, "
+            "nobody is asked for a password",
+            soft_wrap=True,
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:  # a name
+        return host == "localhost"
+
+
+def _say_what_next(say: Callable[..., None], api: str, tasks: list[str]) -> None:
     shown = ", ".join(tasks) or "none yet: prad adapter push DIR --task NAME"
-    say(f"\n[bold green]ready[/]  API {api}   registry {registry}   logs {logs}")
     say(f"tasks  {shown}\n\n[bold]try[/]")
     for task, prompt in _EXAMPLES.items():
         if task in tasks:

@@ -66,7 +66,9 @@ class TaskCatalogue:
         found = self._tasks.get(task)
         if found is None:
             known = ", ".join(sorted(self._tasks)[:_NAMED]) or "none yet"
-            raise UnknownModelError(f"there is no task or model '{task}' (tasks: {known})")
+            raise UnknownModelError(
+                f"there is no task or model '{task}' (tasks: {known}; the plain model: {self._base_name})"
+            )
         wanted = found.current if version is None else version
         if wanted is not None and wanted in found.versions:
             return found.versions[wanted]

@@ -4,13 +4,14 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsConfigDict
 
 from prad.lm import DEFAULT_MODEL, served_name
 from prad.lm.kernels import Choice
+from prad.settings import ServiceSettings
 
 
-class PrefillSettings(BaseSettings):
+class PrefillSettings(ServiceSettings):
     """Set by flags of `prad prefill`, or PRAD_PREFILL_* in the environment; flags win."""
 
     model_config = SettingsConfigDict(

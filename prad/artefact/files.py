@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from prad.artefact.schema import FULL, AdapterRecord
 from prad.core.errors import PradError
+from prad.core.json_text import without_mark
 
 WEIGHTS = "adapter_model.safetensors"
 RECORD = "prad.json"
@@ -98,7 +99,7 @@ def read_record(folder: Path) -> AdapterRecord:
     if (size := (folder / RECORD).stat().st_size) > MAX_RECORD_BYTES:
         raise ArtefactError(f"{RECORD} has {size} bytes, expected at most {MAX_RECORD_BYTES}")
     try:
-        return AdapterRecord.model_validate_json((folder / RECORD).read_bytes())
+        return AdapterRecord.model_validate_json(without_mark((folder / RECORD).read_bytes()))
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
         raise ArtefactError(f"{RECORD}: {problems}") from error

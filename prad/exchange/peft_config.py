@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError, model_validator
 
 from prad.artefact import PEFT_CONFIG
+from prad.core.json_text import without_mark
 from prad.exchange.errors import ExchangeError, FieldError
 
 _MAX_BYTES = 1 << 20
@@ -124,7 +125,7 @@ def read_peft_config(folder: Path) -> Source:
     if len(text) > _MAX_BYTES:
         raise ExchangeError(f"{PEFT_CONFIG} is larger than {_MAX_BYTES} bytes")
     try:
-        config = _ANY.validate_json(text)
+        config = _ANY.validate_json(without_mark(text))
     except ValidationError as error:
         raise _readable(error) from error
     config.check_unknown()

@@ -2,26 +2,33 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from pydantic import ValidationError
 
 from prad.artefact import PROMPT_FIELD, RECORD, AdapterRecord, BaseModelRef, read_record
+from prad.exchange.bases import BaseName
 from prad.exchange.errors import ExchangeError, FieldError
 from prad.exchange.peft_config import Source
-from prad.lm import LanguageModel
+from prad.lm import DEFAULT_MODEL, DEFAULT_MODEL_ID, LanguageModel
+
+Known: TypeAlias = Literal["digest", "name", "nothing"]
+"""By what an adapter's base is known to be the model it is imported for. Shapes are compared always."""
 
 
 @dataclass(frozen=True)
 class ImportSettings:
     """What a PEFT file cannot say about itself.
 
-    `base_name`: what the model is called. None leaves a field to the `prad.json` beside an exported adapter;
-    where there is none, a prompt goes in as it is and generation is the API's. `positions`: what the adapter
-    shall act on here; "all" is PEFT's own meaning, as a baseline that is evaluated and not served.
+    `base_name`: what the model is called here; `base_model`: the id or path it was asked for by, with which a
+    name in the file is compared (None: `base_name`). `positions`: what the adapter shall act on here; "all"
+    is PEFT's own meaning, as a baseline that is evaluated and not served. None leaves any other field to the
+    `prad.json` beside an exported adapter; where there is none, a prompt goes in as it is and generation is
+    the API's.
     """
 
     base_name: str
+    base_model: str | None = None
     template: str | None = None
     chat_template: bool | None = None
     max_tokens: int | None = None
@@ -47,12 +54,13 @@ def imported_record(
     }
     if (source / RECORD).is_file():
         record = read_record(source)
-        _require_same_base(record.base, base, settings)
-        origin |= {"positions": _positions(record)}
+        origin |= {
+            "positions": _positions(record),
+            "base_known_by": _require_same_base(record.base, base, settings),
+        }
     else:
-        _require_named_base(config, settings)
         record = AdapterRecord(method="", config={}, base=base, template=PROMPT_FIELD)
-        origin |= {"positions": "all"}
+        origin |= {"positions": "all", "base_known_by": _require_named_base(config, settings)}
     told = {
         "base": base.model_dump(),
         "positions": settings.positions,
@@ -84,30 +92,42 @@ def was_prompt_only(record: AdapterRecord) -> bool:
     return bool(record.training["imported"]["positions"] == "prompt")
 
 
-def _require_same_base(found: BaseModelRef, base: BaseModelRef, settings: ImportSettings) -> None:
+def how_base_is_known(record: AdapterRecord) -> Known:
+    """What says that an imported adapter was made for the weights it is imported for."""
+    known: Known = record.training["imported"]["base_known_by"]
+    return known
+
+
+def _require_same_base(found: BaseModelRef, base: BaseModelRef, settings: ImportSettings) -> Known:
     if found.architecture != base.architecture:
         raise ExchangeError(
             f"{RECORD}: base.architecture: expected the model's [{base.architecture}], "
             f"found [{found.architecture}]"
         )
-    if found.weights != base.weights and not settings.allow_other_base:
-        raise ExchangeError(
-            f"{RECORD}: base.weights: expected the model's {base.weights[:12]}, found {found.weights[:12]} "
-            f"({found.name}); allowing another base serves it with this one"
-        )
+    if found.weights == base.weights:
+        return "digest"
+    if settings.allow_other_base:
+        return "nothing"
+    raise ExchangeError(
+        f"{RECORD}: base.weights: expected the model's {base.weights[:12]}, found {found.weights[:12]} "
+        f"({found.name}); --allow-other-base serves it with this one"
+    )
 
 
-def _require_named_base(config: Source, settings: ImportSettings) -> None:
+def _require_named_base(config: Source, settings: ImportSettings) -> Known:
     """PEFT keeps no digest of the base's weights, only a name; shapes alone fit many a wrong model."""
-    named = config.base_model_name_or_path
-    if named and not settings.allow_other_base and _last(named) != _last(settings.base_name):
-        raise FieldError(
-            "base_model_name_or_path",
-            f"{settings.base_name!r}, the model it is imported for",
-            named,
-            "PEFT keeps no digest of the weights; if they are the same, allow another base",
-        )
-
-
-def _last(name: str) -> str:
-    return Path(name).name.lower()
+    named, model = config.base_model_name_or_path, settings.base_model or settings.base_name
+    if not named:
+        return "nothing"
+    if BaseName.read(named).agrees(BaseName.of_model(model)):
+        return "name"
+    if settings.allow_other_base:
+        return "nothing"
+    expected = DEFAULT_MODEL_ID if model == DEFAULT_MODEL else model
+    raise FieldError(
+        "base_model_name_or_path",
+        f"{expected!r}, the model it is imported for",
+        named,
+        "name the right one with --model; a file of PEFT has no digest of the weights, so if these are the "
+        "same under another name, or shall be served with it all the same: --allow-other-base",
+    )

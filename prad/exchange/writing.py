@@ -18,7 +18,7 @@ from prad.exchange.ia3 import export_ia3
 from prad.exchange.lora_export import export_lora
 from prad.exchange.modules import Modules
 from prad.exchange.virtual import export_prefix, export_prompt
-from prad.lm import LanguageModel
+from prad.lm import DEFAULT_MODEL, DEFAULT_MODEL_ID, LanguageModel
 
 EXPORTED = ("prad-lora", "prad-dora", "prad-ia3", "prad-prefix", "prad-prompt")
 
@@ -31,7 +31,8 @@ def export_folder(
     base_name: str | None = None,
     allow_other_weights: bool = False,
 ) -> None:
-    """Writes the PEFT folder `out`; `base_name` is what it calls the base model, the artefact's name if None.
+    """Writes the PEFT folder `out`; `base_name` is what it calls the base model: if None the artefact's name,
+    and for the default model its Hugging Face id.
 
     A baseline on all positions is just what PEFT means; one on the prompt acts on later tokens there as well.
 
@@ -48,11 +49,12 @@ def export_folder(
             f"PEFT has no place for task tokens: {', '.join(artefact.record.task_tokens)} are no ids of the "
             "base model's vocabulary"
         )
+    base = artefact.record.base.name
     checked = load_adapter(artefact, model, allow_other_weights=allow_other_weights, allow_all_positions=True)
     names = checked.method.shapes(checked.config, FrozenModel(model))
     exported = _convert(checked, stored_parameters(artefact, names, model.num_layers), Modules(model))
     config = exported.fields | {
-        "base_model_name_or_path": base_name or artefact.record.base.name,
+        "base_model_name_or_path": base_name or (DEFAULT_MODEL_ID if base == DEFAULT_MODEL else base),
         "inference_mode": True,
         "task_type": "CAUSAL_LM",
     }

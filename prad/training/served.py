@@ -6,12 +6,11 @@ from typing import Any
 from urllib.parse import quote
 
 import httpx
-from rich.console import Console
-from rich.progress import track
 
 from prad.core.errors import PradError
 from prad.training.data import read_examples, without_end
 from prad.training.evaluate import ANSWER_TOKENS, Evaluation
+from prad.training.tracking import tracked
 
 
 class ServerError(PradError):
@@ -57,12 +56,7 @@ def evaluate_served(
             body["task"] = task
         asked = [pool.submit(_ask, client, body | {"prompt": example.prompt}) for example in examples]
         try:
-            answers = [
-                one.result()
-                for one in track(
-                    asked, description="evaluating", console=Console(stderr=True), transient=True
-                )
-            ]
+            answers = [one.result() for one in tracked(asked, len(asked), "evaluating")]
         finally:
             pool.shutdown(cancel_futures=True)
     return Evaluation.of(examples, answers)

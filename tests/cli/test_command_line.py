@@ -34,6 +34,7 @@ def one_line(text: str) -> str:
     [
         ((), ["serve", "prefill", "decode", "registry", "adapter", "train", "eval"]),
         (("serve",), ["prad serve --adapters examples/adapters", "--port", "--registry-port", "--data-dir"]),
+        (("serve",), ["--host", "Nobody is asked for a password", "--decode-metrics-port"]),
         (("serve",), ["--weights", "int8", "--threads", "--nice", "PRAD_DECODE_*"]),
         (
             ("train",),
@@ -45,7 +46,8 @@ def one_line(text: str) -> str:
         ),
         (("decode",), ["PRAD_DECODE_", "--kv-cache-mib", "--block-size", "--max-sequences", "--port"]),
         (("registry",), ["PRAD_REGISTRY_", "--data-dir", "--port"]),
-        (("eval",), ["prad eval --adapter", "--data"]),
+        (("eval",), ["prad eval --adapter", "--data", "--plain"]),
+        (("model",), ["path"]),
         (("adapter",), ["push", "promote", "retire"]),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, tuple) else "",
@@ -90,6 +92,14 @@ def test_wrong_values_are_one_line_each() -> None:
     assert port.startswith("error: --port: ")
     assert "'many'" in port
     assert upload.startswith("error: --max-upload-mib: ")
+
+
+def test_the_folder_of_a_model_is_told(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    assert prad("model", "path", str(tmp_path / "model")).stdout == f"{tmp_path / 'model'}\n"
+    missing = prad("model", "path", "./nothing-here")
+    assert missing.returncode == 1
+    assert one_line(missing.stderr) == "error: no such file or folder: nothing-here"
 
 
 def test_a_missing_model_is_one_line(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from tests.cli.test_command_line import ENVIRONMENT, one_line
 
+CHECKOUT = Path(__file__).parents[2]
 OF_EXTRAS = ("accelerate", "matplotlib", "peft", "psutil", "rouge_score", "sacrebleu")
 SERVING = "prad_cli.app, prad_cli.serve, local_stack.stack, adapter_registry.server, decode_service.server, "
 SERVING += "prefill_service.server"
@@ -20,7 +21,7 @@ def without_extras(tmp_path: Path) -> dict[str, str]:
     lines = ["import sys", *(f"sys.modules[{name!r}] = None" for name in OF_EXTRAS)]
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "sitecustomize.py").write_text("\n".join(lines), encoding="utf-8")
-    here = [str(tmp_path / "bare"), str(Path(__file__).parents[2])]
+    here = [str(tmp_path / "bare"), str(CHECKOUT)]
     return ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(here)}
 
 
@@ -63,6 +64,6 @@ def test_a_command_without_its_extra_is_one_line(
     )
     assert (ended.returncode, ended.stdout) == (1, "")
     assert one_line(ended.stderr) == (
-        f"error: {missing} installed; run: pip install -e '.[{extra}]' (in a checkout)"
+        f"error: {missing} installed; run: {sys.executable} -m pip install -e '{CHECKOUT}[{extra}]'"
     )
     assert not (tmp_path / "out").exists()

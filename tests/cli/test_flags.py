@@ -6,13 +6,17 @@ from typing import Annotated, Literal
 import pytest
 import typer
 from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsConfigDict
 from typer.testing import CliRunner
 
+from adapter_registry.settings import RegistrySettings
+from decode_service.settings import DecodeSettings
+from prad.settings import ServiceSettings
 from prad_cli.flags import PASS_ARGUMENTS, read_flags
+from prefill_service.settings import PrefillSettings
 
 
-class Settings(BaseSettings):
+class Settings(ServiceSettings):
     model_config = SettingsConfigDict(
         env_prefix="TRIED_", extra="forbid", frozen=True, use_attribute_docstrings=True
     )
@@ -70,3 +74,43 @@ def test_every_wrong_value_is_a_line() -> None:
     starts = ("error: --data is required", "error: --kind: ", "error: --threads: ", "error: --sizes: ")
     for line, start in zip(said.splitlines(), starts, strict=True):
         assert line.startswith(start)
+
+
+def test_a_wrong_value_of_the_environment_is_named_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRIED_THREADS", "many")
+    monkeypatch.setenv("TRIED_KIND", "some")
+    code, said, _ = tried("--data", "here", "--kind", "other")
+    assert code == 2
+    flag, variable = said.splitlines()
+    assert flag.startswith("error: --kind: ")  # which wins over the environment, and is wrong itself
+    assert variable.startswith("error: TRIED_THREADS in the environment: ")
+    assert "(got 'many')" in variable
+
+
+@pytest.mark.parametrize(
+    ("kind", "service", "port"),
+    [
+        (PrefillSettings, "PREFILL", 8000),
+        (DecodeSettings, "DECODE", 50051),
+        (RegistrySettings, "REGISTRY", 8001),
+    ],
+)
+def test_a_kubernetes_service_of_the_same_name_is_passed_over(
+    kind: type[ServiceSettings],
+    service: str,
+    port: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What Kubernetes puts into every container of a namespace with a Service `prad-...`."""
+    link = "tcp://10.96.12.7:9000"
+    linked = {"": link, "_9000_TCP": link, "_9000_TCP_PROTO": "tcp", "_9000_TCP_PORT": "9000"}
+    for name, value in linked.items():
+        monkeypatch.setenv(f"PRAD_{service}_PORT{name}", value)
+    monkeypatch.setenv(f"PRAD_{service}_SERVICE_HOST", "10.96.12.7")
+    monkeypatch.setenv(f"PRAD_{service}_SERVICE_PORT", "9000")
+    assert kind().model_dump()["port"] == port
+    (line,) = caplog.messages
+    assert line.startswith(f"PRAD_{service}_PORT={link} is passed over: Kubernetes")
+    monkeypatch.setenv(f"PRAD_{service}_PORT", "9001")
+    assert kind().model_dump()["port"] == 9001

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
@@ -42,9 +43,12 @@ class Command:
 
 
 @contextmanager
-def serving(model: Path, root: Path, api: int, registry: int, decode: int, *more: str) -> Iterator[Command]:
+def serving(
+    model: Path, root: Path, api: int, registry: int, decode: int, metrics: int, *more: str
+) -> Iterator[Command]:
     """Fails if the command leaves a child behind, however it ends."""
     ports = ["--port", str(api), "--registry-port", str(registry), "--decode-port", str(decode)]
+    ports += ["--decode-metrics-port", str(metrics)]
     kept = ["--data-dir", str(root / "data"), "--cache-dir", str(root / "cache")]
     command = [sys.executable, "-m", "prad_cli", "serve", "--model", str(model), "--dtype", "float32"]
     with (root / "stderr").open("wb") as stderr:
@@ -92,8 +96,8 @@ def model(tiny_model: Callable[[str], Path]) -> Path:
 
 @pytest.fixture
 def ports(unused_tcp_port_factory: Callable[[], int]) -> list[int]:
-    """The API's, the registry's, decode's."""
-    return [unused_tcp_port_factory() for _ in range(3)]
+    """The API's, the registry's, decode's, decode's metrics'."""
+    return [unused_tcp_port_factory() for _ in range(4)]
 
 
 def test_ctrl_c_stops_the_last_started_first(model: Path, tmp_path: Path, ports: list[int]) -> None:
@@ -103,17 +107,22 @@ def test_ctrl_c_stops_the_last_started_first(model: Path, tmp_path: Path, ports:
         assert serve.process.poll() is None, serve.said
         assert f"http://127.0.0.1:{api}" in serve.said
         assert answers(f"http://127.0.0.1:{api}/ready")
+        registry, _, metrics = others
+        for port in (api, registry, metrics):
+            assert f"http://127.0.0.1:{port}/metrics" in serve.said
+            assert answers(f"http://127.0.0.1:{port}/metrics")
         running = children(tmp_path)
         assert set(running) == set(SERVICES)
         given = {name: " ".join(process.cmdline()) for name, process in running.items()}
         assert [name for name in SERVICES if "--threads 1" in given[name]] == ["decode", "prefill"]
         assert [name for name in SERVICES if "--nice 3" in given[name]] == ["prefill"]
         serve.process.send_signal(signal.SIGINT)
+        until(lambda: "stopping: " in serve.said)
         while any(map(alive, running.values())):
-            registry, decode = alive(running["registry"]), alive(running["decode"])
+            registry_lives, decode_lives = alive(running["registry"]), alive(running["decode"])
             # asked after the two above: whoever lives now lived then
-            assert registry or not alive(running["decode"]), "the registry ended before decode"
-            assert decode or not alive(running["prefill"]), "decode ended before prefill"
+            assert registry_lives or not alive(running["decode"]), "the registry ended before decode"
+            assert decode_lives or not alive(running["prefill"]), "decode ended before prefill"
             time.sleep(0.01)
         assert serve.process.wait() in INTERRUPTED
         assert "Traceback" not in serve.said
@@ -139,6 +148,45 @@ def test_a_second_ctrl_c_kills_whoever_hangs(model: Path, tmp_path: Path, ports:
         serve.process.send_signal(signal.SIGINT)
         assert serve.process.wait() in INTERRUPTED
         assert "Traceback" not in serve.said
+
+
+def test_whoever_is_killed_starts_again(model: Path, tmp_path: Path, ports: list[int]) -> None:
+    api = f"http://127.0.0.1:{ports[0]}"
+    body = {"prompt": [5, 17, 40], "max_tokens": 4, "ignore_eos": True}
+    with serving(model, tmp_path, *ports) as serve:
+        until(lambda: serve.process.poll() is not None or "Ctrl-C stops everything" in serve.said)
+        for name in ("decode", "registry", "prefill"):
+            first = children(tmp_path)
+            first[name].kill()
+            until(
+                lambda name=name: f"{name} ended: killed by SIGKILL (out of memory?); starting" in serve.said
+            )
+            if name == "decode":  # which prefill outlives, and says so
+                assert answers(f"{api}/health")
+                until(lambda: httpx.get(f"{api}/ready", trust_env=False).status_code == 503)
+            until(lambda name=name: f"{name} is ready again" in serve.said)
+            until(lambda: answers(f"{api}/ready"))
+            now = children(tmp_path)
+            assert {each for each in SERVICES if now[each].pid != first[each].pid} == {name}
+            answer = httpx.post(f"{api}/v1/completions", json=body, trust_env=False, timeout=60)
+            assert answer.status_code == 200, answer.text
+        serve.process.send_signal(signal.SIGINT)
+        assert serve.process.wait() in INTERRUPTED
+        assert "Traceback" not in serve.said
+
+
+def test_an_open_host_is_said_and_an_empty_adapter_folder(
+    model: Path, tmp_path: Path, ports: list[int]
+) -> None:
+    (tmp_path / "none").mkdir()
+    more = ["--host", "0.0.0.0", "--adapters", str(tmp_path / "none")]
+    with serving(model, tmp_path, *ports, *more) as serve:
+        until(lambda: serve.process.poll() is not None or "Ctrl-C stops everything" in serve.said)
+        assert f"{tmp_path / 'none'} holds no adapter folders" in serve.said
+        assert "the API listens on 0.0.0.0: whoever reaches it can use every task" in serve.said
+        assert answers(f"http://127.0.0.1:{ports[0]}/ready")
+        serve.process.send_signal(signal.SIGINT)
+        assert serve.process.wait() in INTERRUPTED
 
 
 def test_8_bit_weights_are_decodes_to_make_or_refuse(model: Path, tmp_path: Path, ports: list[int]) -> None:
@@ -176,12 +224,16 @@ def test_whoever_stops_decode_gives_it_the_time_to_end() -> None:
     assert needed < min(_STOP_S, float(grace))
 
 
-@pytest.mark.parametrize("taken", [0, 2], ids=["the API's port", "decode's port"])
-def test_a_taken_port_is_said_clearly(taken: int, model: Path, tmp_path: Path, ports: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("taken", "flag"), [(0, "--port"), (2, "--decode-port"), (3, "--decode-metrics-port")]
+)
+def test_a_taken_port_is_said_clearly(
+    taken: int, flag: str, model: Path, tmp_path: Path, ports: list[int]
+) -> None:
     with (
         socket.create_server(("127.0.0.1", ports[taken])),
         serving(model, tmp_path, *ports) as serve,
     ):
         assert serve.process.wait() == 1
-        assert str(ports[taken]) in serve.said
+        assert f"port {ports[taken]} is taken; stop what uses it, or choose another {flag}\n" in serve.said
         assert "Traceback" not in serve.said

@@ -48,6 +48,7 @@ def test_a_lora_comes_in_and_goes_out(tiny_model: Callable[[str], Path], tmp_pat
     assert ended.returncode == 0, ended.stderr
     assert "prad-lora for llama" in ended.stdout
     assert "it was trained on all positions" in ended.stdout
+    assert f"note: the file names {folder}, as --model does; PEFT keeps no digest" in ended.stdout
     assert f"prad eval --adapter {tmp_path / 'ours'} --data FILE --model {folder}" in ended.stdout
     record = read_artefact(tmp_path / "ours").record
     assert (record.template, record.generation.max_tokens, record.licence) == ("Q: {prompt} A:", 7, "MIT")

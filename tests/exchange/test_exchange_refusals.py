@@ -13,7 +13,16 @@ from peft import IA3Config, LoraConfig, PromptEncoderConfig
 from safetensors.torch import load_file, save_file
 
 from prad.adapters import ParameterMismatchError
-from prad.exchange import ExchangeError, FieldError, TensorError, export_folder, import_folder
+from prad.artefact import read_artefact
+from prad.exchange import (
+    ExchangeError,
+    FieldError,
+    TensorError,
+    export_folder,
+    how_base_is_known,
+    import_folder,
+)
+from prad.exchange.bases import BaseName
 from prad.lm import LanguageModel
 from tests.conftest import random_artefact
 from tests.exchange.peft_side import IGNORED, saved, settings
@@ -130,9 +139,71 @@ def test_fields_that_matter_in_training_only_are_passed_over(source: Path, impor
     importing()
 
 
+def test_a_byte_order_mark_in_front_is_no_fault(source: Path, importing: Importing) -> None:
+    path = source / "adapter_config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    importing()
+    record = source.parent / "out" / "prad.json"
+    record.write_bytes(b"\xef\xbb\xbf" + record.read_bytes())
+    assert read_artefact(source.parent / "out").record.method == "prad-lora"
+
+
 def test_another_base_can_be_allowed(source: Path, importing: Importing) -> None:
     change(source, base_model_name_or_path="org/another")
     importing(allow_other_base=True)
+
+
+HERE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+@pytest.mark.parametrize(
+    ("named", "model", "agree"),
+    [
+        (HERE, "smollm2-135m", True),
+        ("smollm2-135m", HERE, True),
+        ("HuggingFaceTB/SmolLM2-135M", "smollm2-135m", False),
+        ("/home/me/models/SmolLM2-135M-Instruct/", "smollm2-135m", True),
+        ("org/SmolLM2-135M-Instruct", "smollm2-135m", False),
+        ("qwen/qwen3-0.6b", "Qwen/Qwen3-0.6B", True),
+        ("other/Qwen3-0.6B", "Qwen/Qwen3-0.6B", False),
+        ("/hub/models--Qwen--Qwen3-0.6B/snapshots/1f3a", "Qwen/Qwen3-0.6B", True),
+        ("/hub/models--other--Qwen3-0.6B/snapshots/1f3a", "Qwen/Qwen3-0.6B", False),
+        ("models--gpt2/snapshots/607a", "gpt2", True),
+        ("Qwen/Qwen3-0.6B", "/hub/models--Qwen--Qwen3-0.6B/snapshots/1f3a", True),
+        (r"C:\Users\me\Qwen3-0.6B", "Qwen/Qwen3-0.6B", True),
+        (r"C:\hub\models--Qwen--Qwen3-0.6B\snapshots\1f3a", "Qwen/Qwen3-0.6B", True),
+        ("C:/models/Qwen3-1.7B", "Qwen/Qwen3-0.6B", False),
+        ("./Qwen3-0.6B.gguf", "Qwen/Qwen3-0.6B", True),
+    ],
+)
+def test_names_of_a_base_model_are_read_as_people_write_them(named: str, model: str, agree: bool) -> None:
+    assert BaseName.read(named).agrees(BaseName.of_model(model)) is agree
+
+
+def test_a_folder_that_looks_like_an_id_is_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models" / "llama").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert BaseName.of_model("models/llama") == BaseName(None, "llama")
+    assert BaseName.of_model("meta/llama") == BaseName("meta", "llama")
+
+
+def test_another_base_of_the_same_name_is_refused(source: Path, importing: Importing) -> None:
+    change(source, base_model_name_or_path="other/llama")
+    with pytest.raises(
+        FieldError, match=r"expected 'org/llama', .* found 'other/llama' .*--allow-other-base"
+    ):
+        importing(base_model="org/llama")
+
+
+@pytest.mark.parametrize(
+    ("named", "known"), [("/there/llama", "name"), (None, "nothing"), ("org/other", "nothing")]
+)
+def test_how_the_base_is_known_is_recorded(
+    named: str | None, known: str, source: Path, importing: Importing
+) -> None:
+    change(source, base_model_name_or_path=named)
+    importing(allow_other_base=True)
+    assert how_base_is_known(read_artefact(source.parent / "out").record) == known
 
 
 @pytest.mark.parametrize(
@@ -222,6 +293,7 @@ def test_other_weights_of_an_exported_adapter_are_refused_unless_allowed(
         import_folder(tmp_path / "peft", tmp_path / "a", model, settings(Path("tiny")))
     allowed = settings(Path("tiny"), allow_other_base=True)
     again = import_folder(tmp_path / "peft", tmp_path / "a", model, allowed)
+    assert how_base_is_known(again.record) == "nothing"
     assert again.record.base.weights == model.fingerprint.weights
 
 

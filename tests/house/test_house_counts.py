@@ -1,5 +1,6 @@
 """How much of the house one request walks through, and who bears its prompt: deploy.count_house."""
 
+import subprocess
 import sys
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from deploy.count_house import NAMED_IN, fields_named_in
+from deploy.count_house import NAMED_IN, _Child, _until, fields_named_in
 from deploy.traced import Trace
 
 ROOT = Path(__file__).parents[2]
@@ -67,3 +68,12 @@ def test_a_sampling_field_is_named_in_few_files(monkeypatch: pytest.MonkeyPatch)
     named_in, wire = fields_named_in()
     assert {field: files for field, files in named_in.items() if len(files) > NAMED_IN} == {}
     assert all(len(files) == 2 for files in wire.values()), "the proto, and its stub's types"
+
+
+def test_a_service_that_ended_is_not_waited_for(tmp_path: Path) -> None:
+    code = "import sys; sys.exit('error: port 8001 is taken')"
+    with (tmp_path / "registry.log").open("wb") as log:
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=log, stderr=log)
+    child = _Child("registry", process, tmp_path / "registry.log")
+    with pytest.raises(RuntimeError, match=r"^registry ended with status 1:\n  error: port 8001 is taken$"):
+        _until(lambda: False, "the registry", 1e9, [child])

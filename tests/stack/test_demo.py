@@ -41,9 +41,10 @@ def api(
     tmp_path_factory: pytest.TempPathFactory, unused_tcp_port_factory: Callable[[], int]
 ) -> Iterator[httpx.Client]:
     """The command itself; what it prints is checked before anything is asked."""
-    port, registry, decode = (unused_tcp_port_factory() for _ in range(3))
+    port, registry, decode, metrics = (unused_tcp_port_factory() for _ in range(4))
     command = [sys.executable, "-m", "prad_cli", "serve", "--adapters", str(ADAPTERS)]
     ports = ["--port", str(port), "--registry-port", str(registry), "--decode-port", str(decode)]
+    ports += ["--decode-metrics-port", str(metrics)]
     data = ["--data-dir", str(tmp_path_factory.mktemp("demo"))]
     process = subprocess.Popen([*command, *ports, *data], stderr=subprocess.PIPE, text=True, encoding="utf-8")
     assert process.stderr is not None

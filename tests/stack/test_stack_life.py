@@ -62,7 +62,7 @@ def all_free(running: RunningStack) -> bool:
 @pytest.mark.parametrize(
     ("body", "status", "words"),
     [
-        ({"prompt": PROMPT, "task": "blue"}, 404, ["blue", "red"]),
+        ({"prompt": PROMPT, "task": "blue"}, 404, ["blue", "tasks: red", "the plain model: llama"]),
         ({"prompt": PROMPT, "model": "red@7"}, 404, ["red@7", "red@1"]),
         ({"prompt": [1] * 600}, 400, ["512", "600"]),
         ({"prompt": []}, 400, ["prompt"]),

@@ -151,7 +151,7 @@ def test_full_fine_tuning_is_a_model_folder_and_no_adapter(
     assert trained.fingerprint.weights != record.base.weights
 
     what = ["eval", "--adapter", str(out), "--data", str(data / "test.jsonl"), "--model", str(folder)]
-    shown = CliRunner().invoke(app, [*what, "--dtype", "float32", "--show", "1"])
+    shown = CliRunner().invoke(app, [*what, "--dtype", "float32", "--show", "1", "--plain"])
     tuned, tuned_answer, plain, plain_answer = shown.stdout.splitlines()
     assert tuned.startswith("fine-tuned model: accuracy")
     assert plain.startswith("plain model: accuracy")

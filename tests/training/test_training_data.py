@@ -46,7 +46,7 @@ def write(path: Path, *lines: str | bytes) -> Path:
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
-        ("", "line: "),
+        ('{"prompt": "x", ', "line: "),
         ("not json", "line: "),
         ("[1]", "line: "),
         ('{"prompt": "x"}', "completion: Field required"),
@@ -87,6 +87,30 @@ def test_every_line_is_read_whatever_its_text_holds(tmp_path: Path) -> None:
     examples = read_examples(path)
     assert [e.prompt for e in examples] == [e.completion for e in examples] == texts
     assert [e.prompt for e in read_examples(path, limit=3)] == texts[:3]
+
+
+@pytest.mark.parametrize(
+    ("before", "between", "end"),
+    [
+        (b"\xef\xbb\xbf", b"\n", b"\n"),
+        (b"\xef\xbb\xbf", b"\r\n", b"\r\n\r\n"),
+        (b"\n", b"\n  \n\t\n", b"\n\n"),
+        (b"", b"\n\xef\xbb\xbf", b""),  # two files put together
+    ],
+)
+def test_what_editors_put_around_lines_is_no_example(
+    before: bytes, between: bytes, end: bytes, tmp_path: Path
+) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(before + GOOD.encode() + between + GOOD.encode() + end)
+    assert len(read_examples(path)) == 2
+    assert read_examples(path, limit=2) == read_examples(path)
+    assert len(read_examples(path, limit=1)) == 1
+
+
+def test_a_bad_line_behind_blank_ones_keeps_its_number(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r":4: "):
+        read_examples(write(tmp_path / "f", "", GOOD, "", "junk"))
 
 
 def test_a_line_behind_the_limit_is_not_looked_at(tmp_path: Path) -> None:

@@ -1,0 +1,118 @@
+"""A child of the stack that ends is started again, and what ended it is said as it was."""
+
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from local_stack.endings import described_end
+from local_stack.stack import Service, Stack, StackError
+from local_stack.supervisor import MOST_ENDS, Restarts, Supervisor
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (0, "ended with status 0"),
+        (3, "ended with status 3"),
+        (-signal.SIGKILL, "ended: killed by SIGKILL (out of memory?)"),
+        (-signal.SIGSEGV, "ended: killed by SIGSEGV (a fault in compiled code)"),
+        (-signal.SIGTERM, "ended: killed by SIGTERM"),
+        (-40, "ended: killed by signal 40"),
+    ],
+)
+def test_an_end_names_its_signal(status: int, words: str) -> None:
+    assert described_end(status) == words
+
+
+def test_the_delay_doubles_until_it_was_ready() -> None:
+    restarts = Restarts()
+    for now, delay in ((10.0, 1.0), (20.0, 2.0), (30.0, 4.0)):
+        assert restarts.ended(now) == delay
+        assert restarts.waiting
+        assert not restarts.due(now + delay - 0.1)
+        assert restarts.due(now + delay)
+        restarts.started()
+        assert not restarts.waiting
+        assert not restarts.settled
+    restarts.ready()
+    assert restarts.settled
+    assert restarts.ended(50.0) == 1.0
+
+
+def test_it_gives_up_on_a_child_that_keeps_ending() -> None:
+    restarts = Restarts()
+    delays = [restarts.ended(0.0) for _ in range(MOST_ENDS)]
+    assert delays[-1] is None
+    assert None not in delays[:-1]
+
+
+class Commands(Stack):
+    """A stack whose children are bits of Python instead of services."""
+
+    def run(self, code: str) -> None:
+        self.start("decode", ["-c", code])
+
+
+@pytest.fixture
+def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Commands:
+    python = tmp_path / "python"  # takes `-m prad_cli NAME` away
+    python.write_text(f'#!/bin/sh\nshift 3\nexec {sys.executable} "$@"\n', encoding="utf-8")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setattr("local_stack.supervisor._FIRST_DELAY_S", 0.01)
+    monkeypatch.setattr("local_stack.supervisor._POLL_S", 0.01)
+    return Commands(tmp_path / "logs")
+
+
+def test_who_keeps_ending_ends_the_stack_with_the_reason(commands: Commands) -> None:
+    said: list[str] = []
+    with commands as stack:
+        stack.run("print('it is the model'); raise SystemExit(3)")
+        with pytest.raises(StackError) as raised:
+            Supervisor(stack, {"decode": lambda: False}, said.append).run()
+    assert f"ended {MOST_ENDS} times without having been ready" in str(raised.value)
+    assert str(raised.value).endswith("decode ended with status 3\n  it is the model")
+    assert len(said) == MOST_ENDS - 1
+    assert said[0] == "decode ended with status 3; starting again in 0.01 s\n  it is the model"
+
+
+def test_who_was_ready_in_between_may_end_any_number_of_times(commands: Commands) -> None:
+    said: list[str] = []
+
+    def say(text: str) -> None:
+        said.append(text)
+        if len(said) > 4 * MOST_ENDS:
+            raise KeyboardInterrupt
+
+    with commands as stack:
+        stack.run("import time; time.sleep(0.2)")
+        with pytest.raises(KeyboardInterrupt):
+            Supervisor(stack, {"decode": lambda: True}, say).run()
+    assert set(said[1::2]) == {"decode is ready again"}
+    assert {text.splitlines()[0] for text in said[::2]} == {
+        "decode ended with status 0; starting again in 0.01 s"
+    }
+
+
+def test_the_log_is_not_blamed_for_a_signal(commands: Commands) -> None:
+    with commands as stack:
+        stack.run("import os; print('step 7 done', flush=True); os.kill(os.getpid(), 9)")
+        (service,) = stack.services
+        assert isinstance(service, Service)
+        said = service.describe_end()
+    assert said.splitlines()[0] == "decode ended: killed by SIGKILL (out of memory?)"
+    assert "step 7" not in said
+    assert str(service.log) in said
+
+
+def test_a_log_goes_on_and_only_its_last_life_is_shown(commands: Commands) -> None:
+    with commands as stack:
+        stack.run("print('one life')")
+        stack.services[0].process.wait()
+        stack.restart("decode")
+        (service,) = stack.services
+        service.process.wait()
+        assert service.log.read_text(encoding="utf-8") == "one life\none life\n"
+        assert service.describe_end().count("one life") == 1
