@@ -22,6 +22,7 @@ from prad.lm.kernels import (
     load_kernels,
 )
 from prad.lm.kernels.build import built
+from prad.lm.kernels.packed import Precision
 from prad.lm.kv import dtype_name
 from prad.lm.paged import Pools
 from prad.lm.prompt_attention import causal_attention, prompt_spans
@@ -67,6 +68,26 @@ def test_linear(kernels: Kernels, dtype: torch.dtype, columns: int, depth: int, 
     kernels.linear(packed, x, wide[:rows], Out.WIDE)
     assert_near(wide[:rows], expected, 1e-5)
     assert (wide[rows] == 7).all(), "a row beyond the batch was written"
+
+
+@pytest.mark.parametrize("precision", ["full", "int8"])
+@pytest.mark.parametrize("depth", [96, 4128])  # more inputs than are taken at once, too
+def test_a_row_has_the_same_products_alone_and_in_any_batch(
+    kernels: Kernels, depth: int, precision: Precision
+) -> None:
+    """Bit for bit: what is drawn must not depend on who else is served. Each sum goes over the inputs in order."""
+    x, weight = some(300, depth, dtype=torch.bfloat16), some(336, depth, dtype=torch.bfloat16, seed=1)
+    packed = PackedLinear.of(weight, precision=precision)
+    alone = torch.cat([_wide(kernels, packed, row[None]) for row in x])
+    for rows in (*range(2, 28), *ROWS[4:]):
+        assert torch.equal(_wide(kernels, packed, x[:rows]), alone[:rows]), rows
+        assert torch.equal(_wide(kernels, packed, x[-rows:]), alone[-rows:]), rows
+
+
+def _wide(kernels: Kernels, packed: PackedLinear, x: Tensor) -> Tensor:
+    out = torch.empty(len(x), packed.out_features)
+    kernels.linear(packed, x, out, Out.WIDE)
+    return out
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -308,13 +329,13 @@ def test_prompts_of_others_stay_theirs(kernels: Kernels) -> None:
     assert after[:20].isnan().all()
 
 
-@pytest.mark.parametrize("amx", [False, True])
+@pytest.mark.parametrize("fast", [False, True])
 def test_torch_computes_what_does_not_suit_the_kernels(
-    kernels: Kernels, monkeypatch: pytest.MonkeyPatch, amx: bool
+    kernels: Kernels, monkeypatch: pytest.MonkeyPatch, fast: bool
 ) -> None:
-    """bfloat16 without matrix registers, and what wants a gradient; the results agree."""
-    monkeypatch.setattr(kernels, "has_amx", amx)
-    monkeypatch.setattr(kernels, "prompt_attention", None if not amx else kernels.prompt_attention)
+    """bfloat16 on a CPU that does not multiply it, and what wants a gradient; the results agree."""
+    monkeypatch.setattr(kernels, "multiplies_bf16", fast)
+    monkeypatch.setattr(kernels, "prompt_attention", None if not fast else kernels.prompt_attention)
     states = [some(sum(PROMPTS), n, 32, dtype=torch.bfloat16, seed=n) for n in (4, 2, 2)]
     pools = some(300, 2, 32, dtype=torch.bfloat16, seed=5), some(300, 2, 32, dtype=torch.bfloat16, seed=6)
     contexts = {3: torch.arange(40, 90), 12: torch.arange(200)}

@@ -17,7 +17,7 @@ from prad.lm.kernels.packed import LinearStruct
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "prad_pool": (c_void_p, [c_int32]),
     "prad_pool_free": (None, [c_void_p]),
-    "prad_has_amx": (c_int32, []),
+    "prad_multiplies_bf16": (c_int32, []),
     "prad_sizes": (None, [POINTER(c_int64)]),
     "prad_run": (
         None,
@@ -44,16 +44,16 @@ class Kernels(Calls):
             function.restype, function.argtypes = result, arguments
         self.threads = threads
         self.spent: Counter[Kind] | None = None  # where to add the seconds that calls take, if anywhere
-        self.has_amx = bool(self._c.prad_has_amx())
+        self.multiplies_bf16 = bool(self._c.prad_multiplies_bf16())
         sizes = (c_int64 * len(_STRUCTS))()
         self._c.prad_sizes(sizes)
         for struct, size in zip(_STRUCTS, sizes, strict=True):
             assert ctypes.sizeof(struct) == size, f"{struct.__name__} is declared otherwise in C"
 
     def suits(self, dtype: torch.dtype) -> bool:
-        """Whether they are the faster way for more rows than a decode step's: in bfloat16 these want matrix
-        registers."""
-        return self.has_amx or dtype is torch.float32
+        """Whether they are the faster way for more rows than a decode step's: in bfloat16 these want a CPU that
+        multiplies it (AMX, AVX-512 BF16)."""
+        return self.multiplies_bf16 or dtype is torch.float32
 
     @cached_property
     def _pool(self) -> int:
