@@ -98,7 +98,7 @@ class FusedModel:
     precision: Precision
 
     def takes(self, rows: int) -> bool:
-        """Whether the kernels are the faster way for so many rows: many want a CPU that multiplies bfloat16."""
+        """Whether the kernels are the faster way for so many rows."""
         if self.precision != "full":
             return True  # the generic forward has other weights
         return rows <= _FEW_ROWS or self.kernels.suits(self.embedding.dtype)

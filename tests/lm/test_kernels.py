@@ -75,7 +75,7 @@ def test_linear(kernels: Kernels, dtype: torch.dtype, columns: int, depth: int, 
 def test_a_row_has_the_same_products_alone_and_in_any_batch(
     kernels: Kernels, depth: int, precision: Precision
 ) -> None:
-    """Bit for bit: what is drawn must not depend on who else is served. Each sum goes over the inputs in order."""
+    """Bit for bit: what is drawn must not depend on who else is served."""
     x, weight = some(300, depth, dtype=torch.bfloat16), some(336, depth, dtype=torch.bfloat16, seed=1)
     packed = PackedLinear.of(weight, precision=precision)
     alone = torch.cat([_wide(kernels, packed, row[None]) for row in x])
