@@ -51,8 +51,8 @@ class Kernels(Calls):
             assert ctypes.sizeof(struct) == size, f"{struct.__name__} is declared otherwise in C"
 
     def suits(self, dtype: torch.dtype) -> bool:
-        """Whether they are the faster way for more rows than a decode step's, which in bfloat16 want a CPU that
-        multiplies it: AMX, AVX-512 BF16."""
+        """Whether they are the faster way for more rows than a decode step's, which in bfloat16 want a CPU
+        that multiplies it: AMX, AVX-512 BF16."""
         return self.multiplies_bf16 or dtype is torch.float32
 
     @cached_property
