@@ -31,6 +31,12 @@ from tests.conftest import CACHE
 ROWS = (1, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 100, 257)
 SIZES = ((48, 64), (50, 96), (96, 32), (720, 160))  # columns: whole panels or not, an odd number of them
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 8e-3}  # tolerance, of the largest result
+MIXED = [  # matrices; whether value, and source, are float32 beside them
+    (torch.float32, False, False),
+    (torch.bfloat16, False, False),
+    (torch.bfloat16, True, False),
+    (torch.bfloat16, True, True),
+]
 ACTIVATIONS = {
     Activation.NONE: lambda x: x,
     Activation.SILU: silu,
@@ -116,6 +122,8 @@ def test_activation_alone(kernels: Kernels, dtype: torch.dtype, activation: Acti
     assert_near(out[:9], ACTIVATIONS[activation](gate) * up, DTYPES[dtype])
     kernels.activate(gate.to(dtype).contiguous(), out[:9], activation)
     assert_near(out[:9], ACTIVATIONS[activation](gate), DTYPES[dtype])
+    kernels.activate(x.float(), out[:9], activation)
+    assert_near(out[:9], ACTIVATIONS[activation](gate) * up, DTYPES[dtype])
     assert (out[9] == 7).all()
 
 
@@ -132,8 +140,11 @@ def test_rows_are_scaled_by_their_own_vectors(kernels: Kernels, dtype: torch.dty
     expected = whole.float()
     for i, own in vectors.items():
         expected[i, 2 : 2 + width] *= 1 + own[layer].float()
-    kernels.scale(whole[:, 2 : 2 + width], site, layer, PagedView.of(nothing, nothing, addresses))
+    view, wide = PagedView.of(nothing, nothing, addresses), whole.float()
+    kernels.scale(whole[:, 2 : 2 + width], site, layer, view, dtype)
     assert_near(whole, expected, DTYPES[dtype])
+    kernels.scale(wide[:, 2 : 2 + width], site, layer, view, dtype)
+    assert_near(wide, expected, DTYPES[torch.float32])
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -193,14 +204,22 @@ def test_argmax_takes_the_lowest_of_a_tie(kernels: Kernels, dtype: torch.dtype) 
     assert kernels.argmax(wide) == [17, 49_998, 0]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "wide_value", "wide_source"), MIXED)
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize(("width_in", "width_out"), [(48, 64), (50, 21)])
-def test_low_rank(kernels: Kernels, dtype: torch.dtype, relu: bool, width_in: int, width_out: int) -> None:
+def test_low_rank(
+    kernels: Kernels,
+    dtype: torch.dtype,
+    wide_value: bool,
+    wide_source: bool,
+    relu: bool,
+    width_in: int,
+    width_out: int,
+) -> None:
     """Spans of several ranks, with and without a bias."""
     layers, layer, rows = 3, 1, 40
-    beside = some(rows, width_in + width_out, dtype=dtype)
-    source, value = beside[:, :width_in], beside[:, width_in:]
+    source = some(rows, width_in + 3, dtype=torch.float32 if wide_source else dtype)[:, :width_in]
+    value = some(rows, width_out + 5, dtype=torch.float32 if wide_value else dtype, seed=8)[:, :width_out]
     expected = value.float().clone()
     spans, kept = [], []
     for seed, (start, stop, r, factor) in enumerate([(0, 1, 4, 1.0), (2, 11, 16, 0.5), (11, 40, 37, -2.0)]):
@@ -213,8 +232,8 @@ def test_low_rank(kernels: Kernels, dtype: torch.dtype, relu: bool, width_in: in
         if bias is not None:
             hidden = hidden + bias[layer]
         expected[start:stop] += factor * (relu_or_not(hidden, relu) @ up[layer].float())
-    kernels.low_rank(value, source, (LowRankSpan * len(spans))(*spans), layer, relu)
-    assert_near(value, expected, DTYPES[dtype])
+    kernels.low_rank(value, source, (LowRankSpan * len(spans))(*spans), layer, relu, dtype)
+    assert_near(value, expected, DTYPES[value.dtype])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -226,7 +245,7 @@ def test_low_rank_reads_what_it_writes(kernels: Kernels, dtype: torch.dtype) -> 
     )
     expected = value.float() + (value.float() @ down[0].float()) @ up[0].float()
     span = LowRankSpan(0, 21, down.data_ptr(), None, up.data_ptr(), 8, 1.0)
-    kernels.low_rank(value, value, (LowRankSpan * 1)(span), 0, False)
+    kernels.low_rank(value, value, (LowRankSpan * 1)(span), 0, False, dtype)
     assert_near(value, expected, DTYPES[dtype])
 
 

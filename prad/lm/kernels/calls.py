@@ -113,11 +113,11 @@ ARGUMENTS: dict[Kind, Any] = {
         "LowRankCall",
         **_fields("value source spans", c_void_p),
         **_fields("count value_stride source_stride width_in width_out layer", c_int64),
-        relu=c_int32,
+        **_fields("relu wide_value wide_source", c_int32),
     ),
-    Kind.SCALE: _struct("ScaleCall", x=c_void_p, **_fields("stride width site layer", c_int64)),
+    Kind.SCALE: _struct("ScaleCall", x=c_void_p, **_fields("stride width site layer", c_int64), wide=c_int32),
     Kind.ACTIVATE: _struct(
-        "ActivateCall", **_fields("x out", c_void_p), width=c_int64, **_fields("act gated", c_int32)
+        "ActivateCall", **_fields("x out", c_void_p), width=c_int64, **_fields("act gated wide", c_int32)
     ),
     Kind.PROMPT: _struct(
         "PromptCall",
@@ -351,14 +351,17 @@ class Calls(ABC):
         )
         return out.view(len(query), heads, dim)
 
-    def low_rank(self, value: Tensor, source: Tensor, spans: Any, layer: int, relu: bool) -> None:
+    def low_rank(
+        self, value: Tensor, source: Tensor, spans: Any, layer: int, relu: bool, dtype: torch.dtype
+    ) -> None:
         """value [T, out] += factor · f(source down + bias) up in each span's rows; source [T, in].
 
-        spans: an array of `LowRankSpan`, no two of which share a row; f is ReLU or nothing.
+        spans: an array of `LowRankSpan` with matrices of `dtype`, no two of which share a row; f is ReLU or
+        nothing. value alone, or value and source, may be float32 beside bfloat16 matrices.
         """
         self._do(
             Kind.LOW_RANK,
-            value.dtype is torch.bfloat16,
+            dtype is torch.bfloat16,
             len(value),
             (
                 value.data_ptr(),
@@ -371,6 +374,8 @@ class Calls(ABC):
                 value.shape[1],
                 layer,
                 relu,
+                value.dtype is torch.float32,
+                source.dtype is torch.float32,
             ),
             (value, source, spans),
         )
@@ -410,24 +415,31 @@ class Calls(ABC):
             (x, out, bounds),
         )
 
-    def scale(self, x: Tensor, site: int, layer: int, view: PagedView) -> None:
-        """x [B, width] *= 1 + the vector of each row's sequence at the view's site `site`, if it has one."""
+    def scale(self, x: Tensor, site: int, layer: int, view: PagedView, dtype: torch.dtype) -> None:
+        """x [B, width] *= 1 + the vector of each row's sequence at the view's site `site`, if it has one.
+
+        dtype: the vectors'; x may be float32 whatever they are.
+        """
         self._do(
             Kind.SCALE,
-            x.dtype is torch.bfloat16,
+            dtype is torch.bfloat16,
             len(x),
-            (x.data_ptr(), x.stride(0), x.shape[1], site, layer),
+            (x.data_ptr(), x.stride(0), x.shape[1], site, layer, x.dtype is torch.float32),
             (x,),
             view,
         )
 
     def activate(self, x: Tensor, out: Tensor, act: Activation) -> None:
-        """x [rows, width] to out = act(x), or x [rows, 2 width] to act(first half) * second half."""
+        """x [rows, width] to out = act(x), or x [rows, 2 width] to act(first half) * second half.
+
+        x may be float32 whatever out is.
+        """
+        gated, wide = x.shape[1] != out.shape[1], x.dtype is torch.float32
         self._do(
             Kind.ACTIVATE,
-            x.dtype is torch.bfloat16,
+            out.dtype is torch.bfloat16,
             len(x),
-            (x.data_ptr(), out.data_ptr(), out.shape[1], act, x.shape[1] != out.shape[1]),
+            (x.data_ptr(), out.data_ptr(), out.shape[1], act, gated, wide),
             (x, out),
         )
 
