@@ -67,7 +67,7 @@ class TaskCatalogue:
         if found is None:
             known = ", ".join(sorted(self._tasks)[:_NAMED]) or "none yet"
             raise UnknownModelError(
-                f"there is no task or model '{task}' (tasks: {known}; the plain model: {self._base_name})"
+                f"there is no task or model '{task}' (tasks: {known}; the plain model: {self.base_name})"
             )
         wanted = found.current if version is None else version
         if wanted is not None and wanted in found.versions:

@@ -160,7 +160,8 @@ class Group:
         f is ReLU or nothing. `names`: parameters down [in, r], bias [r] if there is one, up [r, out].
         """
         if self.by_kernels is not None:
-            self.by_kernels.low_rank(value, source, self._pointers(names, value.dtype), layer, relu)
+            dtype = self.parameters[0][names.down][0].dtype
+            self.by_kernels.low_rank(value, source, self._pointers(names, dtype), layer, relu, dtype)
             return
         for segment in self.segments:
             hidden = source[segment.rows] @ self.joined(segment, names.down, layer, dim=1)  # [rows, ranks]

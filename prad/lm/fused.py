@@ -87,7 +87,7 @@ class FusedModel:
     precision: Precision
 
     def takes(self, rows: int) -> bool:
-        """Whether the kernels are the faster way for so many rows: large products want matrix registers."""
+        """Whether the kernels are the faster way for so many rows."""
         if self.precision != "full":
             return True  # the generic forward has other weights
         return rows <= _FEW_ROWS or self.kernels.suits(self.embedding.dtype)
@@ -125,7 +125,7 @@ class FusedModel:
         with torch.inference_mode(False), torch.no_grad():  # it is written to in either mode
             x, positions = torch.zeros(rows, self.embedding.shape[1]), torch.zeros(rows, dtype=torch.long)
             angles = self._angles(positions)
-            scaling = _RecordedScaling(recording, sites, step.view) if sites else None
+            scaling = _RecordedScaling(recording, sites, step.view, self.embedding.dtype) if sites else None
             _Pass(self, recording, replace(step, calls=recording), scaling).run(x, angles)
         return _RecordedStep(recording, x, angles)
 
@@ -173,13 +173,14 @@ class _RecordedScaling:
     calls: Calls
     ordered: tuple[Site, ...]
     view: PagedView
+    dtype: torch.dtype
 
     @property
     def sites(self) -> frozenset[Site]:
         return frozenset(self.ordered)
 
     def apply(self, layer: int, site: Site, value: Tensor, source: Tensor) -> None:
-        self.calls.scale(value, self.ordered.index(site), layer, self.view)
+        self.calls.scale(value, self.ordered.index(site), layer, self.view, self.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,8 +236,9 @@ class _Pass:
             mode = Out.GATED if shape.gated else Out.STORE
             self.calls.linear(layer.up, source, inner, mode, shape.activation)
             return inner
-        both = self.calls.empty("gate and up", rows, layer.up.out_features, source.dtype)
-        self.calls.linear(layer.up, source, both, Out.STORE)
+        # float32, as inside a fused layer: rows that no tap changes get the bits that they have without
+        both = self.calls.empty("gate and up", rows, layer.up.out_features, torch.float32)
+        self.calls.linear(layer.up, source, both, Out.WIDE)
         parts = both.split(shape.ffn, dim=1)  # type: ignore[no-untyped-call]
         for adapt, part in zip((gate_tap, up_tap) if shape.gated else (up_tap,), parts, strict=True):
             _adapt(adapt, part, source)
@@ -250,8 +252,8 @@ class _Pass:
         if all(adapt is None for adapt, _ in taps):
             self.calls.linear(linear, inputs, x, Out.ADD)
             return
-        plain = self.calls.empty("added", len(x), x.shape[1], inputs.dtype)
-        self.calls.linear(linear, inputs, plain, Out.STORE)
+        plain = self.calls.empty("added", len(x), x.shape[1], torch.float32)  # as what is added at once
+        self.calls.linear(linear, inputs, plain, Out.WIDE)
         for adapt, source in taps:
             _adapt(adapt, plain, source)
         x += plain

@@ -86,8 +86,8 @@ class GenerationRequest(GenerationValues, StrictModel):
     top_k: TopK = None
     """Draw among so many of the likeliest tokens; 0 or -1: all. Absent: the task's own, else all."""
     seed: Seed | None = None
-    """Names the random numbers: from equal logits, which bf16 does not promise, the same seed draws the same
-    tokens. Absent: a new one, which the answer names."""
+    """Names the random numbers: from equal logits the same seed draws the same tokens. Absent: a new one,
+    which the answer names."""
     stop: Stops = None
     """Up to 16 texts that end the output, which is cut before them. Absent: the task's own, else none."""
     n: Choices | None = None

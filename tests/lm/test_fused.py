@@ -35,6 +35,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2Config", {"scale_attn_by_inverse_layer_idx": True, "n_inner": 80}),
     "tied": ("LlamaConfig", {"tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh"}),
 }
+WHOLE_TILES = {"hidden_size": 64, "n_inner": 96}  # bfloat16 wants inputs in multiples of 32
 LENGTHS = (33, 1, 64, 31, 2, 65)
 TOLERANCE = 1e-4  # of the logit range
 
@@ -74,6 +75,30 @@ def test_prompts(family: str, tmp_path: Path, kernels: Kernels) -> None:
         packed_logits(fused, sequences), packed_logits(generic, sequences), strict=True
     ):
         assert_equal(ours, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_row_has_the_same_bits_alone_and_beside_adapted_ones(
+    family: str, tmp_path: Path, kernels: Kernels
+) -> None:
+    """In bfloat16, at every site; and in a decode step beside sequences with request state."""
+    if not kernels.multiplies_bf16:
+        pytest.skip("on this CPU torch computes long passes in bfloat16")
+    name, special = FAMILIES[family]
+    save_random(getattr(transformers, name)(**SIZES | special | WHOLE_TILES), tmp_path)
+    fused = LanguageModel.load(tmp_path, dtype=torch.bfloat16)
+    fused.accelerate(kernels)
+    assert fused.is_fused
+    batch = [some_ids(length, seed) for seed, length in enumerate((164, *LENGTHS))]
+    sites = frozenset(Site) - ({Site.GATE} if family == "gpt2" else set())
+    with torch.inference_mode():
+        alone = [fused.forward(PackedBatch.of_sequences([ids], kernels=kernels)) for ids in batch]
+        mixed = fused.forward(PackedBatch.of_sequences(batch, kernels=kernels), Everywhere(sites))
+    same = [torch.equal(mixed[i], row[0]) for i, row in enumerate(alone)]
+    assert same == [False, False, True, True, True, True, True]
+    steps, scaled = decode_steps(fused), decode_steps(fused, scaling(fused))
+    same = [torch.equal(steps[:, i], scaled[:, i]) for i in range(len(LENGTHS))]
+    assert same == [False, True, False, True, True, True]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

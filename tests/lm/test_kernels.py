@@ -21,6 +21,7 @@ from prad.lm.kernels import (
     Out,
     PackedLinear,
     PagedView,
+    Precision,
     load_kernels,
 )
 from prad.lm.kernels.build import built
@@ -30,6 +31,12 @@ from tests.conftest import CACHE
 ROWS = (1, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 100, 257)
 SIZES = ((48, 64), (50, 96), (96, 32), (720, 160))  # columns: whole panels or not, an odd number of them
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 8e-3}  # tolerance, of the largest result
+MIXED = [  # matrices; whether value, and source, are float32 beside them
+    (torch.float32, False, False),
+    (torch.bfloat16, False, False),
+    (torch.bfloat16, True, False),
+    (torch.bfloat16, True, True),
+]
 ACTIVATIONS = {
     Activation.NONE: lambda x: x,
     Activation.SILU: silu,
@@ -69,6 +76,26 @@ def test_linear(kernels: Kernels, dtype: torch.dtype, columns: int, depth: int, 
     assert (wide[rows] == 7).all(), "a row beyond the batch was written"
 
 
+@pytest.mark.parametrize("precision", ["full", "int8"])
+@pytest.mark.parametrize("depth", [96, 4128])  # more inputs than are taken at once, too
+def test_a_row_has_the_same_products_alone_and_in_any_batch(
+    kernels: Kernels, depth: int, precision: Precision
+) -> None:
+    """Bit for bit: what is drawn must not depend on who else is served."""
+    x, weight = some(300, depth, dtype=torch.bfloat16), some(336, depth, dtype=torch.bfloat16, seed=1)
+    packed = PackedLinear.of(weight, precision=precision)
+    alone = torch.cat([_wide(kernels, packed, row[None]) for row in x])
+    for rows in (*range(2, 28), *ROWS[4:]):
+        assert torch.equal(_wide(kernels, packed, x[:rows]), alone[:rows]), rows
+        assert torch.equal(_wide(kernels, packed, x[-rows:]), alone[-rows:]), rows
+
+
+def _wide(kernels: Kernels, packed: PackedLinear, x: Tensor) -> Tensor:
+    out = torch.empty(len(x), packed.out_features)
+    kernels.linear(packed, x, out, Out.WIDE)
+    return out
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", Activation)
 @pytest.mark.parametrize("rows", [3, 32, 65])
@@ -95,6 +122,8 @@ def test_activation_alone(kernels: Kernels, dtype: torch.dtype, activation: Acti
     assert_near(out[:9], ACTIVATIONS[activation](gate) * up, DTYPES[dtype])
     kernels.activate(gate.to(dtype).contiguous(), out[:9], activation)
     assert_near(out[:9], ACTIVATIONS[activation](gate), DTYPES[dtype])
+    kernels.activate(x.float(), out[:9], activation)
+    assert_near(out[:9], ACTIVATIONS[activation](gate) * up, DTYPES[dtype])
     assert (out[9] == 7).all()
 
 
@@ -111,8 +140,11 @@ def test_rows_are_scaled_by_their_own_vectors(kernels: Kernels, dtype: torch.dty
     expected = whole.float()
     for i, own in vectors.items():
         expected[i, 2 : 2 + width] *= 1 + own[layer].float()
-    kernels.scale(whole[:, 2 : 2 + width], site, layer, PagedView.of(nothing, nothing, addresses))
+    view, wide = PagedView.of(nothing, nothing, addresses), whole.float()
+    kernels.scale(whole[:, 2 : 2 + width], site, layer, view, dtype)
     assert_near(whole, expected, DTYPES[dtype])
+    kernels.scale(wide[:, 2 : 2 + width], site, layer, view, dtype)
+    assert_near(wide, expected, DTYPES[torch.float32])
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -172,14 +204,22 @@ def test_argmax_takes_the_lowest_of_a_tie(kernels: Kernels, dtype: torch.dtype) 
     assert kernels.argmax(wide) == [17, 49_998, 0]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "wide_value", "wide_source"), MIXED)
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize(("width_in", "width_out"), [(48, 64), (50, 21)])
-def test_low_rank(kernels: Kernels, dtype: torch.dtype, relu: bool, width_in: int, width_out: int) -> None:
+def test_low_rank(
+    kernels: Kernels,
+    dtype: torch.dtype,
+    wide_value: bool,
+    wide_source: bool,
+    relu: bool,
+    width_in: int,
+    width_out: int,
+) -> None:
     """Spans of several ranks, with and without a bias."""
     layers, layer, rows = 3, 1, 40
-    beside = some(rows, width_in + width_out, dtype=dtype)
-    source, value = beside[:, :width_in], beside[:, width_in:]
+    source = some(rows, width_in + 3, dtype=torch.float32 if wide_source else dtype)[:, :width_in]
+    value = some(rows, width_out + 5, dtype=torch.float32 if wide_value else dtype, seed=8)[:, :width_out]
     expected = value.float().clone()
     spans, kept = [], []
     for seed, (start, stop, r, factor) in enumerate([(0, 1, 4, 1.0), (2, 11, 16, 0.5), (11, 40, 37, -2.0)]):
@@ -192,8 +232,8 @@ def test_low_rank(kernels: Kernels, dtype: torch.dtype, relu: bool, width_in: in
         if bias is not None:
             hidden = hidden + bias[layer]
         expected[start:stop] += factor * (relu_or_not(hidden, relu) @ up[layer].float())
-    kernels.low_rank(value, source, (LowRankSpan * len(spans))(*spans), layer, relu)
-    assert_near(value, expected, DTYPES[dtype])
+    kernels.low_rank(value, source, (LowRankSpan * len(spans))(*spans), layer, relu, dtype)
+    assert_near(value, expected, DTYPES[value.dtype])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -205,7 +245,7 @@ def test_low_rank_reads_what_it_writes(kernels: Kernels, dtype: torch.dtype) -> 
     )
     expected = value.float() + (value.float() @ down[0].float()) @ up[0].float()
     span = LowRankSpan(0, 21, down.data_ptr(), None, up.data_ptr(), 8, 1.0)
-    kernels.low_rank(value, value, (LowRankSpan * 1)(span), 0, False)
+    kernels.low_rank(value, value, (LowRankSpan * 1)(span), 0, False, dtype)
     assert_near(value, expected, DTYPES[dtype])
 
 
@@ -308,13 +348,13 @@ def test_prompts_of_others_stay_theirs(kernels: Kernels) -> None:
     assert after[:20].isnan().all()
 
 
-@pytest.mark.parametrize("amx", [False, True])
+@pytest.mark.parametrize("fast", [False, True])
 def test_torch_computes_what_does_not_suit_the_kernels(
-    kernels: Kernels, monkeypatch: pytest.MonkeyPatch, amx: bool
+    kernels: Kernels, monkeypatch: pytest.MonkeyPatch, fast: bool
 ) -> None:
-    """bfloat16 without matrix registers, and what wants a gradient; the results agree."""
-    monkeypatch.setattr(kernels, "has_amx", amx)
-    monkeypatch.setattr(kernels, "prompt_attention", None if not amx else kernels.prompt_attention)
+    """bfloat16 on a CPU that does not multiply it, and what wants a gradient; the results agree."""
+    monkeypatch.setattr(kernels, "multiplies_bf16", fast)
+    monkeypatch.setattr(kernels, "prompt_attention", None if not fast else kernels.prompt_attention)
     states = [some(sum(PROMPTS), n, 32, dtype=torch.bfloat16, seed=n) for n in (4, 2, 2)]
     pools = some(300, 2, 32, dtype=torch.bfloat16, seed=5), some(300, 2, 32, dtype=torch.bfloat16, seed=6)
     contexts = {3: torch.arange(40, 90), 12: torch.arange(200)}

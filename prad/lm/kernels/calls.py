@@ -43,10 +43,18 @@ class Calls(ABC):
     def _take(self, call: Call, rows: int, used: tuple[Any, ...], view: PagedView | None) -> None:
         """One call on `rows` rows; `used`: what it points into. `view` is for attention, which needs one."""
 
-    def _do(self, kind: Kind, like: Tensor, *arguments: Any, view: PagedView | None = None) -> None:
-        """One call on as many rows as `like` has, in its dtype; tensors and structs go as their addresses."""
+    def _do(
+        self,
+        kind: Kind,
+        like: Tensor,
+        *arguments: Any,
+        view: PagedView | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """One call on as many rows as `like` has, in its dtype or the one given; tensors and structs go as
+        their addresses."""
         struct = ARGUMENTS[kind](*map(_address, arguments))
-        call = Call(kind, like.dtype is torch.bfloat16, ctypes.addressof(struct))
+        call = Call(kind, (dtype or like.dtype) is torch.bfloat16, ctypes.addressof(struct))
         self._take(call, len(like), (struct, *arguments), view)
 
     def linear(
@@ -128,13 +136,18 @@ class Calls(ABC):
         self._do(Kind.PROMPT, query, *states, out, spans, len(spans), *strides, *sizes, scale)
         return out.view(len(query), heads, dim)
 
-    def low_rank(self, value: Tensor, source: Tensor, spans: Any, layer: int, relu: bool) -> None:
+    def low_rank(
+        self, value: Tensor, source: Tensor, spans: Any, layer: int, relu: bool, dtype: torch.dtype
+    ) -> None:
         """value [T, out] += factor · f(source down + bias) up in each span's rows; source [T, in].
 
-        spans: an array of `LowRankSpan`, no two of which share a row; f is ReLU or nothing.
+        spans: an array of `LowRankSpan` with matrices of `dtype`, no two of which share a row; f is ReLU or
+        nothing. value alone, or value and source, may be float32 beside bfloat16 matrices.
         """
         strides, widths = (value.stride(0), source.stride(0)), (source.shape[1], value.shape[1])
-        self._do(Kind.LOW_RANK, value, value, source, spans, len(spans), *strides, *widths, layer, relu)
+        wide = value.dtype is torch.float32, source.dtype is torch.float32
+        arguments = value, source, spans, len(spans), *strides, *widths, layer, relu, *wide
+        self._do(Kind.LOW_RANK, value, *arguments, dtype=dtype)
 
     def affine(
         self, x: Tensor, bounds: Tensor, gains: Tensor | None, shifts: Tensor | None, layer: int
@@ -150,13 +163,21 @@ class Calls(ABC):
         """x [T, width] to out [n, width]: the means of rows [start, stop) of bounds int64 [n, 2]."""
         self._do(Kind.MEAN, x, x, out, bounds, len(bounds), x.stride(0), x.shape[1])
 
-    def scale(self, x: Tensor, site: int, layer: int, view: PagedView) -> None:
-        """x [B, width] *= 1 + the vector of each row's sequence at the view's site `site`, if it has one."""
-        self._do(Kind.SCALE, x, x, x.stride(0), x.shape[1], site, layer, view=view)
+    def scale(self, x: Tensor, site: int, layer: int, view: PagedView, dtype: torch.dtype) -> None:
+        """x [B, width] *= 1 + the vector of each row's sequence at the view's site `site`, if it has one.
+
+        dtype: the vectors'; x may be float32 whatever they are.
+        """
+        arguments = x, x.stride(0), x.shape[1], site, layer, x.dtype is torch.float32
+        self._do(Kind.SCALE, x, *arguments, view=view, dtype=dtype)
 
     def activate(self, x: Tensor, out: Tensor, act: Activation) -> None:
-        """x [rows, width] to out = act(x), or x [rows, 2 width] to act(first half) * second half."""
-        self._do(Kind.ACTIVATE, x, x, out, out.shape[1], act, x.shape[1] != out.shape[1])
+        """x [rows, width] to out = act(x), or x [rows, 2 width] to act(first half) * second half.
+
+        x may be float32 whatever out is.
+        """
+        gated, wide = x.shape[1] != out.shape[1], x.dtype is torch.float32
+        self._do(Kind.ACTIVATE, out, x, out, out.shape[1], act, gated, wide)
 
 
 def _address(argument: Any) -> Any:
@@ -176,7 +197,7 @@ def _whole_rows(x: Tensor) -> Tensor:
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "prad_pool": (c_void_p, [c_int32]),
     "prad_pool_free": (None, [c_void_p]),
-    "prad_has_amx": (c_int32, []),
+    "prad_multiplies_bf16": (c_int32, []),
     "prad_sizes": (None, [POINTER(c_int64)]),
     "prad_run": (
         None,
@@ -203,16 +224,16 @@ class Kernels(Calls):
             function.restype, function.argtypes = result, arguments
         self.threads = threads
         self.spent: Counter[Kind] | None = None  # where to add the seconds that calls take, if anywhere
-        self.has_amx = bool(self._c.prad_has_amx())
+        self.multiplies_bf16 = bool(self._c.prad_multiplies_bf16())
         sizes = (c_int64 * len(_STRUCTS))()
         self._c.prad_sizes(sizes)
         for struct, size in zip(_STRUCTS, sizes, strict=True):
             assert ctypes.sizeof(struct) == size, f"{struct.__name__} is declared otherwise in C"
 
     def suits(self, dtype: torch.dtype) -> bool:
-        """Whether they are the faster way for more rows than a decode step's: in bfloat16 these want matrix
-        registers."""
-        return self.has_amx or dtype is torch.float32
+        """Whether they are the faster way for more rows than a decode step's, which in bfloat16 want a CPU
+        that multiplies it: AMX, AVX-512 BF16."""
+        return self.multiplies_bf16 or dtype is torch.float32
 
     @cached_property
     def _pool(self) -> int:

@@ -67,7 +67,7 @@ void run(Pool& pool, Kind kind, const void* arguments, int64_t rows, const Paged
 extern "C" {
 Pool* prad_pool(int32_t threads) { return new Pool(threads); }
 void prad_pool_free(Pool* pool) { delete pool; }
-int32_t prad_has_amx() { return allow_amx(); }
+int32_t prad_multiplies_bf16() { return multiplies_bf16(); }
 
 // In bytes, of every struct that calls.py lists as well, in its order.
 void prad_sizes(int64_t* out) {

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "dots.h"
 #include "pool.h"
 #include "vec.h"
 #ifdef __AMX_BF16__
@@ -246,6 +247,33 @@ void multiply(const float* x, int64_t stride, int rows, const float* panel, int6
   multiply_plain<kAdd>(x, stride, rows, panel, in, c, width);
 }
 
+// Whether this CPU multiplies bfloat16: in matrix registers, or by dot products.
+inline bool multiplies_bf16() {
+#ifdef __AVX512BF16__
+  return true;
+#else
+  return allow_amx();
+#endif
+}
+
+// The same by `panels` of them, `size` elements from one to the next: c[rows][16 panels], or added to it.
+template <bool kAdd, class T>
+void multiply_side_by_side(const T* x, int64_t stride, int rows, const T* panel, int64_t size, int64_t panels, int64_t in,
+                           float* c, int64_t width) {
+#ifdef __AVX512BF16__
+  if constexpr (sizeof(T) == 2) {
+    if (!allow_amx()) {
+      for (int64_t p = 0; p < panels; p += dots::kPanels)
+        dots::multiply(static_cast<int>(std::min<int64_t>(dots::kPanels, panels - p)), rows, x, stride,
+                       panel + p * size, size, in, kAdd, c + p * kColumns, kColumns, width);
+      return;
+    }
+  }
+#endif
+  for (int64_t p = 0; p < panels; p++)
+    multiply<kAdd>(x, stride, rows, panel + p * size, in, c + p * kColumns, width);
+}
+
 // ---- what becomes of the products
 
 template <class T>
@@ -314,12 +342,50 @@ struct Sink {
   }
 };
 
+#ifdef __AVX512BF16__
+// Items of 4 panels (for few rows of more, in order, so that the memory can be asked ahead), those that do not come
+// out even for all threads halved. Panels outside, rows inside: a block's rows and 4 panels stay in the L2 cache.
+template <class W>
+void linear_by_dots(Pool& pool, const Linear& w, const bf16* x, int64_t rows, int64_t stride, const Sink<bf16>& sink,
+                    int64_t width, int64_t block) {
+  const W* panels = static_cast<const W*>(w.panels);
+  const int64_t size = panel_elements(w), threads = pool.threads(), blocks = (rows + block - 1) / block;
+  const int group = dots::panels_at_once(rows);
+  const int64_t step = rows <= dots::most_rows(group) ? std::max<int64_t>(4, width / (4 * threads) / 4 * 4) : 4;
+  const int64_t whole = width / (step * threads) * threads, halves = (width - whole * step + 1) / 2;
+  pool.run(blocks * (whole + halves), [&](int64_t item) {
+    const int64_t row = item / (whole + halves) * block, end = std::min(rows, row + block);
+    const int64_t at = item % (whole + halves);
+    const int64_t first = at < whole ? at * step : whole * step + (at - whole) * 2;
+    const int64_t last = std::min(width, first + (at < whole ? step : 2));
+    alignas(64) float c[dots::kPanels * kRows * kColumns];
+    for (int64_t p = first; p < last; p += group) {
+      const int count = static_cast<int>(std::min<int64_t>(group, last - p));
+      const int64_t later = p + group < last ? p + group : p + step * threads;
+      const W* next = rows <= kRows && later + count <= width ? panels + later * size : nullptr;
+      for (int64_t r = row; r < end; r += kRows) {
+        const int n = static_cast<int>(std::min<int64_t>(kRows, end - r));
+        dots::multiply(count, n, x + r * stride, stride, panels + p * size, size, w.in, false, c, kRows * kColumns,
+                       kColumns, next);
+        for (int i = 0; i < count; i += 2)
+          sink.take(p + i, r, n, c + i * kRows * kColumns, i + 1 < count ? c + (i + 1) * kRows * kColumns : nullptr);
+      }
+    }
+  });
+}
+#endif
+
 template <class T, class W>
 void linear(Pool& pool, const Linear& w, const T* x, int64_t rows, int64_t stride, const Sink<T>& sink) {
   int64_t width = w.paired ? (w.out / 2 + kColumns - 1) / kColumns * 2 : (w.out + kColumns - 1) / kColumns;
   const W* panels = static_cast<const W*>(w.panels);
   int64_t size = panel_elements(w);
   int64_t block = rows <= kRows ? kRows : 256, blocks = (rows + block - 1) / block;
+#ifdef __AVX512BF16__
+  if constexpr (sizeof(T) == 2) {
+    if (!allow_amx()) return linear_by_dots<W>(pool, w, x, rows, stride, sink, width, block);
+  }
+#endif
   // panels of an item: even, so that pairs stay together; in order, so that the memory can be asked ahead
   int64_t step = rows <= kRows ? (width / (4 * pool.threads()) + 2) / 2 * 2 : 24;
   int64_t columns = (width + step - 1) / step;

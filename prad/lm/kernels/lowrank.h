@@ -1,5 +1,6 @@
 // value += f(source down + bias) up, f: x or ReLU, each span of rows with matrices of its own: many adapters at once.
-// A row's numbers stay float32 until they are added; nothing is gathered, joined or padded.
+// A row's numbers stay float32 until they are added; nothing is gathered, joined or padded. Beside bfloat16 matrices
+// value and source may be float.
 #pragma once
 #include <algorithm>
 #include <vector>
@@ -21,10 +22,10 @@ struct LowRankCall {
   const void* source;  // [rows, in]; may be value
   const LowRankSpan* spans;
   int64_t count, value_stride, source_stride, in, out, layer;
-  int32_t relu;
+  int32_t relu, wide_value, wide_source;  // wide: float
 };
 
-template <class T>
+template <class V, class S, class T>
 struct LowRank {
   static constexpr int kTogether = 8;  // rows that share what is loaded of an adapter
 
@@ -48,7 +49,7 @@ struct LowRank {
     for (int64_t first = span.start; first < span.stop; first += kTogether) {
       int rows = static_cast<int>(std::min<int64_t>(kTogether, span.stop - first));
       for (int i = 0; i < kTogether; i++) {  // rows too many repeat the last one; they are not written
-        const T* from = static_cast<const T*>(call.source) + (first + std::min(i, rows - 1)) * call.source_stride;
+        const S* from = static_cast<const S*>(call.source) + (first + std::min(i, rows - 1)) * call.source_stride;
         for (int64_t k = 0; k < call.in; k++) x[k * kTogether + i] = to_float(from[k]);
       }
       for (int64_t column = 0; column < span.r; column += 16) narrow(x, column, hidden);
@@ -85,16 +86,23 @@ struct LowRank {
     int64_t lanes = std::min<int64_t>(16, call.out - column);
     v16 acc[kTogether];
     multiply(hidden, up + column, span.r, call.out, lanes, acc);
-    T* to = static_cast<T*>(call.value) + first * call.value_stride + column;
+    V* to = static_cast<V*>(call.value) + first * call.value_stride + column;
     for (int row = 0; row < rows; row++, to += call.value_stride) {
       if (lanes == 16) store(to, load(to) + acc[row]);
       else
-        for (int64_t c = 0; c < lanes; c++) to[c] = from_float<T>(to_float(to[c]) + acc[row][c]);
+        for (int64_t c = 0; c < lanes; c++) to[c] = from_float<V>(to_float(to[c]) + acc[row][c]);
     }
   }
 };
 
+template <class V, class S, class T>
+void low_rank(Pool& pool, const LowRankCall& call) {
+  pool.run(call.count, [&](int64_t item) { LowRank<V, S, T>(call, call.spans[item]).run(); });
+}
+
 template <class T>
 void low_rank(Pool& pool, const LowRankCall& call) {
-  pool.run(call.count, [&](int64_t item) { LowRank<T>(call, call.spans[item]).run(); });
+  if (call.wide_source) return low_rank<float, float, T>(pool, call);
+  if (call.wide_value) return low_rank<float, T, T>(pool, call);
+  low_rank<T, T, T>(pool, call);
 }

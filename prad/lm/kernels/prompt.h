@@ -153,8 +153,8 @@ class PromptAttention {
     if (sizeof(T) == 2) begin_rows(rows);
     for (int64_t t = seen; t < end; t += kPart) {
       int64_t count = round_up(std::min(kPart, end - t), kDepth);
-      for (int64_t k = 0; k < count; k += kColumns)
-        multiply(queries, depth, rows, keys + (t + k) * depth, depth, scores + k, kScores);
+      multiply_side_by_side<false>(queries, depth, rows, keys + t * depth, depth * kColumns, count / kColumns, depth,
+                                   scores, kScores);
       for (int r = 0; r < rows; r++) {
         float* row = scores + r * kScores;
         if (t + count > first + 1 || (p.window && t <= end - 1 - p.window)) hide(row, count, first + r - t);
@@ -175,8 +175,8 @@ class PromptAttention {
         most[r] = now;
         total[r] += sum(added);
       }
-      for (int64_t d = 0; d < width; d += kColumns)
-        multiply<true>(weights, kWeights, rows, values + d * length(place.span) + t * kColumns, count, sums + d, width);
+      multiply_side_by_side<true>(weights, kWeights, rows, values + t * kColumns, length(place.span) * kColumns,
+                                  width / kColumns, count, sums, width);
     }
     if (sizeof(T) == 2) end_rows();
     for (int r = 0; r < rows; r++) {

@@ -7,19 +7,26 @@
 struct ScaleCall {
   void* x;  // [rows, width]
   int64_t stride, width, site, layer;
+  int32_t wide;  // x is float, whatever the vectors are
 };
 
-template <class T>
+template <class X, class T>
 void scale(Pool& pool, const ScaleCall& call, int64_t rows, const PagedView& view) {
   const int64_t width = call.width, whole = width / 16 * 16;
   each_row(pool, rows, [&](int64_t row) {
     const T* vectors = static_cast<const T*>(view.vectors[call.site * rows + row]);
     if (!vectors) return;
     const T* by = vectors + call.layer * width;
-    T* x = static_cast<T*>(call.x) + row * call.stride;
+    X* x = static_cast<X*>(call.x) + row * call.stride;
     for (int64_t i = 0; i < whole; i += 16) store(x + i, load(x + i) * (load(by + i) + splat(1)));
-    for (int64_t i = whole; i < width; i++) x[i] = from_float<T>(to_float(x[i]) * (to_float(by[i]) + 1));
+    for (int64_t i = whole; i < width; i++) x[i] = from_float<X>(to_float(x[i]) * (to_float(by[i]) + 1));
   });
+}
+
+template <class T>
+void scale(Pool& pool, const ScaleCall& call, int64_t rows, const PagedView& view) {
+  if (call.wide) scale<float, T>(pool, call, rows, view);
+  else scale<T, T>(pool, call, rows, view);
 }
 
 // out = act(x), or act(gate) * up of x = [gate, up]. x [rows, width or 2 width] -> out [rows, width].
@@ -27,15 +34,15 @@ struct ActivateCall {
   const void* x;
   void* out;
   int64_t width;
-  int32_t act, gated;
+  int32_t act, gated, wide;  // wide: x is float, whatever out is
 };
 
-template <class T, Activation kAct>
+template <class X, class T, Activation kAct>
 void activate_rows(Pool& pool, const ActivateCall& call, int64_t rows) {
   const int64_t width = call.width;
   each_row(pool, rows, [&](int64_t row) {
-    const T* gate = static_cast<const T*>(call.x) + row * width * (call.gated ? 2 : 1);
-    const T* up = gate + width;
+    const X* gate = static_cast<const X*>(call.x) + row * width * (call.gated ? 2 : 1);
+    const X* up = gate + width;
     T* out = static_cast<T*>(call.out) + row * width;
     for (int64_t i = 0; i < width; i += 16) {
       int64_t lanes = std::min<int64_t>(16, width - i);
@@ -48,16 +55,22 @@ void activate_rows(Pool& pool, const ActivateCall& call, int64_t rows) {
   });
 }
 
-template <class T>
+template <class X, class T>
 void activate_rows(Pool& pool, const ActivateCall& call, int64_t rows) {
   switch (static_cast<Activation>(call.act)) {
     case Activation::none:
-      return activate_rows<T, Activation::none>(pool, call, rows);
+      return activate_rows<X, T, Activation::none>(pool, call, rows);
     case Activation::silu:
-      return activate_rows<T, Activation::silu>(pool, call, rows);
+      return activate_rows<X, T, Activation::silu>(pool, call, rows);
     case Activation::gelu_tanh:
-      return activate_rows<T, Activation::gelu_tanh>(pool, call, rows);
+      return activate_rows<X, T, Activation::gelu_tanh>(pool, call, rows);
     case Activation::relu:
-      return activate_rows<T, Activation::relu>(pool, call, rows);
+      return activate_rows<X, T, Activation::relu>(pool, call, rows);
   }
+}
+
+template <class T>
+void activate_rows(Pool& pool, const ActivateCall& call, int64_t rows) {
+  if (call.wide) activate_rows<float, T>(pool, call, rows);
+  else activate_rows<T, T>(pool, call, rows);
 }

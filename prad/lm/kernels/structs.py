@@ -202,11 +202,11 @@ ARGUMENTS: dict[Kind, Any] = {
         "LowRankCall",
         **_fields("value source spans", c_void_p),
         **_fields("count value_stride source_stride width_in width_out layer", c_int64),
-        relu=c_int32,
+        **_fields("relu wide_value wide_source", c_int32),
     ),
-    Kind.SCALE: _struct("ScaleCall", x=c_void_p, **_fields("stride width site layer", c_int64)),
+    Kind.SCALE: _struct("ScaleCall", x=c_void_p, **_fields("stride width site layer", c_int64), wide=c_int32),
     Kind.ACTIVATE: _struct(
-        "ActivateCall", **_fields("x out", c_void_p), width=c_int64, **_fields("act gated", c_int32)
+        "ActivateCall", **_fields("x out", c_void_p), width=c_int64, **_fields("act gated wide", c_int32)
     ),
     Kind.PROMPT: _struct(
         "PromptCall",
