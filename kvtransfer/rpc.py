@@ -1,15 +1,31 @@
-"""What gRPC's calls raise, in our words, and our errors in gRPC's."""
+"""How messages go over gRPC: what its calls raise, in our words, and our errors in gRPC's; and what waits to
+go out on a stream of hand-offs, frames in order, KV bytes gathered into few, large ones.
+
+One task writes a stream: what is due together goes out together. A KV frame is filled until it is large
+enough, or until somebody waits for it.
+"""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections import deque
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
 
-from kvtransfer.errors import LostError, TimedOutError, TransferError, error_of, status_of
+from kvtransfer.errors import LostError, ProtocolError, TimedOutError, TransferError, error_of, status_of
+from kvtransfer.frames import Encoding, KVBytes, Outgoing, Rows, SharedPayload
+from kvtransfer.proto import handoff_pb2 as pb
+from kvtransfer.settings import TransferSettings
 
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
+_AHEAD = 4  # full KV frames that wait to be written before a sender has to wait
+_TOGETHER = 64  # frames of one message
+
+_Queued = tuple[pb.HandOffFrame | Outgoing, "asyncio.Future[None]"]
+
+Placed = tuple[int, Rows]
+"""A hand-off's rows, and from which row of a pass on they lie there."""
 
 
 def code_of(error: TransferError) -> Any:
@@ -56,3 +72,173 @@ async def translated(call: Any, timeout_s: float | None, what: str) -> AsyncIter
     except BaseException:
         call.cancel()
         raise
+
+
+class FrameQueue:
+    """Nothing here knows which hand-offs there are. After `fail` nothing goes out any more."""
+
+    def __init__(self, call: Any, settings: TransferSettings) -> None:
+        self._call = call
+        self._settings = settings
+        self._loop = asyncio.get_running_loop()
+        self._failure: TransferError | None = None
+        self._filling: Outgoing | None = None
+        self._queue: deque[_Queued] = deque()
+        self._writing: list[asyncio.Future[None]] = []
+        self._queued_bytes = 0
+        self._due = asyncio.Event()
+        self._taken = asyncio.Event()
+        self._shared: SharedPayload | None = None
+
+    def offer_shared_memory(self) -> None:
+        self._shared = SharedPayload.offered(self._settings.shared_bytes)
+        if self._shared is not None:
+            self.put(pb.HandOffFrame(segment=self._shared.offer()))
+
+    def put(self, frame: pb.HandOffFrame) -> "asyncio.Future[None]":
+        """Queues a frame behind the KV bytes before it; done when it is written."""
+        self.flush()
+        return self._enqueue(frame)
+
+    def add(
+        self,
+        layer: int,
+        planes: Sequence[KVBytes],
+        widths: Sequence[int],
+        placed: Sequence[Placed],
+        encoding: Encoding,
+    ) -> None:
+        """A pass's rows of one layer; widths: the bytes of a row in each plane."""
+        views = [memoryview(plane).cast("B") for plane in planes]
+        for piece in _cut(placed, max(1, self._settings.frame_bytes // sum(widths))):
+            named = tuple(rows for _, rows in piece)
+            if self._filling is None or not self._filling.goes_on_with(layer, named, encoding):
+                self.flush()
+                self._filling = Outgoing(layer, named, encoding)
+            runs = _runs(piece)
+            self._filling.add(
+                [
+                    plane[a * width : b * width]
+                    for plane, width in zip(views, widths, strict=True)
+                    for a, b in runs
+                ]
+            )
+            if self._filling.size >= self._settings.frame_bytes:
+                self.flush()
+
+    def flush(self) -> None:
+        """The KV frame that is being filled may go out as it is."""
+        if self._filling is not None:
+            frame, self._filling = self._filling, None
+            self._queued_bytes += frame.size
+            self._enqueue(frame)
+
+    async def wait_for_room(self) -> None:
+        """Waits while decode takes no more KV bytes."""
+        while self._queued_bytes > _AHEAD * self._settings.frame_bytes and self._failure is None:
+            self._taken.clear()
+            await self._taken.wait()
+
+    def mapped(self, nonce: bytes) -> None:
+        """Decode's answer to the offer. Raises ProtocolError if there was none."""
+        if not self._offer().confirm(nonce):
+            self._close_shared()
+
+    def taken(self, frames: int) -> None:
+        """Decode has taken so many frames out of shared memory. Raises ProtocolError if it can't have."""
+        self._offer().free(frames)
+
+    async def write(self) -> None:
+        """Writes what is due, for ever. Raises TransferError when the stream ends."""
+        while True:
+            await self._due.wait()
+            self._due.clear()
+            while self._queue:
+                await self._write_next()
+
+    def fail(self, error: TransferError) -> None:
+        """Whoever waits hears of `error`."""
+        self._failure = error
+        for written in (*self._writing, *(written for _, written in self._queue)):
+            if not written.done():
+                written.set_exception(error)
+        self._writing.clear()
+        self._queue.clear()
+        self._filling = None
+        self._taken.set()
+        self._close_shared()
+
+    def _enqueue(self, frame: pb.HandOffFrame | Outgoing) -> "asyncio.Future[None]":
+        written = self._loop.create_future()
+        written.add_done_callback(lambda future: future.cancelled() or future.exception())
+        if self._failure is not None:
+            written.set_exception(self._failure)
+        else:
+            self._queue.append((frame, written))
+            self._due.set()
+        return written
+
+    async def _write_next(self) -> None:
+        """One message: frames that are due, up to the first with KV bytes, or enough of request state."""
+        message, state_bytes = pb.HandOffFrames(), 0
+        async with translated(self._call, self._settings.send_timeout_s, "a message"):
+            while (
+                self._queue and len(message.frames) < _TOGETHER and state_bytes < self._settings.frame_bytes
+            ):
+                frame, written = self._queue.popleft()
+                self._writing.append(written)
+                if isinstance(frame, Outgoing):
+                    message.frames.append(pb.HandOffFrame(kv=await self._kv(frame)))
+                    self._queued_bytes -= frame.size
+                    break
+                message.frames.append(frame)
+                state_bytes += len(frame.state.data)
+            await self._call.write(message)
+        self._taken.set()
+        for written in self._writing:
+            if not written.done():
+                written.set_result(None)
+        self._writing.clear()
+
+    async def _kv(self, frame: Outgoing) -> pb.KV:
+        if self._shared is None:
+            return frame.inline()
+        return await self._shared.place(frame)
+
+    def _offer(self) -> SharedPayload:
+        if self._shared is None:
+            raise ProtocolError("decode speaks of shared memory that it was not offered")
+        return self._shared
+
+    def _close_shared(self) -> None:
+        if self._shared is not None:
+            self._shared.close()
+            self._shared = None
+
+
+def _cut(placed: Sequence[Placed], most: int) -> list[list[Placed]]:
+    """The rows in pieces of at most `most` tokens."""
+    pieces: list[list[Placed]] = [[]]
+    room = most
+    for start, rows in placed:
+        done = 0
+        while done < rows.token_count:
+            if room == 0:
+                pieces.append([])
+                room = most
+            count = min(room, rows.token_count - done)
+            pieces[-1].append((start + done, Rows(rows.hand_off, rows.first_token + done, count)))
+            done, room = done + count, room - count
+    return pieces
+
+
+def _runs(placed: Iterable[Placed]) -> list[tuple[int, int]]:
+    """The (start, end) of rows that lie side by side in the pass."""
+    runs: list[tuple[int, int]] = []
+    for start, rows in placed:
+        end = start + rows.token_count
+        if runs and runs[-1][1] == start:
+            runs[-1] = runs[-1][0], end
+        else:
+            runs.append((start, end))
+    return runs

@@ -1,5 +1,5 @@
 """Prefill's door to one decode service, and its side of the hand-off: one channel, on it one stream with a
-hand-off for each prompt, whose layers go out in order, then Commit or Abort. `frame_queue.py` writes what is
+hand-off for each prompt, whose layers go out in order, then Commit or Abort. `rpc.py` writes what is
 said here; tokens come back on the stream of `tokens.py`."""
 
 import asyncio
@@ -22,12 +22,11 @@ from kvtransfer.errors import (
     TransferError,
     error_of,
 )
-from kvtransfer.frame_queue import FrameQueue
 from kvtransfer.frames import Encoding, KVBytes, Rows, plane_bytes
 from kvtransfer.messages import Description, Open, decode, encode
 from kvtransfer.proto import handoff_pb2 as pb
 from kvtransfer.proto.handoff_pb2_grpc import DecodeStub
-from kvtransfer.rpc import error_behind, read, translated
+from kvtransfer.rpc import FrameQueue, error_behind, read, translated
 from kvtransfer.settings import TransferSettings
 from kvtransfer.tokens import TokenStream
 from prad.core.sampling import Token
