@@ -10,6 +10,22 @@ from bench.prompts import CHAT
 from bench.quality_table import COLUMNS, ROWS
 
 RESULTS = Path(__file__).parent / "results"
+KINDS = ("amx", "avx512-bf16", "avx512", "avx2")
+"""Of CPUs, by what they multiply with; figures of one say little about another."""
+
+
+def cpu_flags() -> list[str]:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    return next((line.split(":")[1].split() for line in lines if line.startswith("flags")), [])
+
+
+def cpu_kind() -> str:
+    """This machine's, of KINDS, else "other": the folder of its results."""
+    named = dict(zip(KINDS, ("amx_bf16", "avx512_bf16", "avx512f", "avx2"), strict=True))
+    flags = cpu_flags()
+    return next((kind for kind, flag in named.items() if flag in flags), "other")
+
 
 Variant = Literal[
     "one pass",
@@ -29,7 +45,7 @@ class Flags(BaseModel):
     SMOKE: ClassVar[dict[str, Any]] = {}
 
     smoke: bool = Field(False, description="tiny sizes: shows that it runs, measures nothing")
-    out: Path = Field(RESULTS, description="folder of the result; --smoke: bench/results/smoke")
+    out: Path = Field(RESULTS / cpu_kind(), description="folder of the result; --smoke: bench/results/smoke")
 
     @model_validator(mode="before")
     @classmethod
@@ -239,6 +255,7 @@ class Train(ModelFlags):
 class Quality(ModelFlags):
     SMOKE = {"tasks": ["e2e"], "methods": ["PrAd-PA", "PA", "plain model"], "size": 0.004}
 
+    out: Path = Field(RESULTS, description="folder of the result; --smoke: bench/results/smoke")
     device: str = Field("cpu", description="cpu, cuda or cuda:N")
     data: Path = Field(description="folder of the tasks' folders")
     tasks: Annotated[list[str], _of(_TASKS)] = _TASKS

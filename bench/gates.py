@@ -22,15 +22,19 @@ class Gate:
     at_least: bool = False
     of_floor: bool = False
 
-    def row(self, results: Path) -> list[str]:
+    def row(self, kinds: Sequence[Path]) -> list[str]:
         sign = "≥" if self.at_least else "≤"
         goal = "–" if self.goal is None else f"{sign} {self.goal:g}{self.unit}"
-        asked = [self.what, f"{sign} {self.gate:g}{self.unit}", goal]
+        reached = [cell for results in kinds for cell in self._reached(results)]
+        return [self.what, f"{sign} {self.gate:g}{self.unit}", goal, *reached, self.source]
+
+    def _reached(self, results: Path) -> tuple[str, str]:
+        """What was measured on one kind of CPU, and what it reaches."""
         try:
             found = self.measure(json.loads((results / f"{self.source}.json").read_text(encoding="utf-8")))
         except (OSError, LookupError, StopIteration):  # not measured, or before the benchmark had this part
-            return [*asked, "–", "–", self.source]
-        return [*asked, f"{found:.3g}{self.unit}", self._verdict(found), self.source]
+            return "–", "–"
+        return f"{found:.3g}{self.unit}", self._verdict(found)
 
     def _verdict(self, found: float) -> str:
         def reached(limit: float) -> bool:
@@ -239,7 +243,9 @@ GATES = (
 )
 
 
-def table(results: Path) -> str:
-    lines = [["", "gate", "goal", "measured", "reached", "by"], ["---"] * 6]
-    lines += [gate.row(results) for gate in GATES]
+def table(kinds: Sequence[Path]) -> str:
+    """kinds: folders of results, each of a kind of CPU."""
+    measured = [heading for kind in kinds for heading in (kind.name, "reached")]
+    lines = [["", "gate", "goal", *measured, "by"], ["---"] * (4 + len(measured))]
+    lines += [gate.row(kinds) for gate in GATES]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

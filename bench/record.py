@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import torch
 
-from bench.flags import RESULTS, Flags
+from bench.flags import RESULTS, Flags, cpu_flags
 
 ROOT = Path(__file__).parents[1]
 _PACKAGES = ("torch", "transformers", "grpcio", "fastapi")
@@ -65,6 +65,5 @@ def _cpu() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    flags = next((line.split(":")[1].split() for line in lines if line.startswith("flags")), [])
-    notable = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags]
+    notable = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in cpu_flags()]
     return f"{len(names)} x {names[0] if names else platform.processor()} ({' '.join(notable)})"

@@ -1,5 +1,5 @@
-"""Writes the tables of docs/{performance,quality,training}.md from bench/results/*.json: no figure there is
-typed by hand.
+"""Writes the tables of docs/{performance,quality,training}.md from bench/results: no figure there is typed by
+hand. What depends on the kind of CPU lies in a folder for each and has a table for each, side by side.
 
     python -m bench.report            # after any benchmark
     python -m bench.report --check    # only says whether the document is up to date
@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import typer
 
 from bench import gates
-from bench.flags import RESULTS
+from bench.flags import KINDS, RESULTS
 from bench.record import ROOT, machine
 
 DOCUMENTS = tuple(ROOT / "docs" / f"{name}.md" for name in ("performance", "quality", "training"))
@@ -49,12 +49,14 @@ def render(document: str, results: Path) -> str:
 
     def fill(found: re.Match[str]) -> str:
         head, name, path, columns, end = found.groups()
-        file = results / f"{name}.json"
-        body = _table(file, path, columns) if file.is_file() else f"Not measured yet: `prad bench {name}`.\n"
+        files = [folder / f"{name}.json" for folder in (results, *kinds)]
+        tables = [_table(file, path, columns) for file in files if file.is_file()]
+        body = "\n".join(tables) or f"Not measured yet: `prad bench {name}`.\n"
         return f"{head}\n{body}\n{end}"
 
+    kinds = [results / kind for kind in KINDS if (results / kind).is_dir()]
     filled = _TABLE.sub(fill, document)
-    return _GATES.sub(lambda found: f"{found[1]}\n{gates.table(results)}\n\n{found[2]}", filled)
+    return _GATES.sub(lambda found: f"{found[1]}\n{gates.table(kinds)}\n\n{found[2]}", filled)
 
 
 def _table(file: Path, path: str, columns: str) -> str:
