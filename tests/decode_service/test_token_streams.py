@@ -16,6 +16,7 @@ from handing_over import (
     llama,
     prefilling,
     prompt,
+    prompt_pass,
     quick,
 )
 
@@ -225,6 +226,33 @@ async def test_a_session_that_is_guessed_hands_nothing_over(prefill: Prefill, se
         (reply,) = (await raw_hand_offs(server, begin, pb.HandOffFrame(open=request))).replies
         assert reply.rejected.reason == RejectReason.NOT_ATTACHED
     await all_free(server)
+
+
+@pytest.mark.parametrize("kind", ["commit", "abort"])
+async def test_a_second_client_ends_no_hand_off_of_the_first(
+    model: LanguageModel, server: DecodeServer, kind: str
+) -> None:
+    """Nor does it get the first one's tokens by a guess at its session."""
+    async with (
+        prefilling(model, server.port, "same") as ours,
+        prefilling(model, server.port, "same") as other,
+    ):
+        async with await ours.client.open(ours.request(9, LONG, request_id="x")) as hand_off:
+            frame = pb.HandOffFrame(**{kind: {"hand_off": hand_off.number}})  # type: ignore[arg-type]
+            begin = pb.HandOffFrame(begin=pb.Begin(session=other.stream.session))
+            with pytest.raises(AioRpcError, match="never opened"):
+                await raw_hand_offs(server, begin, frame)
+            async with insecure_channel(f"127.0.0.1:{server.port}") as channel:
+                call = DecodeStub(channel).Tokens()  # type: ignore[no-untyped-call]
+                guess = ours.stream.session[:-1]
+                await call.write(pb.TokenControl(attach=pb.Attach(client_id="same", session=guess)))
+                assert (await call.read()).attached.session not in (guess, ours.stream.session)
+                call.cancel()
+            assert not hand_off.over
+            prompted = prompt_pass(model, prompt(9))
+            await ours.send(hand_off, prompted)
+            await hand_off.commit([Token(int(prompted.logits.argmax()))])
+        assert len(await ours.got.until("x")) == 119
 
 
 @pytest.mark.parametrize("begins", [0, 2])
