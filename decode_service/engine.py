@@ -19,7 +19,7 @@ from decode_service.reservations import HandOffId, PlacedRows, Reservation
 from decode_service.scheduler import Ended, EngineStatus, FinishReason, Running, Scheduler, SequenceId
 from kvtransfer.errors import FencedError, ProtocolError, RejectedError, RejectReason
 from kvtransfer.frames import Incoming
-from kvtransfer.messages import Cancel, Open
+from kvtransfer.messages import Ask, Cancel, Open
 from prad.core.sampling import Token, TokenEvent
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ pending; a cancelled one's are dropped.
 Observe = Callable[[float, int], None]
 """Called with a step's seconds and its number of tokens."""
 
+_MISSING = "the decode service does not have this sequence"
 _STEP_BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)
 
 
@@ -81,18 +82,17 @@ class PagedEngine:
     def step(self) -> None:
         with self._changed:
             batch = self._scheduler.schedule(time.monotonic())
-            all_ended = self._scheduler.take_ended()
         results: list[Token | Ended] = []
         if batch:
             started = time.perf_counter()
             results = self._run(batch)
             self._observe(time.perf_counter() - started, len(results))
         with self._changed:
-            events = [(ended.sequence, ended.emit()) for ended in all_ended]
+            events = [(ended.sequence, ended.emit()) for ended in self._scheduler.take_ended()]
             for sequence, result in zip(batch, results, strict=True):
                 if self._scheduler.runs(sequence):  # else it was cancelled during the pass
                     events += self._book(sequence, result)
-        self._send(events)
+            self._send(events)  # under the lock: `missing` must not overtake the event that ends a sequence
 
     def _loop(self) -> None:
         try:
@@ -146,8 +146,7 @@ class PagedEngine:
             with self._changed:
                 self._failure = message
                 self._scheduler.end_all(message)
-                ended = self._scheduler.take_ended()
-            self._send((each.sequence, each.emit()) for each in ended)
+                self._send((each.sequence, each.emit()) for each in self._scheduler.take_ended())
         except Exception:  # whoever was not reached hears it from the end of the stream
             logger.exception("not all clients got to know that the decode engine failed")
         finally:
@@ -227,6 +226,16 @@ class PagedEngine:
         """Frees everything of a client that is gone."""
         with self._wake():
             self._scheduler.cancel_client(client_id)
+
+    def missing(self, client_id: str, ask: Ask) -> list[TokenEvent]:
+        """An event for each of a client's sequences that is not here: the event that ended it, if there was
+        one, has been delivered before."""
+        with self._changed:
+            return [
+                TokenEvent(name, attempt, choice, 0, (), FinishReason.ERROR.value, _MISSING)
+                for name, attempt, choice in ask.sequences
+                if not self._scheduler.knows(SequenceId(HandOffId(client_id, name, attempt), choice))
+            ]
 
     def end_all(self, message: str) -> None:
         """Ends everything with an error event."""

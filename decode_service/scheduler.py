@@ -231,6 +231,11 @@ class Scheduler:
         """Whether nobody cancelled it meanwhile."""
         return self._running.get(sequence.id.hand_off, {}).get(sequence.id.choice) is sequence
 
+    def knows(self, sequence: SequenceId) -> bool:
+        """Whether it runs, or has yet to emit that it ended."""
+        running = sequence.choice in self._running.get(sequence.hand_off, {})
+        return running or any(ended.sequence.id == sequence for ended in self._ended)
+
     def finish(self, sequence: Running) -> None:
         """A running sequence is over, between two steps: its blocks are free at once."""
         self._remove(sequence)

@@ -10,6 +10,7 @@ import secrets
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from inspect import isasyncgenfunction
 from typing import Any
 
 import grpc
@@ -19,7 +20,7 @@ from decode_service.engine import PagedEngine
 from decode_service.hand_offs import HandOffs
 from decode_service.reservations import Reservation
 from kvtransfer.errors import LostError, ProtocolError, RejectedError, RejectReason, TransferError
-from kvtransfer.messages import Cancel, Description, Open, decode, encode
+from kvtransfer.messages import Ask, Cancel, Description, Open, decode, encode
 from kvtransfer.proto import handoff_pb2 as pb
 from kvtransfer.proto.handoff_pb2_grpc import DecodeServicer
 from kvtransfer.rpc import code_of
@@ -227,10 +228,18 @@ class DecodeService(DecodeServicer):
                     self._sessions.acknowledge(session, control.acknowledge.frame)
                 elif kind == "cancel":
                     self._engine.cancel(session, decode(Cancel, control.cancel))
+                elif kind == "ask":
+                    self._answer(session, decode(Ask, control.ask))
                 else:
                     raise ProtocolError(f"{kind} within a token stream")
         except TransferError as error:
             attachment.fail(error)
+
+    def _answer(self, session: str, ask: Ask) -> None:
+        missing = self._engine.missing(session, ask)
+        if missing:
+            logger.warning("%d sequences that a client waits for are not here", len(missing))
+        self._sessions.deliver_from_thread({session: missing})  # behind what the engine has put there
 
     def _admit(self, session: str, request: Open) -> Reservation:
         if self._draining is not None:
@@ -241,20 +250,33 @@ class DecodeService(DecodeServicer):
 
 
 class ReadableMessages(grpc.aio.ServerInterceptor):  # type: ignore[misc]
-    """Refuses what is no message, in one line, before a call that takes a single one is run: gRPC itself logs
-    a traceback for each. Calls that read a stream do the same by `_errors_as_status`."""
+    """Refuses what is no message, in one line, before its call sees it: gRPC itself logs a traceback for
+    each. Calls that read by themselves, as ours that take a stream, do the same by `_errors_as_status`."""
 
     async def intercept_service(self, continuation: Any, details: Any) -> Any:
         handler = await continuation(details)
-        if handler is None or handler.unary_unary is None:
-            return handler
+        if handler is None:
+            return None
+        call = handler.unary_unary or handler.unary_stream or handler.stream_stream
 
-        async def answer(data: bytes, context: Any) -> Any:
+        async def one(data: bytes, context: Any) -> Any:
             async with _errors_as_status(context):
                 request = handler.request_deserializer(data)
-            return await handler.unary_unary(request, context)
+            return await call(request, context)
 
-        return grpc.unary_unary_rpc_method_handler(answer, None, handler.response_serializer)
+        async def each(messages: AsyncIterator[bytes], context: Any) -> AsyncIterator[Any]:
+            requests = (handler.request_deserializer(data) async for data in messages)
+            async with _errors_as_status(context):
+                async for answer in call(requests, context):
+                    yield answer
+
+        if handler.unary_unary is not None:
+            return grpc.unary_unary_rpc_method_handler(one, None, handler.response_serializer)
+        if handler.unary_stream is not None:
+            return grpc.unary_stream_rpc_method_handler(one, None, handler.response_serializer)
+        if isasyncgenfunction(call):
+            return grpc.stream_stream_rpc_method_handler(each, None, handler.response_serializer)
+        return handler
 
 
 @asynccontextmanager

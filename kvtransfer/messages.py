@@ -94,6 +94,13 @@ class Cancel:
 
 
 @dataclass(frozen=True, slots=True)
+class Ask:
+    """Whether decode still has these sequences, each a (request_id, attempt, choice)."""
+
+    sequences: tuple[tuple[str, int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Description:
     """Who a decode service is and how full it is; `instance` is new at every start of its process."""
 

@@ -13,11 +13,12 @@ class TransferSettings:
 
     A KV frame is sent when it has reached `frame_bytes`; `max_message_bytes` bounds every message on both
     ends. `shared_bytes` is the size of the shared memory that is offered to a decode service of the same host
-    (0: none). `reattach_timeout_s` is how long a token stream tries to come back before its requests count as
-    lost; decode keeps a detached client's sequences a little longer than that. A connection on which nothing
-    arrived for `keepalive_s` is asked for a sign of life, and is broken if there is none for
-    `ping_timeout_s`: a decode service that is frozen, or whose host is gone without a word, is known after
-    their sum.
+    (0: none). `silence_s`: a decode service that is frozen, or whose host is gone without a word, is known
+    after so long; a third of it passes before the connection is asked for a sign of life. gRPC's own threads
+    give it, so a busy service does. `open_timeout_s` and `answer_timeout_s`, of an Open and of a question
+    after sequences, find a service whose threads live and which does nothing. `reattach_timeout_s` is how
+    long a token stream then tries to come back before its requests count as lost; decode keeps a detached
+    client's sequences much longer than that.
     """
 
     describe_timeout_s: float = 5.0
@@ -25,12 +26,12 @@ class TransferSettings:
     send_timeout_s: float = 30.0
     commit_timeout_s: float = 10.0
     abort_timeout_s: float = 2.0
+    answer_timeout_s: float = 10.0
     attach_timeout_s: float = 5.0
-    reattach_timeout_s: float = 15.0
+    reattach_timeout_s: float = 3.0
     backoff_first_s: float = 0.05
     backoff_max_s: float = 1.0
-    keepalive_s: float = 1.0
-    ping_timeout_s: float = 2.0
+    silence_s: float = 3.0
     frame_bytes: int = 4 << 20
     shared_bytes: int = 16 << 20
     max_message_bytes: int = 16 << 20
@@ -38,10 +39,11 @@ class TransferSettings:
 
     def channel_options(self) -> list[tuple[str, int]]:
         """gRPC options of a client."""
-        ping_timeout_ms = int(self.ping_timeout_s * 1000)
+        keepalive_ms = int(self.silence_s * 1000 / 3)
+        ping_timeout_ms = 2 * keepalive_ms
         return [
             *_message_options(self.max_message_bytes),
-            ("grpc.keepalive_time_ms", int(self.keepalive_s * 1000)),
+            ("grpc.keepalive_time_ms", keepalive_ms),
             ("grpc.keepalive_timeout_ms", ping_timeout_ms),
             ("grpc.http2.ping_timeout_ms", ping_timeout_ms),  # of any ping: gRPC's own waits a minute
             ("grpc.http2.max_pings_without_data", 0),

@@ -6,6 +6,7 @@ Prefill reads them from a `TokenStream`, which survives broken connections. An o
 """
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import AsyncIterator, Iterable
 from typing import Any, Self
@@ -14,11 +15,13 @@ import grpc
 from tenacity import AsyncRetrying, retry_if_exception, wait_random_exponential
 
 from kvtransfer.errors import FencedError, GoneError, LostError, ProtocolError, TimedOutError, TransferError
-from kvtransfer.messages import Cancel, TokenFrame, decode, encode
+from kvtransfer.messages import Ask, Cancel, TokenFrame, decode, encode
 from kvtransfer.proto import handoff_pb2 as pb
 from kvtransfer.rpc import read, translated
 from kvtransfer.settings import TransferSettings
 from prad.core.sampling import TokenEvent
+
+logger = logging.getLogger(__name__)
 
 _REMEMBERED_CANCELS = 256
 
@@ -153,6 +156,8 @@ class TokenStream:
         # a cancel is idempotent, and a connection may break with it on the way: the latest are said again
         self._cancels: deque[Cancel] = deque()
         self._said: deque[Cancel] = deque(maxlen=_REMEMBERED_CANCELS)
+        self._asking: Ask | None = None
+        self._asked_at: float | None = None  # the first question that no frame has come after
         self._to_say = asyncio.Event()
         self._speaker: asyncio.Task[None] | None = None
 
@@ -179,12 +184,15 @@ class TokenStream:
                 if self._closed:
                     raise GoneError("this stream was closed") from error
                 self._connected = False
+                logger.warning("the connection to decode broke: %s", error)
                 await self._reattach()
+                logger.info("connected to decode again: nothing was lost")
                 continue
             frame = decode(TokenFrame, message.frame)
             if frame.number != self._received + 1:
                 raise ProtocolError(f"frame {frame.number} after frame {self._received}")
             self._received = frame.number
+            self._asked_at = None
             yield frame
             self._done = frame.number
             if self._done - self._acknowledged >= self._settings.acknowledge_every:
@@ -195,6 +203,25 @@ class TokenStream:
         hand-off that is not committed: `HandOff.abort` is."""
         self._cancels.append(Cancel(request_id, attempt, choice))
         self._to_say.set()
+
+    def ask(self, ask: Ask) -> None:
+        """Asks after sequences that were handed over: a frame comes, in which an event ends with an error
+        each that decode does not have, behind all others of it. Said once: who waits on asks again, and then
+        a decode service that does not answer is noticed."""
+        now = asyncio.get_running_loop().time()
+        if self._asked_at is None:
+            self._asked_at = now
+        elif now - self._asked_at >= self._settings.answer_timeout_s:
+            self.doubt()
+        self._asking = ask
+        self._to_say.set()
+
+    def doubt(self) -> None:
+        """Decode did not answer elsewhere: the connection is made anew, which asks for an answer. Nothing is
+        lost if there is one."""
+        if self._connected:
+            self._connected = False
+            self._call.cancel()
 
     async def close(self) -> None:
         """Ends the stream; decode cancels what still runs for this client a while later."""
@@ -218,6 +245,7 @@ class TokenStream:
         self.session, self._call, self._ended = session, call, False
         self._connected = True
         self._acknowledged = self._received
+        self._asked_at = None
         self._cancels.extendleft(reversed(self._said))
         self._said.clear()
         self._to_say.set()
@@ -249,7 +277,7 @@ class TokenStream:
             ) from error
 
     async def _speak(self, call: Any) -> None:
-        """The one writer of a connection: cancels and acknowledgements, until the connection breaks."""
+        """The one writer of a connection: cancels, acknowledgements and questions, until it breaks."""
         try:
             while True:
                 await self._to_say.wait()
@@ -261,6 +289,9 @@ class TokenStream:
                     number = self._done
                     await call.write(pb.TokenControl(acknowledge=pb.Acknowledge(frame=number)))
                     self._acknowledged = number
+                if self._asking is not None:
+                    ask, self._asking = self._asking, None
+                    await call.write(pb.TokenControl(ask=encode(ask)))
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             return  # the reader sees the same break and attaches again
 

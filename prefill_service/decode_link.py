@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import uniform
 
-from kvtransfer.errors import LostError, RejectedError, RejectReason, TransferError
-from kvtransfer.messages import Open, StateSite
+from kvtransfer.errors import LostError, RejectedError, RejectReason, TimedOutError, TransferError
+from kvtransfer.messages import Ask, Open, StateSite
 from kvtransfer.sender import DecodeClient, HandOff
 from kvtransfer.tokens import TokenStream
 from prad.core.kv import ModelSpec
@@ -101,8 +101,8 @@ class DecodeLink:
         return dict(zip(prompts, rooms, strict=False))
 
     async def _open(self, prompt: Prompt) -> Room:
-        if self._stream is None:
-            return DecodeUnavailableError(self._trouble)
+        if self.trouble is not None:
+            return DecodeUnavailableError(self.trouble)
         try:
             left = prompt.deadline - self._clock()
             return await self._client.open(open_message(prompt, self._model, left))
@@ -117,6 +117,8 @@ class DecodeLink:
                 return NoRoom(error.retry_after_s)
             return DecodeUnavailableError(f"the decode service refuses: {error}")
         except LostError as error:
+            if isinstance(error, TimedOutError) and self._stream is not None:
+                self._stream.doubt()  # nobody else waits as long for the same
             return DecodeUnavailableError(f"the decode service went away: {error}")
         except TransferError as error:
             return InternalError(f"the hand-off failed: {error}")
@@ -128,6 +130,11 @@ class DecodeLink:
         """Ends a handed-over request, or one choice of it."""
         if self._stream is not None:
             self._stream.cancel(request_id, attempt, choice)
+
+    def ask(self, sequences: Sequence[tuple[str, int, int]]) -> None:
+        """Has decode end with an error event whichever of these (request_id, attempt, choice) it lacks."""
+        if self._stream is not None:
+            self._stream.ask(Ask(tuple(sequences)))
 
     async def _receive(self, on_event: Callable[[TokenEvent], None]) -> None:
         description = await self._client.describe()

@@ -26,6 +26,8 @@ from prefill_service.prompt import Committing, Decoding, Finished, Prompt, Promp
 from prefill_service.scheduler import PromptScheduler
 from prefill_service.settings import PrefillSettings
 
+_ASK_EVERY_S = 2.0
+
 
 class PrefillEngine:
     """Implements `prefill_service.prompt.Engine`. Use `run()` as a task beside the HTTP server.
@@ -70,6 +72,7 @@ class PrefillEngine:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._link.run(self._on_event, self._on_lost))
             tasks.create_task(self._loop.run())
+            tasks.create_task(self._ask_now_and_then())
 
     def generate(self, request: PromptRequest) -> AsyncGenerator[TokenEvent, None]:
         """See `Engine.generate`."""
@@ -83,6 +86,7 @@ class PrefillEngine:
         prompt = self._loop.live.get(request_id)
         if prompt is not None:
             prompt.running.discard(choice)
+            prompt.awaited.discard(choice)
             if isinstance(prompt.state, Decoding):
                 self._link.cancel(request_id, prompt.attempt, choice)
 
@@ -165,12 +169,27 @@ class PrefillEngine:
 
     def _on_event(self, event: TokenEvent) -> None:
         prompt = self._loop.live.get(event.request_id)
-        if prompt is None or isinstance(prompt.state, Finished):
+        if prompt is None or isinstance(prompt.state, Finished) or event.choice not in prompt.awaited:
             return
+        if event.finish_reason is not None:
+            prompt.awaited.discard(event.choice)
         for output in event.each():
             prompt.outputs.put_nowait(output)
         if event.is_early_end or not event.tokens:
             self._loop.fail(prompt, event_error(event))
+
+    async def _ask_now_and_then(self) -> None:
+        """So that no answer waits for tokens of a sequence that decode has lost without a word."""
+        while True:
+            await asyncio.sleep(_ASK_EVERY_S)
+            awaited = [
+                (prompt.request.request_id, prompt.attempt, choice)
+                for prompt in self._loop.live.values()
+                if isinstance(prompt.state, Decoding)
+                for choice in sorted(prompt.awaited)
+            ]
+            if awaited:
+                self._link.ask(awaited)
 
     def _on_lost(self, trouble: str) -> None:
         for prompt in list(self._loop.live.values()):

@@ -140,7 +140,8 @@ class Prompt:
     `ids` of its rows, in order: placeholders for the adapter's virtual tokens, prompt, continuation; task
     tokens are negative ids among the prompt's. `keys` of its blocks that may be shared, once it is queued.
     `outputs` carries its tokens, or the error that ends it, to the HTTP side; `running` are the choices that
-    have neither finished nor been cancelled. `attempt` counts the hand-offs: one that was given up is never
+    have neither finished there nor been cancelled, `awaited` those that decode has yet to say the end of.
+    `attempt` counts the hand-offs: one that was given up is never
     opened again. `hand_off`: its room at decode while it is prefilled; None if it needs none, or has none
     yet. `enqueued` and `deadline` are in the time of the engine's clock.
     """
@@ -156,6 +157,7 @@ class Prompt:
     outputs: "asyncio.Queue[TokenEvent | ServingError]" = field(default_factory=asyncio.Queue)
     ids: tuple[int, ...] = field(init=False)
     running: set[int] = field(init=False)
+    awaited: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.ids = placeholders(self.virtual_tokens) + self.request.prompt_ids + self.request.continuation_ids
@@ -216,4 +218,5 @@ class Prompt:
             told = own if choice == 0 else 0
             name = request.request_id, self.attempt, choice, index
             self.outputs.put_nowait(TokenEvent(*name, (token,), reason, cached_tokens=told))
+        self.awaited = self.running & {choice for choice, reason in enumerate(reasons) if reason is None}
         return None in reasons

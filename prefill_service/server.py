@@ -89,7 +89,7 @@ async def _serve(
     replica = f"{socket.gethostname()}-{uuid.uuid4().hex[:6]}"
     secret_file = settings.registry_secret_file
     async with (
-        DecodeClient(settings.decode, TransferSettings(shared_bytes=settings.kv_shared_mib << 20)) as decode,
+        DecodeClient(settings.decode, _transfer(settings)) as decode,
         AsyncRegistryClient(
             settings.registry,
             cache_dir=settings.cache_dir,
@@ -124,6 +124,14 @@ async def _serve(
             await tasks.create_task(_Server(config).serve(sockets=[listening]))
             for task in background:
                 task.cancel()
+
+
+def _transfer(settings: PrefillSettings) -> TransferSettings:
+    return TransferSettings(
+        shared_bytes=settings.kv_shared_mib << 20,
+        silence_s=settings.decode_silence_s,
+        reattach_timeout_s=settings.decode_reattach_s,
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

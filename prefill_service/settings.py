@@ -28,6 +28,11 @@ class PrefillSettings(ServiceSettings):
     """Seconds in which a request's body must come, or go on coming at 64 KiB/s; it is refused with 408."""
     decode: str = "127.0.0.1:50051"
     """The decode service, host:port."""
+    decode_silence_s: Annotated[float, Field(ge=0.5)] = 3.0
+    """Seconds without a sign of life of the decode service after which requests are refused; a busy one gives
+    it. Less on a machine that is short of cores takes it for frozen when it is not."""
+    decode_reattach_s: Annotated[float, Field(gt=0)] = 3.0
+    """Seconds that answers under way then wait for it to come back before they end with an error."""
     registry: str = "http://127.0.0.1:8001"
     """The adapter registry's URL."""
     registry_secret_file: Path | None = None

@@ -319,14 +319,16 @@ class Failed(_message.Message):
     def __init__(self, status: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...
 
 class TokenControl(_message.Message):
-    __slots__ = ("attach", "acknowledge", "cancel")
+    __slots__ = ("attach", "acknowledge", "cancel", "ask")
     ATTACH_FIELD_NUMBER: _ClassVar[int]
     ACKNOWLEDGE_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
+    ASK_FIELD_NUMBER: _ClassVar[int]
     attach: Attach
     acknowledge: Acknowledge
     cancel: Cancel
-    def __init__(self, attach: _Optional[_Union[Attach, _Mapping]] = ..., acknowledge: _Optional[_Union[Acknowledge, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
+    ask: Ask
+    def __init__(self, attach: _Optional[_Union[Attach, _Mapping]] = ..., acknowledge: _Optional[_Union[Acknowledge, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., ask: _Optional[_Union[Ask, _Mapping]] = ...) -> None: ...
 
 class Attach(_message.Message):
     __slots__ = ("client_id", "session", "received")
@@ -353,6 +355,22 @@ class Cancel(_message.Message):
     attempt: int
     choice: int
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., choice: _Optional[int] = ...) -> None: ...
+
+class Ask(_message.Message):
+    __slots__ = ("sequences",)
+    SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    sequences: Sequences
+    def __init__(self, sequences: _Optional[_Union[Sequences, _Mapping]] = ...) -> None: ...
+
+class Sequences(_message.Message):
+    __slots__ = ("request_id", "attempt", "choice")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    CHOICE_FIELD_NUMBER: _ClassVar[int]
+    request_id: _containers.RepeatedScalarFieldContainer[str]
+    attempt: _containers.RepeatedScalarFieldContainer[int]
+    choice: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, request_id: _Optional[_Iterable[str]] = ..., attempt: _Optional[_Iterable[int]] = ..., choice: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class TokenReply(_message.Message):
     __slots__ = ("attached", "frame", "ended")

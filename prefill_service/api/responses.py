@@ -238,8 +238,9 @@ async def chunks(
 class EventStream(Response):
     """Sends `events` as they come.
 
-    What fails before the first event is an ordinary error response; later it is the last event. The client's
-    leaving closes `events`.
+    What fails before the first event is an ordinary error response; later it is the last event, and no [DONE]
+    follows: that says that the answer is whole, and many clients look for nothing else. The client's leaving
+    closes `events`.
     """
 
     media_type = "text/event-stream"
@@ -271,7 +272,8 @@ class EventStream(Response):
                 raise
             told = as_told(error, self._record)
             self._record.status = told.status
-            await send({"type": "http.response.body", "body": _event(error_body(told)), "more_body": True})
+            await send({"type": "http.response.body", "body": _event(error_body(told)), "more_body": False})
+            return
         if not started:
             await self._start(send)
         await send({"type": "http.response.body", "body": DONE, "more_body": False})

@@ -7,8 +7,8 @@ from decode_service.reservations import PlacedRows, Reservation
 from decode_service.scheduler import EngineStatus
 from kvtransfer.errors import FencedError, RejectedError
 from kvtransfer.frames import Incoming
-from kvtransfer.messages import Cancel, Open
-from prad.core.sampling import Token
+from kvtransfer.messages import Ask, Cancel, Open
+from prad.core.sampling import Token, TokenEvent
 
 
 class FakeReservation(Reservation):
@@ -29,6 +29,7 @@ class FakeEngine(PagedEngine):
     def __init__(self) -> None:
         self.reservations: list[FakeReservation] = []
         self.cancelled: list[tuple[str, Cancel]] = []
+        self.asked: list[tuple[str, Ask]] = []
         self.gone: list[str] = []
         self.refusal: RejectedError | None = None
 
@@ -72,6 +73,10 @@ class FakeEngine(PagedEngine):
 
     def cancel(self, client_id: str, cancel: Cancel) -> None:
         self.cancelled.append((client_id, cancel))
+
+    def missing(self, client_id: str, ask: Ask) -> list[TokenEvent]:
+        self.asked.append((client_id, ask))
+        return [TokenEvent(*name, 0, (), "error", "not here") for name in ask.sequences]
 
     def cancel_client(self, client_id: str) -> None:
         self.gone.append(client_id)

@@ -93,6 +93,7 @@ class Link:
     answer: Callable[[Prompt], HandOff | NoRoom | ServingError] = HandOff
     opened: list[Any] = field(default_factory=list)
     cancelled: list[tuple[Any, ...]] = field(default_factory=list)
+    asked: list[list[tuple[str, int, int]]] = field(default_factory=list)
 
     async def run(self, tell: Callable[[TokenEvent], None], lose: Callable[[str], None]) -> None:
         self.tell, self.lose = tell, lose
@@ -105,6 +106,9 @@ class Link:
 
     def cancel(self, request_id: str, attempt: int, choice: int | None = None) -> None:
         self.cancelled.append((request_id, attempt) if choice is None else (request_id, attempt, choice))
+
+    def ask(self, sequences: Sequence[tuple[str, int, int]]) -> None:
+        self.asked.append(list(sequences))
 
 
 class Layers:

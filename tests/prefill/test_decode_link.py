@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from kvtransfer.errors import CorruptError, LostError, RejectedError, RejectReason, TimedOutError
-from kvtransfer.messages import TokenFrame
+from kvtransfer.messages import Ask, TokenFrame
 from prad.core.kv import KVLayout, LayerKV, ModelSpec
 from prad.core.sampling import Token, TokenEvent
 from prefill_service import decode_link
@@ -27,6 +27,7 @@ class Stream:
     def __init__(self) -> None:
         self.frames: asyncio.Queue[TokenFrame | None] = asyncio.Queue()
         self.cancelled: list[tuple[Any, ...]] = []
+        self.asked: list[Ask] = []
 
     async def __aenter__(self) -> "Stream":
         return self
@@ -41,6 +42,12 @@ class Stream:
 
     def cancel(self, *which: Any) -> None:
         self.cancelled.append(which)
+
+    def ask(self, ask: Ask) -> None:
+        self.asked.append(ask)
+
+    def doubt(self) -> None:
+        self.connected = False
 
 
 class Client:
@@ -134,11 +141,23 @@ async def test_while_decode_is_full_prompts_ask_one_by_one_up_to_the_first_witho
     task.cancel()
 
 
+async def test_an_open_without_an_answer_casts_doubt_and_nobody_else_waits_for_one() -> None:
+    client = Client(TimedOutError("no answer to Open"), object())
+    link, task = await connected(client, Heard())
+    first, second = prompts(2)
+    assert isinstance((await link.reserve([first]))[first], DecodeUnavailableError)
+    assert "reconnecting" in (link.trouble or "")
+    assert isinstance((await link.reserve([second]))[second], DecodeUnavailableError)
+    assert len(client.opens) == 1
+    task.cancel()
+
+
 async def test_without_a_connection_there_is_no_room() -> None:
     link = DecodeLink(Client(), SPEC)  # type: ignore[arg-type]
     (prompt,) = prompts(1)
     assert isinstance((await link.reserve([prompt]))[prompt], DecodeUnavailableError)
     link.cancel("r", 1)  # nobody has it
+    link.ask([("r", 1, 0)])
 
 
 async def test_open_says_all_that_decode_must_know() -> None:
@@ -169,10 +188,12 @@ async def test_events_are_passed_on_and_a_loss_is_told_once(monkeypatch: pytest.
     event = TokenEvent("r", 1, 0, 1, (Token(4),))
     client.streams[0].frames.put_nowait(TokenFrame(1, (event,)))
     link.cancel("r", 1, 0)
+    link.ask([("r", 1, 1)])
     client.streams[0].frames.put_nowait(None)
     while len(client.streams) < 2:  # noqa: ASYNC110
         await asyncio.sleep(0)
     assert (heard.events, client.streams[0].cancelled) == ([event], [("r", 1, 0)])
+    assert client.streams[0].asked == [Ask((("r", 1, 1),))]
     assert len(heard.losses) == 1
     assert client.names[0] == client.names[1], "decode frees at once what was left under that name"
     client.streams[-1].connected = False

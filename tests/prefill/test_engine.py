@@ -66,6 +66,32 @@ async def test_a_stream_that_decode_dropped_ends_at_the_requests_deadline() -> N
     assert setting.link.cancelled == [("r", 1)]
 
 
+async def test_decode_is_asked_after_what_it_owes_and_its_answer_ends_what_it_lacks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A choice that has ended, or was cancelled, is not asked after, and no answer about it counts."""
+    monkeypatch.setattr("prefill_service.engine._ASK_EVERY_S", 0.001)
+    setting = Setting()
+    async with setting.running():
+        tokens = setting.engine.generate(request("r", choices=3))
+        firsts = [await anext(tokens) for _ in range(3)]
+        assert [first.choice for first in firsts] == [0, 1, 2]
+        setting.engine.cancel_choice("r", 2)
+        await setting.until(lambda: setting.link.asked)
+        assert setting.link.asked[0] == [("r", 1, 0), ("r", 1, 1)]
+        setting.tell(1, "stop", choice=0)
+        await setting.until(lambda: setting.link.asked[-1] == [("r", 1, 1)])
+        for choice in (0, 2):
+            setting.link.tell(TokenEvent("r", 1, choice, 0, (), "error", "not here"))
+        assert (await anext(tokens)).finish_reason == "stop"
+        setting.link.tell(TokenEvent("r", 1, 1, 0, (), "error", "not here"))
+        with pytest.raises(InternalError, match="not here"):
+            await anext(tokens)
+        asked = len(setting.link.asked)
+        await asyncio.sleep(0.01)
+        assert len(setting.link.asked) == asked
+
+
 async def test_a_prompt_that_is_never_run_ends_at_its_deadline() -> None:
     setting = Setting(request_timeout_s=0.05)
     setting.link.answer = lambda prompt: NoRoom(60)

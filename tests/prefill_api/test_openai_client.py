@@ -8,6 +8,8 @@ import openai
 import pytest
 import uvicorn
 
+from prefill_service.errors import DecodeUnavailableError
+
 
 @pytest.fixture
 async def official(app_of: Any, engine: Any) -> AsyncIterator[openai.AsyncOpenAI]:
@@ -60,6 +62,16 @@ async def test_completions_chat_streams_and_errors(official: openai.AsyncOpenAI)
     with pytest.raises(openai.BadRequestError) as refused:
         await official.completions.create(model="e2e", prompt="x", frequency_penalty=1)
     assert refused.value.param == "frequency_penalty"
+
+
+async def test_a_stream_that_breaks_raises(official: openai.AsyncOpenAI, engine: Any) -> None:
+    engine.error, engine.fail_at = DecodeUnavailableError("gone"), 3
+    stream = await official.completions.create(
+        model="plain", prompt="x", max_tokens=8, stream=True, logprobs=0
+    )
+    with pytest.raises(openai.APIError, match="gone"):
+        async for _ in stream:
+            pass
 
 
 @pytest.mark.parametrize("stream", [False, True])

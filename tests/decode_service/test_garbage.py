@@ -1,0 +1,90 @@
+"""Whatever is sent to the port: who sends it is told, in one line of the log, and nobody else notices."""
+
+import asyncio
+
+import pytest
+from grpc import StatusCode
+from grpc.aio import AioRpcError, insecure_channel
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from handing_over import Prefill, prompt
+
+from decode_service.server import DecodeServer
+from prad.core.sampling import SamplingParams
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "prad.kvtransfer.v1.Decode/HandOffs",
+        "prad.kvtransfer.v1.Decode/Tokens",
+        "grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+    ],
+)
+async def test_garbage_is_refused_in_one_line(
+    server: DecodeServer, caplog: pytest.LogCaptureFixture, method: str
+) -> None:
+    caplog.set_level("INFO")
+    async with insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        call = channel.stream_stream(f"/{method}")()
+        await call.write(b"\xff\xff garbage")
+        with pytest.raises(AioRpcError) as caught:
+            await call.read()
+        assert caught.value.code() is StatusCode.INVALID_ARGUMENT
+    assert "Traceback" not in caplog.text
+    assert [r.message.split(":")[:2] for r in caplog.records] == [["a call ends", " not a message"]]
+
+
+@pytest.mark.parametrize("method", ["prad.kvtransfer.v1.Decode/Describe", "grpc.health.v1.Health/Check"])
+async def test_garbage_in_a_single_message_is_refused_in_one_line(
+    server: DecodeServer, caplog: pytest.LogCaptureFixture, method: str
+) -> None:
+    caplog.set_level("INFO")
+    async with insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        with pytest.raises(AioRpcError, match="not a message") as caught:
+            await channel.unary_unary(f"/{method}")(b"\xff\xff garbage")
+        assert caught.value.code() is StatusCode.INVALID_ARGUMENT
+    assert "Traceback" not in caplog.text
+    assert [r.message.split(":")[:2] for r in caplog.records] == [["a call ends", " not a message"]]
+
+
+async def test_garbage_to_a_call_that_answers_with_a_stream_is_refused_in_one_line(
+    server: DecodeServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    async with insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        with pytest.raises(AioRpcError, match="not a message") as caught:
+            await channel.unary_stream("/grpc.health.v1.Health/Watch")(b"\xff\xff garbage").read()
+        assert caught.value.code() is StatusCode.INVALID_ARGUMENT
+    assert "Traceback" not in caplog.text
+    assert [r.message.split(":")[:2] for r in caplog.records] == [["a call ends", " not a message"]]
+
+
+async def test_health_is_watched_and_the_contract_is_told(server: DecodeServer) -> None:
+    async with insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        watching = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert (await watching.read()).status == health_pb2.HealthCheckResponse.SERVING
+        watching.cancel()
+        asking = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo()
+        for _ in range(2):
+            await asking.write(reflection_pb2.ServerReflectionRequest(list_services=""))
+            names = [s.name for s in (await asking.read()).list_services_response.service]
+            assert "prad.kvtransfer.v1.Decode" in names
+        asking.cancel()
+
+
+async def test_bytes_that_are_no_grpc_leave_the_service_alone(
+    prefill: Prefill, server: DecodeServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    for garbage in (
+        b"GET / HTTP/1.1\r\n\r\n",
+        bytes(range(256)) * 9,
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\xff" * 99,
+    ):
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(garbage)
+        writer.write_eof()
+        await reader.read()
+        writer.close()
+    assert len(await prefill.generate(prompt(9), SamplingParams(max_tokens=9))) == 9
+    assert "Traceback" not in caplog.text
