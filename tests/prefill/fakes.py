@@ -29,10 +29,10 @@ def adapter(*, virtual_tokens: int = 0, whole: bool = False) -> Any:
     )
 
 
-def version(digest: str) -> TaskVersion:
+def version(digest: str, task: str = "task") -> TaskVersion:
     base = BaseModelRef(name="tiny", architecture="llama", weights="tiny")
     record = AdapterRecord(method="pa", config={}, base=base)
-    return TaskVersion("task", 1, digest, Artefact(Path(), record, {}, digest))
+    return TaskVersion(task, 1, digest, Artefact(Path(), record, {}, digest))
 
 
 def request(name: str, ids: Sequence[int] = (1, 2, 3), *, max_tokens: int = 20, **more: Any) -> PromptRequest:
