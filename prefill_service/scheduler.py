@@ -2,10 +2,10 @@
 
 Short prompts, of up to `chunk_tokens`, go in whole, up to `pass_tokens` together: a burst is one pass, and
 decodes as one batch. Longer ones share `chunk_tokens` of a pass, so that short ones need not wait for them.
-What a prompt has computed so far lies in its blocks. One that must run whole is never cut.
+What is computed of them lies in their blocks. One that must run whole is never cut.
 
 Tasks take turns (`VirtualCounters`). The oldest prompt of the task whose turn it is goes first, with half of
-that share if it is long, so that none starves; then each task's, at its turns, with the fewest tokens left.
+that share if it is long: none starves. Then go, by turns, those with the fewest tokens left of each task.
 Who decode has no room for may be passed by who wants less, within bounds (`DecodeRoom`).
 """
 
@@ -29,9 +29,8 @@ _PATIENCE_S = 10.0  # how long a prompt that decode has no room for lets others 
 class VirtualCounters:
     """Whose turn it is: the waiting task's with the smallest counter of tokens computed and drawn for it.
 
-    The virtual token counter (VTC) of Sheng et al., Fairness in Serving Large Language Models, OSDI 2024. A
-    task that comes back is lifted to the smallest counter of those that wait, or to that of the last one that
-    left: nobody saves up turns.
+    The virtual token counter (VTC) of Sheng et al., Fairness in Serving Large Language Models, 2024. A task
+    that comes back is lifted to the smallest of those that wait, or the last that left: no turns are saved.
     """
 
     def __init__(self) -> None:
@@ -215,7 +214,8 @@ class PromptScheduler:
         if prompt in self._prompts:
             self._prompts.remove(prompt)
             self._counters.leave(prompt.request.task)
-            if isinstance(prompt.state, Prefilling) and not self._in_pass(prompt):
+            in_pass = any(chunk.prompt is prompt for chunk in self._pass)
+            if isinstance(prompt.state, Prefilling) and not in_pass:
                 self.blocks.free(prompt.state.table)
 
     def drew(self, prompt: Prompt, tokens: int) -> None:
@@ -233,8 +233,7 @@ class PromptScheduler:
         for prompt in self._prompts:
             if isinstance(prompt.state, Queued):
                 waiting[prompt.request.task] += prompt.wanted.tokens
-        own = waiting.pop(request.task, 0)
-        most = own + request.tokens_at_most
+        most = (own := waiting.pop(request.task, 0)) + request.tokens_at_most
         return self._rate.seconds_for(own + sum(min(most, tokens) for tokens in waiting.values()))
 
     def expected_place(self) -> float:
@@ -399,6 +398,3 @@ class PromptScheduler:
         holds = len(state.table) if end < prompt.tokens else len(prompt.keys)
         stored = min(end, min(holds, len(state.table)) * size) - state.done
         return Chunk(prompt, state.done, end, state.table, max(0, stored))
-
-    def _in_pass(self, prompt: Prompt) -> bool:
-        return any(chunk.prompt is prompt for chunk in self._pass)
