@@ -88,17 +88,22 @@ class DecodeLink:
     async def reserve(self, prompts: Sequence[Prompt]) -> dict[Prompt, Room]:
         """Room for each, and for the request state that it will bring, asked for in order.
 
-        All at once; but one by one up to the first without room while decode is full: what is reserved behind
-        that one would have to be given back. Those behind it are not in the answer.
+        All at once; but one by one while decode is full: who wants no less than one without room is not
+        asked for, and not in the answer.
         """
-        rooms: list[Room] = []
+        rooms: dict[Prompt, Room] = {}
         if not self._full:
-            rooms = await asyncio.gather(*(self._open(prompt) for prompt in prompts))
-        while len(rooms) < len(prompts) and not (rooms and isinstance(rooms[-1], NoRoom)):
-            rooms.append(await self._open(prompts[len(rooms)]))
+            opened = await asyncio.gather(*(self._open(prompt) for prompt in prompts))
+            rooms.update(zip(prompts, opened, strict=True))
+        without: list[Prompt] = []
+        for prompt in prompts if self._full else ():
+            if not any(prompt.wanted.at_least(other.wanted) for other in without):
+                rooms[prompt] = await self._open(prompt)
+                if isinstance(rooms[prompt], NoRoom):
+                    without.append(prompt)
         if rooms:
-            self._full = any(isinstance(room, NoRoom) for room in rooms)
-        return dict(zip(prompts, rooms, strict=False))
+            self._full = any(isinstance(room, NoRoom) for room in rooms.values())
+        return rooms
 
     async def _open(self, prompt: Prompt) -> Room:
         if self.trouble is not None:

@@ -135,8 +135,8 @@ class PrefillEngine:
     async def _adapter_of(self, request: PromptRequest, deadline: float) -> AsyncIterator[Adapter | None]:
         """The request's adapter, pinned. Waiting for room for it, and loading it, count against the queue's
         bound and the deadline."""
-        if self._scheduler.full(self._loading) and not request.continuation_ids:  # what is under way goes on
-            raise OverloadedError(f"{self.waiting} prompts are waiting already")
+        if not request.continuation_ids:  # what is under way goes on
+            self._turn_away(request, deadline)
         async with AsyncExitStack() as held:
             adapter: Adapter | None = None
             self._loading += 1
@@ -150,6 +150,22 @@ class PrefillEngine:
             finally:
                 self._loading -= 1
             yield adapter
+
+    def _turn_away(self, request: PromptRequest, deadline: float) -> None:
+        """Raises OverloadedError if the queue has no place for it, or is not expected to reach it in time."""
+        if self._scheduler.full(self._loading):
+            raise OverloadedError(
+                f"{self.waiting} prompts are waiting already; try again later",
+                retry_after=self._scheduler.expected_place(),
+            )
+        may = min(deadline - self._clock(), self._settings.queue_timeout_s)
+        wait = self._scheduler.expected_wait(request)
+        if wait is not None and wait > may:
+            raise OverloadedError(
+                f"this request would wait for some {wait:.0f} s behind those of its task and its turns among "
+                f"others, and may wait for {may:.0f} s; try again later",
+                retry_after=max(1.0, wait - may),
+            )
 
     def _at_deadline(self, prompt: Prompt) -> asyncio.TimerHandle:
         """One timer for all waits of a prompt: none of its tokens sets up its own."""
@@ -173,6 +189,7 @@ class PrefillEngine:
             return
         if event.finish_reason is not None:
             prompt.awaited.discard(event.choice)
+        self._scheduler.drew(prompt, len(event.tokens))
         for output in event.each():
             prompt.outputs.put_nowait(output)
         if event.is_early_end or not event.tokens:

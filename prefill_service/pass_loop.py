@@ -106,17 +106,30 @@ class PassLoop:
         if not chunks:  # the oldest prompt waits for blocks that are still being sent
             await asyncio.sleep(_BLOCKS_PINNED_S)
         asking = [chunk.prompt for chunk in chunks if _asks_for_room(chunk.prompt)]
-        return self._admit(chunks, await self._link.reserve(asking))
+        rooms = await self._link.reserve(asking)
+        admitted = self._admit(chunks, rooms)
+        if any(isinstance(room, NoRoom) for room in rooms.values()):
+            self._turn_away(self._clock() - self._settings.queue_timeout_s)
+        return admitted
+
+    def _turn_away(self, before: float) -> None:
+        """Ends who waits for room at decode since then, asked for in this turn or not."""
+        for prompt in self._scheduler.want_room_since(before):
+            self.fail(
+                prompt,
+                OverloadedError(
+                    f"no room for this request within {self._settings.queue_timeout_s:g} s: the decode "
+                    "service is full; try again later, or with a lower n or max_tokens",
+                    retry_after=max(1.0, self._scheduler.expected_wait(prompt.request) or 0.0),
+                ),
+            )
 
     def _admit(self, chunks: Sequence[Chunk[Prompt]], rooms: Mapping[Prompt, Room]) -> list[Chunk[Prompt]]:
-        """Those that may run; the others go back. Whoever came later waits behind the first without room."""
-        admitted, refused, now = list[Chunk[Prompt]](), False, self._clock()
+        """Those that may run; the others go back. Who wants less than one without room may pass it."""
+        admitted, without, now = list[Chunk[Prompt]](), list[Prompt](), self._clock()
         for chunk in chunks:
             prompt, room = chunk.prompt, rooms.get(chunk.prompt)
-            if isinstance(room, NoRoom) and now - prompt.enqueued >= self._settings.queue_timeout_s:
-                room = OverloadedError(
-                    f"no room for this request within {self._settings.queue_timeout_s:g} s"
-                )
+            waits = _asks_for_room(prompt) and any(prompt.wanted.at_least(p.wanted) for p in without)
             if isinstance(room, ServingError):
                 self.fail(prompt, room)
                 room = None
@@ -124,9 +137,9 @@ class PassLoop:
                 self._give_back(room, "cancelled")
                 self._scheduler.put_back(chunk)
             elif isinstance(room, NoRoom):
-                refused = True
+                without.append(prompt)
                 self._scheduler.put_back(chunk, now + room.retry_after)
-            elif prompt.state.computed_none and (refused or (_asks_for_room(prompt) and room is None)):
+            elif waits or (room is None and _asks_for_room(prompt)):
                 if room is not None:
                     self._give_back(room, "an earlier prompt goes first")
                     prompt.attempt += 1

@@ -11,7 +11,7 @@ and any of them may end early. Knows neither torch nor grpc.
 import asyncio
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from prad.artefact import Artefact, placeholders
 from prad.core.kv import Chunk, block_keys
@@ -35,6 +35,19 @@ class TaskVersion:
     @property
     def name(self) -> str:
         return f"{self.task}@{self.version}"
+
+
+class RoomWanted(NamedTuple):
+    """What a prompt asks of decode: tokens of KV for its whole life, sequences, the width of its request
+    state."""
+
+    tokens: int
+    sequences: int
+    state: int
+
+    def at_least(self, other: "RoomWanted") -> bool:
+        """Whether it cannot be had where `other` cannot."""
+        return all(own >= its for own, its in zip(self, other, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +80,18 @@ class PromptRequest:
         """Tokens that the adapter puts in front of the prompt."""
         return 0 if self.version is None else self.version.artefact.record.virtual_tokens
 
+    @property
+    def task(self) -> str | None:
+        """Who takes turns with others; None is the plain model. Nothing that a client makes up, as
+        `cache_salt`: many of these would be many turns."""
+        return None if self.version is None else self.version.task
+
+    @property
+    def tokens_at_most(self) -> int:
+        """That it may come to: what it begins with once, and the longest output of every choice."""
+        begins = self.virtual_tokens + len(self.prompt_ids) + len(self.continuation_ids)
+        return begins + self.choices * max(0, self.sampling.max_tokens - self.output_offset - 1)
+
 
 class Engine(Protocol):
     """Everything behind the HTTP face: queue, prompt pass, hand-off, tokens from decode."""
@@ -92,9 +117,7 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Queued:
-    """Nothing of it is computed; decode has no room for it before `not_before`."""
-
-    not_before: float = 0.0
+    """Nothing of it is computed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,11 +162,11 @@ class Prompt:
 
     `ids` of its rows, in order: placeholders for the adapter's virtual tokens, prompt, continuation; task
     tokens are negative ids among the prompt's. `keys` of its blocks that may be shared, once it is queued.
-    `outputs` carries its tokens, or the error that ends it, to the HTTP side; `running` are the choices that
-    have neither finished there nor been cancelled, `awaited` those that decode has yet to say the end of.
-    `attempt` counts the hand-offs: one that was given up is never
-    opened again. `hand_off`: its room at decode while it is prefilled; None if it needs none, or has none
-    yet. `enqueued` and `deadline` are in the time of the engine's clock.
+    `wanted`: the room at decode that it asks for, if it needs any. `outputs` carries its tokens, or the error
+    that ends it, to the HTTP side; `running` are the choices that have neither finished nor been cancelled,
+    `awaited` those that decode has yet to say the end of. `attempt` counts the hand-offs: one that was given
+    up is never opened again. `hand_off`: its room at decode while it is prefilled; None if it needs none, or
+    has none yet. `enqueued` and `deadline` are in the time of the engine's clock.
     """
 
     request: PromptRequest
@@ -158,8 +181,11 @@ class Prompt:
     ids: tuple[int, ...] = field(init=False)
     running: set[int] = field(init=False)
     awaited: set[int] = field(default_factory=set)
+    wanted: RoomWanted = field(init=False)
 
     def __post_init__(self) -> None:
+        state = 0 if self.adapter is None else sum(self.adapter.state_widths.values())
+        self.wanted = RoomWanted(self.request.tokens_at_most, self.request.choices, state)
         self.ids = placeholders(self.virtual_tokens) + self.request.prompt_ids + self.request.continuation_ids
         self.running = set(range(self.request.choices))
 
@@ -185,6 +211,11 @@ class Prompt:
     def needs_decode(self) -> bool:
         """Whether there can be more than the first token."""
         return self.request.sampling.max_tokens > self.request.output_offset + 1
+
+    @property
+    def waits_for_room(self) -> bool:
+        """Whether it has yet to get room at decode, and needs some."""
+        return isinstance(self.state, Queued) and self.needs_decode
 
     def as_chunk(self) -> "Chunk[Prompt]":
         """All of it, for a pass that neither finds nor leaves blocks."""

@@ -2,16 +2,151 @@
 
 Short prompts, of up to `chunk_tokens`, go in whole, up to `pass_tokens` together: a burst is one pass, and
 decodes as one batch. Longer ones share `chunk_tokens` of a pass, so that short ones need not wait for them.
-The oldest prompt goes first, with half of that share if it is long, so that none starves; then those with the
-fewest tokens left. What a prompt has computed so far lies in its blocks. One that must run whole is never
-cut, however long it is.
+What is computed of them lies in their blocks. One that must run whole is never cut.
+
+Tasks take turns (`VirtualCounters`). The oldest prompt of the task whose turn it is goes first, with half of
+that share if it is long: none starves. Then go, by turns, those with the fewest tokens left of each task.
+Who decode has no room for may be passed by who wants less, within bounds (`DecodeRoom`).
 """
 
-from collections.abc import Collection, Sequence
+import math
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from heapq import heapify, heappop, heappush
+from operator import is_
 
 from prad.core.kv import BlockPool, Chunk
-from prefill_service.prompt import Prefilling, Prompt, Queued
+from prefill_service.prompt import Prefilling, Prompt, PromptRequest, Queued, RoomWanted
+
+_DRAWN_WEIGHT = 2.0  # of a drawn token, where one of a prompt counts 1: the paper's
+_LATELY_S = 30.0  # over how long the queue's rate is measured
+_KNOWN_AFTER_S = 5.0  # how long prompts must have waited before it says anything
+_PATIENCE_S = 10.0  # how long a prompt that decode has no room for lets others pass
+
+
+class VirtualCounters:
+    """Whose turn it is: the waiting task's with the smallest counter of tokens computed and drawn for it.
+
+    The virtual token counter (VTC) of Sheng et al., Fairness in Serving Large Language Models, 2024. A task
+    that comes back is lifted to the smallest of those that wait, or the last that left: no turns are saved.
+    """
+
+    def __init__(self) -> None:
+        self._counters: dict[str | None, float] = {}
+        self._waiting: Counter[str | None] = Counter()
+        self._left = 0.0
+
+    def arrive(self, task: str | None) -> None:
+        if task not in self._waiting:
+            self._counters[task] = max(self._counters.get(task, 0.0), self._smallest())
+        self._waiting[task] += 1
+
+    def leave(self, task: str | None) -> None:
+        """The task waits for one prompt less; who is behind all that wait has nothing to be remembered."""
+        self._left = self._smallest()
+        self._waiting[task] -= 1
+        if not self._waiting[task]:
+            del self._waiting[task]
+            kept = {t: c for t, c in self._counters.items() if t in self._waiting or c > self._left}
+            self._counters = kept
+
+    def charge(self, task: str | None, tokens: float) -> None:
+        self._counters[task] = self._counters.get(task, self._left) + tokens
+
+    def turns(self, prompts: Iterable[Prompt], cost: Callable[[Prompt], float]) -> Iterator[Prompt]:
+        """The prompts, each task's in their order, whenever it is its turn. cost: what a prompt got in its
+        turn, asked behind it."""
+        lines: dict[str | None, deque[Prompt]] = {}
+        for prompt in prompts:
+            lines.setdefault(prompt.request.task, deque()).append(prompt)
+        heap = [(self._counters[task], rank, line) for rank, (task, line) in enumerate(lines.items())]
+        heapify(heap)
+        while heap:
+            counter, rank, line = heappop(heap)
+            prompt = line.popleft()
+            yield prompt
+            if line:
+                heappush(heap, (counter + cost(prompt), rank, line))
+
+    def _smallest(self) -> float:
+        return min((self._counters[task] for task in self._waiting), default=self._left)
+
+
+class DecodeRoom:
+    """Who holds room at decode, who was refused it, and who may ask for it now.
+
+    Who wants less may pass one that was refused, but nobody any more after `patience_s`. While a task waits
+    that holds no more than its share, those that hold more get none; and nobody waits for these. Shares are
+    equal, of the tokens held and the most that one was refused, among the tasks that hold some or wait.
+    """
+
+    def __init__(self, patience_s: float) -> None:
+        self._patience_s = patience_s
+        self._held: set[Prompt] = set()
+        self._refused: dict[Prompt, tuple[float, float]] = {}  # until when: the first time, the last time
+        self._too_small: list[tuple[RoomWanted, float]] = []  # who wants at least that is refused until then
+
+    def refuse(self, prompt: Prompt, until: float) -> None:
+        first, _ = self._refused.get(prompt, (until, until))
+        self._refused[prompt] = first, until
+        known = [(w, t) for w, t in self._too_small if not (w.at_least(prompt.wanted) and t <= until)]
+        self._too_small = [*known, (prompt.wanted, until)]
+
+    def take(self, prompt: Prompt) -> None:
+        self._refused.pop(prompt, None)
+        self._held.add(prompt)
+
+    def leave(self, prompt: Prompt) -> None:
+        """It holds and wants none any more."""
+        self._refused.pop(prompt, None)
+        self._held.discard(prompt)
+
+    def due(self, prompt: Prompt) -> float:
+        """When it makes sense to ask."""
+        return max((t for wanted, t in self._too_small if prompt.wanted.at_least(wanted)), default=0.0)
+
+    def may_ask(self) -> Callable[[Prompt], bool]:
+        """Whether a prompt's turn has come, by those that wait now."""
+        over = self._over_their_share() if self._refused else set()
+        entitled = [prompt for prompt in self._refused if prompt.request.task not in over]
+        waited = {prompt: last - first for prompt, (first, last) in self._refused.items()}
+        if (first := next((p for p in entitled if waited[p] >= self._patience_s), None)) is not None:
+            return partial(is_, first)
+        return lambda prompt: not entitled or prompt.request.task not in over
+
+    def _over_their_share(self) -> set[str | None]:
+        held = Counter[str | None]()
+        for prompt in self._held:
+            held[prompt.request.task] += prompt.wanted.tokens
+        tasks = len(held.keys() | {prompt.request.task for prompt in self._refused})
+        total = held.total() + max(prompt.wanted.tokens for prompt in self._refused)
+        return {task for task, tokens in held.items() if tokens * tasks > total}
+
+
+class QueueRate:
+    """Tokens a second that left the queue lately, in the time that prompts waited."""
+
+    def __init__(self) -> None:
+        self._tokens = self._seconds = self._seen = 0.0
+        self._served = 0
+
+    def serve(self, tokens: int) -> None:
+        self._served += tokens
+
+    def look(self, now: float, oldest: float | None) -> None:
+        """oldest: since when somebody waits, if so."""
+        waited = 0.0 if oldest is None else max(0.0, now - max(self._seen, oldest))
+        fades = math.exp(-waited / _LATELY_S)
+        self._tokens = self._tokens * fades + self._served
+        self._seconds = self._seconds * fades + waited
+        self._served, self._seen = 0, now
+
+    def seconds_for(self, tokens: float) -> float | None:
+        """None if too little is known."""
+        known = self._seconds >= _KNOWN_AFTER_S and self._tokens > 0
+        return tokens * self._seconds / self._tokens if known else None
 
 
 @dataclass(slots=True)
@@ -45,6 +180,7 @@ class PromptScheduler:
         chunk_tokens: int,
         pass_prompts: int,
         max_waiting: int,
+        patience_s: float = _PATIENCE_S,
     ) -> None:
         self.blocks = blocks
         self.lookups = PrefixLookups()
@@ -52,6 +188,9 @@ class PromptScheduler:
         self._chunk_tokens = min(chunk_tokens, pass_tokens)
         self._pass_prompts = pass_prompts
         self._max_waiting = max_waiting
+        self._counters = VirtualCounters()
+        self._room = DecodeRoom(patience_s)
+        self._rate = QueueRate()
         self._prompts: list[Prompt] = []  # those with something left to compute, in order of arrival
         self._pass: list[Chunk[Prompt]] = []
         self._begun: set[Prompt] = set()  # by the pass under way
@@ -67,13 +206,40 @@ class PromptScheduler:
     def add(self, prompt: Prompt) -> None:
         prompt.keys = prompt.block_keys(self.blocks.block_size) if self.blocks.caching else ()
         self._prompts.append(prompt)
+        self._counters.arrive(prompt.request.task)
 
     def remove(self, prompt: Prompt) -> None:
         """Forgets a prompt; what it uses in a pass under way is given back when that ends."""
+        self._room.leave(prompt)
         if prompt in self._prompts:
             self._prompts.remove(prompt)
-            if isinstance(prompt.state, Prefilling) and not self._in_pass(prompt):
+            self._counters.leave(prompt.request.task)
+            in_pass = any(chunk.prompt is prompt for chunk in self._pass)
+            if isinstance(prompt.state, Prefilling) and not in_pass:
                 self.blocks.free(prompt.state.table)
+
+    def drew(self, prompt: Prompt, tokens: int) -> None:
+        """Decode did, for its task."""
+        self._counters.charge(prompt.request.task, _DRAWN_WEIGHT * tokens)
+
+    def want_room_since(self, before: float) -> list[Prompt]:
+        """Waiting ones that came no later and need room at decode."""
+        return [prompt for prompt in self._prompts if prompt.waits_for_room and prompt.enqueued <= before]
+
+    def expected_wait(self, request: PromptRequest) -> float | None:
+        """Seconds, by what left the queue lately, until nothing is before such a request: its own task's
+        prompts, and as much of every other task; None if not enough is known."""
+        waiting = Counter[str | None]()
+        for prompt in self._prompts:
+            if isinstance(prompt.state, Queued):
+                waiting[prompt.request.task] += prompt.wanted.tokens
+        most = (own := waiting.pop(request.task, 0)) + request.tokens_at_most
+        return self._rate.seconds_for(own + sum(min(most, tokens) for tokens in waiting.values()))
+
+    def expected_place(self) -> float:
+        """Seconds until one of those that wait has left; at least 1."""
+        waiting = [prompt.wanted.tokens for prompt in self._prompts if isinstance(prompt.state, Queued)]
+        return max(1.0, self._rate.seconds_for(sum(waiting) / max(1, len(waiting))) or 0.0)
 
     def fills_a_pass(self, now: float) -> bool:
         """Whether there is nothing to gain from waiting for more prompts."""
@@ -83,37 +249,43 @@ class PromptScheduler:
         return sum(min(self._left(p), self._chunk_tokens) for p in runnable) >= self._pass_tokens
 
     def next_due(self) -> float | None:
-        """When there is something to compute; None if there are no prompts."""
-        if any(isinstance(prompt.state, Prefilling) for prompt in self._prompts):
-            return 0.0
-        first = self._prompts[0].state if self._prompts else None
-        return first.not_before if isinstance(first, Queued) else None
+        """When there is something to compute, or room to ask for; None if there are no prompts."""
+        may_ask = self._room.may_ask()
+        asking = (p for p in self._prompts if not p.waits_for_room or may_ask(p))
+        return min((self._room.due(p) if p.waits_for_room else 0.0 for p in asking), default=None)
 
     def next_pass(self, now: float) -> list[Chunk[Prompt]]:
-        """The chunks of the next pass, in order of arrival; prompts not seen before begin."""
-        runnable = self._runnable(now)
-        if not runnable:
+        """The chunks of the next pass, by turns of their tasks and each task's in order of arrival; prompts
+        not seen before begin."""
+        queued = (prompt.enqueued for prompt in self._prompts if isinstance(prompt.state, Queued))
+        self._rate.look(now, min(queued, default=None))
+        if not (runnable := self._runnable(now)):
             return []
         counts = self._shares(runnable)
         chunks, may_cut = [], True
-        for prompt in (p for p in runnable if p in counts):
+        for prompt in self._counters.turns((p for p in runnable if p in counts), counts.__getitem__):
             known = prompt.state if isinstance(prompt.state, Prefilling) else None
             state = known or self._begin(prompt, counts[prompt], may_cut)
             if state is None:
                 may_cut = False  # the blocks that it waits for must not go to later ones
             else:
                 chunks.append(self._chunk(prompt, state, counts[prompt]))
+        for chunk in chunks:
+            self._counters.charge(chunk.prompt.request.task, len(chunk))
         self._pass = chunks
         return list(chunks)
 
     def put_back(self, chunk: Chunk[Prompt], not_before: float = 0.0) -> None:
         """The chunk does not run. A prompt that it would have begun waits again, in its place; one that was
-        removed is done with."""
+        removed is done with. not_before: decode has no room for it until then."""
         self._pass.remove(chunk)
         self.blocks.free(chunk.table)
+        self._counters.charge(chunk.prompt.request.task, -len(chunk))
         if chunk.prompt in self._prompts:
             assert chunk.prompt in self._begun
-            chunk.prompt.state = Queued(not_before)
+            chunk.prompt.state = Queued()
+            if not_before:
+                self._room.refuse(chunk.prompt, not_before)
         self._begun.discard(chunk.prompt)
 
     def computed(self, broken: Collection[Prompt] = ()) -> None:
@@ -136,7 +308,13 @@ class PromptScheduler:
 
     def _end_pass(self, leaving: set[Prompt]) -> None:
         ran, self._pass = self._pass, []
+        for prompt in self._begun.intersection(self._prompts):
+            self._rate.serve(prompt.wanted.tokens)
+            if prompt.needs_decode:
+                self._room.take(prompt)
         self._begun.clear()
+        for prompt in leaving.intersection(self._prompts):
+            self._counters.leave(prompt.request.task)
         self._prompts = [prompt for prompt in self._prompts if prompt not in leaving]
         staying = set(self._prompts)
         for chunk in ran:
@@ -148,27 +326,22 @@ class PromptScheduler:
                 prompt.state = replace(prompt.state, table=table, done=chunk.end)
 
     def _runnable(self, now: float) -> list[Prompt]:
-        """Prompts under way, and waiting ones up to the first that decode has no room for."""
-        runnable: list[Prompt] = []
-        refused = False
-        for prompt in self._prompts:
-            if isinstance(prompt.state, Queued):
-                refused = refused or prompt.state.not_before > now
-                if refused:
-                    continue
-            runnable.append(prompt)
-        return runnable
+        """Prompts under way, and waiting ones that need no room at decode, or may ask for it now."""
+        may_ask = self._room.may_ask()
+        due = self._room.due
+        return [p for p in self._prompts if not p.waits_for_room or (may_ask(p) and due(p) <= now)]
 
     def _shares(self, runnable: Sequence[Prompt]) -> dict[Prompt, int]:
         """How many tokens of which prompts go into the pass."""
         left = {prompt: self._left(prompt) for prompt in runnable}
-        oldest, half = runnable[0], (self._chunk_tokens + 1) // 2
+        oldest, half = next(self._counters.turns(runnable, left.__getitem__)), (self._chunk_tokens + 1) // 2
         share = left[oldest] if self._is_short(oldest) else min(left[oldest], half)
         shares, for_parts = {oldest: share}, self._chunk_tokens
         budget = self._pass_tokens - share
         if not self._is_short(oldest):
             for_parts -= share
-        for prompt in sorted(runnable, key=lambda p: left[p] - shares.get(p, 0)):
+        shortest = sorted(runnable, key=lambda p: left[p] - shares.get(p, 0))
+        for prompt in self._counters.turns(shortest, lambda p: shares.get(p, 0)):
             had = shares.get(prompt, 0)
             more = left[prompt] - had
             if not (self._is_short(prompt) and more <= budget):
@@ -225,6 +398,3 @@ class PromptScheduler:
         holds = len(state.table) if end < prompt.tokens else len(prompt.keys)
         stored = min(end, min(holds, len(state.table)) * size) - state.done
         return Chunk(prompt, state.done, end, state.table, max(0, stored))
-
-    def _in_pass(self, prompt: Prompt) -> bool:
-        return any(chunk.prompt is prompt for chunk in self._pass)

@@ -82,7 +82,7 @@ class PrefillSettings(ServiceSettings):
     max_waiting: Annotated[int, Field(ge=1)] = 1024
     """Prompts in the queue, those that wait for their adapter included; further ones are refused."""
     queue_timeout_s: Annotated[float, Field(gt=0)] = 60.0
-    """Seconds that a prompt waits for room at decode."""
+    """Seconds that a prompt waits for room at decode; if it would take longer, it is refused on arrival."""
     request_timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """Seconds from arrival to last token; a request that takes longer ends with an error."""
 

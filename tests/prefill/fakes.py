@@ -1,6 +1,7 @@
 """Prompts of plain data, and the engine's parts as tests want them: no model, no connection."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -29,10 +30,10 @@ def adapter(*, virtual_tokens: int = 0, whole: bool = False) -> Any:
     )
 
 
-def version(digest: str) -> TaskVersion:
+def version(digest: str, task: str = "task") -> TaskVersion:
     base = BaseModelRef(name="tiny", architecture="llama", weights="tiny")
     record = AdapterRecord(method="pa", config={}, base=base)
-    return TaskVersion("task", 1, digest, Artefact(Path(), record, {}, digest))
+    return TaskVersion(task, 1, digest, Artefact(Path(), record, {}, digest))
 
 
 def request(name: str, ids: Sequence[int] = (1, 2, 3), *, max_tokens: int = 20, **more: Any) -> PromptRequest:
@@ -176,7 +177,9 @@ class Residents:
 class Setting:
     """An engine, and the parts that it was made of."""
 
-    def __init__(self, *, max_waiting: int = 9, **settings: Any) -> None:
+    def __init__(
+        self, *, max_waiting: int = 9, clock: Callable[[], float] = time.monotonic, **settings: Any
+    ) -> None:
         self.link, self.passes, self.residents = Link(), Passes(), Residents()
         self.scheduler = PromptScheduler(
             BlockPool(40, 4, keep=20),
@@ -186,7 +189,7 @@ class Setting:
             max_waiting=max_waiting,
         )
         parts: list[Any] = [self.scheduler, self.passes, self.link, self.residents]
-        self.engine = PrefillEngine(*parts, PrefillSettings(gather_s=0, **settings))
+        self.engine = PrefillEngine(*parts, PrefillSettings(gather_s=0, **settings), clock)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:

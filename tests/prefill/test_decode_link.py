@@ -152,6 +152,19 @@ async def test_an_open_without_an_answer_casts_doubt_and_nobody_else_waits_for_o
     task.cancel()
 
 
+async def test_while_decode_is_full_who_wants_less_than_one_without_room_is_asked_for() -> None:
+    full = RejectedError(RejectReason.FULL, "full", 0.25)
+    rooms = [object(), object()]
+    client = Client(full, full, rooms[0], rooms[1])
+    link, task = await connected(client, Heard())
+    large = [Prompt(request(f"large{i}", max_tokens=7000), deadline=30.0) for i in range(2)]
+    small = [Prompt(request(f"small{i}"), deadline=30.0) for i in range(2)]
+    assert await link.reserve(large[:1]) == {large[0]: NoRoom(0.25)}
+    answers = await link.reserve([large[0], small[0], large[1], small[1]])
+    assert answers == {large[0]: NoRoom(0.25), small[0]: rooms[0], small[1]: rooms[1]}
+    task.cancel()
+
+
 async def test_without_a_connection_there_is_no_room() -> None:
     link = DecodeLink(Client(), SPEC)  # type: ignore[arg-type]
     (prompt,) = prompts(1)

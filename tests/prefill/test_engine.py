@@ -17,6 +17,7 @@ from prefill_service.errors import (
     OverloadedError,
     ServingError,
 )
+from prefill_service.prompt import Prompt
 from tests.prefill.fakes import HandOff, Setting, request, version
 
 
@@ -178,6 +179,54 @@ async def test_no_room_for_too_long_is_an_overload() -> None:
     async with setting.running():
         with pytest.raises(OverloadedError, match="no room"):
             await anext(setting.engine.generate(request("r")))
+
+
+async def test_a_smaller_one_passes_who_has_no_room_even_with_room_asked_for_together() -> None:
+    setting = Setting()
+    setting.link.answer = lambda p: NoRoom(60) if p.request.request_id == "large" else HandOff(p)
+    async with setting.running():
+        large = asyncio.create_task(anext(setting.engine.generate(request("large", max_tokens=7000))))
+        small = setting.engine.generate(request("small"))
+        async with asyncio.timeout(10):
+            await anext(small)
+            later = setting.engine.generate(request("later"))
+            await anext(later)
+        assert not large.done()
+        assert [room.aborted for room in setting.link.opened if isinstance(room, HandOff)] == [None, None]
+        large.cancel()
+        await asyncio.gather(large, return_exceptions=True)
+        await small.aclose()
+        await later.aclose()
+
+
+async def test_whoever_waits_too_long_is_told_when_to_come_again_asked_for_or_not() -> None:
+    setting = Setting(queue_timeout_s=0.05)
+    setting.link.answer = lambda prompt: NoRoom(0.02)
+    async with setting.running():
+        jobs = [anext(setting.engine.generate(request(f"r{i}"))) for i in range(9)]  # a pass takes 8
+        errors = await asyncio.gather(*jobs, return_exceptions=True)
+        assert all(isinstance(e, OverloadedError) and "no room" in e.message for e in errors)
+
+
+async def test_who_cannot_be_reached_in_time_is_refused_on_arrival_and_told_how_long_that_is() -> None:
+    now = [100.0]
+    setting = Setting(max_waiting=200, queue_timeout_s=30.0, clock=lambda: now[0])
+    flood, quiet = version("d", "flood"), version("q", "quiet")
+    for i in range(100):  # of 22 tokens each at most, 10 of which are computed in a turn
+        setting.scheduler.add(Prompt(request(f"r{i}", version=flood), enqueued=100.0))
+    for _ in range(10):
+        for chunk in setting.scheduler.next_pass(now[0])[1:]:
+            setting.scheduler.put_back(chunk)
+        setting.scheduler.computed()
+        now[0] += 1
+    with pytest.raises(OverloadedError, match="may wait for 30 s") as caught:
+        await anext(setting.engine.generate(request("late", version=flood)))
+    assert caught.value.retry_after == pytest.approx(60, rel=0.2)  # 90 wait, one leaves each second
+    async with asyncio.timeout(10):
+        asked = asyncio.create_task(anext(setting.engine.generate(request("quiet", version=quiet))))
+        await setting.until(lambda: setting.engine.live)
+    asked.cancel()
+    await asyncio.gather(asked, return_exceptions=True)
 
 
 async def test_who_is_refused_for_good_is_told_and_others_go_on() -> None:

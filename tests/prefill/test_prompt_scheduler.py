@@ -161,15 +161,15 @@ def test_the_oldest_prompt_gets_the_blocks_that_it_waits_for() -> None:
     assert queue.next_due() is None
 
 
-def test_nothing_overtakes_a_prompt_that_waits_for_room_at_decode() -> None:
+def test_no_equal_overtakes_a_prompt_that_waits_for_room_at_decode() -> None:
     queue = scheduler(10, 10)
     for chunk in queue.next_pass(0):
         queue.put_back(chunk, not_before=5.0 if name(chunk) == "job0" else 0.0)
     queue.computed()
-    queue.add(prompt("late", 1))
+    queue.add(prompt("late", 10))
     assert queue.next_pass(4.9) == []
     assert queue.next_due() == 5.0
-    assert run(queue, 5.0) == [("job0", 0, 10), ("job1", 0, 10), ("late", 0, 1)]
+    assert run(queue, 5.0) == [("job0", 0, 10), ("job1", 0, 10), ("late", 0, 10)]
 
 
 def test_a_prompt_under_way_goes_on_while_others_wait_for_room() -> None:
