@@ -1,7 +1,7 @@
 """Programs of others that call the API as users run them: each in a virtual environment of its own below the
 cache folder, from the exact versions in locks/.
 
-`python -m tests.outside.clients` installs them (`make test-long` does so first); a test that finds one missing
+`python -m tests.outside.clients` installs them (`make test-long` does so first); a test that misses one
 says so and is skipped, as no test reaches a network.
 """
 
