@@ -1,4 +1,4 @@
-"""lm-eval and guidellm as their users run them, against the running stack: their reports tell what was served."""
+"""lm-eval and guidellm as their users run them, against the running stack: they report what was served."""
 
 import json
 import os
