@@ -23,7 +23,8 @@ serve: $(VENV)/.served ## the whole stack with the demo adapters, on this machin
 test: $(VENV)/.tested ## install what the tests need and run them (two at a time: they wait more than they compute)
 	$(BIN)/pytest $(TESTS)
 
-test-long: $(VENV)/.tested ## the tests that run for minutes
+test-long: $(VENV)/.tested ## the tests that run for minutes (what others' programs they run is installed first, once)
+	-$(BIN)/python -m tests.outside.clients
 	$(BIN)/pytest -m long -n 2 --dist loadfile
 
 test-latest: ## the tests with the newest releases that pyproject.toml admits; every warning is an error

@@ -264,9 +264,9 @@ def _running_stack(
         start_decode()
         where = ["--decode", f"127.0.0.1:{decode_port}", "--registry", registry, "--port", str(api_port)]
         stack.start("prefill", [*common, "--model", str(model), *where, *_flags(prefill)])
-        stack.wait_until(lambda: answers(f"{registry}/ready"), 60, "the registry")
+        stack.wait_until(lambda: answers(f"{registry}/ready"), 120, "the registry")
         if decode_model is None:
-            stack.wait_until(lambda: answers(f"{api}/ready"), 120, "prefill")
+            stack.wait_until(lambda: answers(f"{api}/ready"), 240, "prefill")
         if adapters is not None:
             assert push_all(adapters, registry) == {}
             listed = [f"{api}/v1/models/{path.name}" for path in adapters.iterdir()]

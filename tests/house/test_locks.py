@@ -87,3 +87,11 @@ def test_one_environment_can_hold_all(name: str) -> None:
 def test_serving_installs_no_more_than_it_needs() -> None:
     assert not SERVING_DOES_WITHOUT & set(locked("serve"))
     assert not [package for package in locked("test") if re.match("nvidia|cuda|triton|torch$", package)]
+
+
+@pytest.mark.parametrize("client", ["lm-eval", "guidellm"])
+def test_what_the_long_tests_run_is_locked(client: str) -> None:
+    asked = Requirement((ROOT / "locks" / f"{client}.in").read_text(encoding="utf-8").splitlines()[-1])
+    lock = locked(client)
+    assert [version in asked.specifier for version, _ in lock[client]] == [True]
+    assert not [package for package in lock if re.match("nvidia|cuda|triton|torch$", package)]
