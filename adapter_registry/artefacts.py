@@ -13,7 +13,7 @@ import shutil
 import stat
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -61,11 +61,14 @@ class ArtefactFolder:
         return _describe(artefact)
 
     @contextmanager
-    def kept(self, staged: Path, adapter: StoredAdapter) -> Iterator[None]:
-        """Moves checked files to their digest; inside, nobody removes them: time to enter the version."""
-        _flush(staged)
+    def kept(self, checked: Sequence[tuple[Path, str]]) -> Iterator[None]:
+        """Moves staged folders to the digests that they were checked to have; inside, nobody removes them:
+        time to enter the versions."""
+        for staged, _ in checked:
+            _flush(staged)
         with self._alone():
-            self._move(staged, self._artefacts / adapter.digest)
+            for staged, digest in checked:
+                self._move(staged, self._artefacts / digest)
             yield
 
     def remove(self, digest: str, needed: Callable[[], frozenset[str]]) -> None:

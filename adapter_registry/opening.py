@@ -24,6 +24,12 @@ class OpenedData:
     files: ArtefactFolder
     lock: FileLock | None
 
+    @property
+    def place(self) -> str:
+        """Where that is, for people."""
+        redis = f", Redis {self.store.address}" if isinstance(self.store, RedisStore) else ""
+        return f"{self.files.folder}{redis}"
+
     def close(self) -> None:
         self.store.close()
         self.files.close()

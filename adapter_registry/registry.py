@@ -95,7 +95,7 @@ class Registry:
             ) from None
 
         def store() -> Pushed:
-            with self.files.kept(staged, adapter):
+            with self.files.kept([(staged, adapter.digest)]):
                 number, created = self._store.push(task, adapter)
             return Pushed(**dict(self._store.version(task, number)), created=created)
 

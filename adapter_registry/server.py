@@ -76,9 +76,7 @@ class RegistryServer:
     def run(self) -> None:
         # uvicorn is silent about a socket that it was given; this is the logger that it configures.
         logger = logging.getLogger("uvicorn.error")
-        store = self._data.store
-        kept = f", Redis {store.address}" if isinstance(store, RedisStore) else ""
-        logger.info("Adapter registry on %s, data in %s%s", self.url, self._data.files.folder, kept)
+        logger.info("Adapter registry on %s, data in %s", self.url, self._data.place)
         for warning in self._warnings:
             logger.warning("%s", warning)
         try:
