@@ -75,9 +75,10 @@ def answering(address: RedisAddress) -> Iterator[None]:
     except WatchError:  # somebody else was faster: for whoever watches
         raise
     except RedisError as error:
+        why = str(error).rstrip(".") or type(error).__name__
         raise StoreUnavailableError(
-            f"the registry's Redis at {address} cannot be used: {str(error) or type(error).__name__}. What "
-            "is served goes on being served; a change asked for now may have been made: look, then repeat"
+            f"the registry's Redis at {address} cannot be used: {why}. What is served goes on being served; "
+            "a change asked for now may have been made: look, then repeat"
         ) from error
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from redis import Redis
-from redis.exceptions import ConnectionError
+from redis.exceptions import AuthenticationError, ConnectionError
 
 REQUIRED = "PRAD_REQUIRE_REDIS"
 
@@ -57,7 +57,7 @@ class RedisProcess:
         try:
             with Redis.from_url(self.url) as client:
                 return bool(client.ping())
+        except AuthenticationError:  # it answers, and asks for a password
+            return True
         except ConnectionError:
             return False
-        except Exception:  # it answers, and asks for a password
-            return True
