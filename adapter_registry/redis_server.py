@@ -75,9 +75,8 @@ def answering(address: RedisAddress) -> Iterator[None]:
     except WatchError:  # somebody else was faster: for whoever watches
         raise
     except RedisError as error:
-        why = str(error).rstrip(".") or type(error).__name__
         raise StoreUnavailableError(
-            f"the registry's Redis at {address} cannot be used: {why}. What is served goes on being served; "
+            f"the registry's Redis at {address} cannot be used: {_said(error)}. What is served goes on being served; "
             "a change asked for now may have been made: look, then repeat"
         ) from error
 
@@ -108,7 +107,7 @@ def start(address: str) -> tuple[Redis, RedisAddress, str]:
     except RedisError as error:
         client.close()
         raise CannotStartError(
-            f"the Redis at {named} cannot be used: {error}. Start it, or mend redis_url "
+            f"the Redis at {named} cannot be used: {_said(error)}. Start it, or mend redis_url "
             "(PRAD_REGISTRY_REDIS_URL); without one the registry keeps its data in data_dir"
         ) from error
     except CannotStartError:
@@ -189,6 +188,13 @@ def _identity(client: Redis) -> str:
                 return known
             except WatchError:
                 continue
+
+
+def _said(error: RedisError) -> str:
+    """What is wrong, in a sentence: Redis goes on for a screen about some of it."""
+    if isinstance(error, AuthenticationError):
+        return "it refuses the user or password in redis_url, or asks for one (redis://user:password@host)"
+    return str(error).split(". ")[0].rstrip(".") or type(error).__name__
 
 
 def _may_pass(error: BaseException) -> bool:

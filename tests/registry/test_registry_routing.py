@@ -158,7 +158,7 @@ def test_what_is_no_export_is_refused_whole(data_dir, serving, adapter, tmp_path
         tar(tmp_path / "a", something=b"{}"): "does not begin with registry.json",
         tar(
             tmp_path / "b", registry_dot_json=b"{}"
-        ): "registry.json cannot be read .revision: Field required",
+        ): "registry.json cannot be read (revision: Field required",
         tar(tmp_path / "c", registry_dot_json=index[1]): "lacks the files of adapter",
         tar(
             tmp_path / "d", registry_dot_json=index[1], artefacts__x__evil=b""
@@ -171,7 +171,7 @@ def test_what_is_no_export_is_refused_whole(data_dir, serving, adapter, tmp_path
     for path, said in cases.items():
         refused = prad("registry", "import", path, "--data-dir", empty)
         assert refused.exit_code != 0
-        assert said.replace(" .", " (") in str(refused.exception)
+        assert said in str(refused.exception)
     with serving(RegistrySettings(port=0, data_dir=empty, log_level="warning")) as registry:
         assert registry.client.state().revision == 0
         assert list((empty / "artefacts").iterdir()) == list((empty / "staging").iterdir()) == []
