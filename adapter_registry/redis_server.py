@@ -76,8 +76,8 @@ def answering(address: RedisAddress) -> Iterator[None]:
         raise
     except RedisError as error:
         raise StoreUnavailableError(
-            f"the registry's Redis at {address} cannot be used: {_said(error)}. What is served goes on being served; "
-            "a change asked for now may have been made: look, then repeat"
+            f"the registry's Redis at {address} cannot be used: {_said(error)}. What is served goes on being "
+            "served; a change asked for now may have been made: look, then repeat"
         ) from error
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from redis_process import RedisProcess
 from safetensors.numpy import save_file
 
 from adapter_registry.api import Pushed, StoredFile
@@ -20,6 +19,7 @@ from adapter_registry.settings import RegistrySettings
 from adapter_registry.sqlite import SqliteStore
 from adapter_registry.store import Store, StoredAdapter
 from prad.artefact import WEIGHTS, AdapterRecord, BaseModelRef, read_artefact, write_record
+from tests.redis_process import RedisProcess
 
 
 @dataclass(frozen=True)

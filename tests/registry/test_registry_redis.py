@@ -13,7 +13,6 @@ from contextlib import ExitStack, contextmanager, suppress
 import httpx
 import pytest
 from redis import Redis
-from redis_process import RedisProcess
 
 from adapter_registry.client import RegistryClient
 from adapter_registry.errors import (
@@ -27,6 +26,7 @@ from adapter_registry.redis_store import RedisStore
 from adapter_registry.server import RegistryServer
 from adapter_registry.settings import RegistrySettings
 from prad.artefact import files_digest
+from tests.redis_process import RedisProcess
 
 PROGRAM = """
 from adapter_registry.server import RegistryServer
