@@ -56,10 +56,14 @@ class VersionRoute(_Answer):
 
 
 class TaskRoute(_Answer):
-    """`current` is what a plain `task` means; None: the task cannot answer."""
+    """`current` is what a plain `task` means; None: the task cannot answer.
+
+    `routing_revision`: of the last change that promoted or retired one of its versions; what If-Match takes.
+    """
 
     task: str
     current: int | None
+    routing_revision: int = 0
     versions: tuple[VersionRoute, ...]
 
 
@@ -120,8 +124,10 @@ class Rerouted(VersionRecord):
     """The answer to promote and retire. `replicas`: the revision in force at each connected prefill replica.
 
     `pending`: those of them that have not put the change in force yet, and still route by an earlier one.
+    `routing_revision`: the task's, afterwards.
     """
 
+    routing_revision: int = 0
     replicas: dict[str, int] = Field(examples=[{"prefill-a": 41, "prefill-b": 39}])
     pending: tuple[str, ...] = Field(examples=[["prefill-b"]])
 

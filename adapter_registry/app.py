@@ -23,6 +23,7 @@ from adapter_registry.api import (
 )
 from adapter_registry.errors import ForbiddenError, HostNotAllowedError, NotAReplicaError
 from adapter_registry.hosts import AllowedHosts
+from adapter_registry.preconditions import REROUTING, IfMatch, etag
 from adapter_registry.registry import Follower, Registry
 from adapter_registry.settings import RegistrySettings
 from adapter_registry.storage import storing
@@ -74,8 +75,11 @@ def _reading(registry: Registry) -> APIRouter:
         return state if everything else state.listed()
 
     @router.get("/tasks/{task}")
-    async def task(task: str) -> TaskRoute:
-        return await registry.task(task)
+    async def task(task: str, response: Response) -> TaskRoute:
+        """A task's routing. ETag is its revision, for If-Match of a request to change it."""
+        route = await registry.task(task)
+        response.headers["etag"] = etag(route.routing_revision)
+        return route
 
     @router.get(VERSION)
     async def version(task: str, version: Number) -> VersionRecord:
@@ -157,18 +161,25 @@ def _pushing(registry: Registry, settings: RegistrySettings) -> APIRouter:
 def _changing(registry: Registry) -> APIRouter:
     router = APIRouter(route_class=uploads.BoundedRoute, dependencies=[Depends(_refuse_foreign_origin)])
 
-    @router.post(VERSION + "/promote")
-    async def promote(task: str, version: Number) -> Rerouted:
+    @router.post(VERSION + "/promote", responses=REROUTING)
+    async def promote(task: str, version: Number, seen: IfMatch, response: Response) -> Rerouted:
         """Make a version what plain `task` means.
 
         Answers when that is in force at all connected prefill replicas; `pending` says where it is not yet.
         """
-        return await registry.promote(task, version)
+        rerouted = await registry.promote(task, version, expected=seen)
+        response.headers["etag"] = etag(rerouted.routing_revision)
+        return rerouted
 
-    @router.post(VERSION + "/retire")
-    async def retire(task: str, version: Number, body: Retire | None = None) -> Rerouted:
+    @router.post(VERSION + "/retire", responses=REROUTING)
+    async def retire(
+        task: str, version: Number, seen: IfMatch, response: Response, body: Retire | None = None
+    ) -> Rerouted:
         """No new requests for a version; running ones keep it. Answers as promote does."""
-        return await registry.retire(task, version, force=body is not None and body.force)
+        force = body is not None and body.force
+        rerouted = await registry.retire(task, version, force=force, expected=seen)
+        response.headers["etag"] = etag(rerouted.routing_revision)
+        return rerouted
 
     @router.post(VERSION + "/unretire")
     async def unretire(task: str, version: Number) -> VersionRecord:
@@ -194,14 +205,15 @@ def _service(registry: Registry, settings: RegistrySettings) -> APIRouter:
         return {"status": "ok"}
 
     @router.get("/ready")
-    async def ready() -> dict[str, str | int]:
-        """507 while the disk has less free than it should."""
-        return {"status": "ready", "revision": await registry.ready()}
+    async def ready() -> dict[str, str | int | tuple[str, ...]]:
+        """507 while the disk has less free than it should, 503 while Redis does not answer."""
+        revision, warnings = await registry.ready()
+        said = {"warnings": warnings} if warnings else {}
+        return {"status": "ready", "revision": revision, **said}
 
     @router.get("/metrics")
     async def metrics() -> Response:
-        connected = sum(replica.connected for replica in registry.replicas.list())
-        page = registry.metrics.page(await registry.state(), registry.feed.waiters, connected)
+        page = await registry.metrics_page()
         return Response(page, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @router.get("/version")

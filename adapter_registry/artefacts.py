@@ -1,7 +1,8 @@
 """The files of adapters on the registry's disk: staged, checked, then moved to their digest.
 
-    <data>/staging/<random>/     being uploaded; emptied at every start
-    <data>/artefacts/<digest>/   complete, checked, flushed; a folder appears here by one rename
+    <data>/staging/<process>-<random>/   being uploaded; of the dead, removed at every start
+    <data>/artefacts/<digest>/           complete, checked, flushed; a folder appears here by one rename
+    <data>/processes/                    which registries live that share this folder (`Tenant`)
 
 A version enters the database only after its folder is here, and leaves it before: a kill at any moment leaves
 whole versions and, at worst, a folder that no version needs, which `sweep` removes at the next start.
@@ -12,7 +13,7 @@ import shutil
 import stat
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from adapter_registry.errors import (
 )
 from adapter_registry.storage import storing
 from adapter_registry.store import StoredAdapter
+from adapter_registry.tenants import Tenant
 from prad.artefact import FILES, Artefact, ArtefactError, files_digest, read_servable
 
 
@@ -37,11 +39,12 @@ class ArtefactFolder:
         self._lock = threading.Lock()
         for folder in (self._staging, self._artefacts):
             folder.mkdir(parents=True, exist_ok=True)
+        self._tenant = Tenant(data / "processes")
 
     @contextmanager
     def stage(self) -> Iterator[Path]:
         """An empty folder that is gone afterwards, unless `keep` has moved it."""
-        folder = Path(tempfile.mkdtemp(dir=self._staging))
+        folder = self._new_folder()
         try:
             yield folder
         finally:
@@ -58,19 +61,22 @@ class ArtefactFolder:
         return _describe(artefact)
 
     @contextmanager
-    def kept(self, staged: Path, adapter: StoredAdapter) -> Iterator[None]:
-        """Moves checked files to their digest; inside, nobody removes them: time to enter the version."""
-        _flush(staged)
-        with self._lock:
-            self._move(staged, self._artefacts / adapter.digest)
+    def kept(self, checked: Sequence[tuple[Path, str]]) -> Iterator[None]:
+        """Moves staged folders to the digests that they were checked to have; inside, nobody removes them:
+        time to enter the versions."""
+        for staged, _ in checked:
+            _flush(staged)
+        with self._alone():
+            for staged, digest in checked:
+                self._move(staged, self._artefacts / digest)
             yield
 
     def remove(self, digest: str, needed: Callable[[], frozenset[str]]) -> None:
         """Removes the files of `digest`, unless they are `needed` by a version."""
-        with self._lock:
+        with self._alone():
             if digest in needed():
                 return
-            gone = Path(tempfile.mkdtemp(dir=self._staging))
+            gone = self._new_folder()
             with suppress(FileNotFoundError):
                 (self._artefacts / digest).rename(gone / digest)
         shutil.rmtree(gone, ignore_errors=True)
@@ -84,13 +90,33 @@ class ArtefactFolder:
             )
         return path
 
-    def sweep(self, known: frozenset[str]) -> None:
-        """Removes what a killed registry left: half uploads, folders that no version needs."""
-        for folder in self._staging.iterdir():
-            shutil.rmtree(folder, ignore_errors=True)
-        for folder in self._artefacts.iterdir():
-            if folder.name not in known:
-                shutil.rmtree(folder, ignore_errors=True)
+    def sweep(self, needed: Callable[[], frozenset[str]]) -> int:
+        """Removes what killed registries left: half uploads, folders that no version needs.
+
+        Says of how many `needed` adapters the files are missing.
+        """
+        with self._alone():
+            living = self._tenant.living()
+            for folder in self._staging.iterdir():
+                if folder.name.partition("-")[0] not in living:
+                    shutil.rmtree(folder, ignore_errors=True)
+            known = needed()
+            found = {folder.name for folder in self._artefacts.iterdir()}
+            for name in found - known:
+                shutil.rmtree(self._artefacts / name, ignore_errors=True)
+        return len(known - found)
+
+    def close(self) -> None:
+        self._tenant.close()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other thread, and no other registry that shares the folder."""
+        with self._lock, self._tenant.alone():
+            yield
+
+    def _new_folder(self) -> Path:
+        return Path(tempfile.mkdtemp(prefix=f"{self._tenant.id}-", dir=self._staging))
 
     def _move(self, staged: Path, target: Path) -> None:
         if target.exists():

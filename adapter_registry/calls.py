@@ -27,7 +27,10 @@ LONGEST_WAIT = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Call(Generic[M]):
-    """One request, and the type of its answer. `wait` is how long the server may take on purpose."""
+    """One request, and the type of its answer. `wait` is how long the server may take on purpose.
+
+    `seen`: the revision that the task's routing must have for it; None: any.
+    """
 
     method: str
     path: str
@@ -35,6 +38,11 @@ class Call(Generic[M]):
     params: dict[str, Any] = field(default_factory=dict)
     body: BaseModel | None = None
     wait: float = 0.0
+    seen: int | None = None
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {} if self.seen is None else {"if-match": f'"{self.seen}"'}
 
     @property
     def json(self) -> Any:
@@ -99,13 +107,13 @@ def probe(task: str, number: int, report: Probe) -> Call[VersionRecord]:
     return Call("POST", f"{version_path(task, number)}/probe", VersionRecord, body=report)
 
 
-def promote(task: str, number: int) -> Call[Rerouted]:
-    return Call("POST", f"{version_path(task, number)}/promote", Rerouted, wait=LONGEST_WAIT)
+def promote(task: str, number: int, seen: int | None = None) -> Call[Rerouted]:
+    return Call("POST", f"{version_path(task, number)}/promote", Rerouted, wait=LONGEST_WAIT, seen=seen)
 
 
-def retire(task: str, number: int, *, force: bool) -> Call[Rerouted]:
+def retire(task: str, number: int, *, force: bool, seen: int | None = None) -> Call[Rerouted]:
     path = f"{version_path(task, number)}/retire"
-    return Call("POST", path, Rerouted, body=Retire(force=force), wait=LONGEST_WAIT)
+    return Call("POST", path, Rerouted, body=Retire(force=force), wait=LONGEST_WAIT, seen=seen)
 
 
 def unretire(task: str, number: int) -> Call[VersionRecord]:

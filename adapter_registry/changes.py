@@ -29,6 +29,12 @@ class ChangeFeed:
             self.revision = max(self.revision, revision)
             self._changed.notify_all()
 
+    async def restart(self, revision: int) -> None:
+        """The data went back to an earlier revision: it counts from there."""
+        async with self._changed:
+            self.revision = revision
+            self._changed.notify_all()
+
     async def wait(self, after: int, seconds: float, *, address: str, known: bool) -> bool:
         """Whether the revision is another than `after`, now or within `seconds`; False early on `close`.
 

@@ -139,6 +139,7 @@ class AsyncRegistryClient:
                 call.path,
                 params=call.params,
                 json=call.json,
+                headers=call.headers,
                 timeout=self._timeout + call.wait,
             )
 
@@ -197,13 +198,16 @@ class RegistryClient:
         """Raises TaskNotFoundError, VersionNotFoundError."""
         return self._send(calls.version(task, version))
 
-    def promote(self, task: str, version: int) -> Rerouted:
-        """Raises NotFoundError, IllegalTransitionError."""
-        return self._send(calls.promote(task, version))
+    def promote(self, task: str, version: int, *, seen: int | None = None) -> Rerouted:
+        """`seen`: the revision of the task's routing by which this was decided; None: whatever it is.
 
-    def retire(self, task: str, version: int, *, force: bool = False) -> Rerouted:
-        """Raises NotFoundError, CurrentVersionInUseError."""
-        return self._send(calls.retire(task, version, force=force))
+        Raises RoutingChangedError if it is another now, NotFoundError, IllegalTransitionError.
+        """
+        return self._send(calls.promote(task, version, seen))
+
+    def retire(self, task: str, version: int, *, force: bool = False, seen: int | None = None) -> Rerouted:
+        """`seen`: as in `promote`. Raises RoutingChangedError, NotFoundError, CurrentVersionInUseError."""
+        return self._send(calls.retire(task, version, force=force, seen=seen))
 
     def unretire(self, task: str, version: int) -> VersionRecord:
         """Brings a retired version back, to be probed. Raises NotFoundError, IllegalTransitionError."""
@@ -256,6 +260,7 @@ class RegistryClient:
                 call.path,
                 params=call.params,
                 json=call.json,
+                headers=call.headers,
                 timeout=self._timeout + call.wait,
             )
 

@@ -92,8 +92,26 @@ class CurrentVersionInUseError(ConflictError):
     code = "current_version_in_use"
 
 
+class NotEmptyError(ConflictError):
+    """An export is read into an empty registry only."""
+
+    code = "not_empty"
+
+
+class RoutingChangedError(RegistryError):
+    """The task's routing is no longer the one that the request names: somebody else was first."""
+
+    code = "routing_changed"
+
+
 class TooManyWaitersError(RegistryError):
     code = "too_many_waiters"
+
+
+class StoreUnavailableError(RegistryError):
+    """The registry's Redis cannot be used now. What replicas know already goes on being served."""
+
+    code = "store_unavailable"
 
 
 class StorageFullError(RegistryError):

@@ -31,6 +31,14 @@ class Metrics:
         self._replicas = Gauge(
             "prad_registry_replicas", "Prefill replicas connected.", registry=self._registry
         )
+        self._store_up = Gauge(
+            "prad_registry_store_up", "Whether the database answers.", registry=self._registry
+        )
+        self._store_warnings = Gauge(
+            "prad_registry_store_warnings",
+            "Reasons why what is acknowledged might not last; the log and /ready name them.",
+            registry=self._registry,
+        )
 
     def pushed(self, *, created: bool) -> None:
         self._pushes.labels("created" if created else "known").inc()
@@ -41,13 +49,20 @@ class Metrics:
     def error(self, code: str) -> None:
         self._errors.labels(code).inc()
 
-    def page(self, state: RoutingState, waiters: int, replicas: int) -> bytes:
-        """The text that Prometheus scrapes."""
+    def stored(self, state: RoutingState | None, warnings: int) -> None:
+        """What the store holds now; None: it does not answer, and what it held last is told on."""
+        self._store_up.set(state is not None)
+        if state is None:
+            return
+        self._store_warnings.set(warnings)
         count = Count(version.state for task in state.tasks for version in task.versions)
         for name in State:
             self._versions.labels(name).set(count[name])
         self._tasks.set(len(state.tasks))
         self._revision.set(state.revision)
+
+    def page(self, waiters: int, replicas: int) -> bytes:
+        """The text that Prometheus scrapes."""
         self._waiters.set(waiters)
         self._replicas.set(replicas)
         return generate_latest(self._registry)

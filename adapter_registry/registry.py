@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -10,7 +11,7 @@ from typing import TypeVar
 from adapter_registry.api import Probe, Pushed, ReplicaList, Rerouted, RoutingState, TaskRoute, VersionRecord
 from adapter_registry.artefacts import ArtefactFolder
 from adapter_registry.changes import ChangeFeed
-from adapter_registry.errors import AdapterRefusedError, FileNotStoredError
+from adapter_registry.errors import AdapterRefusedError, FileNotStoredError, StoreUnavailableError
 from adapter_registry.metrics import Metrics
 from adapter_registry.names import check_task
 from adapter_registry.replicas import Replicas
@@ -56,10 +57,24 @@ class Registry:
         self.replicas = replicas
         self.metrics = metrics
 
-    async def ready(self) -> int:
-        """The revision. Raises StorageFullError if there is hardly any disk left."""
+    async def ready(self) -> tuple[int, tuple[str, ...]]:
+        """The revision, and what an operator should mend.
+
+        Raises StorageFullError if there is hardly any disk left, StoreUnavailableError.
+        """
         await self.require_room()
-        return await asyncio.to_thread(self._store.revision)
+        return await asyncio.to_thread(lambda: (self._store.revision(), self._store.warnings()))
+
+    async def metrics_page(self) -> bytes:
+        """What Prometheus scrapes, also while the store does not answer."""
+        try:
+            state, warnings = await asyncio.to_thread(lambda: (self._store.state(), self._store.warnings()))
+        except StoreUnavailableError:
+            self.metrics.stored(None, 0)
+        else:
+            self.metrics.stored(state, len(warnings))
+        connected = sum(replica.connected for replica in self.replicas.list())
+        return self.metrics.page(self.feed.waiters, connected)
 
     async def require_room(self) -> None:
         """Raises StorageFullError if a push would find hardly any disk left."""
@@ -80,7 +95,7 @@ class Registry:
             ) from None
 
         def store() -> Pushed:
-            with self.files.kept(staged, adapter):
+            with self.files.kept([(staged, adapter.digest)]):
                 number, created = self._store.push(task, adapter)
             return Pushed(**dict(self._store.version(task, number)), created=created)
 
@@ -93,31 +108,37 @@ class Registry:
         """A replica's report. Raises NotFoundError, IllegalTransitionError."""
         self.replicas.heard(probe.replica)
         event = Event.PROBE_OK if probe.ok else Event.PROBE_FAILED
-        record = await self._apply(task, version, event, replica=probe.replica, reason=probe.reason)
+        record, _ = await self._apply(task, version, event, replica=probe.replica, reason=probe.reason)
         if not probe.ok:
             await self._make_room()
         return record
 
-    async def promote(self, task: str, version: int) -> Rerouted:
+    async def promote(self, task: str, version: int, *, expected: int | None) -> Rerouted:
         """Makes the version what plain `task` means, at all replicas that put it in force in time.
 
-        Raises NotFoundError, IllegalTransitionError.
+        `expected`: the revision of the task's routing, if whoever asks insists on one.
+        Raises RoutingChangedError if it is another, NotFoundError, IllegalTransitionError.
         """
-        return await self._in_force(await self._apply(task, version, Event.PROMOTE))
+        return await self._in_force(*await self._apply(task, version, Event.PROMOTE, expected=expected))
 
-    async def retire(self, task: str, version: int, *, force: bool) -> Rerouted:
-        """Ends the version for new requests, likewise. Raises NotFoundError, CurrentVersionInUseError."""
-        rerouted = await self._in_force(await self._apply(task, version, Event.RETIRE, force=force))
+    async def retire(self, task: str, version: int, *, force: bool, expected: int | None) -> Rerouted:
+        """Ends the version for new requests, likewise.
+
+        Raises RoutingChangedError, NotFoundError, CurrentVersionInUseError.
+        """
+        applied = await self._apply(task, version, Event.RETIRE, force=force, expected=expected)
+        rerouted = await self._in_force(*applied)
         await self._make_room()
         return rerouted
 
     async def unretire(self, task: str, version: int) -> VersionRecord:
         """Pushed again, as it were: to be probed. Raises NotFoundError, IllegalTransitionError."""
-        return await self._apply(task, version, Event.UNRETIRE)
+        record, _ = await self._apply(task, version, Event.UNRETIRE)
+        return record
 
     async def delete(self, task: str, version: int) -> VersionRecord:
         """Removes the version's files. Raises NotFoundError, IllegalTransitionError while it answers."""
-        record = await self._apply(task, version, Event.DELETE)
+        record, _ = await self._apply(task, version, Event.DELETE)
         await asyncio.to_thread(self.files.remove, record.digest, self._store.digests)
         logger.info("deleted %s, digest %s, on request", record.name, record.digest)
         return record
@@ -169,32 +190,40 @@ class Registry:
         event: Event,
         *,
         force: bool = False,
+        expected: int | None = None,
         replica: str = "",
         reason: str = "",
-    ) -> VersionRecord:
-        def apply() -> VersionRecord:
-            self._store.apply(task, version, event, force=force, replica=replica, reason=reason)
-            return self._store.version(task, version)
+    ) -> tuple[VersionRecord, int]:
+        """The version and the revision of its task's routing, afterwards."""
 
-        record = await self._change(apply)
+        def apply() -> tuple[VersionRecord, int]:
+            routing = self._store.apply(
+                task, version, event, force=force, expected=expected, replica=replica, reason=reason
+            )
+            return self._store.version(task, version), routing
+
+        applied = await self._change(apply)
         self.metrics.event(event)
-        return record
+        return applied
 
     async def close(self) -> None:
         """Sends home whoever waits."""
         await self.feed.close()
         await self.replicas.close()
 
-    async def _in_force(self, record: VersionRecord) -> Rerouted:
+    async def _in_force(self, record: VersionRecord, routing: int) -> Rerouted:
         revision = self.feed.revision
         await self.replicas.wait(revision, self._bounds.wait_seconds)
         pending = tuple(self.replicas.pending(revision))
-        return Rerouted(**dict(record), replicas=self.replicas.in_force(), pending=pending)
+        replicas = self.replicas.in_force()
+        return Rerouted(**dict(record), replicas=replicas, pending=pending, routing_revision=routing)
 
     async def _make_room(self) -> None:
-        work = asyncio.to_thread(make_room, self._store, self.files, self._bounds.retired_bytes)
-        if await work:
-            await self._publish()
+        try:
+            if await asyncio.to_thread(make_room, self._store, self.files, self._bounds.retired_bytes):
+                await self._publish()
+        except StoreUnavailableError as error:  # what was asked for is done; room is made at the next change
+            logger.warning("no room was made: %s", error)
 
     async def _change(self, work: Callable[[], T]) -> T:
         def change() -> T:
@@ -206,4 +235,5 @@ class Registry:
         return result
 
     async def _publish(self) -> None:
-        await self.feed.publish(await asyncio.to_thread(self._store.revision))
+        with suppress(StoreUnavailableError):  # the change is made, and is heard of when the store is back
+            await self.feed.publish(await asyncio.to_thread(self._store.revision))

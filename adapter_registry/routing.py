@@ -12,17 +12,21 @@ Pure: a store reads a `TaskView`, calls `plan`, and writes the `Change`s in one 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from adapter_registry.errors import CurrentVersionInUseError, VersionNotFoundError
+from adapter_registry.errors import CurrentVersionInUseError, RoutingChangedError, VersionNotFoundError
 from adapter_registry.versions import Event, State, after
 
 
 @dataclass(frozen=True, slots=True)
 class TaskView:
-    """A task as the policy sees it. `current` is what a plain `task` means."""
+    """A task as the policy sees it. `current` is what a plain `task` means.
+
+    `revision`: of its routing, the last change that promoted or retired one of its versions.
+    """
 
     task: str
     current: int | None
     states: Mapping[int, State]
+    revision: int = 0
 
     def name(self, version: int) -> str:
         return f"{self.task}@{version}"
@@ -39,11 +43,20 @@ class Change:
     current: int | None
 
 
-def plan(view: TaskView, version: int, event: Event, *, force: bool = False) -> tuple[Change, ...]:
+def plan(
+    view: TaskView, version: int, event: Event, *, force: bool = False, expected: int | None = None
+) -> tuple[Change, ...]:
     """The changes that `event` makes, in order; none if all is already so.
 
-    Raises VersionNotFoundError, IllegalTransitionError, CurrentVersionInUseError.
+    `expected`: the revision of the routing that whoever asks has seen; None: whatever it is.
+    Raises RoutingChangedError, VersionNotFoundError, IllegalTransitionError, CurrentVersionInUseError.
     """
+    if expected is not None and expected != view.revision:
+        raise RoutingChangedError(
+            f"the routing of {view.task!r} is at revision {view.revision}, not {expected}: somebody changed "
+            "it meanwhile; look at it again (prad adapter show), and repeat the request if still wanted",
+            param="if-match",
+        )
     if version not in view.states:
         raise VersionNotFoundError(f"{view.task} has no version {version}", param="version")
     before = view.states[version]

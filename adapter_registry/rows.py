@@ -11,7 +11,7 @@ from adapter_registry.versions import State
 from prad.artefact import AdapterRecord, BaseModelRef
 
 ROUTES = """
-    SELECT t.task, t.current, v.version, v.state, v.digest, v.pushed_at, a.method, a.base
+    SELECT t.task, t.current, t.routing_revision, v.version, v.state, v.digest, v.pushed_at, a.method, a.base
     FROM tasks t JOIN versions v USING (task) JOIN adapters a USING (digest)
 """
 
@@ -39,8 +39,9 @@ def view(db: sqlite3.Connection, task: str) -> TaskView:
     rows = db.execute("SELECT version, state FROM versions WHERE task = ?", (task,)).fetchall()
     if not rows:
         raise no_task(task)
-    current = db.execute("SELECT current FROM tasks WHERE task = ?", (task,)).fetchone()[0]
-    return TaskView(task, current, {row["version"]: State(row["state"]) for row in rows})
+    found = db.execute("SELECT current, routing_revision FROM tasks WHERE task = ?", (task,)).fetchone()
+    states = {row["version"]: State(row["state"]) for row in rows}
+    return TaskView(task, found["current"], states, found["routing_revision"])
 
 
 def task_route(rows: list[sqlite3.Row]) -> TaskRoute:
@@ -55,7 +56,13 @@ def task_route(rows: list[sqlite3.Row]) -> TaskRoute:
         )
         for row in rows
     )
-    return TaskRoute(task=rows[0]["task"], current=rows[0]["current"], versions=tuple(versions))
+    first = rows[0]
+    return TaskRoute(
+        task=first["task"],
+        current=first["current"],
+        routing_revision=first["routing_revision"],
+        versions=tuple(versions),
+    )
 
 
 def idle(row: sqlite3.Row) -> Idle:

@@ -1,15 +1,16 @@
-"""The tables of the SQLite store. One line of history is one revision."""
+"""Tables of the SQLite store, and how an older program's become these. One line of history, one revision."""
 
 import sqlite3
 
 from adapter_registry.errors import CannotStartError
 
-SCHEMA = 1
+SCHEMA = 2
 
 TABLES = """
 CREATE TABLE tasks (
     task TEXT PRIMARY KEY,
-    current INTEGER
+    current INTEGER,
+    routing_revision INTEGER NOT NULL DEFAULT 0
 ) STRICT;
 CREATE TABLE adapters (
     digest TEXT PRIMARY KEY,
@@ -46,14 +47,40 @@ CREATE INDEX history_of_version ON history (task, version);
 """
 
 
+MIGRATIONS = {
+    1: """
+ALTER TABLE tasks ADD COLUMN routing_revision INTEGER NOT NULL DEFAULT 0;
+UPDATE tasks SET routing_revision = coalesce(
+    (SELECT max(revision) FROM history h WHERE h.task = tasks.task AND h.event IN ('promote', 'retire')), 0
+);
+"""
+}
+"""What makes the next schema of this one."""
+
+
 def prepare(connection: sqlite3.Connection) -> None:
-    """Creates the tables where there are none. Raises CannotStartError for a database of another schema."""
+    """Creates the tables, or migrates them. Raises CannotStartError for a database of a newer schema."""
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("PRAGMA foreign_keys = ON")
     (found,) = connection.execute("PRAGMA user_version").fetchone()
+    require_known("database", found, SCHEMA)
     if found == 0:
-        # One script is one transaction: killed half-way, the next start finds an empty database.
-        connection.executescript(f"BEGIN IMMEDIATE; {TABLES} PRAGMA user_version = {SCHEMA}; COMMIT;")
-    elif found != SCHEMA:
-        raise CannotStartError(f"the registry's database has schema {found}, this program knows {SCHEMA}")
+        _run(connection, TABLES, SCHEMA)
+    for schema in range(found or SCHEMA, SCHEMA):
+        _run(connection, MIGRATIONS[schema], schema + 1)
+
+
+def require_known(what: str, found: int, known: int) -> None:
+    """Raises CannotStartError if a program newer than this one wrote it."""
+    if found > known:
+        raise CannotStartError(
+            f"the registry's {what} has schema {found}, this program knows {known} and older: a newer PrAd "
+            "server wrote it. Run that one or a newer one; or export from it (prad registry export FILE), "
+            "and import the file with this one into an empty registry"
+        )
+
+
+def _run(connection: sqlite3.Connection, script: str, schema: int) -> None:
+    """One script is one transaction: killed half-way, the next start finds what was there before."""
+    connection.executescript(f"BEGIN IMMEDIATE; {script} PRAGMA user_version = {schema}; COMMIT;")

@@ -5,22 +5,23 @@ import errno
 import logging
 import signal
 import socket
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
-from filelock import FileLock, Timeout
 
 from adapter_registry.app import create_app
-from adapter_registry.artefacts import ArtefactFolder
 from adapter_registry.changes import ChangeFeed
 from adapter_registry.errors import CannotStartError
 from adapter_registry.metrics import Metrics
+from adapter_registry.opening import open_data
+from adapter_registry.redis_changes import RedisChanges
+from adapter_registry.redis_store import RedisStore
 from adapter_registry.registry import Registry
 from adapter_registry.replicas import Replicas
 from adapter_registry.room import make_room
 from adapter_registry.secret import ensure_secret
 from adapter_registry.settings import RegistrySettings
-from adapter_registry.sqlite import SqliteStore
 
 _KEEP_ALIVE_S = 75  # longer than clients keep idle connections: a request must not meet one being closed
 
@@ -39,23 +40,24 @@ class RegistryServer:
 
     def __init__(self, settings: RegistrySettings) -> None:
         self._settings = settings
-        self._lock = _lock(settings)
+        self._data = open_data(settings)
         try:
             self._socket = _bind(settings.host, settings.port)
             try:
                 secret = _secret(settings)
-                self._store = SqliteStore(settings.folder / "registry.sqlite3")
             except CannotStartError:
                 self._socket.close()
                 raise
         except CannotStartError:
-            self._lock.release()
+            self._data.close()
             raise
-        files = ArtefactFolder(settings.folder)
-        files.sweep(self._store.digests())
-        make_room(self._store, files, settings.bounds.retired_bytes)
-        feed = ChangeFeed(self._store.revision(), settings.max_waiters, settings.max_waiters_per_client)
-        registry = Registry(self._store, files, feed, Replicas(), Metrics(), settings.bounds)
+        store, files = self._data.store, self._data.files
+        missing = files.sweep(store.digests)
+        make_room(store, files, settings.bounds.retired_bytes)
+        feed = ChangeFeed(store.revision(), settings.max_waiters, settings.max_waiters_per_client)
+        registry = Registry(store, files, feed, Replicas(), Metrics(), settings.bounds)
+        changes = RedisChanges(store, feed) if isinstance(store, RedisStore) else None
+        self._warnings = [*store.warnings(), *_missing(missing, files.folder)]
         config = uvicorn.Config(
             create_app(registry, settings, secret),
             log_level=settings.log_level,
@@ -64,7 +66,7 @@ class RegistryServer:
             timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_graceful_shutdown=settings.shutdown_seconds,
         )
-        self._server = _DrainingServer(config, registry)
+        self._server = _DrainingServer(config, registry, changes)
 
     @property
     def url(self) -> str:
@@ -73,15 +75,15 @@ class RegistryServer:
 
     def run(self) -> None:
         # uvicorn is silent about a socket that it was given; this is the logger that it configures.
-        logging.getLogger("uvicorn.error").info(
-            "Adapter registry on %s, data in %s", self.url, self._settings.folder
-        )
+        logger = logging.getLogger("uvicorn.error")
+        logger.info("Adapter registry on %s, data in %s", self.url, self._data.place)
+        for warning in self._warnings:
+            logger.warning("%s", warning)
         try:
             asyncio.run(self._server.serve(sockets=[self._socket]))
         finally:
-            self._store.close()
+            self._data.close()
             self._socket.close()
-            self._lock.release()
 
     def stop(self) -> None:
         self._server.should_exit = True
@@ -90,13 +92,22 @@ class RegistryServer:
 class _DrainingServer(uvicorn.Server):
     """Before uvicorn waits for open requests to end, those that wait for changes are sent home.
 
+    While it serves, what other registries change is heard, where there may be some (`changes`).
     A signal ends `serve` and is then done with: uvicorn would raise it again, and the process would die
     of it before the database is closed.
     """
 
-    def __init__(self, config: uvicorn.Config, registry: Registry) -> None:
+    def __init__(self, config: uvicorn.Config, registry: Registry, changes: RedisChanges | None) -> None:
         super().__init__(config)
         self._registry = registry
+        self._changes = changes
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            following = None if self._changes is None else tasks.create_task(self._changes.follow())
+            await super().serve(sockets)
+            if following is not None:
+                following.cancel()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.force_exit = self.should_exit and sig == signal.SIGINT
@@ -120,19 +131,13 @@ def _secret(settings: RegistrySettings) -> str | None:
     return None
 
 
-def _lock(settings: RegistrySettings) -> FileLock:
-    folder = settings.folder
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / "registry.lock", thread_local=False)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise CannotStartError(
-            f"another registry uses {folder}; stop it, or choose another data_dir"
-        ) from None
-    except OSError as error:
-        raise CannotStartError(f"cannot use the data folder {folder}: {error.strerror}") from error
-    return lock
+def _missing(count: int, folder: Path) -> list[str]:
+    if not count:
+        return []
+    return [
+        f"the files of {count} adapters are not in {folder}: push them again; registries on one Redis must "
+        "share one data_dir"
+    ]
 
 
 def _bind(host: str, port: int) -> socket.socket:

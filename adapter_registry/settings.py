@@ -35,7 +35,10 @@ class RegistrySettings(ServiceSettings):
     port: Annotated[int, Field(ge=0, le=65535)] = 8001
     """Port that the registry listens on."""
     data_dir: Path = Path("~/.local/share/prad/registry")
-    """Where versions and their files are kept."""
+    """Where versions and their files are kept; with a Redis, the files alone."""
+    redis_url: Annotated[str | None, Field(repr=False)] = None
+    """Redis that keeps versions and routing, which several registries may share: redis://, rediss:// (TLS)
+    or unix://, with user and password. If not given: a file in data_dir, which one registry uses."""
     max_upload_mib: Annotated[int, Field(ge=1)] = 512
     """Largest adapter that can be pushed."""
     allow_local_paths: bool | None = None

@@ -12,7 +12,8 @@ from pathlib import Path
 from adapter_registry import rows, schema
 from adapter_registry.api import RoutingState, TaskRoute, VersionRecord
 from adapter_registry.errors import CannotStartError, VersionNotFoundError
-from adapter_registry.routing import Change, plan
+from adapter_registry.routing import Change, TaskView, plan
+from adapter_registry.snapshot import Snapshot, require_empty, snapshot
 from adapter_registry.store import Idle, StoredAdapter
 from adapter_registry.versions import Event, State
 
@@ -48,7 +49,7 @@ class SqliteStore:
 
     def push(self, task: str, adapter: StoredAdapter) -> tuple[int, bool]:
         with self._transaction("IMMEDIATE") as db:
-            db.execute("INSERT OR IGNORE INTO tasks (task, current) VALUES (?, NULL)", (task,))
+            db.execute("INSERT OR IGNORE INTO tasks (task) VALUES (?)", (task,))
             known = db.execute(
                 "SELECT max(version) FROM versions WHERE task = ? AND digest = ? AND state NOT IN (?, ?)",
                 (task, adapter.digest, State.RETIRED, State.DELETED),
@@ -79,12 +80,14 @@ class SqliteStore:
         event: Event,
         *,
         force: bool = False,
+        expected: int | None = None,
         replica: str = "",
         reason: str = "",
-    ) -> None:
+    ) -> int:
         with self._transaction("IMMEDIATE") as db:
-            changes = plan(rows.view(db, task), version, event, force=force)
+            changes = plan(rows.view(db, task), version, event, force=force, expected=expected)
             self._write(db, task, changes, replica=replica, reason=reason)
+            return rows.view(db, task).revision
 
     def revision(self) -> int:
         with self._transaction() as db:
@@ -106,17 +109,7 @@ class SqliteStore:
 
     def version(self, task: str, version: int) -> VersionRecord:
         with self._transaction() as db:
-            view = rows.view(db, task)
-            if version not in view.states:
-                raise VersionNotFoundError(f"{task} has no version {version}", param="version")
-            row = db.execute(
-                "SELECT * FROM versions JOIN adapters USING (digest) WHERE task = ? AND version = ?",
-                (task, version),
-            ).fetchone()
-            history = db.execute(
-                "SELECT * FROM history WHERE task = ? AND version = ? ORDER BY revision", (task, version)
-            ).fetchall()
-        return rows.version_record(row, view.current == version, history)
+            return _version(db, rows.view(db, task), version)
 
     def digests(self) -> frozenset[str]:
         with self._transaction() as db:
@@ -126,6 +119,31 @@ class SqliteStore:
     def idle(self) -> tuple[Idle, ...]:
         with self._transaction() as db:
             return tuple(map(rows.idle, db.execute(rows.IDLE, (*rows.IDLE_STATES, *rows.GONE_STATES))))
+
+    def dump(self) -> Snapshot:
+        with self._transaction() as db:
+            found = db.execute(f"{rows.ROUTES} ORDER BY t.task, v.version").fetchall()
+            tasks = [rows.task_route(list(group)) for _, group in groupby(found, key=lambda row: row["task"])]
+            return snapshot(rows.revision(db), ((task, _versions(db, task)) for task in tasks))
+
+    def load(self, loaded: Snapshot) -> None:
+        with self._transaction("IMMEDIATE") as db:
+            require_empty(db.execute("SELECT count(*) FROM tasks").fetchone()[0])
+            for task in loaded.tasks:
+                routing = (task.task, task.current, task.routing_revision)
+                db.execute("INSERT INTO tasks (task, current, routing_revision) VALUES (?, ?, ?)", routing)
+            for each in loaded.versions:
+                adapter = StoredAdapter(each.digest, each.record, each.files, each.tensors, each.tensor_bytes)
+                _insert_adapter(db, adapter)
+                version = (each.task, each.version, each.digest, each.state, each.reason, each.pushed_at)
+                db.execute("INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?)", version)
+            for each, line in loaded.lines:
+                moved = (line.event, line.before, line.after, line.current)
+                row = (line.revision, each.task, each.version, *moved, line.at, line.replica, line.reason)
+                db.execute("INSERT INTO history VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+
+    def warnings(self) -> tuple[str, ...]:
+        return ()
 
     def close(self) -> None:
         with self._lock:
@@ -159,9 +177,29 @@ class SqliteStore:
                 " WHERE task = ? AND version = ?",
                 (change.after, *why, task, change.version),
             )
-            db.execute("UPDATE tasks SET current = ? WHERE task = ?", (change.current, task))
             moved = (change.event, change.before, change.after, change.current)
-            db.execute(_HISTORY, (task, change.version, *moved, self._now(), replica, reason))
+            line = db.execute(_HISTORY, (task, change.version, *moved, self._now(), replica, reason))
+            db.execute("UPDATE tasks SET current = ? WHERE task = ?", (change.current, task))
+            if change.event.reroutes:
+                db.execute("UPDATE tasks SET routing_revision = ? WHERE task = ?", (line.lastrowid, task))
+
+
+def _versions(db: sqlite3.Connection, task: TaskRoute) -> list[VersionRecord]:
+    view = rows.view(db, task.task)
+    return [_version(db, view, version.version) for version in task.versions]
+
+
+def _version(db: sqlite3.Connection, view: TaskView, version: int) -> VersionRecord:
+    if version not in view.states:
+        raise VersionNotFoundError(f"{view.task} has no version {version}", param="version")
+    row = db.execute(
+        "SELECT * FROM versions JOIN adapters USING (digest) WHERE task = ? AND version = ?",
+        (view.task, version),
+    ).fetchone()
+    history = db.execute(
+        "SELECT * FROM history WHERE task = ? AND version = ? ORDER BY revision", (view.task, version)
+    ).fetchall()
+    return rows.version_record(row, view.current == version, history)
 
 
 def _insert_adapter(db: sqlite3.Connection, adapter: StoredAdapter) -> None:

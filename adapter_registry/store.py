@@ -1,13 +1,15 @@
-"""What the registry needs from a database: the cut behind which SQLite stands (`sqlite.py`).
+"""What the registry needs from a database: the cut behind which SQLite and Redis stand.
 
-Every method is one transaction, is called from worker threads, and leaves the store as it was if it raises.
-The files of an adapter lie elsewhere (`artefacts.py`), and are there before `push` is called.
+Every method is one transaction, is called from worker threads, and leaves the store as it was if it raises
+(but see StoreUnavailableError). The files of an adapter lie elsewhere (`artefacts.py`), and are there before
+`push` is called.
 """
 
 from dataclasses import dataclass
 from typing import Protocol
 
 from adapter_registry.api import RoutingState, StoredFile, TaskRoute, VersionRecord
+from adapter_registry.snapshot import Snapshot
 from adapter_registry.versions import Event
 from prad.artefact import AdapterRecord
 
@@ -34,7 +36,11 @@ class Idle:
 
 
 class Store(Protocol):
-    """Tasks, versions, history. `revision` grows with every change and never goes back."""
+    """Tasks, versions, history. `revision` grows with every change and never goes back.
+
+    Every method but `close` raises StoreUnavailableError if the database is another program that does not
+    answer now. Whether a change that it was asked for was made is not known then.
+    """
 
     def push(self, task: str, adapter: StoredAdapter) -> tuple[int, bool]:
         """The version number of these files, and whether it is new.
@@ -50,12 +56,14 @@ class Store(Protocol):
         event: Event,
         *,
         force: bool = False,
+        expected: int | None = None,
         replica: str = "",
         reason: str = "",
-    ) -> None:
-        """Makes the changes that `routing.plan` says.
+    ) -> int:
+        """Makes the changes that `routing.plan` says. The revision of the task's routing, afterwards.
 
-        Raises TaskNotFoundError, VersionNotFoundError, IllegalTransitionError, CurrentVersionInUseError.
+        Raises RoutingChangedError if it is not `expected` before, TaskNotFoundError, VersionNotFoundError,
+        IllegalTransitionError, CurrentVersionInUseError.
         """
         ...
 
@@ -77,6 +85,18 @@ class Store(Protocol):
 
     def idle(self) -> tuple[Idle, ...]:
         """What may be deleted to make room: retired and failed versions, those that are so longest first."""
+        ...
+
+    def dump(self) -> Snapshot:
+        """Everything, at one revision."""
+        ...
+
+    def load(self, loaded: Snapshot) -> None:
+        """Everything that `dump` gave, revisions and all. Raises NotEmptyError if there is a task already."""
+        ...
+
+    def warnings(self) -> tuple[str, ...]:
+        """Why what is acknowledged might not last, in words for an operator; none if it does."""
         ...
 
     def close(self) -> None: ...

@@ -62,6 +62,11 @@ class Event(StrEnum):
     UNRETIRE = "unretire"
     DELETE = "delete"
 
+    @property
+    def reroutes(self) -> bool:
+        """Whether it changes a task's routing: what an operator decided that requests get."""
+        return self in (Event.PROMOTE, Event.RETIRE)
+
 
 TRANSITIONS: Mapping[State, Mapping[Event, State]] = MappingProxyType(
     {

@@ -34,6 +34,15 @@ Registry = Annotated[
     str, typer.Option("--registry", envvar="PRAD_REGISTRY_URL", help="URL of the adapter registry.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Seen = Annotated[
+    int | None,
+    typer.Option(
+        "--if-revision",
+        min=0,
+        help="Only if the task's routing still has this revision (as show prints it): another operator may "
+        "be faster.",
+    ),
+]
 Version = Annotated[str, typer.Argument(metavar="TASK@N", help="Task and version, e.g. support@2.")]
 
 
@@ -118,10 +127,10 @@ def show(
 
 
 @app.command(epilog="Example: [bold]prad adapter promote support@2[/bold]")
-def promote(name: Version, registry: Registry = DEFAULT_REGISTRY) -> None:
+def promote(name: Version, seen: Seen = None, registry: Registry = DEFAULT_REGISTRY) -> None:
     """Make a verified version what plain TASK means. The earlier one still answers to its TASK@N."""
     with _talking(registry) as client:
-        record = client.promote(*_version(name))
+        record = client.promote(*_version(name), seen=seen)
     print(f"{record.name} is now what plain {record.task!r} means")
     _say_pending(record)
 
@@ -132,11 +141,12 @@ def retire(
     force: Annotated[
         bool, typer.Option("--force", help="Also the current version; the latest other routable takes over.")
     ] = False,
+    seen: Seen = None,
     registry: Registry = DEFAULT_REGISTRY,
 ) -> None:
     """No new requests for a version; running ones keep it. The current version needs an heir or --force."""
     with _talking(registry) as client:
-        record = client.retire(*_version(name), force=force)
+        record = client.retire(*_version(name), force=force, seen=seen)
         current = client.task(record.task).current
     print(f"{record.name} is retired; running requests keep it")
     if current is None:

@@ -54,6 +54,13 @@ def serve_command(
     data_dir: Annotated[
         Path, typer.Option(help="Where the registry keeps adapters, and the logs.", envvar="PRAD_DATA_DIR")
     ] = Path("~/.local/share/prad"),
+    redis_url: Annotated[
+        str | None,
+        typer.Option(
+            help="Redis that keeps versions and routing, such as redis://127.0.0.1:6379/0. If left out: "
+            "PRAD_REGISTRY_REDIS_URL (unlike flags, no other user can read it), or a file in --data-dir."
+        ),
+    ] = None,
     cache_dir: CacheOption = DEFAULT_CACHE,
     dtype: DTypeOption = "bfloat16",
     device: DeviceOption = "cpu",
@@ -102,7 +109,7 @@ def serve_command(
     shared = ["--model", model, "--cache-dir", str(cache_dir), "--dtype", dtype, "--device", device]
     shared += _given({"--threads": threads})
     own = _given({"--model-name": model_name, "--nice": nice})
-    kept = ["--data-dir", str(data_dir / "registry")]
+    kept = ["--data-dir", str(data_dir / "registry"), *_given({"--redis-url": redis_url})]
     told = _given({"--weights": weights, "--metrics-port": decode_metrics_port})
     decode = ["--decode", f"127.0.0.1:{decode_port}"]
     listening = ["--host", host, "--port", str(port)]

@@ -28,12 +28,19 @@ def decode_command(context: typer.Context) -> None:
 
 
 def registry_command(context: typer.Context) -> None:
-    """Run the adapter registry alone (HTTP). `prad registry --help` lists its settings."""
+    """Run the adapter registry alone (HTTP), or export and import what it holds.
+
+    `prad registry --help` lists its settings.
+    """
     from adapter_registry.server import run
     from adapter_registry.settings import RegistrySettings
+    from prad_cli import registry_files
 
+    if context.args and context.args[0] in registry_files.COMMANDS:
+        registry_files.run(context)
+        return
     _log("registry")
-    run(_settings(RegistrySettings, context))
+    run(read_flags(RegistrySettings, context, RegistrySettings.__doc__ or "", registry_files.HINT))
 
 
 COMMANDS = {"prefill": prefill_command, "decode": decode_command, "registry": registry_command}

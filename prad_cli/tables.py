@@ -40,6 +40,7 @@ def show_task(task: TaskRoute) -> None:
         known = (_literal(version.method), _literal(version.base.name))
         table.add_row(name, state, *known, pushed, version.digest[:12])
     _print_table(table)
+    Console().print(f"routing at revision {task.routing_revision}")
 
 
 def show_version(record: VersionRecord) -> None:

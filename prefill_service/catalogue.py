@@ -14,7 +14,7 @@ from random import uniform
 
 from adapter_registry.api import RoutingState, VersionRoute
 from adapter_registry.client import DEFAULT_WAIT, AsyncRegistryClient
-from adapter_registry.errors import RegistryError, RegistryUnreachableError
+from adapter_registry.errors import RegistryError, RegistryUnreachableError, StoreUnavailableError
 from adapter_registry.versions import State
 from prad.adapters import Adapter
 from prad.artefact import Artefact
@@ -180,7 +180,7 @@ class RegistryFollower:
         logger.info("probed %s@%d: %s", task, version.version, reason or "ok")
         try:
             await self._client.probe(task, version.version, ok=not reason, reason=reason)
-        except RegistryUnreachableError:
+        except (RegistryUnreachableError, StoreUnavailableError):
             raise
         except RegistryError as error:  # retired meanwhile
             logger.info("the probe of %s@%d is moot: %s", task, version.version, error)
@@ -190,7 +190,7 @@ class RegistryFollower:
         """None, and a line in the log, if the files of the version's digest cannot be had."""
         try:
             return await self._client.fetch(task, version.version, version.digest)
-        except RegistryUnreachableError:
+        except (RegistryUnreachableError, StoreUnavailableError):
             raise
         except (RegistryError, OSError) as error:
             logger.error("%s@%d cannot be had: %s", task, version.version, error)

@@ -11,11 +11,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from adapter_registry.api import Pushed
+from adapter_registry.api import Pushed, StoredFile
 from adapter_registry.client import RegistryClient
+from adapter_registry.redis_store import RedisStore
 from adapter_registry.server import RegistryServer
 from adapter_registry.settings import RegistrySettings
+from adapter_registry.sqlite import SqliteStore
+from adapter_registry.store import Store, StoredAdapter
 from prad.artefact import WEIGHTS, AdapterRecord, BaseModelRef, read_artefact, write_record
+from tests.redis_process import RedisProcess
 
 
 @dataclass(frozen=True)
@@ -90,3 +94,49 @@ def adapter(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return write
+
+
+@pytest.fixture(scope="session")
+def _shared_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisProcess]:
+    running = RedisProcess(tmp_path_factory.mktemp("r"))
+    yield running
+    running.kill()
+
+
+@pytest.fixture
+def redis(_shared_redis: RedisProcess) -> RedisProcess:
+    """A Redis that keeps what it acknowledges, empty."""
+    _shared_redis.empty()
+    return _shared_redis
+
+
+@pytest.fixture
+def new_store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[..., Store]]:
+    """new_store(kind, name) opens an empty store, "sqlite" or "redis"; another name, another store."""
+    opened: dict[tuple[str, str], Store] = {}
+
+    def open_store(kind: str, name: str = "store") -> Store:
+        if kind == "sqlite":
+            opened[kind, name] = SqliteStore(tmp_path / f"{name}.sqlite3")
+        else:
+            number = sum(other == "redis" for other, _ in opened)
+            running: RedisProcess = request.getfixturevalue("redis")
+            opened[kind, name] = RedisStore(f"{running.url}?db={number}")
+        return opened[kind, name]
+
+    yield open_store
+    for store in opened.values():
+        store.close()
+
+
+@pytest.fixture
+def stored_adapter() -> Callable[[int], StoredAdapter]:
+    """stored_adapter(seed): what a store is told of checked files; another seed, another digest."""
+
+    def make(seed: int) -> StoredAdapter:
+        base = BaseModelRef(name="tiny", architecture="llama-test", weights="0" * 64)
+        record = AdapterRecord(method="pa", config={"rank": 4}, base=base, description=f"number {seed}")
+        files = (StoredFile(name="prad.json", size=100), StoredFile(name=WEIGHTS, size=1000))
+        return StoredAdapter(f"{seed:064x}", record, files, 1, 900)
+
+    return make

@@ -1,0 +1,43 @@
+"""`If-Match`: a change of a task's routing is wanted only if nobody was faster (RFC 9110, section 13.1.1).
+
+The entity tag of a routing is its revision: `ETag: "41"`.
+"""
+
+import re
+from typing import Annotated, Any
+
+from fastapi import Depends, Header
+
+from adapter_registry.api import ErrorReply
+from adapter_registry.errors import InvalidRequestError
+
+REROUTING: dict[int | str, dict[str, Any]] = {
+    412: {"model": ErrorReply, "description": "the routing is not the one that If-Match names any more"}
+}
+"""For the documentation of a route that takes `IfMatch`."""
+
+
+def etag(revision: int) -> str:
+    return f'"{revision}"'
+
+
+def _expected(
+    if_match: Annotated[
+        str | None,
+        Header(description="The routing's revision, as in ETag of the task", examples=['"41"']),
+    ] = None,
+) -> int | None:
+    """The revision that the routing must have; None: any. Raises InvalidRequestError."""
+    if if_match is None or if_match.strip() == "*":
+        return None
+    found = re.fullmatch(r'"?([0-9]{1,18})"?', if_match.strip())
+    if found is None:
+        raise InvalidRequestError(
+            f"If-Match: {if_match[:100]!r} names no revision of a routing; expected one as in the task's "
+            'ETag, such as "41", or *',
+            param="if-match",
+        )
+    return int(found[1])
+
+
+IfMatch = Annotated[int | None, Depends(_expected)]

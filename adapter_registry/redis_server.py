@@ -1,0 +1,202 @@
+"""The Redis that keeps a registry: reached, said to be away in one kind of error, asked whether it lasts.
+
+Two keys are enough to know it again: its schema and its id, which is drawn when a registry begins there.
+"""
+
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from redis import Redis
+from redis.asyncio import Redis as AsyncRedis
+from redis.backoff import NoBackoff
+from redis.client import Pipeline
+from redis.exceptions import AuthenticationError, RedisError, ResponseError, TimeoutError, WatchError
+from redis.exceptions import ConnectionError as NotConnectedError
+from redis.retry import Retry
+from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
+
+from adapter_registry.errors import CannotStartError, StoreUnavailableError
+from adapter_registry.schema import require_known
+
+SCHEMA = 1
+
+REGISTRY = "{prad}:registry"
+"""Hash: `schema`, `id`, `revision`. Every change changes it, so it is what a transaction watches."""
+
+_CONNECT_S = 2.0
+_ANSWER_S = 5.0
+_START_S = 10.0
+"""How long a start waits for a Redis that starts as well."""
+
+
+@dataclass(frozen=True, slots=True)
+class RedisAddress:
+    """`url`: as redis-py takes it, with user, password and TLS. It is never shown: `str` leaves them out."""
+
+    url: str
+
+    def __str__(self) -> str:
+        at = self._options()
+        return str(
+            at.get("path") or f"{at.get('host', 'localhost')}:{at.get('port', 6379)}/{at.get('db', 0)}"
+        )
+
+    def client(self) -> "Redis":
+        return Redis.from_url(self.url, decode_responses=True, **self._timeouts())
+
+    def async_client(self) -> "AsyncRedis":
+        return AsyncRedis.from_url(self.url, decode_responses=True, **self._timeouts())
+
+    def _options(self) -> dict[str, Any]:
+        client = Redis.from_url(self.url)
+        try:
+            return dict(client.connection_pool.connection_kwargs)
+        finally:
+            client.close()
+
+    @staticmethod
+    def _timeouts() -> dict[str, Any]:
+        """A command is never sent again: whoever asked for a change must hear that it may have been made."""
+        return {
+            "socket_connect_timeout": _CONNECT_S,
+            "socket_timeout": _ANSWER_S,
+            "retry": Retry(NoBackoff(), 0),
+        }
+
+
+@contextmanager
+def answering(address: RedisAddress) -> Iterator[None]:
+    """Raises StoreUnavailableError in place of what redis-py raises."""
+    try:
+        yield
+    except WatchError:  # somebody else was faster: for whoever watches
+        raise
+    except RedisError as error:
+        raise StoreUnavailableError(
+            f"the registry's Redis at {address} cannot be used: {_said(error)}. What is served goes on being "
+            "served; a change asked for now may have been made: look, then repeat"
+        ) from error
+
+
+def start(address: str) -> tuple[Redis, RedisAddress, str]:
+    """A client of the Redis at the URL, and the registry's id there; a new one begins in an empty database.
+
+    Raises CannotStartError if it does not answer in some seconds, refuses us, or has a newer schema.
+    """
+    try:
+        where = RedisAddress(address)
+        client = where.client()
+        named = str(where)
+    except ValueError as error:
+        raise CannotStartError(
+            f"redis_url cannot be read: {error}; expected one such as redis://127.0.0.1:6379/0, "
+            "rediss://user:password@host:6379/0 (TLS) or unix:///path/to/socket"
+        ) from None
+    try:
+        for attempt in Retrying(
+            retry=retry_if_exception(_may_pass),
+            stop=stop_after_delay(_START_S),
+            wait=wait_fixed(0.3),
+            reraise=True,
+        ):
+            with attempt:
+                return client, where, _identity(client)
+    except RedisError as error:
+        client.close()
+        raise CannotStartError(
+            f"the Redis at {named} cannot be used: {_said(error)}. Start it, or mend redis_url "
+            "(PRAD_REGISTRY_REDIS_URL); without one the registry keeps its data in data_dir"
+        ) from error
+    except CannotStartError:
+        client.close()
+        raise
+    raise AssertionError("tenacity raises the last error")
+
+
+def warnings(client: Redis) -> tuple[str, ...]:
+    """Why Redis may lose what it acknowledged."""
+    try:
+        found = client.config_get("append*") | client.config_get("maxmemory-policy")
+    except ResponseError as error:
+        if isinstance(error, AuthenticationError):
+            raise
+        return (
+            f"whether Redis keeps what it acknowledges is not known, CONFIG GET is refused ({error}): make "
+            "sure that it runs with appendonly yes and appendfsync always",
+        )
+    said = []
+    if found.get("appendonly") != "yes":
+        said.append(
+            "Redis does not keep its data when it ends (appendonly no): versions and routing WILL BE LOST; "
+            "start it with --appendonly yes --appendfsync always"
+        )
+    elif found.get("appendfsync") != "always":
+        said.append(
+            f"Redis may lose its last changes when it ends (appendfsync {found.get('appendfsync')}): start "
+            "it with --appendfsync always"
+        )
+    if str(found.get("maxmemory-policy", "")).startswith("allkeys"):
+        said.append(
+            f"Redis drops data when its memory is full (maxmemory-policy {found['maxmemory-policy']}): set "
+            "noeviction"
+        )
+    return tuple(said)
+
+
+def revision(reader: "Redis | Pipeline", identity: str) -> int:
+    """The revision. Raises StoreUnavailableError if this is not the registry that it was at the start."""
+    return check(reader.hmget(REGISTRY, "schema", "id", "revision"), identity)
+
+
+def check(found: list[Any], identity: str) -> int:
+    """The same, of schema, id and revision as they were read."""
+    schema, known, number = found
+    if known != identity:
+        raise StoreUnavailableError(
+            "Redis no longer has the registry's data: it was emptied, or started again without them. What is "
+            "served goes on being served; restore its files, or restart the registry to begin an empty one"
+        )
+    if int(schema) > SCHEMA:
+        raise StoreUnavailableError(
+            f"the registry's data in Redis were migrated to schema {schema} by a newer PrAd server; run that "
+            "one here too"
+        )
+    return int(number)
+
+
+def watch(pipe: Pipeline) -> None:
+    """What follows is refused (WatchError) if the registry changes before it is executed."""
+    pipe.watch(REGISTRY)  # type: ignore[no-untyped-call]
+
+
+def _identity(client: Redis) -> str:
+    while True:
+        with client.pipeline() as pipe:
+            try:
+                watch(pipe)
+                schema, known = pipe.hmget(REGISTRY, "schema", "id")
+                if known is not None:
+                    require_known("data in Redis", int(schema or 0), SCHEMA)
+                    return str(known)
+                known = uuid.uuid4().hex
+                pipe.multi()
+                pipe.hset(REGISTRY, mapping={"schema": SCHEMA, "id": known, "revision": 0})
+                pipe.execute()
+                return known
+            except WatchError:
+                continue
+
+
+def _said(error: RedisError) -> str:
+    """What is wrong, in a sentence: Redis goes on for a screen about some of it."""
+    if isinstance(error, AuthenticationError):
+        return "it refuses the user or password in redis_url, or asks for one (redis://user:password@host)"
+    return str(error).split(". ")[0].rstrip(".") or type(error).__name__
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether Redis may only be starting."""
+    return isinstance(error, NotConnectedError | TimeoutError) and not isinstance(error, AuthenticationError)

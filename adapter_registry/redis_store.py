@@ -1,0 +1,248 @@
+"""The store in Redis, which several registries may share.
+
+    {prad}:registry         hash: schema, id, revision
+    {prad}:tasks            hash: a task, its routing and its versions, as JSON
+    {prad}:adapters         hash: a digest, its record and files, as JSON
+    {prad}:history:TASK@N   list: a version's history, as JSON
+    {prad}:changes          stream: every change of late, under its revision
+
+Every change adds to the revision, and is one MULTI that Redis refuses if the revision is not the one it was
+worked out from: then it is worked out anew.
+"""
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+from redis.client import Pipeline
+from redis.exceptions import WatchError
+
+from adapter_registry import redis_server
+from adapter_registry.api import RoutingState, TaskRoute, VersionRecord
+from adapter_registry.errors import VersionNotFoundError
+from adapter_registry.redis_records import (
+    Line,
+    StoredFiles,
+    StoredTask,
+    added,
+    loaded_task,
+    moved,
+    read,
+    record,
+    there,
+)
+from adapter_registry.redis_server import REGISTRY, answering
+from adapter_registry.routing import plan
+from adapter_registry.rows import no_task
+from adapter_registry.snapshot import Snapshot, require_empty, snapshot
+from adapter_registry.sqlite import utc_now
+from adapter_registry.store import Idle, StoredAdapter
+from adapter_registry.versions import Event, State
+
+T = TypeVar("T")
+M = TypeVar("M", bound=BaseModel)
+
+TASKS = "{prad}:tasks"
+ADAPTERS = "{prad}:adapters"
+CHANGES = "{prad}:changes"
+KEPT_CHANGES = 10_000
+"""Roughly; who was away for longer reads the whole state, as everybody does who starts."""
+
+
+class RedisStore:
+    """Implements `store.Store`. `identity`: of the registry there. Raises CannotStartError."""
+
+    def __init__(self, url: str, *, now: Callable[[], str] = utc_now) -> None:
+        self._now = now
+        self._redis, self.address, self.identity = redis_server.start(url)
+        self._lock = threading.Lock()  # threads of this process need not race
+
+    def push(self, task: str, adapter: StoredAdapter) -> tuple[int, bool]:
+        def work(found: StoredTask | None, revision: int) -> tuple[StoredTask, list[Line], tuple[int, bool]]:
+            known = found or StoredTask(task=task, current=None, versions=())
+            same = [v for v in known.versions if v.digest == adapter.digest and not v.state.over]
+            if same:
+                number = same[-1].version
+                changes = plan(known.view, number, Event.PUSH)
+                return *moved(known, changes, revision, self._now()), (number, False)
+            number = 1 + max((v.version for v in known.versions), default=0)
+            return *added(known, number, adapter, revision + 1, self._now()), (number, True)
+
+        return self._change(task, work, adapter)
+
+    def apply(
+        self,
+        task: str,
+        version: int,
+        event: Event,
+        *,
+        force: bool = False,
+        expected: int | None = None,
+        replica: str = "",
+        reason: str = "",
+    ) -> int:
+        def work(found: StoredTask | None, revision: int) -> tuple[StoredTask, list[Line], int]:
+            known = there(found, task)
+            changes = plan(known.view, version, event, force=force, expected=expected)
+            after, lines = moved(known, changes, revision, self._now(), replica, reason)
+            return after, lines, after.routing_revision
+
+        return self._change(task, work)
+
+    def revision(self) -> int:
+        with answering(self.address):
+            return redis_server.revision(self._redis, self.identity)
+
+    def state(self) -> RoutingState:
+        revision, tasks = self._tasks(TaskRoute)
+        return RoutingState(revision=revision, tasks=tuple(tasks))
+
+    def task(self, task: str) -> TaskRoute:
+        with answering(self.address):
+            with self._redis.pipeline() as pipe:
+                _read_head(pipe)
+                pipe.hget(TASKS, task)
+                head, text = pipe.execute()
+            redis_server.check(head, self.identity)
+        if text is None:
+            raise no_task(task)
+        return TaskRoute.model_validate_json(text)
+
+    def version(self, task: str, version: int) -> VersionRecord:
+        with answering(self.address):
+            with self._redis.pipeline() as pipe:
+                _read_head(pipe)
+                pipe.hget(TASKS, task)
+                pipe.lrange(_history(task, version), 0, -1)
+                head, text, lines = pipe.execute()
+            redis_server.check(head, self.identity)
+            found = there(read(text), task)
+            route = next((v for v in found.versions if v.version == version), None)
+            if route is None:
+                raise VersionNotFoundError(f"{task} has no version {version}", param="version")
+            adapter = self._redis.hget(ADAPTERS, route.digest)
+        return record(found, route, StoredFiles.model_validate_json(adapter or ""), lines)
+
+    def digests(self) -> frozenset[str]:
+        _, tasks = self._tasks(StoredTask)
+        return frozenset(v.digest for task in tasks for v in task.versions if v.state is not State.DELETED)
+
+    def idle(self) -> tuple[Idle, ...]:
+        _, tasks = self._tasks(StoredTask)
+        versions = [(task.task, version) for task in tasks for version in task.versions]
+        gone = (State.RETIRED, State.FAILED, State.DELETED)
+        needed = {version.digest for _, version in versions if version.state not in gone}
+        found = [
+            (task, version)
+            for task, version in sorted(versions, key=lambda each: each[1].changed)
+            if version.state in (State.RETIRED, State.FAILED) and version.digest not in needed
+        ]
+        adapters = self._adapters({version.digest for _, version in found})
+        return tuple(Idle(task, v.version, v.digest, adapters[v.digest].nbytes) for task, v in found)
+
+    def dump(self) -> Snapshot:
+        while True:
+            revision, tasks = self._tasks(StoredTask)
+            versions = [(task, version) for task in tasks for version in task.versions]
+            adapters = self._adapters({version.digest for _, version in versions})
+            with answering(self.address), self._redis.pipeline() as pipe:
+                _read_head(pipe)
+                for task, version in versions:
+                    pipe.lrange(_history(task.task, version.version), 0, -1)
+                head, *histories = pipe.execute()
+            if redis_server.check(head, self.identity) == revision:
+                break
+        records: dict[str, list[VersionRecord]] = {}
+        for (task, version), lines in zip(versions, histories, strict=True):
+            records.setdefault(task.task, []).append(record(task, version, adapters[version.digest], lines))
+        return snapshot(revision, ((task, records[task.task]) for task in tasks))
+
+    def load(self, loaded: Snapshot) -> None:
+        with self._lock, answering(self.address), self._redis.pipeline() as pipe:
+            redis_server.watch(pipe)
+            redis_server.revision(pipe, self.identity)
+            require_empty(pipe.hlen(TASKS))
+            pipe.multi()
+            for each in loaded.versions:
+                pipe.hset(ADAPTERS, each.digest, StoredFiles(**dict(each)).model_dump_json())
+            for each, line in loaded.lines:
+                _write_line(pipe, each.task, Line(each.version, line))
+            for task in loaded.tasks:
+                pipe.hset(TASKS, task.task, loaded_task(task).model_dump_json())
+            pipe.hset(REGISTRY, "revision", loaded.revision)
+            try:
+                pipe.execute()
+            except WatchError:
+                require_empty(self._redis.hlen(TASKS))
+                raise
+
+    def warnings(self) -> tuple[str, ...]:
+        with answering(self.address):
+            return redis_server.warnings(self._redis)
+
+    def close(self) -> None:
+        self._redis.close()
+
+    def _change(
+        self,
+        task: str,
+        work: Callable[[StoredTask | None, int], tuple[StoredTask, list[Line], T]],
+        adapter: StoredAdapter | None = None,
+    ) -> T:
+        """What `work` makes of the task as it is, written at once, or not at all and worked out again."""
+        with self._lock, answering(self.address):
+            while True:
+                with self._redis.pipeline() as pipe:
+                    redis_server.watch(pipe)
+                    revision = redis_server.revision(pipe, self.identity)
+                    after, lines, answer = work(read(pipe.hget(TASKS, task)), revision)
+                    if not lines:
+                        return answer
+                    pipe.multi()
+                    if adapter is not None:
+                        stored = StoredFiles.model_validate(adapter, from_attributes=True)
+                        pipe.hset(ADAPTERS, adapter.digest, stored.model_dump_json())
+                    pipe.hset(TASKS, task, after.model_dump_json())
+                    for line in lines:
+                        _write_line(pipe, task, line)
+                    pipe.hset(REGISTRY, "revision", revision + len(lines))
+                    try:
+                        pipe.execute()
+                    except WatchError:  # another registry was faster
+                        continue
+                    return answer
+
+    def _tasks(self, kind: type[M]) -> tuple[int, list[M]]:
+        """All tasks by name, at one revision."""
+        with answering(self.address):
+            with self._redis.pipeline() as pipe:
+                _read_head(pipe)
+                pipe.hgetall(TASKS)
+                head, found = pipe.execute()
+            revision = redis_server.check(head, self.identity)
+        return revision, [kind.model_validate_json(found[name]) for name in sorted(found)]
+
+    def _adapters(self, digests: Iterable[str]) -> Mapping[str, StoredFiles]:
+        names = sorted(digests)
+        if not names:
+            return {}
+        with answering(self.address):
+            found = self._redis.hmget(ADAPTERS, names)
+        return {
+            name: StoredFiles.model_validate_json(text or "") for name, text in zip(names, found, strict=True)
+        }
+
+
+def _read_head(pipe: Pipeline) -> None:
+    pipe.hmget(REGISTRY, "schema", "id", "revision")
+
+
+def _history(task: str, version: int) -> str:
+    return f"{{prad}}:history:{task}@{version}"
+
+
+def _write_line(pipe: Pipeline, task: str, line: Line) -> None:
+    pipe.rpush(_history(task, line.version), line.line.model_dump_json())
+    told: dict[Any, Any] = {"task": task, "version": line.version, "event": line.line.event.value}
+    pipe.xadd(CHANGES, told, id=f"{line.line.revision}-0", maxlen=KEPT_CHANGES, approximate=True)

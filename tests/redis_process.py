@@ -1,0 +1,63 @@
+"""A real redis-server for tests: started on a socket of its own, killed, started again on the same data."""
+
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from redis import Redis
+from redis.exceptions import AuthenticationError, ConnectionError
+
+REQUIRED = "PRAD_REQUIRE_REDIS"
+
+
+def binary() -> str:
+    """Skips the test, loudly, where there is none; fails it where one is required."""
+    found = shutil.which("redis-server")
+    if found is None:
+        reason = (
+            "NOT RUN: there is no redis-server here, so the registry on Redis was not tested; install one "
+            f"(Debian: apt-get install redis-server). {REQUIRED}=1 makes this a failure"
+        )
+        if os.environ.get(REQUIRED):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return found
+
+
+class RedisProcess:
+    """`folder` keeps its data and its socket, whose path must be short. `options`: of redis-server."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        self._folder = folder
+        self._options = options or ("--appendonly", "yes", "--appendfsync", "always")
+        self._socket = folder / "s"
+        self.url = f"unix://{self._socket}"
+        self.start()
+
+    def start(self) -> None:
+        at = ["--port", "0", "--unixsocket", str(self._socket), "--dir", str(self._folder), "--save", ""]
+        with (self._folder / "log").open("ab") as log:
+            self.process = subprocess.Popen([binary(), *at, *self._options], stdout=log, stderr=log)
+        while not self._answers():
+            assert self.process.poll() is None, (self._folder / "log").read_text(encoding="utf-8")
+            time.sleep(0.01)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def empty(self) -> None:
+        with Redis.from_url(self.url) as client:
+            client.flushall()
+
+    def _answers(self) -> bool:
+        try:
+            with Redis.from_url(self.url) as client:
+                return bool(client.ping())
+        except AuthenticationError:  # it answers, and asks for a password
+            return True
+        except ConnectionError:
+            return False

@@ -1,0 +1,161 @@
+"""What a store promises, asked of each: SQLite, and a real Redis."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from adapter_registry.errors import (
+    IllegalTransitionError,
+    NotEmptyError,
+    RoutingChangedError,
+    TaskNotFoundError,
+    VersionNotFoundError,
+)
+from adapter_registry.snapshot import Snapshot
+from adapter_registry.versions import Event, State
+
+
+@pytest.fixture(params=["sqlite", "redis"])
+def store(request, new_store):
+    return new_store(request.param)
+
+
+def verified(store, task, adapter):
+    number, _ = store.push(task, adapter)
+    store.apply(task, number, Event.PROBE_OK, replica="prefill-1")
+    return number
+
+
+def test_it_begins_empty(store):
+    assert (store.revision(), store.state().tasks, store.digests(), store.idle()) == (0, (), frozenset(), ())
+    assert store.warnings() == ()
+    with pytest.raises(TaskNotFoundError, match="there is no task 'a'"):
+        store.task("a")
+    with pytest.raises(TaskNotFoundError):
+        store.version("a", 1)
+    with pytest.raises(TaskNotFoundError):
+        store.apply("a", 1, Event.PROMOTE)
+    assert store.revision() == 0
+
+
+def test_the_same_files_are_the_same_version(store, stored_adapter):
+    assert store.push("a", stored_adapter(1)) == (1, True)
+    assert store.push("a", stored_adapter(1)) == (1, False)
+    assert store.push("a", stored_adapter(2)) == (2, True)
+    assert store.push("b", stored_adapter(1)) == (1, True)
+    assert store.revision() == 3
+    store.apply("a", 1, Event.RETIRE)
+    assert store.push("a", stored_adapter(1)) == (3, True)
+
+
+def test_a_version_tells_everything(store, stored_adapter):
+    adapter = stored_adapter(1)
+    verified(store, "a", adapter)
+    store.apply("a", 1, Event.RETIRE, reason="worse")
+    record = store.version("a", 1)
+    assert (record.name, record.state, record.current, record.reason) == (
+        "a@1",
+        State.RETIRED,
+        False,
+        "worse",
+    )
+    assert (record.record, record.files) == (adapter.record, adapter.files)
+    assert (record.tensors, record.tensor_bytes) == (adapter.tensors, adapter.tensor_bytes)
+    told = [(line.revision, line.event, line.before, line.after, line.current) for line in record.history]
+    assert told == [
+        (1, "push", None, "pushed", None),
+        (2, "probe_ok", "pushed", "verified", None),
+        (3, "promote", "verified", "routable", 1),
+        (4, "retire", "routable", "retired", None),
+    ]
+    assert [line.replica for line in record.history] == ["", "prefill-1", "prefill-1", ""]
+    with pytest.raises(VersionNotFoundError, match="a has no version 2"):
+        store.version("a", 2)
+
+
+def test_a_refused_event_changes_nothing(store, stored_adapter):
+    store.push("a", stored_adapter(1))
+    before = store.dump()
+    with pytest.raises(IllegalTransitionError, match="no prefill service has verified it yet"):
+        store.apply("a", 1, Event.PROMOTE)
+    assert store.dump() == before
+
+
+def test_the_routing_has_a_revision_of_its_own(store, stored_adapter):
+    assert verified(store, "a", stored_adapter(1)) == 1
+    assert store.task("a").routing_revision == 3, "the first is promoted by its probe"
+    verified(store, "a", stored_adapter(2))
+    verified(store, "b", stored_adapter(1))
+    assert store.task("a").routing_revision == 3, "neither a new version nor another task changes it"
+    assert store.apply("a", 2, Event.PROMOTE, expected=3) == store.task("a").routing_revision == 9
+    with pytest.raises(RoutingChangedError, match="routing of 'a' is at revision 9, not 3"):
+        store.apply("a", 1, Event.PROMOTE, expected=3)
+    with pytest.raises(RoutingChangedError):
+        store.apply("a", 2, Event.PROMOTE, expected=3)
+    assert (store.revision(), store.task("a").current) == (9, 2)
+    assert store.apply("a", 2, Event.PROMOTE, expected=9) == 9, "nothing to change, no revision"
+    assert store.apply("a", 1, Event.RETIRE) == 10
+    assert next(task for task in store.state().tasks if task.task == "a").routing_revision == 10
+
+
+def test_a_race_on_one_routing_has_one_winner(store, stored_adapter):
+    for seed in range(6):
+        verified(store, "a", stored_adapter(seed))
+    seen = store.task("a").routing_revision
+
+    def promote(version):
+        try:
+            return version, store.apply("a", version, Event.PROMOTE, expected=seen)
+        except RoutingChangedError:
+            return None
+
+    with ThreadPoolExecutor(5) as pool:
+        (won,) = filter(None, pool.map(promote, range(2, 7)))
+    task = store.task("a")
+    assert (task.current, task.routing_revision) == won
+
+
+def test_changes_at_once_all_count(store, stored_adapter):
+    with ThreadPoolExecutor(6) as pool:
+        numbers = list(pool.map(lambda seed: store.push("a", stored_adapter(seed))[0], range(24)))
+    assert sorted(numbers) == list(range(1, 25))
+    assert store.revision() == 24
+    revisions = [line.revision for number in numbers for line in store.version("a", number).history]
+    assert sorted(revisions) == list(range(1, 25))
+
+
+def test_idle_are_those_whose_files_nobody_needs(store, stored_adapter):
+    shared, own, failed = (stored_adapter(seed) for seed in (1, 2, 3))
+    verified(store, "a", shared)
+    store.push("b", shared)
+    verified(store, "a", own)
+    store.push("a", failed)
+    store.apply("a", 3, Event.PROBE_FAILED, reason="too wide")
+    store.apply("a", 2, Event.RETIRE)
+    store.apply("b", 1, Event.RETIRE)
+    size = sum(file.size for file in own.files)
+    assert [(i.task, i.version, i.nbytes) for i in store.idle()] == [("a", 3, size), ("a", 2, size)]
+    store.apply("a", 3, Event.DELETE)
+    assert [(i.task, i.version) for i in store.idle()] == [("a", 2)]
+    assert store.version("a", 3).reason == "too wide", "it still says why"
+    assert store.digests() == {shared.digest, own.digest}
+
+
+@pytest.mark.parametrize("source", ["sqlite", "redis"])
+def test_all_goes_from_one_store_to_another(store, source, new_store, stored_adapter):
+    other = new_store(source, "other")
+    verified(other, "a", stored_adapter(1))
+    verified(other, "a", stored_adapter(2))
+    other.push("b", stored_adapter(1))
+    other.apply("b", 1, Event.PROBE_FAILED, reason="no")
+    other.apply("a", 2, Event.PROMOTE)
+    other.apply("a", 1, Event.RETIRE)
+    text = other.dump().model_dump_json()
+    store.load(Snapshot.model_validate_json(text))
+    assert store.dump() == other.dump()
+    assert (store.state(), store.idle(), store.digests()) == (other.state(), other.idle(), other.digests())
+    with pytest.raises(NotEmptyError, match="this registry has 2 tasks already"):
+        store.load(other.dump())
+    assert store.push("c", stored_adapter(3)) == other.push("c", stored_adapter(3)) == (1, True)
+    assert store.revision() == other.revision()
+    assert store.version("c", 1).history[0].revision == store.revision()
