@@ -60,7 +60,7 @@ class ApiLimits:
     """Bounds on one HTTP request, and the output lengths of requests that name none.
 
     body_timeout_s: seconds in which a body must come; thread_chars: texts longer than this are tokenised off
-    the event loop.
+    the event loop; tokenising_chars: how much of them may be or wait there, of all requests.
     """
 
     max_body_bytes: int = 4 * 2**20
@@ -70,6 +70,7 @@ class ApiLimits:
     completion_tokens: int = 16
     chat_tokens: int = 1024
     thread_chars: int = 4096
+    tokenising_chars: int = 8 * 2**20
 
 
 def bounded_protocol(connections: int, head_timeout_s: float) -> type[HttpToolsProtocol]:

@@ -27,7 +27,7 @@ from prefill_service.api.intake import (
     Truncation,
     refused,
 )
-from prefill_service.api.text import Delta, TokenScore
+from prefill_service.api.text import Delta, TokenName, TokenScore
 
 MAX_MESSAGES = 4096
 MAX_SALT_CHARACTERS = 256
@@ -101,7 +101,11 @@ class GenerationRequest(GenerationValues, StrictModel):
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     """No end token and no stop text counts before so many tokens. Absent: 0."""
     raw_prompt: bool | None = None
-    """Take the prompt as it is, without the task's template."""
+    """Take the prompt as it is, without the task's template. Absent: no."""
+    add_template: bool | None = None
+    """Put the task's template around token ids, too: of a task that has one, ids come with this or
+    `raw_prompt`. It is done where their text has these ids inside the template, and refused elsewhere. Texts
+    have it anyway; false is `raw_prompt`."""
     truncate_prompt_tokens: Truncation = None
     """Keep so many of the prompt's last tokens; -1: as many as fit. Absent: what does not fit is refused."""
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARACTERS)] | None = None
@@ -114,6 +118,10 @@ class GenerationRequest(GenerationValues, StrictModel):
     @property
     def choices(self) -> int:
         return self.n or 1
+
+    @property
+    def raw(self) -> bool:
+        return bool(self.raw_prompt) or self.add_template is False
 
     @property
     def output_limit(self) -> int | None:
@@ -156,6 +164,12 @@ class GenerationRequest(GenerationValues, StrictModel):
         for name, sent in self.sampling.items():
             if name not in ("max_tokens", "seed") and sent != getattr(_FILTERS, name):
                 raise refused(name, f"'use_beam_search' takes no '{name}': leave it out, got {sent}")
+        return self
+
+    @model_validator(mode="after")
+    def _one_word_on_the_template(self) -> "GenerationRequest":
+        if self.add_template is not None and self.add_template is self.raw_prompt:
+            raise refused("add_template", "'add_template' and 'raw_prompt' disagree: send one of them")
         return self
 
     @model_validator(mode="after")
@@ -298,7 +312,7 @@ def _chat_chunk(
 def _completion_logprobs(scores: Sequence[TokenScore]) -> dict[str, object]:
     """Of /v1/completions; the drawn token is among its alternatives even if it is not a likely one."""
     return {
-        "tokens": [score.token for score in scores],
+        "tokens": [score.token.text for score in scores],
         "token_logprobs": [score.logprob for score in scores],
         "top_logprobs": [_alternatives(score) for score in scores],
         "text_offset": [score.offset for score in scores],
@@ -320,17 +334,12 @@ def _chat_logprobs(scores: Sequence[TokenScore]) -> dict[str, object]:
 
 
 def _alternatives(score: TokenScore) -> dict[str, float]:
-    """Two ids may share a text (parts of a character do): the likelier one stays."""
-    named = {score.token: score.logprob}
+    """Two ids may share a text: the likelier one stays."""
+    named = {score.token.text: score.logprob}
     for token, logprob in score.top:
-        named[token] = max(logprob, named.get(token, logprob))
+        named[token.text] = max(logprob, named.get(token.text, logprob))
     return named
 
 
-def _entry(token: str, logprob: float) -> dict[str, object]:
-    return {"token": token, "logprob": logprob, "bytes": _bytes(token)}
-
-
-def _bytes(token: str) -> list[int] | None:
-    """None for a part of a character, which has no text of its own."""
-    return None if "\N{REPLACEMENT CHARACTER}" in token else list(token.encode())
+def _entry(token: TokenName, logprob: float) -> dict[str, object]:
+    return {"token": token.text, "logprob": logprob, "bytes": list(token.raw)}
