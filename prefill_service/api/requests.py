@@ -91,29 +91,30 @@ class GenerationRequest(GenerationValues, StrictModel):
     stop: Stops = None
     """Up to 16 texts that end the output, which is cut before them. Absent: the task's own, else none."""
     n: Choices | None = None
-    """Answers for each prompt. Absent: 1."""
+    """Answers for each prompt, up to 16. Absent: 1."""
     stream: bool | None = None
-    """Send the answer as server-sent events while it is made."""
+    """Send the answer as server-sent events while it is made. Absent: no."""
     stream_options: StreamOptions | None = None
-    """Needs `stream`."""
+    """Of a stream, so it needs `stream`. Absent: no usage is told."""
     ignore_eos: bool | None = None
-    """Go on behind an end token, up to the longest output."""
+    """Go on behind an end token, up to the longest output. Absent: no."""
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     """No end token and no stop text counts before so many tokens. Absent: 0."""
     raw_prompt: bool | None = None
     """Take the prompt as it is, without the task's template. Absent: no."""
     add_template: bool | None = None
-    """Put the task's template around token ids, too: of a task that has one, ids come with this or
-    `raw_prompt`. It is done where their text has these ids inside the template, and refused elsewhere. Texts
-    have it anyway; false is `raw_prompt`."""
+    """Put the task's template around token ids, too: for a task that has one, ids come with this or with
+    `raw_prompt`. It is done if inside the template their text has just these ids, and refused if not, as
+    where the first word is joined with a space of the template. Texts have it anyway; false: `raw_prompt`."""
     truncate_prompt_tokens: Truncation = None
     """Keep so many of the prompt's last tokens; -1: as many as fit. Absent: what does not fit is refused."""
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARACTERS)] | None = None
-    """Share computed prompts only with requests that have the same salt. Absent: with all that have none."""
+    """Share computed prompts only with requests that have the same salt, a text of up to 256 characters.
+    Absent: with all that have none."""
     use_beam_search: bool | None = None
-    """Search for the likeliest outputs instead of drawing; keeps `best_of` hypotheses, or `n`."""
+    """Search for the likeliest outputs instead of drawing; keeps `best_of` hypotheses, or `n`. Absent: no."""
     best_of: Choices | None = None
-    """How many hypotheses a beam search keeps, of which the `n` best are answers."""
+    """How many hypotheses a beam search keeps, up to 16, of which the `n` best are answers. Absent: `n`."""
 
     @property
     def choices(self) -> int:
@@ -188,9 +189,10 @@ class CompletionRequest(GenerationRequest):
     }
 
     prompt: Prompts
-    """A text, a list of token ids, or a list of either: each becomes `n` choices."""
+    """A text, a list of token ids, or a list of up to 128 of either: each becomes `n` choices."""
     logprobs: Logprobs | None = None
-    """Report each token's log-probability, and those of so many of the likeliest."""
+    """Report each token's log-probability, and those of up to 20 of the likeliest. Absent: none. A part of a
+    character is named by its bytes, as in `bytes:\\xe2\\x98`."""
 
     @property
     def alternatives(self) -> int | None:
@@ -220,13 +222,14 @@ class ChatRequest(GenerationRequest):
     }
 
     messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=MAX_MESSAGES)]
-    """The conversation; the user speaks last."""
+    """The conversation, up to 4096 messages; the user speaks last. Of a task that was not trained on the chat
+    template: one user message."""
     max_completion_tokens: TokenCount | None = None
-    """OpenAI's newer name of `max_tokens`."""
+    """OpenAI's newer name of `max_tokens`: send one of them."""
     logprobs: bool | None = None
-    """Report each token's log-probability."""
+    """Report each token's log-probability. Absent: no."""
     top_logprobs: Logprobs | None = None
-    """And those of so many of the likeliest; needs `logprobs`."""
+    """And those of up to 20 of the likeliest; needs `logprobs`. Absent: 0."""
 
     @property
     def output_limit(self) -> int | None:

@@ -158,7 +158,7 @@ class PromptEncoder:
             return self._tokenizer.encode_chat(turns)
         except TemplateError as error:
             raise InvalidRequestError(
-                f"the model's chat template refuses these messages: {error}", param=param
+                f"the model's chat template refuses these messages: {error}", param=param, quotes=True
             ) from error
 
     def _require_some(self, prompt: PromptInput, template: Template) -> None:

@@ -49,7 +49,7 @@ async def test_a_template_around_ids_gives_the_ids_of_the_text(
 async def test_ids_that_the_text_would_not_have_in_the_template_are_refused(
     client: httpx.AsyncClient, engine: Any, tokenizer: Tokenizer
 ) -> None:
-    """Behind the template's space a word begins with it; single letters are joined; an end token is no text."""
+    """Behind the template's space a word begins with it; single letters are joined; an end token is none."""
     joined = tokenizer.encode_continuation("the food")
     alone = [token for letter in "the food" for token in tokenizer.encode_continuation(letter)]
     for ids in (joined, alone, [*tokenizer.encode_continuation(" the food"), tokenizer.eos_id]):
