@@ -18,25 +18,32 @@ class _Answer(BaseModel):
 
 
 class _Command(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class PushPath(_Command):
     """Push from a folder on the registry's machine."""
 
     path: str
+    """The folder; taken if the registry allows local paths."""
 
 
 class Retire(_Command):
+    """Take a version out of service."""
+
     force: bool = False
+    """Also the current version; the latest other one that can answer takes over."""
 
 
 class Probe(_Command):
     """A prefill replica's report on one version: loaded onto its model, one forward run."""
 
     ok: bool
+    """Whether it loaded and ran."""
     reason: str = ""
+    """Why not."""
     replica: str = ""
+    """Who reports."""
 
 
 class StoredFile(_Answer):

@@ -7,6 +7,7 @@ from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, Path, Query, Request, Response
 from fastapi.responses import FileResponse
+from fastapi_offline import FastAPIOffline
 
 from adapter_registry import replies, uploads
 from adapter_registry.api import (
@@ -45,7 +46,9 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
 
 def create_app(registry: Registry, settings: RegistrySettings, secret: str | None = None) -> FastAPI:
     """`secret`: what prefill replicas must show; None: nothing."""
-    app = FastAPI(title="PrAd adapter registry", version=__version__, responses=_RESPONSES)
+    app = FastAPIOffline(
+        "/docs", None, title="PrAd adapter registry", version=__version__, responses=_RESPONSES
+    )
     replies.install(app, registry.metrics)
     app.include_router(_reading(registry), prefix="/v1")
     app.include_router(_following(registry, settings, secret), prefix="/v1")
@@ -235,7 +238,8 @@ def _refuse_host(host: str) -> Response:
         HostNotAllowedError(
             f"this registry is not called {host[:100]!r}; if that is its name, add it to allowed_hosts",
             param="host",
-        )
+        ),
+        "a request for another host",
     )
 
 

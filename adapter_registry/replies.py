@@ -1,5 +1,8 @@
-"""Errors as HTTP: one table from the tree in `errors.py` to statuses, one shape of body for everything."""
+"""Errors as HTTP: one table from the tree in `errors.py` to statuses, one shape of body for everything; a
+line in the log for each."""
 
+import json
+import logging
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from types import MappingProxyType
@@ -12,6 +15,11 @@ from starlette.exceptions import HTTPException
 from adapter_registry import errors
 from adapter_registry.api import ErrorBody, ErrorReply
 from adapter_registry.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+LOGGED_CHARACTERS = 300
+"""Of every text in a line of the log."""
 
 STATUS: Mapping[type[errors.RegistryError], int] = MappingProxyType(
     {
@@ -35,13 +43,13 @@ def status_of(error: errors.RegistryError) -> int:
     return next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
 
 
-def reply_to(error: errors.RegistryError) -> JSONResponse:
-    """The answer for it, also where no handler of the app comes by: in middleware."""
-    status = status_of(error)
-    return _reply(status, error.message, error.code, error.param)
+def reply_to(error: errors.RegistryError, asked: str) -> JSONResponse:
+    """The answer for it, also where no handler of the app comes by: in middleware. `asked`: for the log."""
+    return _reply(asked, status_of(error), error.message, error.code, error.param)
 
 
-def _reply(status: int, message: str, code: str, param: str | None = None) -> JSONResponse:
+def _reply(asked: str, status: int, message: str, code: str, param: str | None = None) -> JSONResponse:
+    logger.warning("%s failed: status=%d code=%s: %s", _logged(asked), status, code, _logged(message))
     kind = "server_error" if status >= 500 else "invalid_request_error"
     body = ErrorReply(error=ErrorBody(message=message, type=kind, param=param, code=code))
     return JSONResponse(body.model_dump(), status)
@@ -50,30 +58,43 @@ def _reply(status: int, message: str, code: str, param: str | None = None) -> JS
 def install(app: FastAPI, metrics: Metrics) -> None:
     """Every failure of `app` is answered in the one shape."""
 
-    def reply(status: int, message: str, code: str, param: str | None = None) -> JSONResponse:
+    def reply(
+        request: Request, status: int, message: str, code: str, param: str | None = None
+    ) -> JSONResponse:
         metrics.error(code)
-        return _reply(status, message, code, param)
+        return _reply(_asked(request), status, message, code, param)
 
-    async def ours(_: Request, error: errors.RegistryError) -> JSONResponse:
+    async def ours(request: Request, error: errors.RegistryError) -> JSONResponse:
         metrics.error(error.code)
-        return reply_to(error)
+        return reply_to(error, _asked(request))
 
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         problems = error.errors()
         message = "; ".join(f"{_place(p['loc'])}: {p['msg']}" for p in problems)
-        return reply(400, message, errors.InvalidRequestError.code, _place(problems[0]["loc"]))
+        return reply(request, 400, message, errors.InvalidRequestError.code, _place(problems[0]["loc"]))
 
-    async def http(_: Request, error: HTTPException) -> JSONResponse:
+    async def http(request: Request, error: HTTPException) -> JSONResponse:
         code = HTTPStatus(error.status_code).name.lower()
-        return reply(error.status_code, str(error.detail), code)
+        return reply(request, error.status_code, str(error.detail), code)
 
-    async def unexpected(_: Request, __: Exception) -> JSONResponse:  # the server logs the traceback itself
-        return reply(500, "the registry failed; its log says why", "internal_error")
+    async def unexpected(
+        request: Request, _: Exception
+    ) -> JSONResponse:  # the server logs the traceback itself
+        return reply(request, 500, "the registry failed; its log says why", "internal_error")
 
     app.exception_handler(errors.RegistryError)(ours)
     app.exception_handler(RequestValidationError)(invalid)
     app.exception_handler(HTTPException)(http)
     app.exception_handler(Exception)(unexpected)
+
+
+def _asked(request: Request) -> str:
+    return f"{request.method} {request.url.path}"
+
+
+def _logged(text: str) -> str:
+    """No text of a client's begins a line, or is long."""
+    return json.dumps(text[:LOGGED_CHARACTERS])
 
 
 def _place(location: Sequence[int | str]) -> str:

@@ -61,7 +61,7 @@ class RegistryServer:
         config = uvicorn.Config(
             create_app(registry, settings, secret),
             log_level=settings.log_level,
-            access_log=False,
+            access_log=settings.access_log,
             lifespan="off",
             timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_graceful_shutdown=settings.shutdown_seconds,

@@ -63,6 +63,8 @@ class RegistrySettings(ServiceSettings):
     """Free disk below which pushes are refused, and the registry is not ready."""
     shutdown_seconds: Annotated[int, Field(ge=1)] = 10
     """How long open requests may take when the registry stops."""
+    access_log: bool = False
+    """Write a line to the log for every request, not only for those that fail."""
     log_level: str = "info"
     """debug, info, warning or error."""
 

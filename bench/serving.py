@@ -144,11 +144,11 @@ class Served:
 def bodies(
     prompts: Sequence[Sequence[int]], output: int, tasks: Sequence[str | None], *, stream: bool = False
 ) -> list[dict[str, Any]]:
-    """One completion request per prompt: greedy, `output` tokens whatever the end token says."""
+    """One completion request per prompt: greedy, no template, `output` tokens whatever the end token says."""
     more = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
     return [
         {"prompt": list(ids), "max_tokens": output, "temperature": 0, "ignore_eos": True, **more}
-        | ({} if task is None else {"task": task})
+        | ({} if task is None else {"task": task, "raw_prompt": True})
         for ids, task in zip(prompts, tasks, strict=True)
     ]
 

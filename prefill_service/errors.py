@@ -3,6 +3,7 @@
 ServingError
 ├── InvalidRequestError         400   what the client sent cannot be served
 │   └── PromptTooLongError      400   context_length_exceeded
+├── HostNotAllowedError         403   host_not_allowed
 ├── UnknownModelError           404   model_not_found
 ├── BodyTimeoutError            408   body_timeout
 ├── RequestTooLargeError        413   request_too_large
@@ -24,7 +25,7 @@ class ServingError(PradError):
     """Base: HTTP status, OpenAI's error type and code, a message for the client, the field it is about.
 
     `retry_after`: seconds after which it makes sense to try again; None says nothing about it. `closes`: the
-    connection has no further use.
+    connection has no further use. `quotes`: the message may hold a part of a prompt, so no log may hold it.
     """
 
     status: ClassVar[int] = 500
@@ -40,12 +41,14 @@ class ServingError(PradError):
         param: str | None = None,
         code: str | None = None,
         retry_after: float | None = None,
+        quotes: bool = False,
     ) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
         self.code = code or self.default_code
         self.retry_after = self.default_retry_after if retry_after is None else retry_after
+        self.quotes = quotes
 
     def body(self) -> dict[str, dict[str, str | None]]:
         """OpenAI's error object."""
@@ -59,6 +62,12 @@ class InvalidRequestError(ServingError):
 
 class PromptTooLongError(InvalidRequestError):
     default_code = "context_length_exceeded"
+
+
+class HostNotAllowedError(ServingError):
+    status = 403
+    type = "invalid_request_error"
+    default_code = "host_not_allowed"
 
 
 class UnknownModelError(ServingError):

@@ -29,7 +29,7 @@ from prad.core.sampling import SamplingParams
 from prad.lm import LanguageModel, Tokenizer, require_device, resolve_model
 from prad.lm.kernels import load_kernels
 from prad.lm.kv import Pools, blocks_in
-from prefill_service.api import ApiLimits, ModelInfo, bounded_protocol, create_app
+from prefill_service.api import ApiAccess, ApiLimits, ModelInfo, bounded_protocol, create_app
 from prefill_service.catalogue import RegistryFollower, Residents, TaskCatalogue
 from prefill_service.decode_link import DecodeLink
 from prefill_service.engine import PrefillEngine
@@ -109,8 +109,13 @@ async def _serve(
         follower = RegistryFollower(registry, catalogue, probe)
         metrics = CollectorRegistry()
         metrics.register(parts)
-        limits = ApiLimits(body_timeout_s=settings.body_timeout_s)
-        app = create_app(parts.engine, catalogue, tokenizer, info, limits, metrics)
+        limits = ApiLimits(
+            max_body_bytes=settings.max_body_mib << 20,
+            body_timeout_s=settings.body_timeout_s,
+            tokenising_chars=settings.tokenising_mchars * 10**6,
+        )
+        access = ApiAccess(settings.hosts, settings.origins, log=settings.access_log)
+        app = create_app(parts.engine, catalogue, tokenizer, info, limits, metrics, access)
         config = uvicorn.Config(
             app,
             http=bounded_protocol(settings.max_connections, settings.body_timeout_s),

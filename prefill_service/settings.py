@@ -26,6 +26,18 @@ class PrefillSettings(ServiceSettings):
     """Connections to the API; requests on further ones get 503."""
     body_timeout_s: Annotated[float, Field(gt=0)] = 10.0
     """Seconds in which a request's body must come, or go on coming at 64 KiB/s; it is refused with 408."""
+    max_body_mib: Annotated[int, Field(ge=1)] = 4
+    """Largest body of a request; a larger one is refused with 413."""
+    tokenising_mchars: Annotated[int, Field(ge=1)] = 8
+    """Millions of characters of long prompts that are tokenised or wait for it at once; more get 429."""
+    allowed_hosts: str = ""
+    """Further names that clients may call the API by, separated by commas: a name, *.example.com for those
+    below one, * for any. Addresses, and names without a dot, are always allowed."""
+    cors_origins: str = ""
+    """Origins whose pages may use the API in a browser, separated by commas, as in http://localhost:5173; *
+    for any; none if not given."""
+    access_log: bool = False
+    """Write a line to the log for every request, not only for those that fail. Prompts are in neither."""
     decode: str = "127.0.0.1:50051"
     """The decode service, host:port."""
     decode_silence_s: Annotated[float, Field(ge=0.5)] = 3.0
@@ -101,5 +113,18 @@ class PrefillSettings(ServiceSettings):
     """Serve adapters trained on other weights of the same architecture."""
 
     @property
+    def hosts(self) -> tuple[str, ...]:
+        """Names that clients may call the API by."""
+        return (self.host, *_listed(self.allowed_hosts))
+
+    @property
+    def origins(self) -> tuple[str, ...]:
+        return _listed(self.cors_origins)
+
+    @property
     def base_name(self) -> str:
         return self.model_name or served_name(self.model)
+
+
+def _listed(names: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in names.split(",") if name.strip())

@@ -20,8 +20,21 @@ from transformers import AutoTokenizer
 from prad.lm.errors import UnsupportedModelError
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_BYTE_NAME = re.compile("<0x([0-9A-F]{2})>")
+"""How SentencePiece's vocabularies call a byte."""
 _MOST_PENDING = 8
 """Tokens after which bytes that still make no character never will: one takes at most four."""
+
+
+def _byte_names() -> dict[str, int]:
+    """How byte-level vocabularies (GPT-2's and those after it) call a byte: by its own character where that
+    can be seen, else by the next one from U+0100 on."""
+    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in seen]
+    return {chr(byte): byte for byte in seen} | {chr(0x100 + at): byte for at, byte in enumerate(others)}
+
+
+_BYTES_BY_NAME = _byte_names()
 
 
 class Tokenizer:
@@ -116,9 +129,35 @@ class Tokenizer:
         """Text of ids, special tokens left out."""
         return str(self._tokenizer.backend_tokenizer.decode(list(ids), skip_special_tokens=True))
 
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters that one token can stand for, at most: those of its name, in which each byte or
+        character has one, and a space that some leave out. (A normaliser or an unknown token may take more
+        of a text, without a bound.)"""
+        return max(map(len, self._tokenizer.get_vocab())) + 1
+
     def token_text(self, token: int) -> str:
-        """One token as text, special tokens included; for log-probabilities."""
-        return str(self._tokenizer.decode([token], clean_up_tokenization_spaces=False))
+        """One token as text, special tokens included; for log-probabilities. A part of a character has none
+        and is told by its bytes, as in bytes:\\xe2\\x98, which keeps it apart from others."""
+        text = str(self._tokenizer.decode([token], clean_up_tokenization_spaces=False))
+        if _REPLACEMENT not in text:
+            return text
+        raw = self.token_bytes(token)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+    def token_bytes(self, token: int) -> bytes:
+        """One token's own bytes, also where they are a part of a character."""
+        text = str(self._tokenizer.decode([token], clean_up_tokenization_spaces=False))
+        if _REPLACEMENT not in text:
+            return text.encode()
+        name = str(self._tokenizer.convert_ids_to_tokens(token))
+        if found := _BYTE_NAME.fullmatch(name):
+            return bytes([int(found[1], 16)])
+        values = [_BYTES_BY_NAME.get(character) for character in name]
+        return text.encode() if None in values else bytes(value for value in values if value is not None)
 
     def stream(self) -> "TextStream":
         return TextStream(self)

@@ -2,6 +2,6 @@
 
 from prefill_service.api.admission import ModelInfo
 from prefill_service.api.app import create_app
-from prefill_service.api.intake import ApiLimits, bounded_protocol
+from prefill_service.api.intake import ApiAccess, ApiLimits, bounded_protocol
 
-__all__ = ["ApiLimits", "ModelInfo", "bounded_protocol", "create_app"]
+__all__ = ["ApiAccess", "ApiLimits", "ModelInfo", "bounded_protocol", "create_app"]

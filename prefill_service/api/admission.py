@@ -3,7 +3,6 @@
 A value is the first that is named: by the request, by the task's artefact, by the API.
 """
 
-import asyncio
 import re
 import secrets
 import time
@@ -16,9 +15,14 @@ from prad.core.sampling import SamplingParams
 from prad.lm import Tokenizer
 from prefill_service.api.intake import ApiLimits
 from prefill_service.api.requests import ChatRequest, CompletionRequest, GenerationRequest
-from prefill_service.api.text import PromptEncoder, fit
+from prefill_service.api.text import PromptEncoder, Template, chat_template, completion_template
 from prefill_service.catalogue import TaskCatalogue
-from prefill_service.errors import InvalidRequestError, NotReadyError, UnknownModelError
+from prefill_service.errors import (
+    InvalidRequestError,
+    NotReadyError,
+    PromptTooLongError,
+    UnknownModelError,
+)
 from prefill_service.prompt import Engine, PromptRequest, TaskVersion
 
 TOKENS_PER_EVENT = 16
@@ -26,6 +30,9 @@ TOKENS_PER_EVENT = 16
 
 GREEDY_BELOW = 1e-5
 """Logits divided by less than this may overflow float32; the draw is greedy there anyway."""
+
+FIT = -1
+"""truncate_prompt_tokens that keeps as much of the prompt as fits."""
 
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
 
@@ -70,6 +77,7 @@ class Admitted:
     id: str
     created: int
     target: Target
+    template: Template
     stop: tuple[str, ...]
     prompts: tuple[PromptRequest, ...]
 
@@ -83,7 +91,7 @@ class Admitted:
         return max((prompt.sampling for prompt in self.prompts), key=lambda sampling: sampling.max_tokens)
 
     def report(self) -> dict[str, object]:
-        """The response's `prad` object: which adapter answered, and how it was sampled."""
+        """The response's `prad` object: which adapter answered, in which template, and how it was sampled."""
         version, sampling, beams = self.target.version, self.sampling, self.prompts[0].beams
         values = {name: getattr(sampling, name) for name in GenerationValues.model_fields}
         values |= {"stop": list(self.stop)} | ({} if beams is None else {"beams": beams})
@@ -91,6 +99,7 @@ class Admitted:
             "task": version.task if version else None,
             "version": version.version if version else None,
             "digest": version.digest if version else None,
+            "template": self.template,
             "seed": sampling.seed,
             "sampling": values,
         }
@@ -124,7 +133,7 @@ class Admission:
     ) -> None:
         self._engine = engine
         self._catalogue = catalogue
-        self._encoder = PromptEncoder(tokenizer, model.vocab_size, limits.thread_chars)
+        self._encoder = PromptEncoder(tokenizer, model.vocab_size, model.max_context, limits)
         self._max_context = model.max_context
         self._stop_ids = model.stop_ids | tokenizer.end_ids
         self._limits = limits
@@ -159,26 +168,28 @@ class Admission:
                 f"{self._limits.max_choices} in one request",
                 param="n" if request.best_of is None else "best_of",
             )
-        prompts = []
-        for prompt in request.prompt:
-            ids = await self._encoder.completion(target.record, prompt, raw=bool(request.raw_prompt))
-            prompts.append(ids)
-            await asyncio.sleep(0)  # a long list must not keep the event loop from other requests
-        return self._admitted("cmpl", request, target, prompts, self._limits.completion_tokens)
+        template = completion_template(
+            target.record, request.prompt[0], raw=request.raw, add=bool(request.add_template)
+        )
+        prompts = await self._encoder.completion(target.record, request.prompt, template)
+        return self._admitted("cmpl", request, target, template, prompts)
 
     async def chat(self, request: ChatRequest, target: Target) -> Admitted:
-        ids = await self._encoder.chat(target.record, request.messages, raw=bool(request.raw_prompt))
-        return self._admitted("chatcmpl", request, target, [ids], self._limits.chat_tokens)
+        template = chat_template(target.record, raw=request.raw)
+        ids = await self._encoder.chat(target.record, request.messages, template)
+        return self._admitted("chatcmpl", request, target, template, [ids])
 
     def _admitted(
         self,
         prefix: str,
         request: GenerationRequest,
         target: Target,
+        template: Template,
         prompts: Sequence[tuple[int, ...]],
-        default_tokens: int,
     ) -> Admitted:
         record = target.record
+        chat = isinstance(request, ChatRequest)
+        default_tokens = self._limits.chat_tokens if chat else self._limits.completion_tokens
         params, stop = resolve(request, record.generation if record else GenerationDefaults(), default_tokens)
         params = replace(params, stop_ids=frozenset() if request.ignore_eos else self._stop_ids)
         name = f"{prefix}-{uuid.uuid4().hex}"
@@ -208,7 +219,57 @@ class Admission:
             )
             for index, (ids, max_tokens) in enumerate(fitted)
         )
-        return Admitted(name, int(time.time()), target, stop, requests)
+        return Admitted(name, int(time.time()), target, template, stop, requests)
+
+
+def fit(
+    ids: tuple[int, ...],
+    *,
+    context: int,
+    virtual: int = 0,
+    requested: int | None,
+    default: int,
+    min_tokens: int,
+    truncate: int | None,
+) -> tuple[tuple[int, ...], int]:
+    """The prompt as it will be computed, and how many tokens may follow it.
+
+    `context`: positions for both and the adapter's `virtual` tokens; `requested`: max_tokens if the request
+    names it (kept to the letter), else `default` is clipped to what fits. `truncate`: keep only that many of
+    the prompt's last tokens.
+    Raises PromptTooLongError with the numbers, InvalidRequestError for an empty prompt or min_tokens that
+    cannot be reached.
+    """
+    capacity = context - virtual
+    if truncate is not None:
+        kept = _room(capacity, requested, default) if truncate == FIT else truncate
+        ids = ids[-kept:] if kept > 0 else ids
+    if not ids:
+        raise InvalidRequestError("the prompt is empty: expected at least one token", param="prompt")
+    room = capacity - len(ids)
+    if room < (requested or 1):
+        if room > 0:
+            advice, param = f"max_tokens is at most {room} with this prompt", "max_tokens"
+        else:
+            advice, param = "shorten the prompt or send 'truncate_prompt_tokens'", "prompt"
+        beside = f" beside the adapter's {virtual} virtual ones" if virtual else ""
+        raise PromptTooLongError(
+            f"the context holds {capacity} tokens{beside}, but {len(ids) + (requested or 1)} were asked for: "
+            f"{len(ids)} in the prompt and {requested or 'at least 1'} for the output; {advice}",
+            param=param,
+        )
+    max_tokens = min(default, room) if requested is None else requested
+    if min_tokens > max_tokens:
+        raise InvalidRequestError(
+            f"'min_tokens' is {min_tokens}, but the output is limited to {max_tokens} tokens",
+            param="min_tokens",
+        )
+    return ids, max_tokens
+
+
+def _room(capacity: int, requested: int | None, default: int) -> int:
+    """How much prompt fits beside the output; a default output length takes at most half the context."""
+    return capacity - (min(default, capacity // 2) if requested is None else requested)
 
 
 def split_name(name: str, param: str) -> tuple[str, int | None]:

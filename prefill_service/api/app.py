@@ -7,18 +7,22 @@ What is noted about it, and whatever goes wrong: outcomes.
 """
 
 import time
+from collections.abc import Mapping
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
+from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 from pydantic.json_schema import models_json_schema
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from prad.lm import Tokenizer
 from prefill_service.api.admission import Admission, ModelInfo, find_version, split_name
-from prefill_service.api.intake import ApiLimits, TurnAway, read_body
+from prefill_service.api.intake import ApiAccess, ApiLimits, TurnAway, read_body
 from prefill_service.api.outcomes import JsonResponse, Metrics, Observe, add_failure_handlers, record_of
 from prefill_service.api.requests import ChatRequest, ChatShape, CompletionRequest, CompletionShape, Json
 from prefill_service.api.responses import Responder
@@ -33,57 +37,95 @@ def create_app(
     model: ModelInfo,
     limits: ApiLimits | None = None,
     registry: CollectorRegistry | None = None,
+    access: ApiAccess | None = None,
 ) -> FastAPI:
     """`registry`: shown at /metrics; the engine may hold its own metrics in the same one."""
-    limits = limits or ApiLimits()
+    limits, access = limits or ApiLimits(), access or ApiAccess()
     admission = Admission(engine, catalogue, tokenizer, model, limits)
     responder = Responder(engine, tokenizer, model.short_fingerprint)
     metrics = Metrics(registry or CollectorRegistry())
-    app = _Api(title="PrAd server", docs_url="/docs", redoc_url=None, responses=_FAILURES)
+    app = FastAPIOffline("/docs", None, title="PrAd server", version=_VERSION, responses=_FAILURES)
+    app.openapi = partial(_described, app)  # type: ignore[method-assign]
     app.include_router(_generation(admission, responder, limits))
     app.include_router(_models(catalogue, model))
     app.include_router(_operations(admission, metrics, model))
     add_failure_handlers(app)
-    app.add_middleware(TurnAway)
-    app.add_middleware(Observe, metrics=metrics)
+    app.add_middleware(TurnAway, hosts=access.hosts)
+    app.add_middleware(Observe, metrics=metrics, log=access.log)
+    if access.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=access.cors_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=SHOWN_HEADERS,
+        )
     return app
 
 
-class _Api(FastAPI):
-    """FastAPI, which cannot describe the bodies that endpoints read themselves."""
-
-    def openapi(self) -> dict[str, Any]:
-        described = super().openapi()
-        _, bodies = models_json_schema(
-            [(CompletionRequest, "validation"), (ChatRequest, "validation")], ref_template=_SCHEMA
-        )
-        described["components"]["schemas"] |= bodies["$defs"]
-        return described
+def _described(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's description, and the bodies that endpoints read themselves, which it cannot know."""
+    described = FastAPI.openapi(app)
+    _, bodies = models_json_schema(
+        [(CompletionRequest, "validation"), (ChatRequest, "validation")], ref_template=_SCHEMA
+    )
+    described["components"]["schemas"] |= bodies["$defs"]
+    return described
 
 
 class Failure(BaseModel):
-    """OpenAI's error object. `param`: the field that it is about."""
+    """OpenAI's error object."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
     message: str
+    """What was wrong, what was expected, and how to mend it."""
     type: str
+    """invalid_request_error, rate_limit_error or server_error."""
     param: str | None
+    """The field that it is about."""
     code: str | None
+    """One word for programs."""
 
 
 class FailureBody(BaseModel):
     """Every answer that is no 2xx."""
 
-    error: Failure
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
+    error: Failure
+    """What went wrong."""
+
+
+SHOWN_HEADERS = ("x-request-id", "x-prad-task", "x-prad-version", "x-prad-digest", "retry-after")
+"""Of an answer, to the pages of other origins."""
+
+_VERSION = version("prad-server")
+_PLACES = {
+    "docs": "/docs",
+    "openapi": "/openapi.json",
+    "models": "/v1/models",
+    "completions": "/v1/completions",
+    "chat": "/v1/chat/completions",
+    "health": "/health",
+    "ready": "/ready",
+    "metrics": "/metrics",
+}
 
 _SCHEMA = "#/components/schemas/{model}"
 _FAILURES: dict[int | str, dict[str, Any]] = {
     "default": {"model": FailureBody, "description": "Not served, and why"}
 }
-_REFUSALS: dict[int | str, dict[str, Any]] = {
-    status: {"model": FailureBody, "description": why}
-    for status, why in {
+
+
+def _refused(reasons: Mapping[int, str]) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": FailureBody, "description": why} for status, why in reasons.items()}
+
+
+_REFUSALS = _refused(
+    {
         400: "A field is unknown, unsupported or wrong, the body is no JSON, or the prompt does not fit",
+        403: "The request's Host is none of the server's names",
         404: "No such task, version or model",
         408: "The body did not come in time",
         413: "The body is too large",
@@ -91,8 +133,8 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
         429: "Too much is waiting already; Retry-After says when to come again",
         503: "Not ready, or the decode service is away; Retry-After says when to come again",
         504: "It took longer than a request may",
-    }.items()
-}
+    }
+)
 _ANSWER: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "OpenAI's object with `prad` beside it; events of chunks if `stream` is true",
@@ -180,7 +222,9 @@ def _models(catalogue: TaskCatalogue, model: ModelInfo) -> APIRouter:
         return {"object": "list", "data": [base(), *tasks]}
 
     @router.head("/v1/models/{name:path}", include_in_schema=False)
-    @router.get("/v1/models/{name:path}")
+    @router.get(
+        "/v1/models/{name:path}", responses=_refused({400: "No name of a model", 404: "No such model"})
+    )
     async def one_model(name: str) -> Json:
         """The plain model, a task, or one version of it as in e2e@3."""
         if name == catalogue.base_name:
@@ -196,7 +240,12 @@ def _models(catalogue: TaskCatalogue, model: ModelInfo) -> APIRouter:
 def _operations(admission: Admission, metrics: Metrics, model: ModelInfo) -> APIRouter:
     """What operators and their machines ask: alive, ready, how busy, which build."""
     router = APIRouter(tags=["operations"])
-    package_version = version("prad-server")
+
+    @router.head("/", include_in_schema=False)
+    @router.get("/")
+    async def where() -> Json:
+        """Where things are."""
+        return {"service": "PrAd server", "version": _VERSION, **_PLACES}
 
     @router.head("/health", include_in_schema=False)
     @router.get("/health")
@@ -205,7 +254,7 @@ def _operations(admission: Admission, metrics: Metrics, model: ModelInfo) -> API
         return {"status": "ok"}
 
     @router.head("/ready", include_in_schema=False, response_model=None)
-    @router.get("/ready", response_model=None)
+    @router.get("/ready", response_model=None, responses={503: {"description": "Not ready, and why"}})
     async def ready() -> Response:
         """200 once requests can be served, else 503 with the reasons."""
         if reasons := admission.troubles:
@@ -220,6 +269,6 @@ def _operations(admission: Admission, metrics: Metrics, model: ModelInfo) -> API
     @router.get("/version")
     async def build() -> dict[str, str]:
         """The package's version and exactly which model this is."""
-        return {"version": package_version, "model_fingerprint": model.fingerprint}
+        return {"version": _VERSION, "model_fingerprint": model.fingerprint}
 
     return router

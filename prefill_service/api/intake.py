@@ -8,8 +8,9 @@ a feature that is not there is refused by the feature's name: nobody gets an ans
 """
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import orjson
@@ -23,14 +24,17 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import PydanticCustomError
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from adapter_registry.hosts import is_allowed
 from prad.artefact import MAX_STOP_CHARACTERS, MAX_STOPS
 from prefill_service.api.outcomes import ClientGoneError, invalid_request, shown
 from prefill_service.errors import (
     BodyTimeoutError,
+    HostNotAllowedError,
     InvalidRequestError,
     RequestTooLargeError,
     TooManyConnectionsError,
@@ -46,6 +50,7 @@ ALWAYS_SERVED = ("/health", "/ready", "/metrics")
 """A crowd of clients must not make operators' machines believe that the service is dead."""
 
 _CROWDED = "prad.crowded"
+REMEMBERED_HOSTS = 256
 MAX_FIELDS = 100
 """Fields of one object: each unknown one would be an error of its own."""
 
@@ -60,7 +65,7 @@ class ApiLimits:
     """Bounds on one HTTP request, and the output lengths of requests that name none.
 
     body_timeout_s: seconds in which a body must come; thread_chars: texts longer than this are tokenised off
-    the event loop.
+    the event loop; tokenising_chars: how much of them may be or wait there, of all requests.
     """
 
     max_body_bytes: int = 4 * 2**20
@@ -70,6 +75,20 @@ class ApiLimits:
     completion_tokens: int = 16
     chat_tokens: int = 1024
     thread_chars: int = 4096
+    tokenising_chars: int = 8_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class ApiAccess:
+    """Who may reach the API, and whether that is written down.
+
+    hosts: its names beside those that no web page can give it; cors_origins: whose pages browsers let in, "*"
+    for all; log: every request, not only those that fail.
+    """
+
+    hosts: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
+    log: bool = False
 
 
 def bounded_protocol(connections: int, head_timeout_s: float) -> type[HttpToolsProtocol]:
@@ -101,12 +120,23 @@ def _marked(app: Any) -> Any:
 
 
 class TurnAway:
-    """Middleware that refuses what came on a connection too many."""
+    """Middleware that refuses what came on a connection too many, or by a name that a web page can give to
+    this machine (`adapter_registry.hosts`). `hosts`: such names that are ours."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, hosts: Sequence[str]) -> None:
         self._app = app
+        self._is_allowed = lru_cache(REMEMBERED_HOSTS)(
+            partial(is_allowed, allowed=[name.lower() for name in hosts])
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        host = Headers(scope=scope).get("host") if scope["type"] == "http" else None
+        if host is not None and not self._is_allowed(host.lower()):
+            raise HostNotAllowedError(
+                f"this server is not called {shown(host)}; if that is its name, add it to allowed_hosts "
+                "(PRAD_PREFILL_ALLOWED_HOSTS)",
+                param="host",
+            )
         if scope.get(_CROWDED) and scope["path"] not in ALWAYS_SERVED:
             raise TooManyConnectionsError("too many connections are open already")
         await self._app(scope, receive, send)

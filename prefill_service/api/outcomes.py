@@ -1,8 +1,9 @@
 """What is noted of one HTTP request, and what its client is told when it fails.
 
-Notes are its id for the log and its numbers for the metrics, whose labels are routes, statuses, known tasks:
-never a client's text. What went wrong becomes OpenAI's error object, and never a word too much. A client that
-goes away is nobody to be told: its request ends at once, streaming or not.
+Notes are a line in the log if it fails, or of every request by choice, without a word of its prompt; and
+numbers for the metrics, whose labels are routes, statuses, known tasks: never a client's text. What went
+wrong becomes OpenAI's error object, and never a word too much. A client that goes away is nobody to be told:
+its request ends at once, streaming or not.
 """
 
 import asyncio
@@ -48,13 +49,16 @@ NAMED_CHARACTERS = 200
 """Of a field's name among them."""
 SHOWN_CHARACTERS = 60
 """Of a value that was not expected."""
+LOGGED_CHARACTERS = 300
+"""Of every text in a line of the log."""
 
 
 @dataclass(slots=True)
 class RequestRecord:
     """`id` is the client's x-request-id if it sent a harmless one; the engine's ids are drawn elsewhere.
 
-    `status`: how a stream really ended, where that differs from the status that was sent when it began.
+    `status`: how a stream really ended, where that differs from the status that was sent when it began;
+    `failure`: what the client was told.
     """
 
     id: str
@@ -62,6 +66,7 @@ class RequestRecord:
     first_token: float | None = None
     task: str | None = None
     status: int | None = None
+    failure: ServingError | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
@@ -71,6 +76,11 @@ class RequestRecord:
         if self.first_token is None:
             self.first_token = time.monotonic()
         self.completion_tokens += 1
+
+    def line(self, scope: Scope, status: int) -> str:
+        """For the log, in which a client's text can neither begin a line nor be long."""
+        named = f"request {self.id} {_logged(scope['method'])} {_logged(scope['path'])}"
+        return f"{named} task={self.task or '-'} status={self.status or status}"
 
     def usage(self) -> dict[str, object]:
         """OpenAI's usage object: each prompt counts once, all its choices' tokens count."""
@@ -178,12 +188,13 @@ async def while_connected(receive: Receive) -> AsyncGenerator[None, None]:
 class Observe:
     """The outermost layer of the app: every request gets its record and is counted, no exception gets out.
 
-    Plain ASGI: streamed chunks pass through untouched.
+    Plain ASGI: streamed chunks pass through untouched. `log`: also requests that do not fail.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, *, log: bool) -> None:
         self._app = app
         self._metrics = metrics
+        self._log = log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -212,15 +223,25 @@ class Observe:
         finally:
             route = getattr(scope.get("route"), "path", NO_ROUTE)
             self._metrics.observe(record, route, status or CLIENT_GONE)
+            self._write(record, record.line(scope, status or CLIENT_GONE))
+
+    def _write(self, record: RequestRecord, line: str) -> None:
+        if failure := record.failure:
+            reason = "wrong value, not logged" if failure.quotes else _logged(failure.message)
+            logger.warning("%s code=%s param=%s: %s", line, failure.code, _logged(failure.param), reason)
+        elif self._log:
+            seconds = time.monotonic() - record.started
+            tokens = (record.prompt_tokens, record.cached_tokens, record.completion_tokens)
+            logger.info("%s seconds=%.3f prompt=%d cached=%d completion=%d", line, seconds, *tokens)
 
 
 def as_told(error: Exception, record: RequestRecord) -> ServingError:
     """What the client is told; what is ours to mend goes to the log, under the request's id."""
     if not isinstance(error, ServingError) or isinstance(error, InternalError):
         logger.error("request %s failed", record.id, exc_info=error)
-    if isinstance(error, ServingError):
-        return error
-    return InternalError(f"internal error; the log has it under {record.id}")
+    told = error if isinstance(error, ServingError) else None
+    record.failure = told or InternalError(f"internal error; the log has it under {record.id}")
+    return record.failure
 
 
 def error_body(error: ServingError) -> dict[str, dict[str, str | None]]:
@@ -256,14 +277,16 @@ async def _http_error(request: Request, error: Exception) -> Response:
             code = "method_not_allowed"
         case _:
             message, code = str(error.detail), "http_error"
-    body = error_body(InvalidRequestError(message, code=code))
-    return JsonResponse(body, error.status_code, error.headers)
+    failure = record_of(request).failure = InvalidRequestError(message, code=code)
+    return JsonResponse(error_body(failure), error.status_code, error.headers)
 
 
 def invalid_request(problems: Sequence[Mapping[str, Any]]) -> InvalidRequestError:
     """pydantic's errors as one: messages name the field, the fault and what was expected."""
     return InvalidRequestError(
-        "; ".join(_cut(_describe(p)) for p in problems[:SHOWN_PROBLEMS]), param=_field(problems[0])
+        "; ".join(_cut(_describe(p)) for p in problems[:SHOWN_PROBLEMS]),
+        param=_field(problems[0]),
+        quotes=True,
     )
 
 
@@ -304,6 +327,10 @@ def _field(problem: Mapping[str, Any]) -> str | None:
     if problem["type"] == "refused":
         parts.append(str(problem["ctx"]["field"]))
     return ".".join(parts) or None
+
+
+def _logged(text: str | None) -> str:
+    return "-" if text is None else json.dumps(_cut(text, LOGGED_CHARACTERS))
 
 
 def _cut(text: str, most: int = TOLD_CHARACTERS) -> str:

@@ -27,7 +27,7 @@ from prefill_service.api.intake import (
     Truncation,
     refused,
 )
-from prefill_service.api.text import Delta, TokenScore
+from prefill_service.api.text import Delta, TokenName, TokenScore
 
 MAX_MESSAGES = 4096
 MAX_SALT_CHARACTERS = 256
@@ -91,29 +91,38 @@ class GenerationRequest(GenerationValues, StrictModel):
     stop: Stops = None
     """Up to 16 texts that end the output, which is cut before them. Absent: the task's own, else none."""
     n: Choices | None = None
-    """Answers for each prompt. Absent: 1."""
+    """Answers for each prompt, up to 16. Absent: 1."""
     stream: bool | None = None
-    """Send the answer as server-sent events while it is made."""
+    """Send the answer as server-sent events while it is made. Absent: no."""
     stream_options: StreamOptions | None = None
-    """Needs `stream`."""
+    """Of a stream, so it needs `stream`. Absent: no usage is told."""
     ignore_eos: bool | None = None
-    """Go on behind an end token, up to the longest output."""
+    """Go on behind an end token, up to the longest output. Absent: no."""
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     """No end token and no stop text counts before so many tokens. Absent: 0."""
     raw_prompt: bool | None = None
-    """Take the prompt as it is, without the task's template."""
+    """Take the prompt as it is, without the task's template. Absent: no."""
+    add_template: bool | None = None
+    """Put the task's template around token ids, too: for a task that has one, ids come with this or with
+    `raw_prompt`. It is done if inside the template their text has just these ids, and refused if not, as
+    where the first word is joined with a space of the template. Texts have it anyway; false: `raw_prompt`."""
     truncate_prompt_tokens: Truncation = None
     """Keep so many of the prompt's last tokens; -1: as many as fit. Absent: what does not fit is refused."""
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARACTERS)] | None = None
-    """Share computed prompts only with requests that have the same salt. Absent: with all that have none."""
+    """Share computed prompts only with requests that have the same salt, a text of up to 256 characters.
+    Absent: with all that have none."""
     use_beam_search: bool | None = None
-    """Search for the likeliest outputs instead of drawing; keeps `best_of` hypotheses, or `n`."""
+    """Search for the likeliest outputs instead of drawing; keeps `best_of` hypotheses, or `n`. Absent: no."""
     best_of: Choices | None = None
-    """How many hypotheses a beam search keeps, of which the `n` best are answers."""
+    """How many hypotheses a beam search keeps, up to 16, of which the `n` best are answers. Absent: `n`."""
 
     @property
     def choices(self) -> int:
         return self.n or 1
+
+    @property
+    def raw(self) -> bool:
+        return bool(self.raw_prompt) or self.add_template is False
 
     @property
     def output_limit(self) -> int | None:
@@ -159,6 +168,12 @@ class GenerationRequest(GenerationValues, StrictModel):
         return self
 
     @model_validator(mode="after")
+    def _one_word_on_the_template(self) -> "GenerationRequest":
+        if self.add_template is not None and self.add_template is self.raw_prompt:
+            raise refused("add_template", "'add_template' and 'raw_prompt' disagree: send one of them")
+        return self
+
+    @model_validator(mode="after")
     def _stream_options_need_stream(self) -> "GenerationRequest":
         if self.stream_options and not self.stream:
             raise ValueError("'stream_options' needs 'stream': true")
@@ -174,9 +189,10 @@ class CompletionRequest(GenerationRequest):
     }
 
     prompt: Prompts
-    """A text, a list of token ids, or a list of either: each becomes `n` choices."""
+    """A text, a list of token ids, or a list of up to 128 of either: each becomes `n` choices."""
     logprobs: Logprobs | None = None
-    """Report each token's log-probability, and those of so many of the likeliest."""
+    """Report each token's log-probability, and those of up to 20 of the likeliest. Absent: none. A part of a
+    character is named by its bytes, as in `bytes:\\xe2\\x98`."""
 
     @property
     def alternatives(self) -> int | None:
@@ -206,13 +222,14 @@ class ChatRequest(GenerationRequest):
     }
 
     messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=MAX_MESSAGES)]
-    """The conversation; the user speaks last."""
+    """The conversation, up to 4096 messages; the user speaks last. Of a task that was not trained on the chat
+    template: one user message."""
     max_completion_tokens: TokenCount | None = None
-    """OpenAI's newer name of `max_tokens`."""
+    """OpenAI's newer name of `max_tokens`: send one of them."""
     logprobs: bool | None = None
-    """Report each token's log-probability."""
+    """Report each token's log-probability. Absent: no."""
     top_logprobs: Logprobs | None = None
-    """And those of so many of the likeliest; needs `logprobs`."""
+    """And those of up to 20 of the likeliest; needs `logprobs`. Absent: 0."""
 
     @property
     def output_limit(self) -> int | None:
@@ -298,7 +315,7 @@ def _chat_chunk(
 def _completion_logprobs(scores: Sequence[TokenScore]) -> dict[str, object]:
     """Of /v1/completions; the drawn token is among its alternatives even if it is not a likely one."""
     return {
-        "tokens": [score.token for score in scores],
+        "tokens": [score.token.text for score in scores],
         "token_logprobs": [score.logprob for score in scores],
         "top_logprobs": [_alternatives(score) for score in scores],
         "text_offset": [score.offset for score in scores],
@@ -320,17 +337,12 @@ def _chat_logprobs(scores: Sequence[TokenScore]) -> dict[str, object]:
 
 
 def _alternatives(score: TokenScore) -> dict[str, float]:
-    """Two ids may share a text (parts of a character do): the likelier one stays."""
-    named = {score.token: score.logprob}
+    """Two ids may share a text: the likelier one stays."""
+    named = {score.token.text: score.logprob}
     for token, logprob in score.top:
-        named[token] = max(logprob, named.get(token, logprob))
+        named[token.text] = max(logprob, named.get(token.text, logprob))
     return named
 
 
-def _entry(token: str, logprob: float) -> dict[str, object]:
-    return {"token": token, "logprob": logprob, "bytes": _bytes(token)}
-
-
-def _bytes(token: str) -> list[int] | None:
-    """None for a part of a character, which has no text of its own."""
-    return None if "\N{REPLACEMENT CHARACTER}" in token else list(token.encode())
+def _entry(token: TokenName, logprob: float) -> dict[str, object]:
+    return {"token": token.text, "logprob": logprob, "bytes": list(token.raw)}

@@ -2,8 +2,10 @@
 
 In: the same ids that training saw, as many as fit.
 
-    completion, task         template(text), or the ids as given; `raw_prompt` leaves the template out
-    completion, plain model  text
+    completion, task         template(text); `raw_prompt` leaves the template out. Ids would go without it,
+                             so that has to be said (`raw_prompt`); `add_template` puts it around them if they
+                             are the ids that the text inside the template has
+    completion, plain model  text, or the ids as given
     chat, task               template(the user message): such an adapter has only ever seen single prompts, so
                              other messages are refused rather than silently left out
     chat, task trained on    the model's chat template over all messages, the last user message inside the
@@ -14,164 +16,238 @@ A completion of a task that was trained on the chat template is a conversation o
 tokens and the model's special tokens come from templates alone: a prompt's text that looks like one is text
 (`Tokenizer.as_text`). Of ids, those outside the vocabulary are refused.
 
+What is long is tokenised in threads, a few at a time; what cannot fit into the context, not at all.
+
 Out: one token of one choice at a time, never looking back over the whole. Text goes out only once it is
 settled: a character when it is complete, and what may be the beginning of a stop text when it turned out not
 to be one. A token costs time in the length of its own text and of the stop texts.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from jinja2 import TemplateError
 
-from prad.artefact import AdapterRecord
+from prad.artefact import PROMPT_FIELD, AdapterRecord
 from prad.core.sampling import Token, TokenEvent
 from prad.lm import Tokenizer
-from prefill_service.api.intake import Message, PromptInput
-from prefill_service.errors import InvalidRequestError, PromptTooLongError
+from prefill_service.api.intake import ApiLimits, Message, PromptInput
+from prefill_service.api.outcomes import shown
+from prefill_service.errors import InvalidRequestError, OverloadedError, PromptTooLongError
 
 ChatTurns = list[dict[str, str]]
+Template = Literal["task", "chat", "none"]
+"""What is put around a prompt: the task's template (inside the model's chat template if the task was trained
+so), the model's chat template alone, or nothing."""
 
-FIT = -1
-"""truncate_prompt_tokens that keeps as much of the prompt as fits."""
+TOKENISING_THREADS = 4
+ID_CHARACTERS = 4
+"""What an id counts where characters are counted that are tokenised."""
+
 REMEMBERED_TOKENS = 65_536
 LOWEST = -9999.0
 """Stands for minus infinity, which JSON does not have."""
 
 
-@dataclass(frozen=True, slots=True)
 class PromptEncoder:
-    """Tokenises prompts. Texts longer than `thread_chars` are tokenised in a thread, as others wait."""
+    """Tokenises a request's prompts. `context`: positions of the model, which bound what is tokenised."""
 
-    tokenizer: Tokenizer
-    vocab_size: int
-    thread_chars: int
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, context: int, limits: ApiLimits) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._context = context
+        self._most_chars = context * tokenizer.longest_token
+        self._limits = limits
+        self._waiting_chars = 0
+        self._threads = asyncio.Semaphore(TOKENISING_THREADS)
 
     async def completion(
-        self, record: AdapterRecord | None, prompt: PromptInput, *, raw: bool
-    ) -> tuple[int, ...]:
-        """`record` None: the plain model. Raises InvalidRequestError."""
-        if not isinstance(prompt, str):
-            return self._checked(prompt)
-        if not prompt:
-            raise InvalidRequestError("the prompt is empty: expected at least one token", param="prompt")
-        text = self.tokenizer.as_text(prompt)
-        if raw or record is None:
-            return await self._text(text)
-        if record.chat_template:
-            return await self._chat([{"role": "user", "content": record.wrap(text)}], "prompt")
-        return await self._text(*record.parts(text))
+        self, record: AdapterRecord | None, prompts: Sequence[PromptInput], template: Template
+    ) -> list[tuple[int, ...]]:
+        """`record` None: the plain model; `template`: of `completion_template`. Raises InvalidRequestError,
+        OverloadedError."""
+        for prompt in prompts:
+            self._require_some(prompt, template)
+        encoded = []
+        with self._room(sum(map(_weight, prompts))):
+            for prompt in prompts:
+                encoded.append(await self._completion(record, prompt, template))
+                await asyncio.sleep(0)  # a long list must not keep the event loop from other requests
+        return encoded
 
     async def chat(
-        self, record: AdapterRecord | None, messages: Sequence[Message], *, raw: bool
+        self, record: AdapterRecord | None, messages: Sequence[Message], template: Template
     ) -> tuple[int, ...]:
-        """`record` None: the plain model. Raises InvalidRequestError."""
-        last = messages[-1]
-        if last.role != "user":
+        """`record` None: the plain model; `template`: of `chat_template`. Raises InvalidRequestError,
+        OverloadedError."""
+        if messages[-1].role != "user":
             raise InvalidRequestError(
-                f"the last message must be the user's, got role {last.role!r}: going on with a given answer "
-                "is not supported yet",
+                f"the last message must be the user's, got role {messages[-1].role!r}: going on with a given "
+                "answer is not supported yet",
                 param="messages",
             )
-        if record is None or record.chat_template:
-            as_text = self.tokenizer.as_text
-            text = as_text(last.content)
-            content = text if raw or record is None else record.wrap(text)
-            turns = [{"role": m.template_role, "content": as_text(m.content)} for m in messages[:-1]]
-            return await self._chat([*turns, {"role": "user", "content": content}], "messages")
-        if len(messages) > 1:
-            raise InvalidRequestError(
-                f"this task's adapter was trained on single prompts and cannot see a conversation: expected "
-                f"one user message, got {len(messages)} messages",
-                param="messages",
-                code="conversation_not_supported",
+        chars = sum(len(message.content) for message in messages)
+        self._require_short(chars, "messages")
+        single = record is not None and not record.chat_template
+        if single:
+            _require_one(messages)
+
+        def encode() -> list[int]:
+            as_text = self._tokenizer.as_text
+            *earlier, text = (as_text(message.content) for message in messages)
+            if single:
+                return self._wrapped(record if template == "task" else None, text, "messages")
+            turns = [{"role": m.template_role, "content": t} for m, t in zip(messages, earlier, strict=False)]
+            content = record.wrap(text) if record is not None and template == "task" else text
+            return self._conversation([*turns, {"role": "user", "content": content}], "messages")
+
+        with self._room(chars):
+            return await self._encoded(chars, encode)
+
+    async def _completion(
+        self, record: AdapterRecord | None, prompt: PromptInput, template: Template
+    ) -> tuple[int, ...]:
+        wrapping = record if template == "task" else None
+        if isinstance(prompt, str):
+            return await self._encoded(
+                _weight(prompt), lambda: self._wrapped(wrapping, self._tokenizer.as_text(prompt), "prompt")
             )
-        if not last.content:
-            raise InvalidRequestError("the message is empty", param="messages")
-        text = self.tokenizer.as_text(last.content)
-        return await self._text(*((text,) if raw else record.parts(text)))
-
-    def _checked(self, ids: tuple[int, ...]) -> tuple[int, ...]:
-        if ids and not (min(ids) >= 0 and max(ids) < self.vocab_size):
-            wrong = next(token for token in ids if not 0 <= token < self.vocab_size)
+        if prompt and not (min(prompt) >= 0 and max(prompt) < self._vocab_size):
+            wrong = next(token for token in prompt if not 0 <= token < self._vocab_size)
             raise InvalidRequestError(
-                f"token id {wrong} is out of range: expected 0 to {self.vocab_size - 1}", param="prompt"
+                f"token id {wrong} is out of range: expected 0 to {self._vocab_size - 1}", param="prompt"
             )
-        return ids
+        if wrapping is None:
+            return prompt
+        return await self._encoded(_weight(prompt), lambda: self._around(wrapping, prompt))
 
-    async def _text(self, text: str, *more: str | int) -> tuple[int, ...]:
-        if sum(len(part) for part in (text, *more) if isinstance(part, str)) <= self.thread_chars:
-            return tuple(self.tokenizer.encode_prompt(text, *more))
-        return tuple(await asyncio.to_thread(self.tokenizer.encode_prompt, text, *more))
+    def _around(self, record: AdapterRecord, ids: tuple[int, ...]) -> list[int]:
+        """The template around ids, which then are what their text has there: nothing else was trained on."""
+        text = self._tokenizer.as_text(self._tokenizer.decode(ids))
+        whole = tuple(self._wrapped(record, text, "prompt"))
+        if not any(whole[at] == ids[0] and whole[at : at + len(ids)] == ids for at in range(len(whole))):
+            raise InvalidRequestError(
+                f"as text these token ids become others inside the task's template {shown(record.template)}, "
+                "where they meet it or among themselves, and the adapter was trained on those: send the "
+                "prompt as text",
+                param="prompt",
+                code="template_not_applicable",
+            )
+        return list(whole)
 
-    async def _chat(self, turns: ChatTurns, param: str) -> tuple[int, ...]:
-        if not self.tokenizer.has_chat_template:
+    def _wrapped(self, record: AdapterRecord | None, text: str, param: str) -> list[int]:
+        """Ids of a single prompt in the template of `record`; None: in no template."""
+        if record is None:
+            return self._tokenizer.encode_prompt(text)
+        if record.chat_template:
+            return self._conversation([{"role": "user", "content": record.wrap(text)}], param)
+        return self._tokenizer.encode_prompt(*record.parts(text))
+
+    def _conversation(self, turns: ChatTurns, param: str) -> list[int]:
+        if not self._tokenizer.has_chat_template:
             raise InvalidRequestError(
                 "this model has no chat template: send a prompt to /v1/completions",
                 param=param,
                 code="no_chat_template",
             )
         try:
-            if sum(len(turn["content"]) for turn in turns) <= self.thread_chars:
-                return tuple(self.tokenizer.encode_chat(turns))
-            return tuple(await asyncio.to_thread(self.tokenizer.encode_chat, turns))
+            return self._tokenizer.encode_chat(turns)
         except TemplateError as error:
             raise InvalidRequestError(
-                f"the model's chat template refuses these messages: {error}", param=param
+                f"the model's chat template refuses these messages: {error}", param=param, quotes=True
             ) from error
 
+    def _require_some(self, prompt: PromptInput, template: Template) -> None:
+        if isinstance(prompt, str):
+            if not prompt:
+                raise InvalidRequestError("the prompt is empty: expected at least one token", param="prompt")
+            self._require_short(len(prompt), "prompt")
+        elif template == "task":
+            if not prompt:
+                raise InvalidRequestError("the prompt is empty: expected at least one token", param="prompt")
+            if len(prompt) > self._context:
+                raise PromptTooLongError(
+                    f"the context holds {self._context} tokens, but the prompt has {len(prompt)}",
+                    param="prompt",
+                )
 
-def fit(
-    ids: tuple[int, ...],
-    *,
-    context: int,
-    virtual: int = 0,
-    requested: int | None,
-    default: int,
-    min_tokens: int,
-    truncate: int | None,
-) -> tuple[tuple[int, ...], int]:
-    """The prompt as it will be computed, and how many tokens may follow it.
+    def _require_short(self, chars: int, param: str) -> None:
+        """Before it is tokenised, which takes some 200 bytes and microseconds for each character."""
+        if chars > self._most_chars:
+            raise PromptTooLongError(
+                f"the context holds {self._context} tokens, at most {self._most_chars} characters of text, "
+                f"but {chars} came; shorten the prompt",
+                param=param,
+            )
 
-    `context`: positions for both and the adapter's `virtual` tokens; `requested`: max_tokens if the request
-    names it (kept to the letter), else `default` is clipped to what fits. `truncate`: keep only that many of
-    the prompt's last tokens.
-    Raises PromptTooLongError with the numbers, InvalidRequestError for an empty prompt or min_tokens that
-    cannot be reached.
-    """
-    capacity = context - virtual
-    if truncate is not None:
-        kept = _room(capacity, requested, default) if truncate == FIT else truncate
-        ids = ids[-kept:] if kept > 0 else ids
-    if not ids:
-        raise InvalidRequestError("the prompt is empty: expected at least one token", param="prompt")
-    room = capacity - len(ids)
-    if room < (requested or 1):
-        if room > 0:
-            advice, param = f"max_tokens is at most {room} with this prompt", "max_tokens"
-        else:
-            advice, param = "shorten the prompt or send 'truncate_prompt_tokens'", "prompt"
-        beside = f" beside the adapter's {virtual} virtual ones" if virtual else ""
-        raise PromptTooLongError(
-            f"the context holds {capacity} tokens{beside}, but {len(ids) + (requested or 1)} were asked for: "
-            f"{len(ids)} in the prompt and {requested or 'at least 1'} for the output; {advice}",
-            param=param,
-        )
-    max_tokens = min(default, room) if requested is None else requested
-    if min_tokens > max_tokens:
+    @contextmanager
+    def _room(self, chars: int) -> Iterator[None]:
+        """Counts what waits for being tokenised in threads, or does not let it in. One request always may."""
+        if chars <= self._limits.thread_chars:
+            yield
+            return
+        if self._waiting_chars and self._waiting_chars + chars > self._limits.tokenising_chars:
+            raise OverloadedError(
+                f"{self._waiting_chars} characters of other prompts are being tokenised already: expected up "
+                f"to {self._limits.tokenising_chars} with this request's {chars}"
+            )
+        self._waiting_chars += chars
+        try:
+            yield
+        finally:
+            self._waiting_chars -= chars
+
+    async def _encoded(self, chars: int, encode: Callable[[], list[int]]) -> tuple[int, ...]:
+        if chars <= self._limits.thread_chars:
+            return tuple(encode())
+        async with self._threads:
+            return tuple(await asyncio.to_thread(encode))
+
+
+def completion_template(
+    record: AdapterRecord | None, prompt: PromptInput, *, raw: bool, add: bool
+) -> Template:
+    """`prompt`: one of the request's, which are of one kind. Raises InvalidRequestError where ids would
+    silently go without the template that the adapter was trained in."""
+    if record is None or raw:
+        return "none"
+    if isinstance(prompt, str) or add:
+        return "task"
+    if record.template == PROMPT_FIELD and not record.chat_template:
+        return "none"
+    raise InvalidRequestError(
+        f"this task's prompts stand in a template, {shown(record.template)}, and token ids do not: send "
+        "the prompt as text, or 'add_template': true to have it put around the ids, or 'raw_prompt': true if "
+        "it is in them already or not wanted",
+        param="prompt",
+        code="template_not_applied",
+    )
+
+
+def chat_template(record: AdapterRecord | None, *, raw: bool) -> Template:
+    if record is not None and not raw:
+        return "task"
+    return "chat" if record is None or record.chat_template else "none"
+
+
+def _weight(prompt: PromptInput) -> int:
+    return len(prompt) if isinstance(prompt, str) else ID_CHARACTERS * len(prompt)
+
+
+def _require_one(messages: Sequence[Message]) -> None:
+    if len(messages) > 1:
         raise InvalidRequestError(
-            f"'min_tokens' is {min_tokens}, but the output is limited to {max_tokens} tokens",
-            param="min_tokens",
+            f"this task's adapter was trained on single prompts and cannot see a conversation: expected "
+            f"one user message, got {len(messages)} messages",
+            param="messages",
+            code="conversation_not_supported",
         )
-    return ids, max_tokens
-
-
-def _room(capacity: int, requested: int | None, default: int) -> int:
-    """How much prompt fits beside the output; a default output length takes at most half the context."""
-    return capacity - (min(default, capacity // 2) if requested is None else requested)
+    if not messages[0].content:
+        raise InvalidRequestError("the message is empty", param="messages")
 
 
 class Detokeniser(Protocol):
@@ -281,13 +357,20 @@ class ChoiceText:
         return text
 
 
+class TokenName(NamedTuple):
+    """A token by its text, or as in bytes:\\xe2\\x98 for a part of a character, and its bytes."""
+
+    text: str
+    raw: bytes
+
+
 @dataclass(frozen=True, slots=True)
 class TokenScore:
     """One output token. `top`: the likeliest alternatives, best first; `offset`: characters before it."""
 
-    token: str
+    token: TokenName
     logprob: float
-    top: tuple[tuple[str, float], ...]
+    top: tuple[tuple[TokenName, float], ...]
     offset: int
 
 
@@ -295,7 +378,9 @@ class TokenScorer:
     """Puts names to the engine's numbers."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._name = lru_cache(REMEMBERED_TOKENS)(tokenizer.token_text)
+        self._name = lru_cache(REMEMBERED_TOKENS)(
+            lambda token: TokenName(tokenizer.token_text(token), tokenizer.token_bytes(token))
+        )
 
     def score(self, token: Token, offset: int) -> TokenScore:
         assert token.logprob is not None

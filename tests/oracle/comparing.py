@@ -24,7 +24,7 @@ class Served:
 
 
 def body(prompt: Sequence[int], task: str | None, max_tokens: int, **more: object) -> dict[str, object]:
-    """A greedy request of exactly `max_tokens` tokens with their log-probabilities."""
+    """A greedy request of exactly `max_tokens` tokens with their log-probabilities, and no template."""
     return {
         "prompt": list(prompt),
         **({} if task is None else {"task": task}),
@@ -32,6 +32,7 @@ def body(prompt: Sequence[int], task: str | None, max_tokens: int, **more: objec
         "temperature": 0,
         "ignore_eos": True,
         "logprobs": TOP,
+        "raw_prompt": True,
         **more,
     }
 

@@ -33,7 +33,7 @@ class Case:
     reference: Reference
 
     def ask(self, task: str | None, text: str, **more: Any) -> Served:
-        request = body([], task, STEPS) | {"prompt": text} | more
+        request = body([], task, STEPS) | {"prompt": text, "raw_prompt": False} | more
         response = self.api.post("/v1/completions", json=request)
         answer = served(response)
         usage = response.json()["usage"]
@@ -112,7 +112,13 @@ def test_a_prompt_brings_none_of_its_own(case: Case) -> None:
 
 def test_ids_and_raw_prompts_are_taken_as_they_are(case: Case) -> None:
     folder = case.adapters / "pa"
-    for prompt, more in (([4, 5, 6], {}), ("t4 t5 t6", {"raw_prompt": True})):
-        response = case.api.post("/v1/completions", json=body([], "pa", STEPS, **more) | {"prompt": prompt})
+    for prompt in ([4, 5, 6], "t4 t5 t6"):
+        response = case.api.post("/v1/completions", json=body([], "pa", STEPS) | {"prompt": prompt})
         answer = served(response)
         check(answer, case.reference.logits([4, 5, 6], answer.tokens, folder))
+
+
+def test_a_template_is_put_around_ids_on_request(case: Case) -> None:
+    words = {"raw_prompt": None, "add_template": True}
+    answer = served(case.api.post("/v1/completions", json=body([4, 5, 6], "pa", STEPS) | words))
+    case.check(answer, "pa", "t4 t5 t6")

@@ -41,6 +41,7 @@ async def test_an_answer_carries_everything(client: httpx.AsyncClient, engine: A
         "task": "e2e",
         "version": 2,
         "digest": "e2e-2-digest",
+        "template": "task",
         "seed": 3,
         "sampling": {
             "temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "max_tokens": 5, "stop": ["zzz"]
@@ -68,12 +69,14 @@ async def test_prompt_ids_are_those_of_training(
     await complete(client, task="e2e", raw_prompt=True)
     await complete(client, model="tiny/model")
     await complete(client, task="talk")
-    await complete(client, task="e2e", prompt=[5, 6, 7])
+    await complete(client, task="e2e", prompt=[5, 6, 7], raw_prompt=True)
+    await complete(client, task="plain", prompt=[5, 6, 7])
     expected = [
         tokenizer.encode_prompt(f"#INPUT: {PROMPT} #OUTPUT:"),
         tokenizer.encode_prompt(PROMPT),
         tokenizer.encode_prompt(PROMPT),
         tokenizer.encode_chat([{"role": "user", "content": f"Q: {PROMPT}"}]),
+        [5, 6, 7],
         [5, 6, 7],
     ]
     assert [list(request.prompt_ids) for request in engine.requests] == expected

@@ -1,5 +1,6 @@
 """The model list, and what operators ask."""
 
+import re
 from typing import Any
 
 import httpx
@@ -67,3 +68,21 @@ async def test_the_api_describes_itself(client: httpx.AsyncClient) -> None:
         assert {"200", "400", "404", "408", "413", "415", "429", "503", "504"} <= set(responses)
         assert "text/event-stream" in responses["200"]["content"]
     assert '"422"' not in (await client.get("/openapi.json")).text
+    assert {"400", "404"} <= set(described["paths"]["/v1/models/{name}"]["get"]["responses"])
+    assert "503" in described["paths"]["/ready"]["get"]["responses"]
+
+
+async def test_the_documentation_needs_no_other_server(client: httpx.AsyncClient) -> None:
+    page = (await client.get("/docs")).text
+    sources = re.findall(r'(?:src|href)="([^"]+)"', page)
+    assert len(sources) >= 2
+    for source in sources:
+        assert source.startswith("/"), source
+        assert (await client.get(source)).status_code == 200
+
+
+async def test_the_root_says_where_things_are(client: httpx.AsyncClient) -> None:
+    places = (await client.get("/")).json()
+    assert (await client.head("/")).status_code == 200
+    for name in ("docs", "openapi", "models", "health", "ready", "metrics"):
+        assert (await client.get(places[name])).status_code == 200

@@ -1,5 +1,6 @@
 """Errors in one shape, service endpoints, and the long poll."""
 
+import re
 import threading
 
 import pytest
@@ -24,6 +25,27 @@ def test_every_error_has_one_shape(registry, method, path, status):
     response = registry.http.request(method, path)
     assert response.status_code == status
     assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_every_failed_request_is_a_line_in_the_log(registry, caplog):
+    registry.http.post("/v1/tasks/nosuch/versions/1/promote")
+    registry.http.get("/v1/tasks/x/versions/0")
+    registry.http.get("/health", headers={"host": "evil.example"})
+    lines = [record.getMessage() for record in caplog.records if record.name == "adapter_registry.replies"]
+    assert [line.split(": ")[0] for line in lines[:2]] == [
+        '"POST /v1/tasks/nosuch/versions/1/promote" failed',
+        '"GET /v1/tasks/x/versions/0" failed',
+    ]
+    assert "status=400 code=invalid_request" in lines[1]
+    assert "status=403 code=host_not_allowed" in lines[2]
+    assert all("\n" not in line for line in lines)
+
+
+def test_the_documentation_needs_no_other_server(registry):
+    sources = re.findall(r'(?:src|href)="([^"]+)"', registry.http.get("/docs").text)
+    assert len(sources) >= 2
+    assert all(registry.http.get(source).status_code == 200 for source in sources)
+    assert '"422"' not in registry.http.get("/openapi.json").text
 
 
 def test_a_failure_of_its_own_has_that_shape_too(registry, adapter):

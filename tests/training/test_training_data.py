@@ -19,6 +19,7 @@ from prad.training.data import (
     tokenise,
     without_end,
 )
+from prefill_service.api import ApiLimits
 from prefill_service.api.text import PromptEncoder
 from tests.conftest import CACHE
 
@@ -156,10 +157,10 @@ async def test_training_sees_the_prompt_ids_that_serving_computes(
     examples = read_examples(write(tmp_path / "train.jsonl", *lines))
     trained = tokenise(examples, tokenizer, record, context=512)
     for thread_chars in (0, 10_000):
-        serving = PromptEncoder(tokenizer, len(tokenizer), thread_chars)
+        serving = PromptEncoder(tokenizer, len(tokenizer), 512, ApiLimits(thread_chars=thread_chars))
         for text, example in zip(TEXTS, trained, strict=True):
-            assert example.prompt == await serving.completion(record, text, raw=False)
-    raw = await serving.completion(record, TEXTS[0], raw=True)
+            assert [example.prompt] == await serving.completion(record, [text], "task")
+    (raw,) = await serving.completion(record, TEXTS[:1], "none")
     assert trained[0].prompt != raw or (template == "{prompt}" and not chat_template)
 
 
