@@ -13,9 +13,7 @@ import math
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from heapq import heapify, heappop, heappush
-from operator import is_
 
 from prad.core.kv import BlockPool, Chunk
 from prefill_service.prompt import Prefilling, Prompt, PromptRequest, Queued, RoomWanted
@@ -35,21 +33,21 @@ class VirtualCounters:
 
     def __init__(self) -> None:
         self._counters: dict[str | None, float] = {}
-        self._waiting: Counter[str | None] = Counter()
+        self.waiting = Counter[str | None]()
         self._left = 0.0
 
     def arrive(self, task: str | None) -> None:
-        if task not in self._waiting:
+        if task not in self.waiting:
             self._counters[task] = max(self._counters.get(task, 0.0), self._smallest())
-        self._waiting[task] += 1
+        self.waiting[task] += 1
 
     def leave(self, task: str | None) -> None:
         """The task waits for one prompt less; who is behind all that wait has nothing to be remembered."""
         self._left = self._smallest()
-        self._waiting[task] -= 1
-        if not self._waiting[task]:
-            del self._waiting[task]
-            kept = {t: c for t, c in self._counters.items() if t in self._waiting or c > self._left}
+        self.waiting[task] -= 1
+        if not self.waiting[task]:
+            del self.waiting[task]
+            kept = {t: c for t, c in self._counters.items() if t in self.waiting or c > self._left}
             self._counters = kept
 
     def charge(self, task: str | None, tokens: float) -> None:
@@ -71,15 +69,15 @@ class VirtualCounters:
                 heappush(heap, (counter + cost(prompt), rank, line))
 
     def _smallest(self) -> float:
-        return min((self._counters[task] for task in self._waiting), default=self._left)
+        return min((self._counters[task] for task in self.waiting), default=self._left)
 
 
 class DecodeRoom:
     """Who holds room at decode, who was refused it, and who may ask for it now.
 
-    Who wants less may pass one that was refused, but nobody any more after `patience_s`. While a task waits
-    that holds no more than its share, those that hold more get none; and nobody waits for these. Shares are
-    equal, of the tokens held and the most that one was refused, among the tasks that hold some or wait.
+    Who wants less may pass one that was refused; after `patience_s` only tasks that hold nothing may. While a
+    task waits that holds less than its share, others that do not get none; and nobody waits for these. Shares
+    are equal, of the tokens held and the most that one was refused, among the tasks that hold some or wait.
     """
 
     def __init__(self, patience_s: float) -> None:
@@ -107,29 +105,27 @@ class DecodeRoom:
         """When it makes sense to ask."""
         return max((t for wanted, t in self._too_small if prompt.wanted.at_least(wanted)), default=0.0)
 
-    def may_ask(self) -> Callable[[Prompt], bool]:
-        """Whether a prompt's turn has come, by those that wait now."""
-        over = self._over_their_share() if self._refused else set()
-        entitled = [prompt for prompt in self._refused if prompt.request.task not in over]
-        waited = {prompt: last - first for prompt, (first, last) in self._refused.items()}
-        if (first := next((p for p in entitled if waited[p] >= self._patience_s), None)) is not None:
-            return partial(is_, first)
-        return lambda prompt: not entitled or prompt.request.task not in over
-
-    def _over_their_share(self) -> set[str | None]:
+    def may_ask(self, waiting: Collection[str | None]) -> Callable[[Prompt], bool]:
+        """Whether a prompt may, by who was refused and which tasks wait."""
+        if not self._refused:
+            return lambda _: True
         held = Counter[str | None]()
         for prompt in self._held:
             held[prompt.request.task] += prompt.wanted.tokens
-        tasks = len(held.keys() | {prompt.request.task for prompt in self._refused})
         total = held.total() + max(prompt.wanted.tokens for prompt in self._refused)
-        return {task for task, tokens in held.items() if tokens * tasks > total}
+        over = {task for task, its in held.items() if its * len(held.keys() | set(waiting)) >= total}
+        entitled = [prompt for prompt in self._refused if prompt.request.task not in over]
+        waited = {prompt: last - first for prompt, (first, last) in self._refused.items()}
+        if (first := next((p for p in entitled if waited[p] >= self._patience_s), None)) is not None:
+            return lambda prompt: prompt is first or prompt.request.task not in held
+        return lambda prompt: not entitled or prompt.request.task not in over
 
 
 class QueueRate:
     """Tokens a second that left the queue lately, in the time that prompts waited."""
 
     def __init__(self) -> None:
-        self._tokens = self._seconds = self._seen = 0.0
+        self._tokens = self._seconds = self.seen = 0.0
         self._served = 0
 
     def serve(self, tokens: int) -> None:
@@ -137,11 +133,11 @@ class QueueRate:
 
     def look(self, now: float, oldest: float | None) -> None:
         """oldest: since when somebody waits, if so."""
-        waited = 0.0 if oldest is None else max(0.0, now - max(self._seen, oldest))
+        waited = 0.0 if oldest is None else max(0.0, now - max(self.seen, oldest))
         fades = math.exp(-waited / _LATELY_S)
         self._tokens = self._tokens * fades + self._served
         self._seconds = self._seconds * fades + waited
-        self._served, self._seen = 0, now
+        self._served, self.seen = 0, now
 
     def seconds_for(self, tokens: float) -> float | None:
         """None if too little is known."""
@@ -233,6 +229,10 @@ class PromptScheduler:
         for prompt in self._prompts:
             if isinstance(prompt.state, Queued):
                 waiting[prompt.request.task] += prompt.wanted.tokens
+        queued = (prompt.enqueued for prompt in self._prompts if isinstance(prompt.state, Queued))
+        oldest = min(queued, default=self._rate.seen)
+        if self._rate.seen - oldest < _KNOWN_AFTER_S:
+            return None  # what slowed the queue down is over
         most = (own := waiting.pop(request.task, 0)) + request.tokens_at_most
         return self._rate.seconds_for(own + sum(min(most, tokens) for tokens in waiting.values()))
 
@@ -250,7 +250,7 @@ class PromptScheduler:
 
     def next_due(self) -> float | None:
         """When there is something to compute, or room to ask for; None if there are no prompts."""
-        may_ask = self._room.may_ask()
+        may_ask = self._room.may_ask(self._counters.waiting)
         asking = (p for p in self._prompts if not p.waits_for_room or may_ask(p))
         return min((self._room.due(p) if p.waits_for_room else 0.0 for p in asking), default=None)
 
@@ -327,7 +327,7 @@ class PromptScheduler:
 
     def _runnable(self, now: float) -> list[Prompt]:
         """Prompts under way, and waiting ones that need no room at decode, or may ask for it now."""
-        may_ask = self._room.may_ask()
+        may_ask = self._room.may_ask(self._counters.waiting)
         due = self._room.due
         return [p for p in self._prompts if not p.waits_for_room or (may_ask(p) and due(p) <= now)]
 

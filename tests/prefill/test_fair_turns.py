@@ -172,6 +172,19 @@ def test_for_a_task_that_has_more_than_its_share_nobody_waits() -> None:
     assert names(queue, 20.0) == ["fourth"]
 
 
+def test_a_flood_that_has_waited_too_long_holds_up_no_task_that_comes() -> None:
+    queue = scheduler(patience_s=3)
+    held, first, second = (prompt("flood", max_tokens=500, name=f"flood{i}") for i in range(3))
+    queue.add(held)
+    assert names(queue) == ["flood0"]
+    queue.add(first)
+    queue.add(second)
+    for now in range(6):
+        assert refuse(queue, now + 1.0, "flood1", "flood2", now=now) == []
+    queue.add(prompt("quiet", max_tokens=9))
+    assert names(queue, 5.5) == ["quiet"]
+
+
 def test_a_task_with_more_than_its_share_gets_none_while_others_wait() -> None:
     queue = scheduler()
     for i in range(4):
