@@ -15,7 +15,9 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=8,
 )
-LIKELY = st.sampled_from([0, 1, 2, -1, 0.5, True, "text", "e2e", [], {}, ["x"], [1, 2], "x" * 3000])
+LIKELY = st.sampled_from(
+    [0, 1, 2, -1, 0.5, True, False, "text", "e2e", "talk@1", [], {}, ["x"], [1, 2], [[1], [2, 3]], "x" * 3000]
+)
 NAMES = sorted(
     {*CompletionRequest.model_fields, *ChatRequest.model_fields}
     | {*CompletionRequest.unsupported, *ChatRequest.unsupported}
@@ -35,6 +37,9 @@ async def test_no_request_is_a_fault_of_ours(
         for path, body in (
             ("/v1/completions", whole),
             ("/v1/completions", {"prompt": "x", **fields}),
+            ("/v1/completions", {"prompt": [5, 6], "task": "e2e", "add_template": True, **fields}),
+            ("/v1/completions", {"prompt": [[7]], "task": "talk", "raw_prompt": True, **fields}),
+            ("/v1/chat/completions", {"messages": [user], "task": "talk", **fields}),
             ("/v1/chat/completions", {"messages": [*messages, user], **fields}),
         ):
             sent = {"content": orjson.dumps(body), "headers": {"content-type": "application/json"}}
