@@ -15,6 +15,8 @@ from adapter_registry.redis_store import RedisStore
 from adapter_registry.settings import RegistrySettings
 from adapter_registry.sqlite import SqliteStore
 
+_SQLITE = "registry.sqlite3"
+
 
 @dataclass(frozen=True, slots=True)
 class OpenedData:
@@ -30,6 +32,16 @@ class OpenedData:
         redis = f", Redis {self.store.address}" if isinstance(self.store, RedisStore) else ""
         return f"{self.files.folder}{redis}"
 
+    def overlooked(self, settings: RegistrySettings) -> tuple[str, ...]:
+        """That a Redis without versions was given to a folder that has some, which is how one moves there."""
+        file = settings.folder / _SQLITE
+        if self.lock is not None or not file.exists() or self.store.revision():
+            return ()
+        return (
+            f"the versions in {file} are not in this Redis, which has none yet; to bring them along: prad "
+            "registry export FILE without redis_url, then prad registry import FILE with it",
+        )
+
     def close(self) -> None:
         self.store.close()
         self.files.close()
@@ -39,11 +51,11 @@ class OpenedData:
 
 def open_data(settings: RegistrySettings) -> OpenedData:
     """Raises CannotStartError."""
-    if settings.redis_url is not None:
+    if settings.redis_url:
         return _with_redis(settings.redis_url, settings.folder)
     lock = _lock(settings.folder)
     try:
-        store = SqliteStore(settings.folder / "registry.sqlite3")
+        store = SqliteStore(settings.folder / _SQLITE)
         return OpenedData(store, _files(settings.folder), lock)
     except CannotStartError:
         lock.release()

@@ -46,6 +46,10 @@ class RedisChanges:
                         logger.error("%s", error)
                     away = True
                     await asyncio.sleep(_RETRY_S)
+                except Exception:  # whatever it was: what this registry itself changes is heard without
+                    logger.exception("following the changes of other registries failed")
+                    away = True
+                    await asyncio.sleep(_RETRY_S)
         finally:
             await redis.aclose()
 

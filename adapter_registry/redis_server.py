@@ -26,6 +26,7 @@ SCHEMA = 1
 REGISTRY = "{prad}:registry"
 """Hash: `schema`, `id`, `revision`. Every change changes it, so it is what a transaction watches."""
 
+_LONGEST = 200  # characters of an error that are told
 _CONNECT_S = 2.0
 _ANSWER_S = 5.0
 _START_S = 10.0
@@ -194,7 +195,8 @@ def _said(error: RedisError) -> str:
     """What is wrong, in a sentence: Redis goes on for a screen about some of it."""
     if isinstance(error, AuthenticationError):
         return "it refuses the user or password in redis_url, or asks for one (redis://user:password@host)"
-    return str(error).split(". ")[0].rstrip(".") or type(error).__name__
+    said = str(error).rstrip(".") or type(error).__name__
+    return said if len(said) < _LONGEST else said.split(". ")[0]
 
 
 def _may_pass(error: BaseException) -> bool:

@@ -159,7 +159,13 @@ class RedisStore:
         return snapshot(revision, ((task, records[task.task]) for task in tasks))
 
     def load(self, loaded: Snapshot) -> None:
-        with self._lock, answering(self.address), self._redis.pipeline() as pipe:
+        with self._lock, answering(self.address):
+            while not self._loads(loaded):
+                pass  # another registry was faster, and may have left it empty
+
+    def _loads(self, loaded: Snapshot) -> bool:
+        """Whether nobody changed anything meanwhile: else nothing is written."""
+        with self._redis.pipeline() as pipe:
             redis_server.watch(pipe)
             redis_server.revision(pipe, self.identity)
             require_empty(pipe.hlen(TASKS))
@@ -174,8 +180,8 @@ class RedisStore:
             try:
                 pipe.execute()
             except WatchError:
-                require_empty(self._redis.hlen(TASKS))
-                raise
+                return False
+            return True
 
     def warnings(self) -> tuple[str, ...]:
         with answering(self.address):

@@ -57,7 +57,11 @@ class RegistryServer:
         feed = ChangeFeed(store.revision(), settings.max_waiters, settings.max_waiters_per_client)
         registry = Registry(store, files, feed, Replicas(), Metrics(), settings.bounds)
         changes = RedisChanges(store, feed) if isinstance(store, RedisStore) else None
-        self._warnings = [*store.warnings(), *_missing(missing, files.folder)]
+        self._warnings = [
+            *store.warnings(),
+            *self._data.overlooked(settings),
+            *_missing(missing, files.folder),
+        ]
         config = uvicorn.Config(
             create_app(registry, settings, secret),
             log_level=settings.log_level,

@@ -54,6 +54,18 @@ def test_a_change_is_made_only_to_the_routing_that_was_seen(registry, adapter):
     assert registry.http.post(path.format(2, "promote"), headers={"If-Match": "*"}).status_code == 200
 
 
+def test_an_operator_says_what_was_seen(registry, adapter):
+    for seed in (1, 2):
+        registry.verified(adapter(seed))
+    at = ["--registry", registry.url]
+    assert "routing at revision 3\n" in prad("adapter", "show", "support", *at).output
+    lost = prad("adapter", "promote", "support@2", "--if-revision", 2, *at)
+    assert (lost.exit_code, "at revision 3, not 2: somebody changed it" in lost.output) == (1, True)
+    assert prad("adapter", "promote", "support@2", "--if-revision", 3, *at).exit_code == 0
+    assert prad("adapter", "retire", "support@1", "--if-revision", 3, *at).exit_code == 1
+    assert registry.client.task("support").current == 2
+
+
 @pytest.mark.parametrize("value", ["", "soon", 'W/"3"', '"3", "4"', "-1", "9" * 40])
 def test_a_condition_that_cannot_be_read_is_refused(registry, adapter, value):
     registry.verified(adapter(1))

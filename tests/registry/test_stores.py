@@ -3,6 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from pydantic import ValidationError
 
 from adapter_registry.errors import (
     IllegalTransitionError,
@@ -159,3 +160,23 @@ def test_all_goes_from_one_store_to_another(store, source, new_store, stored_ada
     assert store.push("c", stored_adapter(3)) == other.push("c", stored_adapter(3)) == (1, True)
     assert store.revision() == other.revision()
     assert store.version("c", 1).history[0].revision == store.revision()
+
+
+@pytest.mark.parametrize(
+    ("of_task", "value", "said"),
+    [
+        (True, {"task": "../a"}, "is no task name"),
+        (True, {"current": 7}, "a has no version 7"),
+        (True, {"versions": []}, "a has no version 1"),
+        (True, {"task": "b"}, "a@1 of b is another task's"),
+        (False, {"revision": 9}, "or do not end at 9"),
+        (False, {"format": 2}, "Input should be 1"),
+    ],
+)
+def test_what_does_not_add_up_is_no_snapshot(new_store, stored_adapter, of_task, value, said):
+    store = new_store("sqlite")
+    verified(store, "a", stored_adapter(1))
+    found = store.dump().model_dump(mode="json")
+    (found["tasks"][0] if of_task else found).update(value)
+    with pytest.raises(ValidationError, match=said):
+        Snapshot.model_validate(found)
