@@ -171,12 +171,14 @@ class Admission:
         template = completion_template(
             target.record, request.prompt[0], raw=request.raw, add=bool(request.add_template)
         )
-        prompts = await self._encoder.completion(target.record, request.prompt, template)
+        cut = request.truncate_prompt_tokens is not None
+        prompts = await self._encoder.completion(target.record, request.prompt, template, cut=cut)
         return self._admitted("cmpl", request, target, template, prompts)
 
     async def chat(self, request: ChatRequest, target: Target) -> Admitted:
         template = chat_template(target.record, raw=request.raw)
-        ids = await self._encoder.chat(target.record, request.messages, template)
+        cut = request.truncate_prompt_tokens is not None
+        ids = await self._encoder.chat(target.record, request.messages, template, cut=cut)
         return self._admitted("chatcmpl", request, target, template, [ids])
 
     def _admitted(

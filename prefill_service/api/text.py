@@ -66,12 +66,12 @@ class PromptEncoder:
         self._threads = asyncio.Semaphore(TOKENISING_THREADS)
 
     async def completion(
-        self, record: AdapterRecord | None, prompts: Sequence[PromptInput], template: Template
+        self, record: AdapterRecord | None, prompts: Sequence[PromptInput], template: Template, *, cut: bool
     ) -> list[tuple[int, ...]]:
-        """`record` None: the plain model; `template`: of `completion_template`. Raises InvalidRequestError,
-        OverloadedError."""
+        """`record` None: the plain model; `template`: of `completion_template`; `cut`: what does not fit will
+        be. Raises InvalidRequestError, OverloadedError."""
         for prompt in prompts:
-            self._require_some(prompt, template)
+            self._require_some(prompt, template, cut)
         encoded = []
         with self._room(sum(map(_weight, prompts))):
             for prompt in prompts:
@@ -80,10 +80,9 @@ class PromptEncoder:
         return encoded
 
     async def chat(
-        self, record: AdapterRecord | None, messages: Sequence[Message], template: Template
+        self, record: AdapterRecord | None, messages: Sequence[Message], template: Template, *, cut: bool
     ) -> tuple[int, ...]:
-        """`record` None: the plain model; `template`: of `chat_template`. Raises InvalidRequestError,
-        OverloadedError."""
+        """As `completion`, with a template of `chat_template`."""
         if messages[-1].role != "user":
             raise InvalidRequestError(
                 f"the last message must be the user's, got role {messages[-1].role!r}: going on with a given "
@@ -91,7 +90,8 @@ class PromptEncoder:
                 param="messages",
             )
         chars = sum(len(message.content) for message in messages)
-        self._require_short(chars, "messages")
+        if not cut:
+            self._require_short(chars, "messages")
         single = record is not None and not record.chat_template
         if single:
             _require_one(messages)
@@ -161,11 +161,12 @@ class PromptEncoder:
                 f"the model's chat template refuses these messages: {error}", param=param, quotes=True
             ) from error
 
-    def _require_some(self, prompt: PromptInput, template: Template) -> None:
+    def _require_some(self, prompt: PromptInput, template: Template, cut: bool) -> None:
         if isinstance(prompt, str):
             if not prompt:
                 raise InvalidRequestError("the prompt is empty: expected at least one token", param="prompt")
-            self._require_short(len(prompt), "prompt")
+            if not cut:
+                self._require_short(len(prompt), "prompt")
         elif template == "task":
             if not prompt:
                 raise InvalidRequestError("the prompt is empty: expected at least one token", param="prompt")

@@ -108,7 +108,7 @@ async def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenised(
     for path, body in (
         (URL, {"prompt": long}),
         (URL, {"prompt": ["x", long]}),
-        (URL, {"prompt": long, "task": "talk", "truncate_prompt_tokens": -1}),
+        (URL, {"prompt": long, "task": "talk"}),
         (CHAT, {"messages": turns}),
         (CHAT, {"messages": [{"role": "user", "content": long}], "task": "e2e"}),
     ):
@@ -117,6 +117,10 @@ async def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenised(
         assert (response.status_code, error["code"]) == (400, "context_length_exceeded"), response.text
         assert f"at most {most} characters" in error["message"]
     assert not engine.requests
+    monkeypatch.undo()
+    cut = {"prompt": long, "task": "e2e", "truncate_prompt_tokens": 9, "max_tokens": 1}
+    assert (await client.post(URL, json=cut)).status_code == 200, "who asks for it gets what does fit"
+    assert len(engine.requests[-1].prompt_ids) == 9
 
 
 async def test_what_waits_for_being_tokenised_is_bounded(

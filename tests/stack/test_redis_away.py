@@ -23,7 +23,8 @@ def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisProcess]:
 
 
 def complete(running: RunningStack, model: str) -> tuple[int, str]:
-    body = {"model": model, "prompt": PROMPT, "ignore_eos": True, "temperature": 0, "max_tokens": 8}
+    body = {"model": model, "prompt": PROMPT, "raw_prompt": True, "temperature": 0, "max_tokens": 8}
+    body |= {"ignore_eos": True}
     response = running.api.post("/v1/completions", json=body)
     assert response.status_code == 200, response.text
     return response.json()["prad"]["version"], response.json()["choices"][0]["text"]

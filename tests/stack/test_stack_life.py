@@ -36,7 +36,9 @@ def running(
 
 
 def complete(running: RunningStack, **body: Any) -> dict[str, Any]:
-    response = running.api.post("/v1/completions", json={"prompt": PROMPT, "ignore_eos": True} | body)
+    response = running.api.post(
+        "/v1/completions", json={"prompt": PROMPT, "raw_prompt": True, "ignore_eos": True} | body
+    )
     assert response.status_code == 200, response.text
     return response.json()  # type: ignore[no-any-return]
 
@@ -132,7 +134,14 @@ def test_a_small_request_behind_a_refused_large_one_is_answered(running: Running
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_closed_connection_frees_both_sides(running: RunningStack, stream: bool) -> None:
-    body = {"prompt": PROMPT, "task": "red", "max_tokens": 450, "ignore_eos": True, "stream": True}
+    body = {
+        "prompt": PROMPT,
+        "raw_prompt": True,
+        "task": "red",
+        "max_tokens": 450,
+        "ignore_eos": True,
+        "stream": True,
+    }
     if stream:
         with running.api.stream("POST", "/v1/completions", json=body) as response:
             lines = (line for line in response.iter_lines() if line)
@@ -179,7 +188,10 @@ def test_a_new_version_arrives_under_traffic(
     during: list[str] = []
 
     def read() -> None:
-        body = {"prompt": PROMPT, "task": "red", "max_tokens": 400, "temperature": 0, "ignore_eos": True}
+        body = {"prompt": PROMPT, "task": "red", "max_tokens": 400, "temperature": 0} | {
+            "ignore_eos": True,
+            "raw_prompt": True,
+        }
         with running.api.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
             for line in response.iter_lines():
                 if line.startswith("data: {"):
@@ -221,7 +233,9 @@ def test_a_bad_version_fails_its_probe_and_changes_nothing(
             file.close()
         until(lambda: registry.version("green", pushed.version).state is State.FAILED)
         assert "architecture" in registry.version("green", pushed.version).reason
-    response = running.api.post("/v1/completions", json={"prompt": PROMPT, "task": "green"})
+    response = running.api.post(
+        "/v1/completions", json={"prompt": PROMPT, "raw_prompt": True, "task": "green"}
+    )
     assert response.status_code == 404
 
 

@@ -111,7 +111,7 @@ def test_what_acts_on_all_positions_is_refused_by_name(
         read_servable(artefact.folder)
     folder = ArtefactFolder(tmp_path / "registry")
     with pytest.raises(AdapterRefusedError, match=reason):
-        folder.keep(artefact.folder)
+        folder.check(artefact.folder)
     pushed = CliRunner().invoke(app, ["adapter", "push", str(artefact.folder), "--task", "x"])
     assert pushed.exit_code == 1
     assert "evaluated but not served" in pushed.stderr
