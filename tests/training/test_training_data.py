@@ -159,8 +159,8 @@ async def test_training_sees_the_prompt_ids_that_serving_computes(
     for thread_chars in (0, 10_000):
         serving = PromptEncoder(tokenizer, len(tokenizer), 512, ApiLimits(thread_chars=thread_chars))
         for text, example in zip(TEXTS, trained, strict=True):
-            assert [example.prompt] == await serving.completion(record, [text], "task")
-    (raw,) = await serving.completion(record, TEXTS[:1], "none")
+            assert [example.prompt] == await serving.completion(record, [text], "task", cut=False)
+    (raw,) = await serving.completion(record, TEXTS[:1], "none", cut=False)
     assert trained[0].prompt != raw or (template == "{prompt}" and not chat_template)
 
 
