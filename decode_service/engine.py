@@ -137,7 +137,7 @@ class PagedEngine:
         """One message per client."""
         by_client: defaultdict[str, list[TokenEvent]] = defaultdict(list)
         for sequence, event in events:
-            by_client[sequence.id.hand_off.client_id].append(event)
+            by_client[sequence.id.hand_off.session].append(event)
         if by_client:
             self._deliver(by_client)
 
@@ -154,7 +154,7 @@ class PagedEngine:
 
     # ---- what the service asks, in the service's thread
 
-    def admit(self, client_id: str, request: Open) -> Reservation:
+    def admit(self, session: str, request: Open) -> Reservation:
         """Reserves room for a client's request. Raises RejectedError."""
         self._runner.limits.check(request)
         # what was left when it was sent counts from now: the clocks of two hosts differ
@@ -163,8 +163,12 @@ class PagedEngine:
         with self._changed:
             if self._failure is not None:
                 raise RejectedError(RejectReason.DRAINING, self._failure)
-            reservation = self._scheduler.reserve(client_id, request, deadline)
-        reservation.room = self._runner.room(reservation)
+            reservation = self._scheduler.reserve(session, request, deadline)
+        try:
+            reservation.room = self._runner.room(reservation)
+        except BaseException:  # a device without memory
+            self.release(reservation)
+            raise
         return reservation
 
     def require_held(self, reservation: Reservation) -> None:
@@ -217,24 +221,24 @@ class PagedEngine:
         with self._changed:
             self._scheduler.release(reservation)
 
-    def cancel(self, client_id: str, cancel: Cancel) -> None:
+    def cancel(self, session: str, cancel: Cancel) -> None:
         """Frees the sequences of a client's request without an event; no effect on unknown ones."""
         with self._wake():
-            self._scheduler.cancel(HandOffId(client_id, cancel.request_id, cancel.attempt), cancel.choice)
+            self._scheduler.cancel(HandOffId(session, cancel.request_id, cancel.attempt), cancel.choice)
 
-    def cancel_client(self, client_id: str) -> None:
+    def cancel_session(self, session: str) -> None:
         """Frees everything of a client that is gone."""
         with self._wake():
-            self._scheduler.cancel_client(client_id)
+            self._scheduler.cancel_session(session)
 
-    def missing(self, client_id: str, ask: Ask) -> list[TokenEvent]:
+    def missing(self, session: str, ask: Ask) -> list[TokenEvent]:
         """An event for each of a client's sequences that is not here: the event that ended it, if there was
         one, has been delivered before."""
         with self._changed:
             return [
                 TokenEvent(name, attempt, choice, 0, (), FinishReason.ERROR.value, _MISSING)
                 for name, attempt, choice in ask.sequences
-                if not self._scheduler.knows(SequenceId(HandOffId(client_id, name, attempt), choice))
+                if not self._scheduler.knows(SequenceId(HandOffId(session, name, attempt), choice))
             ]
 
     def end_all(self, message: str) -> None:

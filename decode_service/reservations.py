@@ -117,9 +117,9 @@ class Limits:
 
 class HandOffId(NamedTuple):
     """One attempt of one client's request. Clients choose their request ids: without the client's own one
-    client could fence or cancel what is another's. client_id is the session's: nobody else knows it."""
+    client could fence or cancel what is another's. session: nobody else knows it."""
 
-    client_id: str
+    session: str
     request_id: str
     attempt: int
 
@@ -146,7 +146,7 @@ class Reservation:
     request state, as the engine's hands hold them: they are carried here, never looked into.
     """
 
-    client_id: str
+    session: str
     request: Open
     blocks: tuple[tuple[int, ...], ...]
     shared: int
@@ -164,7 +164,7 @@ class Reservation:
 
     @property
     def id(self) -> HandOffId:
-        return HandOffId(self.client_id, self.request.request_id, self.request.attempt)
+        return HandOffId(self.session, self.request.request_id, self.request.attempt)
 
     @property
     def block_count(self) -> int:

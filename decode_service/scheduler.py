@@ -151,13 +151,13 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self._running or self._leaving or self._ended)
 
-    def reserve(self, client_id: str, request: Open, deadline: float | None = None) -> Reservation:
+    def reserve(self, session: str, request: Open, deadline: float | None = None) -> Reservation:
         """Blocks for the whole life of all choices, which share those that the prompt fills; fences lower
         attempts of the client's request.
 
         Raises RejectedError: FENCED, TOO_LARGE (never fits) or FULL (with a retry hint).
         """
-        self._fence(client_id, request)
+        self._fence(session, request)
         # the last token is drawn, but never fed
         tokens = request.kv_len + request.sampling.max_tokens - request.output_offset - 1
         shared = request.kv_len // self._blocks.block_size
@@ -181,8 +181,8 @@ class Scheduler:
                 f"and {self._max_sequences - self.sequence_count} sequences free",
                 self._retry_after_s,
             )
-        self._remember((client_id, request.request_id), request.attempt)
-        reserved = Reservation(client_id, request, tables, shared, deadline)
+        self._remember((session, request.request_id), request.attempt)
+        reserved = Reservation(session, request, tables, shared, deadline)
         self._reserved[reserved.id] = reserved
         return reserved
 
@@ -248,12 +248,12 @@ class Scheduler:
                 self._remove(sequence)
                 self._leaving.append(sequence)
 
-    def cancel_client(self, client_id: str) -> None:
+    def cancel_session(self, session: str) -> None:
         """Ends everything of a client, reservations included, without an event."""
-        for reserved in [r for r in self._reserved.values() if r.client_id == client_id]:
+        for reserved in [r for r in self._reserved.values() if r.session == session]:
             self.release(reserved)
         for hand_off in list(self._running):
-            if hand_off.client_id == client_id:
+            if hand_off.session == session:
                 self.cancel(hand_off)
 
     def end_all(self, message: str) -> None:
@@ -282,8 +282,8 @@ class Scheduler:
                 self._retry_after_s,
             )
 
-    def _fence(self, client_id: str, request: Open) -> None:
-        name = client_id, request.request_id
+    def _fence(self, session: str, request: Open) -> None:
+        name = session, request.request_id
         known = self._attempts.get(name, 0)
         if request.attempt <= known:
             raise RejectedError(

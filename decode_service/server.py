@@ -133,7 +133,7 @@ class DecodeServer:
         self._metrics = Metrics()
         self._metrics_server = ExitStack()
         self._sessions = Sessions(
-            settings.outbox_frames, settings.detach_s, lambda c: self.engine.cancel_client(c)
+            settings.outbox_frames, settings.detach_s, lambda c: self.engine.cancel_session(c)
         )
         self.engine = PagedEngine(
             ModelRunner(model, pools),

@@ -74,10 +74,11 @@ class Sessions:
             session, known = secrets.token_hex(16), _Session(client_id, Outbox(self._max_frames))
             self._sessions[session] = known
             received = 0
+        attachment = known.outbox.attach(received)  # or raises, and the session waits on for its next stream
         if known.expiry is not None:
             known.expiry.cancel()
             known.expiry = None
-        return session, known.outbox.attach(received)
+        return session, attachment
 
     def detach(self, session: str, attachment: Attachment) -> None:
         """A stream has ended; the session waits for the next one."""
@@ -234,6 +235,11 @@ class DecodeService(DecodeServicer):
                     raise ProtocolError(f"{kind} within a token stream")
         except TransferError as error:
             attachment.fail(error)
+        except DecodeError as error:
+            attachment.fail(ProtocolError(f"not a message: {error}"))
+        except Exception:
+            logger.exception("a token stream can no longer be listened to")
+            attachment.fail(LostError("the decode service failed"))
 
     def _answer(self, session: str, ask: Ask) -> None:
         missing = self._engine.missing(session, ask)

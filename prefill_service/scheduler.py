@@ -261,32 +261,35 @@ class PromptScheduler:
         self._rate.look(now, min(queued, default=None))
         if not (runnable := self._runnable(now)):
             return []
-        counts = self._shares(runnable)
-        chunks, may_cut = [], True
-        for prompt in self._counters.turns((p for p in runnable if p in counts), counts.__getitem__):
-            known = prompt.state if isinstance(prompt.state, Prefilling) else None
-            state = known or self._begin(prompt, counts[prompt], may_cut)
-            if state is None:
-                may_cut = False  # the blocks that it waits for must not go to later ones
-            else:
-                chunks.append(self._chunk(prompt, state, counts[prompt]))
+        chunks = self._chunks(runnable, set(runnable))
         for chunk in chunks:
             self._counters.charge(chunk.prompt.request.task, len(chunk))
         self._pass = chunks
         return list(chunks)
 
+    def _chunks(self, runnable: Sequence[Prompt], parts: Collection[Prompt]) -> list[Chunk[Prompt]]:
+        """parts: who of those that wait may begin with a part."""
+        chunks: list[Chunk[Prompt]] = []
+        counts = self._shares(runnable, parts)
+        for prompt in self._counters.turns((p for p in runnable if p in counts), counts.__getitem__):
+            known = prompt.state if isinstance(prompt.state, Prefilling) else None
+            if (state := known or self._begin(prompt, counts[prompt])) is None:
+                # the blocks that it waits for must not go to later ones; whoever holds some goes on
+                begun = [chunk for chunk in chunks if chunk.prompt in self._begun]
+                for chunk in begun:
+                    self._unbegin(chunk)
+                return self._chunks(runnable, {chunk.prompt for chunk in begun})
+            chunks.append(self._chunk(prompt, state, counts[prompt]))
+        return chunks
+
     def put_back(self, chunk: Chunk[Prompt], not_before: float = 0.0) -> None:
         """The chunk does not run. A prompt that it would have begun waits again, in its place; one that was
         removed is done with. not_before: decode has no room for it until then."""
         self._pass.remove(chunk)
-        self.blocks.free(chunk.table)
         self._counters.charge(chunk.prompt.request.task, -len(chunk))
-        if chunk.prompt in self._prompts:
-            assert chunk.prompt in self._begun
-            chunk.prompt.state = Queued()
-            if not_before:
-                self._room.refuse(chunk.prompt, not_before)
-        self._begun.discard(chunk.prompt)
+        if chunk.prompt in self._prompts and not_before:
+            self._room.refuse(chunk.prompt, not_before)
+        self._unbegin(chunk)
 
     def computed(self, broken: Collection[Prompt] = ()) -> None:
         """The pass is over, finished prompts leave. Their full blocks are found by later prompts from now on,
@@ -331,8 +334,12 @@ class PromptScheduler:
         due = self._room.due
         return [p for p in self._prompts if not p.waits_for_room or (may_ask(p) and due(p) <= now)]
 
-    def _shares(self, runnable: Sequence[Prompt]) -> dict[Prompt, int]:
-        """How many tokens of which prompts go into the pass."""
+    def _shares(self, runnable: Iterable[Prompt], parts: Collection[Prompt]) -> dict[Prompt, int]:
+        """How many tokens of which prompts go into the pass. parts: as in `_chunks`."""
+        may_cut = {p for p in runnable if isinstance(p.state, Prefilling) or p in parts}
+        runnable = [p for p in runnable if p in may_cut or self._is_short(p)]
+        if not runnable:
+            return {}
         left = {prompt: self._left(prompt) for prompt in runnable}
         oldest, half = next(self._counters.turns(runnable, left.__getitem__)), (self._chunk_tokens + 1) // 2
         share = left[oldest] if self._is_short(oldest) else min(left[oldest], half)
@@ -348,7 +355,7 @@ class PromptScheduler:
                 more = min(more, budget, for_parts)
             if more <= 0 or (not had and len(shares) == self._pass_prompts):
                 continue
-            if had + more == left[prompt] or not self._uncuttable(prompt):
+            if had + more == left[prompt] or (prompt in may_cut and not self._uncuttable(prompt)):
                 shares[prompt] = had + more
                 budget -= more
                 if not self._is_short(prompt):
@@ -377,13 +384,13 @@ class PromptScheduler:
             return False
         return prompt.whole or self.blocks.blocks_for(prompt.tokens) > self.blocks.total
 
-    def _begin(self, prompt: Prompt, count: int, may_cut: bool) -> Prefilling | None:
+    def _begin(self, prompt: Prompt, count: int) -> Prefilling | None:
         """None if it would have to be cut, and has to wait for blocks."""
         found = self._found(prompt)
         cached = len(found) * self.blocks.block_size
         if cached + count < prompt.tokens:
             needed = self.blocks.blocks_for(prompt.tokens) - len(found)
-            table = self.blocks.extend(found, needed) if may_cut else None
+            table = self.blocks.extend(found, needed)
         else:  # nobody will go on from its end, so only what others may use is stored, if there is room
             table = self.blocks.extend(found, len(prompt.keys) - len(found)) or self.blocks.extend(found, 0)
         if table is None:
@@ -392,6 +399,13 @@ class PromptScheduler:
         prompt.state = state
         self._begun.add(prompt)
         return state
+
+    def _unbegin(self, chunk: Chunk[Prompt]) -> None:
+        self.blocks.free(chunk.table)
+        if chunk.prompt in self._prompts:
+            assert chunk.prompt in self._begun
+            chunk.prompt.state = Queued()
+        self._begun.discard(chunk.prompt)
 
     def _chunk(self, prompt: Prompt, state: Prefilling, count: int) -> Chunk[Prompt]:
         size, end = self.blocks.block_size, state.done + count

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 import httpx
+import hypothesis
 import pytest
 import torch
 from tokenizers import Tokenizer as TokenizerFile
@@ -37,6 +38,8 @@ from prad.lm import LanguageModel
 from prad.lm.kernels import Kernels, load_kernels
 from prad.lm.kernels.build import built
 
+hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no fault of ours
+hypothesis.settings.load_profile("untimed")
 torch.set_num_threads(1)  # tiny models: threads that wait for each other cost more than they do
 
 VOCAB = 120

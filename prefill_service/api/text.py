@@ -170,9 +170,10 @@ class PromptEncoder:
         elif template == "task":
             if not prompt:
                 raise InvalidRequestError("the prompt is empty: expected at least one token", param="prompt")
-            if len(prompt) > self._context:
+            if len(prompt) > self._context and not cut:
                 raise PromptTooLongError(
-                    f"the context holds {self._context} tokens, but the prompt has {len(prompt)}",
+                    f"the context holds {self._context} tokens, but the prompt has {len(prompt)}; shorten it, or "
+                    "send truncate_prompt_tokens",
                     param="prompt",
                 )
 

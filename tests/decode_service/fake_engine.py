@@ -14,8 +14,8 @@ from prad.core.sampling import Token, TokenEvent
 class FakeReservation(Reservation):
     """Of 7 blocks. What was done with it, in order; `held` False: its room was taken away."""
 
-    def __init__(self, client_id: str, request: Open) -> None:
-        super().__init__(client_id, request, blocks=(tuple(range(7)),), shared=0)
+    def __init__(self, session: str, request: Open) -> None:
+        super().__init__(session, request, blocks=(tuple(range(7)),), shared=0)
         self.room = self
         self.held = True
         self.calls: list[str] = []
@@ -33,10 +33,10 @@ class FakeEngine(PagedEngine):
         self.gone: list[str] = []
         self.refusal: RejectedError | None = None
 
-    def admit(self, client_id: str, request: Open) -> FakeReservation:
+    def admit(self, session: str, request: Open) -> FakeReservation:
         if self.refusal is not None:
             raise self.refusal
-        self.reservations.append(FakeReservation(client_id, request))
+        self.reservations.append(FakeReservation(session, request))
         return self.reservations[-1]
 
     def require_held(self, reservation: Reservation) -> None:
@@ -71,15 +71,15 @@ class FakeEngine(PagedEngine):
     def step(self) -> None:
         raise AssertionError("the service never steps")
 
-    def cancel(self, client_id: str, cancel: Cancel) -> None:
-        self.cancelled.append((client_id, cancel))
+    def cancel(self, session: str, cancel: Cancel) -> None:
+        self.cancelled.append((session, cancel))
 
-    def missing(self, client_id: str, ask: Ask) -> list[TokenEvent]:
-        self.asked.append((client_id, ask))
+    def missing(self, session: str, ask: Ask) -> list[TokenEvent]:
+        self.asked.append((session, ask))
         return [TokenEvent(*name, 0, (), "error", "not here") for name in ask.sequences]
 
-    def cancel_client(self, client_id: str) -> None:
-        self.gone.append(client_id)
+    def cancel_session(self, session: str) -> None:
+        self.gone.append(session)
 
     def end_all(self, message: str) -> None:
         raise AssertionError("the service ends nothing by itself")

@@ -66,6 +66,16 @@ async def test_who_could_not_be_reached_hears_it_from_the_end_of_the_stream(
     await stopping
 
 
+async def test_a_device_without_room_for_a_hand_off_keeps_none(
+    prefill: Prefill, server: DecodeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = server.engine.status().free_blocks
+    monkeypatch.setattr(ModelRunner, "room", broken)
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        server.engine.admit("session", prefill.request(9, LONG))
+    assert server.engine.status().free_blocks == free
+
+
 async def reported_health(server: DecodeServer) -> int:
     async with insecure_channel(f"127.0.0.1:{server.port}") as channel:
         stub = health_pb2_grpc.HealthStub(channel)

@@ -10,6 +10,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from handing_over import Prefill, prompt
 
 from decode_service.server import DecodeServer
+from kvtransfer.proto import handoff_pb2 as pb
 from prad.core.sampling import SamplingParams
 
 
@@ -33,6 +34,23 @@ async def test_garbage_is_refused_in_one_line(
         assert caught.value.code() is StatusCode.INVALID_ARGUMENT
     assert "Traceback" not in caplog.text
     assert [r.message.split(":")[:2] for r in caplog.records] == [["a call ends", " not a message"]]
+
+
+async def test_garbage_within_a_token_stream_ends_it(
+    server: DecodeServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing else would be heard on it: no cancel, no acknowledgement."""
+    caplog.set_level("INFO")
+    attach = pb.TokenControl(attach=pb.Attach(client_id="c")).SerializeToString()
+    async with insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        call = channel.stream_stream("/prad.kvtransfer.v1.Decode/Tokens")()
+        await call.write(attach)
+        await call.read()
+        await call.write(b"\xff\xff garbage")
+        with pytest.raises(AioRpcError, match="not a message") as caught:
+            await call.read()
+        assert caught.value.code() is StatusCode.INVALID_ARGUMENT
+    assert "Traceback" not in caplog.text
 
 
 @pytest.mark.parametrize("method", ["prad.kvtransfer.v1.Decode/Describe", "grpc.health.v1.Health/Check"])

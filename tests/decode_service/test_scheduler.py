@@ -202,7 +202,7 @@ def test_a_client_that_is_gone_leaves_nothing(scheduler: Scheduler, blocks: Bloc
     ours, theirs = scheduler.reserve("c", request("a")), scheduler.reserve("d", request("b"))
     scheduler.reserve("c", request("c"))
     scheduler.start(ours, [running(ours)])
-    scheduler.cancel_client("c")
+    scheduler.cancel_session("c")
     scheduler.schedule(0)
     assert scheduler.holds(theirs)
     assert (blocks.free_count, scheduler.sequence_count) == (6, 1)

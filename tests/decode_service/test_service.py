@@ -39,7 +39,7 @@ class Served:
 @asynccontextmanager
 async def serving_fake(idle_s: float = 60.0) -> AsyncIterator[Served]:
     engine = FakeEngine()
-    sessions = Sessions(max_frames=9, detach_s=60, on_gone=engine.cancel_client)
+    sessions = Sessions(max_frames=9, detach_s=60, on_gone=engine.cancel_session)
     service = DecodeService(engine, sessions, MODEL, "instance", idle_s=idle_s, shared_memory=False)
     server = grpc.aio.server()
     add_DecodeServicer_to_server(service, server)  # type: ignore[no-untyped-call]
@@ -137,7 +137,7 @@ async def test_a_stream_of_hand_offs_is_one_clients(served: Served) -> None:
         await (await other.open(request(attempt=9))).abort("enough")
         await first.abort("enough")
     mine = ours.session
-    assert [r.client_id for r in served.engine.reservations] == [mine, mine, theirs.session]
+    assert [r.session for r in served.engine.reservations] == [mine, mine, theirs.session]
 
 
 async def test_a_cancel_reaches_only_its_own_client(served: Served) -> None:

@@ -66,6 +66,17 @@ async def test_who_is_started_anew_frees_what_it_left_at_once(sessions: Sessions
     assert sessions.knows(alive)
 
 
+async def test_a_session_without_a_stream_still_ends_if_somebody_attaches_wrongly(gone: Gone) -> None:
+    sessions = Sessions(max_frames=3, detach_s=0.05, on_gone=gone)
+    left, stream = sessions.attach("c", "", 0)
+    sessions.detach(left, stream)
+    with pytest.raises(ProtocolError):
+        sessions.attach("c", left, 7)  # it never had so many frames
+    async with asyncio.timeout(20):
+        await gone.changed.wait()
+    assert gone == [left]
+
+
 async def test_a_session_goes_on_where_its_client_stopped(sessions: Sessions, gone: Gone) -> None:
     a, first = sessions.attach("c", "", 0)
     for i in range(3):

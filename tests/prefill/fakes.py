@@ -48,12 +48,13 @@ def prompt(
     digest: str | None = None,
     whole: bool = False,
     salt: str | None = None,
+    task: str | None = None,
 ) -> Prompt:
-    """tokens: how many, shared with no other name; or which."""
+    """tokens: how many, shared with no other name; or which. task: whose turn it takes, without an adapter."""
     first = 1000 * (hash(name) % 10**9)
     ids = tuple(range(first, first + tokens)) if isinstance(tokens, int) else tuple(tokens)
     own = None if digest is None and not whole else adapter(whole=whole)
-    named = None if digest is None else version(digest)
+    named = version(digest or "none", task or "task") if digest or task else None
     return Prompt(request(name, ids, version=named, cache_salt=salt), own)
 
 

@@ -161,6 +161,23 @@ def test_the_oldest_prompt_gets_the_blocks_that_it_waits_for() -> None:
     assert queue.next_due() is None
 
 
+@pytest.mark.parametrize(("tasks", "tokens"), [(2, 150), (9, 150), (4, 90)])
+def test_who_waits_for_blocks_keeps_nobody_from_going_on(tasks: int, tokens: int) -> None:
+    """Whatever turns the tasks have: no pass is empty as long as somebody holds blocks, and all get through."""
+    queue = scheduler(pass_tokens=40, chunk_tokens=20, working=60)  # blocks for 240 tokens
+    left = {f"job{i}" for i in range(tasks)}
+    for i in range(tasks):
+        queue.add(prompt(f"job{i}", tokens, task=f"task{i}"))
+        queue.add(prompt(f"short{i}", 3, task=f"task{i}"))
+        left -= {job for job, _, end in run(queue) if end == tokens}
+    while queue.next_due() is not None:
+        ran = run(queue)
+        assert ran
+        left -= {job for job, _, end in ran if end == tokens}
+    assert not left
+    assert queue.blocks.in_use == 0
+
+
 def test_no_equal_overtakes_a_prompt_that_waits_for_room_at_decode() -> None:
     queue = scheduler(10, 10)
     for chunk in queue.next_pass(0):

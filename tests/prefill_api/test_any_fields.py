@@ -26,7 +26,7 @@ FIELDS = st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=5), LIKELY | 
 MESSAGE = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system"]), "content": JSON})
 
 
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(fields=FIELDS, messages=st.lists(MESSAGE, max_size=2), whole=st.none() | JSON)
 async def test_no_request_is_a_fault_of_ours(
     app_of: Any, scripted: Callable[[str], Any], fields: dict[str, Any], messages: list[Any], whole: Any

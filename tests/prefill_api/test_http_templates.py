@@ -122,6 +122,11 @@ async def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenised(
     assert (await client.post(URL, json=cut)).status_code == 200, "who asks for it gets what does fit"
     assert len(engine.requests[-1].prompt_ids) == 9
 
+    ids = {**cut, "prompt": tokenizer.encode_prompt(" x" * 200), "add_template": True}
+    assert len(ids["prompt"]) > 128
+    assert (await client.post(URL, json=ids)).status_code == 200, "ids likewise"
+    assert len(engine.requests[-1].prompt_ids) == 9
+
 
 async def test_what_waits_for_being_tokenised_is_bounded(
     engine: Any, tokenizer: Tokenizer, language_model: Any, catalogue: Any, monkeypatch: pytest.MonkeyPatch

@@ -177,7 +177,5 @@ def test_the_stores_and_a_model_agree(redis, stored_adapter):
     checks = [HealthCheck.too_slow, HealthCheck.data_too_large]
     run_state_machine_as_test(
         machine(redis, stored_adapter),
-        settings=settings(
-            max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=checks
-        ),
+        settings=settings(max_examples=40, stateful_step_count=30, suppress_health_check=checks),
     )
