@@ -172,8 +172,8 @@ class PromptEncoder:
                 raise InvalidRequestError("the prompt is empty: expected at least one token", param="prompt")
             if len(prompt) > self._context and not cut:
                 raise PromptTooLongError(
-                    f"the context holds {self._context} tokens, but the prompt has {len(prompt)}; shorten it, or "
-                    "send truncate_prompt_tokens",
+                    f"the context holds {self._context} tokens, but the prompt has {len(prompt)}: shorten "
+                    "it, or send truncate_prompt_tokens",
                     param="prompt",
                 )
 

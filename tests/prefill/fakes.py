@@ -50,7 +50,7 @@ def prompt(
     salt: str | None = None,
     task: str | None = None,
 ) -> Prompt:
-    """tokens: how many, shared with no other name; or which. task: whose turn it takes, without an adapter."""
+    """tokens: how many, shared with no other name; or which. task: whose turn it takes."""
     first = 1000 * (hash(name) % 10**9)
     ids = tuple(range(first, first + tokens)) if isinstance(tokens, int) else tuple(tokens)
     own = None if digest is None and not whole else adapter(whole=whole)

@@ -163,7 +163,7 @@ def test_the_oldest_prompt_gets_the_blocks_that_it_waits_for() -> None:
 
 @pytest.mark.parametrize(("tasks", "tokens"), [(2, 150), (9, 150), (4, 90)])
 def test_who_waits_for_blocks_keeps_nobody_from_going_on(tasks: int, tokens: int) -> None:
-    """Whatever turns the tasks have: no pass is empty as long as somebody holds blocks, and all get through."""
+    """Whatever turns the tasks have: no pass is empty while somebody holds blocks, and all get through."""
     queue = scheduler(pass_tokens=40, chunk_tokens=20, working=60)  # blocks for 240 tokens
     left = {f"job{i}" for i in range(tasks)}
     for i in range(tasks):
