@@ -11,6 +11,7 @@ from redis import Redis
 from redis.exceptions import AuthenticationError, ConnectionError
 
 REQUIRED = "PRAD_REQUIRE_REDIS"
+_START_S = 60.0
 
 
 def binary() -> str:
@@ -41,8 +42,11 @@ class RedisProcess:
         at = ["--port", "0", "--unixsocket", str(self._socket), "--dir", str(self._folder), "--save", ""]
         with (self._folder / "log").open("ab") as log:
             self.process = subprocess.Popen([binary(), *at, *self._options], stdout=log, stderr=log)
+        by = time.monotonic() + _START_S
         while not self._answers():
-            assert self.process.poll() is None, (self._folder / "log").read_text(encoding="utf-8")
+            if self.process.poll() is not None or time.monotonic() > by:
+                self.kill()
+                pytest.fail(f"no redis-server: {(self._folder / 'log').read_text(encoding='utf-8')}")
             time.sleep(0.01)
 
     def kill(self) -> None:

@@ -142,12 +142,16 @@ def test_a_closed_connection_frees_both_sides(running: RunningStack, stream: boo
         "ignore_eos": True,
         "stream": True,
     }
-    if stream:
+
+    def closed_while_it_runs() -> bool:
         with running.api.stream("POST", "/v1/completions", json=body) as response:
             lines = (line for line in response.iter_lines() if line)
             assert next(lines).startswith("data: ")
             free, total = blocks(running)
-            assert free < total
+            return free < total
+
+    if stream:
+        until(closed_while_it_runs)  # a tiny model may be done before a busy machine looks
     else:
         with pytest.raises(Exception, match="timed out"):
             running.api.post("/v1/completions", json=body | {"stream": False, "n": 4}, timeout=0.2)
