@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 _CONNECT_TIMEOUT_MS = 1_000  # gRPC takes the shortest back-off as the shortest connect timeout as well
 _SHORTEST_KEEPALIVE_MS = 100  # a server takes more pings than that for an attack
-_SERVER_KEEPALIVE_MS, _SERVER_PING_TIMEOUT_MS = 20_000, 10_000  # a client that is gone is waited for anyway
+_SERVER_KEEPALIVE_MS, _SERVER_PING_TIMEOUT_MS = 5_000, 5_000  # nobody waits for a client that is gone
 
 
 @dataclass(frozen=True, slots=True)

@@ -175,7 +175,8 @@ class TokenStream:
 
     async def __aiter__(self) -> AsyncIterator[TokenFrame]:
         """Raises LostError when decode gave up this client's sequences: it started anew, shut down, or was
-        not reached in its time (`TransferSettings.silence_s`). FencedError when another stream of this client took over."""
+        not reached in its time (`TransferSettings.silence_s`). FencedError when another stream of this client
+        took over."""
         while True:
             try:
                 message = await self._read()
