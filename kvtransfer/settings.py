@@ -67,6 +67,8 @@ class TransferSettings:
             ("grpc.so_reuseport", 0),
             ("grpc.keepalive_time_ms", _SERVER_KEEPALIVE_MS),
             ("grpc.keepalive_timeout_ms", _SERVER_PING_TIMEOUT_MS),
+            ("grpc.http2.ping_timeout_ms", _SERVER_PING_TIMEOUT_MS),
+            ("grpc.http2.max_pings_without_data", 0),
             ("grpc.http2.min_ping_interval_without_data_ms", _SHORTEST_KEEPALIVE_MS),
         ]
 
