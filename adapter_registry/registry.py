@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -160,6 +160,8 @@ class Registry:
         Raises TooManyWaitersError.
         """
         known = self.replicas.knows(follower.replica)
+        if known:  # its place is its own, whoever else waits at the address that it comes from
+            follower = replace(follower, address=f"replica {follower.replica}")
         # Later than ours: of a registry whose data are gone.
         in_force = follower.in_force if follower.in_force <= self.feed.revision else 0
         async with self.replicas.following(follower.replica, in_force):

@@ -6,7 +6,9 @@ Lives in the asyncio loop; the engine's thread reaches it through `Sessions.deli
 
 import asyncio
 import logging
+import math
 import secrets
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -143,6 +145,7 @@ class DecodeService(DecodeServicer):
         self._idle_s = idle_s
         self._shared_memory = shared_memory
         self._draining: RejectedError | None = None
+        self._refusals = Refusals()
         self._stopping = asyncio.Event()
 
     def drain(self, retry_after_s: float) -> None:
@@ -175,7 +178,7 @@ class DecodeService(DecodeServicer):
             idle_s=self._idle_s,
             shared_memory=self._shared_memory,
         )
-        async with _errors_as_status(context):
+        async with self._refusals.as_status(context):
             stopping = asyncio.create_task(self._stopping.wait())
             reading: asyncio.Future[Any] | None = None
             try:
@@ -201,7 +204,7 @@ class DecodeService(DecodeServicer):
                 await asyncio.gather(*waiting, return_exceptions=True)
 
     async def Tokens(self, _: object, context: Any) -> None:  # noqa: N802
-        async with _errors_as_status(context):
+        async with self._refusals.as_status(context):
             control = await context.read()
             if control is grpc.aio.EOF or control.WhichOneof("control") != "attach":
                 raise ProtocolError("a token stream begins with Attach")
@@ -257,7 +260,10 @@ class DecodeService(DecodeServicer):
 
 class ReadableMessages(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """Refuses what is no message, in one line, before its call sees it: gRPC itself logs a traceback for
-    each. Calls that read by themselves, as ours that take a stream, do the same by `_errors_as_status`."""
+    each. Calls that read by themselves, as ours that take a stream, do the same by `Refusals`."""
+
+    def __init__(self) -> None:
+        self._refusals = Refusals()
 
     async def intercept_service(self, continuation: Any, details: Any) -> Any:
         handler = await continuation(details)
@@ -266,13 +272,13 @@ class ReadableMessages(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         call = handler.unary_unary or handler.unary_stream or handler.stream_stream
 
         async def one(data: bytes, context: Any) -> Any:
-            async with _errors_as_status(context):
+            async with self._refusals.as_status(context):
                 request = handler.request_deserializer(data)
             return await call(request, context)
 
         async def each(messages: AsyncIterator[bytes], context: Any) -> AsyncIterator[Any]:
             requests = (handler.request_deserializer(data) async for data in messages)
-            async with _errors_as_status(context):
+            async with self._refusals.as_status(context):
                 async for answer in call(requests, context):
                     yield answer
 
@@ -285,12 +291,29 @@ class ReadableMessages(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         return handler
 
 
-@asynccontextmanager
-async def _errors_as_status(context: Any) -> AsyncIterator[None]:
-    """Ends the call with our error's status; what is no message of ours is an error of the client's."""
-    try:
-        yield
-    except (TransferError, DecodeError) as cause:
-        error = cause if isinstance(cause, TransferError) else ProtocolError(f"not a message: {cause}")
-        logger.info("a call ends: %s", error)
-        await context.abort(code_of(error), str(error))
+class Refusals:
+    """How calls end that our errors end; the log has a line of it now and then, however many there are."""
+
+    def __init__(self, every_s: float = 1.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self._every_s = every_s
+        self._clock = clock
+        self._next_at = -math.inf
+        self._untold = 0
+
+    @asynccontextmanager
+    async def as_status(self, context: Any) -> AsyncIterator[None]:
+        """Ends the call with our error's status; what is no message of ours is an error of the client's."""
+        try:
+            yield
+        except (TransferError, DecodeError) as cause:
+            error = cause if isinstance(cause, TransferError) else ProtocolError(f"not a message: {cause}")
+            self._tell(error)
+            await context.abort(code_of(error), str(error))
+
+    def _tell(self, error: TransferError) -> None:
+        if (now := self._clock()) < self._next_at:
+            self._untold += 1
+            return
+        more = f" ({self._untold} more ended since the last such line)" if self._untold else ""
+        logger.info("a call ends: %s%s", error, more)
+        self._untold, self._next_at = 0, now + self._every_s

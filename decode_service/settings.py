@@ -56,8 +56,9 @@ class DecodeSettings(ServiceSettings):
     """Hint that a full service gives."""
     hand_off_idle_s: float = Field(default=60.0, gt=0)
     """A hand-off that says nothing for so long gives its room back."""
-    detach_s: float = Field(default=30.0, gt=0)
-    """How long a client without a token stream keeps its sequences, unless it is started anew before."""
+    detach_s: float = Field(default=10.0, gt=0)
+    """How long a client without a token stream keeps its sequences, unless it is started anew before; more
+    than its `--decode-silence-s`. One whose host is gone without a word has none from 10 s later on."""
     shared_memory: bool = True
     """Take KV through shared memory where a prefill service of this host offers it."""
     outbox_frames: int = Field(default=4096, ge=1)

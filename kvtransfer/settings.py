@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 _CONNECT_TIMEOUT_MS = 1_000  # gRPC takes the shortest back-off as the shortest connect timeout as well
 _SHORTEST_KEEPALIVE_MS = 100  # a server takes more pings than that for an attack
-_SERVER_KEEPALIVE_MS, _SERVER_PING_TIMEOUT_MS = 20_000, 10_000  # a client that is gone is waited for anyway
+_SERVER_KEEPALIVE_MS, _SERVER_PING_TIMEOUT_MS = 5_000, 5_000  # nobody waits for a client that is gone
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,12 +13,11 @@ class TransferSettings:
 
     A KV frame is sent when it has reached `frame_bytes`; `max_message_bytes` bounds every message on both
     ends. `shared_bytes` is the size of the shared memory that is offered to a decode service of the same host
-    (0: none). `silence_s`: a decode service that is frozen, or whose host is gone without a word, is known
-    after so long; a third of it passes before the connection is asked for a sign of life. gRPC's own threads
-    give it, so a busy service does. `open_timeout_s` and `answer_timeout_s`, of an Open and of a question
-    after sequences, find a service whose threads live and which does nothing. `reattach_timeout_s` is how
-    long a token stream then tries to come back before its requests count as lost; decode keeps a detached
-    client's sequences much longer than that.
+    (0: none). `silence_s`: so long after its last sign of life the requests of a decode service that is
+    frozen, or whose host is gone without a word, count as lost; after two thirds of it the connection does,
+    and is made anew (`reattach_s`). gRPC's own threads answer its pings, so a busy service does.
+    `open_timeout_s` and `answer_timeout_s`, of an Open and of a question after sequences, find a service
+    whose threads live and which does nothing. Decode keeps a detached client's sequences much longer.
     """
 
     describe_timeout_s: float = 5.0
@@ -28,7 +27,6 @@ class TransferSettings:
     abort_timeout_s: float = 2.0
     answer_timeout_s: float = 10.0
     attach_timeout_s: float = 5.0
-    reattach_timeout_s: float = 3.0
     backoff_first_s: float = 0.05
     backoff_max_s: float = 1.0
     silence_s: float = 3.0
@@ -37,9 +35,15 @@ class TransferSettings:
     max_message_bytes: int = 16 << 20
     acknowledge_every: int = 16
 
+    @property
+    def reattach_s(self) -> float:
+        """How long a token stream tries at least to come back; until `silence_s` after its last frame if that
+        is later: a connection that broke off at once leaves it most of that time."""
+        return self.silence_s / 3
+
     def channel_options(self) -> list[tuple[str, int]]:
         """gRPC options of a client."""
-        keepalive_ms = int(self.silence_s * 1000 / 3)
+        keepalive_ms = int((self.silence_s - self.reattach_s) * 1000 / 3)
         ping_timeout_ms = 2 * keepalive_ms
         return [
             *_message_options(self.max_message_bytes),
@@ -63,6 +67,8 @@ class TransferSettings:
             ("grpc.so_reuseport", 0),
             ("grpc.keepalive_time_ms", _SERVER_KEEPALIVE_MS),
             ("grpc.keepalive_timeout_ms", _SERVER_PING_TIMEOUT_MS),
+            ("grpc.http2.ping_timeout_ms", _SERVER_PING_TIMEOUT_MS),
+            ("grpc.http2.max_pings_without_data", 0),
             ("grpc.http2.min_ping_interval_without_data_ms", _SHORTEST_KEEPALIVE_MS),
         ]
 

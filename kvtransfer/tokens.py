@@ -149,6 +149,7 @@ class TokenStream:
         """What shows decode that this is the client; nobody else may know it. Empty until `attach`."""
         self._connected = False
         self._received = 0
+        self._heard_at = 0.0  # in the loop's time: when it attached, or the last frame came
         self._closed = False
         self._ended = False
         self._done = 0
@@ -174,7 +175,8 @@ class TokenStream:
 
     async def __aiter__(self) -> AsyncIterator[TokenFrame]:
         """Raises LostError when decode gave up this client's sequences: it started anew, shut down, or was
-        not reached for `reattach_timeout_s`. FencedError when another stream of this client took over."""
+        not reached in its time (`TransferSettings.silence_s`). FencedError when another stream of this client
+        took over."""
         while True:
             try:
                 message = await self._read()
@@ -192,6 +194,7 @@ class TokenStream:
             if frame.number != self._received + 1:
                 raise ProtocolError(f"frame {frame.number} after frame {self._received}")
             self._received = frame.number
+            self._heard_at = asyncio.get_running_loop().time()
             self._asked_at = None
             yield frame
             self._done = frame.number
@@ -244,6 +247,7 @@ class TokenStream:
             raise GoneError("decode has given up this client's sequences")
         self.session, self._call, self._ended = session, call, False
         self._connected = True
+        self._heard_at = asyncio.get_running_loop().time()
         self._acknowledged = self._received
         self._asked_at = None
         self._cancels.extendleft(reversed(self._said))
@@ -268,13 +272,12 @@ class TokenStream:
             wait=wait_random_exponential(self._settings.backoff_first_s, self._settings.backoff_max_s),
             reraise=True,
         )
+        now, silence_s = asyncio.get_running_loop().time(), self._settings.silence_s
         try:
-            async with asyncio.timeout(self._settings.reattach_timeout_s):
+            async with asyncio.timeout_at(max(now + self._settings.reattach_s, self._heard_at + silence_s)):
                 await retrying(self.attach)
         except TimeoutError as error:
-            raise TimedOutError(
-                f"decode was not reached again within {self._settings.reattach_timeout_s} s"
-            ) from error
+            raise TimedOutError(f"decode was not reached again within {silence_s:g} s") from error
 
     async def _speak(self, call: Any) -> None:
         """The one writer of a connection: cancels, acknowledgements and questions, until it breaks."""

@@ -21,7 +21,7 @@ from prefill_service.errors import (
     InvalidRequestError,
     ServingError,
 )
-from prefill_service.prompt import Prompt
+from prefill_service.prompt import DecodeSize, Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -71,12 +71,18 @@ class DecodeLink:
             else f"reconnecting to the decode service at {self._client.address}"
         )
 
-    async def run(self, on_event: Callable[[TokenEvent], None], on_lost: Callable[[str], None]) -> None:
+    async def run(
+        self,
+        on_event: Callable[[TokenEvent], None],
+        on_lost: Callable[[str], None],
+        on_found: Callable[[DecodeSize], None],
+    ) -> None:
         """Attaches, receives, and attaches anew after a loss, until cancelled. `on_event` gets every token
-        event; `on_lost` is told why decode has lost all sequences that were handed to it."""
+        event; `on_lost` is told why decode has lost all sequences that were handed to it, `on_found` how much
+        room it has whenever it is attached."""
         while True:
             try:
-                await self._receive(on_event)
+                await self._receive(on_event, on_found)
             except (TransferError, DecodeUnavailableError, ValueError) as error:
                 self._trouble = f"the decode service at {self._client.address}: {error}"
                 if self._stream is not None:
@@ -141,10 +147,13 @@ class DecodeLink:
         if self._stream is not None:
             self._stream.ask(Ask(tuple(sequences)))
 
-    async def _receive(self, on_event: Callable[[TokenEvent], None]) -> None:
+    async def _receive(
+        self, on_event: Callable[[TokenEvent], None], on_found: Callable[[DecodeSize], None]
+    ) -> None:
         description = await self._client.describe()
         if (difference := self._model.difference(description.model, "prefill", "decode")) is not None:
             raise DecodeUnavailableError(f"it serves another model: {difference}")
+        on_found(DecodeSize(description.total_blocks, description.block_size, description.max_sequences))
         stream = await self._client.attach(self._name)
         async with stream:
             self._stream = stream

@@ -5,6 +5,7 @@ Its prompt goes through `PassLoop` to the first token; later ones come from deco
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import (
     AbstractAsyncContextManager,
@@ -50,7 +51,7 @@ class PrefillEngine:
         self._settings = settings
         self._clock = clock
         self._loop = PassLoop(scheduler, passes, link, settings, clock)
-        self._loading = 0
+        self._loading = Counter[str | None]()
 
     @property
     def trouble(self) -> str | None:
@@ -60,17 +61,17 @@ class PrefillEngine:
     @property
     def waiting(self) -> int:
         """Prompts of which nothing is computed: in the queue, or waiting for their adapter."""
-        return len(self._scheduler) + self._loading
+        return len(self._scheduler) + self._loading.total()
 
     @property
     def live(self) -> int:
         """Prompts anywhere between arrival and last token."""
-        return len(self._loop.live) + self._loading
+        return len(self._loop.live) + self._loading.total()
 
     async def run(self) -> None:
         """Serves until cancelled."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._link.run(self._on_event, self._on_lost))
+            tasks.create_task(self._link.run(self._on_event, self._on_lost, self._scheduler.decode_has))
             tasks.create_task(self._loop.run())
             tasks.create_task(self._ask_now_and_then())
 
@@ -139,7 +140,7 @@ class PrefillEngine:
             self._turn_away(request, deadline)
         async with AsyncExitStack() as held:
             adapter: Adapter | None = None
-            self._loading += 1
+            self._loading[request.task] += 1
             try:
                 async with asyncio.timeout(deadline - self._clock()):
                     if request.version is not None:
@@ -148,15 +149,24 @@ class PrefillEngine:
             except TimeoutError:
                 raise self._no_token() from None
             finally:
-                self._loading -= 1
+                self._loading[request.task] -= 1
             yield adapter
 
     def _turn_away(self, request: PromptRequest, deadline: float) -> None:
         """Raises OverloadedError if the queue has no place for it, or is not expected to reach it in time."""
-        if self._scheduler.full(self._loading):
-            raise OverloadedError(
-                f"{self.waiting} prompts are waiting already; try again later",
-                retry_after=self._scheduler.expected_place(),
+        if self._scheduler.full(self._loading.total()):
+            many, after_s = self.waiting, self._scheduler.expected_place()
+            if (yields := self._scheduler.yields(request.task, self._loading)) is None:
+                raise OverloadedError(
+                    f"{many} prompts are waiting already; try again later", retry_after=after_s
+                )
+            self._loop.fail(
+                yields,
+                OverloadedError(
+                    f"{many} prompts are waiting, most of them of this task: another one's goes first; try "
+                    "again later",
+                    retry_after=after_s,
+                ),
             )
         may = min(deadline - self._clock(), self._settings.queue_timeout_s)
         wait = self._scheduler.expected_wait(request)

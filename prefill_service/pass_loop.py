@@ -48,7 +48,7 @@ class PassLoop:
         self._settings = settings
         self._clock = clock
         self.live: dict[str, Prompt] = {}
-        self._arrived = asyncio.Event()
+        self._changed = asyncio.Event()
         self._arrivals = 0
         self._beside: set[asyncio.Task[None]] = set()
 
@@ -70,7 +70,7 @@ class PassLoop:
         self.live[prompt.request.request_id] = prompt
         self._scheduler.add(prompt)
         self._arrivals += 1
-        self._arrived.set()
+        self._changed.set()
 
     def release(self, prompt: Prompt) -> None:
         """Nobody waits for its tokens any more."""
@@ -88,6 +88,7 @@ class PassLoop:
         """Frees what it holds on both sides, whatever state it is in. One that is being committed is
         cancelled when that is done."""
         self._scheduler.remove(prompt)
+        self._changed.set()  # others may have waited for what it held
         if isinstance(prompt.state, Decoding):
             self._link.cancel(prompt.request.request_id, prompt.attempt)
         self._give_back(prompt.hand_off, "cancelled")
@@ -108,7 +109,7 @@ class PassLoop:
         asking = [chunk.prompt for chunk in chunks if _asks_for_room(chunk.prompt)]
         rooms = await self._link.reserve(asking)
         admitted = self._admit(chunks, rooms)
-        if any(isinstance(room, NoRoom) for room in rooms.values()):
+        if self._scheduler.held_back or any(isinstance(room, NoRoom) for room in rooms.values()):
             self._turn_away(self._clock() - self._settings.queue_timeout_s)
         return admitted
 
@@ -235,10 +236,10 @@ class PassLoop:
             due = self._scheduler.next_due()
             if due is not None and due <= self._clock():
                 return
-            self._arrived.clear()
+            self._changed.clear()
             try:
                 async with asyncio.timeout(None if due is None else due - self._clock()):
-                    await self._arrived.wait()
+                    await self._changed.wait()
             except TimeoutError:
                 return
 

@@ -9,7 +9,8 @@ and any of them may end early. Knows neither torch nor grpc.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -251,3 +252,109 @@ class Prompt:
             self.outputs.put_nowait(TokenEvent(*name, (token,), reason, cached_tokens=told))
         self.awaited = self.running & {choice for choice, reason in enumerate(reasons) if reason is None}
         return None in reasons
+
+
+_LEFT_FREE = 16  # a task leaves one in so many of what it holds at decode
+
+_Room = tuple[int, int]
+"""Blocks, sequences."""
+
+
+class DecodeSize(NamedTuple):
+    """All room at decode: blocks of KV, tokens in each, sequences."""
+
+    blocks: int
+    block_size: int
+    sequences: int
+
+    def wanted(self, prompt: Prompt) -> _Room:
+        """What a prompt takes for its whole life; its choices share the blocks that it fills itself."""
+        request, shared = prompt.request, prompt.tokens // self.block_size
+        longest = prompt.tokens + max(0, request.sampling.max_tokens - request.output_offset - 1)
+        return shared + (-(-longest // self.block_size) - shared) * request.choices, request.choices
+
+
+class DecodeRoom:
+    """Who holds room at decode, who was refused it, and who may ask for it now.
+
+    A task that holds some leaves a sixteenth of what it holds for those that hold none: a flood that came
+    first delays nobody who comes then, and decode is full but for that. These are dynamic thresholds, as
+    Choudhury and Hahne, Dynamic Queue Length Thresholds for Shared-Memory Packet Switches, 1998: the more
+    tasks hold a lot, the less is left. What would not fit at all is decode's to refuse.
+
+    Who wants less may pass one that was refused; after `patience_s` only tasks that hold nothing may. While a
+    task waits that holds less than its share, others that do not get none; and nobody waits for these. Shares
+    are equal, of the tokens held and the most that one was refused, among the tasks that hold some or wait.
+    """
+
+    def __init__(self, patience_s: float) -> None:
+        self.size: DecodeSize | None = None
+        self._patience_s = patience_s
+        self._held: dict[Prompt, _Room] = {}
+        self._refused: dict[Prompt, tuple[float, float]] = {}  # until when: the first time, the last time
+        self._too_small: list[tuple[RoomWanted, float]] = []  # who wants at least that is refused until then
+
+    def refuse(self, prompt: Prompt, until: float) -> None:
+        first, _ = self._refused.get(prompt, (until, until))
+        self._refused[prompt] = first, until
+        known = [(w, t) for w, t in self._too_small if not (w.at_least(prompt.wanted) and t <= until)]
+        self._too_small = [*known, (prompt.wanted, until)]
+
+    def take(self, prompt: Prompt) -> None:
+        self._refused.pop(prompt, None)
+        self._held[prompt] = (0, 0) if self.size is None else self.size.wanted(prompt)
+
+    def leave(self, prompt: Prompt) -> None:
+        """It holds and wants none any more."""
+        self._refused.pop(prompt, None)
+        self._held.pop(prompt, None)
+
+    def due(self, prompt: Prompt) -> float:
+        """When it makes sense to ask."""
+        return max((t for wanted, t in self._too_small if prompt.wanted.at_least(wanted)), default=0.0)
+
+    def asking(self, prompts: Sequence[Prompt], waiting: Collection[str | None]) -> list[Prompt]:
+        """Who of those that want room may ask for it, by what is held, who was refused and which tasks wait.
+        prompts: in order of arrival; who has to leave room for others has to wait for none behind it."""
+        may = self._may_pass(waiting)
+        asking = [prompt for prompt in prompts if may(prompt)]
+        return asking if self.size is None else self._leaving_some(asking, self.size)
+
+    def _leaving_some(self, prompts: Sequence[Prompt], size: DecodeSize) -> list[Prompt]:
+        """Those after whom enough is left."""
+        held = dict[str | None, _Room]()
+        blocks, sequences = size.blocks, size.sequences
+        for prompt, room in self._held.items():
+            its = held.get(prompt.request.task, (0, 0))
+            held[prompt.request.task] = its[0] + room[0], its[1] + room[1]
+            blocks, sequences = blocks - room[0], sequences - room[1]
+        asking, behind = list[Prompt](), set[str | None]()
+        for prompt in prompts:
+            if (task := prompt.request.task) in behind:
+                continue
+            room, its = size.wanted(prompt), held.get(task, (0, 0))
+            left, holds = (blocks - room[0], sequences - room[1]), (its[0] + room[0], its[1] + room[1])
+            enough = left[0] >= holds[0] // _LEFT_FREE and left[1] >= holds[1] // _LEFT_FREE
+            fits = min(left) >= 0
+            if fits and task in held and not enough:
+                behind.add(task)
+                continue
+            if fits:
+                held[task], (blocks, sequences) = holds, left
+            asking.append(prompt)
+        return asking
+
+    def _may_pass(self, waiting: Collection[str | None]) -> Callable[[Prompt], bool]:
+        """Whether a prompt may, by who was refused and which tasks wait."""
+        if not self._refused:
+            return lambda _: True
+        held = Counter[str | None]()
+        for prompt in self._held:
+            held[prompt.request.task] += prompt.wanted.tokens
+        total = held.total() + max(prompt.wanted.tokens for prompt in self._refused)
+        over = {task for task, its in held.items() if its * len(held.keys() | set(waiting)) >= total}
+        entitled = [prompt for prompt in self._refused if prompt.request.task not in over]
+        waited = {prompt: last - first for prompt, (first, last) in self._refused.items()}
+        if (first := next((p for p in entitled if waited[p] >= self._patience_s), None)) is not None:
+            return lambda prompt: prompt is first or prompt.request.task not in held
+        return lambda prompt: not entitled or prompt.request.task not in over

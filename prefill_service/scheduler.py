@@ -11,17 +11,18 @@ Who decode has no room for may be passed by who wants less, within bounds (`Deco
 
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from heapq import heapify, heappop, heappush
 
 from prad.core.kv import BlockPool, Chunk
-from prefill_service.prompt import Prefilling, Prompt, PromptRequest, Queued, RoomWanted
+from prefill_service.prompt import DecodeRoom, DecodeSize, Prefilling, Prompt, PromptRequest, Queued
 
 _DRAWN_WEIGHT = 2.0  # of a drawn token, where one of a prompt counts 1: the paper's
 _LATELY_S = 30.0  # over how long the queue's rate is measured
 _KNOWN_AFTER_S = 5.0  # how long prompts must have waited before it says anything
 _PATIENCE_S = 10.0  # how long a prompt that decode has no room for lets others pass
+_LOOK_AGAIN_S = 1.0  # after those that wait until others leave decode: their own time may be over
 
 
 class VirtualCounters:
@@ -70,55 +71,6 @@ class VirtualCounters:
 
     def _smallest(self) -> float:
         return min((self._counters[task] for task in self.waiting), default=self._left)
-
-
-class DecodeRoom:
-    """Who holds room at decode, who was refused it, and who may ask for it now.
-
-    Who wants less may pass one that was refused; after `patience_s` only tasks that hold nothing may. While a
-    task waits that holds less than its share, others that do not get none; and nobody waits for these. Shares
-    are equal, of the tokens held and the most that one was refused, among the tasks that hold some or wait.
-    """
-
-    def __init__(self, patience_s: float) -> None:
-        self._patience_s = patience_s
-        self._held: set[Prompt] = set()
-        self._refused: dict[Prompt, tuple[float, float]] = {}  # until when: the first time, the last time
-        self._too_small: list[tuple[RoomWanted, float]] = []  # who wants at least that is refused until then
-
-    def refuse(self, prompt: Prompt, until: float) -> None:
-        first, _ = self._refused.get(prompt, (until, until))
-        self._refused[prompt] = first, until
-        known = [(w, t) for w, t in self._too_small if not (w.at_least(prompt.wanted) and t <= until)]
-        self._too_small = [*known, (prompt.wanted, until)]
-
-    def take(self, prompt: Prompt) -> None:
-        self._refused.pop(prompt, None)
-        self._held.add(prompt)
-
-    def leave(self, prompt: Prompt) -> None:
-        """It holds and wants none any more."""
-        self._refused.pop(prompt, None)
-        self._held.discard(prompt)
-
-    def due(self, prompt: Prompt) -> float:
-        """When it makes sense to ask."""
-        return max((t for wanted, t in self._too_small if prompt.wanted.at_least(wanted)), default=0.0)
-
-    def may_ask(self, waiting: Collection[str | None]) -> Callable[[Prompt], bool]:
-        """Whether a prompt may, by who was refused and which tasks wait."""
-        if not self._refused:
-            return lambda _: True
-        held = Counter[str | None]()
-        for prompt in self._held:
-            held[prompt.request.task] += prompt.wanted.tokens
-        total = held.total() + max(prompt.wanted.tokens for prompt in self._refused)
-        over = {task for task, its in held.items() if its * len(held.keys() | set(waiting)) >= total}
-        entitled = [prompt for prompt in self._refused if prompt.request.task not in over]
-        waited = {prompt: last - first for prompt, (first, last) in self._refused.items()}
-        if (first := next((p for p in entitled if waited[p] >= self._patience_s), None)) is not None:
-            return lambda prompt: prompt is first or prompt.request.task not in held
-        return lambda prompt: not entitled or prompt.request.task not in over
 
 
 class QueueRate:
@@ -190,6 +142,7 @@ class PromptScheduler:
         self._prompts: list[Prompt] = []  # those with something left to compute, in order of arrival
         self._pass: list[Chunk[Prompt]] = []
         self._begun: set[Prompt] = set()  # by the pass under way
+        self.held_back = False  # whether the last look at who may ask for room left out somebody
 
     def __len__(self) -> int:
         """Prompts that nothing has been computed of."""
@@ -198,6 +151,21 @@ class PromptScheduler:
     def full(self, arriving: int = 0) -> bool:
         """Whether no more prompts may come; arriving: how many are about to."""
         return len(self) + arriving >= self._max_waiting
+
+    def yields(self, task: str | None, arriving: Mapping[str | None, int]) -> Prompt | None:
+        """Who leaves a full queue for one more prompt of `task`: the last that came of the task with the most
+        there, those that are about to come included, if it then still has no fewer; None if nobody."""
+        begins = [p for p in self._prompts if isinstance(p.state, Queued) and not p.request.continuation_ids]
+        there = Counter(arriving)
+        there.update(prompt.request.task for prompt in begins)
+        longest = max(there, key=there.__getitem__, default=task)
+        if there[longest] <= there[task] + 1:
+            return None
+        return next((prompt for prompt in reversed(begins) if prompt.request.task == longest), None)
+
+    def decode_has(self, size: DecodeSize) -> None:
+        """How much room there is at decode altogether."""
+        self._room.size = size
 
     def add(self, prompt: Prompt) -> None:
         prompt.keys = prompt.block_keys(self.blocks.block_size) if self.blocks.caching else ()
@@ -249,10 +217,13 @@ class PromptScheduler:
         return sum(min(self._left(p), self._chunk_tokens) for p in runnable) >= self._pass_tokens
 
     def next_due(self) -> float | None:
-        """When there is something to compute, or room to ask for; None if there are no prompts."""
-        may_ask = self._room.may_ask(self._counters.waiting)
-        asking = (p for p in self._prompts if not p.waits_for_room or may_ask(p))
-        return min((self._room.due(p) if p.waits_for_room else 0.0 for p in asking), default=None)
+        """When there is something to compute, room to ask for, or somebody to look after; None if there are
+        no prompts."""
+        if any(not prompt.waits_for_room for prompt in self._prompts):
+            return 0.0
+        asking = self._asking()
+        again = [self._rate.seen + _LOOK_AGAIN_S] if self.held_back else []
+        return min([*map(self._room.due, asking), *again], default=None)
 
     def next_pass(self, now: float) -> list[Chunk[Prompt]]:
         """The chunks of the next pass, by turns of their tasks and each task's in order of arrival; prompts
@@ -330,9 +301,14 @@ class PromptScheduler:
 
     def _runnable(self, now: float) -> list[Prompt]:
         """Prompts under way, and waiting ones that need no room at decode, or may ask for it now."""
-        may_ask = self._room.may_ask(self._counters.waiting)
-        due = self._room.due
-        return [p for p in self._prompts if not p.waits_for_room or (may_ask(p) and due(p) <= now)]
+        asking = {prompt for prompt in self._asking() if self._room.due(prompt) <= now}
+        return [prompt for prompt in self._prompts if not prompt.waits_for_room or prompt in asking]
+
+    def _asking(self) -> list[Prompt]:
+        waiting = [prompt for prompt in self._prompts if prompt.waits_for_room]
+        asking = self._room.asking(waiting, self._counters.waiting)
+        self.held_back = len(asking) < len(waiting)
+        return asking
 
     def _shares(self, runnable: Iterable[Prompt], parts: Collection[Prompt]) -> dict[Prompt, int]:
         """How many tokens of which prompts go into the pass. parts: as in `_chunks`."""

@@ -135,7 +135,6 @@ def _transfer(settings: PrefillSettings) -> TransferSettings:
     return TransferSettings(
         shared_bytes=settings.kv_shared_mib << 20,
         silence_s=settings.decode_silence_s,
-        reattach_timeout_s=settings.decode_reattach_s,
     )
 
 

@@ -41,10 +41,9 @@ class PrefillSettings(ServiceSettings):
     decode: str = "127.0.0.1:50051"
     """The decode service, host:port."""
     decode_silence_s: Annotated[float, Field(ge=0.5)] = 3.0
-    """Seconds without a sign of life of the decode service after which requests are refused; a busy one gives
-    it. Less on a machine that is short of cores takes it for frozen when it is not."""
-    decode_reattach_s: Annotated[float, Field(gt=0)] = 3.0
-    """Seconds that answers under way then wait for it to come back before they end with an error."""
+    """Seconds without a sign of life of the decode service after which answers under way end with an error;
+    after two thirds of it requests are refused, and it is connected to anew. A busy one gives signs. Less on a
+    machine that is short of cores takes it for frozen when it is not."""
     registry: str = "http://127.0.0.1:8001"
     """The adapter registry's URL."""
     registry_secret_file: Path | None = None
@@ -92,7 +91,8 @@ class PrefillSettings(ServiceSettings):
     prefix_cache_mib: Annotated[int, Field(ge=0)] = 512
     """Memory for prompt blocks that later prompts may begin with, least recently used out; 0 keeps none."""
     max_waiting: Annotated[int, Field(ge=1)] = 1024
-    """Prompts in the queue, those that wait for their adapter included; further ones are refused."""
+    """Prompts in the queue, those that wait for their adapter included; further ones are refused, or the last
+    ones of the task that has more of them there."""
     queue_timeout_s: Annotated[float, Field(gt=0)] = 60.0
     """Seconds that a prompt waits for room at decode; if it would take longer, it is refused on arrival."""
     request_timeout_s: Annotated[float, Field(gt=0)] = 600.0

@@ -143,7 +143,7 @@ class Prefill:
 
 
 def quick(**changes: object) -> TransferSettings:
-    return TransferSettings(**({"backoff_max_s": 0.1, "acknowledge_every": 3} | changes))  # type: ignore[arg-type]
+    return TransferSettings(**({"backoff_max_s": 0.1, "acknowledge_every": 3, "silence_s": 30.0} | changes))  # type: ignore[arg-type]
 
 
 def decode_settings(**changes: object) -> DecodeSettings:

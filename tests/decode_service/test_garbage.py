@@ -1,6 +1,7 @@
 """Whatever is sent to the port: who sends it is told, in one line of the log, and nobody else notices."""
 
 import asyncio
+from typing import ClassVar
 
 import pytest
 from grpc import StatusCode
@@ -11,6 +12,8 @@ from handing_over import Prefill, prompt
 
 from decode_service.server import DecodeServer
 from kvtransfer.proto import handoff_pb2 as pb
+from decode_service.service import Refusals
+from kvtransfer.errors import ProtocolError
 from prad.core.sampling import SamplingParams
 
 
@@ -51,6 +54,25 @@ async def test_garbage_within_a_token_stream_ends_it(
             await call.read()
         assert caught.value.code() is StatusCode.INVALID_ARGUMENT
     assert "Traceback" not in caplog.text
+
+
+async def test_much_garbage_is_a_line_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
+    class Context:
+        ended: ClassVar[list[StatusCode]] = []
+
+        async def abort(self, code: StatusCode, _: str) -> None:
+            self.ended.append(code)
+
+    caplog.set_level("INFO")
+    now, refusals = [100.0], Refusals(every_s=5.0, clock=lambda: now[0])
+    for _ in range(30):
+        async with refusals.as_status(Context()):
+            raise ProtocolError("garbage")
+        now[0] += 1.0
+    assert len(Context.ended) == 30
+    first, *later = [record.message for record in caplog.records]
+    assert first == "a call ends: garbage"
+    assert later == ["a call ends: garbage (4 more ended since the last such line)"] * 5
 
 
 @pytest.mark.parametrize("method", ["prad.kvtransfer.v1.Decode/Describe", "grpc.health.v1.Health/Check"])

@@ -294,7 +294,7 @@ async def test_clocks_of_two_hosts_may_differ(
 
 async def test_a_frozen_service_is_noticed(model: LanguageModel, server: DecodeServer, wire: Proxy) -> None:
     """Its host takes whatever is sent, and nothing comes back: only the pings tell."""
-    quickly = quick(silence_s=0.5)
+    quickly = quick(silence_s=3.0)
     async with prefilling(model, wire.port, settings=quickly) as prefill:
         assert prefill.stream.connected
         wire.freeze()

@@ -62,6 +62,6 @@ async def test_what_is_gone_for_good_is_not_tried_again(pauses: list[float]) -> 
 
 
 async def test_it_gives_up_in_the_end() -> None:
-    stream = Failing([LostError("not there")], reattach_timeout_s=0.05, backoff_first_s=0.01)
+    stream = Failing([LostError("not there")], silence_s=0.15, backoff_first_s=0.01)
     with pytest.raises(TimedOutError, match="not reached again within"):
         await stream._reattach()

@@ -15,7 +15,7 @@ from prad.core.sampling import SamplingParams, Token, TokenEvent
 from prefill_service.decode_link import NoRoom
 from prefill_service.engine import PrefillEngine
 from prefill_service.errors import ServingError
-from prefill_service.prompt import Prompt, PromptRequest, TaskVersion
+from prefill_service.prompt import DecodeSize, Prompt, PromptRequest, TaskVersion
 from prefill_service.scheduler import PromptScheduler
 from prefill_service.settings import PrefillSettings
 
@@ -89,7 +89,7 @@ class HandOff:
 
 @dataclass
 class Link:
-    """Decode has room unless `answer` says otherwise; `tell` and `lose` are what it says later."""
+    """Decode has room unless `answer` says otherwise; `tell`, `lose` and `found` are what it says later."""
 
     trouble: str | None = None
     answer: Callable[[Prompt], HandOff | NoRoom | ServingError] = HandOff
@@ -97,8 +97,13 @@ class Link:
     cancelled: list[tuple[Any, ...]] = field(default_factory=list)
     asked: list[list[tuple[str, int, int]]] = field(default_factory=list)
 
-    async def run(self, tell: Callable[[TokenEvent], None], lose: Callable[[str], None]) -> None:
-        self.tell, self.lose = tell, lose
+    async def run(
+        self,
+        tell: Callable[[TokenEvent], None],
+        lose: Callable[[str], None],
+        found: Callable[[DecodeSize], None],
+    ) -> None:
+        self.tell, self.lose, self.found = tell, lose, found
         await asyncio.Event().wait()
 
     async def reserve(self, prompts: Sequence[Prompt]) -> dict[Prompt, Any]:

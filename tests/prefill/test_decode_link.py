@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 
 from kvtransfer.errors import CorruptError, LostError, RejectedError, RejectReason, TimedOutError
-from kvtransfer.messages import Ask, TokenFrame
+from kvtransfer.messages import Ask, Description, TokenFrame
 from prad.core.kv import KVLayout, LayerKV, ModelSpec
 from prad.core.sampling import Token, TokenEvent
 from prefill_service import decode_link
 from prefill_service.decode_link import DecodeLink, NoRoom
 from prefill_service.errors import DecodeUnavailableError, InternalError, InvalidRequestError, ServingError
-from prefill_service.prompt import Prompt
+from prefill_service.prompt import DecodeSize, Prompt
 from tests.prefill.fakes import adapter, request
 
 SPEC = ModelSpec("abc", KVLayout((LayerKV(2, 4, 4),), "float32"))
@@ -63,7 +63,7 @@ class Client:
         self.together = 0
 
     async def describe(self) -> Any:
-        return self  # all that is asked for is its model
+        return Description(self.model, 16, 1000, 1000, 9, 0, "decode")
 
     async def attach(self, client_id: str) -> Stream:
         self.names.append(client_id)
@@ -83,6 +83,7 @@ class Heard:
     def __init__(self) -> None:
         self.events: list[TokenEvent] = []
         self.losses: list[str] = []
+        self.found: list[DecodeSize] = []
 
 
 async def connected(
@@ -90,7 +91,7 @@ async def connected(
 ) -> tuple[DecodeLink, Any]:
     link = DecodeLink(client, SPEC, clock)
     assert "not connected" in (link.trouble or "")
-    task = asyncio.create_task(link.run(heard.events.append, heard.losses.append))
+    task = asyncio.create_task(link.run(heard.events.append, heard.losses.append, heard.found.append))
     for _ in range(5):
         await asyncio.sleep(0)
     return link, task
@@ -208,6 +209,7 @@ async def test_events_are_passed_on_and_a_loss_is_told_once(monkeypatch: pytest.
     assert (heard.events, client.streams[0].cancelled) == ([event], [("r", 1, 0)])
     assert client.streams[0].asked == [Ask((("r", 1, 1),))]
     assert len(heard.losses) == 1
+    assert heard.found == [DecodeSize(1000, 16, 9)] * 2, "each time: it may have come back another"
     assert client.names[0] == client.names[1], "decode frees at once what was left under that name"
     client.streams[-1].connected = False
     await asyncio.sleep(0)

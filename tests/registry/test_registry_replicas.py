@@ -172,12 +172,16 @@ def test_strangers_take_no_replicas_place(data_dir, serving):
 
 def test_one_address_has_only_so_many_places(data_dir, serving):
     with serving(settings(data_dir, max_waiters_per_client=1)) as registry:
+        with Following(registry, "known"):
+            until_connected(registry, 1)
         thread = threading.Thread(target=_wait, args=(registry.url,))
         thread.start()
         while "prad_registry_waiters 1.0" not in registry.http.get("/metrics").text:
             pass
         with pytest.raises(TooManyWaitersError, match=r"from 127\.0\.0\.1 already wait"):
             registry.client.changes(0, 30)
+        asked = {"after": 0, "wait": 0.05, "replica": "known"}
+        assert registry.http.get("/v1/changes", params=asked).status_code == 204, "its place is its own"
     thread.join()
 
 
