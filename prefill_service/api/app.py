@@ -21,12 +21,19 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from prad.lm import Tokenizer
-from prefill_service.api.admission import Admission, ModelInfo, find_version, split_name
+from prefill_service.api.admission import Admission, ModelInfo, Target, find_version, split_name
 from prefill_service.api.intake import ApiAccess, ApiLimits, TurnAway, read_body
 from prefill_service.api.outcomes import JsonResponse, Metrics, Observe, add_failure_handlers, record_of
-from prefill_service.api.requests import ChatRequest, ChatShape, CompletionRequest, CompletionShape, Json
+from prefill_service.api.requests import (
+    ChatRequest,
+    ChatShape,
+    CompletionRequest,
+    CompletionShape,
+    GenerationRequest,
+    Json,
+)
 from prefill_service.api.responses import Responder
-from prefill_service.catalogue import TaskCatalogue
+from prefill_service.catalogue import TaskCatalogue, TaskVersions
 from prefill_service.prompt import Engine, TaskVersion
 
 
@@ -97,8 +104,18 @@ class FailureBody(BaseModel):
     """What went wrong."""
 
 
-SHOWN_HEADERS = ("x-request-id", "x-prad-task", "x-prad-version", "x-prad-digest", "retry-after")
+SHOWN_HEADERS = (
+    "x-request-id",
+    "x-prad-task",
+    "x-prad-version",
+    "x-prad-digest",
+    "x-prad-routing",
+    "retry-after",
+)
 """Of an answer, to the pages of other origins."""
+
+STICKY = "x-prad-sticky-key"
+"""Who asks, for a split of its task: a request with the same key gets the same version."""
 
 _VERSION = version("prad-server")
 _PLACES = {
@@ -153,8 +170,7 @@ def _generation(admission: Admission, responder: Responder, limits: ApiLimits) -
     async def create_completion(request: Request) -> Response:
         """Completes each prompt `n` times, with a task's adapter on the prompt if one is named."""
         wanted = await read_body(request, CompletionRequest, limits)
-        target = admission.target(wanted)
-        record_of(request).task = target.version.task if target.version else None
+        target = _target(request, wanted, admission)
         admitted = await admission.completion(wanted, target)
         return await responder.respond(request, wanted, admitted, CompletionShape())
 
@@ -162,12 +178,20 @@ def _generation(admission: Admission, responder: Responder, limits: ApiLimits) -
     async def create_chat_completion(request: Request) -> Response:
         """Answers the last user message `n` times, with a task's adapter on the prompt if one is named."""
         wanted = await read_body(request, ChatRequest, limits)
-        target = admission.target(wanted)
-        record_of(request).task = target.version.task if target.version else None
+        target = _target(request, wanted, admission)
         admitted = await admission.chat(wanted, target)
         return await responder.respond(request, wanted, admitted, ChatShape())
 
     return router
+
+
+def _target(request: Request, wanted: GenerationRequest, admission: Admission) -> Target:
+    """Which version answers, decided once and noted."""
+    record = record_of(request)
+    target = admission.target(wanted, wanted.user or request.headers.get(STICKY) or record.id)
+    if target.version is not None:
+        record.resolved(target.version.task, target.version.version, target.version.digest, target.routing)
+    return target
 
 
 def _takes(kind: type[BaseModel]) -> dict[str, Any]:
@@ -192,7 +216,7 @@ def _models(catalogue: TaskCatalogue, model: ModelInfo) -> APIRouter:
             "max_model_len": model.max_context,
         }
 
-    def adapted(name: str, version: TaskVersion, versions: tuple[int, ...]) -> Json:
+    def adapted(name: str, version: TaskVersion, routed: TaskVersions | None) -> Json:
         record = version.artefact.record
         return {
             **base(),
@@ -203,7 +227,10 @@ def _models(catalogue: TaskCatalogue, model: ModelInfo) -> APIRouter:
             "prad": {
                 "task": version.task,
                 "version": version.version,
-                "versions": list(versions),
+                "versions": sorted(routed.versions) if routed else [],
+                "split": {str(number): weight for number, weight in routed.split.items()} if routed else {},
+                "aliases": dict(routed.aliases) if routed else {},
+                "routing": routed.revision if routed else None,
                 "digest": version.digest,
                 "method": record.method,
                 "task_tokens": list(record.task_tokens),
@@ -217,8 +244,8 @@ def _models(catalogue: TaskCatalogue, model: ModelInfo) -> APIRouter:
     @router.head("/v1/models", include_in_schema=False)
     @router.get("/v1/models")
     async def list_models() -> Json:
-        """Everything that `model` may name, tasks at their current version."""
-        tasks = [adapted(task.name, task.current, task.versions) for task in catalogue.tasks()]
+        """Everything that `model` may name, tasks at their default version."""
+        tasks = [adapted(task.name, task.default, task.routed) for task in catalogue.tasks()]
         return {"object": "list", "data": [base(), *tasks]}
 
     @router.head("/v1/models/{name:path}", include_in_schema=False)
@@ -226,13 +253,13 @@ def _models(catalogue: TaskCatalogue, model: ModelInfo) -> APIRouter:
         "/v1/models/{name:path}", responses=_refused({400: "No name of a model", 404: "No such model"})
     )
     async def one_model(name: str) -> Json:
-        """The plain model, a task, or one version of it as in e2e@3."""
+        """The plain model, a task, or one version of it as in e2e@3 or e2e@canary."""
         if name == catalogue.base_name:
             return base()
-        task, number = split_name(name, "model")
-        version = find_version(catalogue, task, number, "model")
-        versions = next((entry.versions for entry in catalogue.tasks() if entry.name == task), ())
-        return adapted(name, version, versions)
+        task, which = split_name(name, "model")
+        version, _ = find_version(catalogue, task, which, "model")
+        routed = next((entry.routed for entry in catalogue.tasks() if entry.name == task), None)
+        return adapted(name, version, routed)
 
     return router
 
