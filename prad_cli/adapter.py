@@ -15,6 +15,7 @@ from adapter_registry.names import parse_name
 from adapter_registry.probing import NotProbedError, wait_probed
 from adapter_registry.versions import State
 from prad.artefact import ArtefactError, NotServableError, read_servable
+from prad_cli.diff import diff
 from prad_cli.exchange import export_command, import_command
 from prad_cli.operating import (
     DEFAULT_REGISTRY,
@@ -149,7 +150,7 @@ def pull(
     print(f"{record.name} is in {folder} (digest {record.digest[:12]})")
 
 
-for command, example in COMMANDS:
+for command, example in (*COMMANDS, (diff, "prad adapter diff support@1 support@2 --data test.jsonl")):
     app.command(epilog=f"Example: [bold]{example}[/bold]")(command)
 
 app.command(

@@ -1,6 +1,6 @@
-"""What `prad adapter list`, `show`, `events` and `status` print: tasks, versions, history, replicas."""
+"""What `prad adapter list`, `show`, `events`, `status` and `diff` print."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -103,6 +103,27 @@ def show_replicas(revision: int, found: ReplicaList) -> None:
         seen = replica.last_seen[:19].replace("T", " ")
         table.add_row(_literal(replica.name), state, known, seen, _literal("; ".join(replica.troubles)))
     _print_table(table)
+
+
+def show_comparison(
+    names: Sequence[str],
+    scores: Sequence[Mapping[str, float]],
+    changed: Sequence[tuple[str, str, str, str]],
+    all_changed: int,
+) -> None:
+    """`changed`: prompt, both answers and the right one, of some of `all_changed` prompts."""
+    if any(scores):
+        table = Table("score", *names, box=None, header_style="bold")
+        for metric in scores[0]:
+            table.add_row(metric, *(f"{of.get(metric, float('nan')):g}" for of in scores))
+        _print_table(table)
+    if changed:
+        print(f"{len(changed)} of {all_changed} prompts that changed:")
+        right = any(row[3] for row in changed)
+        table = Table("prompt", *names, *(["right"] if right else []), box=None, header_style="bold")
+        for row in changed:
+            table.add_row(*map(_literal, row if right else row[:3]))
+        _print_table(table)
 
 
 def show_version(record: VersionRecord) -> None:

@@ -254,7 +254,7 @@ def test_list_leaves_out_what_failed(prad, registry, adapter):
 def test_errors_are_one_line(prad):
     failed(prad("show", "nobody"), "there is no task 'nobody'")
     failed(prad("promote", "support"), "Say support@N")
-    failed(prad("retire", "support@x"), "after '@' comes a version number")
+    failed(prad("retire", "support@X"), "after '@' comes a version number")
     for url in ("http://127.0.0.1:1", "nonsense", "http://[", ""):
         failed(
             CliRunner().invoke(app, ["list", "--registry", url]), "no adapter registry answers", "prad serve"
