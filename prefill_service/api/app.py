@@ -7,7 +7,7 @@ What is noted about it, and whatever goes wrong: outcomes.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -15,6 +15,8 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 from pydantic import BaseModel, ConfigDict
 from pydantic.json_schema import models_json_schema
 from starlette.middleware.cors import CORSMiddleware
@@ -51,6 +53,7 @@ def create_app(
     admission = Admission(engine, catalogue, tokenizer, model, limits)
     responder = Responder(engine, tokenizer, model.short_fingerprint)
     metrics = Metrics(registry or CollectorRegistry())
+    metrics.registry.register(RoutingMetrics(catalogue))
     app = FastAPIOffline("/docs", None, title="PrAd server", version=_VERSION, responses=_FAILURES)
     app.openapi = partial(_described, app)  # type: ignore[method-assign]
     app.include_router(_generation(admission, responder, limits))
@@ -68,6 +71,29 @@ def create_app(
             expose_headers=SHOWN_HEADERS,
         )
     return app
+
+
+class RoutingMetrics(Collector):
+    """What tasks mean here now, read whenever somebody asks for /metrics."""
+
+    def __init__(self, catalogue: TaskCatalogue) -> None:
+        self._catalogue = catalogue
+
+    def collect(self) -> Iterable[Metric]:
+        revision = GaugeMetricFamily(
+            "prad_task_routing_revision", "Revision of the routing in force here.", labels=("task",)
+        )
+        weights = GaugeMetricFamily(
+            "prad_task_version_weight",
+            "Of a version among those that a plain task means here.",
+            labels=("task", "version", "digest"),
+        )
+        for entry in self._catalogue.tasks():
+            revision.add_metric((entry.name,), entry.routed.revision)
+            for number, weight in entry.routed.split.items():
+                if found := entry.routed.versions.get(number):
+                    weights.add_metric((entry.name, str(number), found.digest), weight)
+        return revision, weights
 
 
 def _described(app: FastAPI) -> dict[str, Any]:

@@ -76,8 +76,8 @@ class GenerationRequest(GenerationValues, StrictModel):
     ignored: ClassVar[frozenset[str]] = frozenset({"metadata", "safety_identifier", "prompt_cache_key"})
 
     model: str | None = None
-    """The plain model's id, or a task, which may name a version as in `e2e@3`, or an alias as in `e2e@canary`;
-    the plain model if absent."""
+    """The plain model's id, or a task, which may name a version as in `e2e@3`, or an alias, `e2e@canary`; the
+    plain model if absent."""
     task: str | None = None
     """The task, where `model` names the plain model or is left out."""
     user: str | None = None

@@ -9,9 +9,9 @@ import pytest
 
 from adapter_registry.errors import (
     AdapterRefusedError,
-    VersionRoutedError,
     IllegalTransitionError,
     RegistryUnreachableError,
+    VersionRoutedError,
 )
 from adapter_registry.versions import State
 from prad.artefact import read_artefact

@@ -229,6 +229,9 @@ def test_a_growing_share_moves_keys_one_way() -> None:
         before = after
     three, more = shares({1: 50, 2: 30, 3: 20}), shares({1: 50, 2: 30, 3: 40})
     assert {more[key] for key in KEYS if more[key] != three[key]} == {3}
+    taken, given = shares({1: 60, 2: 30, 3: 10}), shares({1: 40, 2: 30, 3: 30})
+    moved = sum(taken[key] != given[key] for key in KEYS) / len(KEYS)
+    assert 0.19 < moved < 2 * 0.2 / 1.2 + 0.02, "from one to another of three: at most twice what must"
     assert shares({1: 5, 2: 3}) == shares({2: 30, 1: 50}), "weights are relative"
 
 

@@ -151,11 +151,11 @@ def folders(root: Path, model: LanguageModel) -> Iterator[Path]:
         yield root / f"adapter-{seed}"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def running(
-    tiny_model: Callable[[str], Path], tmp_path: Path, running_stack: StackMaker
+    tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory, running_stack: StackMaker
 ) -> Iterator[RunningStack]:
-    with running_stack(tiny_model("llama"), None, tmp_path) as stack:
+    with running_stack(tiny_model("llama"), None, tmp_path_factory.mktemp("stack")) as stack:
         yield stack
 
 
@@ -190,8 +190,8 @@ def test_users_keep_their_version_over_restarts(
         operator.start("t")
         operator.push("t")
         operator.in_force("t", registry.split("t", {1: 50, 2: 50}).routing.revision)
-        before = [traffic.ask("t", user) for user in USERS]
-        assert {answer.version for answer in before if answer is not None} == {1, 2}
+        before = [answer for user in USERS if (answer := traffic.ask("t", user))]
+        assert {answer.version for answer in before} == {1, 2}
         for name in ("registry", "prefill"):
             (service,) = (each for each in running.stack.services if each.name == name)
             service.process.kill()
@@ -200,6 +200,7 @@ def test_users_keep_their_version_over_restarts(
         listed = f"{running.api.base_url}/v1/models/t"
         running.stack.wait_until(lambda: answers(listed), 120, "prefill")
         assert [traffic.ask("t", user) for user in USERS] == before
+        traffic.answered += before
         check(traffic, registry)
 
 
