@@ -11,22 +11,37 @@ Pure. Every change makes another record, and keeps in `before` what a rollback w
 from collections.abc import Mapping
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, computed_field
+from pydantic import BaseModel, ConfigDict, Field, computed_field
+from pydantic.config import JsonDict
 
-from adapter_registry.names import ALIAS, PREVIOUS
+from adapter_registry.names import PREVIOUS
 
 WHOLE = 100
 """The weight of a version that is alone; one in a split has what the operator says."""
 
 Weight = Annotated[int, Field(ge=1, le=1_000_000)]
 Weights = Annotated[dict[int, Weight], Field(min_length=1, max_length=16)]
-Alias = Annotated[str, StringConstraints(pattern=f"^{ALIAS.pattern}$")]
+
+
+_EXAMPLE: JsonDict = {
+    "revision": 41,
+    "split": {"1": 90, "2": 10},
+    "aliases": {"canary": 2},
+    "previous": None,
+    "before": 37,
+    "default": 1,
+}
 
 
 class Routing(BaseModel):
     """One record, never changed. Unknown fields are ignored: an older client reads a newer registry."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="ignore",
+        use_attribute_docstrings=True,
+        json_schema_extra={"examples": [_EXAMPLE]},
+    )
 
     revision: int = 0
     """Of the change that made it: its entity tag, for If-Match. 0: nothing was routed so far."""

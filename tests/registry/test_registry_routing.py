@@ -59,6 +59,80 @@ def test_a_change_is_made_only_to_the_routing_that_was_seen(registry, adapter):
     assert registry.http.post(path.format(2, "promote"), headers={"If-Match": "*"}).status_code == 200
 
 
+def test_a_routing_is_changed_over_http(registry, adapter):
+    for seed in (1, 2):
+        registry.verified(adapter(seed))
+    tag = registry.http.get("/v1/tasks/support").headers["etag"]
+    for method, path, body in (
+        ("PUT", "split", {"weights": {"1": 90, "2": 10}}),
+        ("PUT", "aliases/canary", {"version": 2}),
+        ("POST", "versions/2/promote", None),
+        ("POST", "rollback", None),
+        ("DELETE", "aliases/canary", None),
+    ):
+        ask = {"headers": {"If-Match": tag, "x-prad-operator": "ada"}, "json": body}
+        won = registry.http.request(method, f"/v1/tasks/support/{path}", **ask)
+        assert won.status_code == 200, won.text
+        lost = registry.http.request(method, f"/v1/tasks/support/{path}", **ask)
+        assert (lost.status_code, lost.json()["error"]["code"]) == (412, "routing_changed")
+        tag = won.headers["etag"]
+        assert won.json()["routing"] == registry.http.get("/v1/tasks/support").json()["routing"]
+    assert won.json()["routing"]["split"] == {"1": 90, "2": 10}
+    events = registry.http.get("/v1/tasks/support/events", params={"latest": 5}).json()["events"]
+    assert [each["event"] for each in events] == ["split", "alias", "promote", "rollback", "alias"]
+    assert {each["by"] for each in events} == {"ada"}
+    registry.http.post("/v1/tasks/support/rollback")
+    assert registry.client.history("support", 1).events[0].by == "127.0.0.1", "who does not say is where from"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "code"),
+    [
+        ("PUT", "split", {"weights": {}}, 400, "invalid_request"),
+        ("PUT", "split", {"weights": {"1": 0}}, 400, "invalid_request"),
+        ("PUT", "split", {"weights": {"1": 0.5}}, 400, "invalid_request"),
+        ("PUT", "split", {"weights": {"one": 1}}, 400, "invalid_request"),
+        ("PUT", "split", {"weights": {str(n): 1 for n in range(1, 18)}}, 400, "invalid_request"),
+        ("PUT", "split", {"weights": {"9": 1}}, 404, "version_not_found"),
+        ("PUT", "split", {"weights": {"2": 1}}, 409, "illegal_transition"),
+        ("PUT", "aliases/canary", {"version": 0}, 400, "invalid_request"),
+        ("PUT", "aliases/canary", {"version": 2}, 409, "illegal_transition"),
+        ("PUT", "aliases/2", {"version": 1}, 400, "invalid_request"),
+        ("PUT", "aliases/latest", {"version": 1}, 400, "invalid_request"),
+        ("DELETE", "aliases/previous", None, 400, "invalid_request"),
+        ("POST", "rollback", None, 409, "no_routing_before"),
+        ("POST", "versions/1/retire", None, 200, None),
+    ],
+)
+def test_what_cannot_be_routed_is_refused(registry, adapter, method, path, body, status, code):
+    registry.verified(adapter(1))
+    registry.push(adapter(2))
+    before = registry.client.task("support")
+    answer = registry.http.request(method, f"/v1/tasks/support/{path}", json=body)
+    assert answer.status_code == status, answer.text
+    if code is not None:
+        assert answer.json()["error"]["code"] == code
+        assert registry.client.task("support") == before
+        assert registry.http.request(method, f"/v1/tasks/nobody/{path}", json=body).status_code in (400, 404)
+
+
+def test_the_answers_are_described(registry):
+    described = registry.http.get("/openapi.json").json()
+    for path, operations in described["paths"].items():
+        for method, operation in operations.items():
+            told = operation["responses"]
+            assert "default" in told
+            assert all(each["description"] for each in told.values())
+            if path.startswith("/v1/tasks/") and method != "get" and not path.endswith("probe"):
+                assert {"200", "404"} <= told.keys() or "201" in told
+            if any(p["name"].lower() == "if-match" for p in operation.get("parameters", ())):
+                assert {"404", "409", "412"} <= told.keys()
+    schemas = described["components"]["schemas"]
+    assert schemas["Weighted"]["properties"]["weights"]["examples"] == [{"1": 90, "2": 10}]
+    assert schemas["Aliased"]["properties"]["version"]["examples"] == [2]
+    assert schemas["Routing"]["examples"][0]["aliases"] == {"canary": 2}
+
+
 def test_an_operator_says_what_was_seen(registry, adapter):
     for seed in (1, 2):
         registry.verified(adapter(seed))
