@@ -159,15 +159,17 @@ def running(
         yield stack
 
 
-def operated(running: RunningStack, model: LanguageModel, root: Path, tasks: int, seconds: float) -> None:
-    """Each task once, and on until the time is over."""
+def operated(
+    running: RunningStack, model: LanguageModel, root: Path, *, tasks: int, turns: int, seconds: float
+) -> None:
+    """So many turns, and on until the time is over."""
     names = [f"task-{number}" for number in range(tasks)]
     with RegistryClient(running.registry) as registry, steady(running.api) as traffic:
         operator = Operator(registry, running.registry, folders(root, model), traffic)
         for task in names:
             operator.start(task)
         begun, turn = time.monotonic(), 0
-        while turn < 2 * tasks or time.monotonic() - begun < seconds:
+        while turn < turns or time.monotonic() - begun < seconds:
             operator.turn(names[turn % tasks])
             turn += 1
         traffic.stopped.set()
@@ -178,7 +180,7 @@ def operated(running: RunningStack, model: LanguageModel, root: Path, tasks: int
 def test_no_request_fails_while_tasks_are_routed_anew(
     running: RunningStack, load_tiny: Callable[[str], LanguageModel], tmp_path: Path
 ) -> None:
-    operated(running, load_tiny("llama"), tmp_path, tasks=3, seconds=0)
+    operated(running, load_tiny("llama"), tmp_path, tasks=3, turns=6, seconds=0)
 
 
 def test_users_keep_their_version_over_restarts(
@@ -209,4 +211,4 @@ def test_users_keep_their_version_over_restarts(
 def test_no_request_fails_in_ten_minutes_of_routing(
     running: RunningStack, load_tiny: Callable[[str], LanguageModel], tmp_path: Path
 ) -> None:
-    operated(running, load_tiny("llama"), tmp_path, tasks=200, seconds=600)
+    operated(running, load_tiny("llama"), tmp_path, tasks=200, turns=0, seconds=600)
