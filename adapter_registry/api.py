@@ -1,9 +1,11 @@
 """What travels over the registry's HTTP API: shared by server and client. All times are UTC, ISO 8601."""
 
+from enum import StrEnum
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
+from adapter_registry.routing import Routing, Weights
 from adapter_registry.versions import Event, State
 from prad.artefact import AdapterRecord, BaseModelRef
 
@@ -32,7 +34,22 @@ class Retire(_Command):
     """Take a version out of service."""
 
     force: bool = False
-    """Also the current version; the latest other one that can answer takes over."""
+    """Also one that plain `task` or an alias means: the others in the split take over, or the latest routable
+    version, and the alias is gone."""
+
+
+class Weighted(_Command):
+    """Divide requests for plain `task`."""
+
+    weights: Weights = Field(examples=[{"1": 90, "2": 10}])
+    """Versions, each with its weight, a whole number; a request's sticky key draws one of them."""
+
+
+class Aliased(_Command):
+    """Let an alias mean a version."""
+
+    version: Annotated[int, Field(ge=1, le=2**31)] = Field(examples=[2])
+    """The version."""
 
 
 class Probe(_Command):
@@ -63,14 +80,10 @@ class VersionRoute(_Answer):
 
 
 class TaskRoute(_Answer):
-    """`current` is what a plain `task` means; None: the task cannot answer.
-
-    `routing_revision`: of the last change that promoted or retired one of its versions; what If-Match takes.
-    """
+    """A task: what its names mean, and its versions."""
 
     task: str
-    current: int | None
-    routing_revision: int = 0
+    routing: Routing
     versions: tuple[VersionRoute, ...]
 
 
@@ -90,18 +103,33 @@ class RoutingState(_Answer):
 
 
 class HistoryLine(_Answer):
+    """One change. `version`: whose state went from `before` to `after`; None: the change was of none.
+
+    `routing`: what it made of the task's; None: that stayed as it was. `by`: a replica, or an operator as
+    that one calls itself, or is reached at.
+    """
+
     revision: int
+    version: int | None
     event: Event
     before: State | None
-    after: State
-    current: int | None
+    after: State | None
+    routing: Routing | None
     at: str
-    replica: str
+    by: str
     reason: str
 
 
+class TaskHistory(_Answer):
+    """The latest changes of a task, the latest last."""
+
+    task: str
+    events: tuple[HistoryLine, ...]
+
+
 class VersionRecord(_Answer):
-    """Everything about one version. `reason` says why a probe failed; `current`: plain `task` means it."""
+    """Everything about one version. `reason` says why a probe failed; `current`: plain `task` means it, or is
+    divided between it and others."""
 
     task: str
     version: int
@@ -127,16 +155,30 @@ class Pushed(VersionRecord):
     created: bool
 
 
-class Rerouted(VersionRecord):
-    """The answer to promote and retire. `replicas`: the revision in force at each connected prefill replica.
+class Rerouted(TaskRoute):
+    """The answer to whatever changes a routing: the task as it is now.
 
-    `pending`: those of them that have not put the change in force yet, and still route by an earlier one.
-    `routing_revision`: the task's, afterwards.
+    `replicas`: the revision in force at each connected prefill replica; `pending`: those of them that have
+    not put the change in force yet, and still route by an earlier one.
     """
 
-    routing_revision: int = 0
     replicas: dict[str, int] = Field(examples=[{"prefill-a": 41, "prefill-b": 39}])
     pending: tuple[str, ...] = Field(examples=[["prefill-b"]])
+
+
+class ReplicaState(StrEnum):
+    """How far a replica is with the registry's latest revision."""
+
+    ANNOUNCED = "announced"
+    """It follows, and has not been told yet."""
+    LOADING = "loading"
+    """It was told, and fetches or probes what that names."""
+    READY = "ready"
+    """It routes new requests by it."""
+    FAILED = "failed"
+    """It cannot have something that is named: `troubles` say what, and why; it goes on with what it has."""
+    AWAY = "away"
+    """It has not asked for a while."""
 
 
 class Replica(_Answer):
@@ -147,7 +189,9 @@ class Replica(_Answer):
 
     name: str
     connected: bool
+    state: ReplicaState
     revision: int | None = None
+    troubles: tuple[str, ...] = ()
     last_seen: str
 
 

@@ -2,15 +2,17 @@
 
 import asyncio
 import hmac
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, Path, Query, Request, Response
 from fastapi.responses import FileResponse
 from fastapi_offline import FastAPIOffline
+from pydantic import Field
 
 from adapter_registry import replies, uploads
 from adapter_registry.api import (
+    Aliased,
     ErrorReply,
     Probe,
     Pushed,
@@ -19,15 +21,20 @@ from adapter_registry.api import (
     Retire,
     RoutingState,
     ServerVersion,
+    TaskHistory,
     TaskRoute,
     VersionRecord,
+    Weighted,
 )
+from adapter_registry.calls import MOST_CHARACTERS, MOST_TROUBLES
 from adapter_registry.errors import ForbiddenError, HostNotAllowedError, NotAReplicaError
 from adapter_registry.hosts import AllowedHosts
-from adapter_registry.preconditions import REROUTING, IfMatch, etag
+from adapter_registry.planning import Move, Rollback, SetAlias, Split, Wanted
+from adapter_registry.preconditions import REROUTING, By, IfMatch, etag
 from adapter_registry.registry import Follower, Registry
 from adapter_registry.settings import RegistrySettings
 from adapter_registry.storage import storing
+from adapter_registry.versions import Event
 from prad import __version__
 
 VERSION = "/tasks/{task}/versions/{version}"
@@ -38,10 +45,35 @@ Number = Annotated[int, Path(ge=1, le=2**31)]
 Revision = Annotated[int, Query(ge=-(2**63), lt=2**63)]
 Seconds = Annotated[float, Query(ge=0)]
 ReplicaName = Annotated[str, Query(max_length=256)]
+Troubles = Annotated[
+    Sequence[Annotated[str, Field(max_length=MOST_CHARACTERS)]], Query(max_length=MOST_TROUBLES)
+]
 
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     "default": {"model": ErrorReply, "description": "Refused or failed, and why"}
 }
+
+
+def _described(reasons: Mapping[int, str]) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": ErrorReply, "description": why} for status, why in reasons.items()}
+
+
+_WAITING: dict[int | str, dict[str, Any]] = {
+    204: {"description": "No change yet"},
+    **_described(
+        {403: "It does not show the secret that replicas have", 503: "Too many wait, or the store is away"}
+    ),
+}
+_NO_TASK = _described({404: "No such task or version"})
+_NOT_NOW = _described({404: "No such task or version", 409: "The version's state does not allow that"})
+_NOT_PUSHED = _described(
+    {
+        400: "The files are no usable adapter, or the task's name is none",
+        403: "A page of another origin asks, or local paths are off",
+        413: "It is larger than max_upload_mib",
+        507: "The disk is full, or nearly",
+    }
+)
 
 
 def create_app(registry: Registry, settings: RegistrySettings, secret: str | None = None) -> FastAPI:
@@ -77,18 +109,27 @@ def _reading(registry: Registry) -> APIRouter:
         state = await registry.state()
         return state if everything else state.listed()
 
-    @router.get("/tasks/{task}")
+    @router.get("/tasks/{task}", responses=_NO_TASK)
     async def task(task: str, response: Response) -> TaskRoute:
         """A task's routing. ETag is its revision, for If-Match of a request to change it."""
         route = await registry.task(task)
-        response.headers["etag"] = etag(route.routing_revision)
+        response.headers["etag"] = etag(route.routing.revision)
         return route
 
-    @router.get(VERSION)
+    @router.get("/tasks/{task}/events", responses=_NO_TASK)
+    async def events(task: str, latest: Annotated[int, Query(ge=1, le=10_000)] = 100) -> TaskHistory:
+        """What happened to a task, who did it and when: its `latest` changes, the last one last."""
+        return await registry.history(task, latest)
+
+    @router.get(VERSION, responses=_NO_TASK)
     async def version(task: str, version: Number) -> VersionRecord:
         return await registry.version(task, version)
 
-    @router.get(VERSION + "/files/{name}")
+    @router.get(
+        VERSION + "/files/{name}",
+        response_class=FileResponse,
+        responses=_described({404: "No such file, or it was deleted", 500: "The file is damaged"}),
+    )
     async def file(task: str, version: Number, name: str) -> FileResponse:
         path = await registry.file(task, version, name)
         return FileResponse(path, media_type="application/octet-stream", filename=name)
@@ -108,22 +149,24 @@ def _following(registry: Registry, settings: RegistrySettings, secret: str | Non
                 "the registry's replica_secret_file)"
             )
 
-    @router.get("/changes", response_model=RoutingState, responses={204: {"description": "no change yet"}})
+    @router.get("/changes", response_model=RoutingState, responses=_WAITING)
     async def changes(
         request: Request,
         after: Revision,
         wait: Seconds = 20.0,
         replica: ReplicaName = "",
         in_force: Revision | None = None,
+        trouble: Troubles = (),
     ) -> RoutingState | Response:
         """The state as soon as its revision is not `after`.
 
-        A `replica` says by which revision it routes new requests, `in_force` (as a rule `after`).
+        A `replica` says by which revision it routes new requests, `in_force` (as a rule `after`), and in each
+        `trouble` what it cannot have, and why.
         """
         if replica:
             require_replica(request)
         address = request.client.host if request.client is not None else ""
-        follower = Follower(replica, address, after if in_force is None else in_force)
+        follower = Follower(replica, address, after if in_force is None else in_force, tuple(trouble))
         waiting = registry.changes(after, min(wait, settings.max_wait_seconds), follower)
         return await _unless_gone(request, waiting) or Response(status_code=204)
 
@@ -132,7 +175,11 @@ def _following(registry: Registry, settings: RegistrySettings, secret: str | Non
         """The replicas, once `revision` is in force at all connected ones, or after `wait` seconds."""
         return await registry.followers(revision, min(wait, settings.max_wait_seconds))
 
-    @router.post(VERSION + "/probe", dependencies=[Depends(_refuse_foreign_origin), Depends(require_replica)])
+    @router.post(
+        VERSION + "/probe",
+        dependencies=[Depends(_refuse_foreign_origin), Depends(require_replica)],
+        responses=_NOT_NOW | _described({403: "It does not show the secret that replicas have"}),
+    )
     async def probe(task: str, version: Number, body: Probe) -> VersionRecord:
         """A replica's report: how loading and running the version went."""
         return await registry.probe(task, version, body)
@@ -143,8 +190,12 @@ def _following(registry: Registry, settings: RegistrySettings, secret: str | Non
 def _pushing(registry: Registry, settings: RegistrySettings) -> APIRouter:
     router = APIRouter(dependencies=[Depends(_refuse_foreign_origin)])
 
-    @router.post("/tasks/{task}/versions", status_code=201, responses={200: {"description": "known already"}})
-    async def push(task: str, request: Request, response: Response) -> Pushed:
+    @router.post(
+        "/tasks/{task}/versions",
+        status_code=201,
+        responses={200: {"model": Pushed, "description": "These files are a version already"}, **_NOT_PUSHED},
+    )
+    async def push(task: str, request: Request, by: By, response: Response) -> Pushed:
         """Upload an adapter's files as the next version; the same files again are the same version."""
         await registry.require_room()
         with storing(), registry.files.stage() as staged:
@@ -154,7 +205,7 @@ def _pushing(registry: Registry, settings: RegistrySettings) -> APIRouter:
                 limit=settings.max_upload_bytes,
                 local_paths=settings.local_paths_allowed,
             )
-            pushed = await registry.push(task, staged)
+            pushed = await registry.push(task, staged, by=by)
         response.status_code = 201 if pushed.created else 200
         return pushed
 
@@ -164,38 +215,71 @@ def _pushing(registry: Registry, settings: RegistrySettings) -> APIRouter:
 def _changing(registry: Registry) -> APIRouter:
     router = APIRouter(route_class=uploads.BoundedRoute, dependencies=[Depends(_refuse_foreign_origin)])
 
+    async def rerouted(task: str, wanted: Wanted, seen: int | None, by: str, response: Response) -> Rerouted:
+        found = await registry.reroute(task, wanted, expected=seen, by=by)
+        response.headers["etag"] = etag(found.routing.revision)
+        return found
+
     @router.post(VERSION + "/promote", responses=REROUTING)
-    async def promote(task: str, version: Number, seen: IfMatch, response: Response) -> Rerouted:
+    async def promote(task: str, version: Number, seen: IfMatch, by: By, response: Response) -> Rerouted:
         """Make a version what plain `task` means.
 
         Answers when that is in force at all connected prefill replicas; `pending` says where it is not yet.
         """
-        rerouted = await registry.promote(task, version, expected=seen)
-        response.headers["etag"] = etag(rerouted.routing_revision)
-        return rerouted
+        return await rerouted(task, Move(version, Event.PROMOTE), seen, by, response)
 
     @router.post(VERSION + "/retire", responses=REROUTING)
     async def retire(
-        task: str, version: Number, seen: IfMatch, response: Response, body: Retire | None = None
+        task: str, version: Number, seen: IfMatch, by: By, response: Response, body: Retire | None = None
     ) -> Rerouted:
-        """No new requests for a version; running ones keep it. Answers as promote does."""
+        """No new requests for a version; running ones keep it. 409 while plain `task` or an alias means it,
+        unless forced. Answers as promote does.
+        """
         force = body is not None and body.force
-        rerouted = await registry.retire(task, version, force=force, expected=seen)
-        response.headers["etag"] = etag(rerouted.routing_revision)
-        return rerouted
+        return await rerouted(task, Move(version, Event.RETIRE, force), seen, by, response)
 
-    @router.post(VERSION + "/unretire")
-    async def unretire(task: str, version: Number) -> VersionRecord:
+    @router.put("/tasks/{task}/split", responses=REROUTING)
+    async def split(task: str, body: Weighted, seen: IfMatch, by: By, response: Response) -> Rerouted:
+        """Divide requests for plain `task` between versions, by weight. Answers as promote does.
+
+        Requests with the same sticky key (OpenAI's `user`, or the header x-prad-sticky-key) get the same
+        version, on every replica and after restarts; a larger weight takes keys over, and gives none away.
+        """
+        return await rerouted(task, Split(body.weights), seen, by, response)
+
+    @router.put("/tasks/{task}/aliases/{alias}", responses=REROUTING)
+    async def set_alias(
+        task: str, alias: str, body: Aliased, seen: IfMatch, by: By, response: Response
+    ) -> Rerouted:
+        """Let `task@alias` mean a version. Answers as promote does."""
+        return await rerouted(task, SetAlias(alias, body.version), seen, by, response)
+
+    @router.delete("/tasks/{task}/aliases/{alias}", responses=REROUTING)
+    async def remove_alias(task: str, alias: str, seen: IfMatch, by: By, response: Response) -> Rerouted:
+        """Let `task@alias` mean nothing any more. Answers as promote does."""
+        return await rerouted(task, SetAlias(alias, None), seen, by, response)
+
+    @router.post("/tasks/{task}/rollback", responses=REROUTING)
+    async def rollback(task: str, seen: IfMatch, by: By, response: Response) -> Rerouted:
+        """Bring the routing before back: split and aliases. Once more goes one further back.
+
+        Not safe to repeat blindly: send If-Match. 409 if there is none before, or a version that it names
+        was retired. Answers as promote does.
+        """
+        return await rerouted(task, Rollback(), seen, by, response)
+
+    @router.post(VERSION + "/unretire", responses=_NOT_NOW)
+    async def unretire(task: str, version: Number, by: By) -> VersionRecord:
         """Bring a retired version back: it is `pushed` again, and answers once a replica has probed it."""
-        return await registry.unretire(task, version)
+        return await registry.unretire(task, version, by=by)
 
-    @router.delete(VERSION)
-    async def delete(task: str, version: Number) -> VersionRecord:
+    @router.delete(VERSION, responses=_NOT_NOW)
+    async def delete(task: str, version: Number, by: By) -> VersionRecord:
         """Remove a version's files. 409 while it answers requests: retire it first.
 
         Its record stays, `deleted`; the same files may be pushed again, as a new version.
         """
-        return await registry.delete(task, version)
+        return await registry.delete(task, version, by=by)
 
     return router
 
@@ -207,7 +291,9 @@ def _service(registry: Registry, settings: RegistrySettings) -> APIRouter:
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
-    @router.get("/ready")
+    @router.get(
+        "/ready", responses=_described({503: "Redis does not answer", 507: "The disk is nearly full"})
+    )
     async def ready() -> dict[str, str | int | tuple[str, ...]]:
         """507 while the disk has less free than it should, 503 while Redis does not answer."""
         revision, warnings = await registry.ready()

@@ -1,5 +1,6 @@
 """The registry's requests as data: written once, sent by both clients of `client.py`."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -8,21 +9,26 @@ from pydantic import BaseModel, ValidationError
 
 from adapter_registry import errors
 from adapter_registry.api import (
+    Aliased,
     ErrorReply,
     Probe,
     ReplicaList,
     Rerouted,
     Retire,
     RoutingState,
+    TaskHistory,
     TaskRoute,
     VersionRecord,
+    Weighted,
 )
-from adapter_registry.names import check_task
+from adapter_registry.names import check_alias, check_task
 
 M = TypeVar("M", bound=BaseModel)
 
 LONGEST_WAIT = 60.0
 """Seconds that the registry may wait for replicas before it answers a change; its settings allow no more."""
+MOST_TROUBLES, MOST_CHARACTERS = 8, 300
+"""That a replica tells, of what it cannot have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +91,11 @@ def tasks(*, everything: bool) -> Call[RoutingState]:
     return Call("GET", "/v1/tasks", RoutingState, {"all": everything})
 
 
-def changes(after: int, wait: float, replica: str, in_force: int) -> Call[RoutingState]:
-    params = {"after": after, "wait": wait, "replica": replica, "in_force": in_force}
+def changes(
+    after: int, wait: float, replica: str, in_force: int, troubles: Sequence[str] = ()
+) -> Call[RoutingState]:
+    params: dict[str, Any] = {"after": after, "wait": wait, "replica": replica, "in_force": in_force}
+    params["trouble"] = [trouble[:MOST_CHARACTERS] for trouble in troubles[:MOST_TROUBLES]]
     return Call("GET", "/v1/changes", RoutingState, params, wait=wait)
 
 
@@ -97,6 +106,10 @@ def replicas(revision: int, wait: float) -> Call[ReplicaList]:
 
 def task(name: str) -> Call[TaskRoute]:
     return Call("GET", f"/v1/tasks/{check_task(name)}", TaskRoute)
+
+
+def history(name: str, latest: int) -> Call[TaskHistory]:
+    return Call("GET", f"/v1/tasks/{check_task(name)}/events", TaskHistory, {"latest": latest})
 
 
 def version(task: str, number: int) -> Call[VersionRecord]:
@@ -114,6 +127,24 @@ def promote(task: str, number: int, seen: int | None = None) -> Call[Rerouted]:
 def retire(task: str, number: int, *, force: bool, seen: int | None = None) -> Call[Rerouted]:
     path = f"{version_path(task, number)}/retire"
     return Call("POST", path, Rerouted, body=Retire(force=force), wait=LONGEST_WAIT, seen=seen)
+
+
+def split(task: str, weights: Mapping[int, int], seen: int | None = None) -> Call[Rerouted]:
+    body = Weighted(weights=dict(weights))
+    return Call(
+        "PUT", f"/v1/tasks/{check_task(task)}/split", Rerouted, body=body, wait=LONGEST_WAIT, seen=seen
+    )
+
+
+def alias(task: str, name: str, number: int | None, seen: int | None = None) -> Call[Rerouted]:
+    path = f"/v1/tasks/{check_task(task)}/aliases/{check_alias(name)}"
+    if number is None:
+        return Call("DELETE", path, Rerouted, wait=LONGEST_WAIT, seen=seen)
+    return Call("PUT", path, Rerouted, body=Aliased(version=number), wait=LONGEST_WAIT, seen=seen)
+
+
+def rollback(task: str, seen: int | None = None) -> Call[Rerouted]:
+    return Call("POST", f"/v1/tasks/{check_task(task)}/rollback", Rerouted, wait=LONGEST_WAIT, seen=seen)
 
 
 def unretire(task: str, number: int) -> Call[VersionRecord]:

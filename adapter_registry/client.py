@@ -6,7 +6,7 @@ RegistryUnreachableError where no registry answers.
 """
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +22,7 @@ from adapter_registry.api import (
     ReplicaList,
     Rerouted,
     RoutingState,
+    TaskHistory,
     TaskRoute,
     VersionRecord,
 )
@@ -71,15 +72,22 @@ class AsyncRegistryClient:
         return await self._send(calls.state())
 
     async def changes(
-        self, after: int, wait: float = DEFAULT_WAIT, *, in_force: int | None = None
+        self,
+        after: int,
+        wait: float = DEFAULT_WAIT,
+        *,
+        in_force: int | None = None,
+        troubles: Sequence[str] = (),
     ) -> RoutingState | None:
         """The state as soon as its revision is not `after`; None if it still is after `wait` seconds.
 
         Tells operators that new requests here are routed by revision `in_force` (None: by `after`), so ask
-        only once they are. The server may answer sooner than `wait`, also with None.
+        only once they are; and of `troubles`, what cannot be had here and why. The server may answer sooner
+        than `wait`, also with None.
         Raises TooManyWaitersError, NotAReplicaError.
         """
-        call = calls.changes(after, wait, self._replica, after if in_force is None else in_force)
+        force = after if in_force is None else in_force
+        call = calls.changes(after, wait, self._replica, force, troubles)
         response = await self._exchange(call)
         return None if response.status_code == httpx.codes.NO_CONTENT else call.read(response)
 
@@ -155,12 +163,15 @@ class AsyncRegistryClient:
 
 
 class RegistryClient:
-    """For operators' programs."""
+    """For operators' programs. `operator`: who changes something, for the history; nobody checks it."""
 
-    def __init__(self, url: str, *, timeout: float = 10.0) -> None:
+    def __init__(self, url: str, *, timeout: float = 10.0, operator: str = "") -> None:
         self._url = url
         self._timeout = timeout
-        self._http = httpx.Client(base_url=url, timeout=timeout, trust_env=not _on_loopback(url))
+        named = {"x-prad-operator": operator.encode("ascii", "replace").decode()} if operator else {}
+        self._http = httpx.Client(
+            base_url=url, timeout=timeout, trust_env=not _on_loopback(url), headers=named
+        )
 
     def push(self, task: str, files: Sequence[tuple[str, IO[bytes]]]) -> Pushed:
         """Uploads (name, opened file) pairs as a version. Raises AdapterRefusedError, UploadTooLargeError."""
@@ -194,6 +205,10 @@ class RegistryClient:
         """Raises TaskNotFoundError."""
         return self._send(calls.task(task))
 
+    def history(self, task: str, latest: int = 100) -> TaskHistory:
+        """The task's latest changes. Raises TaskNotFoundError."""
+        return self._send(calls.history(task, latest))
+
     def version(self, task: str, version: int) -> VersionRecord:
         """Raises TaskNotFoundError, VersionNotFoundError."""
         return self._send(calls.version(task, version))
@@ -206,8 +221,20 @@ class RegistryClient:
         return self._send(calls.promote(task, version, seen))
 
     def retire(self, task: str, version: int, *, force: bool = False, seen: int | None = None) -> Rerouted:
-        """`seen`: as in `promote`. Raises RoutingChangedError, NotFoundError, CurrentVersionInUseError."""
+        """`seen`: as in `promote`. Raises RoutingChangedError, NotFoundError, VersionRoutedError."""
         return self._send(calls.retire(task, version, force=force, seen=seen))
+
+    def split(self, task: str, weights: Mapping[int, int], *, seen: int | None = None) -> Rerouted:
+        """Divides requests for plain `task` by weight. Raises what `promote` raises."""
+        return self._send(calls.split(task, weights, seen))
+
+    def alias(self, task: str, name: str, version: int | None, *, seen: int | None = None) -> Rerouted:
+        """`task@name` means the version; None: nothing any more. Raises what `promote` raises."""
+        return self._send(calls.alias(task, name, version, seen))
+
+    def rollback(self, task: str, *, seen: int | None = None) -> Rerouted:
+        """The routing before is in force again. Raises RoutingChangedError, NoRoutingBeforeError."""
+        return self._send(calls.rollback(task, seen))
 
     def unretire(self, task: str, version: int) -> VersionRecord:
         """Brings a retired version back, to be probed. Raises NotFoundError, IllegalTransitionError."""

@@ -86,10 +86,16 @@ class IllegalTransitionError(ConflictError):
     code = "illegal_transition"
 
 
-class CurrentVersionInUseError(ConflictError):
-    """Retiring the version that plain `task` means, while another could take over."""
+class VersionRoutedError(ConflictError):
+    """Retiring a version that plain `task` or an alias means."""
 
-    code = "current_version_in_use"
+    code = "version_routed"
+
+
+class NoRoutingBeforeError(ConflictError):
+    """A rollback, with no routing before, or one that names what cannot answer any more."""
+
+    code = "no_routing_before"
 
 
 class NotEmptyError(ConflictError):

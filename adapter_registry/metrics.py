@@ -15,7 +15,10 @@ class Metrics:
             "prad_registry_pushes", "Adapters pushed.", ["outcome"], registry=self._registry
         )
         self._events = Counter(
-            "prad_registry_events", "Probes, promotions, retirements.", ["event"], registry=self._registry
+            "prad_registry_events",
+            "Probes, promotions, splits, rollbacks, retirements.",
+            ["event"],
+            registry=self._registry,
         )
         self._errors = Counter(
             "prad_registry_errors", "Requests refused or failed.", ["code"], registry=self._registry

@@ -1,18 +1,24 @@
-"""`If-Match`: a change of a task's routing is wanted only if nobody was faster (RFC 9110, section 13.1.1).
+"""What the headers of a request for a change say: who asks, and what must not have changed meanwhile.
 
-The entity tag of a routing is its revision: `ETag: "41"`.
+`If-Match`: a change of a task's routing is wanted only if nobody was faster (RFC 9110, section 13.1.1). The
+entity tag of a routing is its revision: `ETag: "41"`.
 """
 
 import re
 from typing import Annotated, Any
 
-from fastapi import Depends, Header
+from fastapi import Depends, Header, Request
 
 from adapter_registry.api import ErrorReply
 from adapter_registry.errors import InvalidRequestError
 
+OPERATOR = "x-prad-operator"
+_OPERATOR_CHARACTERS = 128
+
 REROUTING: dict[int | str, dict[str, Any]] = {
-    412: {"model": ErrorReply, "description": "the routing is not the one that If-Match names any more"}
+    404: {"model": ErrorReply, "description": "No such task or version"},
+    409: {"model": ErrorReply, "description": "The version's state, or what names it, does not allow that"},
+    412: {"model": ErrorReply, "description": "The routing is not the one that If-Match names any more"},
 }
 """For the documentation of a route that takes `IfMatch`."""
 
@@ -40,4 +46,19 @@ def _expected(
     return int(found[1])
 
 
+def _operator(
+    request: Request,
+    operator: Annotated[
+        str | None,
+        Header(
+            alias=OPERATOR, description="Who asks, for the history; nobody checks it", examples=["ada@desk"]
+        ),
+    ] = None,
+) -> str:
+    """As whoever asks calls itself, else its address."""
+    named = "".join(filter(str.isprintable, operator or ""))[:_OPERATOR_CHARACTERS].strip()
+    return named or ("" if request.client is None else request.client.host)
+
+
 IfMatch = Annotated[int | None, Depends(_expected)]
+By = Annotated[str, Depends(_operator)]

@@ -1,14 +1,13 @@
 """What the Redis store keeps of a task, a version and an adapter, as JSON; and what a change makes of it."""
 
-from dataclasses import dataclass
-
 from pydantic import BaseModel, ConfigDict
 
 from adapter_registry.api import HistoryLine, StoredFile, TaskRoute, VersionRecord, VersionRoute
-from adapter_registry.routing import Change, TaskView
+from adapter_registry.planning import Change, TaskView
+from adapter_registry.routing import Routing
 from adapter_registry.rows import no_task
 from adapter_registry.snapshot import TaskSnapshot
-from adapter_registry.store import StoredAdapter
+from adapter_registry.store import StoredAdapter, told
 from adapter_registry.versions import Event, State
 from prad.artefact import AdapterRecord
 
@@ -25,9 +24,11 @@ class StoredTask(TaskRoute):
 
     @property
     def view(self) -> TaskView:
-        return TaskView(
-            self.task, self.current, {v.version: v.state for v in self.versions}, self.routing_revision
-        )
+        return TaskView(self.task, self.routing, {v.version: v.state for v in self.versions})
+
+    @classmethod
+    def new(cls, task: str) -> "StoredTask":
+        return cls(task=task, routing=Routing(), versions=())
 
 
 class StoredFiles(BaseModel):
@@ -43,14 +44,6 @@ class StoredFiles(BaseModel):
         return sum(file.size for file in self.files)
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
-    """A line of history, of which version."""
-
-    version: int
-    line: HistoryLine
-
-
 def read(text: str | bytes | None) -> StoredTask | None:
     return None if text is None else StoredTask.model_validate_json(text)
 
@@ -62,8 +55,8 @@ def there(found: StoredTask | None, task: str) -> StoredTask:
 
 
 def added(
-    known: StoredTask, number: int, adapter: StoredAdapter, revision: int, at: str
-) -> tuple[StoredTask, list[Line]]:
+    known: StoredTask, number: int, adapter: StoredAdapter, revision: int, at: str, by: str
+) -> tuple[StoredTask, list[HistoryLine]]:
     """The task with one more version."""
     version = StoredVersion(
         version=number,
@@ -74,55 +67,31 @@ def added(
         pushed_at=at,
         changed=revision,
     )
-    line = HistoryLine(
-        revision=revision,
-        event=Event.PUSH,
-        before=None,
-        after=State.PUSHED,
-        current=known.current,
-        at=at,
-        replica="",
-        reason="",
-    )
+    change = Change(number, Event.PUSH, None, State.PUSHED)
     task = known.model_copy(update={"versions": (*known.versions, version)})
-    return task, [Line(number, line)]
+    return task, [told(change, revision, at=at, by=by, reason="")]
 
 
 def moved(
-    known: StoredTask,
-    changes: tuple[Change, ...],
-    revision: int,
-    at: str,
-    replica: str = "",
-    reason: str = "",
-) -> tuple[StoredTask, list[Line]]:
+    known: StoredTask, changes: tuple[Change, ...], revision: int, *, at: str, by: str, reason: str = ""
+) -> tuple[StoredTask, list[HistoryLine]]:
     """The task after `changes`, the first of which is the one after `revision`."""
     lines = []
     for number, change in enumerate(changes, start=revision + 1):
-        known = _after(known, change, number, reason)
-        line = HistoryLine(
-            revision=number,
-            event=change.event,
-            before=change.before,
-            after=change.after,
-            current=change.current,
-            at=at,
-            replica=replica,
-            reason=reason,
-        )
-        lines.append(Line(change.version, line))
+        line = told(change, number, at=at, by=by, reason=reason)
+        known = _after(known, line)
+        lines.append(line)
     return known, lines
 
 
-def _after(known: StoredTask, change: Change, revision: int, reason: str) -> StoredTask:
+def _after(known: StoredTask, line: HistoryLine) -> StoredTask:
     def changed(version: StoredVersion) -> StoredVersion:
         # what is deleted goes on saying why it had failed
-        why = version.reason if change.event is Event.DELETE else reason
-        return version.model_copy(update={"state": change.after, "reason": why, "changed": revision})
+        why = version.reason if line.event is Event.DELETE else line.reason
+        return version.model_copy(update={"state": line.after, "reason": why, "changed": line.revision})
 
-    versions = tuple(changed(v) if v.version == change.version else v for v in known.versions)
-    rerouted = {"routing_revision": revision} if change.event.reroutes else {}
-    return known.model_copy(update={"versions": versions, "current": change.current, **rerouted})
+    versions = tuple(changed(v) if v.version == line.version else v for v in known.versions)
+    return known.model_copy(update={"versions": versions, "routing": line.routing or known.routing})
 
 
 def record(task: StoredTask, version: StoredVersion, adapter: StoredFiles, lines: list[str]) -> VersionRecord:
@@ -130,7 +99,7 @@ def record(task: StoredTask, version: StoredVersion, adapter: StoredFiles, lines
         task=task.task,
         version=version.version,
         state=version.state,
-        current=task.current == version.version,
+        current=version.version in task.routing.split,
         digest=version.digest,
         reason=version.reason,
         pushed_at=version.pushed_at,
@@ -156,6 +125,4 @@ def loaded_task(task: TaskSnapshot) -> StoredTask:
         )
         for each in task.versions
     )
-    return StoredTask(
-        task=task.task, current=task.current, routing_revision=task.routing_revision, versions=versions
-    )
+    return StoredTask(task=task.task, routing=task.routing, versions=versions)

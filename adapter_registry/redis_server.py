@@ -21,7 +21,7 @@ from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
 from adapter_registry.errors import CannotStartError, StoreUnavailableError
 from adapter_registry.schema import require_known
 
-SCHEMA = 1
+SCHEMA = 2
 
 REGISTRY = "{prad}:registry"
 """Hash: `schema`, `id`, `revision`. Every change changes it, so it is what a transaction watches."""
@@ -164,6 +164,11 @@ def check(found: list[Any], identity: str) -> int:
         raise StoreUnavailableError(
             f"the registry's data in Redis were migrated to schema {schema} by a newer PrAd server; run that "
             "one here too"
+        )
+    if int(schema) < SCHEMA:
+        raise StoreUnavailableError(
+            f"the registry's data in Redis have schema {schema}, as an older PrAd server wrote them: they "
+            "were restored meanwhile. Restart the registry, which migrates them"
         )
     return int(number)
 

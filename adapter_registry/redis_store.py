@@ -4,6 +4,7 @@
     {prad}:tasks            hash: a task, its routing and its versions, as JSON
     {prad}:adapters         hash: a digest, its record and files, as JSON
     {prad}:history:TASK@N   list: a version's history, as JSON
+    {prad}:history:TASK     list: the task's changes of no version, likewise
     {prad}:changes          stream: every change of late, under its revision
 
 Every change adds to the revision, and is one MULTI that Redis refuses if the revision is not the one it was
@@ -19,10 +20,10 @@ from redis.client import Pipeline
 from redis.exceptions import WatchError
 
 from adapter_registry import redis_server
-from adapter_registry.api import RoutingState, TaskRoute, VersionRecord
+from adapter_registry.api import HistoryLine, RoutingState, TaskRoute, VersionRecord
 from adapter_registry.errors import VersionNotFoundError
+from adapter_registry.planning import Move, Past, Wanted, plan
 from adapter_registry.redis_records import (
-    Line,
     StoredFiles,
     StoredTask,
     added,
@@ -32,8 +33,9 @@ from adapter_registry.redis_records import (
     record,
     there,
 )
+from adapter_registry.redis_schema import ADAPTERS, TASKS, history_key, migrate
 from adapter_registry.redis_server import REGISTRY, answering
-from adapter_registry.routing import plan
+from adapter_registry.routing import Routing
 from adapter_registry.rows import no_task
 from adapter_registry.snapshot import Snapshot, require_empty, snapshot
 from adapter_registry.sqlite import utc_now
@@ -43,8 +45,9 @@ from adapter_registry.versions import Event, State
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
 
-TASKS = "{prad}:tasks"
-ADAPTERS = "{prad}:adapters"
+Work = Callable[[StoredTask | None, int, Past], tuple[StoredTask, list[HistoryLine], T]]
+"""Of a task, the revision and its routings: what becomes of it, its lines of history, the answer."""
+
 CHANGES = "{prad}:changes"
 KEPT_CHANGES = 10_000
 """Roughly; who was away for longer reads the whole state, as everybody does who starts."""
@@ -56,37 +59,35 @@ class RedisStore:
     def __init__(self, url: str, *, now: Callable[[], str] = utc_now) -> None:
         self._now = now
         self._redis, self.address, self.identity = redis_server.start(url)
+        with answering(self.address):
+            migrate(self._redis)
         self._lock = threading.Lock()  # threads of this process need not race
 
-    def push(self, task: str, adapter: StoredAdapter) -> tuple[int, bool]:
-        def work(found: StoredTask | None, revision: int) -> tuple[StoredTask, list[Line], tuple[int, bool]]:
-            known = found or StoredTask(task=task, current=None, versions=())
+    def push(self, task: str, adapter: StoredAdapter, *, by: str = "") -> tuple[int, bool]:
+        def work(
+            found: StoredTask | None, revision: int, past: Past
+        ) -> tuple[StoredTask, list[HistoryLine], tuple[int, bool]]:
+            known = found or StoredTask.new(task)
             same = [v for v in known.versions if v.digest == adapter.digest and not v.state.over]
             if same:
                 number = same[-1].version
-                changes = plan(known.view, number, Event.PUSH)
-                return *moved(known, changes, revision, self._now()), (number, False)
+                changes = plan(known.view, Move(number, Event.PUSH), past)
+                return *moved(known, changes, revision, at=self._now(), by=by), (number, False)
             number = 1 + max((v.version for v in known.versions), default=0)
-            return *added(known, number, adapter, revision + 1, self._now()), (number, True)
+            return *added(known, number, adapter, revision + 1, self._now(), by), (number, True)
 
         return self._change(task, work, adapter)
 
-    def apply(
-        self,
-        task: str,
-        version: int,
-        event: Event,
-        *,
-        force: bool = False,
-        expected: int | None = None,
-        replica: str = "",
-        reason: str = "",
-    ) -> int:
-        def work(found: StoredTask | None, revision: int) -> tuple[StoredTask, list[Line], int]:
+    def change(
+        self, task: str, wanted: Wanted, *, expected: int | None = None, by: str = "", reason: str = ""
+    ) -> TaskRoute:
+        def work(
+            found: StoredTask | None, revision: int, past: Past
+        ) -> tuple[StoredTask, list[HistoryLine], TaskRoute]:
             known = there(found, task)
-            changes = plan(known.view, version, event, force=force, expected=expected)
-            after, lines = moved(known, changes, revision, self._now(), replica, reason)
-            return after, lines, after.routing_revision
+            changes = plan(known.view, wanted, past, expected=expected)
+            after, lines = moved(known, changes, revision, at=self._now(), by=by, reason=reason)
+            return after, lines, TaskRoute.model_validate(after.model_dump())
 
         return self._change(task, work)
 
@@ -114,7 +115,7 @@ class RedisStore:
             with self._redis.pipeline() as pipe:
                 _read_head(pipe)
                 pipe.hget(TASKS, task)
-                pipe.lrange(_history(task, version), 0, -1)
+                pipe.lrange(history_key(task, version), 0, -1)
                 head, text, lines = pipe.execute()
             redis_server.check(head, self.identity)
             found = there(read(text), task)
@@ -123,6 +124,17 @@ class RedisStore:
                 raise VersionNotFoundError(f"{task} has no version {version}", param="version")
             adapter = self._redis.hget(ADAPTERS, route.digest)
         return record(found, route, StoredFiles.model_validate_json(adapter or ""), lines)
+
+    def history(self, task: str) -> tuple[HistoryLine, ...]:
+        while True:
+            with answering(self.address), self._redis.pipeline() as pipe:
+                _read_head(pipe)
+                pipe.hget(TASKS, task)
+                head, text = pipe.execute()
+                revision, known = redis_server.check(head, self.identity), there(read(text), task)
+                lines = _lines(pipe, known)
+                if redis_server.revision(self._redis, self.identity) == revision:
+                    return lines
 
     def digests(self) -> frozenset[str]:
         _, tasks = self._tasks(StoredTask)
@@ -149,14 +161,20 @@ class RedisStore:
             with answering(self.address), self._redis.pipeline() as pipe:
                 _read_head(pipe)
                 for task, version in versions:
-                    pipe.lrange(_history(task.task, version.version), 0, -1)
+                    pipe.lrange(history_key(task.task, version.version), 0, -1)
+                for task in tasks:
+                    pipe.lrange(history_key(task.task, None), 0, -1)
                 head, *histories = pipe.execute()
             if redis_server.check(head, self.identity) == revision:
                 break
         records: dict[str, list[VersionRecord]] = {}
-        for (task, version), lines in zip(versions, histories, strict=True):
+        for (task, version), lines in zip(versions, histories, strict=False):
             records.setdefault(task.task, []).append(record(task, version, adapters[version.digest], lines))
-        return snapshot(revision, ((task, records[task.task]) for task in tasks))
+        others = (map(HistoryLine.model_validate_json, lines) for lines in histories[len(versions) :])
+        return snapshot(
+            revision,
+            ((task, records[task.task], lines) for task, lines in zip(tasks, others, strict=True)),
+        )
 
     def load(self, loaded: Snapshot) -> None:
         with self._lock, answering(self.address):
@@ -172,8 +190,8 @@ class RedisStore:
             pipe.multi()
             for each in loaded.versions:
                 pipe.hset(ADAPTERS, each.digest, StoredFiles(**dict(each)).model_dump_json())
-            for each, line in loaded.lines:
-                _write_line(pipe, each.task, Line(each.version, line))
+            for name, line in loaded.lines:
+                _write_line(pipe, name, line)
             for task in loaded.tasks:
                 pipe.hset(TASKS, task.task, loaded_task(task).model_dump_json())
             pipe.hset(REGISTRY, "revision", loaded.revision)
@@ -190,19 +208,20 @@ class RedisStore:
     def close(self) -> None:
         self._redis.close()
 
-    def _change(
-        self,
-        task: str,
-        work: Callable[[StoredTask | None, int], tuple[StoredTask, list[Line], T]],
-        adapter: StoredAdapter | None = None,
-    ) -> T:
+    def _change(self, task: str, work: "Work[T]", adapter: StoredAdapter | None = None) -> T:
         """What `work` makes of the task as it is, written at once, or not at all and worked out again."""
         with self._lock, answering(self.address):
             while True:
                 with self._redis.pipeline() as pipe:
                     redis_server.watch(pipe)
                     revision = redis_server.revision(pipe, self.identity)
-                    after, lines, answer = work(read(pipe.hget(TASKS, task)), revision)
+                    found = read(pipe.hget(TASKS, task))
+
+                    def past(of: int, found: StoredTask | None = found) -> Routing | None:
+                        lines = () if found is None else _lines(self._redis.pipeline(), found)
+                        return next((line.routing for line in lines if line.revision == of), None)
+
+                    after, lines, answer = work(found, revision, past)
                     if not lines:
                         return answer
                     pipe.multi()
@@ -244,11 +263,15 @@ def _read_head(pipe: Pipeline) -> None:
     pipe.hmget(REGISTRY, "schema", "id", "revision")
 
 
-def _history(task: str, version: int) -> str:
-    return f"{{prad}}:history:{task}@{version}"
+def _lines(pipe: Pipeline, known: StoredTask) -> tuple[HistoryLine, ...]:
+    """All that happened to the task, in order."""
+    for number in (None, *(version.version for version in known.versions)):
+        pipe.lrange(history_key(known.task, number), 0, -1)
+    found = [HistoryLine.model_validate_json(text) for texts in pipe.execute() for text in texts]
+    return tuple(sorted(found, key=lambda line: line.revision))
 
 
-def _write_line(pipe: Pipeline, task: str, line: Line) -> None:
-    pipe.rpush(_history(task, line.version), line.line.model_dump_json())
-    told: dict[Any, Any] = {"task": task, "version": line.version, "event": line.line.event.value}
-    pipe.xadd(CHANGES, told, id=f"{line.line.revision}-0", maxlen=KEPT_CHANGES, approximate=True)
+def _write_line(pipe: Pipeline, task: str, line: HistoryLine) -> None:
+    pipe.rpush(history_key(task, line.version), line.model_dump_json())
+    told: dict[Any, Any] = {"task": task, "version": line.version or "", "event": line.event.value}
+    pipe.xadd(CHANGES, told, id=f"{line.revision}-0", maxlen=KEPT_CHANGES, approximate=True)

@@ -8,12 +8,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from adapter_registry.api import Probe, Pushed, ReplicaList, Rerouted, RoutingState, TaskRoute, VersionRecord
+from adapter_registry.api import (
+    Probe,
+    Pushed,
+    ReplicaList,
+    Rerouted,
+    RoutingState,
+    TaskHistory,
+    TaskRoute,
+    VersionRecord,
+)
 from adapter_registry.artefacts import ArtefactFolder
 from adapter_registry.changes import ChangeFeed
 from adapter_registry.errors import AdapterRefusedError, FileNotStoredError, StoreUnavailableError
 from adapter_registry.metrics import Metrics
 from adapter_registry.names import check_task
+from adapter_registry.planning import Move, Wanted
 from adapter_registry.replicas import Replicas
 from adapter_registry.room import make_room
 from adapter_registry.settings import Bounds
@@ -31,11 +41,13 @@ CHECK_SECONDS = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Follower:
-    """Who asks for changes: a replica's name (empty: an operator), its address, what is in force there."""
+    """Who asks for changes: a replica's name (empty: an operator), its address, what is in force there, and
+    what it cannot have."""
 
     replica: str
     address: str
     in_force: int
+    troubles: tuple[str, ...] = ()
 
 
 class Registry:
@@ -73,15 +85,15 @@ class Registry:
             self.metrics.stored(None, 0)
         else:
             self.metrics.stored(state, len(warnings))
-        connected = sum(replica.connected for replica in self.replicas.list())
+        connected = sum(replica.connected for replica in self.replicas.list(self.feed.revision))
         return self.metrics.page(self.feed.waiters, connected)
 
     async def require_room(self) -> None:
         """Raises StorageFullError if a push would find hardly any disk left."""
         await asyncio.to_thread(require_free, self.files.folder, self._bounds.free_bytes)
 
-    async def push(self, task: str, staged: Path) -> Pushed:
-        """Makes a version of the files in `staged`.
+    async def push(self, task: str, staged: Path, *, by: str) -> Pushed:
+        """Makes a version of the files in `staged`. `by`: who asks.
 
         Raises InvalidTaskNameError, AdapterRefusedError, StorageFullError.
         """
@@ -96,7 +108,7 @@ class Registry:
 
         def store() -> Pushed:
             with self.files.kept([(staged, adapter.digest)]):
-                number, created = self._store.push(task, adapter)
+                number, created = self._store.push(task, adapter, by=by)
             return Pushed(**dict(self._store.version(task, number)), created=created)
 
         pushed = await self._change(store)
@@ -108,40 +120,42 @@ class Registry:
         """A replica's report. Raises NotFoundError, IllegalTransitionError."""
         self.replicas.heard(probe.replica)
         event = Event.PROBE_OK if probe.ok else Event.PROBE_FAILED
-        record, _ = await self._apply(task, version, event, replica=probe.replica, reason=probe.reason)
+        await self._apply(task, Move(version, event), by=probe.replica, reason=probe.reason)
         if not probe.ok:
             await self._make_room()
-        return record
+        return await self.version(task, version)
 
-    async def promote(self, task: str, version: int, *, expected: int | None) -> Rerouted:
-        """Makes the version what plain `task` means, at all replicas that put it in force in time.
+    async def reroute(self, task: str, wanted: Wanted, *, expected: int | None, by: str) -> Rerouted:
+        """Changes the task's routing, at all replicas that put that in force in time.
 
         `expected`: the revision of the task's routing, if whoever asks insists on one.
-        Raises RoutingChangedError if it is another, NotFoundError, IllegalTransitionError.
+        Raises RoutingChangedError if it is another, and what else `planning.plan` raises, NotFoundError.
         """
-        return await self._in_force(*await self._apply(task, version, Event.PROMOTE, expected=expected))
-
-    async def retire(self, task: str, version: int, *, force: bool, expected: int | None) -> Rerouted:
-        """Ends the version for new requests, likewise.
-
-        Raises RoutingChangedError, NotFoundError, CurrentVersionInUseError.
-        """
-        applied = await self._apply(task, version, Event.RETIRE, force=force, expected=expected)
-        rerouted = await self._in_force(*applied)
+        route = await self._apply(task, wanted, expected=expected, by=by)
+        revision = self.feed.revision
+        await self.replicas.wait(revision, self._bounds.wait_seconds)
+        pending = tuple(self.replicas.pending(revision))
+        replicas = self.replicas.in_force()
         await self._make_room()
-        return rerouted
+        return Rerouted(**dict(route), replicas=replicas, pending=pending)
 
-    async def unretire(self, task: str, version: int) -> VersionRecord:
+    async def unretire(self, task: str, version: int, *, by: str) -> VersionRecord:
         """Pushed again, as it were: to be probed. Raises NotFoundError, IllegalTransitionError."""
-        record, _ = await self._apply(task, version, Event.UNRETIRE)
-        return record
+        await self._apply(task, Move(version, Event.UNRETIRE), by=by)
+        return await self.version(task, version)
 
-    async def delete(self, task: str, version: int) -> VersionRecord:
+    async def delete(self, task: str, version: int, *, by: str) -> VersionRecord:
         """Removes the version's files. Raises NotFoundError, IllegalTransitionError while it answers."""
-        record, _ = await self._apply(task, version, Event.DELETE)
+        await self._apply(task, Move(version, Event.DELETE), by=by)
+        record = await self.version(task, version)
         await asyncio.to_thread(self.files.remove, record.digest, self._store.digests)
         logger.info("deleted %s, digest %s, on request", record.name, record.digest)
         return record
+
+    async def history(self, task: str, latest: int) -> TaskHistory:
+        """Its `latest` changes. Raises TaskNotFoundError."""
+        found = await asyncio.to_thread(self._store.history, task)
+        return TaskHistory(task=task, events=found[-latest:])
 
     async def state(self) -> RoutingState:
         return await asyncio.to_thread(self._store.state)
@@ -164,14 +178,20 @@ class Registry:
             follower = replace(follower, address=f"replica {follower.replica}")
         # Later than ours: of a registry whose data are gone.
         in_force = follower.in_force if follower.in_force <= self.feed.revision else 0
-        async with self.replicas.following(follower.replica, in_force):
+        async with self.replicas.following(follower.replica, in_force, follower.troubles):
             changed = await self.feed.wait(after, seconds, address=follower.address, known=known)
-        return await self.state() if changed else None
+        if not changed:
+            return None
+        state = await self.state()
+        self.replicas.tell(follower.replica, state.revision)
+        return state
 
     async def followers(self, revision: int, seconds: float) -> ReplicaList:
         """The replicas, once `revision` is in force at the connected ones, or `seconds` later."""
         await self.replicas.wait(revision, seconds)
-        return ReplicaList(replicas=self.replicas.list(), pending=tuple(self.replicas.pending(revision)))
+        return ReplicaList(
+            replicas=self.replicas.list(self.feed.revision), pending=tuple(self.replicas.pending(revision))
+        )
 
     async def file(self, task: str, version: int, name: str) -> Path:
         """Raises NotFoundError, StoredFilesDamagedError."""
@@ -186,39 +206,21 @@ class Registry:
         return await asyncio.to_thread(self.files.file, record.digest, name)
 
     async def _apply(
-        self,
-        task: str,
-        version: int,
-        event: Event,
-        *,
-        force: bool = False,
-        expected: int | None = None,
-        replica: str = "",
-        reason: str = "",
-    ) -> tuple[VersionRecord, int]:
-        """The version and the revision of its task's routing, afterwards."""
+        self, task: str, wanted: Wanted, *, expected: int | None = None, by: str = "", reason: str = ""
+    ) -> TaskRoute:
+        """The task afterwards."""
 
-        def apply() -> tuple[VersionRecord, int]:
-            routing = self._store.apply(
-                task, version, event, force=force, expected=expected, replica=replica, reason=reason
-            )
-            return self._store.version(task, version), routing
+        def apply() -> TaskRoute:
+            return self._store.change(task, wanted, expected=expected, by=by, reason=reason)
 
-        applied = await self._change(apply)
-        self.metrics.event(event)
-        return applied
+        route = await self._change(apply)
+        self.metrics.event(wanted.event)
+        return route
 
     async def close(self) -> None:
         """Sends home whoever waits."""
         await self.feed.close()
         await self.replicas.close()
-
-    async def _in_force(self, record: VersionRecord, routing: int) -> Rerouted:
-        revision = self.feed.revision
-        await self.replicas.wait(revision, self._bounds.wait_seconds)
-        pending = tuple(self.replicas.pending(revision))
-        replicas = self.replicas.in_force()
-        return Rerouted(**dict(record), replicas=replicas, pending=pending, routing_revision=routing)
 
     async def _make_room(self) -> None:
         try:

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from adapter_registry.api import Replica
+from adapter_registry.api import Replica, ReplicaState
 
 GRACE_SECONDS = 30.0
 """A replica may be between two polls, loading a version, for so long without being missed."""
@@ -20,12 +20,15 @@ MAX_REMEMBERED = 1024
 
 @dataclass(slots=True)
 class _Seen:
-    """`follows`: it has asked for changes, not only reported a probe."""
+    """`follows`: it has asked for changes, not only reported a probe; `revision`: in force there; `told`: the
+    latest that it was told; `troubles`: what it cannot have, and why."""
 
     at: float = 0.0
     waiting: int = 0
     follows: bool = False
     revision: int = 0
+    told: int = 0
+    troubles: tuple[str, ...] = ()
     gone: bool = False
 
 
@@ -39,7 +42,9 @@ class Replicas:
         self._closed = False
 
     @asynccontextmanager
-    async def following(self, name: str, revision: int) -> AsyncIterator[None]:
+    async def following(
+        self, name: str, revision: int, troubles: tuple[str, ...] = ()
+    ) -> AsyncIterator[None]:
         """Held while the replica `name`, where `revision` is in force, waits for changes.
 
         An empty name is nobody (an operator). One that hangs up instead of waiting is gone.
@@ -48,7 +53,7 @@ class Replicas:
             yield
             return
         seen = self._touch(name)
-        seen.follows, seen.revision = True, revision
+        seen.follows, seen.revision, seen.troubles = True, revision, troubles
         seen.waiting += 1
         await self._tell()
         try:
@@ -59,6 +64,11 @@ class Replicas:
         finally:
             seen.waiting -= 1
             seen.at = self._clock()
+
+    def tell(self, name: str, revision: int) -> None:
+        """The replica `name` is told of a revision."""
+        if name in self._seen:
+            self._seen[name].told = revision
 
     def heard(self, name: str) -> None:
         """The replica `name` reported a probe."""
@@ -89,16 +99,28 @@ class Replicas:
         self._closed = True
         await self._tell()
 
-    def list(self) -> tuple[Replica, ...]:
+    def list(self, latest: int) -> tuple[Replica, ...]:
+        """`latest`: the registry's revision."""
         return tuple(
             Replica(
                 name=name,
                 connected=self._connected(seen),
+                state=self._state(seen, latest),
+                troubles=seen.troubles,
                 revision=seen.revision if seen.follows else None,
                 last_seen=datetime.fromtimestamp(seen.at, UTC).isoformat(timespec="milliseconds"),
             )
             for name, seen in sorted(self._seen.items())
         )
+
+    def _state(self, seen: _Seen, latest: int) -> ReplicaState:
+        if not self._connected(seen):
+            return ReplicaState.AWAY
+        if seen.troubles:
+            return ReplicaState.FAILED
+        if seen.follows and seen.revision >= latest:
+            return ReplicaState.READY
+        return ReplicaState.LOADING if seen.told >= latest else ReplicaState.ANNOUNCED
 
     def _connected(self, seen: _Seen) -> bool:
         return seen.waiting > 0 or (not seen.gone and self._clock() - seen.at < GRACE_SECONDS)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from adapter_registry.artefacts import ArtefactFolder
 from adapter_registry.errors import IllegalTransitionError, StorageFullError
+from adapter_registry.planning import Move
 from adapter_registry.storage import storing
 from adapter_registry.store import Idle, Store
 from adapter_registry.versions import Event
@@ -33,7 +34,7 @@ def make_room(store: Store, files: ArtefactFolder, bound: int) -> bool:
     for version in found:
         try:
             with storing():
-                store.apply(version.task, version.version, Event.DELETE, reason="made room for others")
+                store.change(version.task, Move(version.version, Event.DELETE), reason="made room for others")
         except (IllegalTransitionError, StorageFullError) as error:  # unretired meanwhile; or the next sweep
             logger.warning("%s@%d stays on disk: %s", version.task, version.version, error)
             continue

@@ -1,98 +1,122 @@
-"""What an event on one version does to its task: the state machine plus the question which one is current.
+"""A task's routing: which version each of its names means, as one record that is replaced whole.
 
-Pure: a store reads a `TaskView`, calls `plan`, and writes the `Change`s in one transaction.
+    task             one of the versions in `split`, drawn by the request's sticky key
+    task@3           version 3, if it answers
+    task@canary      what the alias names
+    task@previous    what plain `task` mostly meant before
 
-- A version that becomes verified while its task has no current version is promoted at once: nothing else
-  could answer. Otherwise promoting is the operator's decision.
-- Retiring the current version is refused while another version could answer, because plain `task` would
-  silently mean something else: promote the other first, or force it. Forced, the latest other routable
-  version takes over. With none left the task has no current version, and says so to requests.
+Pure. Every change makes another record, and keeps in `before` what a rollback would bring back.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from typing import Annotated
 
-from adapter_registry.errors import CurrentVersionInUseError, RoutingChangedError, VersionNotFoundError
-from adapter_registry.versions import Event, State, after
+from pydantic import BaseModel, ConfigDict, Field, computed_field
+from pydantic.config import JsonDict
 
+from adapter_registry.names import PREVIOUS
 
-@dataclass(frozen=True, slots=True)
-class TaskView:
-    """A task as the policy sees it. `current` is what a plain `task` means.
+WHOLE = 100
+"""The weight of a version that is alone; one in a split has what the operator says."""
 
-    `revision`: of its routing, the last change that promoted or retired one of its versions.
-    """
-
-    task: str
-    current: int | None
-    states: Mapping[int, State]
-    revision: int = 0
-
-    def name(self, version: int) -> str:
-        return f"{self.task}@{version}"
+Weight = Annotated[int, Field(ge=1, le=1_000_000)]
+Weights = Annotated[dict[int, Weight], Field(min_length=1, max_length=16)]
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
-    """One line of history, one revision. `current` is the task's current version afterwards."""
-
-    version: int
-    event: Event
-    before: State
-    after: State
-    current: int | None
-
-
-def plan(
-    view: TaskView, version: int, event: Event, *, force: bool = False, expected: int | None = None
-) -> tuple[Change, ...]:
-    """The changes that `event` makes, in order; none if all is already so.
-
-    `expected`: the revision of the routing that whoever asks has seen; None: whatever it is.
-    Raises RoutingChangedError, VersionNotFoundError, IllegalTransitionError, CurrentVersionInUseError.
-    """
-    if expected is not None and expected != view.revision:
-        raise RoutingChangedError(
-            f"the routing of {view.task!r} is at revision {view.revision}, not {expected}: somebody changed "
-            "it meanwhile; look at it again (prad adapter show), and repeat the request if still wanted",
-            param="if-match",
-        )
-    if version not in view.states:
-        raise VersionNotFoundError(f"{view.task} has no version {version}", param="version")
-    before = view.states[version]
-    reached = after(view.name(version), before, event)
-    heir = _heir(view, version, force) if event is Event.RETIRE and view.current == version else None
-    current = _current(view, version, event)
-    if reached is before and current == view.current:
-        return ()
-    first = Change(version, event, before, reached, current)
-    now = replace(view, current=current, states={**view.states, version: reached})
-    if heir is not None:
-        return (first, *plan(now, heir, Event.PROMOTE))
-    if event is Event.PROBE_OK and now.current is None:
-        return (first, *plan(now, version, Event.PROMOTE))
-    return (first,)
+_EXAMPLE: JsonDict = {
+    "revision": 41,
+    "split": {"1": 90, "2": 10},
+    "aliases": {"canary": 2},
+    "previous": None,
+    "before": 37,
+    "default": 1,
+}
 
 
-def _current(view: TaskView, version: int, event: Event) -> int | None:
-    if event is Event.PROMOTE:
-        return version
-    if event is Event.RETIRE and view.current == version:
-        return None
-    return view.current
+class Routing(BaseModel):
+    """One record, never changed. Unknown fields are ignored: an older client reads a newer registry."""
 
-
-def _heir(view: TaskView, retiring: int, force: bool) -> int | None:
-    """Who takes over from the current version. Raises CurrentVersionInUseError without `force`."""
-    others = [n for n, state in view.states.items() if state.answers and n != retiring]
-    if not others:
-        return None
-    routable = [n for n in others if view.states[n] is State.ROUTABLE]
-    if force:
-        return max(routable, default=None)
-    outcome = f"{view.name(max(routable))} takes over" if routable else "the task stops answering"
-    raise CurrentVersionInUseError(
-        f"{view.name(retiring)} is what plain {view.task!r} means; promote another first"
-        f" ({', '.join(view.name(n) for n in sorted(others))}), or force it: then {outcome}",
-        param="version",
+    model_config = ConfigDict(
+        frozen=True,
+        extra="ignore",
+        use_attribute_docstrings=True,
+        json_schema_extra={"examples": [_EXAMPLE]},
     )
+
+    revision: int = 0
+    """Of the change that made it: its entity tag, for If-Match. 0: nothing was routed so far."""
+    split: Mapping[int, int] = {}
+    """What plain `task` means: versions, each with its weight; none: the task does not answer."""
+    aliases: Mapping[str, int] = {}
+    """What `task@alias` means."""
+    previous: int | None = None
+    """What `task@previous` means: the default version before this one, while it answers."""
+    before: int | None = None
+    """Revision of the routing that a rollback brings back; null: there is none."""
+
+    @computed_field(description="The version that most requests for plain `task` get.")  # type: ignore[prop-decorator]
+    @property
+    def default(self) -> int | None:
+        return max(self.split, key=lambda version: (self.split[version], -version), default=None)
+
+    @property
+    def named(self) -> frozenset[int]:
+        """Versions that an operator has routed requests to. `previous` follows by itself."""
+        return frozenset(self.split) | frozenset(self.aliases.values())
+
+    def meant(self, name: str) -> int | None:
+        """The version that `task@name` means, for a name that is no number; None: there is no such alias."""
+        return self.previous if name == PREVIOUS else self.aliases.get(name)
+
+    def names(self, task: str, version: int) -> tuple[str, ...]:
+        """By which names requests get the version, beside its number, in words."""
+        total = sum(self.split.values())
+        share = self.split.get(version)
+        plain = () if share is None else (task if share == total else f"{task} ({share} of {total})",)
+        aliases = sorted(name for name, meant in self.aliases.items() if meant == version)
+        return (*plain, *(f"{task}@{name}" for name in aliases))
+
+    def same(self, other: "Routing") -> bool:
+        """Whether both route alike."""
+        return (self.split, self.aliases) == (other.split, other.aliases)
+
+    def divided(self, weights: Mapping[int, int]) -> "Routing":
+        """With plain `task` meaning these."""
+        split = dict.fromkeys(weights, WHOLE) if len(weights) == 1 else dict(sorted(weights.items()))
+        return self._next(split=split)
+
+    def aliased(self, name: str, version: int | None) -> "Routing":
+        """With `task@name` meaning that; None: nothing any more."""
+        aliases = {**self.aliases, name: version}
+        return self._next(
+            aliases={name: meant for name, meant in sorted(aliases.items()) if meant is not None}
+        )
+
+    def without(self, version: int) -> "Routing":
+        """As it goes on when the version ends; that is no step that a rollback could take back."""
+        left = {number: weight for number, weight in self.split.items() if number != version}
+        return self.model_copy(
+            update={
+                "split": dict.fromkeys(left, WHOLE) if len(left) == 1 else left,
+                "aliases": {name: meant for name, meant in self.aliases.items() if meant != version},
+                "previous": None if self.previous == version else self.previous,
+            }
+        )
+
+    def restored(self, answering: frozenset[int]) -> "Routing":
+        """As it was, for a rollback; `answering`: the versions that can answer today."""
+        return self.model_copy(update={"previous": self.previous if self.previous in answering else None})
+
+    def at(self, revision: int) -> "Routing":
+        """The same, made by the change of that revision."""
+        return self.model_copy(update={"revision": revision})
+
+    def _next(self, **changed: Mapping[int, int] | Mapping[str, int]) -> "Routing":
+        after = self.model_copy(update=changed)
+        old, new = self.default, after.default
+        previous = self.previous if old is None or old == new else old
+        update = {
+            "previous": None if previous == new else previous,
+            "before": self.revision if self.named else None,
+        }
+        return after.model_copy(update=update)

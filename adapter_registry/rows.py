@@ -5,13 +5,14 @@ import sqlite3
 
 from adapter_registry.api import HistoryLine, StoredFile, TaskRoute, VersionRecord, VersionRoute
 from adapter_registry.errors import TaskNotFoundError
-from adapter_registry.routing import TaskView
+from adapter_registry.planning import TaskView
+from adapter_registry.routing import Routing
 from adapter_registry.store import Idle
 from adapter_registry.versions import State
 from prad.artefact import AdapterRecord, BaseModelRef
 
 ROUTES = """
-    SELECT t.task, t.current, t.routing_revision, v.version, v.state, v.digest, v.pushed_at, a.method, a.base
+    SELECT t.task, t.routing, v.version, v.state, v.digest, v.pushed_at, a.method, a.base
     FROM tasks t JOIN versions v USING (task) JOIN adapters a USING (digest)
 """
 
@@ -39,9 +40,27 @@ def view(db: sqlite3.Connection, task: str) -> TaskView:
     rows = db.execute("SELECT version, state FROM versions WHERE task = ?", (task,)).fetchall()
     if not rows:
         raise no_task(task)
-    found = db.execute("SELECT current, routing_revision FROM tasks WHERE task = ?", (task,)).fetchone()
+    found = db.execute("SELECT routing FROM tasks WHERE task = ?", (task,)).fetchone()
     states = {row["version"]: State(row["state"]) for row in rows}
-    return TaskView(task, found["current"], states, found["routing_revision"])
+    return TaskView(task, Routing.model_validate_json(found["routing"]), states)
+
+
+def past(db: sqlite3.Connection, task: str, revision: int) -> Routing | None:
+    """The routing that the task's change of a revision made."""
+    found = db.execute(
+        "SELECT routing FROM history WHERE task = ? AND revision = ?", (task, revision)
+    ).fetchone()
+    return None if found is None or found[0] is None else Routing.model_validate_json(found[0])
+
+
+def history(db: sqlite3.Connection, where: str, values: tuple[object, ...]) -> tuple[HistoryLine, ...]:
+    found = db.execute(f"SELECT * FROM history WHERE {where} ORDER BY revision", values).fetchall()
+    return tuple(map(_line, found))
+
+
+def _line(row: sqlite3.Row) -> HistoryLine:
+    made = None if row["routing"] is None else Routing.model_validate_json(row["routing"])
+    return HistoryLine.model_validate({**dict(row), "routing": made})
 
 
 def task_route(rows: list[sqlite3.Row]) -> TaskRoute:
@@ -59,8 +78,7 @@ def task_route(rows: list[sqlite3.Row]) -> TaskRoute:
     first = rows[0]
     return TaskRoute(
         task=first["task"],
-        current=first["current"],
-        routing_revision=first["routing_revision"],
+        routing=Routing.model_validate_json(first["routing"]),
         versions=tuple(versions),
     )
 
@@ -70,7 +88,7 @@ def idle(row: sqlite3.Row) -> Idle:
     return Idle(row["task"], row["version"], row["digest"], nbytes)
 
 
-def version_record(row: sqlite3.Row, current: bool, history: list[sqlite3.Row]) -> VersionRecord:
+def version_record(row: sqlite3.Row, current: bool, history: tuple[HistoryLine, ...]) -> VersionRecord:
     return VersionRecord(
         task=row["task"],
         version=row["version"],
@@ -83,5 +101,5 @@ def version_record(row: sqlite3.Row, current: bool, history: list[sqlite3.Row]) 
         files=tuple(StoredFile(**file) for file in json.loads(row["files"])),
         tensors=row["tensors"],
         tensor_bytes=row["tensor_bytes"],
-        history=tuple(HistoryLine.model_validate(dict(line)) for line in history),
+        history=history,
     )

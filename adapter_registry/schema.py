@@ -1,16 +1,18 @@
 """Tables of the SQLite store, and how an older program's become these. One line of history, one revision."""
 
 import sqlite3
+from collections.abc import Callable, Mapping
 
 from adapter_registry.errors import CannotStartError
+from adapter_registry.routing import Routing
+from adapter_registry.upgrading import upgraded
 
-SCHEMA = 2
+SCHEMA = 3
 
 TABLES = """
 CREATE TABLE tasks (
     task TEXT PRIMARY KEY,
-    current INTEGER,
-    routing_revision INTEGER NOT NULL DEFAULT 0
+    routing TEXT NOT NULL
 ) STRICT;
 CREATE TABLE adapters (
     digest TEXT PRIMARY KEY,
@@ -32,14 +34,14 @@ CREATE TABLE versions (
 ) STRICT;
 CREATE TABLE history (
     revision INTEGER PRIMARY KEY AUTOINCREMENT,
-    task TEXT NOT NULL,
-    version INTEGER NOT NULL,
+    task TEXT NOT NULL REFERENCES tasks,
+    version INTEGER,
     event TEXT NOT NULL,
     before TEXT,
-    after TEXT NOT NULL,
-    current INTEGER,
+    after TEXT,
+    routing TEXT,
     at TEXT NOT NULL,
-    replica TEXT NOT NULL,
+    by TEXT NOT NULL,
     reason TEXT NOT NULL,
     FOREIGN KEY (task, version) REFERENCES versions
 ) STRICT;
@@ -47,15 +49,46 @@ CREATE INDEX history_of_version ON history (task, version);
 """
 
 
-MIGRATIONS = {
-    1: """
-ALTER TABLE tasks ADD COLUMN routing_revision INTEGER NOT NULL DEFAULT 0;
-UPDATE tasks SET routing_revision = coalesce(
-    (SELECT max(revision) FROM history h WHERE h.task = tasks.task AND h.event IN ('promote', 'retire')), 0
-);
+def _keep_routing_revisions(connection: sqlite3.Connection) -> None:
+    connection.execute("ALTER TABLE tasks ADD COLUMN routing_revision INTEGER NOT NULL DEFAULT 0")
+
+
+def _keep_routings(connection: sqlite3.Connection) -> None:
+    """In place of a current version: what it was after each change follows from the history."""
+    names = ("revision", "task", "version", "event", "before", "after", "current", "at", "replica", "reason")
+    found = connection.execute(f"SELECT {', '.join(names)} FROM history ORDER BY revision").fetchall()
+    of: dict[str, list[dict[str, object]]] = {}
+    for row in found:
+        line = dict(zip(names, row, strict=True))
+        of.setdefault(str(line["task"]), []).append(line)
+    tasks = [row[0] for row in connection.execute("SELECT task FROM tasks").fetchall()]
+    connection.execute("DROP TABLE history")
+    connection.execute("ALTER TABLE tasks ADD COLUMN routing TEXT NOT NULL DEFAULT ''")
+    for column in ("current", "routing_revision"):
+        connection.execute(f"ALTER TABLE tasks DROP COLUMN {column}")
+    _run(connection, TABLES[TABLES.index("CREATE TABLE history") :])
+    for task in tasks:
+        lines, routing = upgraded(of.get(task, []))
+        connection.execute("UPDATE tasks SET routing = ? WHERE task = ?", (stored(routing), task))
+        for line in lines:
+            made = {**line, "routing": None if line["routing"] is None else stored(line["routing"])}
+            connection.execute(HISTORY, made)
+
+
+HISTORY = """
+    INSERT INTO history (revision, task, version, event, before, after, routing, at, by, reason)
+    VALUES (:revision, :task, :version, :event, :before, :after, :routing, :at, :by, :reason)
 """
+
+MIGRATIONS: Mapping[int, Callable[[sqlite3.Connection], None]] = {
+    1: _keep_routing_revisions,
+    2: _keep_routings,
 }
 """What makes the next schema of this one."""
+
+
+def stored(routing: Routing) -> str:
+    return routing.model_dump_json(exclude={"default"})
 
 
 def prepare(connection: sqlite3.Connection) -> None:
@@ -65,10 +98,8 @@ def prepare(connection: sqlite3.Connection) -> None:
     connection.execute("PRAGMA foreign_keys = ON")
     (found,) = connection.execute("PRAGMA user_version").fetchone()
     require_known("database", found, SCHEMA)
-    if found == 0:
-        _run(connection, TABLES, SCHEMA)
-    for schema in range(found or SCHEMA, SCHEMA):
-        _run(connection, MIGRATIONS[schema], schema + 1)
+    if found < SCHEMA:
+        _become_todays(connection, found)
 
 
 def require_known(what: str, found: int, known: int) -> None:
@@ -81,6 +112,22 @@ def require_known(what: str, found: int, known: int) -> None:
         )
 
 
-def _run(connection: sqlite3.Connection, script: str, schema: int) -> None:
-    """One script is one transaction: killed half-way, the next start finds what was there before."""
-    connection.executescript(f"BEGIN IMMEDIATE; {script} PRAGMA user_version = {schema}; COMMIT;")
+def _become_todays(connection: sqlite3.Connection, schema: int) -> None:
+    """One transaction: killed half-way, the next start finds what was there before."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        if schema == 0:
+            _run(connection, TABLES)
+        for older in range(schema or SCHEMA, SCHEMA):
+            MIGRATIONS[older](connection)
+        connection.execute(f"PRAGMA user_version = {SCHEMA}")
+        connection.execute("COMMIT")
+    except BaseException:
+        connection.execute("ROLLBACK")
+        raise
+
+
+def _run(connection: sqlite3.Connection, statements: str) -> None:
+    """As executescript, which would commit what is under way."""
+    for statement in filter(str.strip, statements.split(";")):
+        connection.execute(statement)

@@ -50,7 +50,7 @@ class RegistrySettings(ServiceSettings):
     max_waiters_per_client: Annotated[int, Field(ge=1)] = 64
     """Of those, requests of one address."""
     replicas_wait_seconds: Annotated[float, Field(ge=0, le=60)] = 5.0
-    """How long promote and retire wait until the new routing is in force at all connected replicas."""
+    """How long a change of a routing waits until that is in force at all connected replicas."""
     replica_secret_file: Path | None = None
     """File with the secret that prefill replicas must show (their registry_secret_file); written if there is
     none. On loopback nobody needs one if not given; elsewhere the registry does not start without."""

@@ -1,24 +1,26 @@
 """All that a store holds, as plain data: what goes from one store to another."""
 
 from collections.abc import Iterable
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from adapter_registry.api import HistoryLine, TaskRoute, VersionRecord
 from adapter_registry.errors import InvalidTaskNameError, NotEmptyError
 from adapter_registry.names import check_task
+from adapter_registry.routing import Routing
+from adapter_registry.upgrading import upgraded_export
 
 
 class TaskSnapshot(BaseModel):
-    """A task's routing; its versions in order, each with its history."""
+    """A task's routing; its versions in order, each with its history; `history`: of changes of no version."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     task: str
-    current: int | None
-    routing_revision: int
+    routing: Routing
     versions: tuple[VersionRecord, ...]
+    history: tuple[HistoryLine, ...]
 
     @model_validator(mode="after")
     def _adds_up(self) -> Self:
@@ -29,8 +31,11 @@ class TaskSnapshot(BaseModel):
         numbers = [version.version for version in self.versions]
         if numbers != list(range(1, len(numbers) + 1)):
             raise ValueError(f"{self.task} has versions {numbers}; expected 1, 2 and so on")
-        if self.current is not None and self.current not in numbers:
-            raise ValueError(f"{self.task} has no version {self.current}, which is to be its current one")
+        answering = {version.version for version in self.versions if version.state.answers}
+        previous = () if self.routing.previous is None else (self.routing.previous,)
+        named = self.routing.named.union(previous)
+        if missing := sorted(named - answering):
+            raise ValueError(f"{self.task} has no version {missing[0]} that answers, which its routing names")
         for version in self.versions:
             if version.task != self.task or not version.history:
                 raise ValueError(f"{version.name} of {self.task} is another task's, or has no history")
@@ -42,9 +47,19 @@ class Snapshot(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     revision: int
     tasks: tuple[TaskSnapshot, ...]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_today(cls, data: Any) -> Any:
+        """Also what an older program exported."""
+        older = isinstance(data, dict) and data.get("format") == 1
+        try:
+            return upgraded_export(data) if older else data
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"an export of format 1 has another shape: {error!r}") from error
 
     @model_validator(mode="after")
     def _adds_up(self) -> Self:
@@ -60,24 +75,28 @@ class Snapshot(BaseModel):
         return tuple(version for task in self.tasks for version in task.versions)
 
     @property
-    def lines(self) -> list[tuple[VersionRecord, HistoryLine]]:
-        """Every change there was, in its order."""
-        found = [(version, line) for version in self.versions for line in version.history]
+    def lines(self) -> list[tuple[str, HistoryLine]]:
+        """Every change there was, in its order, and of which task."""
+        found = [
+            (task.task, line)
+            for task in self.tasks
+            for lines in (task.history, *(version.history for version in task.versions))
+            for line in lines
+        ]
         return sorted(found, key=lambda each: each[1].revision)
 
 
-def snapshot(revision: int, tasks: Iterable[tuple[TaskRoute, Iterable[VersionRecord]]]) -> Snapshot:
-    """Of each task its routing, and the records of its versions."""
+def snapshot(
+    revision: int, tasks: Iterable[tuple[TaskRoute, Iterable[VersionRecord], Iterable[HistoryLine]]]
+) -> Snapshot:
+    """Of each task its routing, the records of its versions, and its changes of no version."""
     return Snapshot(
         revision=revision,
         tasks=tuple(
             TaskSnapshot(
-                task=route.task,
-                current=route.current,
-                routing_revision=route.routing_revision,
-                versions=tuple(versions),
+                task=route.task, routing=route.routing, versions=tuple(versions), history=tuple(history)
             )
-            for route, versions in tasks
+            for route, versions, history in tasks
         ),
     )
 

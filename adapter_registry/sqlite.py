@@ -10,17 +10,13 @@ from itertools import groupby
 from pathlib import Path
 
 from adapter_registry import rows, schema
-from adapter_registry.api import RoutingState, TaskRoute, VersionRecord
-from adapter_registry.errors import CannotStartError, VersionNotFoundError
-from adapter_registry.routing import Change, TaskView, plan
+from adapter_registry.api import HistoryLine, RoutingState, TaskRoute, VersionRecord
+from adapter_registry.errors import CannotStartError
+from adapter_registry.planning import Change, Move, TaskView, Wanted, plan
+from adapter_registry.routing import Routing
 from adapter_registry.snapshot import Snapshot, require_empty, snapshot
-from adapter_registry.store import Idle, StoredAdapter
+from adapter_registry.store import Idle, StoredAdapter, told
 from adapter_registry.versions import Event, State
-
-_HISTORY = """
-    INSERT INTO history (task, version, event, before, after, current, at, replica, reason)
-    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
-"""
 
 
 def utc_now() -> str:
@@ -47,15 +43,16 @@ class SqliteStore:
             self.close()
             raise
 
-    def push(self, task: str, adapter: StoredAdapter) -> tuple[int, bool]:
+    def push(self, task: str, adapter: StoredAdapter, *, by: str = "") -> tuple[int, bool]:
         with self._transaction("IMMEDIATE") as db:
-            db.execute("INSERT OR IGNORE INTO tasks (task) VALUES (?)", (task,))
+            unrouted = schema.stored(Routing())
+            db.execute("INSERT OR IGNORE INTO tasks (task, routing) VALUES (?, ?)", (task, unrouted))
             known = db.execute(
                 "SELECT max(version) FROM versions WHERE task = ? AND digest = ? AND state NOT IN (?, ?)",
                 (task, adapter.digest, State.RETIRED, State.DELETED),
             ).fetchone()[0]
             if known is not None:
-                self._write(db, task, plan(rows.view(db, task), known, Event.PUSH))
+                self._change(db, task, Move(known, Event.PUSH), by=by)
                 return int(known), False
             number = (
                 1
@@ -64,30 +61,19 @@ class SqliteStore:
                 ).fetchone()[0]
             )
             _insert_adapter(db, adapter)
-            now = self._now()
             db.execute(
                 "INSERT INTO versions VALUES (?, ?, ?, ?, '', ?)",
-                (task, number, adapter.digest, State.PUSHED, now),
+                (task, number, adapter.digest, State.PUSHED, self._now()),
             )
-            current = rows.view(db, task).current
-            db.execute(_HISTORY, (task, number, Event.PUSH, None, State.PUSHED, current, now, "", ""))
+            self._write_line(db, task, Change(number, Event.PUSH, None, State.PUSHED), by, "")
             return int(number), True
 
-    def apply(
-        self,
-        task: str,
-        version: int,
-        event: Event,
-        *,
-        force: bool = False,
-        expected: int | None = None,
-        replica: str = "",
-        reason: str = "",
-    ) -> int:
+    def change(
+        self, task: str, wanted: Wanted, *, expected: int | None = None, by: str = "", reason: str = ""
+    ) -> TaskRoute:
         with self._transaction("IMMEDIATE") as db:
-            changes = plan(rows.view(db, task), version, event, force=force, expected=expected)
-            self._write(db, task, changes, replica=replica, reason=reason)
-            return rows.view(db, task).revision
+            self._change(db, task, wanted, expected=expected, by=by, reason=reason)
+            return _task(db, task)
 
     def revision(self) -> int:
         with self._transaction() as db:
@@ -102,14 +88,16 @@ class SqliteStore:
 
     def task(self, task: str) -> TaskRoute:
         with self._transaction() as db:
-            found = db.execute(f"{rows.ROUTES} WHERE t.task = ? ORDER BY v.version", (task,)).fetchall()
-        if not found:
-            raise rows.no_task(task)
-        return rows.task_route(found)
+            return _task(db, task)
 
     def version(self, task: str, version: int) -> VersionRecord:
         with self._transaction() as db:
             return _version(db, rows.view(db, task), version)
+
+    def history(self, task: str) -> tuple[HistoryLine, ...]:
+        with self._transaction() as db:
+            rows.view(db, task)
+            return rows.history(db, "task = ?", (task,))
 
     def digests(self) -> frozenset[str]:
         with self._transaction() as db:
@@ -124,23 +112,23 @@ class SqliteStore:
         with self._transaction() as db:
             found = db.execute(f"{rows.ROUTES} ORDER BY t.task, v.version").fetchall()
             tasks = [rows.task_route(list(group)) for _, group in groupby(found, key=lambda row: row["task"])]
-            return snapshot(rows.revision(db), ((task, _versions(db, task)) for task in tasks))
+            return snapshot(
+                rows.revision(db), ((task, _versions(db, task), _untold(db, task)) for task in tasks)
+            )
 
     def load(self, loaded: Snapshot) -> None:
         with self._transaction("IMMEDIATE") as db:
             require_empty(db.execute("SELECT count(*) FROM tasks").fetchone()[0])
             for task in loaded.tasks:
-                routing = (task.task, task.current, task.routing_revision)
-                db.execute("INSERT INTO tasks (task, current, routing_revision) VALUES (?, ?, ?)", routing)
+                routing = schema.stored(task.routing)
+                db.execute("INSERT INTO tasks (task, routing) VALUES (?, ?)", (task.task, routing))
             for each in loaded.versions:
                 adapter = StoredAdapter(each.digest, each.record, each.files, each.tensors, each.tensor_bytes)
                 _insert_adapter(db, adapter)
                 version = (each.task, each.version, each.digest, each.state, each.reason, each.pushed_at)
                 db.execute("INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?)", version)
-            for each, line in loaded.lines:
-                moved = (line.event, line.before, line.after, line.current)
-                row = (line.revision, each.task, each.version, *moved, line.at, line.replica, line.reason)
-                db.execute("INSERT INTO history VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+            for name, line in loaded.lines:
+                _insert_line(db, name, line)
 
     def warnings(self) -> tuple[str, ...]:
         return ()
@@ -161,27 +149,51 @@ class SqliteStore:
                     self._connection.execute("ROLLBACK")
                 raise
 
-    def _write(
+    def _change(
         self,
         db: sqlite3.Connection,
         task: str,
-        changes: tuple[Change, ...],
+        wanted: Wanted,
         *,
-        replica: str = "",
+        expected: int | None = None,
+        by: str = "",
         reason: str = "",
     ) -> None:
-        for change in changes:
+        view = rows.view(db, task)
+        for change in plan(view, wanted, lambda revision: rows.past(db, task, revision), expected=expected):
             why = (change.event is Event.DELETE, reason)  # what is deleted goes on saying why it had failed
             db.execute(
                 "UPDATE versions SET state = ?, reason = CASE WHEN ? THEN reason ELSE ? END"
                 " WHERE task = ? AND version = ?",
                 (change.after, *why, task, change.version),
             )
-            moved = (change.event, change.before, change.after, change.current)
-            line = db.execute(_HISTORY, (task, change.version, *moved, self._now(), replica, reason))
-            db.execute("UPDATE tasks SET current = ? WHERE task = ?", (change.current, task))
-            if change.event.reroutes:
-                db.execute("UPDATE tasks SET routing_revision = ? WHERE task = ?", (line.lastrowid, task))
+            line = self._write_line(db, task, change, by, reason)
+            if line.routing is not None:
+                db.execute("UPDATE tasks SET routing = ? WHERE task = ?", (schema.stored(line.routing), task))
+
+    def _write_line(
+        self, db: sqlite3.Connection, task: str, change: Change, by: str, reason: str
+    ) -> HistoryLine:
+        line = told(change, rows.revision(db) + 1, at=self._now(), by=by, reason=reason)
+        _insert_line(db, task, line)
+        return line
+
+
+def _task(db: sqlite3.Connection, task: str) -> TaskRoute:
+    found = db.execute(f"{rows.ROUTES} WHERE t.task = ? ORDER BY v.version", (task,)).fetchall()
+    if not found:
+        raise rows.no_task(task)
+    return rows.task_route(found)
+
+
+def _insert_line(db: sqlite3.Connection, task: str, line: HistoryLine) -> None:
+    routing = None if line.routing is None else schema.stored(line.routing)
+    db.execute(schema.HISTORY, {**line.model_dump(), "task": task, "routing": routing})
+
+
+def _untold(db: sqlite3.Connection, task: TaskRoute) -> tuple[HistoryLine, ...]:
+    """Changes of no version."""
+    return rows.history(db, "task = ? AND version IS NULL", (task.task,))
 
 
 def _versions(db: sqlite3.Connection, task: TaskRoute) -> list[VersionRecord]:
@@ -190,16 +202,13 @@ def _versions(db: sqlite3.Connection, task: TaskRoute) -> list[VersionRecord]:
 
 
 def _version(db: sqlite3.Connection, view: TaskView, version: int) -> VersionRecord:
-    if version not in view.states:
-        raise VersionNotFoundError(f"{view.task} has no version {version}", param="version")
+    view.state(version)
     row = db.execute(
         "SELECT * FROM versions JOIN adapters USING (digest) WHERE task = ? AND version = ?",
         (view.task, version),
     ).fetchone()
-    history = db.execute(
-        "SELECT * FROM history WHERE task = ? AND version = ? ORDER BY revision", (view.task, version)
-    ).fetchall()
-    return rows.version_record(row, view.current == version, history)
+    history = rows.history(db, "task = ? AND version = ?", (view.task, version))
+    return rows.version_record(row, version in view.routing.split, history)
 
 
 def _insert_adapter(db: sqlite3.Connection, adapter: StoredAdapter) -> None:

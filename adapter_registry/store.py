@@ -8,9 +8,9 @@ Every method is one transaction, is called from worker threads, and leaves the s
 from dataclasses import dataclass
 from typing import Protocol
 
-from adapter_registry.api import RoutingState, StoredFile, TaskRoute, VersionRecord
+from adapter_registry.api import HistoryLine, RoutingState, StoredFile, TaskRoute, VersionRecord
+from adapter_registry.planning import Change, Wanted
 from adapter_registry.snapshot import Snapshot
-from adapter_registry.versions import Event
 from prad.artefact import AdapterRecord
 
 
@@ -35,6 +35,22 @@ class Idle:
     nbytes: int
 
 
+def told(change: Change, revision: int, *, at: str, by: str, reason: str) -> HistoryLine:
+    """The change as the line of history that both stores keep, under its revision."""
+    routing = None if change.routing is None else change.routing.at(revision)
+    return HistoryLine(
+        revision=revision,
+        version=change.version,
+        event=change.event,
+        before=change.before,
+        after=change.after,
+        routing=routing,
+        at=at,
+        by=by,
+        reason=reason,
+    )
+
+
 class Store(Protocol):
     """Tasks, versions, history. `revision` grows with every change and never goes back.
 
@@ -42,28 +58,19 @@ class Store(Protocol):
     answer now. Whether a change that it was asked for was made is not known then.
     """
 
-    def push(self, task: str, adapter: StoredAdapter) -> tuple[int, bool]:
+    def push(self, task: str, adapter: StoredAdapter, *, by: str = "") -> tuple[int, bool]:
         """The version number of these files, and whether it is new.
 
         Files that already are a version of this task, neither retired nor deleted, get that one's number.
         """
         ...
 
-    def apply(
-        self,
-        task: str,
-        version: int,
-        event: Event,
-        *,
-        force: bool = False,
-        expected: int | None = None,
-        replica: str = "",
-        reason: str = "",
-    ) -> int:
-        """Makes the changes that `routing.plan` says. The revision of the task's routing, afterwards.
+    def change(
+        self, task: str, wanted: Wanted, *, expected: int | None = None, by: str = "", reason: str = ""
+    ) -> TaskRoute:
+        """Makes the changes that `planning.plan` says; the task afterwards. `by`: who asks, for the history.
 
-        Raises RoutingChangedError if it is not `expected` before, TaskNotFoundError, VersionNotFoundError,
-        IllegalTransitionError, CurrentVersionInUseError.
+        Raises what `plan` raises, TaskNotFoundError.
         """
         ...
 
@@ -77,6 +84,10 @@ class Store(Protocol):
 
     def version(self, task: str, version: int) -> VersionRecord:
         """Raises TaskNotFoundError, VersionNotFoundError."""
+        ...
+
+    def history(self, task: str) -> tuple[HistoryLine, ...]:
+        """Every change of the task, of its versions and of its routing. Raises TaskNotFoundError."""
         ...
 
     def digests(self) -> frozenset[str]:

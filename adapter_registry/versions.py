@@ -1,14 +1,16 @@
 """The life of an adapter version, as a table: no database, no HTTP.
 
-                 probe_ok               promote                 retire
+                 probe_ok               promote …               retire
        pushed ────────────▶ verified ────────────▶ routable ────────────▶ retired
-        │  ▲                 (task@N answers)       (may be current)          ▲
+        │  ▲                 (task@N answers)       (was routed to)           ▲
         │  └── push ──┐                                                       │
         └──────────▶ failed ──────────────────────────────────────────────────┘
          probe_failed                      retire (from any state)
 
        retired ── unretire ──▶ pushed (and is probed again)
        pushed, failed, retired ── delete ──▶ deleted (its files go, its record stays)
+
+A routing (promote, split, alias, rollback) names versions that answer; each becomes routable with it.
 
 Probing again never takes a version away from traffic: once verified, another replica's `probe_failed` is
 refused (that replica is at fault, not the version). A failed version is probed again when the same files
@@ -52,21 +54,27 @@ class State(StrEnum):
 
 
 class Event(StrEnum):
-    """What moves a version on."""
+    """What moves a version on, or changes a task's routing, or both."""
 
     PUSH = "push"
     PROBE_OK = "probe_ok"
     PROBE_FAILED = "probe_failed"
     PROMOTE = "promote"
+    SPLIT = "split"
+    ALIAS = "alias"
+    ROLLBACK = "rollback"
     RETIRE = "retire"
     UNRETIRE = "unretire"
     DELETE = "delete"
 
     @property
-    def reroutes(self) -> bool:
-        """Whether it changes a task's routing: what an operator decided that requests get."""
-        return self in (Event.PROMOTE, Event.RETIRE)
+    def routes(self) -> bool:
+        """Whether it routes requests to the versions that it names, which must answer."""
+        return self in ROUTING_EVENTS
 
+
+ROUTING_EVENTS = (Event.PROMOTE, Event.SPLIT, Event.ALIAS, Event.ROLLBACK)
+_ROUTED = dict.fromkeys(ROUTING_EVENTS, State.ROUTABLE)
 
 TRANSITIONS: Mapping[State, Mapping[Event, State]] = MappingProxyType(
     {
@@ -87,13 +95,13 @@ TRANSITIONS: Mapping[State, Mapping[Event, State]] = MappingProxyType(
         State.VERIFIED: {
             Event.PUSH: State.VERIFIED,
             Event.PROBE_OK: State.VERIFIED,
-            Event.PROMOTE: State.ROUTABLE,
+            **_ROUTED,
             Event.RETIRE: State.RETIRED,
         },
         State.ROUTABLE: {
             Event.PUSH: State.ROUTABLE,
             Event.PROBE_OK: State.ROUTABLE,
-            Event.PROMOTE: State.ROUTABLE,
+            **_ROUTED,
             Event.RETIRE: State.RETIRED,
         },
         State.RETIRED: {
@@ -105,13 +113,15 @@ TRANSITIONS: Mapping[State, Mapping[Event, State]] = MappingProxyType(
     }
 )
 
+_NOT_ROUTED = {
+    State.PUSHED: "no prefill service has verified it yet: wait until one has probed it",
+    State.FAILED: "its probe failed: push repaired files, or the same again for a new probe",
+    State.RETIRED: "unretire it first: it is probed again, and can then be routed to",
+    State.DELETED: "push its files again: that makes a new version",
+}
 _ADVICE = {
-    (State.PUSHED, Event.PROMOTE): "no prefill service has verified it yet: wait until one has probed it",
-    (State.FAILED, Event.PROMOTE): "its probe failed: push repaired files, or the same again for a new probe",
-    (State.RETIRED, Event.PROMOTE): "unretire it first: it is probed again, and can then be promoted",
     (State.VERIFIED, Event.DELETE): "it answers requests: retire it first",
     (State.ROUTABLE, Event.DELETE): "it answers requests: retire it first",
-    (State.DELETED, Event.PROMOTE): "push its files again: that makes a new version",
     (State.DELETED, Event.UNRETIRE): "its files are gone: push them again, that makes a new version",
 }
 
@@ -121,7 +131,8 @@ def after(name: str, state: State, event: Event) -> State:
     legal = TRANSITIONS[state]
     if event in legal:
         return legal[event]
-    advice = _ADVICE.get((state, event)) or f"legal now: {', '.join(sorted(legal))}"
+    advice = _NOT_ROUTED.get(state) if event.routes else _ADVICE.get((state, event))
+    advice = advice or f"legal now: {', '.join(sorted(legal))}"
     raise IllegalTransitionError(
         f"{name} is {state}, which does not allow {event} ({advice})", param="version"
     )

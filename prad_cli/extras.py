@@ -17,10 +17,10 @@ def require_extra(extra: str, *modules: str) -> None:
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
         verb = "is" if len(missing) == 1 else "are"
-        raise MissingExtraError(f"{' and '.join(missing)} {verb} not installed; run: {_installing(extra)}")
+        raise MissingExtraError(f"{' and '.join(missing)} {verb} not installed; run: {installing(extra)}")
 
 
-def _installing(extra: str) -> str:
+def installing(extra: str) -> str:
     """For this interpreter, whose `pip` need not be the one that the shell finds, and from any folder."""
     pip = f"{shlex.quote(sys.executable)} -m pip install -e"
     checkout = Path(__file__).parents[1]

@@ -181,7 +181,7 @@ def _current_tasks(registry: str) -> list[str]:
     from adapter_registry.client import RegistryClient
 
     with RegistryClient(registry) as client:
-        return [task.task for task in client.state().tasks if task.current is not None]
+        return [task.task for task in client.state().tasks if task.routing.split]
 
 
 def _say_where(say: Callable[..., None], at: _Addresses, host: str, logs: Path) -> None:

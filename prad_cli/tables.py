@@ -1,12 +1,14 @@
-"""What `prad adapter list` and `show` print: tasks, versions, and one version's whole record."""
+"""What `prad adapter list`, `show`, `events`, `status` and `diff` print."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from adapter_registry.api import TaskRoute, VersionRecord
+from adapter_registry.api import ReplicaList, ReplicaState, TaskHistory, TaskRoute, VersionRecord
+from adapter_registry.names import PREVIOUS
+from adapter_registry.routing import Routing
 from adapter_registry.versions import State
 
 STYLES = {
@@ -17,30 +19,111 @@ STYLES = {
     State.RETIRED: "dim",
     State.DELETED: "dim",
 }
+REPLICA_STYLES = {
+    ReplicaState.ANNOUNCED: "yellow",
+    ReplicaState.LOADING: "yellow",
+    ReplicaState.READY: "green",
+    ReplicaState.FAILED: "red",
+    ReplicaState.AWAY: "dim",
+}
+
+
+def described(task: TaskRoute) -> str:
+    """A routing in a line or two: what each name of the task means, by which revision."""
+    routing, name = task.routing, task.task
+    if not routing.split:
+        plain = f"{name!r} has no version now: requests for it are refused"
+    elif len(routing.split) == 1:
+        plain = f"plain {name!r} means {name}@{routing.default}"
+    else:
+        total = sum(routing.split.values())
+        parts = (f"{100 * weight / total:.3g}% {name}@{n}" for n, weight in routing.split.items())
+        plain = f"plain {name!r} means {', '.join(parts)}"
+    meant = dict(routing.aliases)
+    if routing.previous is not None:
+        meant[PREVIOUS] = routing.previous
+    aliases = "".join(f"\n{name}@{alias} is {name}@{number}" for alias, number in meant.items())
+    return f"{plain}{aliases}\nrouting at revision {routing.revision}"
 
 
 def show_tasks(tasks: Sequence[TaskRoute]) -> None:
-    table = Table("task", "current", "versions", "method", "base model", box=None, header_style="bold")
+    table = Table("task", "requests get", "versions", "method", "base model", box=None, header_style="bold")
     for task in tasks:
         newest = task.versions[-1]
-        current = "-" if task.current is None else f"{task.task}@{task.current}"
-        table.add_row(task.task, current, _states(task), _literal(newest.method), _literal(newest.base.name))
+        shares = _shares(task.task, task.routing)
+        table.add_row(task.task, shares, _states(task), _literal(newest.method), _literal(newest.base.name))
     _print_table(table)
 
 
 def show_task(task: TaskRoute) -> None:
     table = Table(
-        "version", "state", "method", "base model", "pushed", "digest", box=None, header_style="bold"
+        "version",
+        "state",
+        "requests",
+        "method",
+        "base model",
+        "pushed",
+        "digest",
+        box=None,
+        header_style="bold",
     )
     for version in task.versions:
-        mark = " (current)" if version.version == task.current else ""
-        state = f"[{STYLES[version.state]}]{version.state}[/]{mark}"
+        state = f"[{STYLES[version.state]}]{version.state}[/]"
         name = f"{task.task}@{version.version}"
         pushed = version.pushed_at[:19].replace("T", " ")
         known = (_literal(version.method), _literal(version.base.name))
-        table.add_row(name, state, *known, pushed, version.digest[:12])
+        named = ", ".join(task.routing.names(task.task, version.version))
+        table.add_row(name, state, named, *known, pushed, version.digest[:12])
     _print_table(table)
-    Console().print(f"routing at revision {task.routing_revision}")
+    Console().print(described(task), markup=False, highlight=False)
+
+
+def show_events(history: TaskHistory) -> None:
+    table = Table("when", "who", "what", "then", "revision", box=None, header_style="bold")
+    for line in history.events:
+        version = "" if line.version is None else f" {history.task}@{line.version}"
+        moved = "" if line.after is None or line.before is line.after else f": {line.after}"
+        why = f" ({line.reason})" if line.reason else ""
+        made = "" if line.routing is None else _made(history.task, line.routing)
+        when = line.at[:19].replace("T", " ")
+        what = f"{line.event}{version}{moved}{why}"
+        table.add_row(when, _literal(line.by or "-"), _literal(what), made, str(line.revision))
+    _print_table(table)
+
+
+def show_replicas(revision: int, found: ReplicaList) -> None:
+    print(f"the registry is at revision {revision}")
+    if not found.replicas:
+        print("no prefill service follows it (start one: prad serve, or prad prefill)")
+        return
+    table = Table("replica", "state", "revision", "last seen", "trouble", box=None, header_style="bold")
+    for replica in found.replicas:
+        known = "-" if replica.revision is None else str(replica.revision)
+        state = f"[{REPLICA_STYLES[replica.state]}]{replica.state}[/]"
+        seen = replica.last_seen[:19].replace("T", " ")
+        table.add_row(_literal(replica.name), state, known, seen, _literal("; ".join(replica.troubles)))
+    _print_table(table)
+
+
+def show_comparison(
+    names: Sequence[str],
+    scores: Sequence[Mapping[str, float]],
+    changed: Sequence[tuple[str, str, str, str]],
+    all_changed: int,
+) -> None:
+    """`changed`: prompt, both answers and the right one, of some of `all_changed` prompts."""
+    if any(scores):
+        table = Table("score", *names, box=None, header_style="bold")
+        for metric in scores[0]:
+            table.add_row(metric, *(f"{of.get(metric, float('nan')):g}" for of in scores))
+        _print_table(table)
+    if changed:
+        print(f"{len(changed)} of {all_changed} prompts that changed:")
+        right = any(row[3] for row in changed)
+        table = Table("prompt", *names, *(["right"] if right else []), box=None, header_style="bold")
+        for row in changed:
+            table.add_row(*map(_literal, row if right else row[:3]))
+        _print_table(table)
 
 
 def show_version(record: VersionRecord) -> None:
@@ -48,7 +131,7 @@ def show_version(record: VersionRecord) -> None:
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     rows = {
-        "version": record.name + (" (current)" if record.current else ""),
+        "version": record.name + (" (plain requests get it)" if record.current else ""),
         "state": f"{record.state}: {record.reason}" if record.reason else str(record.state),
         "digest": record.digest,
         "method": record.record.method,
@@ -63,7 +146,7 @@ def show_version(record: VersionRecord) -> None:
     for key, value in rows.items():
         table.add_row(key, _literal(value))
     for line in record.history:
-        who = f" by {line.replica}" if line.replica else ""
+        who = f" by {line.by}" if line.by else ""
         why = f": {line.reason}" if line.reason else ""
         table.add_row(
             f"revision {line.revision}", _literal(f"{line.at}  {line.event} → {line.after}{who}{why}")
@@ -74,6 +157,17 @@ def show_version(record: VersionRecord) -> None:
 def _literal(text: str) -> Text:
     """Text from outside, in which brackets are no markup."""
     return Text(text)
+
+
+def _shares(task: str, routing: Routing) -> str:
+    if len(routing.split) == 1:
+        return f"{task}@{routing.default}"
+    return " ".join(f"@{number}={weight}" for number, weight in routing.split.items()) or "-"
+
+
+def _made(task: str, routing: Routing) -> str:
+    aliases = (f"{name}=@{number}" for name, number in routing.aliases.items())
+    return " ".join((_shares(task, routing), *aliases))
 
 
 def _states(task: TaskRoute) -> str:

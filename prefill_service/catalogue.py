@@ -10,11 +10,15 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from hashlib import blake2b
+from math import log
 from random import uniform
 
-from adapter_registry.api import RoutingState, VersionRoute
+from adapter_registry.api import RoutingState, TaskRoute, VersionRoute
 from adapter_registry.client import DEFAULT_WAIT, AsyncRegistryClient
 from adapter_registry.errors import RegistryError, RegistryUnreachableError, StoreUnavailableError
+from adapter_registry.names import PREVIOUS
+from adapter_registry.routing import Routing
 from adapter_registry.versions import State
 from prad.adapters import Adapter
 from prad.artefact import Artefact
@@ -30,19 +34,50 @@ _NAMED = 8  # tasks that an error message lists
 
 @dataclass(frozen=True, slots=True)
 class TaskVersions:
-    """One task: the version that its plain name means (None: only explicit ones), and all that answer."""
+    """One task: the versions that answer, and what its names mean, of the registry's routing."""
 
-    current: int | None
     versions: Mapping[int, TaskVersion]
+    split: Mapping[int, int]
+    aliases: Mapping[str, int]
+    default: int | None
+    revision: int
+
+    @classmethod
+    def of(cls, routing: Routing, versions: Mapping[int, TaskVersion]) -> "TaskVersions":
+        previous = {} if routing.previous is None else {PREVIOUS: routing.previous}
+        return cls(
+            versions, routing.split, {**routing.aliases, **previous}, routing.default, routing.revision
+        )
+
+    def meant(self, name: int | str | None, task: str, key: str | None) -> int | None:
+        """The version that `task@name` means; None: plain `task`. `key`: whose share of a split it is."""
+        if name is None:
+            return self.default if key is None or len(self.split) < 2 else drawn(task, self.split, key)
+        return name if isinstance(name, int) else self.aliases.get(name)
+
+
+def drawn(task: str, split: Mapping[int, int], key: str) -> int:
+    """The version of a split that a sticky key gets: the same here, elsewhere and after a restart.
+
+    Weighted rendezvous hashing: each version has a number in (0, 1] from task, key and version alone, and
+    -log of that, divided by its weight, is how late it comes; the first wins. So it is drawn in proportion to
+    its weight, and one whose weight grows beside the others' takes keys over and gives none away.
+    """
+
+    def lateness(version: int) -> float:
+        digest = blake2b(f"{task}\0{version}\0{key}".encode(errors="surrogatepass"), digest_size=8).digest()
+        return -log((int.from_bytes(digest) + 1) / 2**64) / split[version]
+
+    return min(split, key=lambda version: (lateness(version), version))
 
 
 @dataclass(frozen=True, slots=True)
 class TaskEntry:
-    """One task as `/v1/models` lists it. `versions`: all that a request may name, `current` among them."""
+    """One task as `/v1/models` lists it: by its default version. `routed`: what its names mean."""
 
     name: str
-    current: TaskVersion
-    versions: tuple[int, ...]
+    default: TaskVersion
+    routed: TaskVersions
 
 
 class TaskCatalogue:
@@ -58,10 +93,11 @@ class TaskCatalogue:
         """From now on new requests see `tasks`; running ones keep what they resolved."""
         self._tasks = dict(tasks)
 
-    def resolve(self, task: str, version: int | None) -> TaskVersion:
-        """The version that a new request gets: the named one, or the task's current one.
+    def resolve(self, task: str, name: int | str | None, key: str | None = None) -> tuple[TaskVersion, int]:
+        """The version that a new request gets, and the revision of the routing that says so.
 
-        Raises UnknownModelError whose message lists a few known tasks.
+        `name`: a version's number, or an alias; None: what plain `task` means, for the sticky `key`, or for
+        nobody in particular. Raises UnknownModelError whose message lists a few known tasks.
         """
         found = self._tasks.get(task)
         if found is None:
@@ -69,19 +105,20 @@ class TaskCatalogue:
             raise UnknownModelError(
                 f"there is no task or model '{task}' (tasks: {known}; the plain model: {self.base_name})"
             )
-        wanted = found.current if version is None else version
+        wanted = found.meant(name, task, key)
         if wanted is not None and wanted in found.versions:
-            return found.versions[wanted]
-        answering = ", ".join(f"{task}@{v}" for v in sorted(found.versions)) or "none"
-        if version is None:
+            return found.versions[wanted], found.revision
+        names = [*map(str, sorted(found.versions)), *sorted(found.aliases)]
+        answering = ", ".join(f"{task}@{known}" for known in names[:_NAMED]) or "none"
+        if name is None:
             raise UnknownModelError(f"task '{task}' has no current version (it answers as: {answering})")
-        raise UnknownModelError(f"there is no {task}@{version} (it answers as: {answering})")
+        raise UnknownModelError(f"there is no {task}@{name} (it answers as: {answering})")
 
     def tasks(self) -> Sequence[TaskEntry]:
         return [
-            TaskEntry(name, task.versions[task.current], tuple(sorted(task.versions)))
+            TaskEntry(name, task.versions[task.default], task)
             for name, task in sorted(self._tasks.items())
-            if task.current is not None and task.current in task.versions
+            if task.default is not None and task.default in task.versions
         ]
 
 
@@ -96,6 +133,8 @@ class RegistryFollower:
         self._catalogue = catalogue
         self._probe = probe
         self._known: dict[tuple[str, int], TaskVersion] = {}
+        self._routings: dict[str, Routing] = {}
+        self._troubles: dict[str, str] = {}  # what cannot be had here, and why
         self._state: RoutingState | None = None
         self._in_force = 0  # the last revision of which everything could be had
 
@@ -129,33 +168,39 @@ class RegistryFollower:
             return await self._client.state()
         after = self._state.revision
         wait = DEFAULT_WAIT if self._in_force == after else _AGAIN_S
-        return await self._client.changes(after, wait, in_force=self._in_force) or self._state
+        told = [f"{name}: {why}" for name, why in self._troubles.items()]
+        state = await self._client.changes(after, wait, in_force=self._in_force, troubles=told)
+        return state or self._state
 
     async def _adopt(self, state: RoutingState) -> bool:
         """Serves what answers in `state`, and probes one version that is new: its report is a change, with
         which the next one's turn comes. Says whether everything could be had."""
-        complete = True
-        known = {}
-        tasks = {}
+        self._troubles = {}
+        known, tasks, routings = {}, {}, {}
         for route in state.tasks:
             versions = {}
             for version in route.versions:
                 if version.state.answers:
                     found = await self._learn(route.task, version)
-                    complete &= found is not None
                     if found is not None:
                         versions[version.version] = known[route.task, version.version] = found
             if versions:
-                tasks[route.task] = TaskVersions(route.current, versions)
-        self._known = known
+                routings[route.task] = self._routing(route, versions)
+                tasks[route.task] = TaskVersions.of(routings[route.task], versions)
+        self._known, self._routings = known, routings
         self._catalogue.replace(tasks)
         for route in state.tasks:
             for version in route.versions:
-                if version.state is State.PUSHED:
-                    if await self._verify(route.task, version):
-                        return complete
-                    complete = False
-        return complete
+                if version.state is State.PUSHED and await self._verify(route.task, version):
+                    return not self._troubles
+        return not self._troubles
+
+    def _routing(self, route: TaskRoute, versions: Mapping[int, TaskVersion]) -> Routing:
+        """The task's, if all that it names can be had here; else the one before, if that is so of it."""
+        before = self._routings.get(route.task)
+        if before is None or route.routing.named <= versions.keys() or not before.named <= versions.keys():
+            return route.routing
+        return before
 
     async def _learn(self, task: str, version: VersionRoute) -> TaskVersion | None:
         """The version with its files, fetched if these are not here yet."""
@@ -194,6 +239,7 @@ class RegistryFollower:
             raise
         except (RegistryError, OSError) as error:
             logger.error("%s@%d cannot be had: %s", task, version.version, error)
+            self._troubles[f"{task}@{version.version}"] = str(error)
             return None
 
 

@@ -3,13 +3,13 @@
 A value is the first that is named: by the request, by the task's artefact, by the API.
 """
 
-import re
 import secrets
 import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from adapter_registry.names import ALIAS, VERSION
 from prad.artefact import AdapterRecord, GenerationDefaults, GenerationValues
 from prad.core.sampling import SamplingParams
 from prad.lm import Tokenizer
@@ -34,8 +34,6 @@ GREEDY_BELOW = 1e-5
 FIT = -1
 """truncate_prompt_tokens that keeps as much of the prompt as fits."""
 
-_VERSION = re.compile(r"[1-9][0-9]{0,8}")
-
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
@@ -57,10 +55,12 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """`version` None is the plain model. `name`: as the client wrote it, and as the response repeats it."""
+    """`version` None is the plain model. `name`: as the client wrote it, and as the response repeats it;
+    `routing`: the revision of the task's routing that it was resolved by."""
 
     name: str
     version: TaskVersion | None
+    routing: int | None = None
 
     @property
     def record(self) -> AdapterRecord | None:
@@ -99,6 +99,7 @@ class Admitted:
             "task": version.task if version else None,
             "version": version.version if version else None,
             "digest": version.digest if version else None,
+            "routing": self.target.routing,
             "template": self.template,
             "seed": sampling.seed,
             "sampling": values,
@@ -143,16 +144,16 @@ class Admission:
         """Why no request can be served now; empty once they can."""
         return [t for t in (self._engine.trouble, self._catalogue.trouble) if t is not None]
 
-    def target(self, request: GenerationRequest) -> Target:
-        """The one place where task becomes version. Raises NotReadyError, UnknownModelError,
-        InvalidRequestError."""
+    def target(self, request: GenerationRequest, key: str) -> Target:
+        """The one place where task becomes version; `key`: sticky, where the task's requests are divided.
+        Raises NotReadyError, UnknownModelError, InvalidRequestError."""
         if troubles := self.troubles:
             raise NotReadyError(f"not ready: {'; '.join(troubles)}")
         base_name = self._catalogue.base_name
         name, param = _wanted(request, base_name)
         if name is None:
             return Target(base_name, None)
-        return Target(name, find_version(self._catalogue, *split_name(name, param), param))
+        return Target(name, *find_version(self._catalogue, *split_name(name, param), param, key))
 
     async def completion(self, request: CompletionRequest, target: Target) -> Admitted:
         if len(request.prompt) > self._limits.max_prompts:
@@ -274,20 +275,25 @@ def _room(capacity: int, requested: int | None, default: int) -> int:
     return capacity - (min(default, capacity // 2) if requested is None else requested)
 
 
-def split_name(name: str, param: str) -> tuple[str, int | None]:
-    """`task` or `task@3` taken apart."""
-    task, at, version = name.partition("@")
-    if not task or (at and not _VERSION.fullmatch(version)):
+def split_name(name: str, param: str) -> tuple[str, int | str | None]:
+    """`task`, `task@3` or `task@alias` taken apart."""
+    task, at, which = name.partition("@")
+    if not task or (at and not VERSION.fullmatch(which) and not ALIAS.fullmatch(which)):
         raise InvalidRequestError(
-            f"{name!r}: expected a task, or a task and version as in e2e@3", param=param
+            f"{name!r}: expected a task, or a task and a version or alias, as in e2e@3 or e2e@canary",
+            param=param,
         )
-    return task, int(version) if at else None
+    if not at:
+        return task, None
+    return task, int(which) if VERSION.fullmatch(which) else which
 
 
-def find_version(catalogue: TaskCatalogue, task: str, version: int | None, param: str) -> TaskVersion:
-    """Raises UnknownModelError that names the field."""
+def find_version(
+    catalogue: TaskCatalogue, task: str, name: int | str | None, param: str, key: str | None = None
+) -> tuple[TaskVersion, int]:
+    """As `TaskCatalogue.resolve`. Raises UnknownModelError that names the field."""
     try:
-        return catalogue.resolve(task, version)
+        return catalogue.resolve(task, name, key)
     except UnknownModelError as error:
         raise UnknownModelError(error.message, param=error.param or param, code=error.code) from error
 

@@ -7,7 +7,7 @@ What is noted about it, and whatever goes wrong: outcomes.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -15,18 +15,27 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 from pydantic import BaseModel, ConfigDict
 from pydantic.json_schema import models_json_schema
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from prad.lm import Tokenizer
-from prefill_service.api.admission import Admission, ModelInfo, find_version, split_name
+from prefill_service.api.admission import Admission, ModelInfo, Target, find_version, split_name
 from prefill_service.api.intake import ApiAccess, ApiLimits, TurnAway, read_body
 from prefill_service.api.outcomes import JsonResponse, Metrics, Observe, add_failure_handlers, record_of
-from prefill_service.api.requests import ChatRequest, ChatShape, CompletionRequest, CompletionShape, Json
+from prefill_service.api.requests import (
+    ChatRequest,
+    ChatShape,
+    CompletionRequest,
+    CompletionShape,
+    GenerationRequest,
+    Json,
+)
 from prefill_service.api.responses import Responder
-from prefill_service.catalogue import TaskCatalogue
+from prefill_service.catalogue import TaskCatalogue, TaskVersions
 from prefill_service.prompt import Engine, TaskVersion
 
 
@@ -44,6 +53,7 @@ def create_app(
     admission = Admission(engine, catalogue, tokenizer, model, limits)
     responder = Responder(engine, tokenizer, model.short_fingerprint)
     metrics = Metrics(registry or CollectorRegistry())
+    metrics.registry.register(RoutingMetrics(catalogue))
     app = FastAPIOffline("/docs", None, title="PrAd server", version=_VERSION, responses=_FAILURES)
     app.openapi = partial(_described, app)  # type: ignore[method-assign]
     app.include_router(_generation(admission, responder, limits))
@@ -61,6 +71,29 @@ def create_app(
             expose_headers=SHOWN_HEADERS,
         )
     return app
+
+
+class RoutingMetrics(Collector):
+    """What tasks mean here now, read whenever somebody asks for /metrics."""
+
+    def __init__(self, catalogue: TaskCatalogue) -> None:
+        self._catalogue = catalogue
+
+    def collect(self) -> Iterable[Metric]:
+        revision = GaugeMetricFamily(
+            "prad_task_routing_revision", "Revision of the routing in force here.", labels=("task",)
+        )
+        weights = GaugeMetricFamily(
+            "prad_task_version_weight",
+            "Of a version among those that a plain task means here.",
+            labels=("task", "version", "digest"),
+        )
+        for entry in self._catalogue.tasks():
+            revision.add_metric((entry.name,), entry.routed.revision)
+            for number, weight in entry.routed.split.items():
+                if found := entry.routed.versions.get(number):
+                    weights.add_metric((entry.name, str(number), found.digest), weight)
+        return revision, weights
 
 
 def _described(app: FastAPI) -> dict[str, Any]:
@@ -97,8 +130,18 @@ class FailureBody(BaseModel):
     """What went wrong."""
 
 
-SHOWN_HEADERS = ("x-request-id", "x-prad-task", "x-prad-version", "x-prad-digest", "retry-after")
+SHOWN_HEADERS = (
+    "x-request-id",
+    "x-prad-task",
+    "x-prad-version",
+    "x-prad-digest",
+    "x-prad-routing",
+    "retry-after",
+)
 """Of an answer, to the pages of other origins."""
+
+STICKY = "x-prad-sticky-key"
+"""Who asks, for a split of its task: a request with the same key gets the same version."""
 
 _VERSION = version("prad-server")
 _PLACES = {
@@ -153,8 +196,7 @@ def _generation(admission: Admission, responder: Responder, limits: ApiLimits) -
     async def create_completion(request: Request) -> Response:
         """Completes each prompt `n` times, with a task's adapter on the prompt if one is named."""
         wanted = await read_body(request, CompletionRequest, limits)
-        target = admission.target(wanted)
-        record_of(request).task = target.version.task if target.version else None
+        target = _target(request, wanted, admission)
         admitted = await admission.completion(wanted, target)
         return await responder.respond(request, wanted, admitted, CompletionShape())
 
@@ -162,12 +204,20 @@ def _generation(admission: Admission, responder: Responder, limits: ApiLimits) -
     async def create_chat_completion(request: Request) -> Response:
         """Answers the last user message `n` times, with a task's adapter on the prompt if one is named."""
         wanted = await read_body(request, ChatRequest, limits)
-        target = admission.target(wanted)
-        record_of(request).task = target.version.task if target.version else None
+        target = _target(request, wanted, admission)
         admitted = await admission.chat(wanted, target)
         return await responder.respond(request, wanted, admitted, ChatShape())
 
     return router
+
+
+def _target(request: Request, wanted: GenerationRequest, admission: Admission) -> Target:
+    """Which version answers, decided once and noted."""
+    record = record_of(request)
+    target = admission.target(wanted, wanted.user or request.headers.get(STICKY) or record.id)
+    if target.version is not None:
+        record.resolved(target.version.task, target.version.version, target.version.digest, target.routing)
+    return target
 
 
 def _takes(kind: type[BaseModel]) -> dict[str, Any]:
@@ -192,7 +242,7 @@ def _models(catalogue: TaskCatalogue, model: ModelInfo) -> APIRouter:
             "max_model_len": model.max_context,
         }
 
-    def adapted(name: str, version: TaskVersion, versions: tuple[int, ...]) -> Json:
+    def adapted(name: str, version: TaskVersion, routed: TaskVersions | None) -> Json:
         record = version.artefact.record
         return {
             **base(),
@@ -203,7 +253,10 @@ def _models(catalogue: TaskCatalogue, model: ModelInfo) -> APIRouter:
             "prad": {
                 "task": version.task,
                 "version": version.version,
-                "versions": list(versions),
+                "versions": sorted(routed.versions) if routed else [],
+                "split": {str(number): weight for number, weight in routed.split.items()} if routed else {},
+                "aliases": dict(routed.aliases) if routed else {},
+                "routing": routed.revision if routed else None,
                 "digest": version.digest,
                 "method": record.method,
                 "task_tokens": list(record.task_tokens),
@@ -217,8 +270,8 @@ def _models(catalogue: TaskCatalogue, model: ModelInfo) -> APIRouter:
     @router.head("/v1/models", include_in_schema=False)
     @router.get("/v1/models")
     async def list_models() -> Json:
-        """Everything that `model` may name, tasks at their current version."""
-        tasks = [adapted(task.name, task.current, task.versions) for task in catalogue.tasks()]
+        """Everything that `model` may name, tasks at their default version."""
+        tasks = [adapted(task.name, task.default, task.routed) for task in catalogue.tasks()]
         return {"object": "list", "data": [base(), *tasks]}
 
     @router.head("/v1/models/{name:path}", include_in_schema=False)
@@ -226,13 +279,13 @@ def _models(catalogue: TaskCatalogue, model: ModelInfo) -> APIRouter:
         "/v1/models/{name:path}", responses=_refused({400: "No name of a model", 404: "No such model"})
     )
     async def one_model(name: str) -> Json:
-        """The plain model, a task, or one version of it as in e2e@3."""
+        """The plain model, a task, or one version of it as in e2e@3 or e2e@canary."""
         if name == catalogue.base_name:
             return base()
-        task, number = split_name(name, "model")
-        version = find_version(catalogue, task, number, "model")
-        versions = next((entry.versions for entry in catalogue.tasks() if entry.name == task), ())
-        return adapted(name, version, versions)
+        task, which = split_name(name, "model")
+        version, _ = find_version(catalogue, task, which, "model")
+        routed = next((entry.routed for entry in catalogue.tasks() if entry.name == task), None)
+        return adapted(name, version, routed)
 
     return router
 

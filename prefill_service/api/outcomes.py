@@ -57,6 +57,7 @@ LOGGED_CHARACTERS = 300
 class RequestRecord:
     """`id` is the client's x-request-id if it sent a harmless one; the engine's ids are drawn elsewhere.
 
+    `task`, `version`, `digest`, `routing`: what it resolved to, and by which revision of the task's routing.
     `status`: how a stream really ended, where that differs from the status that was sent when it began;
     `failure`: what the client was told.
     """
@@ -65,11 +66,17 @@ class RequestRecord:
     started: float = field(default_factory=time.monotonic)
     first_token: float | None = None
     task: str | None = None
+    version: int | None = None
+    digest: str = ""
+    routing: int | None = None
     status: int | None = None
     failure: ServingError | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+
+    def resolved(self, task: str, version: int, digest: str, routing: int | None) -> None:
+        self.task, self.version, self.digest, self.routing = task, version, digest, routing
 
     def count_token(self, cached_tokens: int = 0) -> None:
         self.cached_tokens += cached_tokens
@@ -80,7 +87,12 @@ class RequestRecord:
     def line(self, scope: Scope, status: int) -> str:
         """For the log, in which a client's text can neither begin a line nor be long."""
         named = f"request {self.id} {_logged(scope['method'])} {_logged(scope['path'])}"
-        return f"{named} task={self.task or '-'} status={self.status or status}"
+        by = (
+            f" version={self.version} digest={self.digest[:12]} routing={self.routing}"
+            if self.version
+            else ""
+        )
+        return f"{named} task={self.task or '-'}{by} status={self.status or status}"
 
     def usage(self) -> dict[str, object]:
         """OpenAI's usage object: each prompt counts once, all its choices' tokens count."""
@@ -111,7 +123,10 @@ class Metrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
         self._requests = Counter(
-            "prad_http_requests", "HTTP requests by outcome.", ("route", "status", "task"), registry=registry
+            "prad_http_requests",
+            "HTTP requests by outcome.",
+            ("route", "status", "task", "version"),
+            registry=registry,
         )
         self._duration = Histogram(
             "prad_http_request_duration_seconds",
@@ -128,22 +143,25 @@ class Metrics:
             registry=registry,
         )
         self._prompt_tokens = Counter(
-            "prad_prompt_tokens", "Prompt tokens of admitted requests.", ("task",), registry=registry
+            "prad_prompt_tokens",
+            "Prompt tokens of admitted requests.",
+            ("task", "version"),
+            registry=registry,
         )
         self._completion_tokens = Counter(
-            "prad_completion_tokens", "Output tokens.", ("task",), registry=registry
+            "prad_completion_tokens", "Output tokens.", ("task", "version"), registry=registry
         )
 
     def observe(self, record: RequestRecord, route: str, status: int) -> None:
         """One finished request."""
-        task = record.task or BASE_TASK
-        self._requests.labels(route, str(record.status or status), task).inc()
+        task = (record.task or BASE_TASK, str(record.version or ""))
+        self._requests.labels(route, str(record.status or status), *task).inc()
         self._duration.labels(route).observe(time.monotonic() - record.started)
         if record.first_token is not None:
             self._first_token.labels(route).observe(record.first_token - record.started)
         if record.prompt_tokens:
-            self._prompt_tokens.labels(task).inc(record.prompt_tokens)
-            self._completion_tokens.labels(task).inc(record.completion_tokens)
+            self._prompt_tokens.labels(*task).inc(record.prompt_tokens)
+            self._completion_tokens.labels(*task).inc(record.completion_tokens)
 
 
 class JsonResponse(JSONResponse):

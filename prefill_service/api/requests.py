@@ -73,14 +73,16 @@ class GenerationRequest(GenerationValues, StrictModel):
     """The fields that both endpoints share. Those of `SamplingParams` have their names there, too:
     `admission.resolve`."""
 
-    ignored: ClassVar[frozenset[str]] = frozenset(
-        {"user", "metadata", "safety_identifier", "prompt_cache_key"}
-    )
+    ignored: ClassVar[frozenset[str]] = frozenset({"metadata", "safety_identifier", "prompt_cache_key"})
 
     model: str | None = None
-    """The plain model's id, or a task, which may name a version as in `e2e@3`; the plain model if absent."""
+    """The plain model's id, or a task, which may name a version as in `e2e@3`, or an alias, `e2e@canary`; the
+    plain model if absent."""
     task: str | None = None
     """The task, where `model` names the plain model or is left out."""
+    user: str | None = None
+    """Who asks, in words of the client's own. Where requests for a task are divided between versions, the
+    same user gets the same one. Absent: the header x-prad-sticky-key, else each request for itself."""
     max_tokens: TokenCount | None = None
     """The longest output. Absent: the task's own, else 16, or 1024 for chats, or what fits."""
     top_k: TopK = None

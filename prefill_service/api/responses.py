@@ -184,6 +184,7 @@ def _headers(admitted: Admitted) -> dict[str, str]:
         "x-prad-task": version.task,
         "x-prad-version": str(version.version),
         "x-prad-digest": version.digest,
+        "x-prad-routing": str(admitted.target.routing),
     }
 
 

@@ -17,9 +17,13 @@ import psutil
 import pytest
 
 import prad
+from adapter_registry.redis_store import RedisStore
 from decode_service.server import _FLUSH_S, _GRACE_S
 from decode_service.settings import DecodeSettings
 from local_stack.stack import _STOP_S, answers
+from prad.lm import LanguageModel
+from tests.conftest import random_artefact
+from tests.redis_process import RedisProcess
 
 SERVICES = ("registry", "decode", "prefill")
 
@@ -126,6 +130,33 @@ def test_ctrl_c_stops_the_last_started_first(model: Path, tmp_path: Path, ports:
             time.sleep(0.01)
         assert serve.process.wait() in INTERRUPTED
         assert "Traceback" not in serve.said
+
+
+def test_a_redis_keeps_what_the_command_serves(
+    model: Path,
+    load_tiny: Callable[[str], LanguageModel],
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    ports: list[int],
+) -> None:
+    redis = RedisProcess(tmp_path_factory.mktemp("r"))
+    random_artefact(tmp_path / "adapters" / "red", load_tiny("llama"), 1)
+    adapters = ("--adapters", str(tmp_path / "adapters"))
+    try:
+        with serving(model, tmp_path, *ports, "--redis-url", redis.url, *adapters) as serve:
+            until(lambda: serve.process.poll() is not None or "Ctrl-C stops everything" in serve.said)
+            assert serve.process.poll() is None, serve.said
+            told = httpx.get(f"http://127.0.0.1:{ports[0]}/v1/models/red").json()["prad"]
+            serve.process.send_signal(signal.SIGINT)
+            assert serve.process.wait() in INTERRUPTED
+        store = RedisStore(redis.url)
+        task = store.task("red")
+        store.close()
+        assert (task.routing.split, task.routing.revision) == ({1: 100}, told["routing"])
+        assert task.versions[0].digest == told["digest"]
+        assert not list((tmp_path / "data").rglob("*.sqlite3"))
+    finally:
+        redis.kill()
 
 
 def test_sigterm_while_it_starts(model: Path, tmp_path: Path, ports: list[int]) -> None:

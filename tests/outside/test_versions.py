@@ -9,9 +9,9 @@ import pytest
 
 from adapter_registry.errors import (
     AdapterRefusedError,
-    CurrentVersionInUseError,
     IllegalTransitionError,
     RegistryUnreachableError,
+    VersionRoutedError,
 )
 from adapter_registry.versions import State
 from prad.artefact import read_artefact
@@ -76,7 +76,7 @@ def test_versions_outlive_every_service(outside: Outside, make_adapter: MakeAdap
     assert outside.ask(task="lasting")["prad"]["version"] == 2
     with outside.registry() as registry:
         until(lambda: _reachable(registry.state))
-        assert registry.task("lasting").current == 2
+        assert registry.task("lasting").routing.default == 2
         until(lambda: len(registry.replicas().replicas) == 1)
         registry.promote("lasting", 1)
     assert outside.ask(task="lasting")["prad"]["version"] == 1
@@ -104,7 +104,7 @@ def test_what_promote_and_retire_answered_is_in_force_at_once(
         for number in (2, 1, 2, 1, 2):
             registry.promote("moving", number)
             assert outside.ask(task="moving", max_tokens=1)["prad"]["version"] == number
-        with pytest.raises(CurrentVersionInUseError):
+        with pytest.raises(VersionRoutedError):
             registry.retire("moving", 2)
         registry.retire("moving", 1)
         assert outside.post({"prompt": STORY, "model": "moving@1"}).status_code == 404

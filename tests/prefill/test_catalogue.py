@@ -1,7 +1,8 @@
 """What requests are resolved against, and how it follows the registry, also while that is away."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import pytest
 
 from adapter_registry.api import RoutingState, TaskRoute, VersionRoute
 from adapter_registry.errors import IllegalTransitionError, RegistryUnreachableError, StoredFilesDamagedError
+from adapter_registry.routing import Routing
 from adapter_registry.versions import State
 from prefill_service import catalogue as module
-from prefill_service.catalogue import RegistryFollower, TaskCatalogue, TaskVersions
+from prefill_service.catalogue import RegistryFollower, TaskCatalogue, TaskVersions, drawn
 from prefill_service.errors import UnknownModelError
 from tests.prefill.fakes import version
 
@@ -34,8 +36,10 @@ def state(revision: int, current: int | None, **versions: State) -> RoutingState
         )
         for name, state in versions.items()
     ]
+    split = {} if current is None else {current: 100}
+    routing = Routing(revision=revision, split=split)
     return RoutingState(
-        revision=revision, tasks=(TaskRoute(task="t", current=current, versions=tuple(routes)),)
+        revision=revision, tasks=(TaskRoute(task="t", routing=routing, versions=tuple(routes)),)
     )
 
 
@@ -55,8 +59,11 @@ class Registry:
     async def state(self) -> RoutingState:
         return await self._next()
 
-    async def changes(self, after: int, wait: float, *, in_force: int) -> RoutingState | None:
+    async def changes(
+        self, after: int, wait: float, *, in_force: int, troubles: Sequence[str]
+    ) -> RoutingState | None:
         self.in_force.append(in_force)
+        self.troubles = list(troubles)
         return await self._next()
 
     async def tidy(self) -> None:
@@ -111,10 +118,19 @@ def test_a_name_means_the_current_version_and_what_is_not_there_is_named() -> No
     with pytest.raises(UnknownModelError, match="none yet"):
         catalogue.resolve("t", None)
     one, two = version("a"), version("b")
-    catalogue.replace({"t": TaskVersions(2, {1: one, 2: two}), "u": TaskVersions(None, {1: one})})
-    assert catalogue.resolve("t", None) is two
-    assert catalogue.resolve("t", 1) is one
-    for task, number, said in (("t", 3, "t@1, t@2"), ("u", None, "no current version"), ("x", 1, "t, u")):
+    routing = Routing(revision=5, split={2: 100}, aliases={"canary": 1}, previous=1)
+    routed = TaskVersions.of(routing, {1: one, 2: two})
+    catalogue.replace({"t": routed, "u": TaskVersions.of(Routing(), {1: one})})
+    assert catalogue.resolve("t", None) == catalogue.resolve("t", None, "somebody") == (two, 5)
+    for name in (1, "canary", "previous"):
+        assert catalogue.resolve("t", name) == (one, 5)
+    for task, number, said in (
+        ("t", 3, "t@1, t@2, t@canary, t@previous"),
+        ("t", "latest", "no t@latest"),
+        ("u", None, "no current version"),
+        ("u", "previous", "no u@previous"),
+        ("x", 1, "t, u"),
+    ):
         with pytest.raises(UnknownModelError, match=said):
             catalogue.resolve(task, number)
     assert [entry.name for entry in catalogue.tasks()] == ["t"], "one without a current version is not listed"
@@ -128,8 +144,8 @@ async def test_what_answers_is_served_and_fetched_once() -> None:
     assert (registry.in_force, registry.tidied) == ([1, 2], 1), (
         "asked for the next one when each was in force"
     )
-    assert catalogue.resolve("t", None).digest == digest(2)
-    assert catalogue.resolve("t", 1).digest == digest(1)
+    assert catalogue.resolve("t", None)[0].digest == digest(2)
+    assert catalogue.resolve("t", 1)[0].digest == digest(1)
 
 
 async def test_what_is_pushed_is_probed_and_served_only_once_it_answers() -> None:
@@ -161,9 +177,10 @@ async def test_what_cannot_be_had_takes_nothing_else_along() -> None:
     registry = Registry(state(1, 2, v1=State.ROUTABLE, v2=State.ROUTABLE))
     registry.damaged = {1}
     catalogue, _ = await followed(registry)
-    assert catalogue.resolve("t", None).digest == digest(2)
+    assert catalogue.resolve("t", None)[0].digest == digest(2)
     with pytest.raises(UnknownModelError):
         catalogue.resolve("t", 1)
+    assert registry.troubles == ["t@1: damaged"]
     assert registry.in_force == [0], "what could not be had is not said to be in force"
 
 
@@ -171,5 +188,54 @@ async def test_while_the_registry_is_away_what_was_known_is_served() -> None:
     away = [RegistryUnreachableError("away"), RegistryUnreachableError("away"), ValueError("odd")]
     registry = Registry(state(1, 1, v1=State.ROUTABLE), *away)
     catalogue, _ = await followed(registry)
-    assert catalogue.resolve("t", None).artefact.folder == Path()
+    assert catalogue.resolve("t", None)[0].artefact.folder == Path()
     assert catalogue.trouble is None
+
+
+async def test_a_routing_to_what_cannot_be_had_is_not_put_in_force() -> None:
+    registry = Registry(state(1, 1, v1=State.ROUTABLE), state(2, 2, v1=State.ROUTABLE, v2=State.ROUTABLE))
+    registry.damaged = {2}
+    catalogue, _ = await followed(registry)
+    assert catalogue.resolve("t", None)[0].digest == digest(1), "it goes on with the one before"
+    assert (catalogue.resolve("t", None)[1], registry.in_force) == (1, [1, 1])
+    registry = Registry(state(1, 1, v1=State.ROUTABLE), state(2, 2, v2=State.ROUTABLE))
+    registry.damaged = {2}
+    catalogue, _ = await followed(registry)
+    assert catalogue.tasks() == [], "nor can the one before be, whose version is retired"
+
+
+KEYS = [f"user {number}" for number in range(20_000)]
+
+
+def shares(split: dict[int, int], task: str = "t") -> dict[str, int]:
+    return {key: drawn(task, split, key) for key in KEYS}
+
+
+def test_a_split_divides_keys_by_weight() -> None:
+    """Within five standard deviations of the share of as many coins."""
+    for split in ({1: 90, 2: 10}, {1: 1, 2: 1}, {1: 995, 7: 5}, {1: 5, 2: 3, 3: 2, 4: 90}):
+        found = Counter(shares(split).values())
+        for number, weight in split.items():
+            share = weight / sum(split.values())
+            bound = 5 * (len(KEYS) * share * (1 - share)) ** 0.5
+            assert abs(found[number] - len(KEYS) * share) < bound
+
+
+def test_a_growing_share_moves_keys_one_way() -> None:
+    before = shares({1: 90, 2: 10})
+    for split in ({1: 80, 2: 20}, {1: 90, 2: 40}, {1: 1, 2: 99}):
+        after = shares(split)
+        assert {(before[key], after[key]) for key in KEYS} == {(1, 1), (1, 2), (2, 2)}
+        before = after
+    three, more = shares({1: 50, 2: 30, 3: 20}), shares({1: 50, 2: 30, 3: 40})
+    assert {more[key] for key in KEYS if more[key] != three[key]} == {3}
+    taken, given = shares({1: 60, 2: 30, 3: 10}), shares({1: 40, 2: 30, 3: 30})
+    moved = sum(taken[key] != given[key] for key in KEYS) / len(KEYS)
+    assert 0.19 < moved < 2 * 0.2 / 1.2 + 0.02, "from one to another of three: at most twice what must"
+    assert shares({1: 5, 2: 3}) == shares({2: 30, 1: 50}), "weights are relative"
+
+
+def test_a_key_is_drawn_as_it_was_on_any_machine_and_for_each_task_anew() -> None:
+    keys = ("ada", "bob", "", "\ud800", "日本語", *map(str, range(20)))
+    assert "".join(str(drawn("t", {1: 1, 2: 1}, key)) for key in keys) == "2222221111112122112221221"
+    assert shares({1: 1, 2: 1}) != shares({1: 1, 2: 1}, "u")

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer as Bpe
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
+from adapter_registry.routing import Routing
 from prad.artefact import AdapterRecord, Artefact, BaseModelRef, GenerationDefaults
 from prad.core.sampling import SampleKey, Token, TokenEvent
 from prad.lm import LanguageModel, PackedBatch, Tokenizer, attention, sample
@@ -162,16 +163,19 @@ class ScriptedEngine(WatchedEngine):
 
 
 def catalogue_of(records: dict[str, AdapterRecord]) -> TaskCatalogue:
-    """Of fixed tasks; version 2 is current everywhere."""
+    """Of fixed tasks; plain names mean version 2 everywhere, `task@canary` version 1."""
     made = TaskCatalogue("tiny/model")
     made.trouble = None
     made.replace(
         {
-            task: TaskVersions(2, {number: _version(task, number, record) for number in (1, 2)})
+            task: TaskVersions.of(ROUTING, {number: _version(task, number, record) for number in (1, 2)})
             for task, record in records.items()
         }
     )
     return made
+
+
+ROUTING = Routing(revision=41, split={2: 100}, aliases={"canary": 1}, previous=1)
 
 
 def _version(task: str, number: int, record: AdapterRecord) -> TaskVersion:

@@ -84,7 +84,7 @@ def test_settings_are_lists_of_names() -> None:
         ({"prompt": {"a": SECRET}}, 'task=- status=400 code=None param="prompt": wrong value'),
         (
             {"prompt": SECRET, "task": "e2e", "max_tokens": 500},
-            "task=e2e status=400 code=context_length_exceeded",
+            "task=e2e version=2 digest=e2e-2-digest routing=41 status=400 code=context_length_exceeded",
         ),
         ({"prompt": SECRET, "task": "e2e", "what\nelse": 1}, 'param="what\\nelse": wrong value'),
     ],
@@ -118,7 +118,7 @@ async def test_every_request_is_logged_by_choice(open_to: Open, caplog: pytest.L
         await client.get("/nothing%0Ahere")
     served, missed = (record.getMessage() for record in caplog.records)
     assert f"{answer.headers['x-request-id']} " in served
-    assert "task=e2e status=200" in served
+    assert "task=e2e version=2 digest=e2e-2-digest routing=41 status=200" in served
     assert f"prompt={answer.json()['usage']['prompt_tokens']} cached=0 completion=" in served
     assert "secret" not in served
     assert 'status=404 code=not_found param=-: "there is no /nothing' in missed

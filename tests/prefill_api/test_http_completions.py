@@ -7,7 +7,9 @@ from typing import Any
 import httpx
 import pytest
 
+from adapter_registry.routing import Routing
 from prad.lm import Tokenizer
+from prefill_service.catalogue import TaskCatalogue, TaskVersions, drawn
 
 PROMPT = "the food"
 
@@ -41,6 +43,7 @@ async def test_an_answer_carries_everything(client: httpx.AsyncClient, engine: A
         "task": "e2e",
         "version": 2,
         "digest": "e2e-2-digest",
+        "routing": 41,
         "template": "task",
         "seed": 3,
         "sampling": {
@@ -59,6 +62,7 @@ async def test_an_answer_carries_everything(client: httpx.AsyncClient, engine: A
         "x-prad-task": "e2e",
         "x-prad-version": "2",
         "x-prad-digest": "e2e-2-digest",
+        "x-prad-routing": "41",
     }
 
 
@@ -202,6 +206,8 @@ async def test_truncation_keeps_the_end(client: httpx.AsyncClient, engine: Any) 
         ({"task": "e2e"}, 2, "e2e"),
         ({"model": "e2e"}, 2, "e2e"),
         ({"model": "e2e@1"}, 1, "e2e@1"),
+        ({"model": "e2e@canary"}, 1, "e2e@canary"),
+        ({"task": "e2e@previous"}, 1, "e2e@previous"),
         ({"model": "tiny/model", "task": "e2e@1"}, 1, "e2e@1"),
         ({"model": "e2e", "task": "e2e@1"}, 1, "e2e@1"),
         ({"model": "tiny/model"}, None, "tiny/model"),
@@ -215,12 +221,41 @@ async def test_tasks_are_named_in_two_ways(
     assert (answer["prad"]["version"], answer["model"]) == (version, name)
 
 
+async def test_a_split_is_drawn_by_user_then_header_then_request(
+    client: httpx.AsyncClient, catalogue: TaskCatalogue
+) -> None:
+    (entry,) = (entry for entry in catalogue.tasks() if entry.name == "e2e")
+    split = {1: 50, 2: 50}
+    routed = TaskVersions.of(Routing(revision=42, split=split), entry.routed.versions)
+    before = {each.name: each.routed for each in catalogue.tasks()}
+    catalogue.replace(before | {"e2e": routed})
+    try:
+        for key in map(str, range(12)):
+            body = {"prompt": "a", "task": "e2e", "max_tokens": 1}
+            for more, headers in (
+                ({"user": key}, {}),
+                ({"user": key}, {"x-prad-sticky-key": "another"}),
+                ({"user": ""}, {"x-prad-sticky-key": key}),
+                ({}, {"x-request-id": key}),
+            ):
+                told = await client.post("/v1/completions", json=body | more, headers=headers)
+                answer = told.json()["prad"]
+                assert (answer["version"], answer["routing"]) == (drawn("e2e", split, key), 42)
+        models = (await client.get("/v1/models/e2e")).json()["prad"]
+        assert (models["version"], models["split"], models["routing"]) == (1, {"1": 50, "2": 50}, 42)
+    finally:
+        catalogue.replace(before)
+
+
 @pytest.mark.parametrize(
     ("body", "status", "param"),
     [
         ({"model": "plain", "task": "e2e"}, 400, "task"),
         ({"model": "e2e@1", "task": "e2e@2"}, 400, "task"),
-        ({"task": "e2e@x"}, 400, "task"),
+        ({"task": "e2e@X"}, 400, "task"),
+        ({"task": "e2e@x"}, 404, "task"),
+        ({"task": "e2e@latest"}, 404, "task"),
+        ({"task": "e2e", "user": 5}, 400, "user"),
         ({"task": "e2e@0"}, 400, "task"),
         ({"task": "nope"}, 404, "task"),
         ({"model": "gpt-4"}, 404, "model"),

@@ -42,11 +42,13 @@ async def test_metrics_count_by_task_and_not_by_what_clients_write(client: httpx
     await client.get("/made-up")
     usage = answer.json()["usage"]
     text = (await client.get("/metrics")).text
-    assert f'prad_completion_tokens_total{{task="e2e"}} {usage["completion_tokens"]}.0' in text
-    assert f'prad_prompt_tokens_total{{task="e2e"}} {usage["prompt_tokens"]}.0' in text
-    assert 'prad_http_requests_total{route="/v1/completions",status="404",task=""} 1.0' in text
+    assert f'prad_completion_tokens_total{{task="e2e",version="2"}} {usage["completion_tokens"]}.0' in text
+    assert f'prad_prompt_tokens_total{{task="e2e",version="2"}} {usage["prompt_tokens"]}.0' in text
+    assert 'prad_http_requests_total{route="/v1/completions",status="404",task="",version=""} 1.0' in text
     assert 'prad_time_to_first_token_seconds_count{route="/v1/completions"} 1.0' in text
     assert "made-up" not in text
+    assert 'prad_task_routing_revision{task="e2e"} 41.0' in text
+    assert 'prad_task_version_weight{digest="e2e-2-digest",task="e2e",version="2"} 100.0' in text
 
 
 async def test_what_is_asked_with_get_can_be_asked_with_head(client: httpx.AsyncClient, engine: Any) -> None:

@@ -133,11 +133,12 @@ def test_list_and_show(prad, registry, adapter):
     assert "support@1" in listed
     assert "@2 pushed" in listed
     shown = prad("show", "support").stdout
-    assert "routable (current)" in shown
+    assert re.search(r"support@1 +routable +support ", shown)
+    assert "plain 'support' means support@1\nrouting at revision 3\n" in shown
     digest = registry.client.version("support", 2).digest
     assert digest in prad("show", "support@2").stdout
     assert "probe_ok → verified by prefill-1" in prad("show", "support@1").stdout
-    assert json.loads(prad("list", "--json").stdout)["tasks"][0]["current"] == 1
+    assert json.loads(prad("list", "--json").stdout)["tasks"][0]["routing"]["default"] == 1
     assert len(json.loads(prad("show", "support", "--json").stdout)["versions"]) == 2
     assert json.loads(prad("show", "support@2", "--json").stdout)["record"]["licence"] == "MIT"
 
@@ -148,7 +149,76 @@ def test_promote_and_retire(prad, registry, adapter):
     assert "support@2 is now what plain 'support' means" in prad("promote", "support@2").stdout
     failed(prad("retire", "support@2"), "promote another first")
     assert "plain 'support' means support@1" in prad("retire", "support@2", "--force").stdout
-    assert "has no current version now" in prad("retire", "support@1").stdout
+    assert "'support' has no version now" in prad("retire", "support@1").stdout
+
+
+def test_split_alias_and_rollback(prad, registry, adapter):
+    for seed in (1, 2, 3):
+        registry.verified(adapter(seed))
+    seen = registry.client.task("support").routing.revision
+    divided = prad("split", "support", "1=90", "2=10", "--if-revision", str(seen))
+    assert "plain 'support' means 90% support@1, 10% support@2" in divided.stdout
+    failed(prad("split", "support", "1=1", "--if-revision", str(seen)), "somebody changed it meanwhile")
+    assert "@1=90 @2=10" in prad("list").stdout
+    assert "support (10 of 100)" in prad("show", "support").stdout
+    pointed = prad("alias", "support", "canary=3")
+    assert "support@canary is support@3 now" in pointed.stdout
+    assert "support@3" in prad("show", "support@canary").stdout
+    failed(prad("show", "support@nobody"), "has no alias 'nobody'")
+    failed(prad("retire", "support@canary"), "support@3 is what support@canary means")
+    failed(prad("rm", "support@2"), "it answers requests: retire it first")
+    assert "means nothing any more" in prad("alias", "support", "--remove", "canary").stdout
+    assert "support@2 is now" in prad("promote", "support@2").stdout
+    back = prad("rollback", "support").stdout
+    assert "90% support@1, 10% support@2" in back
+    assert "support@canary is support@3" in prad("rollback", "support").stdout
+    events = prad("events", "support", "--latest", "2").stdout
+    assert len(re.findall("rollback", events)) == 2
+    assert re.search(r"\w@\w", events), "who typed it"
+    told = json.loads(prad("events", "support", "--json").stdout)["events"]
+    assert (told[-1]["event"], told[-1]["routing"]["split"]) == ("rollback", {"1": 90, "2": 10})
+    failed(prad("events", "nobody"), "there is no task 'nobody'")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["split", "support", "1"],
+        ["split", "support", "1=0"],
+        ["split", "support", "1=1", "1=2"],
+        ["split", "support", "one=1"],
+        ["alias", "support"],
+        ["alias", "support", "canary"],
+        ["alias", "support", "canary=2", "--remove", "canary"],
+    ],
+)
+def test_what_cannot_be_read_is_refused_before_it_is_sent(prad, command):
+    refused = prad(*command)
+    assert refused.exit_code == 2
+    assert "expected" in refused.stderr
+
+
+def test_status_says_how_far_each_replica_is(prad, registry, adapter):
+    assert "no prefill service follows it" in prad("status").stdout
+    registry.verified(adapter(1))
+    at = registry.client.state().revision
+    ask = {"wait": 0, "replica": "ready"}
+    registry.http.get("/v1/changes", params=ask | {"after": at})
+    registry.http.get("/v1/changes", params=ask | {"after": at, "in_force": 1, "replica": "announced"})
+    registry.http.get("/v1/changes", params=ask | {"after": 1, "replica": "loading"})
+    trouble = ["support@2: no disk", "x" * 20]
+    registry.http.get("/v1/changes", params=ask | {"after": at, "replica": "broken", "trouble": trouble})
+    told = json.loads(prad("status", "--json").stdout)
+    states = {replica["name"]: replica["state"] for replica in told["replicas"]}
+    assert states == {
+        "prefill-1": "announced",
+        "ready": "ready",
+        "announced": "announced",
+        "loading": "loading",
+        "broken": "failed",
+    }
+    assert told["revision"] == at
+    assert "support@2: no disk" in prad("status").stdout
 
 
 def test_a_replica_that_has_not_heard_yet_is_named(prad, registry, adapter):
@@ -184,7 +254,7 @@ def test_list_leaves_out_what_failed(prad, registry, adapter):
 def test_errors_are_one_line(prad):
     failed(prad("show", "nobody"), "there is no task 'nobody'")
     failed(prad("promote", "support"), "Say support@N")
-    failed(prad("retire", "support@x"), "after '@' comes a version number")
+    failed(prad("retire", "support@X"), "after '@' comes a version number")
     for url in ("http://127.0.0.1:1", "nonsense", "http://[", ""):
         failed(
             CliRunner().invoke(app, ["list", "--registry", url]), "no adapter registry answers", "prad serve"
@@ -192,7 +262,23 @@ def test_errors_are_one_line(prad):
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["push"], ["list"], ["show"], ["promote"], ["retire"], ["unretire"], ["rm"], ["pull"]]
+    "command",
+    [
+        [],
+        ["push"],
+        ["list"],
+        ["show"],
+        ["promote"],
+        ["split"],
+        ["alias"],
+        ["rollback"],
+        ["events"],
+        ["status"],
+        ["retire"],
+        ["unretire"],
+        ["rm"],
+        ["pull"],
+    ],
 )
 def test_help_has_examples(command):
     result = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "120"})

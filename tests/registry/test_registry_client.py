@@ -42,7 +42,7 @@ async def test_a_prefill_follows_probes_and_reports(registry, prefill, adapter):
     assert fetched.weights.read_bytes() == (folder / "adapter_model.safetensors").read_bytes()
     record = await prefill.probe("support", version.version, ok=True)
     assert (record.state, record.current) == ("routable", True)
-    assert [line.replica for line in record.history] == ["", "prefill-1", "prefill-1"]
+    assert [line.by for line in record.history] == ["127.0.0.1", "prefill-1", "prefill-1"]
 
 
 async def test_a_fetched_adapter_is_not_fetched_twice(registry, prefill, adapter, tmp_path):

@@ -169,7 +169,7 @@ def test_a_full_disk_is_said_by_the_database_too(registry, adapter, monkeypatch)
             registry.push(adapter(1))
     registry.verified(adapter(1))
     with monkeypatch.context() as patch:
-        patch.setattr(SqliteStore, "apply", no_room)
+        patch.setattr(SqliteStore, "change", no_room)
         with pytest.raises(StorageFullError):
             registry.client.promote("support", 1)
 

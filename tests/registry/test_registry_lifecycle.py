@@ -5,11 +5,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from adapter_registry.errors import (
-    CurrentVersionInUseError,
     IllegalTransitionError,
     InvalidTaskNameError,
     TaskNotFoundError,
     VersionNotFoundError,
+    VersionRoutedError,
 )
 
 
@@ -19,12 +19,12 @@ def test_pushed_verified_promoted_retired(registry, adapter):
     assert registry.probe("support@1").json()["state"] == "routable"
     second = registry.verified(adapter(2))
     task = registry.client.task("support")
-    assert (task.current, [v.state for v in task.versions]) == (1, ["routable", "verified"])
+    assert (task.routing.default, [v.state for v in task.versions]) == (1, ["routable", "verified"])
 
-    assert registry.client.promote("support", 2).current
+    assert registry.client.promote("support", 2).routing.default == 2
     assert [v.state for v in registry.client.task("support").versions] == ["routable", "routable"]
-    assert registry.client.retire("support", 1).state == "retired"
-    assert registry.client.task("support").current == 2
+    assert registry.client.retire("support", 1).versions[0].state == "retired"
+    assert registry.client.task("support").routing.default == 2
     events = [line.event for line in registry.client.version("support", 1).history]
     assert (second, events) == ("support@2", ["push", "probe_ok", "promote", "retire"])
 
@@ -69,7 +69,7 @@ def test_a_failed_version_says_why_and_is_probed_again_on_push(registry, adapter
     again = registry.push(adapter(1))
     assert (again.version, again.state, again.reason) == (1, "pushed", "")
     registry.probe("support@1")
-    assert registry.client.task("support").current == 1
+    assert registry.client.task("support").routing.default == 1
 
 
 def test_a_verified_version_survives_another_replicas_failure(registry, adapter):
@@ -91,14 +91,14 @@ def test_retiring_the_current_version(registry, adapter):
     registry.verified(adapter(1))
     registry.verified(adapter(2))
     registry.client.promote("support", 2)
-    with pytest.raises(CurrentVersionInUseError, match="promote another first"):
+    with pytest.raises(VersionRoutedError, match="promote another first"):
         registry.client.retire("support", 2)
     registry.client.retire("support", 2, force=True)
-    assert registry.client.task("support").current == 1
+    assert registry.client.task("support").routing.default == 1
     registry.client.retire("support", 1)
-    assert registry.client.task("support").current is None
+    assert registry.client.task("support").routing.default is None
     registry.verified(adapter(3))
-    assert registry.client.task("support").current == 3
+    assert registry.client.task("support").routing.default == 3
 
 
 def test_what_is_not_there(registry, adapter):

@@ -68,7 +68,7 @@ def test_nothing_is_lost_by_a_kill(data_dir, adapter):
     (data_dir / "artefacts" / ("0" * 64)).mkdir()
     with process(data_dir) as (running, url), RegistryClient(url) as client:
         task = client.task("support")
-        assert task.current == 1
+        assert task.routing.default == 1
         stored = {version.version: version.digest for version in task.versions}
         assert acknowledged.items() <= stored.items()
         assert sorted(stored) == list(range(1, len(stored) + 1))

@@ -21,7 +21,7 @@ from adapter_registry.errors import (
     RoutingChangedError,
     StoreUnavailableError,
 )
-from adapter_registry.redis_server import REGISTRY
+from adapter_registry.redis_server import REGISTRY, SCHEMA
 from adapter_registry.redis_store import RedisStore
 from adapter_registry.server import RegistryServer
 from adapter_registry.settings import RegistrySettings
@@ -110,7 +110,7 @@ def test_an_operators_race_has_one_winner(data_dir, redis, adapter, serving):
     with serving(settings(data_dir, redis)) as one, serving(settings(data_dir, redis)) as two:
         for seed in (1, 2, 3):
             one.verified(adapter(seed))
-        seen = two.client.task("support").routing_revision
+        seen = two.client.task("support").routing.revision
         outcomes = []
 
         def promote(registry, version):
@@ -127,8 +127,7 @@ def test_an_operators_race_has_one_winner(data_dir, redis, adapter, serving):
         (won,) = [each for each in outcomes if not isinstance(each, RegistryError)]
         (lost,) = [each for each in outcomes if isinstance(each, RegistryError)]
         assert f"not {seen}: somebody changed it meanwhile" in lost.message
-        assert two.client.task("support").current == one.client.task("support").current == won.version
-        assert one.client.task("support").routing_revision == won.routing_revision
+        assert two.client.task("support").routing == one.client.task("support").routing == won.routing
 
 
 def test_a_start_removes_only_what_the_dead_left(data_dir, redis, adapter, serving):
@@ -197,7 +196,7 @@ def test_nothing_acknowledged_is_lost_by_kills(data_dir, own_redis, adapter):
                 at = f"/v1/tasks/support/versions/{pushed['version']}"
                 http.post(f"{at}/probe", json={"ok": True})
                 routed = http.post(f"{at}/promote").json()
-                promoted[routed["routing_revision"]] = pushed["version"]
+                promoted[routed["routing"]["revision"]] = pushed["version"]
 
     def change_and_kill(redis_is_killed):
         with process(data_dir, own_redis) as (running, url):
@@ -222,7 +221,7 @@ def test_nothing_acknowledged_is_lost_by_kills(data_dir, own_redis, adapter):
         stored = {version.version: version.digest for version in task.versions}
         assert len(promoted) >= 12
         assert acknowledged.items() <= stored.items()
-        assert task.routing_revision >= max(promoted)
+        assert task.routing.revision >= max(promoted)
         for revision, version in promoted.items():
             lines = client.version("support", version).history
             assert (revision, "promote") in [(line.revision, line.event) for line in lines]
@@ -294,6 +293,6 @@ def test_a_url_that_is_none_is_refused(data_dir, url):
 
 def test_a_newer_schema_is_refused_and_the_way_out_named(data_dir, redis):
     with Redis.from_url(redis.url) as client:
-        client.hset(REGISTRY, mapping={"schema": 2, "id": "x", "revision": 7})
-    with pytest.raises(CannotStartError, match=r"has schema 2, this program knows 1 .*registry export FILE"):
+        client.hset(REGISTRY, mapping={"schema": SCHEMA + 1, "id": "x", "revision": 7})
+    with pytest.raises(CannotStartError, match=r"has schema 3, this program knows 2 .*registry export FILE"):
         RegistryServer(settings(data_dir, redis))

@@ -70,7 +70,7 @@ def test_promote_and_retire_wait_for_all_connected_replicas(data_dir, serving, a
                 lambda: registry.client.retire("support", 1),
             ):
                 rerouted = change()
-                revision = rerouted.history[-1].revision
+                revision = rerouted.routing.revision
                 assert rerouted.pending == ()
                 assert rerouted.replicas == {"a": revision, "b": revision}
 
@@ -84,7 +84,7 @@ def test_who_has_not_put_it_in_force_is_named(data_dir, serving, adapter):
             slow.may.clear()
             before = registry.client.state().revision
             rerouted = registry.client.promote("support", 2)
-            assert rerouted.current
+            assert rerouted.routing.default == 2
             assert (rerouted.pending, rerouted.replicas["slow"]) == (("slow",), before)
             assert registry.client.replicas(before + 1).pending == ("slow",)
             slow.may.set()

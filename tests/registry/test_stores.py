@@ -7,11 +7,13 @@ from pydantic import ValidationError
 
 from adapter_registry.errors import (
     IllegalTransitionError,
+    NoRoutingBeforeError,
     NotEmptyError,
     RoutingChangedError,
     TaskNotFoundError,
     VersionNotFoundError,
 )
+from adapter_registry.planning import Move, Rollback, SetAlias, Split
 from adapter_registry.snapshot import Snapshot
 from adapter_registry.versions import Event, State
 
@@ -23,8 +25,12 @@ def store(request, new_store):
 
 def verified(store, task, adapter):
     number, _ = store.push(task, adapter)
-    store.apply(task, number, Event.PROBE_OK, replica="prefill-1")
+    store.change(task, Move(number, Event.PROBE_OK), by="prefill-1")
     return number
+
+
+def shown(routing):
+    return None if routing is None else routing.split
 
 
 def test_it_begins_empty(store):
@@ -35,7 +41,7 @@ def test_it_begins_empty(store):
     with pytest.raises(TaskNotFoundError):
         store.version("a", 1)
     with pytest.raises(TaskNotFoundError):
-        store.apply("a", 1, Event.PROMOTE)
+        store.change("a", Move(1, Event.PROMOTE))
     assert store.revision() == 0
 
 
@@ -45,14 +51,14 @@ def test_the_same_files_are_the_same_version(store, stored_adapter):
     assert store.push("a", stored_adapter(2)) == (2, True)
     assert store.push("b", stored_adapter(1)) == (1, True)
     assert store.revision() == 3
-    store.apply("a", 1, Event.RETIRE)
+    store.change("a", Move(1, Event.RETIRE))
     assert store.push("a", stored_adapter(1)) == (3, True)
 
 
 def test_a_version_tells_everything(store, stored_adapter):
     adapter = stored_adapter(1)
     verified(store, "a", adapter)
-    store.apply("a", 1, Event.RETIRE, reason="worse")
+    store.change("a", Move(1, Event.RETIRE), reason="worse")
     record = store.version("a", 1)
     assert (record.name, record.state, record.current, record.reason) == (
         "a@1",
@@ -62,14 +68,16 @@ def test_a_version_tells_everything(store, stored_adapter):
     )
     assert (record.record, record.files) == (adapter.record, adapter.files)
     assert (record.tensors, record.tensor_bytes) == (adapter.tensors, adapter.tensor_bytes)
-    told = [(line.revision, line.event, line.before, line.after, line.current) for line in record.history]
+    told = [
+        (line.revision, line.event, line.before, line.after, shown(line.routing)) for line in record.history
+    ]
     assert told == [
         (1, "push", None, "pushed", None),
         (2, "probe_ok", "pushed", "verified", None),
-        (3, "promote", "verified", "routable", 1),
-        (4, "retire", "routable", "retired", None),
+        (3, "promote", "verified", "routable", {1: 100}),
+        (4, "retire", "routable", "retired", {}),
     ]
-    assert [line.replica for line in record.history] == ["", "prefill-1", "prefill-1", ""]
+    assert [line.by for line in record.history] == ["", "prefill-1", "prefill-1", ""]
     with pytest.raises(VersionNotFoundError, match="a has no version 2"):
         store.version("a", 2)
 
@@ -78,42 +86,75 @@ def test_a_refused_event_changes_nothing(store, stored_adapter):
     store.push("a", stored_adapter(1))
     before = store.dump()
     with pytest.raises(IllegalTransitionError, match="no prefill service has verified it yet"):
-        store.apply("a", 1, Event.PROMOTE)
+        store.change("a", Move(1, Event.PROMOTE))
     assert store.dump() == before
 
 
 def test_the_routing_has_a_revision_of_its_own(store, stored_adapter):
     assert verified(store, "a", stored_adapter(1)) == 1
-    assert store.task("a").routing_revision == 3, "the first is promoted by its probe"
+    assert store.task("a").routing.revision == 3, "the first is promoted by its probe"
     verified(store, "a", stored_adapter(2))
     verified(store, "b", stored_adapter(1))
-    assert store.task("a").routing_revision == 3, "neither a new version nor another task changes it"
-    assert store.apply("a", 2, Event.PROMOTE, expected=3) == store.task("a").routing_revision == 9
+    assert store.task("a").routing.revision == 3, "neither a new version nor another task changes it"
+    assert store.change("a", Move(2, Event.PROMOTE), expected=3) == store.task("a")
+    assert store.task("a").routing.revision == 9
     with pytest.raises(RoutingChangedError, match="routing of 'a' is at revision 9, not 3"):
-        store.apply("a", 1, Event.PROMOTE, expected=3)
+        store.change("a", Move(1, Event.PROMOTE), expected=3)
     with pytest.raises(RoutingChangedError):
-        store.apply("a", 2, Event.PROMOTE, expected=3)
-    assert (store.revision(), store.task("a").current) == (9, 2)
-    assert store.apply("a", 2, Event.PROMOTE, expected=9) == 9, "nothing to change, no revision"
-    assert store.apply("a", 1, Event.RETIRE) == 10
-    assert next(task for task in store.state().tasks if task.task == "a").routing_revision == 10
+        store.change("a", Move(2, Event.PROMOTE), expected=3)
+    assert (store.revision(), store.task("a").routing.default) == (9, 2)
+    same = store.change("a", Move(2, Event.PROMOTE), expected=9)
+    assert same.routing.revision == 9, "nothing to change, no revision"
+    assert store.change("a", Move(1, Event.RETIRE)).routing.revision == 10
+    assert next(task for task in store.state().tasks if task.task == "a").routing.revision == 10
+
+
+def test_a_routing_is_one_record_and_its_history_is_kept(store, stored_adapter):
+    for seed in (1, 2, 3):
+        verified(store, "a", stored_adapter(seed))
+    store.change("a", SetAlias("canary", 2), by="ada")
+    split = store.change("a", Split({1: 90, 3: 10}), by="ada").routing
+    assert (split.split, split.aliases, split.default) == ({1: 90, 3: 10}, {"canary": 2}, 1)
+    assert [v.state for v in store.task("a").versions] == [State.ROUTABLE] * 3, (
+        "who is named may be routed to"
+    )
+    promoted = store.change("a", Move(3, Event.PROMOTE), by="bob").routing
+    assert (promoted.split, promoted.previous, promoted.before) == ({3: 100}, 1, split.revision)
+    events = [(line.event, line.version, line.by, shown(line.routing)) for line in store.history("a")]
+    assert events[-4:] == [
+        ("alias", 2, "ada", {1: 100}),
+        ("split", 3, "ada", None),
+        ("split", None, "ada", {1: 90, 3: 10}),
+        ("promote", 3, "bob", {3: 100}),
+    ]
+    first = store.change("a", Rollback(), expected=promoted.revision).routing
+    assert (first.split, first.aliases, first.before) == (split.split, split.aliases, split.before)
+    assert store.change("a", Rollback()).routing.split == {1: 100}
+    assert store.task("a").routing.aliases == {"canary": 2}
+    assert store.change("a", Rollback()).routing.aliases == {}
+    before = store.dump()
+    with pytest.raises(NoRoutingBeforeError, match="no routing before"):
+        store.change("a", Rollback())
+    assert store.dump() == before
+    with pytest.raises(TaskNotFoundError):
+        store.history("b")
 
 
 def test_a_race_on_one_routing_has_one_winner(store, stored_adapter):
     for seed in range(6):
         verified(store, "a", stored_adapter(seed))
-    seen = store.task("a").routing_revision
+    seen = store.task("a").routing.revision
 
     def promote(version):
         try:
-            return version, store.apply("a", version, Event.PROMOTE, expected=seen)
+            return version, store.change("a", Move(version, Event.PROMOTE), expected=seen).routing.revision
         except RoutingChangedError:
             return None
 
     with ThreadPoolExecutor(5) as pool:
         (won,) = filter(None, pool.map(promote, range(2, 7)))
     task = store.task("a")
-    assert (task.current, task.routing_revision) == won
+    assert (task.routing.default, task.routing.revision) == won
 
 
 def test_changes_at_once_all_count(store, stored_adapter):
@@ -131,12 +172,12 @@ def test_idle_are_those_whose_files_nobody_needs(store, stored_adapter):
     store.push("b", shared)
     verified(store, "a", own)
     store.push("a", failed)
-    store.apply("a", 3, Event.PROBE_FAILED, reason="too wide")
-    store.apply("a", 2, Event.RETIRE)
-    store.apply("b", 1, Event.RETIRE)
+    store.change("a", Move(3, Event.PROBE_FAILED), reason="too wide")
+    store.change("a", Move(2, Event.RETIRE))
+    store.change("b", Move(1, Event.RETIRE))
     size = sum(file.size for file in own.files)
     assert [(i.task, i.version, i.nbytes) for i in store.idle()] == [("a", 3, size), ("a", 2, size)]
-    store.apply("a", 3, Event.DELETE)
+    store.change("a", Move(3, Event.DELETE))
     assert [(i.task, i.version) for i in store.idle()] == [("a", 2)]
     assert store.version("a", 3).reason == "too wide", "it still says why"
     assert store.digests() == {shared.digest, own.digest}
@@ -148,9 +189,11 @@ def test_all_goes_from_one_store_to_another(store, source, new_store, stored_ada
     verified(other, "a", stored_adapter(1))
     verified(other, "a", stored_adapter(2))
     other.push("b", stored_adapter(1))
-    other.apply("b", 1, Event.PROBE_FAILED, reason="no")
-    other.apply("a", 2, Event.PROMOTE)
-    other.apply("a", 1, Event.RETIRE)
+    other.change("b", Move(1, Event.PROBE_FAILED), reason="no")
+    other.change("a", Move(2, Event.PROMOTE))
+    other.change("a", Split({1: 1, 2: 2}))
+    other.change("a", Split({2: 1}))
+    other.change("a", Move(1, Event.RETIRE))
     text = other.dump().model_dump_json()
     store.load(Snapshot.model_validate_json(text))
     assert store.dump() == other.dump()
@@ -166,11 +209,11 @@ def test_all_goes_from_one_store_to_another(store, source, new_store, stored_ada
     ("of_task", "value", "said"),
     [
         (True, {"task": "../a"}, "is no task name"),
-        (True, {"current": 7}, "a has no version 7"),
+        (True, {"routing": {"split": {"7": 100}}}, "a has no version 7 that answers"),
         (True, {"versions": []}, "a has no version 1"),
         (True, {"task": "b"}, "a@1 of b is another task's"),
         (False, {"revision": 9}, "or do not end at 9"),
-        (False, {"format": 2}, "Input should be 1"),
+        (False, {"format": 3}, "Input should be 2"),
     ],
 )
 def test_what_does_not_add_up_is_no_snapshot(new_store, stored_adapter, of_task, value, said):

@@ -14,14 +14,16 @@ from hypothesis.stateful import (
 )
 
 from adapter_registry.errors import RegistryError
+from adapter_registry.planning import Move, Rollback, SetAlias, Split, TaskView, plan
 from adapter_registry.redis_store import RedisStore
-from adapter_registry.routing import TaskView, plan
+from adapter_registry.routing import Routing
 from adapter_registry.sqlite import SqliteStore
-from adapter_registry.versions import Event, State
+from adapter_registry.versions import ROUTING_EVENTS, Event, State
 
 TASKS = st.sampled_from(["a", "b"])
 VERSIONS = st.integers(1, 4)
 SEEDS = st.integers(1, 4)
+UNMOVED = {Event.PUSH, *ROUTING_EVENTS} - {Event.PROMOTE}
 WHEN = "2026-01-01T00:00:00.000+00:00"
 
 
@@ -33,43 +35,39 @@ class Model:
         self.tasks = {}
 
     def push(self, task, digest):
-        known = self.tasks.setdefault(task, {"current": None, "routing": 0, "versions": {}})
+        known = self.tasks.setdefault(task, {"routing": Routing(), "versions": {}, "history": []})
         versions = known["versions"]
         same = [n for n, v in versions.items() if v["digest"] == digest and not v["state"].over]
         if same:
-            self.apply(task, same[-1], Event.PUSH)
+            self.change(task, Move(same[-1], Event.PUSH))
             return same[-1], False
         self.revision += 1
-        line = (self.revision, "push", None, "pushed", known["current"], "")
-        versions[len(versions) + 1] = {
-            "digest": digest,
-            "state": State.PUSHED,
-            "reason": "",
-            "history": [line],
-        }
-        return len(versions), True
+        number = len(versions) + 1
+        versions[number] = {"digest": digest, "state": State.PUSHED, "reason": ""}
+        known["history"].append((self.revision, number, "push", None, "pushed", None, ""))
+        return number, True
 
-    def apply(self, task, version, event, *, force=False, expected=None, reason=""):
+    def change(self, task, wanted, *, expected=None, reason=""):
         if task not in self.tasks:
             raise RegistryError(task)
         known = self.tasks[task]
         states = {number: v["state"] for number, v in known["versions"].items()}
-        view = TaskView(task, known["current"], states, known["routing"])
-        for change in plan(view, version, event, force=force, expected=expected):
+        past = {line[0]: line[5] for line in known["history"]}.get
+        for change in plan(TaskView(task, known["routing"], states), wanted, past, expected=expected):
             self.revision += 1
-            moved = known["versions"][change.version]
-            moved["state"] = change.after
-            moved["reason"] = moved["reason"] if change.event is Event.DELETE else reason
-            told = (change.event, change.before, change.after, change.current, reason)
-            moved["history"].append((self.revision, *told))
-            known["current"] = change.current
-            if change.event in (Event.PROMOTE, Event.RETIRE):
-                known["routing"] = self.revision
+            if change.version is not None:
+                moved = known["versions"][change.version]
+                moved["state"] = change.after
+                moved["reason"] = moved["reason"] if change.event is Event.DELETE else reason
+            made = change.routing and change.routing.at(self.revision)
+            known["routing"] = made or known["routing"]
+            told = (change.version, change.event, change.before, change.after, made, reason)
+            known["history"].append((self.revision, *told))
         return known["routing"]
 
     def dump(self):
         return self.revision, {
-            task: (known["current"], known["routing"], list(known["versions"].values()))
+            task: (known["routing"], list(known["versions"].values()), known["history"])
             for task, known in self.tasks.items()
         }
 
@@ -79,18 +77,12 @@ def dumped(store):
     found = store.dump()
     return found.revision, {
         task.task: (
-            task.current,
-            task.routing_revision,
+            task.routing,
+            [{"digest": v.digest, "state": v.state, "reason": v.reason} for v in task.versions],
             [
-                {
-                    "digest": v.digest,
-                    "state": v.state,
-                    "reason": v.reason,
-                    "history": [
-                        (h.revision, h.event, h.before, h.after, h.current, h.reason) for h in v.history
-                    ],
-                }
-                for v in task.versions
+                (h.revision, h.version, h.event, h.before, h.after, h.routing, h.reason)
+                for name, h in found.lines
+                if name == task.task
             ],
         )
         for task in found.tasks
@@ -127,8 +119,13 @@ def machine(redis, stored_adapter):
             if model == "refused":
                 assert isinstance(first[0], type)
                 assert issubclass(first[0], RegistryError)
+            elif method == "change":
+                assert first.routing == model
             else:
                 assert first == model
+
+        def all_change(self, task, wanted, **more):
+            self.all_say(outcome(self.model, "change", task, wanted, **more), "change", task, wanted, **more)
 
         @rule(task=TASKS, seed=SEEDS)
         def push(self, task, seed):
@@ -138,21 +135,42 @@ def machine(redis, stored_adapter):
         @rule(
             task=TASKS,
             version=VERSIONS,
-            event=st.sampled_from([event for event in Event if event is not Event.PUSH]),
+            event=st.sampled_from([event for event in Event if event not in UNMOVED]),
             force=st.booleans(),
             reason=st.sampled_from(["", "why"]),
         )
-        def apply(self, task, version, event, force, reason):
-            arguments = (task, version, event)
-            more = {"force": force, "reason": reason}
-            self.all_say(outcome(self.model, "apply", *arguments, **more), "apply", *arguments, **more)
+        def move(self, task, version, event, force, reason):
+            self.all_change(task, Move(version, event, force), reason=reason)
+
+        @rule(task=TASKS, version=VERSIONS)
+        def verify(self, task, version):
+            self.all_change(task, Move(version, Event.PROBE_OK))
+
+        @rule(task=TASKS, weights=st.dictionaries(VERSIONS, st.integers(1, 3), min_size=1, max_size=3))
+        def split(self, task, weights):
+            self.all_change(task, Split(weights))
+
+        @rule(task=TASKS, alias=st.sampled_from(["canary", "b"]), version=st.none() | VERSIONS)
+        def alias(self, task, alias, version):
+            self.all_change(task, SetAlias(alias, version))
+
+        @rule(task=TASKS)
+        def rollback(self, task):
+            self.all_change(task, Rollback())
 
         @precondition(lambda self: self.model.tasks)
-        @rule(task=TASKS, version=VERSIONS, stale=st.integers(0, 2))
-        def promote_what_was_seen(self, task, version, stale):
-            seen = max(0, self.model.tasks.get(task, {"routing": 0})["routing"] - stale)
-            arguments, more = (task, version, Event.PROMOTE), {"expected": seen}
-            self.all_say(outcome(self.model, "apply", *arguments, **more), "apply", *arguments, **more)
+        @rule(
+            task=TASKS,
+            version=VERSIONS,
+            stale=st.integers(0, 2),
+            wanted=st.sampled_from(
+                [lambda v: Move(v, Event.PROMOTE), lambda v: Split({v: 1}), lambda _: Rollback()]
+            ),
+        )
+        def change_what_was_seen(self, task, version, stale, wanted):
+            known = self.model.tasks.get(task)
+            seen = max(0, known["routing"].revision - stale) if known else 0
+            self.all_change(task, wanted(version), expected=seen)
 
         @rule()
         def start_again(self):
@@ -165,6 +183,12 @@ def machine(redis, stored_adapter):
             assert dumped(sqlite) == dumped(other) == self.model.dump()
             for method in ("state", "idle", "digests", "revision"):
                 assert getattr(sqlite, method)() == getattr(other, method)()
+            for task, known in self.model.tasks.items():
+                assert sqlite.history(task) == other.history(task)
+                routing = known["routing"]
+                states = {number: v["state"] for number, v in known["versions"].items()}
+                assert all(states[number] is State.ROUTABLE for number in routing.named)
+                assert routing.previous is None or states[routing.previous].answers
 
         def teardown(self):
             self.close()

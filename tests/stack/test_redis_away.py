@@ -72,6 +72,6 @@ def test_requests_go_on_without_redis_and_nothing_is_lost(
         assert complete(running, "red@1") == first
         running.stack.restart("registry")
         running.stack.wait_until(lambda: answers(f"{running.registry}/ready"), 60, "the registry")
-        assert registry.task("red").current == 2
-        assert registry.promote("red", 1).current
+        assert registry.task("red").routing.default == 2
+        assert registry.promote("red", 1).routing.default == 1
         running.stack.wait_until(lambda: complete(running, "red") == first, 30, "the change")

@@ -1,0 +1,84 @@
+"""What the commands that talk to a registry share: their options, the client, what a refusal looks like."""
+
+import getpass
+import json
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from adapter_registry.api import Rerouted
+from adapter_registry.client import RegistryClient
+from adapter_registry.errors import RegistryError, RegistryUnreachableError
+from adapter_registry.names import parse_name
+
+DEFAULT_REGISTRY = "http://127.0.0.1:8001"
+
+Registry = Annotated[
+    str, typer.Option("--registry", envvar="PRAD_REGISTRY_URL", help="URL of the adapter registry.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Seen = Annotated[
+    int | None,
+    typer.Option(
+        "--if-revision",
+        min=0,
+        help="Only if the task's routing still has this revision (as show prints it): another operator may "
+        "be faster.",
+    ),
+]
+Task = Annotated[str, typer.Argument(metavar="TASK", help="The task.")]
+Version = Annotated[
+    str, typer.Argument(metavar="TASK@N", help="Task and version, e.g. support@2 or support@canary.")
+]
+
+
+@contextmanager
+def talking(url: str) -> Iterator[RegistryClient]:
+    """A client; whatever the registry refuses becomes one line on stderr and exit code 1."""
+    try:
+        with RegistryClient(url, operator=_operator()) as client:
+            yield client
+    except RegistryUnreachableError as error:
+        fail(f"{error}. Start one with: prad serve, or prad registry; or name another with --registry URL")
+    except RegistryError as error:
+        fail(error.message)
+
+
+def version_of(client: RegistryClient, name: str) -> tuple[str, int]:
+    """Task and number of `task@N` or `task@alias`."""
+    task, which = parse_name(name)
+    if which is None:
+        fail(f"which version of {task!r}? Say {task}@N; prad adapter show {task} lists them")
+    if isinstance(which, int):
+        return task, which
+    meant = client.task(task).routing.meant(which)
+    if meant is None:
+        fail(f"{task!r} has no alias {which!r}; prad adapter show {task} lists them")
+    return task, meant
+
+
+def say_pending(rerouted: Rerouted) -> None:
+    if rerouted.pending:
+        behind = ", ".join(rerouted.pending)
+        print(f"not yet at {behind}: it goes on with what it knew until it hears of this")
+
+
+def fail(message: str) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    raise typer.Exit(1)
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _operator() -> str:
+    """Who types this, for the registry's history."""
+    try:
+        return f"{getpass.getuser()}@{socket.gethostname()}"
+    except (KeyError, OSError):  # a container's user may have no name
+        return socket.gethostname()

@@ -1,0 +1,158 @@
+"""`prad adapter promote|split|alias|rollback|retire`: what a task's names mean; `events`, `status`: who
+changed it, and where it is in force."""
+
+import re
+from typing import Annotated
+
+import typer
+
+from adapter_registry.api import Rerouted
+from prad_cli.operating import (
+    DEFAULT_REGISTRY,
+    Json,
+    Registry,
+    Seen,
+    Task,
+    Version,
+    print_json,
+    say_pending,
+    talking,
+    version_of,
+)
+from prad_cli.tables import described, show_events, show_replicas
+
+_SHARE = re.compile(r"([1-9][0-9]*)=([1-9][0-9]*)")
+_SET = re.compile(r"([^=]+)=([1-9][0-9]*)")
+
+
+def promote(name: Version, seen: Seen = None, registry: Registry = DEFAULT_REGISTRY) -> None:
+    """Make a verified version what plain TASK means. The earlier one still answers to its TASK@N."""
+    with talking(registry) as client:
+        task, version = version_of(client, name)
+        rerouted = client.promote(task, version, seen=seen)
+    print(f"{task}@{version} is now what plain {task!r} means")
+    _say(rerouted)
+
+
+def split(
+    task: Task,
+    shares: Annotated[
+        list[str], typer.Argument(metavar="N=WEIGHT...", help="Versions and their weights, e.g. 1=90 2=10.")
+    ],
+    seen: Seen = None,
+    registry: Registry = DEFAULT_REGISTRY,
+) -> None:
+    """Divide requests for plain TASK between versions. The same `user` keeps its version; a larger weight
+    takes users over and gives none away."""
+    weights: dict[int, int] = {}
+    for share in shares:
+        found = _SHARE.fullmatch(share)
+        if found is None or int(found[1]) in weights:
+            raise typer.BadParameter(
+                f"{share!r}: expected each version once, with a whole number as its weight, as in 1=90 2=10; "
+                "one that is to get nothing is left out",
+                param_hint="N=WEIGHT",
+            )
+        weights[int(found[1])] = int(found[2])
+    with talking(registry) as client:
+        rerouted = client.split(task, weights, seen=seen)
+    _say(rerouted)
+
+
+def alias(
+    task: Task,
+    setting: Annotated[
+        str | None, typer.Argument(metavar="[ALIAS=N]", help="What it means, e.g. canary=2.")
+    ] = None,
+    remove: Annotated[str | None, typer.Option(help="Let this alias mean nothing any more.")] = None,
+    seen: Seen = None,
+    registry: Registry = DEFAULT_REGISTRY,
+) -> None:
+    """Let TASK@ALIAS mean a version. TASK@previous follows by itself."""
+    found = _SET.fullmatch(setting or "")
+    if (found is None) == (remove is None) or (setting is not None and found is None):
+        raise typer.BadParameter("expected an alias and a version, as in canary=2, or --remove canary")
+    with talking(registry) as client:
+        name, version = (found[1], int(found[2])) if found else (remove or "", None)
+        rerouted = client.alias(task, name, version, seen=seen)
+    if version is None:
+        print(f"{task}@{name} means nothing any more")
+    else:
+        print(f"{task}@{name} is {task}@{version} now")
+    _say(rerouted)
+
+
+def rollback(task: Task, seen: Seen = None, registry: Registry = DEFAULT_REGISTRY) -> None:
+    """Bring the routing before back, split and aliases. Once more goes one further back."""
+    with talking(registry) as client:
+        rerouted = client.rollback(task, seen=seen)
+    print("the routing before is in force again")
+    _say(rerouted)
+
+
+def retire(
+    name: Version,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force",
+            help="Also one that plain TASK or an alias means: the others in the split take over, or the "
+            "latest routable, and the alias is gone.",
+        ),
+    ] = False,
+    seen: Seen = None,
+    registry: Registry = DEFAULT_REGISTRY,
+) -> None:
+    """No new requests for a version; running ones keep it. One that is routed to needs another or --force."""
+    with talking(registry) as client:
+        task, version = version_of(client, name)
+        rerouted = client.retire(task, version, force=force, seen=seen)
+    print(f"{task}@{version} is retired; running requests keep it")
+    _say(rerouted)
+
+
+def events(
+    task: Task,
+    latest: Annotated[int, typer.Option(help="So many of the latest.", min=1, max=10_000)] = 20,
+    as_json: Json = False,
+    registry: Registry = DEFAULT_REGISTRY,
+) -> None:
+    """What happened to a task: when, who, what."""
+    with talking(registry) as client:
+        found = client.history(task, latest)
+    if as_json:
+        print_json(found.model_dump(mode="json"))
+    else:
+        show_events(found)
+
+
+def status(
+    wait: Annotated[float, typer.Option(help="Seconds to wait until all are ready.", min=0)] = 0.0,
+    as_json: Json = False,
+    registry: Registry = DEFAULT_REGISTRY,
+) -> None:
+    """The prefill services that follow the registry: announced, loading, ready, or failed and why."""
+    with talking(registry) as client:
+        revision = client.state().revision
+        found = client.replicas(revision, wait)
+    if as_json:
+        print_json({"revision": revision, **found.model_dump(mode="json")})
+    else:
+        show_replicas(revision, found)
+
+
+COMMANDS = (
+    (promote, "prad adapter promote support@2"),
+    (split, "prad adapter split support 1=90 2=10"),
+    (alias, "prad adapter alias support canary=2"),
+    (rollback, "prad adapter rollback support"),
+    (retire, "prad adapter retire support@1"),
+    (events, "prad adapter events support"),
+    (status, "prad adapter status"),
+)
+"""Each with how it is typed."""
+
+
+def _say(rerouted: Rerouted) -> None:
+    print(described(rerouted))
+    say_pending(rerouted)
