@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 COLUMNS, DEPTH = 16, 32
+_BYTES_DEPTH, _MOST_IN_BYTES = 64, 65_536
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 Precision = Literal["full", "int8"]
@@ -24,6 +25,7 @@ class LinearStruct(Structure):
     _fields_: ClassVar[list[Any]] = [
         ("panels", c_void_p),
         ("scales", c_void_p),
+        ("totals", c_void_p),
         ("bias", c_void_p),
         ("in_features", c_int64),
         ("out_features", c_int64),
@@ -38,6 +40,7 @@ class PackedLinear:
 
     panels: Tensor
     scales: Tensor | None
+    totals: Tensor | None
     bias: Tensor | None
     struct: LinearStruct
 
@@ -47,7 +50,7 @@ class PackedLinear:
 
     @property
     def nbytes(self) -> int:
-        return self.panels.nbytes + (0 if self.scales is None else self.scales.nbytes)
+        return sum(x.nbytes for x in (self.panels, self.scales, self.totals, self.bias) if x is not None)
 
     @classmethod
     def of(
@@ -60,39 +63,47 @@ class PackedLinear:
     ) -> "PackedLinear":
         """weight [out, in] in bfloat16 (in: a multiple of 32) or float32.
 
-        precision int8: weights rounded to 8 bits, one scale per output column. `paired`: the panels of the
-        first and of the second half of the columns alternate, for gate and up.
+        precision int8: weights rounded to 8 bits, one scale per output column; in is at most 65,536, so that
+        sums of products are exact in 32 bits. `paired`: the panels of the first and of the second half of the
+        columns alternate, for gate and up.
         """
         out_features, in_features = weight.shape
-        scales = None
+        scales = totals = None
         if precision == "int8":
+            assert in_features <= _MOST_IN_BYTES
             scales = (weight.float().abs().amax(dim=1) / 127).clamp_min(1e-12)
             weight = (weight.float() / scales[:, None]).round().to(torch.int8)
-        panels = _columns(weight, paired)  # [panels, 16, in]
-        if weight.dtype is torch.float32:
-            panels = panels.transpose(1, 2).contiguous()
-        else:
-            pairs = panels.view(len(panels), COLUMNS, in_features // DEPTH, DEPTH // 2, 2)
-            panels = pairs.permute(0, 2, 3, 1, 4).contiguous()
-        scales, bias = (
-            None if x is None else _columns(x.float()[:, None], paired).flatten().contiguous()
-            for x in (scales, bias)
+            totals = weight.sum(dim=1, dtype=torch.int32)
+        panels = _laid(_columns(weight, paired))
+        scales, totals, bias = (
+            None if x is None else _columns(x[:, None], paired).flatten().contiguous()
+            for x in (scales, totals, None if bias is None else bias.float())
         )
         struct = LinearStruct(
             panels.data_ptr(),
             None if scales is None else scales.data_ptr(),
+            None if totals is None else totals.data_ptr(),
             None if bias is None else bias.data_ptr(),
             in_features,
             out_features,
             _KINDS[panels.dtype],
             paired,
         )
-        return cls(panels, scales, bias, struct)
+        return cls(panels, scales, totals, bias, struct)
 
 
 def fits(weights: Sequence[Tensor]) -> bool:
     """Whether the kernels can take these weights [out, in]."""
     return all(w.dtype is torch.float32 or w.shape[1] % DEPTH == 0 for w in weights)
+
+
+def _laid(panels: Tensor) -> Tensor:
+    """panels [n, 16, in] as linear.h reads them: as many inputs as 32 bits hold beside each other, column by
+    column."""
+    beside = 4 // panels.element_size()
+    if beside == 4:
+        panels = pad(panels, (0, -panels.shape[2] % _BYTES_DEPTH))
+    return panels.view(len(panels), COLUMNS, -1, beside).transpose(1, 2).contiguous()
 
 
 def _columns(rows: Tensor, paired: bool) -> Tensor:
