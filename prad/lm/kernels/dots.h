@@ -13,7 +13,7 @@
 #include "vec.h"
 
 namespace dots {
-constexpr int kPanels = 4, kFew = 4;
+constexpr int kPanels = 4, kFew = 8;
 constexpr int64_t most_rows(int panels) { return panels <= 2 ? 12 : 6; }
 // How many panels stand side by side: the fewer, the more rows fit, and each panel is read once.
 constexpr int panels_at_once(int64_t rows) { return rows > most_rows(4) && rows <= most_rows(2) ? 2 : 4; }

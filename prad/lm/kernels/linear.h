@@ -2,7 +2,7 @@
 //   float     [in][16]
 //   bfloat16  [in / 32][16 pairs][16 columns][2]: 1 KiB tiles that AMX loads as they are
 //   int8      [in / 64][16 quads][16 columns][4], with zeros behind the inputs: the same; one scale per column
-// Rows in bfloat16 are rounded for int8 weights (bytes.h).
+// Rows in bfloat16 are turned and rounded for int8 weights (bytes.h).
 // Small batches read each panel once from memory, which is all that counts there; large ones are blocked.
 #pragma once
 #include <algorithm>
@@ -24,7 +24,7 @@ enum class Out : int32_t {
 struct Linear {
   const void* panels;
   const float* scales;     // int8 only: of the columns
-  const int32_t* totals;   // int8 only: the sums of the columns' weights
+  const int32_t* offsets;  // int8 only: what the columns' sums are too large by
   const float* bias;       // or null; all in the order of the panels' columns
   int64_t in, out;         // out: valid columns
   int32_t weights, paired;
@@ -86,7 +86,7 @@ struct Sink {
     int64_t first;
     int valid;
     v16 scale, bias;
-    i16x totals;
+    i16x offsets;
   };
 
   Columns columns_of(int64_t panel) const {
@@ -95,12 +95,12 @@ struct Sink {
     if (w.paired && mode != Out::gated && panel % 2) first += limit;  // the second half of the result
     return {first, valid, w.scales ? load(w.scales + panel * kColumns) : splat(1),
             w.bias ? load(w.bias + panel * kColumns) : splat(0),
-            w.totals ? *reinterpret_cast<const i16x*>(w.totals + panel * kColumns) : i16x{}};
+            w.offsets ? *reinterpret_cast<const i16x*>(w.offsets + panel * kColumns) : i16x{}};
   }
 
   v16 finished(const float* c, const Columns& of, int64_t) const { return load(c) + of.bias; }
   v16 finished(const int32_t* c, const Columns& of, int64_t row) const {
-    i16x sum = *reinterpret_cast<const i16x*>(c) - rounded.zeros[row] * of.totals;
+    i16x sum = *reinterpret_cast<const i16x*>(c) - of.offsets;
     return __builtin_convertvector(sum, v16) * (rounded.scales[row] * of.scale) + of.bias;
   }
 
@@ -237,7 +237,7 @@ void linear(Pool& pool, const LinearCall& call, int64_t rows) {
   Sink<T> sink{w, static_cast<Out>(call.mode), static_cast<Activation>(call.act), call.out, call.out_stride, {}};
   if constexpr (sizeof(T) == 2) {
     if (static_cast<Weights>(w.weights) == Weights::int8) {
-      const int64_t depth = (w.in + 63) / 64 * 64;
+      const int64_t depth = (w.in + kTurned - 1) / kTurned * kTurned;
       sink.rounded = round_rows(pool, x, call.x_stride, rows, w.in, depth);
       return linear(pool, Panels<int8_t>(w, depth), sink.rounded.x, rows, depth, sink);
     }
