@@ -1,6 +1,5 @@
-"""Layers of 8-bit weights: the same integers by any CPU's instructions, and what becomes of numbers at the edges."""
+"""Layers of 8-bit weights: the same integers by any CPU's instructions, and numbers at the edges."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +21,7 @@ Floats = NDArray[np.float32]
 
 
 def turned(x: Floats) -> Floats:
-    """[n, in] times the Hadamard matrix of every 64, with zeros behind the inputs; sums as the kernels make them."""
+    """[n, in] times the Hadamard matrix of every 64, with zeros behind the inputs; summed as the kernels do."""
     x = np.pad(x, ((0, 0), (0, -x.shape[1] % 64)))
     for distance in (1, 2, 4, 8, 16, 32):
         pairs = x.reshape(len(x), -1, 2, distance)
@@ -57,15 +56,9 @@ def kernels_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Kern
         compiler = tmp_path_factory.mktemp(kind) / "cxx"
         compiler.write_text(f'#!/bin/sh\nexec g++ "$@" -march={kind}\n', encoding="utf-8")
         compiler.chmod(0o755)
-        before = os.environ.get("CXX")
-        os.environ["CXX"] = str(compiler)
-        try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("CXX", str(compiler))
             return Kernels(built(CACHE / kind), 2)
-        finally:
-            if before is None:
-                del os.environ["CXX"]
-            else:
-                os.environ["CXX"] = before
 
     return build
 
