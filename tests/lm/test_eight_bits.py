@@ -21,7 +21,7 @@ Floats = NDArray[np.float32]
 
 
 def turned(x: Floats) -> Floats:
-    """[n, in] times the Hadamard matrix of every 64, with zeros behind the inputs; summed as the kernels do."""
+    """[n, in] times the Hadamard matrix of every 64, zeros behind the inputs; summed as the kernels do."""
     x = np.pad(x, ((0, 0), (0, -x.shape[1] % 64)))
     for distance in (1, 2, 4, 8, 16, 32):
         pairs = x.reshape(len(x), -1, 2, distance)
