@@ -3,7 +3,9 @@
 Prompts are texts of examples/, cut into 64 tokens of prompt and 32 that follow. The tokens that follow are
 fed as they are written. The prompt's keys and values are the exact model's, as they come from the prefill
 service, or what int8 leaves of them; the tokens behind them are computed by the exact model, or with rounded
-weights.
+weights and rows.
+
+`schemes`: ways to round the linear layers, of prompts too, in float32 (bench/rounded_linears.py).
 """
 
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from torch import Tensor
 from bench.flags import Rounding
 from bench.model import load, model_folder
 from bench.record import ROOT
+from bench.rounded_linears import SCHEMES, rounded_linears
 from kvtransfer.int8 import dequantise, quantise
 from prad.lm import LanguageModel, ModelError, PackedBatch, Tokenizer
 from prad.lm.attention import Ragged
@@ -73,7 +76,7 @@ def run(arguments: Rounding) -> dict[str, Any]:
         coded = [(_through_int8(key), _through_int8(value)) for key, value in layers]
         changed = {
             "KV on the wire": logits(model, coded),
-            "decode's weights": logits(rounded, layers),
+            "decode's weights and rows": logits(rounded, layers),
             "both": logits(rounded, coded),
         }
     return {
@@ -83,7 +86,23 @@ def run(arguments: Rounding) -> dict[str, Any]:
         "rows": [
             {"rounded": what} | _effect(exact, other, batch, following) for what, other in changed.items()
         ],
+        "schemes": _schemes(load(arguments, dtype=torch.float32, choice="torch"), texts, following),
     }
+
+
+@torch.inference_mode()
+def _schemes(model: LanguageModel, texts: list[list[int]], following: Tensor) -> list[dict[str, Any]]:
+    batch = PackedBatch.of_sequences(texts, logit_rows=following.nonzero().flatten().tolist())
+    exact = model.forward(batch)
+    rows: list[dict[str, Any]] = []
+    for what, scheme in SCHEMES.items():
+        with rounded_linears(model.module, scheme):
+            changed = model.forward(batch)
+        right, found = (logits.log_softmax(-1) for logits in (exact, changed))
+        divergence = (right.exp() * (right - found)).sum(-1).mean()
+        effect = _effect(exact, changed, batch, following)
+        rows.append({"rounded": what, "divergence": round(float(divergence), 4)} | effect)
+    return rows
 
 
 def _effect(exact: Tensor, changed: Tensor, batch: PackedBatch, following: Tensor) -> dict[str, float]:

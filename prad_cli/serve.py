@@ -67,7 +67,7 @@ def serve_command(
     weights: Annotated[
         Literal["full", "int8"] | None,
         typer.Option(
-            help="int8: decode's linear layers rounded to 8 bits, faster for few sequences. If left out: "
+            help="int8: decode's linear layers in 8 bits, faster and not exact. If left out: "
             "PRAD_DECODE_WEIGHTS, or full."
         ),
     ] = None,

@@ -1,12 +1,13 @@
 """From transformers' modules to the fused model, once, when a model is loaded: weights packed, sizes read."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from prad.lm.fused import FusedModel, Layer, Norm, Shape
-from prad.lm.kernels import Activation, Kernels, PackedLinear, Precision, fits
+from prad.lm.kernels import Activation, HugePages, Kernels, PackedLinear, Precision, fits
 
 _ACTIVATIONS = {
     "silu": Activation.SILU,
@@ -26,12 +27,29 @@ def fuse(module: Any, kernels: Kernels, precision: Precision) -> FusedModel | No
         return None
     if module.dtype not in ((torch.bfloat16,) if precision == "int8" else (torch.bfloat16, torch.float32)):
         return None
-    if not fits([p.T if _is_conv(m) else p for m, p in _linear_weights(module)]):
+    if not fits([p.T if _is_conv(m) else p for m, p in _linear_weights(module)], precision):
         return None
-    return family(module, kernels, precision)
+    return family(module, kernels, _Packing(precision, HugePages()))
 
 
-def _llama(module: Any, kernels: Kernels, precision: Precision) -> FusedModel | None:
+@dataclass(frozen=True, slots=True)
+class _Packing:
+    precision: Precision
+    memory: HugePages
+
+    def of(self, modules: list[Any], paired: bool = False) -> PackedLinear:
+        """Several projections of the same input as one."""
+        weights = [m.weight.T if _is_conv(m) else m.weight for m in modules]
+        biases = [
+            w.new_zeros(len(w)) if m.bias is None else m.bias for m, w in zip(modules, weights, strict=True)
+        ]
+        bias = None if all(m.bias is None for m in modules) else torch.cat(biases)
+        return PackedLinear.of(
+            torch.cat(weights), bias, precision=self.precision, paired=paired, memory=self.memory
+        )
+
+
+def _llama(module: Any, kernels: Kernels, packing: _Packing) -> FusedModel | None:
     config, model = module.config, module.model
     head_dim = model.layers[0].self_attn.head_dim
     rope = getattr(config, "rope_parameters", None) or {}
@@ -49,11 +67,11 @@ def _llama(module: Any, kernels: Kernels, precision: Precision) -> FusedModel | 
             window = config.sliding_window
         return Layer(
             Norm.of(block.input_layernorm),
-            _packed([attention.q_proj, attention.k_proj, attention.v_proj], precision),
-            _packed([attention.o_proj], precision),
+            packing.of([attention.q_proj, attention.k_proj, attention.v_proj]),
+            packing.of([attention.o_proj]),
             Norm.of(block.post_attention_layernorm),
-            _packed([ffn.gate_proj, ffn.up_proj], precision, paired=True),
-            _packed([ffn.down_proj], precision),
+            packing.of([ffn.gate_proj, ffn.up_proj], paired=True),
+            packing.of([ffn.down_proj]),
             (Norm.of(attention.q_norm), Norm.of(attention.k_norm)) if normed else None,
             attention.scaling,
             window,
@@ -74,13 +92,13 @@ def _llama(module: Any, kernels: Kernels, precision: Precision) -> FusedModel | 
         model.rotary_emb,
         tuple(map(layer, range(config.num_hidden_layers))),
         Norm.of(model.norm),
-        _packed([module.lm_head], precision),
+        packing.of([module.lm_head]),
         kernels,
-        precision,
+        packing.precision,
     )
 
 
-def _gpt2(module: Any, kernels: Kernels, precision: Precision) -> FusedModel | None:
+def _gpt2(module: Any, kernels: Kernels, packing: _Packing) -> FusedModel | None:
     config, model = module.config, module.transformer
     if config.activation_function not in _ACTIVATIONS or config.add_cross_attention:
         return None
@@ -88,11 +106,11 @@ def _gpt2(module: Any, kernels: Kernels, precision: Precision) -> FusedModel | N
     def layer(block: Any) -> Layer:
         return Layer(
             Norm.of(block.ln_1),
-            _packed([block.attn.c_attn], precision),
-            _packed([block.attn.c_proj], precision),
+            packing.of([block.attn.c_attn]),
+            packing.of([block.attn.c_proj]),
             Norm.of(block.ln_2),
-            _packed([block.mlp.c_fc], precision),
-            _packed([block.mlp.c_proj], precision),
+            packing.of([block.mlp.c_fc]),
+            packing.of([block.mlp.c_proj]),
             None,
             block.attn.scaling,
             None,
@@ -109,22 +127,10 @@ def _gpt2(module: Any, kernels: Kernels, precision: Precision) -> FusedModel | N
         None,
         tuple(map(layer, model.h)),
         Norm.of(model.ln_f),
-        _packed([module.lm_head], precision),
+        packing.of([module.lm_head]),
         kernels,
-        precision,
+        packing.precision,
     )
-
-
-def _packed(modules: list[Any], precision: Precision, paired: bool = False) -> PackedLinear:
-    """Several projections of the same input as one."""
-    weights = [m.weight.T if _is_conv(m) else m.weight for m in modules]
-    biases = [m.bias for m in modules if m.bias is not None]
-    bias = None
-    if biases:
-        bias = torch.cat(
-            [w.new_zeros(len(w)) if m.bias is None else m.bias for m, w in zip(modules, weights, strict=True)]
-        )
-    return PackedLinear.of(torch.cat(weights), bias, precision=precision, paired=paired)
 
 
 def _is_conv(module: Any) -> bool:

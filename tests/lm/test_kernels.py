@@ -1,115 +1,24 @@
-"""Every kernel against the same computation written out in torch, around the edges of tiles and blocks."""
+"""The kernels for rows and for adapters against the same written out in torch; how the kernels are built."""
 
 import os
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
+from near import ACTIVATIONS, DTYPES, assert_near, some
 from torch import Tensor
-from torch.nn.functional import gelu, layer_norm, relu, silu
+from torch.nn.functional import layer_norm, relu
 
-from prad.core.kv import KVLayout, LayerKV
-from prad.lm.attention import causal_attention, prompt_spans
-from prad.lm.kernels import (
-    Activation,
-    BuildError,
-    Kernels,
-    LowRankSpan,
-    Out,
-    PackedLinear,
-    PagedView,
-    Precision,
-    load_kernels,
-)
+from prad.lm.kernels import Activation, BuildError, Kernels, LowRankSpan, PagedView, load_kernels
 from prad.lm.kernels.build import built
-from prad.lm.kv import Pools, dtype_name
-from tests.conftest import CACHE
 
-ROWS = (1, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 100, 257)
-SIZES = ((48, 64), (50, 96), (96, 32), (720, 160))  # columns: whole panels or not, an odd number of them
-DTYPES = {torch.float32: 1e-5, torch.bfloat16: 8e-3}  # tolerance, of the largest result
 MIXED = [  # matrices; whether value, and source, are float32 beside them
     (torch.float32, False, False),
     (torch.bfloat16, False, False),
     (torch.bfloat16, True, False),
     (torch.bfloat16, True, True),
 ]
-ACTIVATIONS = {
-    Activation.NONE: lambda x: x,
-    Activation.SILU: silu,
-    Activation.GELU_TANH: lambda x: gelu(x, approximate="tanh"),
-    Activation.RELU: relu,
-}
-
-
-def assert_near(ours: Tensor, expected: Tensor, tolerance: float) -> None:
-    torch.testing.assert_close(
-        ours.float(), expected.float(), rtol=0, atol=tolerance * float(expected.abs().max())
-    )
-
-
-def some(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("columns", "depth"), SIZES)
-@pytest.mark.parametrize("rows", ROWS)
-def test_linear(kernels: Kernels, dtype: torch.dtype, columns: int, depth: int, rows: int) -> None:
-    x, weight, bias = some(rows, depth, dtype=dtype), some(columns, depth, dtype=dtype, seed=1), some(columns)
-    expected = x.float() @ weight.float().T + bias
-    packed = PackedLinear.of(weight, bias)
-    out = torch.full((rows + 1, columns), 7.0, dtype=dtype)
-    kernels.linear(packed, x, out[:rows], Out.STORE)
-    assert_near(out[:rows], expected, DTYPES[dtype])
-    assert (out[rows] == 7).all(), "a row beyond the batch was written"
-    summed = some(rows, columns, seed=2)
-    before = summed.clone()
-    kernels.linear(packed, x, summed, Out.ADD)
-    assert_near(summed, before + expected, 1e-5)  # products of bfloat16 are exact in float32
-    wide = torch.full((rows + 1, columns), 7.0)
-    kernels.linear(packed, x, wide[:rows], Out.WIDE)
-    assert_near(wide[:rows], expected, 1e-5)
-    assert (wide[rows] == 7).all(), "a row beyond the batch was written"
-
-
-@pytest.mark.parametrize("precision", ["full", "int8"])
-@pytest.mark.parametrize("depth", [96, 4128])  # more inputs than are taken at once, too
-def test_a_row_has_the_same_products_alone_and_in_any_batch(
-    kernels: Kernels, depth: int, precision: Precision
-) -> None:
-    """Bit for bit: what is drawn must not depend on who else is served."""
-    x, weight = some(300, depth, dtype=torch.bfloat16), some(336, depth, dtype=torch.bfloat16, seed=1)
-    packed = PackedLinear.of(weight, precision=precision)
-    alone = torch.cat([_wide(kernels, packed, row[None]) for row in x])
-    for rows in (*range(2, 28), *ROWS[4:]):
-        assert torch.equal(_wide(kernels, packed, x[:rows]), alone[:rows]), rows
-        assert torch.equal(_wide(kernels, packed, x[-rows:]), alone[-rows:]), rows
-
-
-def _wide(kernels: Kernels, packed: PackedLinear, x: Tensor) -> Tensor:
-    out = torch.empty(len(x), packed.out_features)
-    kernels.linear(packed, x, out, Out.WIDE)
-    return out
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("activation", Activation)
-@pytest.mark.parametrize("rows", [3, 32, 65])
-def test_gated_linear(kernels: Kernels, dtype: torch.dtype, activation: Activation, rows: int) -> None:
-    x, weight, bias = some(rows, 64, dtype=dtype), some(2 * 40, 64, dtype=dtype, seed=1), some(80)
-    gate, up = (x.float() @ weight.float().T + bias).chunk(2, dim=1)
-    packed = PackedLinear.of(weight, bias, paired=True)
-    both = torch.empty(rows, 80, dtype=dtype)
-    kernels.linear(packed, x, both, Out.STORE)
-    assert_near(both, torch.cat((gate, up), dim=1), DTYPES[dtype])
-    if activation is not Activation.NONE:
-        inner = torch.empty(rows, 40, dtype=dtype)
-        kernels.linear(packed, x, inner, Out.GATED, activation)
-        assert_near(inner, ACTIVATIONS[activation](gate) * up, DTYPES[dtype])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -145,20 +54,6 @@ def test_rows_are_scaled_by_their_own_vectors(kernels: Kernels, dtype: torch.dty
     assert_near(whole, expected, DTYPES[dtype])
     kernels.scale(wide[:, 2 : 2 + width], site, layer, view, dtype)
     assert_near(wide, expected, DTYPES[torch.float32])
-
-
-@pytest.mark.parametrize("rows", ROWS)
-def test_linear_with_eight_bits(kernels: Kernels, rows: int) -> None:
-    x, weight = some(rows, 96, dtype=torch.bfloat16), some(80, 96, dtype=torch.bfloat16, seed=1)
-    scale = weight.float().abs().amax(dim=1, keepdim=True) / 127
-    rounded = (weight.float() / scale).round() * scale
-    out = torch.zeros(rows, 80)
-    kernels.linear(PackedLinear.of(weight, precision="int8"), x, out, Out.ADD)
-    assert_near(out, x.float() @ rounded.T, 1e-5)
-    assert not torch.allclose(out, x.float() @ weight.float().T, atol=1e-3), "nothing was rounded"
-    wide = torch.empty(rows, 80)
-    kernels.linear(PackedLinear.of(weight, precision="int8"), x, wide, Out.WIDE)
-    assert torch.equal(wide, out), "added to zeros is not what is written"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -282,177 +177,6 @@ def test_mean(kernels: Kernels, dtype: torch.dtype, width: int) -> None:
 
 def relu_or_not(x: Tensor, wanted: bool) -> Tensor:
     return relu(x) if wanted else x
-
-
-LENGTHS = (1, 2, 15, 16, 17, 31, 32, 33, 100)
-
-
-PROMPTS = (1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 130, 600)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("window", [None, 5, 40, 256])
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "key_dim", "value_dim"),
-    [(6, 2, 64, 64), (2, 1, 128, 128), (4, 4, 16, 16), (6, 2, 24, 12), (2, 1, 5, 7)],
-)
-@pytest.mark.parametrize("going_on", [False, True])
-def test_prompt_attention(
-    kernels: Kernels,
-    dtype: torch.dtype,
-    window: int | None,
-    heads: int,
-    kv_heads: int,
-    key_dim: int,
-    value_dim: int,
-    going_on: bool,
-) -> None:
-    """Equals each sequence's attention alone in float64, some of them behind tokens that lie in pools."""
-    shapes = ((heads, key_dim), (kv_heads, key_dim), (kv_heads, value_dim))
-    query, key, value = (some(sum(PROMPTS), *shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes))
-    pools = (
-        some(900, kv_heads, key_dim, dtype=dtype, seed=3),
-        some(900, kv_heads, value_dim, dtype=dtype, seed=4),
-    )
-    places = torch.randperm(900, generator=torch.Generator().manual_seed(0))
-    contexts = {i: places[: 41 * i + 1] for i in range(0, len(PROMPTS), 2)} if going_on else {}
-    spans = prompt_spans(PROMPTS, contexts)  # not `causal_attention`, which leaves some to torch
-    found = kernels.prompt_attention(query, key, value, spans, pools, 0.3, window)
-    parts = zip(*(x.double().split(PROMPTS) for x in (query, key, value)), strict=True)
-    for i, ((q, k, v), ours) in enumerate(zip(parts, found.split(PROMPTS), strict=True)):
-        if i in contexts:
-            k, v = (torch.cat((pool.double()[contexts[i]], x)) for pool, x in zip(pools, (k, v), strict=True))
-        assert_near(ours, one_sequence(q, k, v, 0.3, window), 2 * DTYPES[dtype])
-
-
-def one_sequence(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
-    """The last queries of a sequence over all its keys, written out."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    at, query_at = torch.arange(len(key)), torch.arange(len(key) - len(query), len(key))[:, None]
-    seen = (at <= query_at) & (at > query_at - (window or len(key)))
-    scores = torch.einsum("qhd,khd->hqk", query, key) * scale
-    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(dim=-1), value)
-
-
-def test_prompts_of_others_stay_theirs(kernels: Kernels) -> None:
-    """NaN of a neighbour, on either side, reach nobody else."""
-    lengths = (20, 33, 40)
-    states = [some(sum(lengths), n, 32, seed=n) for n in (4, 2, 2)]
-    attention = causal_attention(lengths, kernels=kernels)
-    before = attention.attend(states[0], states[1], states[2], 0.5, None)
-    for x in states:
-        x[:20] = x[53:] = torch.nan
-    after = attention.attend(states[0], states[1], states[2], 0.5, None)
-    assert torch.equal(after[20:53], before[20:53])
-    assert after[:20].isnan().all()
-
-
-@pytest.mark.parametrize("fast", [False, True])
-def test_torch_computes_what_does_not_suit_the_kernels(
-    kernels: Kernels, monkeypatch: pytest.MonkeyPatch, fast: bool
-) -> None:
-    """bfloat16 on a CPU that does not multiply it, and what wants a gradient; the results agree."""
-    monkeypatch.setattr(kernels, "multiplies_bf16", fast)
-    monkeypatch.setattr(kernels, "prompt_attention", None if not fast else kernels.prompt_attention)
-    states = [some(sum(PROMPTS), n, 32, dtype=torch.bfloat16, seed=n) for n in (4, 2, 2)]
-    pools = some(300, 2, 32, dtype=torch.bfloat16, seed=5), some(300, 2, 32, dtype=torch.bfloat16, seed=6)
-    contexts = {3: torch.arange(40, 90), 12: torch.arange(200)}
-    found, expected = (
-        causal_attention(PROMPTS, contexts=contexts, kernels=own).attend(
-            states[0], states[1], states[2], 0.5, None, pools
-        )
-        for own in (kernels, None)
-    )
-    assert_near(found, expected, 4 * DTYPES[torch.bfloat16])
-    states[0].requires_grad_()
-    out = causal_attention(PROMPTS, kernels=kernels).attend(states[0], states[1], states[2], 0.5, None)
-    assert out.requires_grad
-
-
-@pytest.mark.parametrize("threads", [1, 5])
-def test_prompt_attention_with_any_number_of_threads(kernels: Kernels, threads: int) -> None:
-    states = [some(sum(PROMPTS), n, 32, seed=n) for n in (4, 2, 2)]
-    results = [
-        causal_attention(PROMPTS, kernels=own).attend(states[0], states[1], states[2], 0.5, None)
-        for own in (kernels, Kernels(built(CACHE), threads))
-    ]
-    assert torch.equal(*results)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("window", [None, 5, 16, 40])
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "key_dim", "value_dim"),
-    [(9, 3, 64, 64), (8, 2, 128, 128), (4, 4, 16, 16), (8, 1, 8, 8), (10, 2, 80, 80), (6, 2, 24, 12)],
-)
-@pytest.mark.parametrize("block_size", [16, 5])
-def test_paged_attention(
-    kernels: Kernels,
-    dtype: torch.dtype,
-    window: int | None,
-    heads: int,
-    kv_heads: int,
-    key_dim: int,
-    value_dim: int,
-    block_size: int,
-) -> None:
-    """Equals torch's gathered attention, whatever lies in the rest of the blocks."""
-    layout = KVLayout((LayerKV(kv_heads, key_dim, value_dim),), dtype_name(dtype))
-    blocks = iter(torch.randperm(200, generator=torch.Generator().manual_seed(0)).tolist())
-    batch: list[Any] = [
-        SimpleNamespace(blocks=[next(blocks) for _ in range(n // block_size + 1)], kv_len=n - 1)
-        for n in LENGTHS
-    ]
-    results = []
-    for own in (None, kernels):
-        pools = Pools(layout, 200, block_size, "cpu", own)
-        pools.keys[0].copy_(some(*pools.keys[0].shape, seed=1))
-        pools.values[0].copy_(some(*pools.values[0].shape, seed=2))
-        if own is not None:
-            _spoil_what_is_not_written(pools, batch)
-        step = pools.step(batch)
-        query, key, value = (
-            some(len(batch), n, dim, dtype=dtype, seed=seed)
-            for seed, (n, dim) in enumerate(((heads, key_dim), (kv_heads, key_dim), (kv_heads, value_dim)))
-        )
-        results.append(step.attend(0, query, key, value, 0.3, window))
-    assert_near(results[1], results[0], 4 * DTYPES[dtype])
-
-
-def _spoil_what_is_not_written(pools: Pools, batch: list[Any]) -> None:
-    written = torch.zeros(pools.keys[0].shape[:2], dtype=torch.bool)
-    for sequence in batch:
-        for token in range(sequence.kv_len):
-            written[sequence.blocks[token // pools.block_size], token % pools.block_size] = True
-    for pool in (pools.keys[0], pools.values[0]):
-        pool[~written] = float("nan")
-
-
-def test_one_thread_equals_two(kernels: Kernels, tmp_path: Path) -> None:
-    x, packed = some(70, 64), PackedLinear.of(some(480, 64, seed=1))
-    results = []
-    for threads in (1, 2, 3):
-        out = torch.empty(70, 480)
-        Kernels(built(CACHE), threads).linear(packed, x, out, Out.STORE)
-        results.append(out)
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
-
-
-@pytest.mark.parametrize("threads", [1, 2, 5])
-def test_attention_with_any_number_of_threads(threads: int) -> None:
-    """A thread takes a sequence, or a head of one where there are few."""
-    layout = KVLayout((LayerKV(2, 32, 32),), "float32")
-    batch: list[Any] = [SimpleNamespace(blocks=[i], kv_len=i) for i in range(12)]
-    results = []
-    for own in (None, Kernels(built(CACHE), threads)):
-        pools = Pools(layout, 12, 16, "cpu", own)
-        pools.keys[0].copy_(some(*pools.keys[0].shape, seed=1))
-        pools.values[0].copy_(some(*pools.values[0].shape, seed=2))
-        query, key, value = (some(12, n, 32, seed=n) for n in (6, 2, 2))
-        results.append(pools.step(batch).attend(0, query, key, value, 0.3, None))
-    assert_near(results[1], results[0], 1e-5)
 
 
 def test_without_a_compiler_torch_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from prad.lm.kernels.build import DEFAULT_KEPT_BYTES, BuildError, built
 from prad.lm.kernels.calls import Calls, Kernels, Recording
+from prad.lm.kernels.memory import HugePages
 from prad.lm.kernels.structs import (
     Activation,
     Kind,
@@ -51,6 +52,7 @@ __all__ = [
     "BuildError",
     "Calls",
     "Choice",
+    "HugePages",
     "Kernels",
     "Kind",
     "LowRankSpan",

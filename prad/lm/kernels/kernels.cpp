@@ -18,28 +18,11 @@ struct Call {
 };
 
 namespace {
-template <class T, class W>
-void run_linear(Pool& pool, const LinearCall& c, int64_t rows) {
-  Sink<T> sink{*c.weights, static_cast<Out>(c.mode), static_cast<Activation>(c.act), c.out, c.out_stride};
-  linear<T, W>(pool, *c.weights, static_cast<const T*>(c.x), rows, c.x_stride, sink);
-}
-
-void run_linear(Pool& pool, const LinearCall& c, int64_t rows) {
-  switch (static_cast<Weights>(c.weights->weights)) {
-    case Weights::f32:
-      return run_linear<float, float>(pool, c, rows);
-    case Weights::bf16:
-      return run_linear<bf16, bf16>(pool, c, rows);
-    case Weights::int8:
-      return run_linear<bf16, int8_t>(pool, c, rows);
-  }
-}
-
 template <class T>
 void run(Pool& pool, Kind kind, const void* arguments, int64_t rows, const PagedView* view) {
   switch (kind) {
     case Kind::linear:
-      return run_linear(pool, *static_cast<const LinearCall*>(arguments), rows);
+      return linear<T>(pool, *static_cast<const LinearCall*>(arguments), rows);
     case Kind::norm:
       return norm<T>(pool, *static_cast<const NormCall*>(arguments), rows);
     case Kind::rotate:

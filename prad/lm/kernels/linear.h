@@ -1,20 +1,17 @@
 // y = x W^T over packed weights. One panel holds 16 output columns:
 //   float     [in][16]
 //   bfloat16  [in / 32][16 pairs][16 columns][2]: 1 KiB tiles that AMX loads as they are
-//   int8      the same order, 512 bytes a tile, and one scale per column
+//   int8      [in / 64][16 quads][16 columns][4], with zeros behind the inputs: the same; one scale per column
+// Rows in bfloat16 are turned and rounded for int8 weights (bytes.h).
 // Small batches read each panel once from memory, which is all that counts there; large ones are blocked.
 #pragma once
 #include <algorithm>
 #include <type_traits>
 
-#include "dots.h"
+#include "bytes.h"
 #include "pool.h"
+#include "products.h"
 #include "vec.h"
-#ifdef __AMX_BF16__
-#include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 
 enum class Weights : int32_t { f32 = 0, bf16 = 1, int8 = 2 };
 enum class Out : int32_t {
@@ -26,9 +23,10 @@ enum class Out : int32_t {
 
 struct Linear {
   const void* panels;
-  const float* scales;  // int8 only
-  const float* bias;    // or null; in the order of the panels' columns
-  int64_t in, out;      // out: valid columns
+  const float* scales;     // int8 only: of the columns
+  const int32_t* offsets;  // int8 only: what the columns' sums are too large by
+  const float* bias;       // or null; all in the order of the panels' columns
+  int64_t in, out;         // out: valid columns
   int32_t weights, paired;
 };
 
@@ -40,239 +38,20 @@ struct LinearCall {
   int32_t mode, act;
 };
 
-constexpr int kColumns = 16, kDepth = 32, kRows = 64;
-constexpr int kAhead = 8;  // tiles
+constexpr int kDepth = 32, kRows = 64;
 
-inline int64_t panel_elements(const Linear& w) { return w.in * kColumns; }
-
-// ---- up to 64 rows by one panel into c[rows][16], or added to it; `width` from row to row of c
-
-template <bool kAdd = false>
-void multiply_plain(const float* x, int64_t stride, int rows, const float* panel, int64_t in, float* c,
-                    int64_t width = kColumns) {
-  for (int first = 0; first < rows; first += 8) {
-    int count = std::min(8, rows - first);
-    v16 acc[8] = {};
-    for (int r = 0; kAdd && r < count; r++) acc[r] = load(c + (first + r) * width);
-    for (int64_t k = 0; k < in; k++) {
-      v16 w = load(panel + k * kColumns);
-      for (int r = 0; r < count; r++) acc[r] += x[(first + r) * stride + k] * w;
-    }
-    for (int r = 0; r < count; r++) store(c + (first + r) * width, acc[r]);
-  }
-}
-
-inline void pair(const bf16* at, v16& even, v16& odd) {
-  u16x both = *reinterpret_cast<const u16x*>(at);
-  u16x low = both << 16, high = both & 0xffff0000u;
-  even = (v16)low;
-  odd = (v16)high;
-}
-inline void pair(const int8_t* at, v16& even, v16& odd) {
-  i16x both = __builtin_convertvector(*reinterpret_cast<const h16x*>(at), i16x);
-  even = __builtin_convertvector((both << 24) >> 24, v16);
-  odd = __builtin_convertvector((both << 16) >> 24, v16);
-}
-
-template <bool kAdd = false, class W>
-void multiply_plain(const bf16* x, int64_t stride, int rows, const W* panel, int64_t in, float* c,
-                    int64_t width = kColumns) {
-  for (int first = 0; first < rows; first += 8) {
-    int count = std::min(8, rows - first);
-    v16 acc[8] = {};
-    for (int r = 0; kAdd && r < count; r++) acc[r] = load(c + (first + r) * width);
-    for (int64_t k = 0; k < in; k += 2) {
-      v16 even, odd;
-      pair(panel + k * kColumns, even, odd);
-      for (int r = 0; r < count; r++) {
-        const bf16* at = x + (first + r) * stride + k;
-        acc[r] += to_float(at[0]) * even + to_float(at[1]) * odd;
-      }
-    }
-    for (int r = 0; r < count; r++) store(c + (first + r) * width, acc[r]);
-  }
-}
-
-#ifdef __AMX_BF16__
-inline bool allow_amx() {  // Linux gives the tiles' registers to whoever asks
-  static const bool allowed = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
-  return allowed;
-}
-
-// GCC does not know that tile loads read memory: what is stored above stays above.
-inline void after_stores() { asm volatile("" ::: "memory"); }
-
-// Tiles 0-3 hold results, 4 and 5 rows (5 the last, maybe shorter, ones), 6 and 7 weights.
-inline void configure_tiles(int row_tiles, int last_rows) {
-  alignas(64) struct {
-    uint8_t palette = 1, start = 0, reserved[14] = {};
-    uint16_t bytes[16] = {};
-    uint8_t rows[16] = {};
-  } config;
-  for (int tile = 0; tile < 8; tile++) {
-    config.bytes[tile] = 64;
-    config.rows[tile] = 16;
-  }
-  if (row_tiles > 0) config.rows[row_tiles - 1] = config.rows[5] = last_rows;
-  asm volatile("" ::"r"(&config) : "memory");  // GCC does not know that the instruction reads it
-  _tile_loadconfig(&config);
-}
-
-inline const bf16* tile_of(const bf16* panel, int64_t k, bf16*) { return panel + k * 512; }
-inline const bf16* tile_of(const int8_t* panel, int64_t k, bf16* room) {
-  const __m128i* from = reinterpret_cast<const __m128i*>(panel + k * 512);
-  for (int i = 0; i < 32; i += 2) {  // eight bits are exact in bfloat16
-    __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from + i)));
-    __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from + i + 1)));
-    _mm512_store_si512(room + i * 16, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-  }
-  after_stores();
-  return room;
-}
-
-// Tile loads overlap with nothing, least of all with a miss: whatever comes next is asked for early.
-template <_mm_hint kHint, class W>
-inline void fetch_weights(const W* panel, int64_t k) {
-  const char* at = reinterpret_cast<const char*>(panel + k * 512);
-  for (size_t line = 0; line < 512 * sizeof(W); line += 64) _mm_prefetch(at + line, kHint);
-}
-inline void fetch_rows(const bf16* x, int64_t stride) {
-  for (int row = 0; row < 16; row++) _mm_prefetch(x + row * stride, _MM_HINT_T0);
-}
-
-template <int kTiles, bool kAdd, class W>
-void multiply_amx(const bf16* x, int64_t stride, const W* panel, int64_t in, float* c, int64_t width) {
-  alignas(64) bf16 room[512];
-  after_stores();
-  if constexpr (kAdd) {
-    _tile_loadd(0, c, width * 4);
-    if (kTiles > 1) _tile_loadd(1, c + 16 * width, width * 4);
-    if (kTiles > 2) _tile_loadd(2, c + 32 * width, width * 4);
-    if (kTiles > 3) _tile_loadd(3, c + 48 * width, width * 4);
-  } else {
-    _tile_zero(0);
-    if (kTiles > 1) _tile_zero(1);
-    if (kTiles > 2) _tile_zero(2);
-    if (kTiles > 3) _tile_zero(3);
-  }
-  for (int64_t k = 0; k < in / kDepth; k++) {
-    const bf16* at = x + k * kDepth;
-    fetch_weights<_MM_HINT_T0>(panel, k + kAhead);
-    _tile_loadd(6, tile_of(panel, k, room), 64);
-    if (kTiles > 1) {
-      _tile_loadd(4, at, stride * 2);
-      _tile_dpbf16ps(0, 4, 6);
-    }
-    if (kTiles > 2) {
-      _tile_loadd(7, at + 16 * stride, stride * 2);
-      _tile_dpbf16ps(1, 7, 6);
-    }
-    if (kTiles > 3) {
-      _tile_loadd(4, at + 32 * stride, stride * 2);
-      _tile_dpbf16ps(2, 4, 6);
-    }
-    _tile_loadd(5, at + (kTiles - 1) * 16 * stride, stride * 2);
-    if constexpr (kTiles == 1) _tile_dpbf16ps(0, 5, 6);
-    if constexpr (kTiles == 2) _tile_dpbf16ps(1, 5, 6);
-    if constexpr (kTiles == 3) _tile_dpbf16ps(2, 5, 6);
-    if constexpr (kTiles == 4) _tile_dpbf16ps(3, 5, 6);
-  }
-  _tile_stored(0, c, width * 4);
-  if (kTiles > 1) _tile_stored(1, c + 16 * width, width * 4);
-  if (kTiles > 2) _tile_stored(2, c + 32 * width, width * 4);
-  if (kTiles > 3) _tile_stored(3, c + 48 * width, width * 4);
-}
-
-// 32 rows by two panels into c[2][32][16]; all tiles full. Meanwhile panel `ahead`, if any, comes into the L2 cache.
+// The panels of a layer's weights.
 template <class W>
-void multiply_amx_square(const bf16* x, int64_t stride, const W* panel, int64_t panel_size, int64_t in,
-                         const W* ahead, float* c) {
-  alignas(64) bf16 room[2][512];
-  after_stores();
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  for (int64_t k = 0; k < in / kDepth; k++) {
-    if (ahead) fetch_weights<_MM_HINT_T1>(ahead, k);
-    fetch_rows(x + (k + 2) * kDepth, stride);
-    fetch_rows(x + (k + 2) * kDepth + 16 * stride, stride);
-    _tile_loadd(4, x + k * kDepth, stride * 2);
-    _tile_loadd(6, tile_of(panel, k, room[0]), 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(5, x + k * kDepth + 16 * stride, stride * 2);
-    _tile_dpbf16ps(1, 5, 6);
-    _tile_loadd(7, tile_of(panel + panel_size, k, room[1]), 64);
-    _tile_dpbf16ps(2, 4, 7);
-    _tile_dpbf16ps(3, 5, 7);
-  }
-  _tile_stored(0, c, 64);
-  _tile_stored(1, c + 256, 64);
-  _tile_stored(2, c + 512, 64);
-  _tile_stored(3, c + 768, 64);
-}
+struct Panels {
+  const W* first;
+  int64_t depth, count;  // inputs with what is beside them; panels
 
-template <bool kAdd = false, class W>
-void multiply(const bf16* x, int64_t stride, int rows, const W* panel, int64_t in, float* c, int64_t width = kColumns) {
-  if (!allow_amx()) return multiply_plain<kAdd>(x, stride, rows, panel, in, c, width);
-  switch ((rows + 15) / 16) {
-    case 1:
-      return multiply_amx<1, kAdd>(x, stride, panel, in, c, width);
-    case 2:
-      return multiply_amx<2, kAdd>(x, stride, panel, in, c, width);
-    case 3:
-      return multiply_amx<3, kAdd>(x, stride, panel, in, c, width);
-    default:
-      return multiply_amx<4, kAdd>(x, stride, panel, in, c, width);
+  Panels(const Linear& w, int64_t depth) : first(static_cast<const W*>(w.panels)), depth(depth) {
+    count = w.paired ? (w.out / 2 + kColumns - 1) / kColumns * 2 : (w.out + kColumns - 1) / kColumns;
   }
-}
-inline void begin_rows(int rows) {
-  if (allow_amx()) configure_tiles((rows + 15) / 16, (rows - 1) % 16 + 1);
-}
-inline void end_rows() {
-  if (allow_amx()) _tile_release();
-}
-#else
-inline bool allow_amx() { return false; }
-template <bool kAdd = false, class W>
-void multiply(const bf16* x, int64_t stride, int rows, const W* panel, int64_t in, float* c, int64_t width = kColumns) {
-  multiply_plain<kAdd>(x, stride, rows, panel, in, c, width);
-}
-inline void begin_rows(int) {}
-inline void end_rows() {}
-#endif
-template <bool kAdd = false>
-void multiply(const float* x, int64_t stride, int rows, const float* panel, int64_t in, float* c,
-              int64_t width = kColumns) {
-  multiply_plain<kAdd>(x, stride, rows, panel, in, c, width);
-}
-
-// Whether this CPU multiplies bfloat16: in matrix registers, or by dot products.
-inline bool multiplies_bf16() {
-#ifdef __AVX512BF16__
-  return true;
-#else
-  return allow_amx();
-#endif
-}
-
-// The same by `panels` of them, `size` elements from one to the next: c[rows][16 panels], or added to it.
-template <bool kAdd, class T>
-void multiply_side_by_side(const T* x, int64_t stride, int rows, const T* panel, int64_t size, int64_t panels, int64_t in,
-                           float* c, int64_t width) {
-#ifdef __AVX512BF16__
-  if constexpr (sizeof(T) == 2) {
-    if (!allow_amx()) {
-      for (int64_t p = 0; p < panels; p += dots::kPanels)
-        dots::multiply(static_cast<int>(std::min<int64_t>(dots::kPanels, panels - p)), rows, x, stride,
-                       panel + p * size, size, in, kAdd, c + p * kColumns, kColumns, width);
-      return;
-    }
-  }
-#endif
-  for (int64_t p = 0; p < panels; p++)
-    multiply<kAdd>(x, stride, rows, panel + p * size, in, c + p * kColumns, width);
-}
+  int64_t size() const { return depth * kColumns; }
+  const W* operator[](int64_t panel) const { return first + panel * size(); }
+};
 
 // ---- what becomes of the products
 
@@ -283,9 +62,11 @@ struct Sink {
   Activation act;
   void* out;
   int64_t stride;
+  ByteRows rounded;  // where sums are int32_t
 
   // c[rows][16] of `panel`, and the next panel's, if given; gated mode needs them.
-  void take(int64_t panel, int64_t first_row, int rows, const float* c, const float* next) const {
+  template <class C>
+  void take(int64_t panel, int64_t first_row, int rows, const C* c, const C* next) const {
     if (mode == Out::add) return write<Out::add, Activation::none>(panel, first_row, rows, c, next);
     if (mode == Out::wide) return write<Out::wide, Activation::none>(panel, first_row, rows, c, next);
     if (mode == Out::gated && act == Activation::silu)
@@ -300,11 +81,12 @@ struct Sink {
   }
 
  private:
-  // Where a panel's columns go, and what they are multiplied with and added to.
+  // Where a panel's columns go, what they are multiplied with and added to.
   struct Columns {
     int64_t first;
     int valid;
     v16 scale, bias;
+    i16x offsets;
   };
 
   Columns columns_of(int64_t panel) const {
@@ -312,7 +94,14 @@ struct Sink {
     int valid = static_cast<int>(std::min<int64_t>(kColumns, limit - first));
     if (w.paired && mode != Out::gated && panel % 2) first += limit;  // the second half of the result
     return {first, valid, w.scales ? load(w.scales + panel * kColumns) : splat(1),
-            w.bias ? load(w.bias + panel * kColumns) : splat(0)};
+            w.bias ? load(w.bias + panel * kColumns) : splat(0),
+            w.offsets ? *reinterpret_cast<const i16x*>(w.offsets + panel * kColumns) : i16x{}};
+  }
+
+  v16 finished(const float* c, const Columns& of, int64_t) const { return load(c) + of.bias; }
+  v16 finished(const int32_t* c, const Columns& of, int64_t row) const {
+    i16x sum = *reinterpret_cast<const i16x*>(c) - of.offsets;
+    return __builtin_convertvector(sum, v16) * (rounded.scales[row] * of.scale) + of.bias;
   }
 
   template <Out kMode>
@@ -328,28 +117,27 @@ struct Sink {
     }
   }
 
-  template <Out kMode, Activation kAct>
-  void write(int64_t panel, int64_t first_row, int rows, const float* c, const float* next) const {
+  template <Out kMode, Activation kAct, class C>
+  void write(int64_t panel, int64_t first_row, int rows, const C* c, const C* next) const {
     Columns left = columns_of(panel), right = next ? columns_of(panel + 1) : left;
     auto* x = static_cast<Result<kMode>*>(out) + first_row * stride;
-    for (int r = 0; r < rows; r++, x += stride, c += kColumns) {
-      v16 y = activate<kAct>(load(c) * left.scale + left.bias);
-      if (kMode == Out::gated) y *= load(next + r * kColumns) * right.scale + right.bias;
+    for (int r = 0; r < rows; r++, x += stride) {
+      v16 y = activate<kAct>(finished(c + r * kColumns, left, first_row + r));
+      if (kMode == Out::gated) y *= finished(next + r * kColumns, right, first_row + r);
       put<kMode>(x + left.first, y, left.valid);
       if (kMode != Out::gated && next)  // the same line of memory, while it is at hand
-        put<kMode>(x + right.first, activate<kAct>(load(next + r * kColumns) * right.scale + right.bias), right.valid);
+        put<kMode>(x + right.first, activate<kAct>(finished(next + r * kColumns, right, first_row + r)), right.valid);
     }
   }
 };
 
-#ifdef __AVX512BF16__
+#ifdef __AVX512VNNI__
 // Items of 4 panels (for few rows of more, in order, so that the memory can be asked ahead), those that do not come
 // out even for all threads halved. Panels outside, rows inside: a block's rows and 4 panels stay in the L2 cache.
-template <class W>
-void linear_by_dots(Pool& pool, const Linear& w, const bf16* x, int64_t rows, int64_t stride, const Sink<bf16>& sink,
-                    int64_t width, int64_t block) {
-  const W* panels = static_cast<const W*>(w.panels);
-  const int64_t size = panel_elements(w), threads = pool.threads(), blocks = (rows + block - 1) / block;
+template <class X, class W, class T>
+void linear_by_dots(Pool& pool, const Panels<W>& w, const X* x, int64_t rows, int64_t stride, const Sink<T>& sink,
+                    int64_t block) {
+  const int64_t threads = pool.threads(), blocks = (rows + block - 1) / block, width = w.count;
   const int group = dots::panels_at_once(rows);
   const int64_t step = rows <= dots::most_rows(group) ? std::max<int64_t>(4, width / (4 * threads) / 4 * 4) : 4;
   const int64_t whole = width / (step * threads) * threads, halves = (width - whole * step + 1) / 2;
@@ -358,15 +146,15 @@ void linear_by_dots(Pool& pool, const Linear& w, const bf16* x, int64_t rows, in
     const int64_t at = item % (whole + halves);
     const int64_t first = at < whole ? at * step : whole * step + (at - whole) * 2;
     const int64_t last = std::min(width, first + (at < whole ? step : 2));
-    alignas(64) float c[dots::kPanels * kRows * kColumns];
+    alignas(64) SumOf<X> c[dots::kPanels * kRows * kColumns];
     for (int64_t p = first; p < last; p += group) {
       const int count = static_cast<int>(std::min<int64_t>(group, last - p));
       const int64_t later = p + group < last ? p + group : p + step * threads;
-      const W* next = rows <= kRows && later + count <= width ? panels + later * size : nullptr;
+      const W* next = rows <= kRows && later + count <= width ? w[later] : nullptr;
       for (int64_t r = row; r < end; r += kRows) {
         const int n = static_cast<int>(std::min<int64_t>(kRows, end - r));
-        dots::multiply(count, n, x + r * stride, stride, panels + p * size, size, w.in, false, c, kRows * kColumns,
-                       kColumns, next);
+        dots::multiply(count, n, x + r * stride, stride, w[p], w.size(), w.depth, false, c, kRows * kColumns, kColumns,
+                       next);
         for (int i = 0; i < count; i += 2)
           sink.take(p + i, r, n, c + i * kRows * kColumns, i + 1 < count ? c + (i + 1) * kRows * kColumns : nullptr);
       }
@@ -375,67 +163,84 @@ void linear_by_dots(Pool& pool, const Linear& w, const bf16* x, int64_t rows, in
 }
 #endif
 
-template <class T, class W>
-void linear(Pool& pool, const Linear& w, const T* x, int64_t rows, int64_t stride, const Sink<T>& sink) {
-  int64_t width = w.paired ? (w.out / 2 + kColumns - 1) / kColumns * 2 : (w.out + kColumns - 1) / kColumns;
-  const W* panels = static_cast<const W*>(w.panels);
-  int64_t size = panel_elements(w);
-  int64_t block = rows <= kRows ? kRows : 256, blocks = (rows + block - 1) / block;
-#ifdef __AVX512BF16__
-  if constexpr (sizeof(T) == 2) {
-    if (!allow_amx()) return linear_by_dots<W>(pool, w, x, rows, stride, sink, width, block);
+#ifdef PRAD_AMX
+// Rows from `row` on, in whole 32s, by the panels [first, last); returns where they end.
+template <class X, class W, class T>
+int64_t linear_by_squares(const Panels<W>& w, const X* x, int64_t row, int64_t end, int64_t stride, bool few,
+                          int64_t first, int64_t last, const Sink<T>& sink) {
+  alignas(64) SumOf<X> c[kRows * kColumns];
+  amx::configure_tiles(0, 0);
+  const int64_t full = row + (end - row) / 32 * 32;
+  auto square = [&](int64_t r, int64_t p, const W* ahead) {
+    amx::multiply_square(x + r * stride, stride, w[p], w.size() * static_cast<int64_t>(sizeof(W)), w.depth, ahead, c);
+    sink.take(p, r, 32, c, c + 512);
+  };
+  if (few) {  // the weights come from memory: each once, the next two panels meanwhile
+    for (int64_t p = first; p + 1 < last; p += 2)
+      for (int64_t r = row; r < full; r += 32) square(r, p, w[p + (r == row ? 2 : 3)]);
+  } else {
+    for (int64_t r = row; r < full; r += 32)
+      for (int64_t p = first; p + 1 < last; p += 2) square(r, p, nullptr);
   }
+  end_rows<X>();
+  if ((last - first) % 2) {  // a panel without a neighbour
+    for (int64_t r = row; r < full; r += kRows) {
+      const int count = static_cast<int>(std::min<int64_t>(kRows, full - r));
+      begin_rows<X>(count);
+      multiply(x + r * stride, stride, count, w[last - 1], w.depth, c);
+      end_rows<X>();
+      sink.take(last - 1, r, count, c, static_cast<const SumOf<X>*>(nullptr));
+    }
+  }
+  return full;
+}
+#endif
+
+template <class X, class W, class T>
+void linear(Pool& pool, const Panels<W>& w, const X* x, int64_t rows, int64_t stride, const Sink<T>& sink) {
+  const int64_t block = rows <= kRows ? kRows : 256, blocks = (rows + block - 1) / block;
+#ifdef __AVX512VNNI__
+  if constexpr (has_dots<X>())
+    if (!in_tiles<X>()) return linear_by_dots(pool, w, x, rows, stride, sink, block);
 #endif
   // panels of an item: even, so that pairs stay together; in order, so that the memory can be asked ahead
-  int64_t step = rows <= kRows ? (width / (4 * pool.threads()) + 2) / 2 * 2 : 24;
-  int64_t columns = (width + step - 1) / step;
+  const int64_t step = rows <= kRows ? (w.count / (4 * pool.threads()) + 2) / 2 * 2 : 24;
+  const int64_t columns = (w.count + step - 1) / step;
   pool.run(blocks * columns, [&](int64_t item) {
     int64_t row = item / columns * block, end = std::min(rows, row + block);
-    int64_t first = item % columns * step, last = std::min(width, first + step);
-    alignas(64) float c[2 * kRows * kColumns];
-#ifdef __AMX_BF16__
-    if constexpr (sizeof(T) == 2) {
-      if (rows >= 32 && allow_amx()) {
-        configure_tiles(0, 0);
-        int64_t full = row + (end - row) / 32 * 32;
-        auto square = [&](int64_t r, int64_t p, const W* ahead) {
-          multiply_amx_square(x + r * stride, stride, panels + p * size, size, w.in, ahead, c);
-          sink.take(p, r, 32, c, c + 512);
-        };
-        if (rows <= kRows) {  // the weights come from memory: each once, the next two panels meanwhile
-          for (int64_t p = first; p + 1 < last; p += 2)
-            for (int64_t r = row; r < full; r += 32) square(r, p, panels + (p + (r == row ? 2 : 3)) * size);
-        } else {
-          for (int64_t r = row; r < full; r += 32)
-            for (int64_t p = first; p + 1 < last; p += 2) square(r, p, nullptr);
-        }
-        end_rows();
-        if ((last - first) % 2) {  // a panel without a neighbour
-          for (int64_t r = row; r < full; r += kRows) {
-            int count = static_cast<int>(std::min<int64_t>(kRows, full - r));
-            begin_rows(count);
-            multiply(x + r * stride, stride, count, panels + (last - 1) * size, w.in, c);
-            end_rows();
-            sink.take(last - 1, r, count, c, nullptr);
-          }
-        }
-        row = full;
-      }
-    }
+    const int64_t first = item % columns * step, last = std::min(w.count, first + step);
+    alignas(64) SumOf<X> c[2 * kRows * kColumns];
+    SumOf<X>* const next = c + kRows * kColumns;
+#ifdef PRAD_AMX
+    if constexpr (sizeof(X) < 4)
+      if (rows >= 32 && allow_amx()) row = linear_by_squares(w, x, row, end, stride, rows <= kRows, first, last, sink);
 #endif
     for (; row < end; row += kRows) {
-      int count = static_cast<int>(std::min<int64_t>(kRows, end - row));
-      if (sizeof(T) == 2) begin_rows(count);
+      const int count = static_cast<int>(std::min<int64_t>(kRows, end - row));
+      begin_rows<X>(count);
       for (int64_t p = first; p < last; p++) {
-        multiply(x + row * stride, stride, count, panels + p * size, w.in, c);
-        if (sink.mode == Out::gated) {
-          multiply(x + row * stride, stride, count, panels + (p + 1) * size, w.in, c + kRows * kColumns);
-          sink.take(p++, row, count, c, c + kRows * kColumns);
-        } else {
-          sink.take(p, row, count, c, nullptr);
-        }
+        multiply(x + row * stride, stride, count, w[p], w.depth, c);
+        const bool both = sink.mode == Out::gated;
+        if (both) multiply(x + row * stride, stride, count, w[p + 1], w.depth, next);
+        sink.take(p, row, count, c, both ? next : nullptr);
+        if (both) p++;
       }
-      if (sizeof(T) == 2) end_rows();
+      end_rows<X>();
     }
   });
+}
+
+template <class T>
+void linear(Pool& pool, const LinearCall& call, int64_t rows) {
+  const Linear& w = *call.weights;
+  const T* x = static_cast<const T*>(call.x);
+  Sink<T> sink{w, static_cast<Out>(call.mode), static_cast<Activation>(call.act), call.out, call.out_stride, {}};
+  if constexpr (sizeof(T) == 2) {
+    if (static_cast<Weights>(w.weights) == Weights::int8) {
+      const int64_t depth = (w.in + kTurned - 1) / kTurned * kTurned;
+      sink.rounded = round_rows(pool, x, call.x_stride, rows, w.in, depth);
+      return linear(pool, Panels<int8_t>(w, depth), sink.rounded.x, rows, depth, sink);
+    }
+  }
+  linear(pool, Panels<T>(w, w.in), x, rows, call.x_stride, sink);
 }

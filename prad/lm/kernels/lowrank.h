@@ -48,8 +48,10 @@ struct LowRank {
     const bool by_dots = kDots && call.in % 32 == 0;
     memory.resize(together * span.r + (by_dots ? 0 : kTogether * call.in));
     float *hidden = memory.data(), *x = hidden + together * span.r;  // [rows / 8][r][8], and [in][8] of one group
+#ifdef __AVX512BF16__
     if constexpr (kDots)
       if (by_dots) narrow_by_dots(rows, hidden);
+#endif
     for (int64_t row = 0; row < rows; row += kTogether, hidden += kTogether * span.r) {
       int count = static_cast<int>(std::min<int64_t>(kTogether, rows - row));
       if (!by_dots) {

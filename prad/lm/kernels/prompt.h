@@ -150,7 +150,7 @@ class PromptAttention {
       std::copy(from, from + p.key_dim, queries + r * depth);
       std::fill(queries + r * depth + p.key_dim, queries + (r + 1) * depth, T{});
     }
-    if (sizeof(T) == 2) begin_rows(rows);
+    begin_rows<T>(rows);
     for (int64_t t = seen; t < end; t += kPart) {
       int64_t count = round_up(std::min(kPart, end - t), kDepth);
       multiply_side_by_side<false>(queries, depth, rows, keys + t * depth, depth * kColumns, count / kColumns, depth,
@@ -178,7 +178,7 @@ class PromptAttention {
       multiply_side_by_side<true>(weights, kWeights, rows, values + t * kColumns, length(place.span) * kColumns,
                                   width / kColumns, count, sums, width);
     }
-    if (sizeof(T) == 2) end_rows();
+    end_rows<T>();
     for (int r = 0; r < rows; r++) {
       T* to = static_cast<T*>(p.out) + ((span.start + place.at + r) * p.heads + head) * p.value_dim;
       int64_t d = 0;

@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from prad.lm.kernels.memory import HugePages
+
 COLUMNS, DEPTH = 16, 32
+_TURNED, _ROW_OFFSET, _MOST_IN_BYTES = 64, 128, 65_536
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 Precision = Literal["full", "int8"]
@@ -24,6 +27,7 @@ class LinearStruct(Structure):
     _fields_: ClassVar[list[Any]] = [
         ("panels", c_void_p),
         ("scales", c_void_p),
+        ("offsets", c_void_p),
         ("bias", c_void_p),
         ("in_features", c_int64),
         ("out_features", c_int64),
@@ -38,6 +42,7 @@ class PackedLinear:
 
     panels: Tensor
     scales: Tensor | None
+    offsets: Tensor | None
     bias: Tensor | None
     struct: LinearStruct
 
@@ -47,7 +52,7 @@ class PackedLinear:
 
     @property
     def nbytes(self) -> int:
-        return self.panels.nbytes + (0 if self.scales is None else self.scales.nbytes)
+        return sum(x.nbytes for x in (self.panels, self.scales, self.offsets, self.bias) if x is not None)
 
     @classmethod
     def of(
@@ -57,42 +62,63 @@ class PackedLinear:
         *,
         precision: Precision = "full",
         paired: bool = False,
+        memory: HugePages | None = None,
     ) -> "PackedLinear":
         """weight [out, in] in bfloat16 (in: a multiple of 32) or float32.
 
-        precision int8: weights rounded to 8 bits, one scale per output column. `paired`: the panels of the
-        first and of the second half of the columns alternate, for gate and up.
+        precision int8: weights turned and rounded to 8 bits, one scale per output column; in is at most
+        65,536, so that sums of products are exact in 32 bits. `paired`: the panels of the first and of the
+        second half of the columns alternate, for gate and up. `memory`: where the panels are to lie.
         """
         out_features, in_features = weight.shape
-        scales = None
+        scales = offsets = None
         if precision == "int8":
-            scales = (weight.float().abs().amax(dim=1) / 127).clamp_min(1e-12)
-            weight = (weight.float() / scales[:, None]).round().to(torch.int8)
-        panels = _columns(weight, paired)  # [panels, 16, in]
-        if weight.dtype is torch.float32:
-            panels = panels.transpose(1, 2).contiguous()
-        else:
-            pairs = panels.view(len(panels), COLUMNS, in_features // DEPTH, DEPTH // 2, 2)
-            panels = pairs.permute(0, 2, 3, 1, 4).contiguous()
-        scales, bias = (
-            None if x is None else _columns(x.float()[:, None], paired).flatten().contiguous()
-            for x in (scales, bias)
+            assert in_features <= _MOST_IN_BYTES
+            turned = _turned(weight.float())
+            scales = (turned.abs().amax(dim=1) / 127).clamp_min(1e-12)
+            weight = (turned / scales[:, None]).round().to(torch.int8)
+            offsets = _ROW_OFFSET * weight.sum(dim=1, dtype=torch.int32)
+        panels = _laid(_columns(weight, paired))
+        if memory is not None:
+            panels = memory.copied(panels)
+        scales, offsets, bias = (
+            None if x is None else _columns(x[:, None], paired).flatten().contiguous()
+            for x in (scales, offsets, None if bias is None else bias.float())
         )
         struct = LinearStruct(
             panels.data_ptr(),
             None if scales is None else scales.data_ptr(),
+            None if offsets is None else offsets.data_ptr(),
             None if bias is None else bias.data_ptr(),
             in_features,
             out_features,
             _KINDS[panels.dtype],
             paired,
         )
-        return cls(panels, scales, bias, struct)
+        return cls(panels, scales, offsets, bias, struct)
 
 
-def fits(weights: Sequence[Tensor]) -> bool:
+def fits(weights: Sequence[Tensor], precision: Precision) -> bool:
     """Whether the kernels can take these weights [out, in]."""
+    if precision == "int8":
+        return all(w.shape[1] <= _MOST_IN_BYTES for w in weights)
     return all(w.dtype is torch.float32 or w.shape[1] % DEPTH == 0 for w in weights)
+
+
+def _turned(weight: Tensor) -> Tensor:
+    """weight float32 [out, in], with zeros behind the inputs: every 64 inputs times the Hadamard matrix that
+    bytes.h turns rows with, and 1 / 64."""
+    turned = pad(weight, (0, -weight.shape[1] % _TURNED)) / _TURNED
+    for distance in (1, 2, 4, 8, 16, 32):
+        left, right = turned.view(-1, 2, distance).unbind(1)
+        turned = torch.stack((left + right, left - right), dim=1)
+    return turned.view(len(weight), -1)
+
+
+def _laid(panels: Tensor) -> Tensor:
+    """panels [n, 16, in] as linear.h reads them: as many inputs as 32 bits hold beside each other, column by
+    column."""
+    return panels.view(len(panels), COLUMNS, -1, 4 // panels.element_size()).transpose(1, 2).contiguous()
 
 
 def _columns(rows: Tensor, paired: bool) -> Tensor:

@@ -1,0 +1,26 @@
+"""What the kernels' tests compare, and how near."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu, relu, silu
+
+from prad.lm.kernels import Activation
+
+ROWS = (1, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 100, 257)
+DTYPES = {torch.float32: 1e-5, torch.bfloat16: 8e-3}  # tolerance, of the largest result
+ACTIVATIONS = {
+    Activation.NONE: lambda x: x,
+    Activation.SILU: silu,
+    Activation.GELU_TANH: lambda x: gelu(x, approximate="tanh"),
+    Activation.RELU: relu,
+}
+
+
+def assert_near(ours: Tensor, expected: Tensor, tolerance: float) -> None:
+    torch.testing.assert_close(
+        ours.float(), expected.float(), rtol=0, atol=tolerance * float(expected.abs().max())
+    )
+
+
+def some(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)

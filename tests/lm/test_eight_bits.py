@@ -1,0 +1,158 @@
+"""Layers of 8-bit weights: the same integers by any CPU's instructions, and numbers at the edges."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from near import ROWS, assert_near, some
+from numpy.typing import NDArray
+from torch import Tensor
+
+from prad.lm.kernels import Activation, Kernels, Out, PackedLinear
+from prad.lm.kernels.build import built
+from tests.conftest import CACHE
+
+SIZES = ((1, 1), (16, 63), (17, 64), (40, 65), (80, 96), (336, 576), (50, 4161))  # columns, inputs
+EDGES = (1, 2, 4, 5, 6, 7, 8, 9, 12, 13, 15, 16, 17, 63, 64, 65)
+
+Floats = NDArray[np.float32]
+
+
+def turned(x: Floats) -> Floats:
+    """[n, in] times the Hadamard matrix of every 64, zeros behind the inputs; summed as the kernels do."""
+    x = np.pad(x, ((0, 0), (0, -x.shape[1] % 64)))
+    for distance in (1, 2, 4, 8, 16, 32):
+        pairs = x.reshape(len(x), -1, 2, distance)
+        left, right = pairs[:, :, 0], pairs[:, :, 1]
+        x = np.stack((left + right, left - right), axis=2).reshape(len(x), -1)
+    return x
+
+
+def products(x: Tensor, weight: Tensor) -> Tensor:
+    """What bytes.h and structs.py say, written out: rounded rows by rounded weights, in whole numbers."""
+    rows, columns = turned(x.float().numpy()), turned(weight.float().numpy() / np.float32(64))
+    largest = np.maximum(np.abs(rows).max(axis=1, keepdims=True), np.float32(2.0**-100))
+    steps = np.rint(rows * (np.float32(127) / largest)).astype(np.int64)
+    scales = np.maximum(np.abs(columns).max(axis=1) / np.float32(127), np.float32(1e-12))
+    whole = np.rint(columns / scales[:, None]).astype(np.int64)
+    sums = (steps @ whole.T).astype(np.float32)
+    return torch.from_numpy(sums * (largest / np.float32(127) * scales))
+
+
+def wide(kernels: Kernels, packed: PackedLinear, x: Tensor) -> Tensor:
+    out = torch.full((len(x) + 1, packed.out_features), 7.0)
+    kernels.linear(packed, x, out[:-1], Out.WIDE)
+    assert (out[-1] == 7).all(), "a row beyond the batch was written"
+    return out[:-1]
+
+
+@pytest.fixture(scope="session")
+def kernels_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Kernels]:
+    """As a CPU of that kind has them; this one must know its instructions."""
+
+    def build(kind: str) -> Kernels:
+        compiler = tmp_path_factory.mktemp(kind) / "cxx"
+        compiler.write_text(f'#!/bin/sh\nexec g++ "$@" -march={kind}\n', encoding="utf-8")
+        compiler.chmod(0o755)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("CXX", str(compiler))
+            return Kernels(built(CACHE / kind), 2)
+
+    return build
+
+
+@pytest.mark.parametrize(("columns", "depth"), SIZES)
+def test_sums_are_those_of_whole_numbers(kernels: Kernels, columns: int, depth: int) -> None:
+    """Bit for bit what numpy computes, in every number of rows."""
+    x, weight = some(65, depth, dtype=torch.bfloat16), some(columns, depth, dtype=torch.bfloat16, seed=1)
+    expected, packed = products(x, weight), PackedLinear.of(weight, precision="int8")
+    for rows in EDGES:
+        assert torch.equal(wide(kernels, packed, x[:rows]), expected[:rows]), rows
+
+
+@pytest.mark.parametrize(
+    "kind", ["x86-64-v3", pytest.param("x86-64-v2", marks=pytest.mark.long)], ids=["AVX2", "SSE"]
+)
+def test_a_cpu_without_dot_products_has_the_same_bits(
+    kernels: Kernels, kernels_of: Callable[[str], Kernels], kind: str
+) -> None:
+    if "avx2" not in Path("/proc/cpuinfo").read_text(encoding="utf-8"):
+        pytest.skip("the tests' own CPU lacks AVX2")
+    plain = kernels_of(kind)
+    for columns, depth in SIZES:
+        x, weight = some(65, depth, dtype=torch.bfloat16), some(columns, depth, dtype=torch.bfloat16, seed=1)
+        packed = PackedLinear.of(weight, precision="int8")
+        expected = wide(kernels, packed, x)
+        for rows in EDGES:
+            assert torch.equal(wide(plain, packed, x[:rows]), expected[:rows]), (columns, depth, rows)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_what_becomes_of_the_products(kernels: Kernels, rows: int) -> None:
+    x, weight = some(rows, 96, dtype=torch.bfloat16), some(80, 96, dtype=torch.bfloat16, seed=1)
+    bias = some(80, seed=2)
+    packed = PackedLinear.of(weight, bias, precision="int8")
+    expected = products(x, weight) + bias
+    exact = x.float() @ weight.float().T + bias
+    assert_near(expected, exact, 0.03)
+    assert not torch.allclose(expected, exact, atol=1e-3), "nothing was rounded"
+    assert_near(wide(kernels, packed, x), expected, 1e-6)
+    added = torch.ones(rows, 80)
+    kernels.linear(packed, x, added, Out.ADD)
+    assert_near(added, 1 + expected, 1e-6)
+    stored = torch.empty(rows, 80, dtype=torch.bfloat16)
+    kernels.linear(packed, x, stored, Out.STORE)
+    assert torch.equal(stored, wide(kernels, packed, x).bfloat16())
+    pairs = PackedLinear.of(weight, bias, precision="int8", paired=True)
+    inner = torch.empty(rows, 40, dtype=torch.bfloat16)
+    kernels.linear(pairs, x, inner, Out.GATED, Activation.RELU)
+    gate, up = expected.chunk(2, dim=1)
+    assert_near(inner, gate.relu() * up, 8e-3)
+    assert torch.equal(wide(kernels, pairs, x), wide(kernels, packed, x))
+
+
+def test_rows_lie_anywhere(kernels: Kernels) -> None:
+    """An odd number of elements from one to the next, NaN beside them."""
+    beside = torch.full((9, 105), torch.nan, dtype=torch.bfloat16)
+    x = beside[:, 3:99]
+    x.copy_(some(9, 96))
+    packed = PackedLinear.of(some(80, 96, dtype=torch.bfloat16, seed=1), precision="int8")
+    assert torch.equal(wide(kernels, packed, x), wide(kernels, packed, x.contiguous()))
+
+
+@pytest.mark.parametrize("flushed", [False, True])
+def test_zeros_and_the_least_numbers(kernels: Kernels, flushed: bool) -> None:
+    """Whether the caller's thread flushes denormals or not, they are next to nothing, and never NaN."""
+    x, weight = torch.zeros(6, 70, dtype=torch.bfloat16), some(33, 70, dtype=torch.bfloat16, seed=1)
+    x[1] = 1e-40
+    x[2, 5] = -1e-39
+    x[3], x[3, 0] = 1e-40, 2.0
+    x[4] = 1e-25
+    packed = PackedLinear.of(weight, precision="int8")
+    assert torch.set_flush_denormal(flushed)
+    try:
+        found = wide(kernels, packed, x)
+    finally:
+        torch.set_flush_denormal(False)
+    assert (found[[0, 5]] == 0).all()
+    assert found[1:3].abs().max() < 1e-30
+    assert_near(found[3], 2 * weight[:, 0], 0.03)
+    assert_near(found[4], (x[4].float() * weight.float()).sum(1), 0.03)
+    nothing = PackedLinear.of(torch.zeros(33, 70, dtype=torch.bfloat16), precision="int8")
+    assert (wide(kernels, nothing, x) == 0).all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 3e38])
+@pytest.mark.parametrize("rows", [1, 7, 20])
+def test_what_is_not_finite_spoils_its_own_row(kernels: Kernels, rows: int, value: float) -> None:
+    """The largest numbers as well: sums of 64 of them are none."""
+    x, weight = some(rows, 96, dtype=torch.bfloat16), some(80, 96, dtype=torch.bfloat16, seed=1)
+    packed = PackedLinear.of(weight, precision="int8")
+    before = wide(kernels, packed, x)
+    x[rows // 2, -2:] = value
+    after = wide(kernels, packed, x)
+    assert after[rows // 2].isnan().all()
+    others = torch.arange(rows) != rows // 2
+    assert torch.equal(after[others], before[others])

@@ -1,0 +1,80 @@
+"""Products of rows and packed weights, against the same written out in torch around the edges of tiles."""
+
+import pytest
+import torch
+from near import ACTIVATIONS, DTYPES, ROWS, assert_near, some
+from torch import Tensor
+
+from prad.lm.kernels import Activation, Kernels, Out, PackedLinear, Precision
+from prad.lm.kernels.build import built
+from tests.conftest import CACHE
+
+SIZES = ((48, 64), (50, 96), (96, 32), (720, 160))  # columns: whole panels or not, an odd number of them
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("columns", "depth"), SIZES)
+@pytest.mark.parametrize("rows", ROWS)
+def test_linear(kernels: Kernels, dtype: torch.dtype, columns: int, depth: int, rows: int) -> None:
+    x, weight, bias = some(rows, depth, dtype=dtype), some(columns, depth, dtype=dtype, seed=1), some(columns)
+    expected = x.float() @ weight.float().T + bias
+    packed = PackedLinear.of(weight, bias)
+    out = torch.full((rows + 1, columns), 7.0, dtype=dtype)
+    kernels.linear(packed, x, out[:rows], Out.STORE)
+    assert_near(out[:rows], expected, DTYPES[dtype])
+    assert (out[rows] == 7).all(), "a row beyond the batch was written"
+    summed = some(rows, columns, seed=2)
+    before = summed.clone()
+    kernels.linear(packed, x, summed, Out.ADD)
+    assert_near(summed, before + expected, 1e-5)  # products of bfloat16 are exact in float32
+    wide = torch.full((rows + 1, columns), 7.0)
+    kernels.linear(packed, x, wide[:rows], Out.WIDE)
+    assert_near(wide[:rows], expected, 1e-5)
+    assert (wide[rows] == 7).all(), "a row beyond the batch was written"
+
+
+@pytest.mark.parametrize("precision", ["full", "int8"])
+@pytest.mark.parametrize("depth", [96, 4128])  # more inputs than are taken at once, too
+def test_a_row_has_the_same_products_alone_and_in_any_batch(
+    kernels: Kernels, depth: int, precision: Precision
+) -> None:
+    """Bit for bit: what is drawn must not depend on who else is served."""
+    x, weight = some(300, depth, dtype=torch.bfloat16), some(336, depth, dtype=torch.bfloat16, seed=1)
+    packed = PackedLinear.of(weight, precision=precision)
+    alone = torch.cat([_wide(kernels, packed, row[None]) for row in x])
+    for rows in (*range(2, 28), *ROWS[4:]):
+        assert torch.equal(_wide(kernels, packed, x[:rows]), alone[:rows]), rows
+        assert torch.equal(_wide(kernels, packed, x[-rows:]), alone[-rows:]), rows
+
+
+def _wide(kernels: Kernels, packed: PackedLinear, x: Tensor) -> Tensor:
+    out = torch.empty(len(x), packed.out_features)
+    kernels.linear(packed, x, out, Out.WIDE)
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", Activation)
+@pytest.mark.parametrize("rows", [3, 32, 65])
+def test_gated_linear(kernels: Kernels, dtype: torch.dtype, activation: Activation, rows: int) -> None:
+    x, weight, bias = some(rows, 64, dtype=dtype), some(2 * 40, 64, dtype=dtype, seed=1), some(80)
+    gate, up = (x.float() @ weight.float().T + bias).chunk(2, dim=1)
+    packed = PackedLinear.of(weight, bias, paired=True)
+    both = torch.empty(rows, 80, dtype=dtype)
+    kernels.linear(packed, x, both, Out.STORE)
+    assert_near(both, torch.cat((gate, up), dim=1), DTYPES[dtype])
+    if activation is not Activation.NONE:
+        inner = torch.empty(rows, 40, dtype=dtype)
+        kernels.linear(packed, x, inner, Out.GATED, activation)
+        assert_near(inner, ACTIVATIONS[activation](gate) * up, DTYPES[dtype])
+
+
+def test_one_thread_equals_two() -> None:
+    x, packed = some(70, 64), PackedLinear.of(some(480, 64, seed=1))
+    results = []
+    for threads in (1, 2, 3):
+        out = torch.empty(70, 480)
+        Kernels(built(CACHE), threads).linear(packed, x, out, Out.STORE)
+        results.append(out)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
