@@ -45,7 +45,8 @@ class PagedEngine:
     """The decode engine over paged KV. A step that fails ends its sequences. Any other fault in the thread
     ends everything with an error event and calls `on_failure`: nothing is decoded after it.
 
-    All methods but `step` are called in one thread, the service's.
+    `step` runs in the engine's thread; `stop` and `status` may be called from any other; all other methods
+    are called in one, the service's.
     """
 
     def __init__(

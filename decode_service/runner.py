@@ -60,9 +60,11 @@ def load(settings: DecodeSettings) -> LanguageModel:
 
 
 class ModelRunner:
-    """A model and its KV pools. `room` and `write` are called in the service's thread, where alone
-    reservations end: so a write never reaches blocks that are already someone else's. `run` is the
-    engine's."""
+    """A model and its KV pools. `room` and `write` are called in the service's thread, `run` in the engine's.
+
+    A write never reaches blocks that are already someone else's: reservations end in the service's thread,
+    too, but for the end of all when the engine has failed, and then nothing is admitted any more.
+    """
 
     def __init__(self, model: LanguageModel, pools: Pools) -> None:
         self.limits = Limits(
