@@ -23,12 +23,12 @@ from adapter_registry.api import (
     VersionRecord,
 )
 from adapter_registry.errors import ForbiddenError, HostNotAllowedError, NotAReplicaError
-from adapter_registry.hosts import AllowedHosts
 from adapter_registry.preconditions import REROUTING, IfMatch, etag
 from adapter_registry.registry import Follower, Registry
 from adapter_registry.settings import RegistrySettings
 from adapter_registry.storage import storing
 from prad import __version__
+from prad.http.hosts import AllowedHosts
 
 VERSION = "/tasks/{task}/versions/{version}"
 
