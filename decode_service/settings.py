@@ -6,8 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from prad.lm import DEFAULT_MODEL
-from prad.lm.kernels import Choice, Precision
+from prad.core.models import DEFAULT_MODEL, Choice, Precision
 from prad.settings import ServiceSettings
 
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from prad.core.models import DEFAULT_MODEL
 from prad_cli.extras import require_extra
 from prad_cli.model import (
     DEFAULT_CACHE,
-    DEFAULT_MODEL,
     CacheOption,
     DeviceOption,
     DTypeOption,

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from prad.core.models import DEFAULT_MODEL
+
 if TYPE_CHECKING:
     from prad.lm import LanguageModel, Tokenizer
 
@@ -19,8 +21,6 @@ CacheOption = Annotated[
 ]
 DTypeOption = Annotated[str, typer.Option("--dtype", help="bfloat16 or float32.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")]
-DEFAULT_MODEL = "smollm2-135m"
-"""`prad.lm`'s, which is not imported at `--help`."""
 DEFAULT_CACHE = Path("~/.cache/prad")
 
 

@@ -1,7 +1,6 @@
 """The prefill service as a process: load, follow the registry, connect to decode, serve HTTP, drain, stop."""
 
 import asyncio
-import logging
 import signal
 import socket
 import uuid
@@ -49,8 +48,6 @@ class CannotStartError(PradError):
 
 def run(settings: PrefillSettings) -> None:
     """Serves until SIGINT or SIGTERM. Raises CannotStartError or ModelError."""
-    logging.basicConfig(level="INFO", format="%(asctime)s prefill %(levelname)s %(message)s")
-    logging.getLogger("httpx").setLevel("WARNING")
     keep_freed_memory()
     require_device(settings.device)  # before a model is fetched or converted
     listening = _bind(settings.host, settings.port)

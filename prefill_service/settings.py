@@ -6,8 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from prad.lm import DEFAULT_MODEL, served_name
-from prad.lm.kernels import Choice
+from prad.core.models import DEFAULT_MODEL, Choice, served_name
 from prad.settings import ServiceSettings
 
 

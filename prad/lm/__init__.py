@@ -1,5 +1,6 @@
 """The frozen model, shared by prefill and decode: loading, fingerprint, forward, tokenizer, sampling."""
 
+from prad.core.models import DEFAULT_MODEL, DEFAULT_MODEL_ID, served_name
 from prad.lm.attention import Ragged
 from prad.lm.device import require_device
 from prad.lm.errors import (
@@ -24,7 +25,7 @@ from prad.lm.sites import (
     projection,
     require_sites,
 )
-from prad.lm.source import DEFAULT_MODEL, DEFAULT_MODEL_ID, resolve_model, served_name
+from prad.lm.source import resolve_model
 from prad.lm.tokenizer import TextStream, Tokenizer
 
 __all__ = [

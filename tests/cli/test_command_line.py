@@ -59,13 +59,16 @@ def test_help(command: tuple[str, ...], mentioned: list[str]) -> None:
         assert word in ended.stdout
 
 
-@pytest.mark.parametrize("command", ["--help", "serve --help", "train --help", "bench decode --help"])
+@pytest.mark.parametrize(
+    "command",
+    ["", "serve", "prefill", "decode", "registry", "train", "eval", "adapter push", "bench decode"],
+)
 def test_help_waits_for_no_torch(command: str) -> None:
     started = (
         "import sys, prad_cli.app as c\ntry: c.main()\n"
         "except SystemExit as e: sys.exit(e.code or 'torch' in sys.modules)"
     )
-    asked = [sys.executable, "-c", started, *command.split()]
+    asked = [sys.executable, "-c", started, *command.split(), "--help"]
     ended = subprocess.run(asked, capture_output=True, encoding="utf-8", env=ENVIRONMENT, check=False)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert "Usage: prad" in ended.stdout
