@@ -19,7 +19,6 @@ fields   For each field of FIELDS, the *.py of ours that name it. The proto and 
 What goes beyond a limit ends the command with status 1 if `--check` is given.
 """
 
-import argparse
 import importlib.util
 import json
 import os
@@ -34,9 +33,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import httpx
+import typer
 
 from local_stack.endings import described_end
 
@@ -229,26 +229,29 @@ def show(counts: Counts) -> None:
         print(*(f"  {name}" for name in places), sep="\n")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m deploy.count_house", description="See its docstring.")
-    parser.add_argument("--check", action="store_true", help="status 1 if a limit does not hold")
-    parser.add_argument("--keep", type=Path, help="folder for logs and traces; temporary if left out")
-    given = parser.parse_args()
+def main(
+    check: Annotated[bool, typer.Option("--check", help="Status 1 if a limit does not hold.")] = False,
+    keep: Annotated[
+        Path | None, typer.Option(help="Folder for logs and traces; temporary if left out.")
+    ] = None,
+) -> None:
+    """How large the house is for who reads it; see the module's docstring."""
     try:
-        if given.keep is not None:
-            given.keep.mkdir(parents=True, exist_ok=True)
-            counts = count(given.keep)
+        if keep is not None:
+            keep.mkdir(parents=True, exist_ok=True)
+            counts = count(keep)
         else:
             with tempfile.TemporaryDirectory() as folder:
                 counts = count(Path(folder))
     except RuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        raise typer.Exit(2) from error
     show(counts)
     for words in counts.beyond:
         print(f"beyond: {words}")
-    return 1 if given.check and counts.beyond else 0
+    if check and counts.beyond:
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    typer.run(main)
