@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from decode_service.reservations import HandOffId, PlacedRows, Reservation
-from decode_service.scheduler import Ended, EngineStatus, FinishReason, Running, Scheduler, SequenceId
+from decode_service.scheduler import Ended, EngineStatus, Running, Scheduler, SequenceId
 from kvtransfer.errors import FencedError, ProtocolError, RejectedError, RejectReason
 from kvtransfer.frames import Incoming
 from kvtransfer.messages import Ask, Cancel, Open
-from prad.core.sampling import Token, TokenEvent
+from prad.core.sampling import FinishReason, Token, TokenEvent
 
 if TYPE_CHECKING:
     from decode_service.runner import ModelRunner

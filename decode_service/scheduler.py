@@ -8,14 +8,13 @@ takes part in every step.
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any, NamedTuple
 
 from decode_service.reservations import HandOffId, Reservation
 from kvtransfer.errors import RejectedError, RejectReason
 from kvtransfer.messages import Open
 from prad.core.kv import BlockPool
-from prad.core.sampling import Token, TokenEvent
+from prad.core.sampling import FinishReason, Token, TokenEvent
 
 _REMEMBERED_REQUESTS = 1 << 16
 
@@ -27,21 +26,12 @@ class SequenceId(NamedTuple):
     choice: int
 
 
-class FinishReason(StrEnum):
-    STOP = "stop"
-    LENGTH = "length"
-    DEADLINE = "deadline"
-    ERROR = "error"
-
-
 @dataclass(frozen=True, slots=True)
 class EngineStatus:
     """How full the engine is. `sequences` counts running and reserved ones."""
 
-    block_size: int
     total_blocks: int
     free_blocks: int
-    max_sequences: int
     running_sequences: int
     sequences: int
 
@@ -130,10 +120,8 @@ class Scheduler:
 
     def status(self) -> EngineStatus:
         return EngineStatus(
-            block_size=self._blocks.block_size,
             total_blocks=self._blocks.total,
             free_blocks=self._blocks.free_count,
-            max_sequences=self._max_sequences,
             running_sequences=self.running_count,
             sequences=self.sequence_count,
         )

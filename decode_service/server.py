@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import signal
-import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 
@@ -122,7 +121,6 @@ class DecodeServer:
                 f"{settings.kv_cache_mib} MiB hold no block of {settings.block_size} tokens of "
                 f"{model.layout.bytes_per_token} bytes"
             )
-        instance = uuid.uuid4().hex
         scheduler = Scheduler(
             BlockPool(num_blocks, settings.block_size),
             settings.max_sequences,
@@ -147,7 +145,6 @@ class DecodeServer:
             self.engine,
             self._sessions,
             model.spec,
-            instance,
             idle_s=settings.hand_off_idle_s,
             shared_memory=settings.shared_memory,
         )

@@ -129,7 +129,6 @@ class DecodeService(DecodeServicer):
         engine: PagedEngine,
         sessions: Sessions,
         model: ModelSpec,
-        instance: str,
         *,
         idle_s: float,
         shared_memory: bool,
@@ -138,7 +137,6 @@ class DecodeService(DecodeServicer):
         self._engine = engine
         self._sessions = sessions
         self._model = model
-        self._instance = instance
         self._idle_s = idle_s
         self._shared_memory = shared_memory
         self._draining: RejectedError | None = None
@@ -156,12 +154,8 @@ class DecodeService(DecodeServicer):
         status = self._engine.status()
         description = Description(
             model=self._model,
-            block_size=status.block_size,
             total_blocks=status.total_blocks,
             free_blocks=status.free_blocks,
-            max_sequences=status.max_sequences,
-            running_sequences=status.running_sequences,
-            instance=self._instance,
         )
         message: pb.Description = encode(description)
         return message

@@ -113,13 +113,6 @@ class Stack:
             )
             self._services[place : place + 1] = [Service(name, arguments, process, log, log_start)]
 
-    def kill(self, name: str) -> None:
-        """Ends a child at once, without a chance to tidy up, and watches it no longer."""
-        (service,) = (s for s in self._services if s.name == name)
-        service.process.kill()
-        service.process.wait()
-        self._services.remove(service)
-
     def wait_until(self, ready: Callable[[], bool], timeout_s: float, what: str) -> None:
         """Waits until `ready()`. Raises StackError if a child ends, or after `timeout_s`."""
         deadline = time.monotonic() + timeout_s

@@ -85,7 +85,7 @@ class FakeEngine(PagedEngine):
         raise AssertionError("the service ends nothing by itself")
 
     def status(self) -> EngineStatus:
-        return EngineStatus(16, 100, 60, 32, 3, 5)
+        return EngineStatus(100, 60, 3, 5)
 
 
 def _ours(reservation: Reservation) -> FakeReservation:

@@ -40,7 +40,7 @@ class Served:
 async def serving_fake(idle_s: float = 60.0) -> AsyncIterator[Served]:
     engine = FakeEngine()
     sessions = Sessions(max_frames=9, detach_s=60, on_gone=engine.cancel_client)
-    service = DecodeService(engine, sessions, MODEL, "instance", idle_s=idle_s, shared_memory=False)
+    service = DecodeService(engine, sessions, MODEL, idle_s=idle_s, shared_memory=False)
     server = grpc.aio.server()
     add_DecodeServicer_to_server(service, server)  # type: ignore[no-untyped-call]
     port = server.add_insecure_port("127.0.0.1:0")
@@ -81,15 +81,13 @@ async def send(hand_off: HandOff, layer: int, data: bytes, first_token: int = 0)
 def test_nothing_of_the_real_engine_runs() -> None:
     asked = {name for name in vars(PagedEngine) if not name.startswith("_")}
     assert asked <= vars(FakeEngine).keys()
-    assert FakeEngine().admit("c", request()).block_count == 7
+    assert FakeEngine().admit("c", request()).blocks == (tuple(range(7)),)
 
 
 async def test_it_describes_what_the_engine_says(served: Served) -> None:
     async with attached(served) as (client, _):
         described = await client.describe()
-    assert (described.model, described.instance) == (MODEL, "instance")
-    assert (described.block_size, described.total_blocks, described.free_blocks) == (16, 100, 60)
-    assert (described.max_sequences, described.running_sequences) == (32, 3)
+    assert (described.model, described.total_blocks, described.free_blocks) == (MODEL, 100, 60)
 
 
 async def test_a_hand_off_is_admitted_written_and_committed(served: Served) -> None:
