@@ -55,7 +55,10 @@ def load(settings: DecodeSettings) -> LanguageModel:
     if kernels is not None:
         model.accelerate(kernels, settings.weights)
     elif settings.weights != "full":
-        raise UnsupportedModelError(f"{settings.weights} weights need the kernels, and these are not in use")
+        raise UnsupportedModelError(
+            f"{settings.weights} weights need the kernels, and these are not in use: install a C++ compiler "
+            "(g++) and use neither --kernels torch nor --device cuda, or use --weights full"
+        )
     return model
 
 

@@ -144,7 +144,9 @@ class DecodeLink:
     async def _receive(self, on_event: Callable[[TokenEvent], None]) -> None:
         description = await self._client.describe()
         if (difference := self._model.difference(description.model, "prefill", "decode")) is not None:
-            raise DecodeUnavailableError(f"it serves another model: {difference}")
+            raise DecodeUnavailableError(
+                f"it serves another model: {difference}; start both with the same --model and --dtype"
+            )
         stream = await self._client.attach(self._name)
         async with stream:
             self._stream = stream

@@ -194,7 +194,7 @@ class PromptEncoder:
         if self._waiting_chars and self._waiting_chars + chars > self._limits.tokenising_chars:
             raise OverloadedError(
                 f"{self._waiting_chars} characters of other prompts are being tokenised already: expected up "
-                f"to {self._limits.tokenising_chars} with this request's {chars}"
+                f"to {self._limits.tokenising_chars} with this request's {chars}; try again later"
             )
         self._waiting_chars += chars
         try:

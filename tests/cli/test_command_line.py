@@ -89,9 +89,11 @@ def test_an_unknown_flag_of_a_command_is_named(command: str) -> None:
 
 
 def test_wrong_values_are_one_line_each() -> None:
-    ended = prad("registry", "--port", "many", "--max-upload-mib", "-1")
+    ended = prad("registry", "--port", "many", "--max-upload-mib", "-1", "--log-level", "warn")
     assert ended.returncode == 2
-    port, upload = ended.stderr.splitlines()
+    port, upload, level = ended.stderr.splitlines()
+    assert level.startswith("error: --log-level: ")
+    assert "'warning'" in level
     assert port.startswith("error: --port: ")
     assert "'many'" in port
     assert upload.startswith("error: --max-upload-mib: ")
