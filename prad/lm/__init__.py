@@ -15,7 +15,6 @@ from prad.lm.fingerprint import Fingerprint
 from prad.lm.kv import KVTarget, PackedBatch, PromptKV, dtype_name, torch_dtype
 from prad.lm.model import LanguageModel
 from prad.lm.sampling import sample
-from prad.lm.search import BeamSearch, Candidate, Child, Greedy, Limits, Search
 from prad.lm.sites import (
     Adaptation,
     Placement,
@@ -32,15 +31,10 @@ __all__ = [
     "DEFAULT_MODEL",
     "DEFAULT_MODEL_ID",
     "Adaptation",
-    "BeamSearch",
-    "Candidate",
-    "Child",
     "DeviceError",
     "Fingerprint",
-    "Greedy",
     "KVTarget",
     "LanguageModel",
-    "Limits",
     "MissingSiteError",
     "ModelError",
     "ModelNotFoundError",
@@ -49,7 +43,6 @@ __all__ = [
     "PromptKV",
     "Ragged",
     "RowScaling",
-    "Search",
     "Site",
     "SiteVectors",
     "TextStream",
