@@ -186,7 +186,8 @@ async def while_connected(receive: Receive) -> AsyncGenerator[None, None]:
 
 
 class Observe:
-    """The outermost layer of the app: every request gets its record and is counted, no exception gets out.
+    """The outermost layer of the app but for CORS, which answers browsers' preflights by itself and adds its
+    headers to refusals, too: every request gets its record and is counted, no exception gets out.
 
     Plain ASGI: streamed chunks pass through untouched. `log`: also requests that do not fail.
     """
