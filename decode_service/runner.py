@@ -19,12 +19,9 @@ from prad.lm import (
     PackedBatch,
     RowScaling,
     Site,
-    UnsupportedModelError,
-    require_device,
-    resolve_model,
+    load_served,
     sample,
 )
-from prad.lm.kernels import load_kernels
 from prad.lm.kv import Pools
 
 
@@ -46,20 +43,15 @@ class Room:
 
 def load(settings: DecodeSettings) -> LanguageModel:
     """The settings' model. Raises prad.lm's ModelError."""
-    require_device(settings.device)  # before a model is fetched or converted
-    folder = resolve_model(settings.model, settings.cache_dir)
-    model = LanguageModel.load(folder, dtype=getattr(torch, settings.dtype), device=settings.device)
-    kernels = load_kernels(
-        settings.kernels, settings.cache_dir, settings.device, settings.kernel_cache_mib << 20
-    )
-    if kernels is not None:
-        model.accelerate(kernels, settings.weights)
-    elif settings.weights != "full":
-        raise UnsupportedModelError(
-            f"{settings.weights} weights need the kernels, and these are not in use: install a C++ compiler "
-            "(g++) and use neither --kernels torch nor --device cuda, or use --weights full"
-        )
-    return model
+    return load_served(
+        settings.model,
+        settings.cache_dir,
+        dtype=settings.dtype,
+        device=settings.device,
+        kernels=settings.kernels,
+        weights=settings.weights,
+        kept_bytes=settings.kernel_cache_mib << 20,
+    ).model
 
 
 class ModelRunner:

@@ -168,12 +168,8 @@ class _Computing:
 
     def _load(self, name: str) -> "_Loaded":
         from prad.lm import resolve_model
-        from prad.lm.kernels import load_kernels
 
-        model, tokenizer = load_model(name, self.cache_dir, self.dtype, self.device)
-        kernels = load_kernels("auto", self.cache_dir, self.device)
-        if kernels is not None:
-            model.accelerate(kernels)
+        model, tokenizer = load_model(name, self.cache_dir, self.dtype, self.device, kernels="auto")
         stop_ids = model.stop_ids(resolve_model(name, self.cache_dir)) | tokenizer.end_ids
         return _Loaded(model, tokenizer, stop_ids)
 

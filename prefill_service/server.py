@@ -24,8 +24,7 @@ from prad.core.errors import PradError
 from prad.core.kv import BlockPool
 from prad.core.sampling import SamplingParams
 from prad.http.server import KEEP_ALIVE_S, Server, bound
-from prad.lm import LanguageModel, Tokenizer, require_device, resolve_model
-from prad.lm.kernels import load_kernels
+from prad.lm import LanguageModel, Tokenizer, load_served
 from prad.lm.kv import Pools, blocks_in
 from prefill_service.api import ApiAccess, ApiLimits, ModelInfo, bounded_protocol, create_app
 from prefill_service.catalogue import RegistryFollower, Residents, TaskCatalogue
@@ -47,17 +46,17 @@ class CannotStartError(PradError):
 def run(settings: PrefillSettings) -> None:
     """Serves until SIGINT or SIGTERM. Raises CannotStartError or ModelError."""
     keep_freed_memory()
-    require_device(settings.device)  # before a model is fetched or converted
     listening = bound(settings.host, settings.port, CannotStartError, "--host and --port (PRAD_PREFILL_PORT)")
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    folder = resolve_model(settings.model, settings.cache_dir)
-    model = LanguageModel.load(folder, dtype=getattr(torch, settings.dtype), device=settings.device)
-    kernels = load_kernels(
-        settings.kernels, settings.cache_dir, settings.device, settings.kernel_cache_mib << 20
+    model, folder = load_served(
+        settings.model,
+        settings.cache_dir,
+        dtype=settings.dtype,
+        device=settings.device,
+        kernels=settings.kernels,
+        kept_bytes=settings.kernel_cache_mib << 20,
     )
-    if kernels is not None:
-        model.accelerate(kernels)
     info = ModelInfo(model.fingerprint.digest, model.max_context, model.vocab_size, model.stop_ids(folder))
     asyncio.run(
         _serve(

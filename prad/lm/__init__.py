@@ -15,6 +15,7 @@ from prad.lm.fingerprint import Fingerprint
 from prad.lm.kv import KVTarget, PackedBatch, PromptKV, dtype_name, torch_dtype
 from prad.lm.model import LanguageModel
 from prad.lm.sampling import sample
+from prad.lm.serving import ServedModel, load_served
 from prad.lm.sites import (
     Adaptation,
     Placement,
@@ -43,12 +44,14 @@ __all__ = [
     "PromptKV",
     "Ragged",
     "RowScaling",
+    "ServedModel",
     "Site",
     "SiteVectors",
     "TextStream",
     "Tokenizer",
     "UnsupportedModelError",
     "dtype_name",
+    "load_served",
     "placements",
     "projection",
     "require_device",
