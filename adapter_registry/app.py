@@ -28,7 +28,6 @@ from adapter_registry.api import (
 )
 from adapter_registry.calls import MOST_CHARACTERS, MOST_TROUBLES
 from adapter_registry.errors import ForbiddenError, HostNotAllowedError, NotAReplicaError
-from adapter_registry.hosts import AllowedHosts
 from adapter_registry.planning import Move, Rollback, SetAlias, Split, Wanted
 from adapter_registry.preconditions import REROUTING, By, IfMatch, etag
 from adapter_registry.registry import Follower, Registry
@@ -36,6 +35,7 @@ from adapter_registry.settings import RegistrySettings
 from adapter_registry.storage import storing
 from adapter_registry.versions import Event
 from prad import __version__
+from prad.http.hosts import AllowedHosts
 
 VERSION = "/tasks/{task}/versions/{version}"
 

@@ -1,7 +1,6 @@
 """Errors as HTTP: one table from the tree in `errors.py` to statuses, one shape of body for everything; a
 line in the log for each."""
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
@@ -15,11 +14,9 @@ from starlette.exceptions import HTTPException
 from adapter_registry import errors
 from adapter_registry.api import ErrorBody, ErrorReply
 from adapter_registry.metrics import Metrics
+from prad.http.logs import logged
 
 logger = logging.getLogger(__name__)
-
-LOGGED_CHARACTERS = 300
-"""Of every text in a line of the log."""
 
 STATUS: Mapping[type[errors.RegistryError], int] = MappingProxyType(
     {
@@ -49,7 +46,7 @@ def reply_to(error: errors.RegistryError, asked: str) -> JSONResponse:
 
 
 def _reply(asked: str, status: int, message: str, code: str, param: str | None = None) -> JSONResponse:
-    logger.warning("%s failed: status=%d code=%s: %s", _logged(asked), status, code, _logged(message))
+    logger.warning("%s failed: status=%d code=%s: %s", logged(asked), status, code, logged(message))
     kind = "server_error" if status >= 500 else "invalid_request_error"
     body = ErrorReply(error=ErrorBody(message=message, type=kind, param=param, code=code))
     return JSONResponse(body.model_dump(), status)
@@ -90,11 +87,6 @@ def install(app: FastAPI, metrics: Metrics) -> None:
 
 def _asked(request: Request) -> str:
     return f"{request.method} {request.url.path}"
-
-
-def _logged(text: str) -> str:
-    """No text of a client's begins a line, or is long."""
-    return json.dumps(text[:LOGGED_CHARACTERS])
 
 
 def _place(location: Sequence[int | str]) -> str:

@@ -1,12 +1,9 @@
 """The registry as a running server: data folder locked, socket bound, routes served, drained, closed."""
 
 import asyncio
-import errno
 import logging
-import signal
 import socket
 from pathlib import Path
-from types import FrameType
 
 import uvicorn
 
@@ -22,8 +19,7 @@ from adapter_registry.replicas import Replicas
 from adapter_registry.room import make_room
 from adapter_registry.secret import ensure_secret
 from adapter_registry.settings import RegistrySettings
-
-_KEEP_ALIVE_S = 75  # longer than clients keep idle connections: a request must not meet one being closed
+from prad.http.server import KEEP_ALIVE_S, Server, bound
 
 
 def run(settings: RegistrySettings) -> None:
@@ -42,7 +38,8 @@ class RegistryServer:
         self._settings = settings
         self._data = open_data(settings)
         try:
-            self._socket = _bind(settings.host, settings.port)
+            flags = "--host and --port (PRAD_REGISTRY_PORT)"
+            self._socket = bound(settings.host, settings.port, CannotStartError, flags, backlog=1024)
             try:
                 secret = _secret(settings)
             except CannotStartError:
@@ -67,7 +64,7 @@ class RegistryServer:
             log_level=settings.log_level,
             access_log=settings.access_log,
             lifespan="off",
-            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=settings.shutdown_seconds,
         )
         self._server = _DrainingServer(config, registry, changes)
@@ -93,12 +90,10 @@ class RegistryServer:
         self._server.should_exit = True
 
 
-class _DrainingServer(uvicorn.Server):
+class _DrainingServer(Server):
     """Before uvicorn waits for open requests to end, those that wait for changes are sent home.
 
     While it serves, what other registries change is heard, where there may be some (`changes`).
-    A signal ends `serve` and is then done with: uvicorn would raise it again, and the process would die
-    of it before the database is closed.
     """
 
     def __init__(self, config: uvicorn.Config, registry: Registry, changes: RedisChanges | None) -> None:
@@ -112,10 +107,6 @@ class _DrainingServer(uvicorn.Server):
             await super().serve(sockets)
             if following is not None:
                 following.cancel()
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self.force_exit = self.should_exit and sig == signal.SIGINT
-        self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await self._registry.close()
@@ -142,23 +133,3 @@ def _missing(count: int, folder: Path) -> list[str]:
         f"the files of {count} adapters are not in {folder}: push them again; registries on one Redis must "
         "share one data_dir"
     ]
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        bound = socket.socket(family, socket.SOCK_STREAM)
-    except OSError as error:
-        raise CannotStartError(f"cannot listen on {host!r}: {error.strerror}") from error
-    try:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind((host, port))
-        bound.listen(1024)
-    except OSError as error:
-        bound.close()
-        if error.errno == errno.EADDRINUSE:
-            raise CannotStartError(
-                f"port {port} on {host} is taken; choose another (PRAD_REGISTRY_PORT), or stop what uses it"
-            ) from error
-        raise CannotStartError(f"cannot listen on {host}:{port}: {error.strerror}") from error
-    return bound

@@ -3,7 +3,7 @@
 import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
@@ -65,8 +65,8 @@ class RegistrySettings(ServiceSettings):
     """How long open requests may take when the registry stops."""
     access_log: bool = False
     """Write a line to the log for every request, not only for those that fail."""
-    log_level: str = "info"
-    """debug, info, warning or error."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Lines of this weight and above are written to the log."""
 
     @property
     def folder(self) -> Path:

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from bench.prompts import CHAT
 from bench.quality_table import COLUMNS, ROWS
+from prad.core.models import DEFAULT_MODEL
 
 RESULTS = Path(__file__).parent / "results"
 KINDS = ("amx", "avx512-bf16", "avx512", "avx2")
@@ -51,10 +52,6 @@ class Flags(BaseModel):
     @classmethod
     def _smoke(cls, given: dict[str, Any]) -> dict[str, Any]:
         return {"out": RESULTS / "smoke", **cls.SMOKE, **given} if given.get("smoke") else given
-
-
-DEFAULT_MODEL = "smollm2-135m"
-"""`prad.lm`'s, which is not imported here."""
 
 
 class ModelFlags(Flags):

@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 
 from bench.flags import ModelFlags
-from prad.lm import LanguageModel, resolve_model
-from prad.lm.kernels import Choice, load_kernels
+from prad.core.models import Choice
+from prad.lm import LanguageModel, dtype_name, load_served, resolve_model
 
 
 def model_folder(arguments: ModelFlags) -> Path:
@@ -27,8 +27,6 @@ def load(
 ) -> LanguageModel:
     """In bf16 and with the kernels, as it is served, unless the benchmark says else. Most benchmarks know the
     CPU only: none of theirs waits for a GPU before it looks at the clock."""
-    model = LanguageModel.load(model_folder(arguments), dtype=dtype, device=device)
-    kernels = load_kernels(choice, arguments.cache_dir, device)
-    if kernels is not None:
-        model.accelerate(kernels)
-    return model
+    return load_served(
+        arguments.model, arguments.cache_dir, dtype=dtype_name(dtype), device=device, kernels=choice
+    ).model

@@ -6,7 +6,7 @@ Weights get a scale for each output, rows one for each token.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,8 @@ def rounded_linears(module: nn.Module, scheme: Scheme) -> Iterator[None]:
 
 def _forward(weight: Tensor, bias: Tensor | None, rows: bool, turned: bool, x: Tensor) -> Tensor:
     x = _turned(x) if turned else x
-    return linear(_rounded(x) if rows else x, weight, bias)
+    y: Tensor = linear(_rounded(x) if rows else x, weight, bias)
+    return y
 
 
 def _rounded(x: Tensor) -> Tensor:
@@ -65,5 +66,5 @@ def _turned(x: Tensor) -> Tensor:
     matrix = torch.ones(1, 1, dtype=x.dtype)
     while len(matrix) < _TOGETHER:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    turned: Any = x.unflatten(-1, (-1, _TOGETHER)) @ (matrix / _TOGETHER**0.5)
-    return turned.flatten(-2)
+    turned: Tensor = x.reshape(*x.shape[:-1], -1, _TOGETHER) @ (matrix / _TOGETHER**0.5)
+    return turned.reshape(x.shape)

@@ -1,7 +1,6 @@
 """Our server as its users meet it: the real processes, asked through HTTP by the light client."""
 
 import json
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,7 +21,7 @@ from bench.flags import ShapeFlags
 from bench.model import model_flags
 from bench.record import ROOT
 from local_stack.pushing import push_all
-from local_stack.stack import Stack, StackError, answers
+from local_stack.stack import Stack, StackError, answers, free_ports
 from prad.lm import LanguageModel
 
 
@@ -166,7 +165,7 @@ def served(
 
     `prefill`, `decode`: further flags of the services.
     """
-    api, registry_port, decode_port, metrics = _free_ports(4)
+    api, registry_port, decode_port, metrics = free_ports(4)
     registry = f"http://127.0.0.1:{registry_port}"
     shared = model_flags(arguments)
     with tempfile.TemporaryDirectory() as name, Console(stderr=True).status("starting the server") as status:
@@ -194,13 +193,3 @@ def served(
             status.stop()
             with Client(api) as client:
                 yield Served(client, f"http://127.0.0.1:{metrics}/metrics", tasks, registry)
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports

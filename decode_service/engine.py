@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from decode_service.reservations import HandOffId, PlacedRows, Reservation
-from decode_service.scheduler import Ended, EngineStatus, FinishReason, Running, Scheduler, SequenceId
+from decode_service.scheduler import Ended, EngineStatus, Running, Scheduler, SequenceId
 from kvtransfer.errors import FencedError, ProtocolError, RejectedError, RejectReason
 from kvtransfer.frames import Incoming
 from kvtransfer.messages import Ask, Cancel, Open
-from prad.core.sampling import Token, TokenEvent
+from prad.core.sampling import FinishReason, Token, TokenEvent
 
 if TYPE_CHECKING:
     from decode_service.runner import ModelRunner
@@ -45,7 +45,8 @@ class PagedEngine:
     """The decode engine over paged KV. A step that fails ends its sequences. Any other fault in the thread
     ends everything with an error event and calls `on_failure`: nothing is decoded after it.
 
-    All methods but `step` are called in one thread, the service's.
+    `step` runs in the engine's thread; `stop` and `status` may be called from any other; all other methods
+    are called in one, the service's.
     """
 
     def __init__(

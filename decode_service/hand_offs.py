@@ -110,8 +110,7 @@ class HandOffs:
             return pb.HandOffReply(hand_off=number, rejected=rejected)
         reservation.last_frame_at = time.monotonic()
         self._receiving[number] = reservation
-        accepted = pb.Accepted(reserved_blocks=reservation.block_count)
-        return pb.HandOffReply(hand_off=number, accepted=accepted)
+        return pb.HandOffReply(hand_off=number, accepted=pb.Accepted())
 
     def _receive_kv(self, message: pb.KV) -> Replies:
         named = {r.hand_off for r in message.rows}

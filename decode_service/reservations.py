@@ -166,11 +166,6 @@ class Reservation:
     def id(self) -> HandOffId:
         return HandOffId(self.session, self.request.request_id, self.request.attempt)
 
-    @property
-    def block_count(self) -> int:
-        """Blocks that it occupies, each counted once."""
-        return self.shared + sum(len(table) - self.shared for table in self.blocks)
-
     def placed(self, start: int, rows: Rows) -> PlacedRows:
         """Its rows of a frame, which lie there from row `start` on."""
         return PlacedRows(self.room, start, rows.first_token, rows.token_count)

@@ -19,12 +19,9 @@ from prad.lm import (
     PackedBatch,
     RowScaling,
     Site,
-    UnsupportedModelError,
-    require_device,
-    resolve_model,
+    load_served,
     sample,
 )
-from prad.lm.kernels import load_kernels
 from prad.lm.kv import Pools
 
 
@@ -46,23 +43,23 @@ class Room:
 
 def load(settings: DecodeSettings) -> LanguageModel:
     """The settings' model. Raises prad.lm's ModelError."""
-    require_device(settings.device)  # before a model is fetched or converted
-    folder = resolve_model(settings.model, settings.cache_dir)
-    model = LanguageModel.load(folder, dtype=getattr(torch, settings.dtype), device=settings.device)
-    kernels = load_kernels(
-        settings.kernels, settings.cache_dir, settings.device, settings.kernel_cache_mib << 20
-    )
-    if kernels is not None:
-        model.accelerate(kernels, settings.weights)
-    elif settings.weights != "full":
-        raise UnsupportedModelError(f"{settings.weights} weights need the kernels, and these are not in use")
-    return model
+    return load_served(
+        settings.model,
+        settings.cache_dir,
+        dtype=settings.dtype,
+        device=settings.device,
+        kernels=settings.kernels,
+        weights=settings.weights,
+        kept_bytes=settings.kernel_cache_mib << 20,
+    ).model
 
 
 class ModelRunner:
-    """A model and its KV pools. `room` and `write` are called in the service's thread, where alone
-    reservations end: so a write never reaches blocks that are already someone else's. `run` is the
-    engine's."""
+    """A model and its KV pools. `room` and `write` are called in the service's thread, `run` in the engine's.
+
+    A write never reaches blocks that are already someone else's: reservations end in the service's thread,
+    too, but for the end of all when the engine has failed, and then nothing is admitted any more.
+    """
 
     def __init__(self, model: LanguageModel, pools: Pools) -> None:
         self.limits = Limits(

@@ -8,14 +8,13 @@ takes part in every step.
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any, NamedTuple
 
 from decode_service.reservations import HandOffId, Reservation
 from kvtransfer.errors import RejectedError, RejectReason
 from kvtransfer.messages import Open
 from prad.core.kv import BlockPool
-from prad.core.sampling import Token, TokenEvent
+from prad.core.sampling import FinishReason, Token, TokenEvent
 
 _REMEMBERED_REQUESTS = 1 << 16
 
@@ -25,13 +24,6 @@ class SequenceId(NamedTuple):
 
     hand_off: HandOffId
     choice: int
-
-
-class FinishReason(StrEnum):
-    STOP = "stop"
-    LENGTH = "length"
-    DEADLINE = "deadline"
-    ERROR = "error"
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import signal
-import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 
@@ -118,11 +117,12 @@ class DecodeServer:
         self._loop = asyncio.get_running_loop()
         num_blocks = blocks_in(model.layout, settings.block_size, settings.kv_cache_mib)
         if num_blocks < 1:
+            one = settings.block_size * model.layout.bytes_per_token
             raise CacheTooSmallError(
                 f"{settings.kv_cache_mib} MiB hold no block of {settings.block_size} tokens of "
-                f"{model.layout.bytes_per_token} bytes"
+                f"{model.layout.bytes_per_token} bytes: give --kv-cache-mib (PRAD_DECODE_KV_CACHE_MIB) "
+                f"{-(-one >> 20)} or more"
             )
-        instance = uuid.uuid4().hex
         scheduler = Scheduler(
             BlockPool(num_blocks, settings.block_size),
             settings.max_sequences,
@@ -147,7 +147,6 @@ class DecodeServer:
             self.engine,
             self._sessions,
             model.spec,
-            instance,
             idle_s=settings.hand_off_idle_s,
             shared_memory=settings.shared_memory,
         )
@@ -206,7 +205,9 @@ def served(registry: CollectorRegistry, host: str, port: int) -> Iterator[None]:
     try:
         server, thread = start_http_server(port, addr=host, registry=registry)
     except OSError as error:
-        raise BindError(f"metrics cannot be served on {host}:{port}: {error.strerror}") from error
+        raise BindError(
+            f"metrics cannot be served on {host}:{port} ({error.strerror}); choose another --metrics-port"
+        ) from error
     try:
         yield
     finally:
@@ -219,7 +220,9 @@ def _bind(server: grpc.aio.Server, address: str) -> int:
     try:
         return int(server.add_insecure_port(address))
     except RuntimeError as error:
-        raise BindError(f"{address} cannot be listened on: is it taken?") from error
+        raise BindError(
+            f"cannot listen on {address}; choose another --port or --host, or stop what uses it"
+        ) from error
 
 
 async def _until(done: Callable[[], bool], most_s: float) -> None:

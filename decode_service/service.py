@@ -132,7 +132,6 @@ class DecodeService(DecodeServicer):
         engine: PagedEngine,
         sessions: Sessions,
         model: ModelSpec,
-        instance: str,
         *,
         idle_s: float,
         shared_memory: bool,
@@ -141,7 +140,6 @@ class DecodeService(DecodeServicer):
         self._engine = engine
         self._sessions = sessions
         self._model = model
-        self._instance = instance
         self._idle_s = idle_s
         self._shared_memory = shared_memory
         self._draining: RejectedError | None = None
@@ -164,8 +162,6 @@ class DecodeService(DecodeServicer):
             total_blocks=status.total_blocks,
             free_blocks=status.free_blocks,
             max_sequences=status.max_sequences,
-            running_sequences=status.running_sequences,
-            instance=self._instance,
         )
         message: pb.Description = encode(description)
         return message

@@ -19,35 +19,31 @@ fields   For each field of FIELDS, the *.py of ours that name it. The proto and 
 What goes beyond a limit ends the command with status 1 if `--check` is given.
 """
 
-import argparse
-import importlib.util
 import json
-import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import httpx
+import typer
 
-from local_stack.endings import described_end
+from local_stack.stack import Stack, StackError, answers, free_ports
 
 FILES, NAMES, NAMED_IN = 40, 10, 4
 FIELDS = ("min_p", "top_p", "top_k")
 ROOMS = ("prad", "kvtransfer", "decode_service", "prefill_service", "adapter_registry")
+TRACED = ("prefill", "decode")
 ADAPTER = Path("examples/adapters/sentiment")
 PROMPT = "a gripping , beautifully acted film about the quiet life of a lighthouse keeper"
 _START_S = 300.0
-_STOP_S = 60.0
-_LOG_LINES = 12
 
 
 @dataclass(frozen=True)
@@ -75,17 +71,18 @@ class Counts:
 
 
 def count(folder: Path) -> Counts:
-    """Runs the stack once, with its logs and data in `folder`. RuntimeError with a log if it fails."""
-    traces = [folder / "prefill.json", folder / "decode.json"]
-    with _stack(folder) as (api, traced):
+    """Runs the stack once, with its logs and data in `folder`. RuntimeError or StackError if it fails."""
+    traces = [folder / f"{name}.json" for name in TRACED]
+    with _stack(folder) as (api, stack):
+        traced = [service.process for service in stack.services if service.name in TRACED]
         _complete(api)
-        for child in traced:
-            child.process.send_signal(signal.SIGUSR1)
+        for process in traced:
+            process.send_signal(signal.SIGUSR1)
         time.sleep(1.0)
         _complete(api)
-        for child in traced:
-            child.process.send_signal(signal.SIGUSR2)
-        _until(lambda: all(trace.is_file() for trace in traces), "the traces", 30.0, traced)
+        for process in traced:
+            process.send_signal(signal.SIGUSR2)
+        stack.wait_until(lambda: all(trace.is_file() for trace in traces), 30.0, "the traces")
     read = [json.loads(trace.read_text(encoding="utf-8")) for trace in traces]
     if faults := [fault for trace in read for fault in trace["faults"]]:
         raise RuntimeError(f"the trace is not whole: {faults[:3]}")
@@ -114,60 +111,24 @@ def _naming(field: str) -> list[str]:
 _SOURCES = (".py", ".pyi", ".proto")
 
 
-@dataclass(frozen=True)
-class _Child:
-    """A service that was started, and what it says."""
-
-    name: str
-    process: "subprocess.Popen[bytes]"
-    log: Path
-
-    def check(self) -> None:
-        """Raises RuntimeError with the end of its log if it has ended."""
-        status = self.process.poll()
-        if status is not None:
-            lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_LINES:]
-            said = "\n".join(f"  {line}" for line in lines)
-            raise RuntimeError(f"{self.name} {described_end(status)}:\n{said}")
-
-
 @contextmanager
-def _stack(folder: Path) -> Iterator[tuple[str, list[_Child]]]:
-    """The API's URL, and the two traced services: prefill and decode."""
-    module = "prad_cli" if importlib.util.find_spec("prad_cli") else "prad"
-    registry_port, decode_port, api_port = _free_ports(3)
+def _stack(folder: Path) -> Iterator[tuple[str, Stack]]:
+    """The API's URL, and the services, of which prefill and decode are traced."""
+    registry_port, decode_port, api_port = free_ports(3)
     registry, api = f"http://127.0.0.1:{registry_port}", f"http://127.0.0.1:{api_port}"
-    started: list[_Child] = []
-
-    def start(name: str, *arguments: str, trace: bool) -> _Child:
-        tracer = [str(Path(__file__).with_name("traced.py")), str(folder / f"{name}.json"), module]
-        path = folder / f"{name}.log"
-        with path.open("wb") as log:
-            command = [sys.executable, *(tracer if trace else ["-m", module]), name, *arguments]
-            process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-        started.append(_Child(name, process, path))
-        return started[-1]
-
-    environment = os.environ | {"HOUSE_PROMPT": PROMPT, "HOUSE_IDS": ",".join(map(str, _prompt_ids()))}
-    try:
-        start("registry", "--port", str(registry_port), "--data-dir", str(folder / "data"), trace=False)
-        decode = start("decode", "--port", str(decode_port), trace=True)
-        where = ["--decode", f"127.0.0.1:{decode_port}", "--registry", registry, "--port", str(api_port)]
-        prefill = start("prefill", *where, trace=True)
-        _until(lambda: _answers(f"{registry}/ready"), "the registry", _START_S, started)
-        _until(lambda: _answers(f"{api}/ready"), f"prefill; the logs are in {folder}", _START_S, started)
-        pushed = [sys.executable, "-m", module, "adapter", "push", str(ADAPTER), "--task", ADAPTER.name]
+    tracer, ids = str(Path(__file__).with_name("traced.py")), ",".join(map(str, _prompt_ids()))
+    within = {name: (tracer, str(folder / f"{name}.json"), PROMPT, ids, "prad_cli") for name in TRACED}
+    with Stack(folder, within) as stack:
+        stack.start("registry", ["--port", str(registry_port), "--data-dir", str(folder / "data")])
+        stack.start("decode", ["--port", str(decode_port)])
+        where = ["--decode", f"127.0.0.1:{decode_port}", "--registry", registry]
+        stack.start("prefill", [*where, "--port", str(api_port)])
+        stack.wait_until(lambda: answers(f"{registry}/ready"), _START_S, "the registry")
+        stack.wait_until(lambda: answers(f"{api}/ready"), _START_S, "prefill")
+        pushed = [sys.executable, "-m", "prad_cli", "adapter", "push", str(ADAPTER), "--task", ADAPTER.name]
         subprocess.run([*pushed, "--registry", registry], check=True, stdout=subprocess.DEVNULL)
-        _until(lambda: _answers(f"{api}/v1/models/{ADAPTER.name}"), "the adapter", _START_S, started)
-        yield api, [prefill, decode]
-    finally:
-        for child in reversed(started):
-            child.process.terminate()
-        for child in started:
-            try:
-                child.process.wait(_STOP_S)
-            except subprocess.TimeoutExpired:
-                child.process.kill()
+        stack.wait_until(lambda: answers(f"{api}/v1/models/{ADAPTER.name}"), _START_S, "the adapter")
+        yield api, stack
 
 
 def _prompt_ids() -> list[int]:
@@ -188,35 +149,6 @@ def _complete(api: str) -> None:
         raise RuntimeError(f"the API answered {response.status_code}: {text[:300]}")
 
 
-def _answers(url: str) -> bool:
-    try:
-        return httpx.get(url, timeout=5.0, trust_env=False).status_code == httpx.codes.OK
-    except httpx.TransportError:
-        return False
-
-
-def _until(ready: Callable[[], bool], what: str, timeout_s: float, children: Sequence[_Child]) -> None:
-    """Raises RuntimeError if a child ends meanwhile, or after `timeout_s`."""
-    deadline = time.monotonic() + timeout_s
-    while not ready():
-        for child in children:
-            child.check()
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"{what} took longer than {timeout_s:g} s")
-        time.sleep(0.2)
-
-
-def _free_ports(number: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(number)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
-
-
 def show(counts: Counts) -> None:
     print(f"{len(counts.files)} files (limit {FILES}), and {len(counts.stub_files)} generated:")
     print(*(f"  {name}" for name in counts.files), sep="\n")
@@ -229,26 +161,29 @@ def show(counts: Counts) -> None:
         print(*(f"  {name}" for name in places), sep="\n")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m deploy.count_house", description="See its docstring.")
-    parser.add_argument("--check", action="store_true", help="status 1 if a limit does not hold")
-    parser.add_argument("--keep", type=Path, help="folder for logs and traces; temporary if left out")
-    given = parser.parse_args()
+def main(
+    check: Annotated[bool, typer.Option("--check", help="Status 1 if a limit does not hold.")] = False,
+    keep: Annotated[
+        Path | None, typer.Option(help="Folder for logs and traces; temporary if left out.")
+    ] = None,
+) -> None:
+    """How large the house is for who reads it; see the module's docstring."""
     try:
-        if given.keep is not None:
-            given.keep.mkdir(parents=True, exist_ok=True)
-            counts = count(given.keep)
+        if keep is not None:
+            keep.mkdir(parents=True, exist_ok=True)
+            counts = count(keep)
         else:
             with tempfile.TemporaryDirectory() as folder:
                 counts = count(Path(folder))
-    except RuntimeError as error:
+    except (RuntimeError, StackError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        raise typer.Exit(2) from error
     show(counts)
     for words in counts.beyond:
         print(f"beyond: {words}")
-    return 1 if given.check and counts.beyond else 0
+    if check and counts.beyond:
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    typer.run(main)

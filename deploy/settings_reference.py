@@ -7,10 +7,9 @@ import dataclasses
 import difflib
 import inspect
 import sys
-import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings
@@ -18,6 +17,7 @@ from pydantic_settings import BaseSettings
 from adapter_registry.settings import RegistrySettings
 from decode_service.settings import DecodeSettings
 from kvtransfer.settings import TransferSettings
+from prad_cli.flags import value_of
 from prefill_service.settings import PrefillSettings
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "settings.md"
@@ -60,24 +60,14 @@ def document() -> str:
 
 def _row(name: str, field: FieldInfo, prefix: str) -> str:
     dashed = name.replace("_", "-")
-    flag = f"`--{dashed}`" + (f" / `--no-{dashed}`" if _kind(field.annotation) is bool else "")
+    flag = f"`--{dashed}`" + (f" / `--no-{dashed}`" if value_of(field.annotation)[0] is bool else "")
     said = " ".join((field.description or "").split()).replace("|", "\\|")
     cells = [flag, f"`{prefix}{name.upper()}`", _takes(field), _shown(field.default), said]
     return "| " + " | ".join(cells) + " |\n"
 
 
-def _kind(annotation: Any) -> Any:
-    """What a value is, bounds and None apart."""
-    if get_origin(annotation) is Annotated:
-        return _kind(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, types.UnionType):
-        (only,) = (each for each in get_args(annotation) if each is not types.NoneType)
-        return _kind(only)
-    return annotation
-
-
 def _takes(field: FieldInfo) -> str:
-    kind = _kind(field.annotation)
+    kind, _ = value_of(field.annotation)
     if get_origin(kind) is Literal:
         return ", ".join(f"`{each}`" for each in get_args(kind))
     names = {bool: "yes or no", int: "whole number", float: "number", Path: "path", str: "text"}

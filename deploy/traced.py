@@ -1,9 +1,9 @@
-"""`python deploy/traced.py OUT MODULE ARGUMENTS`: runs a service as `python -m MODULE ARGUMENTS`, and writes
-into OUT which files one request walked through and which of our types bore its prompt.
+"""`python deploy/traced.py OUT PROMPT IDS MODULE ARGUMENTS` runs `python -m MODULE ARGUMENTS`, a service, and
+writes into OUT which files one request walked through and which types of ours bore its prompt.
 
 SIGUSR1 begins: what lives by then belongs to the service. SIGUSR2 ends and writes OUT as JSON: lists of
-files, stubs, bearers, token_types, and faults of this script. Environment: HOUSE_PROMPT, the prompt's text;
-HOUSE_IDS, its ids, with commas. The rules stand in `deploy/count_house.py`.
+files, stubs, bearers, token_types, and faults of this script. PROMPT is the prompt's text, IDS its ids, with
+commas. The rules stand in `deploy/count_house.py`.
 """
 
 import json
@@ -152,14 +152,13 @@ def _fields(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def main(arguments: list[str]) -> None:
-    out, module = Path(arguments[0]), arguments[1]
+    out, prompt, ids, module, *rest = arguments
     root = Path.cwd()
-    ids = [int(each) for each in os.environ["HOUSE_IDS"].split(",")]
-    trace = Trace(root, os.environ["HOUSE_PROMPT"], ids)
+    trace = Trace(root, prompt, [int(each) for each in ids.split(",")])
     signal.signal(signal.SIGUSR1, trace.begin)
-    signal.signal(signal.SIGUSR2, lambda *_: trace.end(out))
+    signal.signal(signal.SIGUSR2, lambda *_: trace.end(Path(out)))
     sys.path[0] = str(root)  # not the folder of this file, which Python puts there
-    sys.argv = [module, *arguments[2:]]
+    sys.argv = [module, *rest]
     threading.setprofile(trace.profile)
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 

@@ -102,15 +102,13 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """Who a decode service is and how full it is; `instance` is new at every start of its process."""
+    """Which model a decode service serves, and how full it is."""
 
     model: ModelSpec
     block_size: int
     total_blocks: int
     free_blocks: int
     max_sequences: int
-    running_sequences: int
-    instance: str
 
 
 def encode(value: Any) -> Any:

@@ -59,7 +59,7 @@ class DecodeClient:
         await self._channel.close()
 
     async def describe(self) -> Description:
-        """Who decode is and how full. Raises LostError or TimedOutError."""
+        """Which model decode serves, and how full it is. Raises LostError or TimedOutError."""
         try:
             reply = await self._stub.Describe(pb.DescribeRequest(), timeout=self._settings.describe_timeout_s)
         except grpc.aio.AioRpcError as error:

@@ -7,9 +7,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal, Self
 
 import httpx
@@ -62,10 +63,14 @@ class Service:
 
 
 class Stack:
-    """Use it in a `with`: leaving stops the children, the last started first."""
+    """Use it in a `with`: leaving stops the children, the last started first.
 
-    def __init__(self, logs: Path) -> None:
+    `within`: by a child's name, what Python runs with its command, instead of `-m prad_cli`: a tracer.
+    """
+
+    def __init__(self, logs: Path, within: Mapping[str, Sequence[str]] = MappingProxyType({})) -> None:
         self._logs = logs
+        self._within = within
         self._services: list[Service] = []
 
     def __enter__(self) -> Self:
@@ -105,20 +110,13 @@ class Stack:
         with opened as file, signals_later():
             log_start = file.seek(0, os.SEEK_END)
             process = subprocess.Popen(
-                [sys.executable, "-m", "prad_cli", name, *arguments],
+                [sys.executable, *self._within.get(name, ("-m", "prad_cli")), name, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
             self._services[place : place + 1] = [Service(name, arguments, process, log, log_start)]
-
-    def kill(self, name: str) -> None:
-        """Ends a child at once, without a chance to tidy up, and watches it no longer."""
-        (service,) = (s for s in self._services if s.name == name)
-        service.process.kill()
-        service.process.wait()
-        self._services.remove(service)
 
     def wait_until(self, ready: Callable[[], bool], timeout_s: float, what: str) -> None:
         """Waits until `ready()`. Raises StackError if a child ends, or after `timeout_s`."""
@@ -151,6 +149,15 @@ def require_free(port: int, flag: str, host: str = "127.0.0.1") -> None:
                     f"port {port} is taken; stop what uses it, or choose another {flag}"
                 ) from error
             raise StackError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of this machine that nothing listens on now."""
+    with contextlib.ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
 
 
 def answers(url: str) -> bool:

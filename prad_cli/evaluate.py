@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from prad.core.models import DEFAULT_MODEL
 from prad_cli.extras import require_extra
 from prad_cli.model import (
     DEFAULT_CACHE,
-    DEFAULT_MODEL,
     CacheOption,
     DeviceOption,
     DTypeOption,
@@ -168,12 +168,8 @@ class _Computing:
 
     def _load(self, name: str) -> "_Loaded":
         from prad.lm import resolve_model
-        from prad.lm.kernels import load_kernels
 
-        model, tokenizer = load_model(name, self.cache_dir, self.dtype, self.device)
-        kernels = load_kernels("auto", self.cache_dir, self.device)
-        if kernels is not None:
-            model.accelerate(kernels)
+        model, tokenizer = load_model(name, self.cache_dir, self.dtype, self.device, kernels="auto")
         stop_ids = model.stop_ids(resolve_model(name, self.cache_dir)) | tokenizer.end_ids
         return _Loaded(model, tokenizer, stop_ids)
 

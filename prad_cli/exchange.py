@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from prad.core.models import DEFAULT_MODEL, served_name
 from prad_cli.model import (
     DEFAULT_CACHE,
-    DEFAULT_MODEL,
     CacheOption,
     DTypeOption,
     ModelOption,
@@ -66,7 +66,6 @@ def import_command(
     if task is not None and positions == "all":
         raise typer.BadParameter("what acts on all positions is not served: drop --task")
     from prad.exchange import ImportSettings, import_folder
-    from prad.lm import served_name
 
     settings = ImportSettings(
         base_name=served_name(model),

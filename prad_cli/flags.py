@@ -75,7 +75,7 @@ def _taking(kind: type[BaseModel], given: dict[str, Any]) -> Any:
 
 
 def _option(name: str, field: FieldInfo) -> Any:
-    value, many = _value(field.annotation)
+    value, many = value_of(field.annotation)
     help_text = escape(_with_default(field))
     if value is bool:
         names = f"{_flag(name)}/--no-{name.replace('_', '-')}"
@@ -84,15 +84,15 @@ def _option(name: str, field: FieldInfo) -> Any:
     return Annotated[list[str] | None, option] if many else Annotated[str | None, option]
 
 
-def _value(annotation: Any) -> tuple[Any, bool]:
+def value_of(annotation: Any) -> tuple[Any, bool]:
     """What one value of a field is, None apart, and whether there may be many."""
     if get_origin(annotation) is Annotated:
-        return _value(get_args(annotation)[0])
+        return value_of(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):
         (only,) = (each for each in get_args(annotation) if each is not types.NoneType)
-        return _value(only)
+        return value_of(only)
     if get_origin(annotation) is list:
-        return _value(get_args(annotation)[0])[0], True
+        return value_of(get_args(annotation)[0])[0], True
     return annotation, False
 
 
@@ -106,7 +106,7 @@ def _metavar(value: Any) -> str:
 def _with_default(field: FieldInfo) -> str:
     said = " ".join((field.description or "").split())
     default = field.get_default(call_default_factory=False)
-    if _value(field.annotation)[1]:
+    if value_of(field.annotation)[1]:
         said = "; ".join(filter(None, (said.rstrip("."), "repeatable")))
     if field.is_required():
         return f"{said}  [required]"

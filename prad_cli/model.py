@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from prad.core.models import DEFAULT_MODEL, Choice
+
 if TYPE_CHECKING:
     from prad.lm import LanguageModel, Tokenizer
 
@@ -19,8 +21,6 @@ CacheOption = Annotated[
 ]
 DTypeOption = Annotated[str, typer.Option("--dtype", help="bfloat16 or float32.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")]
-DEFAULT_MODEL = "smollm2-135m"
-"""`prad.lm`'s, which is not imported at `--help`."""
 DEFAULT_CACHE = Path("~/.cache/prad")
 
 
@@ -44,18 +44,16 @@ def path_command(
     typer.echo(resolve_model(name, cache_dir))
 
 
-def load_model(name: str, cache_dir: Path, dtype: str, device: str) -> "tuple[LanguageModel, Tokenizer]":
+def load_model(
+    name: str, cache_dir: Path, dtype: str, device: str, kernels: Choice = "torch"
+) -> "tuple[LanguageModel, Tokenizer]":
     """Resolves and loads; torch and transformers are imported here, not at `--help`."""
-    import torch
+    from prad.lm import Tokenizer, load_served
 
-    from prad.lm import LanguageModel, Tokenizer, require_device, resolve_model
-
-    dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-    if dtype not in dtypes:
+    if dtype not in ("bfloat16", "float32"):
         raise typer.BadParameter(f"expected bfloat16 or float32, got '{dtype}'", param_hint="--dtype")
-    require_device(device)  # before a model is fetched or converted
-    folder = resolve_model(name, cache_dir)
-    return LanguageModel.load(folder, dtype=dtypes[dtype], device=device), Tokenizer(folder)
+    model, folder = load_served(name, cache_dir, dtype=dtype, device=device, kernels=kernels)
+    return model, Tokenizer(folder)
 
 
 def model_flag(name: str) -> str:

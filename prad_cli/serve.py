@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from prad.core.models import DEFAULT_MODEL
 from prad_cli.model import (
     DEFAULT_CACHE,
-    DEFAULT_MODEL,
     CacheOption,
     DeviceOption,
     DTypeOption,

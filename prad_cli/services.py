@@ -1,4 +1,6 @@
-"""`prad prefill`, `prad decode`, `prad registry`: one service alone. Their flags are their settings."""
+"""`prad prefill`, `prad decode`, `prad registry`: one service alone. Their flags are their settings, which
+are read before the service is imported: `--help` and a wrong flag wait for no torch.
+"""
 
 from typing import TypeVar
 
@@ -12,19 +14,24 @@ S = TypeVar("S", bound=BaseSettings)
 
 def prefill_command(context: typer.Context) -> None:
     """Run the prefill service alone (HTTP API). `prad prefill --help` lists its settings."""
-    from prefill_service.server import run
     from prefill_service.settings import PrefillSettings
 
-    run(_settings(PrefillSettings, context))
+    _log("prefill")
+    settings = _settings(PrefillSettings, context)
+    from prefill_service.server import run
+
+    run(settings)
 
 
 def decode_command(context: typer.Context) -> None:
     """Run the decode service alone (gRPC). `prad decode --help` lists its settings."""
-    from decode_service.server import run
     from decode_service.settings import DecodeSettings
 
     _log("decode")
-    run(_settings(DecodeSettings, context))
+    settings = _settings(DecodeSettings, context)
+    from decode_service.server import run
+
+    run(settings)
 
 
 def registry_command(context: typer.Context) -> None:
@@ -55,3 +62,4 @@ def _log(service: str) -> None:
     import logging
 
     logging.basicConfig(level="INFO", format=f"%(asctime)s {service} %(levelname)s %(message)s")
+    logging.getLogger("httpx").setLevel("WARNING")

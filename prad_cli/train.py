@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal, cast
 
 import typer
 
+from prad.core.models import DEFAULT_MODEL, served_name
 from prad_cli.extras import require_extra
 from prad_cli.model import (
     DEFAULT_CACHE,
-    DEFAULT_MODEL,
     CacheOption,
     DeviceOption,
     DTypeOption,
@@ -135,7 +135,6 @@ def train_command(
     """
     require_extra("train", "accelerate")
     from prad.artefact import FULL
-    from prad.lm import served_name
     from prad.training.presets import preset_fields, with_own
     from prad.training.settings import TrainSettings
     from prad.training.train import is_main_process, train

@@ -11,7 +11,7 @@ from contextlib import aclosing
 from dataclasses import replace
 
 from prad.core.sampling import SamplingParams, Token, TokenEvent
-from prad.lm import BeamSearch, Candidate, Limits
+from prad.core.search import BeamSearch, Candidate, Limits
 from prefill_service.errors import InternalError
 from prefill_service.prompt import PromptRequest
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from math import log
 from random import uniform
+from typing import TYPE_CHECKING
 
 from adapter_registry.api import RoutingState, TaskRoute, VersionRoute
 from adapter_registry.client import DEFAULT_WAIT, AsyncRegistryClient
@@ -20,10 +21,12 @@ from adapter_registry.errors import RegistryError, RegistryUnreachableError, Sto
 from adapter_registry.names import PREVIOUS
 from adapter_registry.routing import Routing
 from adapter_registry.versions import State
-from prad.adapters import Adapter
 from prad.artefact import Artefact
 from prefill_service.errors import InternalError, UnknownModelError
 from prefill_service.prompt import TaskVersion
+
+if TYPE_CHECKING:
+    from prad.adapters import Adapter
 
 logger = logging.getLogger(__name__)
 
@@ -269,7 +272,7 @@ class Residents:
     `itemsize`: bytes of a matrix's number in memory.
     """
 
-    def __init__(self, load: Callable[[Artefact], Adapter], capacity: int, itemsize: int) -> None:
+    def __init__(self, load: "Callable[[Artefact], Adapter]", capacity: int, itemsize: int) -> None:
         self._load = load
         self._capacity = capacity
         self._itemsize = itemsize
@@ -284,7 +287,7 @@ class Residents:
         return len(self._residents)
 
     @asynccontextmanager
-    async def pinned(self, artefact: Artefact) -> AsyncIterator[Adapter]:
+    async def pinned(self, artefact: Artefact) -> "AsyncIterator[Adapter]":
         """The artefact's adapter, kept in memory inside the `async with`; waits until there is room for it.
 
         Who holds one must not wait for another. Raises InternalError if the files do not load.
@@ -340,7 +343,7 @@ class Residents:
         resident = self._residents[artefact.digest] = _Resident(loading, nbytes)
         return resident
 
-    async def _load_one(self, artefact: Artefact) -> Adapter:
+    async def _load_one(self, artefact: Artefact) -> "Adapter":
         try:
             adapter = await asyncio.to_thread(self._load, artefact)
         except Exception as error:

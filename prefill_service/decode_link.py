@@ -13,7 +13,7 @@ from kvtransfer.messages import Ask, Open, StateSite
 from kvtransfer.sender import DecodeClient, HandOff
 from kvtransfer.tokens import TokenStream
 from prad.core.kv import ModelSpec
-from prad.core.sampling import TokenEvent
+from prad.core.sampling import FinishReason, TokenEvent
 from prefill_service.errors import (
     DeadlineError,
     DecodeUnavailableError,
@@ -152,12 +152,19 @@ class DecodeLink:
     ) -> None:
         description = await self._client.describe()
         if (difference := self._model.difference(description.model, "prefill", "decode")) is not None:
-            raise DecodeUnavailableError(f"it serves another model: {difference}")
+            raise DecodeUnavailableError(
+                f"it serves another model: {difference}; start both with the same --model and --dtype"
+            )
         on_found(DecodeSize(description.total_blocks, description.block_size, description.max_sequences))
         stream = await self._client.attach(self._name)
         async with stream:
             self._stream = stream
-            logger.info("connected to the decode service at %s", self._client.address)
+            logger.info(
+                "connected to the decode service at %s: %d of %d KV blocks free",
+                self._client.address,
+                description.free_blocks,
+                description.total_blocks,
+            )
             async for frame in stream:
                 for event in frame.events:
                     on_event(event)
@@ -165,7 +172,7 @@ class DecodeLink:
 
 def event_error(event: TokenEvent) -> ServingError:
     """The error behind an event that ends a sequence early."""
-    if event.finish_reason == "deadline":
+    if event.finish_reason == FinishReason.DEADLINE:
         return DeadlineError("the request took longer than it may")
     return InternalError(f"decoding ended: {event.error or event.finish_reason}")
 

@@ -14,18 +14,21 @@ from contextlib import (
     asynccontextmanager,
     nullcontext,
 )
+from typing import TYPE_CHECKING
 
-from prad.adapters import Adapter
 from prad.core.sampling import TokenEvent
 from prefill_service.beams import beam_search
 from prefill_service.catalogue import Residents
 from prefill_service.decode_link import DecodeLink, event_error
 from prefill_service.errors import DeadlineError, DecodeUnavailableError, OverloadedError, ServingError
 from prefill_service.pass_loop import PassLoop
-from prefill_service.passes import PassRunner
 from prefill_service.prompt import Committing, Decoding, Finished, Prompt, PromptRequest
 from prefill_service.scheduler import PromptScheduler
 from prefill_service.settings import PrefillSettings
+
+if TYPE_CHECKING:
+    from prad.adapters import Adapter
+    from prefill_service.passes import PassRunner
 
 _ASK_EVERY_S = 2.0
 
@@ -39,7 +42,7 @@ class PrefillEngine:
     def __init__(
         self,
         scheduler: PromptScheduler,
-        passes: PassRunner,
+        passes: "PassRunner",
         link: DecodeLink,
         residents: Residents,
         settings: PrefillSettings,
@@ -104,7 +107,7 @@ class PrefillEngine:
                     yield output
 
     async def _tokens(
-        self, request: PromptRequest, deadline: float, held: AbstractAsyncContextManager[Adapter | None]
+        self, request: PromptRequest, deadline: float, held: "AbstractAsyncContextManager[Adapter | None]"
     ) -> AsyncGenerator[TokenEvent, None]:
         if self._link.trouble is not None:
             raise DecodeUnavailableError(self._link.trouble)
@@ -133,7 +136,7 @@ class PrefillEngine:
                 self._loop.release(prompt)
 
     @asynccontextmanager
-    async def _adapter_of(self, request: PromptRequest, deadline: float) -> AsyncIterator[Adapter | None]:
+    async def _adapter_of(self, request: PromptRequest, deadline: float) -> "AsyncIterator[Adapter | None]":
         """The request's adapter, pinned. Waiting for room for it, and loading it, count against the queue's
         bound and the deadline."""
         if not request.continuation_ids:  # what is under way goes on

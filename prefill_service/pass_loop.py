@@ -9,7 +9,7 @@ deliver    first tokens to the client and, with Commit, to decode
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvtransfer.errors import TransferError
 from kvtransfer.sender import HandOff
@@ -17,10 +17,12 @@ from prad.core.kv import Chunk
 from prad.core.sampling import Token
 from prefill_service.decode_link import DecodeLink, NoRoom, Room
 from prefill_service.errors import DecodeUnavailableError, InternalError, OverloadedError, ServingError
-from prefill_service.passes import PassLayers, PassResult, PassRunner
 from prefill_service.prompt import Committing, Decoding, Finished, Prefilling, Prompt
 from prefill_service.scheduler import PromptScheduler
 from prefill_service.settings import PrefillSettings
+
+if TYPE_CHECKING:
+    from prefill_service.passes import PassLayers, PassResult, PassRunner
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +39,7 @@ class PassLoop:
     def __init__(
         self,
         scheduler: PromptScheduler,
-        passes: PassRunner,
+        passes: "PassRunner",
         link: DecodeLink,
         settings: PrefillSettings,
         clock: Callable[[], float],
@@ -175,7 +177,7 @@ class PassLoop:
             logger.error("the hand-off of %s failed", prompt.request.request_id, exc_info=error)
             self.fail(prompt, InternalError("the hand-off failed; the server's log says why"))
 
-    async def _run(self, chunks: Sequence[Chunk[Prompt]]) -> PassResult | None:
+    async def _run(self, chunks: Sequence[Chunk[Prompt]]) -> "PassResult | None":
         """None if the pass failed, and all its prompts with it."""
         try:
             result = await self._passes.run(chunks)
@@ -191,7 +193,7 @@ class PassLoop:
         for chunk in chunks:
             self.fail(chunk.prompt, InternalError("the prompt pass failed; the server's log says why"))
 
-    def _deliver(self, chunks: Sequence[Chunk[Prompt]], result: PassResult) -> None:
+    def _deliver(self, chunks: Sequence[Chunk[Prompt]], result: "PassResult") -> None:
         """First tokens to the HTTP side; what goes on is committed, beside the next passes."""
         for prompt in (chunk.prompt for chunk in chunks if chunk.prompt.ends_with(chunk)):
             state, tokens = prompt.state, result.first_tokens[prompt]
@@ -208,7 +210,7 @@ class PassLoop:
                 self._end(prompt)
 
     async def _commit(
-        self, prompt: Prompt, hand_off: HandOff, layers: PassLayers, tokens: Sequence[Token]
+        self, prompt: Prompt, hand_off: HandOff, layers: "PassLayers", tokens: Sequence[Token]
     ) -> None:
         """Hands a prompt over once its last layer is on its way. What the client cancelled before decode had
         confirmed is cancelled there afterwards."""

@@ -1,13 +1,10 @@
 """The prefill service as a process: load, follow the registry, connect to decode, serve HTTP, drain, stop."""
 
 import asyncio
-import logging
-import signal
 import socket
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from types import FrameType
 from typing import Self
 
 import torch
@@ -26,8 +23,8 @@ from prad.artefact import AdapterRecord, Artefact, task_token_id
 from prad.core.errors import PradError
 from prad.core.kv import BlockPool
 from prad.core.sampling import SamplingParams
-from prad.lm import LanguageModel, Tokenizer, require_device, resolve_model
-from prad.lm.kernels import load_kernels
+from prad.http.server import KEEP_ALIVE_S, Server, bound
+from prad.lm import LanguageModel, Tokenizer, load_served
 from prad.lm.kv import Pools, blocks_in
 from prefill_service.api import ApiAccess, ApiLimits, ModelInfo, bounded_protocol, create_app
 from prefill_service.catalogue import RegistryFollower, Residents, TaskCatalogue
@@ -39,7 +36,6 @@ from prefill_service.scheduler import PromptScheduler
 from prefill_service.settings import PrefillSettings
 
 _DRAIN_S = 30
-_KEEP_ALIVE_S = 75  # longer than clients keep idle connections: a request must not meet one being closed
 _PROBE = PromptRequest("probe", None, prompt_ids=(0, 1, 2), sampling=SamplingParams(max_tokens=1))
 
 
@@ -49,20 +45,18 @@ class CannotStartError(PradError):
 
 def run(settings: PrefillSettings) -> None:
     """Serves until SIGINT or SIGTERM. Raises CannotStartError or ModelError."""
-    logging.basicConfig(level="INFO", format="%(asctime)s prefill %(levelname)s %(message)s")
-    logging.getLogger("httpx").setLevel("WARNING")
     keep_freed_memory()
-    require_device(settings.device)  # before a model is fetched or converted
-    listening = _bind(settings.host, settings.port)
+    listening = bound(settings.host, settings.port, CannotStartError, "--host and --port (PRAD_PREFILL_PORT)")
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    folder = resolve_model(settings.model, settings.cache_dir)
-    model = LanguageModel.load(folder, dtype=getattr(torch, settings.dtype), device=settings.device)
-    kernels = load_kernels(
-        settings.kernels, settings.cache_dir, settings.device, settings.kernel_cache_mib << 20
+    model, folder = load_served(
+        settings.model,
+        settings.cache_dir,
+        dtype=settings.dtype,
+        device=settings.device,
+        kernels=settings.kernels,
+        kept_bytes=settings.kernel_cache_mib << 20,
     )
-    if kernels is not None:
-        model.accelerate(kernels)
     info = ModelInfo(model.fingerprint.digest, model.max_context, model.vocab_size, model.stop_ids(folder))
     asyncio.run(
         _serve(
@@ -121,12 +115,12 @@ async def _serve(
             http=bounded_protocol(settings.max_connections, settings.body_timeout_s),
             log_level="warning",
             access_log=False,
-            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=_DRAIN_S,
         )
         async with asyncio.TaskGroup() as tasks:
             background = [tasks.create_task(parts.engine.run()), tasks.create_task(follower.run())]
-            await tasks.create_task(_Server(config).serve(sockets=[listening]))
+            await tasks.create_task(Server(config).serve(sockets=[listening]))
             for task in background:
                 task.cancel()
 
@@ -200,25 +194,3 @@ def probe_prompt(record: AdapterRecord, adapter: Adapter) -> Prompt:
     """The prompt that a new version is tried on: each of its task tokens, then some of the vocabulary."""
     own = (task_token_id(row) for row in range(len(record.task_tokens)))
     return Prompt(replace(_PROBE, prompt_ids=(*own, *_PROBE.prompt_ids)), adapter)
-
-
-class _Server(uvicorn.Server):
-    """A signal ends `serve` and is then done with: uvicorn would raise it again before the rest is closed."""
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self.force_exit = self.should_exit and sig == signal.SIGINT
-        self.should_exit = True
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind((host, port))
-    except OSError as error:
-        listening.close()
-        raise CannotStartError(
-            f"cannot listen on {host}:{port} ({error.strerror}); choose another --port, or stop what uses it"
-        ) from error
-    return listening

@@ -218,7 +218,6 @@ class RunningStack:
     registry: str
     decode: str
     stack: Stack
-    restart_decode: Callable[[], None]
 
 
 StackMaker = Callable[..., AbstractContextManager[RunningStack]]
@@ -258,13 +257,9 @@ def _running_stack(
         (root / "cache" / "kernels").symlink_to(built(CACHE).parent)  # compiled once for all tests
         common += ["--kernels", kernels]
     with Stack(root / "logs") as stack:
-
-        def start_decode() -> None:
-            own = ["--model", str(decode_model or model), "--port", str(decode_port)]
-            stack.start("decode", [*common, *own, *_flags(decode)])
-
         stack.start("registry", ["--port", str(registry_port), "--data-dir", str(root / "registry")])
-        start_decode()
+        own = ["--model", str(decode_model or model), "--port", str(decode_port)]
+        stack.start("decode", [*common, *own, *_flags(decode)])
         where = ["--decode", f"127.0.0.1:{decode_port}", "--registry", registry, "--port", str(api_port)]
         stack.start("prefill", [*common, "--model", str(model), *where, *_flags(prefill)])
         stack.wait_until(lambda: answers(f"{registry}/ready"), 120, "the registry")
@@ -275,7 +270,7 @@ def _running_stack(
             listed = [f"{api}/v1/models/{path.name}" for path in adapters.iterdir()]
             stack.wait_until(lambda: all(map(answers, listed)), 60, "the adapters")
         with httpx.Client(base_url=api, timeout=60) as client:
-            yield RunningStack(client, registry, f"127.0.0.1:{decode_port}", stack, start_decode)
+            yield RunningStack(client, registry, f"127.0.0.1:{decode_port}", stack)
 
 
 def _flags(settings: Mapping[str, Any]) -> list[str]:

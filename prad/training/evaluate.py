@@ -7,7 +7,8 @@ from pathlib import Path
 
 from prad.adapters import Adapter, AdapterError, placeholders
 from prad.artefact import AdapterRecord
-from prad.lm import BeamSearch, Greedy, LanguageModel, Limits, Tokenizer
+from prad.core.search import BeamSearch, Greedy, Limits
+from prad.lm import LanguageModel, Tokenizer
 from prad.training.data import Example, prompt_ids, read_examples, without_end
 from prad.training.decoding import AdaptedModel, Decoding
 from prad.training.metrics import Judged, scores

@@ -8,10 +8,9 @@ a feature that is not there is refused by the feature's name: nobody gets an ans
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar
 
 import orjson
 from pydantic import (
@@ -24,12 +23,10 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import PydanticCustomError
-from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from adapter_registry.hosts import is_allowed
 from prad.artefact import MAX_STOP_CHARACTERS, MAX_STOPS
 from prefill_service.api.outcomes import ClientGoneError, invalid_request, shown
 from prefill_service.errors import (
@@ -50,7 +47,6 @@ ALWAYS_SERVED = ("/health", "/ready", "/metrics")
 """A crowd of clients must not make operators' machines believe that the service is dead."""
 
 _CROWDED = "prad.crowded"
-REMEMBERED_HOSTS = 256
 MAX_FIELDS = 100
 """Fields of one object: each unknown one would be an error of its own."""
 
@@ -119,26 +115,26 @@ def _marked(app: Any) -> Any:
     return marked
 
 
-class TurnAway:
-    """Middleware that refuses what came on a connection too many, or by a name that a web page can give to
-    this machine (`adapter_registry.hosts`). `hosts`: such names that are ours."""
+def refuse_host(host: str) -> NoReturn:
+    """What `AllowedHosts` does about a name that is none of ours."""
+    raise HostNotAllowedError(
+        f"this server is not called {shown(host)}; if that is its name, add it to allowed_hosts "
+        "(PRAD_PREFILL_ALLOWED_HOSTS)",
+        param="host",
+    )
 
-    def __init__(self, app: ASGIApp, hosts: Sequence[str]) -> None:
+
+class TurnAway:
+    """Middleware that refuses what came on a connection too many."""
+
+    def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._is_allowed = lru_cache(REMEMBERED_HOSTS)(
-            partial(is_allowed, allowed=[name.lower() for name in hosts])
-        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        host = Headers(scope=scope).get("host") if scope["type"] == "http" else None
-        if host is not None and not self._is_allowed(host.lower()):
-            raise HostNotAllowedError(
-                f"this server is not called {shown(host)}; if that is its name, add it to allowed_hosts "
-                "(PRAD_PREFILL_ALLOWED_HOSTS)",
-                param="host",
-            )
         if scope.get(_CROWDED) and scope["path"] not in ALWAYS_SERVED:
-            raise TooManyConnectionsError("too many connections are open already")
+            raise TooManyConnectionsError(
+                "too many connections are open already; keep one and use it again, or try again later"
+            )
         await self._app(scope, receive, send)
 
 

@@ -28,6 +28,7 @@ from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from prad.http.logs import logged
 from prefill_service.errors import InternalError, InvalidRequestError, ServingError
 
 logger = logging.getLogger(__name__)
@@ -49,8 +50,6 @@ NAMED_CHARACTERS = 200
 """Of a field's name among them."""
 SHOWN_CHARACTERS = 60
 """Of a value that was not expected."""
-LOGGED_CHARACTERS = 300
-"""Of every text in a line of the log."""
 
 
 @dataclass(slots=True)
@@ -86,7 +85,7 @@ class RequestRecord:
 
     def line(self, scope: Scope, status: int) -> str:
         """For the log, in which a client's text can neither begin a line nor be long."""
-        named = f"request {self.id} {_logged(scope['method'])} {_logged(scope['path'])}"
+        named = f"request {self.id} {logged(scope['method'])} {logged(scope['path'])}"
         by = (
             f" version={self.version} digest={self.digest[:12]} routing={self.routing}"
             if self.version
@@ -204,7 +203,8 @@ async def while_connected(receive: Receive) -> AsyncGenerator[None, None]:
 
 
 class Observe:
-    """The outermost layer of the app: every request gets its record and is counted, no exception gets out.
+    """The outermost layer of the app but for CORS, which answers browsers' preflights by itself and adds its
+    headers to refusals, too: every request gets its record and is counted, no exception gets out.
 
     Plain ASGI: streamed chunks pass through untouched. `log`: also requests that do not fail.
     """
@@ -245,8 +245,8 @@ class Observe:
 
     def _write(self, record: RequestRecord, line: str) -> None:
         if failure := record.failure:
-            reason = "wrong value, not logged" if failure.quotes else _logged(failure.message)
-            logger.warning("%s code=%s param=%s: %s", line, failure.code, _logged(failure.param), reason)
+            reason = "wrong value, not logged" if failure.quotes else logged(failure.message)
+            logger.warning("%s code=%s param=%s: %s", line, failure.code, logged(failure.param), reason)
         elif self._log:
             seconds = time.monotonic() - record.started
             tokens = (record.prompt_tokens, record.cached_tokens, record.completion_tokens)
@@ -345,10 +345,6 @@ def _field(problem: Mapping[str, Any]) -> str | None:
     if problem["type"] == "refused":
         parts.append(str(problem["ctx"]["field"]))
     return ".".join(parts) or None
-
-
-def _logged(text: str | None) -> str:
-    return "-" if text is None else json.dumps(_cut(text, LOGGED_CHARACTERS))
 
 
 def _cut(text: str, most: int = TOLD_CHARACTERS) -> str:

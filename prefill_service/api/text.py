@@ -16,7 +16,7 @@ A completion of a task that was trained on the chat template is a conversation o
 tokens and the model's special tokens come from templates alone: a prompt's text that looks like one is text
 (`Tokenizer.as_text`). Of ids, those outside the vocabulary are refused.
 
-What is long is tokenised in threads, a few at a time; what cannot fit into the context, not at all.
+What is long is tokenised in threads, a few at a time; not at all if it cannot fit and is not to be cut.
 
 Out: one token of one choice at a time, never looking back over the whole. Text goes out only once it is
 settled: a character when it is complete, and what may be the beginning of a stop text when it turned out not
@@ -178,7 +178,7 @@ class PromptEncoder:
                 )
 
     def _require_short(self, chars: int, param: str) -> None:
-        """Before it is tokenised, which takes some 200 bytes and microseconds for each character."""
+        """Before it is tokenised, which takes some 200 bytes, and some microseconds, for each character."""
         if chars > self._most_chars:
             raise PromptTooLongError(
                 f"the context holds {self._context} tokens, at most {self._most_chars} characters of text, "
@@ -195,7 +195,7 @@ class PromptEncoder:
         if self._waiting_chars and self._waiting_chars + chars > self._limits.tokenising_chars:
             raise OverloadedError(
                 f"{self._waiting_chars} characters of other prompts are being tokenised already: expected up "
-                f"to {self._limits.tokenising_chars} with this request's {chars}"
+                f"to {self._limits.tokenising_chars} with this request's {chars}; try again later"
             )
         self._waiting_chars += chars
         try:

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from bench.flags import DEFAULT_MODEL, FLAGS
-from prad import lm
+from bench.flags import FLAGS
 from prad_cli.bench import BENCHMARKS
 from tests.cli.test_command_line import ENVIRONMENT, prad
 
@@ -70,10 +69,6 @@ def test_small_sizes_are_those_that_nothing_else_was_said_about() -> None:
 def test_what_makes_no_sense_is_refused(name: str, given: dict[str, object], said: str) -> None:
     with pytest.raises(ValidationError, match=said):
         FLAGS[name](**given)
-
-
-def test_the_default_model_is_the_services() -> None:
-    assert DEFAULT_MODEL == lm.DEFAULT_MODEL
 
 
 def test_bursts_are_prompts_by_tokens() -> None:

@@ -59,13 +59,16 @@ def test_help(command: tuple[str, ...], mentioned: list[str]) -> None:
         assert word in ended.stdout
 
 
-@pytest.mark.parametrize("command", ["--help", "serve --help", "train --help", "bench decode --help"])
+@pytest.mark.parametrize(
+    "command",
+    ["", "serve", "prefill", "decode", "registry", "train", "eval", "adapter push", "bench decode"],
+)
 def test_help_waits_for_no_torch(command: str) -> None:
     started = (
         "import sys, prad_cli.app as c\ntry: c.main()\n"
         "except SystemExit as e: sys.exit(e.code or 'torch' in sys.modules)"
     )
-    asked = [sys.executable, "-c", started, *command.split()]
+    asked = [sys.executable, "-c", started, *command.split(), "--help"]
     ended = subprocess.run(asked, capture_output=True, encoding="utf-8", env=ENVIRONMENT, check=False)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert "Usage: prad" in ended.stdout
@@ -86,9 +89,11 @@ def test_an_unknown_flag_of_a_command_is_named(command: str) -> None:
 
 
 def test_wrong_values_are_one_line_each() -> None:
-    ended = prad("registry", "--port", "many", "--max-upload-mib", "-1")
+    ended = prad("registry", "--port", "many", "--max-upload-mib", "-1", "--log-level", "warn")
     assert ended.returncode == 2
-    port, upload = ended.stderr.splitlines()
+    port, upload, level = ended.stderr.splitlines()
+    assert level.startswith("error: --log-level: ")
+    assert "'warning'" in level
     assert port.startswith("error: --port: ")
     assert "'many'" in port
     assert upload.startswith("error: --max-upload-mib: ")

@@ -225,6 +225,7 @@ def test_8_bit_weights_are_decodes_to_make_or_refuse(model: Path, tmp_path: Path
         assert serve.process.wait() == 1
         assert "error: decode ended with status 1" in serve.said
         assert "error: int8 weights need the kernels" in serve.said
+        assert "or use --weights full" in serve.said
         assert "Traceback" not in serve.said
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from decode_service.engine import PagedEngine
 from decode_service.reservations import PlacedRows, Reservation
 from decode_service.scheduler import EngineStatus
 from kvtransfer.errors import FencedError, RejectedError
@@ -23,8 +22,8 @@ class FakeReservation(Reservation):
         self.first_tokens: tuple[Token, ...] = ()
 
 
-class FakeEngine(PagedEngine):
-    """Nothing of the real one is left but what it is asked. `refusal`: what admit raises, if anything."""
+class FakeEngine:
+    """What the service asks of a `PagedEngine`, nothing else. `refusal`: what admit raises, if anything."""
 
     def __init__(self) -> None:
         self.reservations: list[FakeReservation] = []
@@ -62,15 +61,6 @@ class FakeEngine(PagedEngine):
     def release(self, reservation: Reservation) -> None:
         _ours(reservation).calls.append("release")
 
-    def start(self) -> None:
-        raise AssertionError("the service starts nothing")
-
-    def stop(self) -> None:
-        raise AssertionError("the service stops nothing")
-
-    def step(self) -> None:
-        raise AssertionError("the service never steps")
-
     def cancel(self, session: str, cancel: Cancel) -> None:
         self.cancelled.append((session, cancel))
 
@@ -80,9 +70,6 @@ class FakeEngine(PagedEngine):
 
     def cancel_session(self, session: str) -> None:
         self.gone.append(session)
-
-    def end_all(self, message: str) -> None:
-        raise AssertionError("the service ends nothing by itself")
 
     def status(self) -> EngineStatus:
         return EngineStatus(16, 100, 60, 32, 3, 5)

@@ -23,7 +23,7 @@ async def test_it_serves_and_drains(tmp_path: Path, unused_tcp_port: int) -> Non
         "PRAD_DECODE_KV_CACHE_MIB": "1",
     }
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "decode_service", env={**os.environ, **environment}
+        sys.executable, "-m", "prad_cli", "decode", env={**os.environ, **environment}
     )
     model = LanguageModel.load(tmp_path, dtype=llama().dtype)
     await listening(model, port)

@@ -10,15 +10,16 @@ from typing import Any
 import pytest
 from grpc.aio import insecure_channel
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from handing_over import Prefill, llama, prefilling, prompt
+from handing_over import Prefill, decode_settings, llama, prefilling, prompt, prompt_pass
 from test_decode_process import listening
 
 from decode_service.engine import PagedEngine
 from decode_service.reservations import Limits
 from decode_service.runner import ModelRunner
 from decode_service.scheduler import Scheduler
-from decode_service.server import DecodeServer
-from kvtransfer.errors import LostError, RejectedError, RejectReason
+from decode_service.server import DecodeServer, serving
+from decode_service.service import Sessions
+from kvtransfer.errors import FencedError, LostError, RejectedError, RejectReason
 from kvtransfer.messages import Open
 from prad.core.kv import BlockPool
 from prad.core.sampling import SamplingParams, Token, TokenEvent
@@ -51,19 +52,23 @@ async def test_every_sequence_ends_with_an_error_and_health_says_so(
     assert caught.value.reason is RejectReason.DRAINING
     status = server.engine.status()
     assert (status.sequences, server.failure) == (0, "the decode engine failed: a fault of ours")
-    assert not reserved.over or reserved.ended.exception() is not None
+    assert not reserved.over, "it hears of it when it goes on"
+    await prefill.send(reserved, prompt_pass(prefill.model, prompt(9)))
+    with pytest.raises(FencedError):
+        await reserved.commit([Token(1)])
 
 
 async def test_who_could_not_be_reached_hears_it_from_the_end_of_the_stream(
-    model: LanguageModel, prefill: Prefill, server: DecodeServer, monkeypatch: pytest.MonkeyPatch
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server.engine, "_deliver", broken)
-    request, _ = await prefill.hand_over(prompt(9), LONG)
-    await server.failed.wait()
-    stopping = asyncio.create_task(server.stop())
-    with pytest.raises(LostError):
-        await prefill.got.until(request.request_id)
-    await stopping
+    monkeypatch.setattr(Sessions, "deliver_from_thread", broken)
+    async with serving(decode_settings(), model) as server, prefilling(model, server.port) as prefill:
+        request, _ = await prefill.hand_over(prompt(9), LONG)
+        await server.failed.wait()
+        stopping = asyncio.create_task(server.stop())
+        with pytest.raises(LostError):
+            await prefill.got.until(request.request_id)
+        await stopping
 
 
 async def test_a_device_without_room_for_a_hand_off_keeps_none(
@@ -121,7 +126,7 @@ async def test_the_process_exits(tmp_path: Path, unused_tcp_port: int) -> None:
     assert b"EngineFailedError: the decode engine failed: a fault of ours" in said
 
 
-class FakeRunner(ModelRunner):
+class FakeRunner:
     """Draws token 1 for everybody, without a model."""
 
     def __init__(self) -> None:

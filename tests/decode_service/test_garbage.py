@@ -11,9 +11,9 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from handing_over import Prefill, prompt
 
 from decode_service.server import DecodeServer
-from kvtransfer.proto import handoff_pb2 as pb
 from decode_service.service import Refusals
 from kvtransfer.errors import ProtocolError
+from kvtransfer.proto import handoff_pb2 as pb
 from prad.core.sampling import SamplingParams
 
 

@@ -24,6 +24,7 @@ from handing_over import (
 
 from decode_service.reservations import HandOffId
 from decode_service.server import DecodeServer, serving
+from kvtransfer import frames
 from kvtransfer.errors import CorruptError, FencedError, LostError, ProtocolError
 from kvtransfer.frames import Encoding, Outgoing, Segment
 from kvtransfer.int8 import quantise
@@ -258,13 +259,12 @@ async def test_rows_of_a_hand_off_that_never_was_end_the_stream(
 async def test_a_segment_that_vanishes_before_decode_looks(
     model: LanguageModel, server: DecodeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = Segment.__init__
+    def vanishing(size: int) -> Segment:
+        segment = Segment(size)
+        segment.close_file()
+        return segment
 
-    def vanishing(self: Segment, size: int) -> None:
-        made(self, size)
-        self.close_file()
-
-    monkeypatch.setattr(Segment, "__init__", vanishing)
+    monkeypatch.setattr(frames, "Segment", vanishing)
     async with prefilling(model, server.port) as client:
         assert len(await client.generate(prompt(9), SHORT)) == 8
 
@@ -273,16 +273,14 @@ async def test_another_memory_of_the_same_name_is_not_used(
     model: LanguageModel, server: DecodeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As between two containers: the nonce tells."""
-    made = Segment.__init__
 
-    def replaced(self: Segment, size: int) -> None:
-        made(self, size)
-        other = object.__new__(Segment)
-        made(other, size)
-        os.dup2(int(other.name.split("/")[-1]), int(self.name.split("/")[-1]), inheritable=False)
+    def replaced(size: int) -> Segment:
+        segment, other = Segment(size), Segment(size)
+        os.dup2(int(other.name.split("/")[-1]), int(segment.name.split("/")[-1]), inheritable=False)
         other.close()
+        return segment
 
-    monkeypatch.setattr(Segment, "__init__", replaced)
+    monkeypatch.setattr(frames, "Segment", replaced)
     monkeypatch.delattr(Outgoing, "placed")
     async with prefilling(model, server.port) as client:
         assert len(await client.generate(prompt(9), SHORT)) == 8

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from decode_service.reservations import HandOffId, Reservation
-from decode_service.scheduler import FinishReason, Running, Scheduler, SequenceId
+from decode_service.scheduler import Running, Scheduler, SequenceId
 from kvtransfer.errors import RejectedError, RejectReason
 from kvtransfer.messages import Open
 from prad.core.kv import BlockPool, KVLayout, LayerKV, ModelSpec
-from prad.core.sampling import SamplingParams
+from prad.core.sampling import FinishReason, SamplingParams
 
 MODEL = ModelSpec("f", KVLayout((LayerKV(1, 2, 2),), "float32"))
 
@@ -126,7 +126,7 @@ def test_a_reservation_is_a_whole_life(scheduler: Scheduler, blocks: BlockPool) 
     reserved = scheduler.reserve("c", request(choices=2))
     assert [len(table) for table in reserved.blocks] == [2, 2]  # 16 + 17 - 1 tokens each
     assert reserved.blocks[0][0] == reserved.blocks[1][0]
-    assert (blocks.free_count, reserved.block_count) == (5, 3)  # the prompt's block is one
+    assert blocks.free_count == 5  # the prompt's block is one
     scheduler.release(reserved)
     scheduler.release(reserved)
     assert blocks.free_count == 8
@@ -218,8 +218,7 @@ def test_choices_share_what_the_prompt_fills_and_never_write_there(
     blocks = BlockPool(20, 16)
     scheduler = Scheduler(blocks, max_sequences=4)
     reserved = scheduler.reserve("c", request(choices=4, kv_len=kv_len, max_tokens=9))
-    assert (reserved.shared, reserved.block_count) == (shared, shared + 4 * own)
-    assert blocks.in_use == reserved.block_count
+    assert (reserved.shared, blocks.in_use) == (shared, shared + 4 * own)
     sequences = [running(reserved, c) for c in range(4)]
     written = [[(s.kv_len + i) // 16 for i in range(8)] for s in sequences]
     targets = [{s.blocks[i] for i in places} for s, places in zip(sequences, written, strict=True)]
@@ -242,7 +241,7 @@ def test_what_does_not_fit_twice_fits_when_shared() -> None:
     blocks = BlockPool(9, 16)
     scheduler = Scheduler(blocks, max_sequences=4)
     reserved = scheduler.reserve("c", request(choices=4, kv_len=80, max_tokens=9))  # 4 tables of 6 blocks
-    assert (reserved.block_count, blocks.free_count) == (9, 0)
+    assert (len(reserved.blocks), blocks.free_count) == (4, 0)
     with pytest.raises(RejectedError, match="5 blocks and 1 sequences") as caught:
         scheduler.reserve("c", request("other", choices=1, kv_len=64))
     assert caught.value.reason is RejectReason.FULL

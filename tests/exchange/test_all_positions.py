@@ -9,8 +9,9 @@ from peft import IA3Config, LoraConfig, PromptTuningConfig
 
 from prad.adapters import load_adapter
 from prad.artefact import Artefact
+from prad.core.search import Limits
 from prad.exchange import ExchangeError, export_folder, import_folder
-from prad.lm import LanguageModel, Limits
+from prad.lm import LanguageModel
 from prad.training.decoding import AdaptedModel
 from prad.training.evaluate import decoder
 from tests.conftest import random_artefact

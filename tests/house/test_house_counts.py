@@ -1,6 +1,5 @@
 """How much of the house one request walks through, and who bears its prompt: deploy.count_house."""
 
-import subprocess
 import sys
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
@@ -9,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from deploy.count_house import NAMED_IN, _Child, _until, fields_named_in
+from deploy.count_house import NAMED_IN, fields_named_in
 from deploy.traced import Trace
+from local_stack.stack import Stack, StackError
 
 ROOT = Path(__file__).parents[2]
 
@@ -71,9 +71,9 @@ def test_a_sampling_field_is_named_in_few_files(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_service_that_ended_is_not_waited_for(tmp_path: Path) -> None:
-    code = "import sys; sys.exit('error: port 8001 is taken')"
-    with (tmp_path / "registry.log").open("wb") as log:
-        process = subprocess.Popen([sys.executable, "-c", code], stdout=log, stderr=log)
-    child = _Child("registry", process, tmp_path / "registry.log")
-    with pytest.raises(RuntimeError, match=r"^registry ended with status 1:\n  error: port 8001 is taken$"):
-        _until(lambda: False, "the registry", 1e9, [child])
+    code = "import sys; sys.exit(f'error: {sys.argv[1:]} cannot be')"
+    with Stack(tmp_path, {"registry": ("-c", code)}) as stack:
+        stack.start("registry", ["--port", "1"])
+        said = r"^registry ended with status 1\n  error: \['registry', '--port', '1'\] cannot be$"
+        with pytest.raises(StackError, match=said):
+            stack.wait_until(lambda: False, 1e9, "the registry")

@@ -221,4 +221,5 @@ async def test_a_decode_with_another_model_is_named() -> None:
     other = ModelSpec("xyz", SPEC.layout)
     link, task = await connected(Client(model=other), Heard())
     assert "another model" in (link.trouble or "")
+    assert "the same --model and --dtype" in (link.trouble or "")
     task.cancel()

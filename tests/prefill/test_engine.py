@@ -1,8 +1,6 @@
 """The engine among parts of plain data: what comes of a prompt, whoever fails, leaves or says nothing."""
 
 import asyncio
-import sys
-from subprocess import check_output
 
 import pytest
 
@@ -364,14 +362,3 @@ async def test_a_choice_cancelled_before_decode_confirms_is_cancelled_there() ->
         setting.engine.cancel_choice("r", 0)
         assert setting.link.cancelled == [("r", 1, 1), ("r", 1, 0)]
         await tokens.aclose()
-
-
-def test_what_decides_is_pure() -> None:
-    """In a fresh interpreter: nothing that computes or talks comes along."""
-    program = (
-        "import sys, prefill_service.scheduler; print(*sorted({n.partition('.')[0] for n in sys.modules}))"
-    )
-    loaded = check_output(
-        [sys.executable, "-c", program], encoding="utf-8", env={"PYTHONPATH": ":".join(sys.path)}
-    )
-    assert not {"torch", "grpc", "transformers"} & set(loaded.split())

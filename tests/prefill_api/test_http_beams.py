@@ -8,7 +8,8 @@ import httpx
 import pytest
 
 from prad.core.sampling import SamplingParams, TokenEvent
-from prad.lm import BeamSearch, LanguageModel, Limits, Tokenizer
+from prad.core.search import BeamSearch, Limits
+from prad.lm import LanguageModel, Tokenizer
 from prad.training.decoding import AdaptedModel
 from prad.training.evaluate import decoder
 from prefill_service.errors import OverloadedError

@@ -2,8 +2,8 @@
 
 import pytest
 
-from adapter_registry.hosts import is_allowed
 from adapter_registry.settings import RegistrySettings
+from prad.http.hosts import is_allowed
 
 
 @pytest.mark.parametrize(

@@ -251,13 +251,15 @@ def test_a_killed_decode_service_ends_its_streams_and_comes_back(
         with running.api.stream("POST", "/v1/completions", json=body) as response:
             lines = (line for line in response.iter_lines() if line)
             next(lines)
-            running.stack.kill("decode")
+            (decode,) = (each for each in running.stack.services if each.name == "decode")
+            decode.process.kill()
+            decode.process.wait()
             events = list(lines)
         assert json.loads(events[-1].removeprefix("data: "))["error"]["code"] == "decode_unavailable"
         assert "data: [DONE]" not in events, "that would call the answer whole"
         refused = running.api.post("/v1/completions", json={"prompt": PROMPT})
         assert refused.status_code == 503
-        running.restart_decode()
+        running.stack.restart("decode")
         until(lambda: answers(f"{running.api.base_url}/ready"))
         assert complete(running, max_tokens=20)["usage"]["completion_tokens"] == 20
 

@@ -15,7 +15,8 @@ from adapter_registry.artefacts import ArtefactFolder
 from adapter_registry.errors import AdapterRefusedError
 from prad.adapters import AdapterError, find_method, load_adapter, new_adapter, placeholders
 from prad.artefact import AdapterRecord, NotServableError, read_artefact, read_record, read_servable
-from prad.lm import LanguageModel, Limits, Tokenizer
+from prad.core.search import Limits
+from prad.lm import LanguageModel, Tokenizer
 from prad.training.data import TokenisedExample, collate, read_examples, tokenise
 from prad.training.decoding import AdaptedModel
 from prad.training.evaluate import decoder, evaluate

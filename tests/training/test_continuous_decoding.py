@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from prad.adapters import PromptAdaptation, load_adapter
 from prad.core.sampling import SamplingParams
-from prad.lm import BeamSearch, Candidate, Child, Greedy, LanguageModel, Limits
+from prad.core.search import BeamSearch, Candidate, Child, Greedy, Limits
+from prad.lm import LanguageModel
 from prad.lm.kernels import Kernels
 from prad.training.decoding import AdaptedModel
 from prad.training.evaluate import decoder

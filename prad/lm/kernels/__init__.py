@@ -2,10 +2,10 @@
 
 import logging
 from pathlib import Path
-from typing import Literal
 
 import torch
 
+from prad.core.models import Choice, Precision
 from prad.lm.kernels.build import DEFAULT_KEPT_BYTES, BuildError, built
 from prad.lm.kernels.calls import Calls, Kernels, Recording
 from prad.lm.kernels.memory import HugePages
@@ -16,15 +16,11 @@ from prad.lm.kernels.structs import (
     Out,
     PackedLinear,
     PagedView,
-    Precision,
     PromptSpan,
     fits,
 )
 
 logger = logging.getLogger(__name__)
-
-Choice = Literal["auto", "native", "torch"]
-"""Kernels where they can be built, kernels or an error, or no kernels."""
 
 
 def load_kernels(

@@ -8,19 +8,18 @@ from collections.abc import Sequence
 from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from prad.core.models import Precision
 from prad.lm.kernels.memory import HugePages
 
 COLUMNS, DEPTH = 16, 32
 _TURNED, _ROW_OFFSET, _MOST_IN_BYTES = 64, 128, 65_536
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-
-Precision = Literal["full", "int8"]
 
 
 class LinearStruct(Structure):

@@ -7,26 +7,30 @@ below `.localhost` are always allowed, any other name only if it is listed.
 
 import ipaddress
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+_REMEMBERED = 256
+
 
 class AllowedHosts:
     """ASGI middleware. `allowed`: names, or "*.example.com" for all below one, or "*" for all.
 
-    `refuse` makes the answer to a request for another host.
+    `refuse` makes the answer to a request for another host, or raises what is made one further out.
     """
 
     def __init__(self, app: ASGIApp, allowed: Sequence[str], refuse: Callable[[str], ASGIApp]) -> None:
         self._app = app
-        self._allowed = tuple(name.lower() for name in allowed)
+        names = tuple(name.lower() for name in allowed)
+        self._is_allowed = lru_cache(_REMEMBERED)(lambda host: is_allowed(host, names))
         self._refuse = refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         host = Headers(scope=scope).get("host") if scope["type"] == "http" else None
-        answer = self._app if host is None or is_allowed(host, self._allowed) else self._refuse(host)
+        answer = self._app if host is None or self._is_allowed(host.lower()) else self._refuse(host)
         await answer(scope, receive, send)
 
 

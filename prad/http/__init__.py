@@ -1,0 +1,1 @@
+"""What services that speak HTTP have in common, whatever they serve."""
