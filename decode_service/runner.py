@@ -26,11 +26,11 @@ from prad.lm.kv import Pools
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
-    """Where a hand-off's KV goes. `slots` [kv_len]: of choice 0's tokens, the first `shared` of which lie in
+class Slots:
+    """Where a hand-off's KV goes. `first` [kv_len]: of choice 0's tokens, the first `shared` of which lie in
     blocks that all choices read; `others`: per further choice the slots [kv_len - shared] of the rest."""
 
-    slots: Tensor
+    first: Tensor
     shared: int
     others: tuple[Tensor, ...]
 
@@ -68,14 +68,14 @@ class ModelRunner:
         self._model = model
         self._pools = pools
 
-    def room(self, reserved: Reservation) -> Room:
+    def room(self, reserved: Reservation) -> Slots:
         """Its slots; blocks that the prompt's KV will not fill are zeroed (see `Pools`)."""
         kv_len, size = reserved.request.kv_len, self._pools.block_size
         shared = reserved.shared * size
         first, *others = (self._pools.slots(table, kv_len) for table in reserved.blocks)
         if kv_len % size:
             self._pools.clear([table[reserved.shared] for table in reserved.blocks])
-        return Room(first, shared, tuple(slots[shared:] for slots in others))
+        return Slots(first, shared, tuple(slots[shared:] for slots in others))
 
     def write(self, frame: Incoming, rows: Iterable[PlacedRows]) -> None:
         """A frame's bytes: few, large writes, however many hand-offs there are."""
@@ -145,7 +145,7 @@ def _spans(rows: Iterable[PlacedRows]) -> Iterator[tuple[int, Tensor]]:
             run = []
         if not run:
             start = placed.start
-        run.append(placed.room.slots[first:last])
+        run.append(placed.room.first[first:last])
         end = placed.start + placed.token_count
     if run:
         yield start, torch.cat(run)

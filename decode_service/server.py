@@ -34,19 +34,19 @@ _GRACE_S = 5.0  # for clients to receive their last frames and go
 _DRAIN_LOOK_S = 0.05
 
 
-class DecodeError(PradError):
+class DecodeServiceError(PradError):
     """Base of what keeps a decode service from running; what one request can meet is kvtransfer's tree."""
 
 
-class BindError(DecodeError):
+class BindError(DecodeServiceError):
     """The address cannot be listened on."""
 
 
-class CacheTooSmallError(DecodeError):
+class CacheTooSmallError(DecodeServiceError):
     """The KV cache of the settings does not hold a single block."""
 
 
-class EngineFailedError(DecodeError):
+class EngineFailedError(DecodeServiceError):
     """The engine met a fault that it cannot go on after: the process has to be started again."""
 
 

@@ -1,5 +1,5 @@
-"""`python deploy/traced.py OUT PROMPT IDS MODULE ARGUMENTS` runs `python -m MODULE ARGUMENTS`, a service, and
-writes into OUT which files one request walked through and which types of ours bore its prompt.
+"""`python deploy/traced.py OUT PROMPT IDS MODULE ARGUMENTS`: runs a service as `python -m MODULE ARGUMENTS`
+would, and writes into OUT which files one request walked through and which of our types bore its prompt.
 
 SIGUSR1 begins: what lives by then belongs to the service. SIGUSR2 ends and writes OUT as JSON: lists of
 files, stubs, bearers, token_types, and faults of this script. PROMPT is the prompt's text, IDS its ids, with

@@ -15,10 +15,11 @@ from prad.core.search import BeamSearch, Candidate, Limits
 from prefill_service.errors import InternalError
 from prefill_service.prompt import PromptRequest
 
-Ask = Callable[[PromptRequest], AsyncGenerator[TokenEvent, None]]
+Generate = Callable[[PromptRequest], AsyncGenerator[TokenEvent, None]]
+"""As `Engine.generate`."""
 
 
-async def beam_search(ask: Ask, request: PromptRequest) -> AsyncGenerator[TokenEvent, None]:
+async def beam_search(generate: Generate, request: PromptRequest) -> AsyncGenerator[TokenEvent, None]:
     """The `choices` best of `request.beams` hypotheses; their tokens all come at the end."""
     assert request.beams is not None
     limits = Limits(request.sampling.max_tokens, request.sampling.stop_ids)
@@ -32,7 +33,7 @@ async def beam_search(ask: Ask, request: PromptRequest) -> AsyncGenerator[TokenE
             replace(step, request_id=f"{request.request_id}-{len(row)}-{i}", continuation_ids=row)
             for i, row in enumerate(rows)
         ]
-        outs = await _all(ask, asked)
+        outs = await _all(generate, asked)
         if rows == [()]:
             cached = outs[0].cached_tokens
         children = search.advance([[Candidate(*pair) for pair in out.tokens[0].top] for out in outs])
@@ -46,9 +47,9 @@ async def beam_search(ask: Ask, request: PromptRequest) -> AsyncGenerator[TokenE
             )
 
 
-async def _all(ask: Ask, requests: list[PromptRequest]) -> list[TokenEvent]:
+async def _all(generate: Generate, requests: list[PromptRequest]) -> list[TokenEvent]:
     """The only token of each; together, so that they share a pass."""
-    tasks = [asyncio.create_task(_only_token(ask, request)) for request in requests]
+    tasks = [asyncio.create_task(_only_token(generate, request)) for request in requests]
     try:
         return await asyncio.gather(*tasks)
     finally:
@@ -57,8 +58,8 @@ async def _all(ask: Ask, requests: list[PromptRequest]) -> list[TokenEvent]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _only_token(ask: Ask, request: PromptRequest) -> TokenEvent:
-    async with aclosing(ask(request)) as tokens:
+async def _only_token(generate: Generate, request: PromptRequest) -> TokenEvent:
+    async with aclosing(generate(request)) as tokens:
         async for out in tokens:
             return out
     raise InternalError("the engine ended before the output did")

@@ -36,8 +36,8 @@ class NoRoom:
     retry_after: float
 
 
-Room = HandOff | NoRoom | ServingError
-"""What came of asking for room: it is reserved, or the prompt has to wait, or it is refused for good."""
+Opened = HandOff | NoRoom | ServingError
+"""What came of an Open: room is reserved, or the prompt has to wait, or it is refused for good."""
 
 
 class DecodeLink:
@@ -91,13 +91,13 @@ class DecodeLink:
                     on_lost(self._trouble)
             await asyncio.sleep(_RETRY_S * uniform(0.5, 1.5))
 
-    async def reserve(self, prompts: Sequence[Prompt]) -> dict[Prompt, Room]:
+    async def reserve(self, prompts: Sequence[Prompt]) -> dict[Prompt, Opened]:
         """Room for each, and for the request state that it will bring, asked for in order.
 
         All at once; but one by one while decode is full: who wants no less than one without room is not
         asked for, and not in the answer.
         """
-        rooms: dict[Prompt, Room] = {}
+        rooms: dict[Prompt, Opened] = {}
         if not self._full:
             opened = await asyncio.gather(*(self._open(prompt) for prompt in prompts))
             rooms.update(zip(prompts, opened, strict=True))
@@ -111,7 +111,7 @@ class DecodeLink:
             self._full = any(isinstance(room, NoRoom) for room in rooms.values())
         return rooms
 
-    async def _open(self, prompt: Prompt) -> Room:
+    async def _open(self, prompt: Prompt) -> Opened:
         if self.trouble is not None:
             return DecodeUnavailableError(self.trouble)
         try:
@@ -180,15 +180,14 @@ def event_error(event: TokenEvent) -> ServingError:
 def open_message(prompt: Prompt, model: ModelSpec, left_s: float) -> Open:
     """Asks for room for a prompt whose deadline is in `left_s` seconds."""
     request = prompt.request
-    cached = request.virtual_tokens + len(request.prompt_ids) + len(request.continuation_ids)
     widths = {} if prompt.adapter is None else prompt.adapter.state_widths
     return Open(
         request_id=request.request_id,
         attempt=prompt.attempt,
         model=model,
-        kv_len=cached,
+        kv_len=prompt.tokens,
         prompt_len=len(request.prompt_ids),
-        next_position=cached,
+        next_position=prompt.tokens,
         sampling=request.sampling,
         choices=request.choices,
         prompt_index=request.prompt_index,

@@ -125,7 +125,7 @@ class PrefillEngine:
                 if output.finish_reason is not None:
                     prompt.running.discard(output.choice)
                     if not prompt.running:
-                        prompt.state = Finished()  # decode has freed it already
+                        self._loop.finish(prompt)
                 yield output
                 if not prompt.running:
                     return

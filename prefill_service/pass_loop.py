@@ -15,7 +15,7 @@ from kvtransfer.errors import TransferError
 from kvtransfer.sender import HandOff
 from prad.core.kv import Chunk
 from prad.core.sampling import Token
-from prefill_service.decode_link import DecodeLink, NoRoom, Room
+from prefill_service.decode_link import DecodeLink, NoRoom, Opened
 from prefill_service.errors import DecodeUnavailableError, InternalError, OverloadedError, ServingError
 from prefill_service.prompt import Committing, Decoding, Finished, Prefilling, Prompt
 from prefill_service.scheduler import PromptScheduler
@@ -74,6 +74,10 @@ class PassLoop:
         self._arrivals += 1
         self._changed.set()
 
+    def finish(self, prompt: Prompt) -> None:
+        """Every choice of it has ended, and decode has freed it already: there is nothing to cancel."""
+        prompt.state = Finished()
+
     def release(self, prompt: Prompt) -> None:
         """Nobody waits for its tokens any more."""
         if self.live.get(prompt.request.request_id) is prompt:
@@ -96,7 +100,7 @@ class PassLoop:
         self._give_back(prompt.hand_off, "cancelled")
         prompt.state, prompt.hand_off = Finished(), None
 
-    def _give_back(self, room: Room | None, reason: str) -> None:
+    def _give_back(self, room: Opened | None, reason: str) -> None:
         """Decode may take its time to say so: nobody waits for that."""
         if room is not None and not isinstance(room, NoRoom | ServingError):
             self._do_beside(room.abort(reason))
@@ -127,7 +131,7 @@ class PassLoop:
                 ),
             )
 
-    def _admit(self, chunks: Sequence[Chunk[Prompt]], rooms: Mapping[Prompt, Room]) -> list[Chunk[Prompt]]:
+    def _admit(self, chunks: Sequence[Chunk[Prompt]], rooms: Mapping[Prompt, Opened]) -> list[Chunk[Prompt]]:
         """Those that may run; the others go back. Who wants less than one without room may pass it."""
         admitted, without, now = list[Chunk[Prompt]](), list[Prompt](), self._clock()
         for chunk in chunks:

@@ -19,19 +19,25 @@ _REMEMBERED = 256
 class AllowedHosts:
     """ASGI middleware. `allowed`: names, or "*.example.com" for all below one, or "*" for all.
 
-    `refuse` makes the answer to a request for another host, or raises what is made one further out.
+    `refuse` makes the answer to a request for another host.
     """
 
     def __init__(self, app: ASGIApp, allowed: Sequence[str], refuse: Callable[[str], ASGIApp]) -> None:
         self._app = app
-        names = tuple(name.lower() for name in allowed)
-        self._is_allowed = lru_cache(_REMEMBERED)(lambda host: is_allowed(host, names))
+        self._is_allowed = host_rule(allowed)
         self._refuse = refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         host = Headers(scope=scope).get("host") if scope["type"] == "http" else None
         answer = self._app if host is None or self._is_allowed(host.lower()) else self._refuse(host)
         await answer(scope, receive, send)
+
+
+def host_rule(allowed: Sequence[str]) -> Callable[[str], bool]:
+    """Whether a host in small letters may be asked for; `allowed` as for `AllowedHosts`. What was asked for
+    lately is remembered."""
+    names = tuple(name.lower() for name in allowed)
+    return lru_cache(_REMEMBERED)(lambda host: is_allowed(host, names))
 
 
 def is_allowed(host: str, allowed: Sequence[str]) -> bool:

@@ -22,10 +22,9 @@ from pydantic.json_schema import models_json_schema
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
-from prad.http.hosts import AllowedHosts
 from prad.lm import Tokenizer
 from prefill_service.api.admission import Admission, ModelInfo, Target, find_version, split_name
-from prefill_service.api.intake import ApiAccess, ApiLimits, TurnAway, read_body, refuse_host
+from prefill_service.api.intake import ApiAccess, ApiLimits, TurnAway, read_body
 from prefill_service.api.outcomes import JsonResponse, Metrics, Observe, add_failure_handlers, record_of
 from prefill_service.api.requests import (
     ChatRequest,
@@ -61,8 +60,7 @@ def create_app(
     app.include_router(_models(catalogue, model))
     app.include_router(_operations(admission, metrics, model))
     add_failure_handlers(app)
-    app.add_middleware(TurnAway)
-    app.add_middleware(AllowedHosts, allowed=access.hosts, refuse=refuse_host)
+    app.add_middleware(TurnAway, hosts=access.hosts)
     app.add_middleware(Observe, metrics=metrics, log=access.log)
     if access.cors_origins:
         app.add_middleware(

@@ -8,9 +8,9 @@ a feature that is not there is refused by the feature's name: nobody gets an ans
 """
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import orjson
 from pydantic import (
@@ -23,11 +23,13 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import PydanticCustomError
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from prad.artefact import MAX_STOP_CHARACTERS, MAX_STOPS
+from prad.http.hosts import host_rule
 from prefill_service.api.outcomes import ClientGoneError, invalid_request, shown
 from prefill_service.errors import (
     BodyTimeoutError,
@@ -115,22 +117,22 @@ def _marked(app: Any) -> Any:
     return marked
 
 
-def refuse_host(host: str) -> NoReturn:
-    """What `AllowedHosts` does about a name that is none of ours."""
-    raise HostNotAllowedError(
-        f"this server is not called {shown(host)}; if that is its name, add it to allowed_hosts "
-        "(PRAD_PREFILL_ALLOWED_HOSTS)",
-        param="host",
-    )
-
-
 class TurnAway:
-    """Middleware that refuses what came on a connection too many."""
+    """Middleware that refuses what came on a connection too many, or by a name that a web page can give to
+    this machine (`prad.http.hosts`). `hosts`: such names that are ours."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, hosts: Sequence[str]) -> None:
         self._app = app
+        self._is_allowed = host_rule(hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        host = Headers(scope=scope).get("host") if scope["type"] == "http" else None
+        if host is not None and not self._is_allowed(host.lower()):
+            raise HostNotAllowedError(
+                f"this server is not called {shown(host)}; if that is its name, add it to allowed_hosts "
+                "(PRAD_PREFILL_ALLOWED_HOSTS)",
+                param="host",
+            )
         if scope.get(_CROWDED) and scope["path"] not in ALWAYS_SERVED:
             raise TooManyConnectionsError(
                 "too many connections are open already; keep one and use it again, or try again later"

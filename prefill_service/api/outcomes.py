@@ -241,13 +241,14 @@ class Observe:
         finally:
             route = getattr(scope.get("route"), "path", NO_ROUTE)
             self._metrics.observe(record, route, status or CLIENT_GONE)
-            self._write(record, record.line(scope, status or CLIENT_GONE))
+            if self._log or record.failure:
+                self._write(record, record.line(scope, status or CLIENT_GONE))
 
     def _write(self, record: RequestRecord, line: str) -> None:
         if failure := record.failure:
             reason = "wrong value, not logged" if failure.quotes else logged(failure.message)
             logger.warning("%s code=%s param=%s: %s", line, failure.code, logged(failure.param), reason)
-        elif self._log:
+        else:
             seconds = time.monotonic() - record.started
             tokens = (record.prompt_tokens, record.cached_tokens, record.completion_tokens)
             logger.info("%s seconds=%.3f prompt=%d cached=%d completion=%d", line, seconds, *tokens)

@@ -116,7 +116,7 @@ def test_an_early_end_tells_what_was_held(
     reservation = engine.admit("client", request)
     prompted = prompt_pass(model, prompt(12))
     for layer, (key, value) in enumerate(prompted.layers):
-        pools.write(layer, reservation.room.slots, raw(key), raw(value))
+        pools.write(layer, reservation.room.first, raw(key), raw(value))
     first = int(prompted.logits.argmax())
     engine.commit(reservation, [Token(first)])
     for _ in range(3):
