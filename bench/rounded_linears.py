@@ -6,7 +6,7 @@ Weights get a scale for each output, rows one for each token.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -65,5 +65,4 @@ def _turned(x: Tensor) -> Tensor:
     matrix = torch.ones(1, 1, dtype=x.dtype)
     while len(matrix) < _TOGETHER:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    turned: Any = x.unflatten(-1, (-1, _TOGETHER)) @ (matrix / _TOGETHER**0.5)
-    return turned.flatten(-2)
+    return (x.reshape(-1, _TOGETHER) @ (matrix / _TOGETHER**0.5)).view(x.shape)
