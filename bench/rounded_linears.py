@@ -65,4 +65,4 @@ def _turned(x: Tensor) -> Tensor:
     matrix = torch.ones(1, 1, dtype=x.dtype)
     while len(matrix) < _TOGETHER:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    return (x.reshape(-1, _TOGETHER) @ (matrix / _TOGETHER**0.5)).view(x.shape)
+    return torch.matmul(x.reshape(-1, _TOGETHER), matrix / _TOGETHER**0.5).view(x.shape)
