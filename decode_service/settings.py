@@ -40,7 +40,7 @@ class DecodeSettings(ServiceSettings):
     kernels: Choice = "auto"
     """Own kernels where a C++ compiler can build them (auto), own kernels or an error (native), or torch."""
     weights: Precision = "full"
-    """full: the model's own; int8: linear layers in 8 bits, weights and what they are given: faster, not exact."""
+    """full: the model's own; int8: linear layers in 8 bits, weights and inputs: faster, not exact."""
 
     kv_cache_mib: int = Field(default=512, ge=1)
     """Memory of the KV cache."""

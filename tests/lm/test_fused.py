@@ -82,7 +82,7 @@ def test_prompts(family: str, tmp_path: Path, kernels: Kernels) -> None:
 def test_a_row_has_the_same_bits_alone_and_beside_adapted_ones(
     family: str, precision: Precision, tmp_path: Path, kernels: Kernels
 ) -> None:
-    """In bfloat16 and with 8-bit layers, at every site; and in a decode step beside sequences with request state."""
+    """In bfloat16 and 8 bits, at every site; and in a decode step beside sequences with request state."""
     if not kernels.multiplies_bf16:
         pytest.skip("on this CPU torch computes long passes in bfloat16")
     name, special = FAMILIES[family]
