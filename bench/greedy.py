@@ -7,7 +7,8 @@ is transformers' choice in float32.
 
 Ours computes as it is served: a prompt pass over packed prompts, then decode steps over blocks. transformers
 sees one sequence at a time, whole, in one plain forward. "Rounded": the same logits of ours, rounded to bf16
-before they are compared. A tie: the two best logits are equal, and the lower id wins.
+before they are compared. A tie: the two best logits are equal, and the lower id wins. "int8": prompt passes
+as well as steps by 8-bit layers.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,11 +27,15 @@ from bench.model import load, model_folder
 from bench.own_engine import OwnEngine
 from bench.prompts import CHAT, task_prompts
 from prad.lm import LanguageModel, Tokenizer
-from prad.lm.kernels import Choice
+from prad.lm.kernels import Choice, Precision
 
 _TOGETHER = 50  # prompts of a prompt pass, sequences of a step
 
-_PATHS: dict[str, Choice] = {"kernels": "native", "torch": "torch"}
+_PATHS: dict[str, tuple[Choice, Precision]] = {
+    "kernels": ("native", "full"),
+    "kernels, int8": ("native", "int8"),
+    "torch": ("torch", "full"),
+}
 
 Ids = list[list[int]]
 
@@ -62,8 +67,10 @@ def run(arguments: Greedy) -> dict[str, Any]:
     ends = torch.tensor(sorted(exact.stop_ids(folder)))
     written = [ids for own in _together(prompts) for ids in OwnEngine(exact).answers(own, arguments.tokens)]
     variants: dict[str, Winners] = {"ours, float32": _ours(exact, prompts, written, "ours, float32")[0]}
-    for name, choice in _PATHS.items():
+    for name, (choice, precision) in _PATHS.items():
         model = load(arguments, choice=choice)
+        if precision == "int8" and model.kernels is not None:
+            model.accelerate(model.kernels, precision)
         whole, rounded = _ours(model, prompts, written, f"ours, {name}")
         variants |= {f"ours, {name}": whole, f"ours, {name}, rounded": rounded}
     variants["transformers"] = _transformers(folder, torch.bfloat16, prompts, written)

@@ -52,8 +52,7 @@ def rounded_linears(module: nn.Module, scheme: Scheme) -> Iterator[None]:
 
 def _forward(weight: Tensor, bias: Tensor | None, rows: bool, turned: bool, x: Tensor) -> Tensor:
     x = _turned(x) if turned else x
-    y: Tensor = linear(_rounded(x) if rows else x, weight, bias)
-    return y
+    return linear(_rounded(x) if rows else x, weight, bias)
 
 
 def _rounded(x: Tensor) -> Tensor:
@@ -66,5 +65,4 @@ def _turned(x: Tensor) -> Tensor:
     matrix = torch.ones(1, 1, dtype=x.dtype)
     while len(matrix) < _TOGETHER:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    turned: Tensor = x.reshape(*x.shape[:-1], -1, _TOGETHER) @ (matrix / _TOGETHER**0.5)
-    return turned.reshape(x.shape)
+    return torch.matmul(x.reshape(-1, _TOGETHER), matrix / _TOGETHER**0.5).view(x.shape)

@@ -11,7 +11,7 @@ import transformers
 from tiny import SIZES, packed_logits, save_random, some_ids
 
 from prad.lm import LanguageModel, PackedBatch, RowScaling, Site, UnsupportedModelError
-from prad.lm.kernels import Kernels
+from prad.lm.kernels import Kernels, Precision
 from prad.lm.kv import Pools
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -77,17 +77,18 @@ def test_prompts(family: str, tmp_path: Path, kernels: Kernels) -> None:
         assert_equal(ours, expected)
 
 
+@pytest.mark.parametrize("precision", ["full", "int8"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_row_has_the_same_bits_alone_and_beside_adapted_ones(
-    family: str, tmp_path: Path, kernels: Kernels
+    family: str, precision: Precision, tmp_path: Path, kernels: Kernels
 ) -> None:
-    """In bfloat16, at every site; and in a decode step beside sequences with request state."""
+    """In bfloat16 and 8 bits, at every site; and in a decode step beside sequences with request state."""
     if not kernels.multiplies_bf16:
         pytest.skip("on this CPU torch computes long passes in bfloat16")
     name, special = FAMILIES[family]
     save_random(getattr(transformers, name)(**SIZES | special | WHOLE_TILES), tmp_path)
     fused = LanguageModel.load(tmp_path, dtype=torch.bfloat16)
-    fused.accelerate(kernels)
+    fused.accelerate(kernels, precision)
     assert fused.is_fused
     batch = [some_ids(length, seed) for seed, length in enumerate((164, *LENGTHS))]
     sites = frozenset(Site) - ({Site.GATE} if family == "gpt2" else set())
