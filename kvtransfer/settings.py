@@ -28,7 +28,7 @@ class TransferSettings:
     answer_timeout_s: float = 10.0
     attach_timeout_s: float = 5.0
     backoff_first_s: float = 0.05
-    backoff_max_s: float = 1.0
+    backoff_max_s: float = 0.25
     silence_s: float = 3.0
     frame_bytes: int = 4 << 20
     shared_bytes: int = 16 << 20

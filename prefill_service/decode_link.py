@@ -25,7 +25,7 @@ from prefill_service.prompt import DecodeSize, Prompt
 
 logger = logging.getLogger(__name__)
 
-_RETRY_S = 0.5
+_RETRY_S = 0.2
 _PERMANENT = {RejectReason.TOO_LARGE, RejectReason.INVALID, RejectReason.UNSUPPORTED}
 
 
