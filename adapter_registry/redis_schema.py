@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from redis import Redis
+from redis.client import Pipeline
 from redis.exceptions import WatchError
 
 from adapter_registry import redis_server
@@ -29,10 +30,12 @@ def migrate(client: Redis) -> None:
 def _migrated(client: Redis) -> bool:
     with client.pipeline() as pipe:
         redis_server.watch(pipe)
-        if int(pipe.hget(REGISTRY, "schema") or SCHEMA) >= SCHEMA:
+        if not _is_older(pipe):
             return True
         tasks = [json.loads(text) for text in pipe.hgetall(TASKS).values()]
         histories = [_history(client, task) for task in tasks]
+        if not _is_older(pipe):  # what was read may be half of each
+            return True
         pipe.multi()
         for task, found in zip(tasks, histories, strict=True):
             lines, routing = upgraded(found)
@@ -48,6 +51,10 @@ def _migrated(client: Redis) -> bool:
         except WatchError:
             return False
         return True
+
+
+def _is_older(reader: Pipeline) -> bool:
+    return int(reader.hget(REGISTRY, "schema") or SCHEMA) < SCHEMA
 
 
 def _history(client: Redis, task: dict[str, Any]) -> list[dict[str, Any]]:

@@ -274,6 +274,7 @@ def test_errors_are_one_line(prad):
         ["rollback"],
         ["events"],
         ["status"],
+        ["diff"],
         ["retire"],
         ["unretire"],
         ["rm"],

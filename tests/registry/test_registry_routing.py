@@ -4,13 +4,19 @@ import io
 import json
 import sqlite3
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from pydantic import ValidationError
 from redis import Redis
 from typer.testing import CliRunner
 
-from adapter_registry.errors import CannotStartError, NoRoutingBeforeError, RoutingChangedError
+from adapter_registry.errors import (
+    CannotStartError,
+    NoRoutingBeforeError,
+    RoutingChangedError,
+    StoreUnavailableError,
+)
 from adapter_registry.planning import Move, Rollback
 from adapter_registry.redis_store import RedisStore
 from adapter_registry.schema import SCHEMA
@@ -233,7 +239,10 @@ def test_what_an_older_program_stored_becomes_todays(kind, new_store, stored_ada
     elif kind == "redis 1":
         redis = request.getfixturevalue("redis")
         older_redis(redis.url, found)
-        migrated = RedisStore(redis.url)
+        with ThreadPoolExecutor(3) as pool:  # several registries start at once, and one of them migrates
+            migrated, *others = pool.map(lambda _: RedisStore(redis.url), range(3))
+        for other in others:
+            other.close()
     else:
         migrated = new_store("sqlite", "imported")
         migrated.load(Snapshot.model_validate_json(json.dumps(found)))
@@ -246,6 +255,16 @@ def test_what_an_older_program_stored_becomes_todays(kind, new_store, stored_ada
             store.change("a", Rollback())
     assert migrated.revision() == now.revision()
     migrated.close()
+
+
+def test_older_data_that_come_back_to_a_running_registry_are_not_taken_for_todays(redis, stored_adapter):
+    store = RedisStore(redis.url)
+    store.push("a", stored_adapter(1))
+    with Redis.from_url(redis.url) as client:
+        client.hset("{prad}:registry", "schema", 1)
+    with pytest.raises(StoreUnavailableError, match="restored meanwhile"):
+        store.state()
+    store.close()
 
 
 @pytest.mark.parametrize("spoil", [lambda d: d.pop("tasks"), lambda d: d["tasks"][0].pop("versions")])
