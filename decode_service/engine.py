@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from decode_service.reservations import HandOffId, PlacedRows, Reservation
+from decode_service.reservations import FrameRows, HandOffId, Reservation
 from decode_service.scheduler import Ended, EngineStatus, Running, Scheduler, SequenceId
 from kvtransfer.errors import FencedError, ProtocolError, RejectedError, RejectReason
 from kvtransfer.frames import Incoming
@@ -180,7 +180,7 @@ class PagedEngine:
             name, attempt = reservation.request.request_id, reservation.request.attempt
             raise FencedError(f"attempt {attempt} of {name} was taken over or cancelled")
 
-    def write(self, frame: Incoming, rows: Sequence[PlacedRows]) -> None:
+    def write(self, frame: Incoming, rows: Sequence[FrameRows]) -> None:
         """Puts the bytes of a KV frame into reservations, which still hold their room."""
         self._runner.write(frame, rows)
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from decode_service.engine import PagedEngine
-from decode_service.reservations import PlacedRows, Reservation, read_open
+from decode_service.reservations import FrameRows, Reservation, read_open
 from kvtransfer.errors import (
     CorruptError,
     ProtocolError,
@@ -123,7 +123,7 @@ class HandOffs:
         except (CorruptError, ProtocolError) as error:
             return replies + [self._fail(number, error) for number in named if number in self._receiving]
         start, now = 0, time.monotonic()
-        placed: dict[int, list[PlacedRows]] = {}
+        placed: dict[int, list[FrameRows]] = {}
         for rows in frame.rows:
             number = rows.hand_off
             it = self._receiving.get(number)
@@ -200,5 +200,5 @@ class HandOffs:
         return pb.HandOffReply(mapped=pb.Mapped(nonce=nonce))
 
 
-def _start(rows: PlacedRows) -> int:
+def _start(rows: FrameRows) -> int:
     return rows.start

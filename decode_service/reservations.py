@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import xxhash
 
 from kvtransfer.errors import CorruptError, ProtocolError, RejectedError, RejectReason
-from kvtransfer.frames import Incoming, Rows
+from kvtransfer.frames import Incoming, PlacedRows, Rows
 from kvtransfer.messages import Open, decode
 from kvtransfer.proto import handoff_pb2 as pb
 from prad.core.kv import ModelSpec
@@ -124,15 +124,8 @@ class HandOffId(NamedTuple):
     attempt: int
 
 
-@dataclass(frozen=True, slots=True)
-class PlacedRows:
-    """Rows start .. start + token_count of a KV frame are tokens first_token .. of a room, which only the
-    engine's hands look into."""
-
-    room: Any
-    start: int
-    first_token: int
-    token_count: int
+FrameRows = PlacedRows[Any]
+"""Of a KV frame: those of a room, which only the engine's hands look into."""
 
 
 @dataclass(slots=True, eq=False)
@@ -166,7 +159,7 @@ class Reservation:
     def id(self) -> HandOffId:
         return HandOffId(self.session, self.request.request_id, self.request.attempt)
 
-    def placed(self, start: int, rows: Rows) -> PlacedRows:
+    def placed(self, start: int, rows: Rows) -> FrameRows:
         """Its rows of a frame, which lie there from row `start` on."""
         return PlacedRows(self.room, start, rows.first_token, rows.token_count)
 

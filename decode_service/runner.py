@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from decode_service.reservations import Limits, PlacedRows, Reservation
+from decode_service.reservations import FrameRows, Limits, Reservation
 from decode_service.scheduler import Running
 from decode_service.settings import DecodeSettings
 from kvtransfer.errors import ProtocolError
@@ -77,7 +77,7 @@ class ModelRunner:
             self._pools.clear([table[reserved.shared] for table in reserved.blocks])
         return Slots(first, shared, tuple(slots[shared:] for slots in others))
 
-    def write(self, frame: Incoming, rows: Iterable[PlacedRows]) -> None:
+    def write(self, frame: Incoming, rows: Iterable[FrameRows]) -> None:
         """A frame's bytes: few, large writes, however many hand-offs there are."""
         spans = list(_spans(rows))
         layout = self._pools.layout
@@ -132,20 +132,20 @@ class ModelRunner:
         )
 
 
-def _spans(rows: Iterable[PlacedRows]) -> Iterator[tuple[int, Tensor]]:
+def _spans(rows: Iterable[FrameRows]) -> Iterator[tuple[int, Tensor]]:
     """(first row, slots): what lies side by side in the frame is written at once; further choices of a
     request get copies of the rows of their partial block."""
     start, end, run = 0, 0, list[Tensor]()
     for placed in rows:
         first, last = placed.first_token, placed.first_token + placed.token_count
-        for token, slots in placed.room.copies(first, last):
+        for token, slots in placed.whose.copies(first, last):
             yield placed.start + token - first, slots
         if run and placed.start != end:
             yield start, torch.cat(run)
             run = []
         if not run:
             start = placed.start
-        run.append(placed.room.first[first:last])
+        run.append(placed.whose.first[first:last])
         end = placed.start + placed.token_count
     if run:
         yield start, torch.cat(run)

@@ -26,7 +26,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Self
+from typing import Generic, Self, TypeVar
 
 import xxhash
 
@@ -38,6 +38,8 @@ from prad.core.kv import KVLayout, ModelSpec
 logger = logging.getLogger(__name__)
 
 KVBytes = bytes | bytearray | memoryview
+
+W = TypeVar("W")
 
 NONCE_BYTES = 16
 LARGEST = 1 << 30
@@ -70,6 +72,17 @@ class Rows:
     """Tokens first_token .. first_token + token_count of a hand-off's KV cache."""
 
     hand_off: int
+    first_token: int
+    token_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedRows(Generic[W]):
+    """Rows start .. start + token_count of a pass, or of a KV frame, are tokens first_token .. of `whose`: to
+    prefill a stream and a hand-off's number on it, on the stream that number, at decode where they go."""
+
+    whose: W
+    start: int
     first_token: int
     token_count: int
 

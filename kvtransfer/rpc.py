@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 
 from kvtransfer.errors import LostError, ProtocolError, TimedOutError, TransferError, error_of, status_of
-from kvtransfer.frames import Encoding, KVBytes, Outgoing, Rows, SharedPayload
+from kvtransfer.frames import Encoding, KVBytes, Outgoing, PlacedRows, Rows, SharedPayload
 from kvtransfer.proto import handoff_pb2 as pb
 from kvtransfer.settings import TransferSettings
 
@@ -24,8 +24,8 @@ _TOGETHER = 64  # frames of one message
 
 _Queued = tuple[pb.HandOffFrame | Outgoing, "asyncio.Future[None]"]
 
-Placed = tuple[int, Rows]
-"""A hand-off's rows, and from which row of a pass on they lie there."""
+StreamRows = PlacedRows[int]
+"""Of a pass: those of the hand-off of this number."""
 
 
 def code_of(error: TransferError) -> Any:
@@ -105,13 +105,13 @@ class FrameQueue:
         layer: int,
         planes: Sequence[KVBytes],
         widths: Sequence[int],
-        placed: Sequence[Placed],
+        placed: Sequence[StreamRows],
         encoding: Encoding,
     ) -> None:
         """A pass's rows of one layer; widths: the bytes of a row in each plane."""
         views = [memoryview(plane).cast("B") for plane in planes]
         for piece in _cut(placed, max(1, self._settings.frame_bytes // sum(widths))):
-            named = tuple(rows for _, rows in piece)
+            named = tuple(Rows(r.whose, r.first_token, r.token_count) for r in piece)
             if self._filling is None or not self._filling.goes_on_with(layer, named, encoding):
                 self.flush()
                 self._filling = Outgoing(layer, named, encoding)
@@ -216,29 +216,29 @@ class FrameQueue:
             self._shared = None
 
 
-def _cut(placed: Sequence[Placed], most: int) -> list[list[Placed]]:
+def _cut(placed: Sequence[StreamRows], most: int) -> list[list[StreamRows]]:
     """The rows in pieces of at most `most` tokens."""
-    pieces: list[list[Placed]] = [[]]
+    pieces: list[list[StreamRows]] = [[]]
     room = most
-    for start, rows in placed:
+    for rows in placed:
         done = 0
         while done < rows.token_count:
             if room == 0:
                 pieces.append([])
                 room = most
             count = min(room, rows.token_count - done)
-            pieces[-1].append((start + done, Rows(rows.hand_off, rows.first_token + done, count)))
+            pieces[-1].append(PlacedRows(rows.whose, rows.start + done, rows.first_token + done, count))
             done, room = done + count, room - count
     return pieces
 
 
-def _runs(placed: Iterable[Placed]) -> list[tuple[int, int]]:
+def _runs(placed: Iterable[StreamRows]) -> list[tuple[int, int]]:
     """The (start, end) of rows that lie side by side in the pass."""
     runs: list[tuple[int, int]] = []
-    for start, rows in placed:
-        end = start + rows.token_count
-        if runs and runs[-1][1] == start:
+    for rows in placed:
+        end = rows.start + rows.token_count
+        if runs and runs[-1][1] == rows.start:
             runs[-1] = runs[-1][0], end
         else:
-            runs.append((start, end))
+            runs.append((rows.start, end))
     return runs

@@ -6,7 +6,6 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import count
 from typing import Any, Self
 
@@ -22,11 +21,11 @@ from kvtransfer.errors import (
     TransferError,
     error_of,
 )
-from kvtransfer.frames import Encoding, KVBytes, Rows, plane_bytes
+from kvtransfer.frames import Encoding, KVBytes, PlacedRows, plane_bytes
 from kvtransfer.messages import Description, Open, decode, encode
 from kvtransfer.proto import handoff_pb2 as pb
 from kvtransfer.proto.handoff_pb2_grpc import DecodeStub
-from kvtransfer.rpc import FrameQueue, error_behind, read, translated
+from kvtransfer.rpc import FrameQueue, StreamRows, error_behind, read, translated
 from kvtransfer.settings import TransferSettings
 from kvtransfer.tokens import TokenStream
 from prad.core.sampling import Token
@@ -132,7 +131,7 @@ class HandOff:
 
     def rows(self, start: int, first_token: int, token_count: int) -> "PassRows":
         """Rows start .. start + token_count of a pass are tokens first_token .. of this hand-off."""
-        return PassRows(self.stream, self.number, start, first_token, token_count)
+        return PlacedRows((self.stream, self.number), start, first_token, token_count)
 
     async def send_state(self, site: str, data: KVBytes) -> None:
         """Sends the request state at one of the sites that Open names; returns when it is on its way.
@@ -195,16 +194,8 @@ class HandOff:
             self.ended.result()
 
 
-@dataclass(frozen=True, slots=True)
-class PassRows:
-    """Rows start .. start + token_count of a pass are tokens first_token .. of a stream's hand-off of this
-    number (`HandOff.rows` makes it)."""
-
-    stream: "HandOffStream"
-    hand_off: int
-    start: int
-    first_token: int
-    token_count: int
+PassRows = PlacedRows[tuple["HandOffStream", int]]
+"""Of a pass: those of a stream's hand-off of this number (`HandOff.rows` makes it)."""
 
 
 class HandOffStream:
@@ -244,10 +235,10 @@ class HandOffStream:
         return hand_off
 
     async def send(
-        self, layer: int, planes: Sequence[KVBytes], rows: Iterable[PassRows], encoding: Encoding
+        self, layer: int, planes: Sequence[KVBytes], rows: Iterable[StreamRows], encoding: Encoding
     ) -> None:
         """As `send_layer`, for hand-offs of this stream."""
-        running = [(hand_off, r) for r in rows if (hand_off := self._running(r.hand_off)) is not None]
+        running = [(hand_off, r) for r in rows if (hand_off := self._running(r.whose)) is not None]
         if not running:
             return
         layout = running[0][0].request.model.layout
@@ -262,8 +253,7 @@ class HandOffStream:
             )
         for hand_off, r in running:
             hand_off.sent_bytes += r.token_count * sum(widths)
-        placed = [(r.start, Rows(r.hand_off, r.first_token, r.token_count)) for _, r in running]
-        self._queue.add(layer, planes, widths, placed, encoding)
+        self._queue.add(layer, planes, widths, [r for _, r in running], encoding)
         if layer == len(layout.layers) - 1:
             self._queue.flush()  # the rest of the pass, logits and sampling, brings no more to fill it with
         await self._queue.wait_for_room()
@@ -354,8 +344,9 @@ async def send_layer(
     the hand-offs are committed. Waits while decode takes no more. A hand-off that is over is passed over:
     its `commit` says why. Raises ValueError if the rows do not lie in the planes.
     """
-    streams: dict[HandOffStream, list[PassRows]] = {}
+    streams: dict[HandOffStream, list[StreamRows]] = {}
     for r in rows:
-        streams.setdefault(r.stream, []).append(r)
+        stream, number = r.whose
+        streams.setdefault(stream, []).append(PlacedRows(number, r.start, r.first_token, r.token_count))
     for stream, mine in streams.items():
         await stream.send(layer, planes, mine, encoding)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from decode_service.reservations import PlacedRows, Reservation
+from decode_service.reservations import FrameRows, Reservation
 from decode_service.scheduler import EngineStatus
 from kvtransfer.errors import FencedError, RejectedError
 from kvtransfer.frames import Incoming
@@ -42,9 +42,9 @@ class FakeEngine:
         if not _ours(reservation).held:
             raise FencedError("taken over")
 
-    def write(self, frame: Incoming, rows: Sequence[PlacedRows]) -> None:
+    def write(self, frame: Incoming, rows: Sequence[FrameRows]) -> None:
         for row in rows:
-            reservation = _ours(row.room)
+            reservation = _ours(row.whose)
             for layer, (keys, _) in enumerate(frame.layers, frame.first_layer):
                 width = reservation.request.model.layout.key_bytes(layer)
                 mine = keys[row.start * width : (row.start + row.token_count) * width]

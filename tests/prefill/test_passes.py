@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvtransfer.frames import Encoding
+from kvtransfer.frames import Encoding, PlacedRows
 from kvtransfer.sender import PassRows
 from prad.core.kv import BlockPool, Chunk
 from prad.core.sampling import SamplingParams
@@ -34,7 +34,7 @@ class Wire:
     async def send(self, layer: int, planes: list[memoryview], rows: Any, encoding: Encoding) -> None:
         self.order.append(layer)
         for r in rows:
-            tokens = self.sent.setdefault((r.hand_off, layer), [])
+            tokens = self.sent.setdefault((r.whose[1], layer), [])
             assert r.first_token == len(tokens), "a token is missing or comes twice"
             for row in range(r.start, r.start + r.token_count):
                 total = [len(plane) // self.rows(planes) for plane in planes]
@@ -56,7 +56,7 @@ class Room:
 
     def rows(self, *where: int) -> PassRows:
         stream: Any = self.name
-        return PassRows(stream, stream, *where)
+        return PlacedRows((stream, stream), *where)
 
 
 @pytest.fixture
