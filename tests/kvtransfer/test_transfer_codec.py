@@ -63,7 +63,7 @@ def test_cancel(choice: int | None) -> None:
 
 
 def test_description() -> None:
-    description = Description(MODEL, 100, 50)
+    description = Description(MODEL, 16, 100, 50, 9)
     assert there_and_back(description) == description
 
 

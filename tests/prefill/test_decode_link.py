@@ -63,7 +63,7 @@ class Client:
         self.together = 0
 
     async def describe(self) -> Any:
-        return Description(self.model, 16, 1000, 1000, 9, 0, "decode")
+        return Description(self.model, 16, 1000, 1000, 9)
 
     async def attach(self, client_id: str) -> Stream:
         self.names.append(client_id)
