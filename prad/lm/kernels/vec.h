@@ -11,7 +11,6 @@ typedef float v16 __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int32_t i16x __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint32_t u16x __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint16_t h16x __attribute__((vector_size(32), aligned(2), may_alias));
-typedef int8_t b16x __attribute__((vector_size(16), aligned(1), may_alias));
 
 struct bf16 {
   uint16_t bits;
