@@ -315,7 +315,8 @@ class DecodeRoom:
 
     def asking(self, prompts: Sequence[Prompt], waiting: Collection[str | None]) -> list[Prompt]:
         """Who of those that want room may ask for it, by what is held, who was refused and which tasks wait.
-        prompts: in order of arrival; who has to leave room for others has to wait for none behind it."""
+        prompts: by turns of their tasks, so that what is left is shared; who has to leave some of it for others
+        has to wait for none behind it."""
         may = self._may_pass(waiting)
         asking = [prompt for prompt in prompts if may(prompt)]
         return asking if self.size is None else self._leaving_some(asking, self.size)

@@ -306,7 +306,8 @@ class PromptScheduler:
 
     def _asking(self) -> list[Prompt]:
         waiting = [prompt for prompt in self._prompts if prompt.waits_for_room]
-        asking = self._room.asking(waiting, self._counters.waiting)
+        turns = list(self._counters.turns(waiting, self._left))
+        asking = self._room.asking(turns, self._counters.waiting)
         self.held_back = len(asking) < len(waiting)
         return asking
 
