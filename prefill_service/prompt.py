@@ -282,9 +282,10 @@ class DecodeRoom:
     Choudhury and Hahne, Dynamic Queue Length Thresholds for Shared-Memory Packet Switches, 1998: the more
     tasks hold a lot, the less is left. What would not fit at all is decode's to refuse.
 
-    Who wants less may pass one that was refused; after `patience_s` only tasks that hold nothing may. While a
-    task waits that holds less than its share, others that do not get none; and nobody waits for these. Shares
-    are equal, of the tokens held and the most that one was refused, among the tasks that hold some or wait.
+    Who wants less may pass one that was refused; after `patience_s` only tasks that hold nothing may, and it
+    leaves nothing for them. While a task waits that holds less than its share, others that do not get none;
+    and nobody waits for these. Shares are equal, of the tokens held and the most that one was refused, among
+    the tasks that hold some or wait.
     """
 
     def __init__(self, patience_s: float) -> None:
@@ -317,12 +318,14 @@ class DecodeRoom:
         """Who of those that want room may ask for it, by what is held, who was refused and which tasks wait.
         prompts: by turns of their tasks, so that what is left is shared; who has to leave some of it for others
         has to wait for none behind it."""
-        may = self._may_pass(waiting)
+        first, may = self._may_pass(waiting)
         asking = [prompt for prompt in prompts if may(prompt)]
-        return asking if self.size is None else self._leaving_some(asking, self.size)
+        return asking if self.size is None else self._leaving_some(asking, self.size, first)
 
-    def _leaving_some(self, prompts: Sequence[Prompt], size: DecodeSize) -> list[Prompt]:
-        """Those after whom enough is left."""
+    def _leaving_some(
+        self, prompts: Sequence[Prompt], size: DecodeSize, first: Prompt | None
+    ) -> list[Prompt]:
+        """Those after whom enough is left, and `first`: others wait for it."""
         held = dict[str | None, _Room]()
         blocks, sequences = size.blocks, size.sequences
         for prompt, room in self._held.items():
@@ -331,13 +334,13 @@ class DecodeRoom:
             blocks, sequences = blocks - room[0], sequences - room[1]
         asking, behind = list[Prompt](), set[str | None]()
         for prompt in prompts:
-            if (task := prompt.request.task) in behind:
+            if (task := prompt.request.task) in behind and prompt is not first:
                 continue
             room, its = size.wanted(prompt), held.get(task, (0, 0))
             left, holds = (blocks - room[0], sequences - room[1]), (its[0] + room[0], its[1] + room[1])
             enough = left[0] >= holds[0] // _LEFT_FREE and left[1] >= holds[1] // _LEFT_FREE
             fits = min(left) >= 0
-            if fits and task in held and not enough:
+            if fits and task in held and not enough and prompt is not first:
                 behind.add(task)
                 continue
             if fits:
@@ -345,10 +348,11 @@ class DecodeRoom:
             asking.append(prompt)
         return asking
 
-    def _may_pass(self, waiting: Collection[str | None]) -> Callable[[Prompt], bool]:
-        """Whether a prompt may, by who was refused and which tasks wait."""
+    def _may_pass(self, waiting: Collection[str | None]) -> tuple[Prompt | None, Callable[[Prompt], bool]]:
+        """Who has waited too long, if anybody; whether a prompt may pass, by who was refused and which tasks
+        wait."""
         if not self._refused:
-            return lambda _: True
+            return None, lambda _: True
         held = Counter[str | None]()
         for prompt in self._held:
             held[prompt.request.task] += prompt.wanted.tokens
@@ -357,5 +361,5 @@ class DecodeRoom:
         entitled = [prompt for prompt in self._refused if prompt.request.task not in over]
         waited = {prompt: last - first for prompt, (first, last) in self._refused.items()}
         if (first := next((p for p in entitled if waited[p] >= self._patience_s), None)) is not None:
-            return lambda prompt: prompt is first or prompt.request.task not in held
-        return lambda prompt: not entitled or prompt.request.task not in over
+            return first, lambda prompt: prompt is first or prompt.request.task not in held
+        return None, lambda prompt: not entitled or prompt.request.task not in over

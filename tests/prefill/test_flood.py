@@ -11,7 +11,7 @@ from prefill_service.errors import OverloadedError
 from prefill_service.prompt import DecodeSize, Prompt
 from prefill_service.scheduler import PromptScheduler
 from tests.prefill.fakes import Setting, request, version
-from tests.prefill.test_fair_turns import Simulated, names, prompt, scheduler
+from tests.prefill.test_fair_turns import Simulated, names, prompt, refuse, scheduler
 
 
 class Decode:
@@ -114,6 +114,20 @@ def test_what_does_not_fit_at_all_is_decodes_to_refuse() -> None:
     decode.add("flood", max_tokens=3)
     assert decode.taken() == ["flood"]
     assert len(decode.queue) == 1
+
+
+def test_who_has_waited_too_long_leaves_nothing() -> None:
+    """Else others would wait for it, and it for them."""
+    queue = Decode(DecodeSize(100, 16, 1000)).queue
+    others = [prompt("b", max_tokens=16 * 18, name="other") for _ in range(2)]
+    for each in (prompt("a", name="held"), *others):
+        queue.add(each)
+    assert names(queue) == ["held", "other", "other"]
+    queue.add(prompt("a", max_tokens=16 * 75, name="large"))
+    for now in range(12):
+        assert refuse(queue, now + 1.0, "large", now=now) == []
+    queue.remove(others[0])  # now it fits, but leaves only 3 blocks of 100
+    assert names(queue, now=12.0) == ["large"]
 
 
 def test_a_flood_that_fills_decode_first_does_not_double_what_a_quiet_task_waits() -> None:
