@@ -156,21 +156,15 @@ class PrefillEngine:
             yield adapter
 
     def _turn_away(self, request: PromptRequest, deadline: float) -> None:
-        """Raises OverloadedError if the queue has no place for it, or is not expected to reach it in time."""
+        """Raises OverloadedError if the queue has no place for it, or is not expected to reach it in time; only
+        who comes in for another ends that one."""
+        yields = None
         if self._scheduler.full(self._loading.total()):
             many, after_s = self.waiting, self._scheduler.expected_place()
             if (yields := self._scheduler.yields(request.task, self._loading)) is None:
                 raise OverloadedError(
                     f"{many} prompts are waiting already; try again later", retry_after=after_s
                 )
-            self._loop.fail(
-                yields,
-                OverloadedError(
-                    f"{many} prompts are waiting, most of them of this task: another one's goes first; try "
-                    "again later",
-                    retry_after=after_s,
-                ),
-            )
         may = min(deadline - self._clock(), self._settings.queue_timeout_s)
         wait = self._scheduler.expected_wait(request)
         if wait is not None and wait > may:
@@ -178,6 +172,15 @@ class PrefillEngine:
                 f"this request would wait for some {wait:.0f} s behind those of its task and its turns among "
                 f"others, and may wait for {may:.0f} s; try again later",
                 retry_after=max(1.0, wait - may),
+            )
+        if yields is not None:
+            self._loop.fail(
+                yields,
+                OverloadedError(
+                    f"{many} prompts are waiting, most of them of this task: another one's goes first; try "
+                    "again later",
+                    retry_after=after_s,
+                ),
             )
 
     def _at_deadline(self, prompt: Prompt) -> asyncio.TimerHandle:

@@ -180,6 +180,22 @@ async def test_a_full_queue_takes_a_quiet_tasks_prompt_for_the_floods_last() -> 
     await given_up(*flood, *quiet)
 
 
+async def test_who_cannot_be_reached_in_time_takes_nobodys_place_in_a_full_queue() -> None:
+    now = [100.0]
+    setting = Setting(max_waiting=90, queue_timeout_s=10.0, clock=lambda: now[0])
+    for i in range(100):
+        task = version("d", "flood" if i < 60 else "other")
+        setting.scheduler.add(Prompt(request(f"r{i}", version=task), enqueued=100.0))
+    for _ in range(10):
+        for chunk in setting.scheduler.next_pass(now[0])[1:]:
+            setting.scheduler.put_back(chunk)
+        setting.scheduler.computed()
+        now[0] += 1
+    with pytest.raises(OverloadedError, match="may wait for 10 s"):
+        await anext(setting.engine.generate(request("late", version=version("d", "other"))))
+    assert setting.engine.waiting == 90
+
+
 async def test_a_beam_search_under_way_does_not_leave_a_full_queue() -> None:
     setting = Setting(max_waiting=2)
     for i in range(2):
