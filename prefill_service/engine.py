@@ -93,6 +93,8 @@ class PrefillEngine:
             prompt.awaited.discard(choice)
             if isinstance(prompt.state, Decoding):
                 self._link.cancel(request_id, prompt.attempt, choice)
+                if not prompt.awaited:
+                    self._loop.left_decode(prompt)
 
     # ---- a request, from its adapter to its last token ---------------------------------------------------
 
@@ -210,6 +212,8 @@ class PrefillEngine:
             prompt.outputs.put_nowait(output)
         if event.is_early_end or not event.tokens:
             self._loop.fail(prompt, event_error(event))
+        elif not prompt.awaited:
+            self._loop.left_decode(prompt)
 
     async def _ask_now_and_then(self) -> None:
         """So that no answer waits for tokens of a sequence that decode has lost without a word."""

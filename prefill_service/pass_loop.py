@@ -78,6 +78,11 @@ class PassLoop:
         """Every choice of it has ended, and decode has freed it already: there is nothing to cancel."""
         prompt.state = Finished()
 
+    def left_decode(self, prompt: Prompt) -> None:
+        """Decode has freed it, whatever its client has yet to read: others may have waited for that."""
+        self._scheduler.left_decode(prompt)
+        self._changed.set()
+
     def release(self, prompt: Prompt) -> None:
         """Nobody waits for its tokens any more."""
         if self.live.get(prompt.request.request_id) is prompt:

@@ -186,6 +186,10 @@ class PromptScheduler:
         """Decode did, for its task."""
         self._counters.charge(prompt.request.task, _DRAWN_WEIGHT * tokens)
 
+    def left_decode(self, prompt: Prompt) -> None:
+        """It holds no room there any more."""
+        self._room.leave(prompt)
+
     def want_room_since(self, before: float) -> list[Prompt]:
         """Waiting ones that came no later and need room at decode."""
         return [prompt for prompt in self._prompts if prompt.waits_for_room and prompt.enqueued <= before]

@@ -218,6 +218,27 @@ async def test_who_has_to_leave_room_at_decode_waits_no_longer_than_it_may() -> 
         await first.aclose()
 
 
+@pytest.mark.parametrize("how", ["ended", "cancelled"])
+async def test_room_that_decode_freed_is_free_though_the_client_has_not_read_its_answer(how: str) -> None:
+    setting = Setting(max_waiting=99)
+    async with setting.running():
+        await setting.idle()
+        setting.link.found(DecodeSize(10**6, 16, 32))
+        held = [setting.engine.generate(request(f"r{i}")) for i in range(31)]
+        await asyncio.gather(*(anext(each) for each in held))
+        last = setting.engine.generate(request("late"))
+        late = asyncio.create_task(anext(last))
+        await setting.until(lambda: setting.scheduler.held_back)
+        if how == "ended":
+            setting.tell(1, "stop", name="r0")
+        else:
+            setting.engine.cancel_choice("r0", 0)
+        async with asyncio.timeout(0.9):  # sooner than it is looked after
+            await late
+        for each in (*held, last):
+            await each.aclose()
+
+
 async def test_who_has_to_leave_room_at_decode_goes_on_when_others_end() -> None:
     setting = Setting(max_waiting=99)
     async with setting.running():
