@@ -154,11 +154,12 @@ class PromptScheduler:
 
     def yields(self, task: str | None, arriving: Mapping[str | None, int]) -> Prompt | None:
         """Who leaves a full queue for one more prompt of `task`: the last that came of the task with the most
-        there, those that are about to come included, if it then still has no fewer; None if nobody."""
+        there, those that are about to come included, if it then still has no fewer; None if nobody. Only of
+        tasks with a prompt that may leave."""
         begins = [p for p in self._prompts if isinstance(p.state, Queued) and not p.request.continuation_ids]
         there = Counter(arriving)
         there.update(prompt.request.task for prompt in begins)
-        longest = max(there, key=there.__getitem__, default=task)
+        longest = max((p.request.task for p in begins), key=there.__getitem__, default=task)
         if there[longest] <= there[task] + 1:
             return None
         return next((prompt for prompt in reversed(begins) if prompt.request.task == longest), None)

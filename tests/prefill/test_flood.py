@@ -180,6 +180,19 @@ async def test_a_full_queue_takes_a_quiet_tasks_prompt_for_the_floods_last() -> 
     await given_up(*flood, *quiet)
 
 
+async def test_a_task_that_only_loads_does_not_keep_another_flood_in_a_full_queue() -> None:
+    setting = Setting(max_waiting=9)
+    flood = waiting(setting, "flood", 4)
+    await setting.until(lambda: len(setting.scheduler) == 4)
+    setting.residents.loaded = asyncio.Event()
+    loading = waiting(setting, "loading", 5)
+    await setting.until(lambda: setting.engine.waiting == 9)
+    quiet = waiting(setting, "quiet", 1)
+    await setting.until(lambda: any(task.done() for task in (*flood, *quiet)))
+    assert [task.done() for task in (*flood, *quiet)] == [False, False, False, True, False]
+    await given_up(*flood, *loading, *quiet)
+
+
 async def test_who_cannot_be_reached_in_time_takes_nobodys_place_in_a_full_queue() -> None:
     now = [100.0]
     setting = Setting(max_waiting=90, queue_timeout_s=10.0, clock=lambda: now[0])
