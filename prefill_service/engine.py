@@ -158,8 +158,8 @@ class PrefillEngine:
             yield adapter
 
     def _turn_away(self, request: PromptRequest, deadline: float) -> None:
-        """Raises OverloadedError if the queue has no place for it, or is not expected to reach it in time; only
-        who comes in for another ends that one."""
+        """Raises OverloadedError if the queue has no place for it, or is not expected to reach it in time.
+        Another one ends only for who does come in."""
         yields = None
         if self._scheduler.full(self._loading.total()):
             many, after_s = self.waiting, self._scheduler.expected_place()

@@ -61,7 +61,8 @@ class PromptRequest:
     `task_token_id`s of the version; these stay on the prompt side. tokens_per_event: how many tokens decode
     tells at once, at most; 1 if somebody waits for each. beams: how many hypotheses a beam search keeps, of
     which the `choices` best are the answers; None: tokens are drawn. cache_salt: only requests with the same
-    one find each other's prompts in the prefix cache.
+    one find each other's prompts in the prefix cache. answer: the id of the HTTP request, which had
+    `prompts` of them.
     """
 
     request_id: str
@@ -75,6 +76,8 @@ class PromptRequest:
     tokens_per_event: int = 1
     beams: int | None = None
     cache_salt: str | None = None
+    answer: str = ""
+    prompts: int = 1
 
     @property
     def virtual_tokens(self) -> int:
@@ -316,8 +319,8 @@ class DecodeRoom:
 
     def asking(self, prompts: Sequence[Prompt], waiting: Collection[str | None]) -> list[Prompt]:
         """Who of those that want room may ask for it, by what is held, who was refused and which tasks wait.
-        prompts: by turns of their tasks, so that what is left is shared; who has to leave some of it for others
-        has to wait for none behind it."""
+        prompts: by turns of their tasks, so that what is left is shared; who has to leave some of it waits
+        for none behind it."""
         first, may = self._may_pass(waiting)
         asking = [prompt for prompt in prompts if may(prompt)]
         return asking if self.size is None else self._leaving_some(asking, self.size, first)

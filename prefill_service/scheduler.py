@@ -154,11 +154,13 @@ class PromptScheduler:
 
     def yields(self, task: str | None, arriving: Mapping[str | None, int]) -> Prompt | None:
         """Who leaves a full queue for one more prompt of `task`: the last that came of the task with the most
-        there, those that are about to come included, if it then still has no fewer; None if nobody. Only of
-        tasks with a prompt that may leave."""
+        there, those that are about to come included, if it then still has no fewer; None if nobody. No prompt
+        of an answer that has begun: all of it would end, in mid-stream."""
         begins = [p for p in self._prompts if isinstance(p.state, Queued) and not p.request.continuation_ids]
         there = Counter(arriving)
         there.update(prompt.request.task for prompt in begins)
+        queued = Counter(prompt.request.answer for prompt in begins)
+        begins = [prompt for prompt in begins if queued[prompt.request.answer] >= prompt.request.prompts]
         longest = max((p.request.task for p in begins), key=there.__getitem__, default=task)
         if there[longest] <= there[task] + 1:
             return None

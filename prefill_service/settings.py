@@ -91,7 +91,7 @@ class PrefillSettings(ServiceSettings):
     """Memory for prompt blocks that later prompts may begin with, least recently used out; 0 keeps none."""
     max_waiting: Annotated[int, Field(ge=1)] = 1024
     """Prompts in the queue, those that wait for their adapter included; further ones are refused, or the last
-    ones of the task that has more of them there."""
+    ones of the task that has more of them there, but for those of answers that have begun."""
     queue_timeout_s: Annotated[float, Field(gt=0)] = 60.0
     """Seconds that a prompt waits for room at decode; if it would take longer, it is refused on arrival."""
     request_timeout_s: Annotated[float, Field(gt=0)] = 600.0

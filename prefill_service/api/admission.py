@@ -219,6 +219,8 @@ class Admission:
                 beams=request.beams,
                 tokens_per_event=1 if request.stream or stop else TOKENS_PER_EVENT,
                 cache_salt=request.cache_salt,
+                answer=name,
+                prompts=len(fitted),
             )
             for index, (ids, max_tokens) in enumerate(fitted)
         )

@@ -8,7 +8,7 @@ import pytest
 
 from prad.core.kv import BlockPool
 from prefill_service.errors import OverloadedError
-from prefill_service.prompt import DecodeSize, Prompt
+from prefill_service.prompt import DecodeSize, Finished, Prompt, Queued
 from prefill_service.scheduler import PromptScheduler
 from tests.prefill.fakes import Setting, request, version
 from tests.prefill.test_fair_turns import Simulated, names, prompt, refuse, scheduler
@@ -178,6 +178,28 @@ async def test_a_full_queue_takes_a_quiet_tasks_prompt_for_the_floods_last() -> 
     with pytest.raises(OverloadedError, match="5 prompts are waiting already"):
         await anext(setting.engine.generate(request("flood", version=version("flood", "flood"))))
     await given_up(*flood, *quiet)
+
+
+async def test_of_an_answer_that_has_begun_no_prompt_leaves_a_full_queue() -> None:
+    setting = Setting(max_waiting=5)
+    flood = version("d", "flood")
+
+    def add(answer: str, *indices: int, prompts: int) -> list[Prompt]:
+        asked = [request(f"{answer}-{i}", version=flood, answer=answer, prompts=prompts) for i in indices]
+        added = [Prompt(each) for each in asked]
+        for each in added:
+            setting.scheduler.add(each)
+        return added
+
+    add("alone", 0, prompts=1)
+    whole, begun = (
+        add("whole", 0, 1, prompts=2),
+        add("begun", 1, 2, prompts=3),
+    )  # begun-0 has its first tokens
+    quiet = waiting(setting, "quiet", 1)
+    await setting.until(lambda: any(isinstance(prompt.state, Finished) for prompt in (*whole, *begun)))
+    assert [type(prompt.state) for prompt in (*whole, *begun)] == [Queued, Finished, Queued, Queued]
+    await given_up(*quiet)
 
 
 async def test_a_task_that_only_loads_does_not_keep_another_flood_in_a_full_queue() -> None:

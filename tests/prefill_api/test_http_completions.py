@@ -289,6 +289,13 @@ async def test_tokens_are_told_one_by_one_where_somebody_looks_at_each(
     assert request.tokens_per_event == each
 
 
+async def test_prompts_that_came_together_are_known_to_be_of_one_answer(
+    client: httpx.AsyncClient, engine: Any
+) -> None:
+    body = await complete(client, prompt=[PROMPT, PROMPT], max_tokens=2)
+    assert [(request.answer, request.prompts) for request in engine.requests] == [(body["id"], 2)] * 2
+
+
 async def test_a_salt_goes_to_the_engine_and_to_every_step_of_a_search(
     client: httpx.AsyncClient, engine: Any
 ) -> None:
