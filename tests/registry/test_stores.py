@@ -140,6 +140,31 @@ def test_a_routing_is_one_record_and_its_history_is_kept(store, stored_adapter):
         store.history("b")
 
 
+def test_a_rollback_passes_what_a_forced_retire_led_back_to(store, stored_adapter):
+    for task in "ab":
+        for seed in (1, 2, 3):
+            verified(store, task, stored_adapter(seed))
+        store.change(task, Move(2, Event.PROMOTE))
+    store.change("a", Split({2: 90, 3: 10}))
+    store.change("b", Move(3, Event.PROMOTE))
+    for task in "ab":
+        assert store.change(task, Move(3, Event.RETIRE, force=True)).routing.split == {2: 100}
+        assert store.change(task, Rollback()).routing.split == {1: 100}
+        with pytest.raises(NoRoutingBeforeError, match="nothing to go back to"):
+            store.change(task, Rollback())
+
+
+def test_who_takes_over_beside_an_alias_is_no_step_to_take_back(store, stored_adapter):
+    for seed in (1, 2, 3):
+        verified(store, "a", stored_adapter(seed))
+    store.change("a", Move(2, Event.PROMOTE))
+    store.change("a", SetAlias("canary", 2))
+    store.change("a", Split({3: 1}))
+    assert store.change("a", Move(3, Event.RETIRE, force=True)).routing.split == {2: 100}
+    undone = store.change("a", Rollback()).routing
+    assert (undone.split, undone.aliases) == ({2: 100}, {})
+
+
 def test_a_race_on_one_routing_has_one_winner(store, stored_adapter):
     for seed in range(6):
         verified(store, "a", stored_adapter(seed))
