@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from pydantic import ValidationError
 
+from adapter_registry.api import HistoryLine
 from adapter_registry.errors import (
     IllegalTransitionError,
     NoRoutingBeforeError,
@@ -248,3 +249,21 @@ def test_what_does_not_add_up_is_no_snapshot(new_store, stored_adapter, of_task,
     (found["tasks"][0] if of_task else found).update(value)
     with pytest.raises(ValidationError, match=said):
         Snapshot.model_validate(found)
+
+
+def test_only_the_latest_changes_are_read_if_only_these_are_wanted(store, stored_adapter, monkeypatch):
+    for seed in (1, 2):
+        verified(store, "a", stored_adapter(seed))
+    for number in (2, 1, 2):
+        store.change("a", Move(number, Event.PROMOTE))
+    everything = store.history("a")
+    read = []
+    validate, validate_json = HistoryLine.model_validate, HistoryLine.model_validate_json
+    monkeypatch.setattr(HistoryLine, "model_validate", lambda line: read.append(line) or validate(line))
+    monkeypatch.setattr(
+        HistoryLine, "model_validate_json", lambda line: read.append(line) or validate_json(line)
+    )
+    assert store.history("a", 1) == everything[-1:]
+    assert len(read) <= 3, "of each version and of the task itself one, at most"
+    for latest in range(1, 12):
+        assert store.history("a", latest) == everything[-latest:]
