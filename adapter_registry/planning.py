@@ -164,11 +164,10 @@ def _moved(view: TaskView, wanted: Move) -> tuple[Change, ...]:
     change = Change(wanted.version, wanted.event, before, reached, routing)
     now = replace(view, routing=routing or view.routing, states={**view.states, wanted.version: reached})
     heir = _heir(now, wanted, was_routed=bool(view.routing.split))
-    return (change, *(() if heir is None else _promoted(now, heir)))
-
-
-def _promoted(view: TaskView, version: int) -> tuple[Change, ...]:
-    return _routed(view, Event.PROMOTE, view.routing.divided({version: 1}), version)
+    if heir is None:
+        return (change,)
+    taken = now.routing.inherited(heir) if retiring else now.routing.divided({heir: 1})
+    return (change, *_routed(now, Event.PROMOTE, taken, heir))
 
 
 def _heir(view: TaskView, wanted: Move, *, was_routed: bool) -> int | None:
@@ -221,9 +220,15 @@ def _require_unrouted(view: TaskView, version: int) -> None:
 
 
 def _before(view: TaskView, past: Past) -> Routing:
-    """Raises NoRoutingBeforeError."""
+    """The latest one before that routes otherwise: a forced retire may have led back to the one before.
+
+    Raises NoRoutingBeforeError.
+    """
     before = view.routing.before
     found = None if before is None else past(before)
+    while found is not None and found.same(view.routing):
+        before = found.before
+        found = None if before is None else past(before)
     if found is None:
         raise NoRoutingBeforeError(
             f"{view.task!r} has no routing before the present one, so there is nothing to go back to; "

@@ -13,6 +13,7 @@ worked out from: then it is worked out anew.
 
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
@@ -21,7 +22,7 @@ from redis.exceptions import WatchError
 
 from adapter_registry import redis_server
 from adapter_registry.api import HistoryLine, RoutingState, TaskRoute, VersionRecord
-from adapter_registry.errors import VersionNotFoundError
+from adapter_registry.errors import StoreUnavailableError, VersionNotFoundError
 from adapter_registry.planning import Move, Past, Wanted, plan
 from adapter_registry.redis_records import (
     StoredFiles,
@@ -51,6 +52,9 @@ Work = Callable[[StoredTask | None, int, Past], tuple[StoredTask, list[HistoryLi
 CHANGES = "{prad}:changes"
 KEPT_CHANGES = 10_000
 """Roughly; who was away for longer reads the whole state, as everybody does who starts."""
+
+_READINGS = 10
+"""Of a task's history: the first says which versions there are, the next is it unless one came meanwhile."""
 
 
 class RedisStore:
@@ -125,16 +129,20 @@ class RedisStore:
             adapter = self._redis.hget(ADAPTERS, route.digest)
         return record(found, route, StoredFiles.model_validate_json(adapter or ""), lines)
 
-    def history(self, task: str) -> tuple[HistoryLine, ...]:
-        while True:
+    def history(self, task: str, latest: int | None = None) -> tuple[HistoryLine, ...]:
+        known: StoredTask | None = None
+        for _ in range(_READINGS):
             with answering(self.address), self._redis.pipeline() as pipe:
                 _read_head(pipe)
                 pipe.hget(TASKS, task)
-                head, text = pipe.execute()
-                revision, known = redis_server.check(head, self.identity), there(read(text), task)
-                lines = _lines(pipe, known)
-                if redis_server.revision(self._redis, self.identity) == revision:
-                    return lines
+                _ask_lines(pipe, known, latest)
+                head, text, *lists = pipe.execute()
+                redis_server.check(head, self.identity)
+            seen, known = known, there(read(text), task)
+            if seen is not None and len(seen.versions) == len(known.versions):
+                lines = _in_order(lists)
+                return lines if latest is None else lines[-latest:]
+        raise StoreUnavailableError(f"{task!r} gets versions faster than its history is read; ask again")
 
     def digests(self) -> frozenset[str]:
         _, tasks = self._tasks(StoredTask)
@@ -217,11 +225,7 @@ class RedisStore:
                     revision = redis_server.revision(pipe, self.identity)
                     found = read(pipe.hget(TASKS, task))
 
-                    def past(of: int, found: StoredTask | None = found) -> Routing | None:
-                        lines = () if found is None else _lines(self._redis.pipeline(), found)
-                        return next((line.routing for line in lines if line.revision == of), None)
-
-                    after, lines, answer = work(found, revision, past)
+                    after, lines, answer = work(found, revision, self._past(found))
                     if not lines:
                         return answer
                     pipe.multi()
@@ -237,6 +241,17 @@ class RedisStore:
                     except WatchError:  # another registry was faster
                         continue
                     return answer
+
+    def _past(self, task: StoredTask | None) -> Past:
+        """Its routings, which are read once, and only if one is asked for."""
+
+        @cache
+        def routings() -> Mapping[int, Routing | None]:
+            with self._redis.pipeline() as pipe:
+                _ask_lines(pipe, task, None)
+                return {line.revision: line.routing for line in _in_order(pipe.execute())}
+
+        return lambda revision: routings().get(revision)
 
     def _tasks(self, kind: type[M]) -> tuple[int, list[M]]:
         """All tasks by name, at one revision."""
@@ -263,11 +278,15 @@ def _read_head(pipe: Pipeline) -> None:
     pipe.hmget(REGISTRY, "schema", "id", "revision")
 
 
-def _lines(pipe: Pipeline, known: StoredTask) -> tuple[HistoryLine, ...]:
-    """All that happened to the task, in order."""
-    for number in (None, *(version.version for version in known.versions)):
-        pipe.lrange(history_key(known.task, number), 0, -1)
-    found = [HistoryLine.model_validate_json(text) for texts in pipe.execute() for text in texts]
+def _ask_lines(pipe: Pipeline, task: StoredTask | None, latest: int | None) -> None:
+    """Lists of what happened to the task and to each of its versions; `latest`: the last of each only."""
+    if task is not None:
+        for number in (None, *(version.version for version in task.versions)):
+            pipe.lrange(history_key(task.task, number), 0 if latest is None else -latest, -1)
+
+
+def _in_order(lists: Iterable[list[str]]) -> tuple[HistoryLine, ...]:
+    found = [HistoryLine.model_validate_json(text) for texts in lists for text in texts]
     return tuple(sorted(found, key=lambda line: line.revision))
 
 

@@ -154,8 +154,7 @@ class Registry:
 
     async def history(self, task: str, latest: int) -> TaskHistory:
         """Its `latest` changes. Raises TaskNotFoundError."""
-        found = await asyncio.to_thread(self._store.history, task)
-        return TaskHistory(task=task, events=found[-latest:])
+        return TaskHistory(task=task, events=await asyncio.to_thread(self._store.history, task, latest))
 
     async def state(self) -> RoutingState:
         return await asyncio.to_thread(self._store.state)

@@ -103,6 +103,10 @@ class Routing(BaseModel):
             }
         )
 
+    def inherited(self, heir: int) -> "Routing":
+        """With plain `task` meaning who takes over from what ended: no step to take back either."""
+        return self.divided({heir: 1}).model_copy(update={"before": self.before})
+
     def restored(self, answering: frozenset[int]) -> "Routing":
         """As it was, for a rollback; `answering`: the versions that can answer today."""
         return self.model_copy(update={"previous": self.previous if self.previous in answering else None})

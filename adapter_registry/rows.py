@@ -53,9 +53,13 @@ def past(db: sqlite3.Connection, task: str, revision: int) -> Routing | None:
     return None if found is None or found[0] is None else Routing.model_validate_json(found[0])
 
 
-def history(db: sqlite3.Connection, where: str, values: tuple[object, ...]) -> tuple[HistoryLine, ...]:
-    found = db.execute(f"SELECT * FROM history WHERE {where} ORDER BY revision", values).fetchall()
-    return tuple(map(_line, found))
+def history(
+    db: sqlite3.Connection, where: str, values: tuple[object, ...], latest: int | None = None
+) -> tuple[HistoryLine, ...]:
+    """In order; `latest`: only so many of the last."""
+    asked = f"SELECT * FROM history WHERE {where} ORDER BY revision DESC LIMIT ?"
+    found = db.execute(asked, (*values, -1 if latest is None else latest)).fetchall()
+    return tuple(map(_line, reversed(found)))
 
 
 def _line(row: sqlite3.Row) -> HistoryLine:

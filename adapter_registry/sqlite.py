@@ -94,10 +94,10 @@ class SqliteStore:
         with self._transaction() as db:
             return _version(db, rows.view(db, task), version)
 
-    def history(self, task: str) -> tuple[HistoryLine, ...]:
+    def history(self, task: str, latest: int | None = None) -> tuple[HistoryLine, ...]:
         with self._transaction() as db:
             rows.view(db, task)
-            return rows.history(db, "task = ?", (task,))
+            return rows.history(db, "task = ?", (task,), latest)
 
     def digests(self) -> frozenset[str]:
         with self._transaction() as db:

@@ -86,8 +86,11 @@ class Store(Protocol):
         """Raises TaskNotFoundError, VersionNotFoundError."""
         ...
 
-    def history(self, task: str) -> tuple[HistoryLine, ...]:
-        """Every change of the task, of its versions and of its routing. Raises TaskNotFoundError."""
+    def history(self, task: str, latest: int | None = None) -> tuple[HistoryLine, ...]:
+        """The `latest` changes of the task, of its versions and of its routing, in order; None: every one.
+
+        Raises TaskNotFoundError.
+        """
         ...
 
     def digests(self) -> frozenset[str]:

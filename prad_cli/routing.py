@@ -2,11 +2,13 @@
 changed it, and where it is in force."""
 
 import re
+import time
 from typing import Annotated
 
 import typer
 
-from adapter_registry.api import Rerouted
+from adapter_registry.api import ReplicaList, Rerouted
+from adapter_registry.client import RegistryClient
 from prad_cli.operating import (
     DEFAULT_REGISTRY,
     Json,
@@ -14,12 +16,16 @@ from prad_cli.operating import (
     Seen,
     Task,
     Version,
+    fail,
     print_json,
     say_pending,
     talking,
     version_of,
 )
 from prad_cli.tables import described, show_events, show_replicas
+
+_PAUSE_S = 0.2
+"""Between two questions to a registry that waits hardly at all."""
 
 _SHARE = re.compile(r"([1-9][0-9]*)=([1-9][0-9]*)")
 _SET = re.compile(r"([^=]+)=([1-9][0-9]*)")
@@ -127,18 +133,23 @@ def events(
 
 
 def status(
-    wait: Annotated[float, typer.Option(help="Seconds to wait until all are ready.", min=0)] = 0.0,
+    wait: Annotated[
+        float,
+        typer.Option(help="Seconds to wait until all are ready; exit code 1 if not all are then.", min=0),
+    ] = 0.0,
     as_json: Json = False,
     registry: Registry = DEFAULT_REGISTRY,
 ) -> None:
     """The prefill services that follow the registry: announced, loading, ready, or failed and why."""
     with talking(registry) as client:
         revision = client.state().revision
-        found = client.replicas(revision, wait)
+        found = _waited(client, revision, wait)
     if as_json:
         print_json({"revision": revision, **found.model_dump(mode="json")})
     else:
         show_replicas(revision, found)
+    if wait and found.pending:
+        fail(f"not ready after {wait:g} s: {', '.join(found.pending)}")
 
 
 COMMANDS = (
@@ -151,6 +162,16 @@ COMMANDS = (
     (status, "prad adapter status"),
 )
 """Each with how it is typed."""
+
+
+def _waited(client: RegistryClient, revision: int, seconds: float) -> ReplicaList:
+    """The replicas, once `revision` is in force at all, or `seconds` later: one question waits less."""
+    end = time.monotonic() + seconds
+    found = client.replicas(revision, seconds)
+    while found.pending and (left := end - time.monotonic()) > 0:
+        time.sleep(min(left, _PAUSE_S))
+        found = client.replicas(revision, max(0.0, end - time.monotonic()))
+    return found
 
 
 def _say(rerouted: Rerouted) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from math import log
 from random import uniform
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from adapter_registry.api import RoutingState, TaskRoute, VersionRoute
@@ -22,7 +23,7 @@ from adapter_registry.names import PREVIOUS
 from adapter_registry.routing import Routing
 from adapter_registry.versions import State
 from prad.artefact import Artefact
-from prefill_service.errors import InternalError, UnknownModelError
+from prefill_service.errors import InternalError, NotReadyError, UnknownModelError
 from prefill_service.prompt import TaskVersion
 
 if TYPE_CHECKING:
@@ -32,25 +33,38 @@ logger = logging.getLogger(__name__)
 
 _RETRY_S = 0.5
 _AGAIN_S = 5.0
+_NOTHING: Mapping[int, str] = MappingProxyType({})
 _NAMED = 8  # tasks that an error message lists
 
 
 @dataclass(frozen=True, slots=True)
 class TaskVersions:
-    """One task: the versions that answer, and what its names mean, of the registry's routing."""
+    """One task: the versions that answer, and what its names mean, of the registry's routing. `missing`: what
+    answers by the registry and cannot be had here, and why."""
 
     versions: Mapping[int, TaskVersion]
     split: Mapping[int, int]
     aliases: Mapping[str, int]
     default: int | None
     revision: int
+    missing: Mapping[int, str]
 
     @classmethod
-    def of(cls, routing: Routing, versions: Mapping[int, TaskVersion]) -> "TaskVersions":
+    def of(
+        cls, routing: Routing, versions: Mapping[int, TaskVersion], missing: Mapping[int, str] = _NOTHING
+    ) -> "TaskVersions":
         previous = {} if routing.previous is None else {PREVIOUS: routing.previous}
-        return cls(
-            versions, routing.split, {**routing.aliases, **previous}, routing.default, routing.revision
-        )
+        aliases = {**routing.aliases, **previous}
+        return cls(versions, routing.split, aliases, routing.default, routing.revision, missing)
+
+    @property
+    def aliases_here(self) -> Mapping[str, int]:
+        return {name: meant for name, meant in self.aliases.items() if meant in self.versions}
+
+    def answering(self, task: str) -> str:
+        """The names, beside the task's own, by which it answers here: a few, in words."""
+        names = [*map(str, sorted(self.versions)), *sorted(self.aliases_here)]
+        return ", ".join(f"{task}@{name}" for name in names[:_NAMED]) or "none"
 
     def meant(self, name: int | str | None, task: str, key: str | None) -> int | None:
         """The version that `task@name` means; None: plain `task`. `key`: whose share of a split it is."""
@@ -100,22 +114,27 @@ class TaskCatalogue:
         """The version that a new request gets, and the revision of the routing that says so.
 
         `name`: a version's number, or an alias; None: what plain `task` means, for the sticky `key`, or for
-        nobody in particular. Raises UnknownModelError whose message lists a few known tasks.
+        nobody in particular. Raises UnknownModelError whose message lists a few known tasks; NotReadyError
+        while the version cannot be had here.
         """
         found = self._tasks.get(task)
         if found is None:
-            known = ", ".join(sorted(self._tasks)[:_NAMED]) or "none yet"
+            known = ", ".join(sorted(n for n, t in self._tasks.items() if t.versions)[:_NAMED]) or "none yet"
             raise UnknownModelError(
                 f"there is no task or model '{task}' (tasks: {known}; the plain model: {self.base_name})"
             )
         wanted = found.meant(name, task, key)
         if wanted is not None and wanted in found.versions:
             return found.versions[wanted], found.revision
-        names = [*map(str, sorted(found.versions)), *sorted(found.aliases)]
-        answering = ", ".join(f"{task}@{known}" for known in names[:_NAMED]) or "none"
+        answering = f"(it answers as: {found.answering(task)})"
+        if wanted is not None and wanted in found.missing:
+            raise NotReadyError(
+                f"{task}@{wanted} is not here yet, and is fetched again {answering}: {found.missing[wanted]}",
+                retry_after=_AGAIN_S,
+            )
         if name is None:
-            raise UnknownModelError(f"task '{task}' has no current version (it answers as: {answering})")
-        raise UnknownModelError(f"there is no {task}@{name} (it answers as: {answering})")
+            raise UnknownModelError(f"task '{task}' has no current version {answering}")
+        raise UnknownModelError(f"there is no {task}@{name} {answering}")
 
     def tasks(self) -> Sequence[TaskEntry]:
         return [
@@ -181,15 +200,17 @@ class RegistryFollower:
         self._troubles = {}
         known, tasks, routings = {}, {}, {}
         for route in state.tasks:
-            versions = {}
+            versions, missing = {}, {}
             for version in route.versions:
                 if version.state.answers:
                     found = await self._learn(route.task, version)
                     if found is not None:
                         versions[version.version] = known[route.task, version.version] = found
-            if versions:
+                    else:
+                        missing[version.version] = self._troubles[f"{route.task}@{version.version}"]
+            if versions or missing:
                 routings[route.task] = self._routing(route, versions)
-                tasks[route.task] = TaskVersions.of(routings[route.task], versions)
+                tasks[route.task] = TaskVersions.of(routings[route.task], versions, missing)
         self._known, self._routings = known, routings
         self._catalogue.replace(tasks)
         for route in state.tasks:
@@ -201,9 +222,9 @@ class RegistryFollower:
     def _routing(self, route: TaskRoute, versions: Mapping[int, TaskVersion]) -> Routing:
         """The task's, if all that it names can be had here; else the one before, if that is so of it."""
         before = self._routings.get(route.task)
-        if before is None or route.routing.named <= versions.keys() or not before.named <= versions.keys():
+        if before is None or not before.named or route.routing.named <= versions.keys():
             return route.routing
-        return before
+        return before if before.named <= versions.keys() else route.routing
 
     async def _learn(self, task: str, version: VersionRoute) -> TaskVersion | None:
         """The version with its files, fetched if these are not here yet."""

@@ -42,7 +42,8 @@ class PrefillSettings(ServiceSettings):
     decode_silence_s: Annotated[float, Field(ge=0.5)] = 3.0
     """Seconds without a sign of life of the decode service after which answers under way end with an error;
     after two thirds of it requests are refused, and it is connected to anew. A busy one gives signs. Less on
-    a machine that is short of cores takes it for frozen when it is not."""
+    a machine that is short of cores takes it for frozen when it is not. Keep it below decode's `--detach-s`,
+    after which that drops what an answer under way would go on with."""
     registry: str = "http://127.0.0.1:8001"
     """The adapter registry's URL."""
     registry_secret_file: Path | None = None

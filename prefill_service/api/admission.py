@@ -293,7 +293,7 @@ def split_name(name: str, param: str) -> tuple[str, int | str | None]:
 def find_version(
     catalogue: TaskCatalogue, task: str, name: int | str | None, param: str, key: str | None = None
 ) -> tuple[TaskVersion, int]:
-    """As `TaskCatalogue.resolve`. Raises UnknownModelError that names the field."""
+    """As `TaskCatalogue.resolve`. Raises UnknownModelError that names the field, NotReadyError."""
     try:
         return catalogue.resolve(task, name, key)
     except UnknownModelError as error:

@@ -255,7 +255,7 @@ def _models(catalogue: TaskCatalogue, model: ModelInfo) -> APIRouter:
                 "version": version.version,
                 "versions": sorted(routed.versions) if routed else [],
                 "split": {str(number): weight for number, weight in routed.split.items()} if routed else {},
-                "aliases": dict(routed.aliases) if routed else {},
+                "aliases": dict(routed.aliases_here) if routed else {},
                 "routing": routed.revision if routed else None,
                 "digest": version.digest,
                 "method": record.method,
@@ -276,7 +276,8 @@ def _models(catalogue: TaskCatalogue, model: ModelInfo) -> APIRouter:
 
     @router.head("/v1/models/{name:path}", include_in_schema=False)
     @router.get(
-        "/v1/models/{name:path}", responses=_refused({400: "No name of a model", 404: "No such model"})
+        "/v1/models/{name:path}",
+        responses=_refused({400: "No name of a model", 404: "No such model", 503: "Its files are not here"}),
     )
     async def one_model(name: str) -> Json:
         """The plain model, a task, or one version of it as in e2e@3 or e2e@canary."""

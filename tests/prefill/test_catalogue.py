@@ -14,7 +14,7 @@ from adapter_registry.routing import Routing
 from adapter_registry.versions import State
 from prefill_service import catalogue as module
 from prefill_service.catalogue import RegistryFollower, TaskCatalogue, TaskVersions, drawn
-from prefill_service.errors import UnknownModelError
+from prefill_service.errors import NotReadyError, UnknownModelError
 from tests.prefill.fakes import version
 
 BASE = {"name": "tiny", "architecture": "llama", "weights": "tiny"}
@@ -178,7 +178,7 @@ async def test_what_cannot_be_had_takes_nothing_else_along() -> None:
     registry.damaged = {1}
     catalogue, _ = await followed(registry)
     assert catalogue.resolve("t", None)[0].digest == digest(2)
-    with pytest.raises(UnknownModelError):
+    with pytest.raises(NotReadyError, match="t@1 is not here yet"):
         catalogue.resolve("t", 1)
     assert registry.troubles == ["t@1: damaged"]
     assert registry.in_force == [0], "what could not be had is not said to be in force"
@@ -202,6 +202,50 @@ async def test_a_routing_to_what_cannot_be_had_is_not_put_in_force() -> None:
     registry.damaged = {2}
     catalogue, _ = await followed(registry)
     assert catalogue.tasks() == [], "nor can the one before be, whose version is retired"
+
+
+async def test_while_a_share_of_a_split_cannot_be_had_its_keys_are_asked_to_come_again() -> None:
+    found = state(1, 1, v1=State.ROUTABLE, v2=State.ROUTABLE)
+    routing = Routing(revision=1, split={1: 50, 2: 50}, aliases={"canary": 2, "stable": 1})
+    started = Registry(
+        RoutingState(revision=1, tasks=(found.tasks[0].model_copy(update={"routing": routing}),))
+    )
+    started.damaged = {2}
+    catalogue, _ = await followed(started)
+    first, second = (next(k for k in KEYS if drawn("t", routing.split, k) == n) for n in (1, 2))
+    assert (
+        catalogue.resolve("t", "stable")[0].digest
+        == catalogue.resolve("t", None, first)[0].digest
+        == digest(1)
+    )
+    for name, key in ((None, second), ("canary", None), (2, None)):
+        with pytest.raises(NotReadyError) as refused:
+            catalogue.resolve("t", name, key)
+        assert refused.value.message == (
+            "t@2 is not here yet, and is fetched again (it answers as: t@1, t@stable): damaged"
+        )
+        assert refused.value.retry_after == 5.0
+    assert [entry.routed.aliases_here for entry in catalogue.tasks()] == [{"stable": 1}]
+    with pytest.raises(UnknownModelError, match=r"no t@latest \(it answers as: t@1, t@stable\)"):
+        catalogue.resolve("t", "latest")
+
+
+async def test_a_task_of_which_nothing_can_be_had_is_not_unknown() -> None:
+    registry = Registry(state(1, 1, v1=State.ROUTABLE))
+    registry.damaged = {1}
+    catalogue, _ = await followed(registry)
+    with pytest.raises(NotReadyError, match=r"t@1 is not here yet.*\(it answers as: none\): damaged"):
+        catalogue.resolve("t", None, "somebody")
+    with pytest.raises(UnknownModelError, match="tasks: none yet"):
+        catalogue.resolve("u", None)
+
+
+async def test_what_routed_nothing_is_no_record_to_go_on_with() -> None:
+    registry = Registry(state(1, None, v1=State.VERIFIED), state(2, 2, v1=State.VERIFIED, v2=State.ROUTABLE))
+    registry.damaged = {2}
+    catalogue, _ = await followed(registry)
+    with pytest.raises(NotReadyError, match="t@2 is not here yet"):
+        catalogue.resolve("t", None)
 
 
 KEYS = [f"user {number}" for number in range(20_000)]

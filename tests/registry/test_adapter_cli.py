@@ -7,6 +7,7 @@ import threading
 import pytest
 from typer.testing import CliRunner
 
+from adapter_registry.client import RegistryClient
 from local_stack.pushing import push_all
 from prad.artefact import read_artefact, write_record
 from prad_cli.adapter import app
@@ -219,6 +220,28 @@ def test_status_says_how_far_each_replica_is(prad, registry, adapter):
     }
     assert told["revision"] == at
     assert "support@2: no disk" in prad("status").stdout
+
+
+def test_status_waits_as_long_as_it_is_told_to(prad, registry, adapter, monkeypatch):
+    registry.verified(adapter(1))
+    registry.http.get("/v1/changes", params={"wait": 0, "replica": "slow", "after": 1})
+    ask, asked, at = RegistryClient.replicas, [], registry.client.state().revision
+
+    def cut_short(client, revision, wait):
+        asked.append(wait)
+        if len(asked) == 3:
+            registry.http.get("/v1/changes", params={"wait": 0, "replica": "slow", "after": at})
+        return ask(client, revision, 0)
+
+    monkeypatch.setattr(RegistryClient, "replicas", cut_short)
+    assert prad("status", "--wait", "300").exit_code == 0
+    assert len(asked) == 3, "the registry is asked again until all are ready"
+    assert 300 >= asked[0] > asked[1] > asked[2] > 0
+    registry.verified(adapter(2))
+    failed(prad("status", "--wait", "0.3"), "not ready after 0.3 s: slow")
+    late = prad("status", "--wait", "0.3", "--json")
+    assert (late.exit_code, json.loads(late.stdout)["pending"]) == (1, ["slow"])
+    assert prad("status").exit_code == 0, "who does not wait only looks"
 
 
 def test_a_replica_that_has_not_heard_yet_is_named(prad, registry, adapter):

@@ -13,7 +13,9 @@ from contextlib import ExitStack, contextmanager, suppress
 import httpx
 import pytest
 from redis import Redis
+from redis.client import Pipeline
 
+from adapter_registry import redis_store
 from adapter_registry.client import RegistryClient
 from adapter_registry.errors import (
     CannotStartError,
@@ -296,3 +298,41 @@ def test_a_newer_schema_is_refused_and_the_way_out_named(data_dir, redis):
         client.hset(REGISTRY, mapping={"schema": SCHEMA + 1, "id": "x", "revision": 7})
     with pytest.raises(CannotStartError, match=r"has schema 3, this program knows 2 .*registry export FILE"):
         RegistryServer(settings(data_dir, redis))
+
+
+def test_a_history_is_read_while_other_tasks_change(redis, stored_adapter, monkeypatch):
+    store = RedisStore(redis.url)
+    store.push("a", stored_adapter(1))
+    execute, times = Pipeline.execute, []
+
+    def execute_and_be_passed(pipe, *arguments):
+        found = execute(pipe, *arguments)
+        times.append(1)
+        assert len(times) < 50, "it starts over without end"
+        with Redis.from_url(redis.url) as other:
+            other.hincrby("{prad}:registry", "revision")
+        return found
+
+    monkeypatch.setattr(Pipeline, "execute", execute_and_be_passed)
+    assert [line.event for line in store.history("a")] == ["push"]
+    store.close()
+
+
+def test_a_history_that_gets_versions_faster_than_it_is_read_is_refused(redis, stored_adapter, monkeypatch):
+    store, other = RedisStore(redis.url), RedisStore(redis.url)
+    store.push("a", stored_adapter(1))
+    read, seeds = redis_store.read, iter(range(2, 40))
+
+    def read_and_be_passed(text):
+        with monkeypatch.context() as plain:
+            plain.setattr(redis_store, "read", read)
+            other.push("a", stored_adapter(next(seeds)))
+        return read(text)
+
+    monkeypatch.setattr(redis_store, "read", read_and_be_passed)
+    with pytest.raises(StoreUnavailableError, match="'a' gets versions faster"):
+        store.history("a")
+    monkeypatch.undo()
+    assert {line.version for line in store.history("a")} == set(range(1, 12))
+    for each in (store, other):
+        each.close()

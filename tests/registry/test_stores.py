@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from pydantic import ValidationError
 
+from adapter_registry.api import HistoryLine
 from adapter_registry.errors import (
     IllegalTransitionError,
     NoRoutingBeforeError,
@@ -140,6 +141,31 @@ def test_a_routing_is_one_record_and_its_history_is_kept(store, stored_adapter):
         store.history("b")
 
 
+def test_a_rollback_passes_what_a_forced_retire_led_back_to(store, stored_adapter):
+    for task in "ab":
+        for seed in (1, 2, 3):
+            verified(store, task, stored_adapter(seed))
+        store.change(task, Move(2, Event.PROMOTE))
+    store.change("a", Split({2: 90, 3: 10}))
+    store.change("b", Move(3, Event.PROMOTE))
+    for task in "ab":
+        assert store.change(task, Move(3, Event.RETIRE, force=True)).routing.split == {2: 100}
+        assert store.change(task, Rollback()).routing.split == {1: 100}
+        with pytest.raises(NoRoutingBeforeError, match="nothing to go back to"):
+            store.change(task, Rollback())
+
+
+def test_who_takes_over_beside_an_alias_is_no_step_to_take_back(store, stored_adapter):
+    for seed in (1, 2, 3):
+        verified(store, "a", stored_adapter(seed))
+    store.change("a", Move(2, Event.PROMOTE))
+    store.change("a", SetAlias("canary", 2))
+    store.change("a", Split({3: 1}))
+    assert store.change("a", Move(3, Event.RETIRE, force=True)).routing.split == {2: 100}
+    undone = store.change("a", Rollback()).routing
+    assert (undone.split, undone.aliases) == ({2: 100}, {})
+
+
 def test_a_race_on_one_routing_has_one_winner(store, stored_adapter):
     for seed in range(6):
         verified(store, "a", stored_adapter(seed))
@@ -223,3 +249,21 @@ def test_what_does_not_add_up_is_no_snapshot(new_store, stored_adapter, of_task,
     (found["tasks"][0] if of_task else found).update(value)
     with pytest.raises(ValidationError, match=said):
         Snapshot.model_validate(found)
+
+
+def test_only_the_latest_changes_are_read_if_only_these_are_wanted(store, stored_adapter, monkeypatch):
+    for seed in (1, 2):
+        verified(store, "a", stored_adapter(seed))
+    for number in (2, 1, 2):
+        store.change("a", Move(number, Event.PROMOTE))
+    everything = store.history("a")
+    read = []
+    validate, validate_json = HistoryLine.model_validate, HistoryLine.model_validate_json
+    monkeypatch.setattr(HistoryLine, "model_validate", lambda line: read.append(line) or validate(line))
+    monkeypatch.setattr(
+        HistoryLine, "model_validate_json", lambda line: read.append(line) or validate_json(line)
+    )
+    assert store.history("a", 1) == everything[-1:]
+    assert len(read) <= 3, "of each version and of the task itself one, at most"
+    for latest in range(1, 12):
+        assert store.history("a", latest) == everything[-latest:]

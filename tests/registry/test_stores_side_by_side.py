@@ -156,7 +156,10 @@ def machine(redis, stored_adapter):
 
         @rule(task=TASKS)
         def rollback(self, task):
-            self.all_change(task, Rollback())
+            before = self.model.tasks[task]["routing"] if task in self.model.tasks else None
+            made = outcome(self.model, "change", task, Rollback())
+            assert made == "refused" or not made.same(before), "it is taken back, or refused"
+            self.all_say(made, "change", task, Rollback())
 
         @precondition(lambda self: self.model.tasks)
         @rule(
