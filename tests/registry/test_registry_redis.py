@@ -30,6 +30,9 @@ from adapter_registry.settings import RegistrySettings
 from prad.artefact import files_digest
 from tests.redis_process import RedisProcess
 
+pytestmark = pytest.mark.filterwarnings("ignore::pydantic.warnings.UnsupportedFieldAttributeWarning")
+"""FastAPI hides it from users for as long as it builds a field, which two servers' threads undo for each other."""
+
 PROGRAM = """
 from adapter_registry.server import RegistryServer
 from adapter_registry.settings import RegistrySettings

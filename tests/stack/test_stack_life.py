@@ -218,7 +218,7 @@ def test_a_new_version_arrives_under_traffic(
         for number in (2, 1) * 5 + (2,):
             rerouted = registry.promote("red", number)
             assert len(rerouted.replicas) == 1
-            until(lambda promoted=rerouted: not registry.replicas(promoted.history[-1].revision, 5.0).pending)
+            until(lambda promoted=rerouted: not registry.replicas(promoted.routing.revision, 5.0).pending)
             assert complete(running, task="red", max_tokens=1)["prad"]["version"] == number, "at once"
     new = complete(running, task="red", max_tokens=400, temperature=0)
     assert new["choices"][0]["text"] == explicit["choices"][0]["text"] != old["choices"][0]["text"]
