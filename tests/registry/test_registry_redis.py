@@ -31,7 +31,7 @@ from prad.artefact import files_digest
 from tests.redis_process import RedisProcess
 
 pytestmark = pytest.mark.filterwarnings("ignore::pydantic.warnings.UnsupportedFieldAttributeWarning")
-"""FastAPI hides it from users for as long as it builds a field, which two servers' threads undo for each other."""
+"""FastAPI hides it while it builds a field, which the threads of two servers undo for each other."""
 
 PROGRAM = """
 from adapter_registry.server import RegistryServer
