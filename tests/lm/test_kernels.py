@@ -210,6 +210,7 @@ def test_libraries_of_older_sources_go_least_recently_used_first(
         os.utime(kept.parent / name, (used, used))
     fresh = kept.parent / "fresh.so"
     fresh.write_bytes(bytes(100))
+    os.utime(fresh)
     os.utime(kept, (0, 0))
     assert built(tmp_path, 250) == kept
     there = {path.name for path in kept.parent.iterdir()} - {kept.name, kept.with_suffix(".lock").name}

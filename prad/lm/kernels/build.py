@@ -8,7 +8,6 @@ import os
 import platform
 import shutil
 import subprocess
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -65,10 +64,11 @@ def _sweep(used: Path, kept_bytes: int) -> None:
     """Removes what was not used for longest. A process that has loaded a library keeps it all the same."""
     with suppress(OSError):  # somebody else's folder, or another sweep at the same time
         os.utime(used)
+        now = used.stat().st_mtime  # by the clock of where the files are, which may be another host's
         files = {path: path.stat() for path in used.parent.iterdir() if path.stem != used.stem}
         left = sum(found.st_size for path, found in files.items() if path.suffix == ".so")
         for path, found in sorted(files.items(), key=lambda entry: entry[1].st_mtime):
-            if time.time() - found.st_mtime < _FRESH_S:
+            if now - found.st_mtime < _FRESH_S:
                 break
             if path.suffix == ".new":  # of a compiler that was killed
                 path.unlink(missing_ok=True)
