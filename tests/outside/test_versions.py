@@ -66,11 +66,7 @@ def test_versions_outlive_every_service(outside: Outside, make_adapter: MakeAdap
     outside.push("lasting", make_adapter(41))
     outside.push("lasting", make_adapter(42), promote=True)
     said = [outside.text(model=f"lasting@{number}") for number in (1, 2)]
-    with outside.streaming(max_tokens=400) as events:
-        outside.kill_and_restart("prefill")
-        with pytest.raises(httpx.TransportError):
-            list(events)
-    until(lambda: _ready(outside))
+    until(lambda: _broken_off(outside))  # not so if a busy machine kills when all has been said
     until(outside.all_free)
     outside.kill_and_restart("registry")
     assert outside.ask(task="lasting")["prad"]["version"] == 2
@@ -171,3 +167,16 @@ def _reachable(call: Callable[[], object]) -> bool:
     except RegistryUnreachableError:
         return False
     return True
+
+
+def _broken_off(outside: Outside) -> bool:
+    """Prefill is killed while it answers; whether that was seen."""
+    with outside.streaming(max_tokens=400) as events:
+        outside.kill_and_restart("prefill")
+        try:
+            list(events)
+            seen = False
+        except httpx.TransportError:
+            seen = True
+    until(lambda: _ready(outside))
+    return seen

@@ -101,6 +101,7 @@ async def test_downloads_of_no_known_process_go_when_they_are_old(place):
     for folder in (old, new):
         folder.mkdir(parents=True)
     os.utime(old, (1, 1))
+    os.utime(new)
     await cache.sweep()
     assert there(place) == {".fetching-new"}
     await cache.close()
