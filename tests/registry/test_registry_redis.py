@@ -30,7 +30,7 @@ from adapter_registry.settings import RegistrySettings
 from prad.artefact import files_digest
 from tests.redis_process import RedisProcess
 
-pytestmark = pytest.mark.filterwarnings("ignore::pydantic.warnings.UnsupportedFieldAttributeWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:The .* attribute with value:UserWarning")
 """FastAPI hides it while it builds a field, which the threads of two servers undo for each other."""
 
 PROGRAM = """
