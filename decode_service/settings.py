@@ -42,7 +42,7 @@ class DecodeSettings(ServiceSettings):
     """full: the model's own; int8: linear layers in 8 bits, weights and inputs: faster, not exact."""
 
     kv_cache_mib: int = Field(default=512, ge=1)
-    """Memory of the KV cache."""
+    """Memory of the KV cache; on a CPU taken as it fills."""
     block_size: int = Field(default=16, ge=1)
     """Tokens of one KV block."""
     max_sequences: int = Field(default=256, ge=1)

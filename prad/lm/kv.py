@@ -10,6 +10,7 @@ PagedStep    a decode step: one new token per sequence, whose KV is all in block
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any, Protocol
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from prad.core.kv import Chunk, KVLayout
 from prad.lm.attention import CausalAttention, causal_attention, decode_attention
-from prad.lm.kernels import Calls, Kernels, PagedView
+from prad.lm.kernels import Calls, HugePages, Kernels, PagedView
 
 
 def torch_dtype(layout: KVLayout) -> torch.dtype:
@@ -118,6 +119,7 @@ class PagedSequence(Protocol):
 
 class Pools:
     """Per layer one pool of keys [blocks, block_size, kv_heads, key_dim] and one of values, zeroed.
+    A CPU's take memory as they fill, in huge pages, since each step reads every sequence's keys end to end.
 
     Whatever a sequence's last block holds behind its end is multiplied with attention weight 0, and 0 times
     NaN is NaN: so a block is zeroed before its first token is written, and a broken adapter's NaN stay
@@ -138,13 +140,10 @@ class Pools:
         self.device = device
         self.recorded: dict[Any, Any] = {}  # steps over these pools, kept by whoever computes them
         self.dtype = dtype = torch_dtype(layout)
+        zeros = HugePages().zeros if device == "cpu" else partial(torch.zeros, device=device)
         shape = (num_blocks, block_size)
-        self.keys = [
-            torch.zeros(*shape, la.heads, la.key_dim, dtype=dtype, device=device) for la in layout.layers
-        ]
-        self.values = [
-            torch.zeros(*shape, la.heads, la.value_dim, dtype=dtype, device=device) for la in layout.layers
-        ]
+        self.keys = [zeros(*shape, la.heads, la.key_dim, dtype=dtype) for la in layout.layers]
+        self.values = [zeros(*shape, la.heads, la.value_dim, dtype=dtype) for la in layout.layers]
 
     def step(self, batch: Sequence[PagedSequence]) -> KVTarget:
         """The KV target of one decode step: one new token per sequence, in the order of the batch."""
