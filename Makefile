@@ -26,6 +26,7 @@ test: $(VENV)/.tested ## install what the tests need and run them (two at a time
 test-long: $(VENV)/.tested ## the tests that run for minutes (what others' programs they run is installed first, once)
 	-$(BIN)/python -m tests.outside.clients
 	$(BIN)/pytest -m long -n 2 --dist loadfile
+	$(BIN)/python -m deploy.count_house --check
 
 test-latest: ## the tests with the newest releases that pyproject.toml admits; every warning is an error
 	@rm -rf .venv-latest && $(PYTHON) -m venv .venv-latest

@@ -62,7 +62,7 @@ class AdapterCache:
         try:
             yield folder
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
 
     async def keep(self, staged: Path, digest: str, name: str) -> Artefact:
         """Makes the staged files the entry of `digest`. Raises DigestMismatchError if they are not."""

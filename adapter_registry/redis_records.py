@@ -7,7 +7,7 @@ from adapter_registry.planning import Change, TaskView
 from adapter_registry.routing import Routing
 from adapter_registry.rows import no_task
 from adapter_registry.snapshot import TaskSnapshot
-from adapter_registry.store import StoredAdapter, told
+from adapter_registry.store import StoredAdapter, history_line
 from adapter_registry.versions import Event, State
 from prad.artefact import AdapterRecord
 
@@ -69,7 +69,7 @@ def added(
     )
     change = Change(number, Event.PUSH, None, State.PUSHED)
     task = known.model_copy(update={"versions": (*known.versions, version)})
-    return task, [told(change, revision, at=at, by=by, reason="")]
+    return task, [history_line(change, revision, at=at, by=by, reason="")]
 
 
 def moved(
@@ -78,7 +78,7 @@ def moved(
     """The task after `changes`, the first of which is the one after `revision`."""
     lines = []
     for number, change in enumerate(changes, start=revision + 1):
-        line = told(change, number, at=at, by=by, reason=reason)
+        line = history_line(change, number, at=at, by=by, reason=reason)
         known = _after(known, line)
         lines.append(line)
     return known, lines

@@ -292,5 +292,5 @@ def _in_order(lists: Iterable[list[str]]) -> tuple[HistoryLine, ...]:
 
 def _write_line(pipe: Pipeline, task: str, line: HistoryLine) -> None:
     pipe.rpush(history_key(task, line.version), line.model_dump_json())
-    told: dict[Any, Any] = {"task": task, "version": line.version or "", "event": line.event.value}
-    pipe.xadd(CHANGES, told, id=f"{line.revision}-0", maxlen=KEPT_CHANGES, approximate=True)
+    change: dict[Any, Any] = {"task": task, "version": line.version or "", "event": line.event.value}
+    pipe.xadd(CHANGES, change, id=f"{line.revision}-0", maxlen=KEPT_CHANGES, approximate=True)

@@ -20,14 +20,14 @@ MAX_REMEMBERED = 1024
 
 @dataclass(slots=True)
 class _Seen:
-    """`follows`: it has asked for changes, not only reported a probe; `revision`: in force there; `told`: the
-    latest that it was told; `troubles`: what it cannot have, and why."""
+    """`follows`: it has asked for changes, not only reported a probe; `revision`: in force there;
+    `announced`: the latest that it was told; `troubles`: what it cannot have, and why."""
 
     at: float = 0.0
     waiting: int = 0
     follows: bool = False
     revision: int = 0
-    told: int = 0
+    announced: int = 0
     troubles: tuple[str, ...] = ()
     gone: bool = False
 
@@ -68,7 +68,7 @@ class Replicas:
     def tell(self, name: str, revision: int) -> None:
         """The replica `name` is told of a revision."""
         if name in self._seen:
-            self._seen[name].told = revision
+            self._seen[name].announced = revision
 
     def heard(self, name: str) -> None:
         """The replica `name` reported a probe."""
@@ -120,7 +120,7 @@ class Replicas:
             return ReplicaState.FAILED
         if seen.follows and seen.revision >= latest:
             return ReplicaState.READY
-        return ReplicaState.LOADING if seen.told >= latest else ReplicaState.ANNOUNCED
+        return ReplicaState.LOADING if seen.announced >= latest else ReplicaState.ANNOUNCED
 
     def _connected(self, seen: _Seen) -> bool:
         return seen.waiting > 0 or (not seen.gone and self._clock() - seen.at < GRACE_SECONDS)

@@ -15,7 +15,7 @@ from adapter_registry.errors import CannotStartError
 from adapter_registry.planning import Change, Move, TaskView, Wanted, plan
 from adapter_registry.routing import Routing
 from adapter_registry.snapshot import Snapshot, require_empty, snapshot
-from adapter_registry.store import Idle, StoredAdapter, told
+from adapter_registry.store import Idle, StoredAdapter, history_line
 from adapter_registry.versions import Event, State
 
 
@@ -113,7 +113,7 @@ class SqliteStore:
             found = db.execute(f"{rows.ROUTES} ORDER BY t.task, v.version").fetchall()
             tasks = [rows.task_route(list(group)) for _, group in groupby(found, key=lambda row: row["task"])]
             return snapshot(
-                rows.revision(db), ((task, _versions(db, task), _untold(db, task)) for task in tasks)
+                rows.revision(db), ((task, _versions(db, task), _without_version(db, task)) for task in tasks)
             )
 
     def load(self, loaded: Snapshot) -> None:
@@ -174,7 +174,7 @@ class SqliteStore:
     def _write_line(
         self, db: sqlite3.Connection, task: str, change: Change, by: str, reason: str
     ) -> HistoryLine:
-        line = told(change, rows.revision(db) + 1, at=self._now(), by=by, reason=reason)
+        line = history_line(change, rows.revision(db) + 1, at=self._now(), by=by, reason=reason)
         _insert_line(db, task, line)
         return line
 
@@ -191,7 +191,7 @@ def _insert_line(db: sqlite3.Connection, task: str, line: HistoryLine) -> None:
     db.execute(schema.HISTORY, {**line.model_dump(), "task": task, "routing": routing})
 
 
-def _untold(db: sqlite3.Connection, task: TaskRoute) -> tuple[HistoryLine, ...]:
+def _without_version(db: sqlite3.Connection, task: TaskRoute) -> tuple[HistoryLine, ...]:
     """Changes of no version."""
     return rows.history(db, "task = ? AND version IS NULL", (task.task,))
 

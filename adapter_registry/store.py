@@ -35,7 +35,7 @@ class Idle:
     nbytes: int
 
 
-def told(change: Change, revision: int, *, at: str, by: str, reason: str) -> HistoryLine:
+def history_line(change: Change, revision: int, *, at: str, by: str, reason: str) -> HistoryLine:
     """The change as the line of history that both stores keep, under its revision."""
     routing = None if change.routing is None else change.routing.at(revision)
     return HistoryLine(

@@ -95,6 +95,29 @@ class Serve(ShapeFlags):
     open_seconds: float = Field(20.0, description="how long each rate lasts")
 
 
+class Flood(ShapeFlags):
+    SMOKE = {
+        "sequences": 8,
+        "full": 6,
+        "flood": 16,
+        "more": 60,
+        "quiet": 3,
+        "after_s": 0.2,
+        "every_s": 0.1,
+        "prompt": 8,
+        "rounds": 1,
+        "r": 4,
+    }
+
+    sequences: int = Field(256, description="that decode together at most")
+    full: int = Field(240, description="the neighbour's requests that just fill them")
+    flood: int = Field(640, description="the neighbour's requests in a flood")
+    more: int = Field(480, description="that the neighbour sends as others are answered")
+    quiet: int = Field(20, description="the quiet task's requests")
+    after_s: float = Field(20.0, description="when the first of them comes, once the batch is full")
+    every_s: float = Field(2.0, description="between them")
+
+
 class Peers(ShapeFlags):
     SMOKE = {"requests": 2, "prompt": 8, "output": 4, "rounds": 1, "r": 8}
 
@@ -266,6 +289,7 @@ class Quality(ModelFlags):
 FLAGS: dict[str, type[Flags]] = {
     "table4": Table4,
     "serve": Serve,
+    "flood": Flood,
     "decode": Decode,
     "choices": Choices,
     "step": Step,

@@ -69,7 +69,7 @@ def _table(file: Path, path: str, columns: str) -> str:
     try:
         rows = _find(result, path.split("."), file.name)
     except ValueError:  # a result of before the benchmark had this part
-        return f"Not measured yet: `prad bench {file.stem}`.\n"
+        return f"On `{file.parent.name}` not measured yet: `prad bench {file.stem}`.\n"
     lines = [
         headings,
         ["---"] * len(keys),

@@ -79,10 +79,17 @@ class Client:
         self._process.wait()
 
     def run(
-        self, bodies: Sequence[dict[str, Any]], *, at_s: Sequence[float] | None = None, at_once: int = 1 << 20
+        self,
+        bodies: Sequence[dict[str, Any]],
+        *,
+        at_s: Sequence[float | None] | None = None,
+        at_once: int = 1 << 20,
     ) -> Run:
-        """Raises StackError if a request was not answered."""
-        offsets = [None] * len(bodies) if at_s is None else at_s
+        """`at_s`: when each is sent; those without a time as soon as fewer than `at_once` of them run.
+
+        Raises StackError if a request was not answered.
+        """
+        offsets = at_s or [None] * len(bodies)
         requests = [{"at_s": at, "body": body} for at, body in zip(offsets, bodies, strict=True)]
         assert self._process.stdin is not None
         assert self._process.stdout is not None

@@ -294,7 +294,7 @@ class Refusals:
         self._every_s = every_s
         self._clock = clock
         self._next_at = -math.inf
-        self._untold = 0
+        self._suppressed = 0
 
     @asynccontextmanager
     async def as_status(self, context: Any) -> AsyncIterator[None]:
@@ -308,8 +308,8 @@ class Refusals:
 
     def _tell(self, error: TransferError) -> None:
         if (now := self._clock()) < self._next_at:
-            self._untold += 1
+            self._suppressed += 1
             return
-        more = f" ({self._untold} more ended since the last such line)" if self._untold else ""
+        more = f" ({self._suppressed} more ended since the last such line)" if self._suppressed else ""
         logger.info("a call ends: %s%s", error, more)
-        self._untold, self._next_at = 0, now + self._every_s
+        self._suppressed, self._next_at = 0, now + self._every_s

@@ -38,7 +38,11 @@ import typer
 from local_stack.stack import Stack, StackError, answers, free_ports
 
 FILES, NAMES, NAMED_IN = 40, 10, 4
-FIELDS = ("min_p", "top_p", "top_k")
+FIELDS = (
+    "min_p",
+    "top_p",
+    "top_k",
+)  # what else a request says has more to do than with drawing: see decision 2
 ROOMS = ("prad", "kvtransfer", "decode_service", "prefill_service", "adapter_registry")
 TRACED = ("prefill", "decode")
 ADAPTER = Path("examples/adapters/sentiment")

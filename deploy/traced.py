@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any
 
 ROOMS = ("prad", "kvtransfer", "decode_service", "prefill_service", "adapter_registry")
-TOKEN_TYPES = {"Token", "TokenEvent", "TokenOut", "TokenFrame", "Tokens", "Draw"}
+TOKEN_TYPES = {"Token", "TokenEvent", "TokenFrame"}
 _DEPTH = 6
 _MOST = 64
 

@@ -86,7 +86,7 @@ class FrameQueue:
         self._queue: deque[_Queued] = deque()
         self._writing: list[asyncio.Future[None]] = []
         self._queued_bytes = 0
-        self._due = asyncio.Event()
+        self._to_write = asyncio.Event()
         self._taken = asyncio.Event()
         self._shared: SharedPayload | None = None
 
@@ -151,8 +151,8 @@ class FrameQueue:
     async def write(self) -> None:
         """Writes what is due, for ever. Raises TransferError when the stream ends."""
         while True:
-            await self._due.wait()
-            self._due.clear()
+            await self._to_write.wait()
+            self._to_write.clear()
             while self._queue:
                 await self._write_next()
 
@@ -175,7 +175,7 @@ class FrameQueue:
             written.set_exception(self._failure)
         else:
             self._queue.append((frame, written))
-            self._due.set()
+            self._to_write.set()
         return written
 
     async def _write_next(self) -> None:

@@ -42,7 +42,7 @@ class Restarts:
         self._start_at = now + delay
         return delay
 
-    def due(self, now: float) -> bool:
+    def may_restart(self, now: float) -> bool:
         return self._start_at is not None and now >= self._start_at
 
     def started(self) -> None:
@@ -74,7 +74,7 @@ class Supervisor:
             time.sleep(_POLL_S)
 
     def _look_after(self, service: Service, restarts: Restarts) -> None:
-        if restarts.due(time.monotonic()):
+        if restarts.may_restart(time.monotonic()):
             self._stack.restart(service.name)
             restarts.started()
         elif restarts.waiting:

@@ -16,7 +16,6 @@ from adapter_registry.probing import NotProbedError, wait_probed
 from adapter_registry.versions import State
 from prad.artefact import ArtefactError, NotServableError, read_servable
 from prad_cli.diff import diff
-from prad_cli.exchange import export_command, import_command
 from prad_cli.operating import (
     DEFAULT_REGISTRY,
     Json,
@@ -152,15 +151,6 @@ def pull(
 
 for command, example in (*COMMANDS, (diff, "prad adapter diff support@1 support@2 --data test.jsonl")):
     app.command(epilog=f"Example: [bold]{example}[/bold]")(command)
-
-app.command(
-    "import",
-    epilog="Examples:\n\n[bold]prad adapter import my-lora adapters/mine --model Qwen/Qwen3-0.6B[/bold]\n\n"
-    "[bold]prad adapter import my-lora --task support --template 'Q: {prompt} A:'[/bold]",
-)(import_command)
-app.command("export", epilog="Example: [bold]prad adapter export adapters/mine for-peft[/bold]")(
-    export_command
-)
 
 
 def _upload(client: RegistryClient, folder: Path, task: str) -> Pushed:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from prad.core.models import DEFAULT_MODEL, served_name
+from prad_cli.adapter import push
 from prad_cli.model import (
     DEFAULT_CACHE,
     CacheOption,
@@ -15,6 +16,12 @@ from prad_cli.model import (
     load_model,
     model_flag,
 )
+
+IMPORT_EXAMPLES = (
+    "Examples:\n\n[bold]prad adapter import my-lora adapters/mine --model Qwen/Qwen3-0.6B[/bold]\n\n"
+    "[bold]prad adapter import my-lora --task support --template 'Q: {prompt} A:'[/bold]"
+)
+EXPORT_EXAMPLES = "Example: [bold]prad adapter export adapters/mine for-peft[/bold]"
 
 if TYPE_CHECKING:
     from prad.artefact import AdapterRecord, Artefact
@@ -84,8 +91,6 @@ def import_command(
         artefact = import_folder(source, folder, language_model, settings)
         typer.echo(_said(artefact, source, out, model, pushed=task is not None))
         if task is not None:
-            from prad_cli.adapter import push
-
             push(folder, task, wait=wait, registry=registry)
 
 

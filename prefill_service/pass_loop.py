@@ -244,7 +244,7 @@ class PassLoop:
     async def _wait_for_work(self) -> None:
         """Returns when the head of the queue may run."""
         while True:
-            due = self._scheduler.next_due()
+            due = self._scheduler.next_wakeup()
             if due is not None and due <= self._clock():
                 return
             self._changed.clear()

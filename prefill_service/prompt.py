@@ -313,7 +313,7 @@ class DecodeRoom:
         self._refused.pop(prompt, None)
         self._held.pop(prompt, None)
 
-    def due(self, prompt: Prompt) -> float:
+    def retry_at(self, prompt: Prompt) -> float:
         """When it makes sense to ask."""
         return max((t for wanted, t in self._too_small if prompt.wanted.at_least(wanted)), default=0.0)
 

@@ -223,14 +223,14 @@ class PromptScheduler:
             return True
         return sum(min(self._left(p), self._chunk_tokens) for p in runnable) >= self._pass_tokens
 
-    def next_due(self) -> float | None:
+    def next_wakeup(self) -> float | None:
         """When there is something to compute, room to ask for, or somebody to look after; None if there are
         no prompts."""
         if any(not prompt.waits_for_room for prompt in self._prompts):
             return 0.0
         asking = self._asking()
         again = [self._rate.seen + _LOOK_AGAIN_S] if self.held_back else []
-        return min([*map(self._room.due, asking), *again], default=None)
+        return min([*map(self._room.retry_at, asking), *again], default=None)
 
     def next_pass(self, now: float) -> list[Chunk[Prompt]]:
         """The chunks of the next pass, by turns of their tasks and each task's in order of arrival; prompts
@@ -308,7 +308,7 @@ class PromptScheduler:
 
     def _runnable(self, now: float) -> list[Prompt]:
         """Prompts under way, and waiting ones that need no room at decode, or may ask for it now."""
-        asking = {prompt for prompt in self._asking() if self._room.due(prompt) <= now}
+        asking = {prompt for prompt in self._asking() if self._room.retry_at(prompt) <= now}
         return [prompt for prompt in self._prompts if not prompt.waits_for_room or prompt in asking]
 
     def _asking(self) -> list[Prompt]:

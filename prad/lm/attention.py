@@ -241,7 +241,7 @@ class _KernelAttention:
         window: int | None,
         stored: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        if not self._kernels.suits(query.dtype) or (torch.is_grad_enabled() and query.requires_grad):
+        if not self._kernels.supports(query.dtype) or (torch.is_grad_enabled() and query.requires_grad):
             return self._on_torch.attend(query, key, value, scale, window, stored)
         return self._kernels.prompt_attention(query, key, value, self._spans, stored, scale, window)
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from prad.lm.fused import FusedModel, Layer, Norm, Shape
-from prad.lm.kernels import Activation, HugePages, Kernels, PackedLinear, Precision, fits
+from prad.lm.kernels import Activation, HugePages, Kernels, PackedLinear, Precision, can_pack
 
 _ACTIVATIONS = {
     "silu": Activation.SILU,
@@ -27,7 +27,7 @@ def fuse(module: Any, kernels: Kernels, precision: Precision) -> FusedModel | No
         return None
     if module.dtype not in ((torch.bfloat16,) if precision == "int8" else (torch.bfloat16, torch.float32)):
         return None
-    if not fits([p.T if _is_conv(m) else p for m, p in _linear_weights(module)], precision):
+    if not can_pack([p.T if _is_conv(m) else p for m, p in _linear_weights(module)], precision):
         return None
     return family(module, kernels, _Packing(precision, HugePages()))
 

@@ -86,11 +86,11 @@ class FusedModel:
     kernels: Kernels
     precision: Precision
 
-    def takes(self, rows: int) -> bool:
+    def computes(self, rows: int) -> bool:
         """Whether the kernels are the faster way for so many rows."""
         if self.precision != "full":
             return True  # the generic forward has other weights
-        return rows <= _FEW_ROWS or self.kernels.suits(self.embedding.dtype)
+        return rows <= _FEW_ROWS or self.kernels.supports(self.embedding.dtype)
 
     def forward(self, batch: PackedBatch, adaptation: Adaptation | None) -> Tensor:
         """Logits float32 [R, vocab] of `batch.logit_rows`."""

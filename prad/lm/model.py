@@ -131,7 +131,7 @@ class LanguageModel:
         MissingSiteError if `adaptation` wants a site that the family does not have.
         """
         batch = replace(batch, kv=TappedKV.of(batch.kv, adaptation))
-        if self._fused is not None and not torch.is_grad_enabled() and self._fused.takes(len(batch.ids)):
+        if self._fused is not None and not torch.is_grad_enabled() and self._fused.computes(len(batch.ids)):
             if adaptation is not None:
                 require_sites(self.config.model_type, adaptation.sites)
             with self._one_pass:

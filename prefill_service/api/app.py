@@ -192,7 +192,7 @@ _ANSWER: dict[int | str, dict[str, Any]] = {
 def _generation(admission: Admission, responder: Responder, limits: ApiLimits) -> APIRouter:
     router = APIRouter(tags=["generation"], responses=_ANSWER | _REFUSALS)
 
-    @router.post("/v1/completions", response_model=None, openapi_extra=_takes(CompletionRequest))
+    @router.post("/v1/completions", response_model=None, openapi_extra=_body_schema(CompletionRequest))
     async def create_completion(request: Request) -> Response:
         """Completes each prompt `n` times, with a task's adapter on the prompt if one is named."""
         wanted = await read_body(request, CompletionRequest, limits)
@@ -200,7 +200,7 @@ def _generation(admission: Admission, responder: Responder, limits: ApiLimits) -
         admitted = await admission.completion(wanted, target)
         return await responder.respond(request, wanted, admitted, CompletionShape())
 
-    @router.post("/v1/chat/completions", response_model=None, openapi_extra=_takes(ChatRequest))
+    @router.post("/v1/chat/completions", response_model=None, openapi_extra=_body_schema(ChatRequest))
     async def create_chat_completion(request: Request) -> Response:
         """Answers the last user message `n` times, with a task's adapter on the prompt if one is named."""
         wanted = await read_body(request, ChatRequest, limits)
@@ -220,7 +220,7 @@ def _target(request: Request, wanted: GenerationRequest, admission: Admission) -
     return target
 
 
-def _takes(kind: type[BaseModel]) -> dict[str, Any]:
+def _body_schema(kind: type[BaseModel]) -> dict[str, Any]:
     """An operation's body, as the API describes it."""
     schema = {"$ref": _SCHEMA.format(model=kind.__name__)}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

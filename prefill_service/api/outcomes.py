@@ -233,7 +233,7 @@ class Observe:
         except ClientGoneError:
             record.status = CLIENT_GONE
         except Exception as error:
-            told = as_told(error, record)
+            told = client_error(error, record)
             record.status = told.status
             if status is not None:
                 raise
@@ -254,7 +254,7 @@ class Observe:
             logger.info("%s seconds=%.3f prompt=%d cached=%d completion=%d", line, seconds, *tokens)
 
 
-def as_told(error: Exception, record: RequestRecord) -> ServingError:
+def client_error(error: Exception, record: RequestRecord) -> ServingError:
     """What the client is told; what is ours to mend goes to the log, under the request's id."""
     if not isinstance(error, ServingError) or isinstance(error, InternalError):
         logger.error("request %s failed", record.id, exc_info=error)
@@ -281,7 +281,7 @@ def add_failure_handlers(app: FastAPI) -> None:
 
 
 async def _serving_error(request: Request, error: Exception) -> Response:
-    return error_response(as_told(error, record_of(request)))
+    return error_response(client_error(error, record_of(request)))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -22,7 +22,7 @@ from prefill_service.api.outcomes import (
     ClientGoneError,
     JsonResponse,
     RequestRecord,
-    as_told,
+    client_error,
     error_body,
     record_of,
     while_connected,
@@ -271,7 +271,7 @@ class EventStream(Response):
         except Exception as error:
             if not started:
                 raise
-            told = as_told(error, self._record)
+            told = client_error(error, self._record)
             self._record.status = told.status
             await send({"type": "http.response.body", "body": _event(error_body(told)), "more_body": False})
             return

@@ -62,6 +62,37 @@ def test_unpinning_what_is_not_pinned_is_a_bug() -> None:
         blocks.free([0])
 
 
+def test_a_fork_shares_full_blocks_and_copies_the_one_that_is_written_to() -> None:
+    blocks = BlockPool(5, 16, keep=0)
+    table = blocks.extend((), 3)
+    assert table is not None
+    forked = blocks.fork(table, 40)
+    assert forked is not None
+    copy, moved = forked
+    assert moved is not None
+    source, target = moved
+    assert copy[:2] == table[:2]
+    assert (source, target) == (table[2], copy[2])
+    assert target not in table
+    blocks.free(table)
+    assert blocks.in_use == 3, "the copy's holder has the shared ones still"
+    blocks.free(copy)
+    assert blocks.in_use == 0
+
+
+def test_a_fork_at_a_blocks_end_copies_nothing_and_one_without_room_changes_nothing() -> None:
+    blocks = BlockPool(3, 16, keep=0)
+    table = blocks.extend((), 3)
+    assert table is not None
+    assert blocks.fork(table, 40) is None
+    assert blocks.in_use == 3
+    assert blocks.fork(table, 32) == (table[:2], None)
+    blocks.free(table)
+    assert blocks.in_use == 2
+    blocks.free(table[:2])
+    assert blocks.in_use == 0
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_whatever_comes_and_goes_no_block_has_two_owners(seed: int) -> None:
     choice = random.Random(seed)

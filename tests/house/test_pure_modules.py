@@ -12,6 +12,8 @@ LOADED = {
     "prad.core.models": NOTHING,
     "prad.core.sampling": NOTHING,
     "prad.core.search": NOTHING,
+    "adapter_registry.planning": NOTHING,
+    "adapter_registry.routing": NOTHING,
     "kvtransfer": NOTHING,
     "kvtransfer.errors": NOTHING,
     "kvtransfer.messages": NOTHING,

@@ -11,6 +11,8 @@ PACKAGES = (
     "decode_service",
     "prefill_service",
     "adapter_registry",
+    "local_stack",
+    "prad_cli",
     "bench",
     "deploy",
     "tests",

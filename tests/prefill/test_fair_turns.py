@@ -124,12 +124,12 @@ def test_smaller_ones_pass_who_has_no_room_and_equal_ones_do_not() -> None:
     queue = scheduler()
     queue.add(prompt("a", max_tokens=1000, name="large"))
     assert refuse(queue, 5.0, "large") == []
-    assert queue.next_due() == 5.0
+    assert queue.next_wakeup() == 5.0
     for task, max_tokens in (("a", 1000), ("b", 999), ("c", 1000), ("d", 2000), ("e", 1)):
         queue.add(prompt(task, max_tokens=max_tokens, name=f"{task}{max_tokens}"))
-    assert queue.next_due() == 0.0
+    assert queue.next_wakeup() == 0.0
     assert sorted(names(queue, 4.9)) == ["b999", "e1"]
-    assert queue.next_due() == 5.0
+    assert queue.next_wakeup() == 5.0
     assert sorted(names(queue, 5.0)) == ["a1000", "c1000", "d2000", "large"]
 
 
@@ -150,7 +150,7 @@ def test_behind_who_has_waited_too_long_nobody_passes_who_needs_room() -> None:
     queue.add(prompt("b", name="small"))
     queue.add(prompt("b", max_tokens=1, name="one token"))
     assert names(queue, 3.5) == ["one token"]
-    assert queue.next_due() == 4.0
+    assert queue.next_wakeup() == 4.0
     assert names(queue, 4.0) == ["large"]
     assert names(queue, 4.0) == ["small"]
 

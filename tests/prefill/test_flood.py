@@ -90,9 +90,9 @@ def test_what_a_task_that_leaves_some_waits_for_is_the_end_of_others() -> None:
         queue.add(each)
     while names(queue, now=7.0):
         pass
-    assert queue.next_due() == 8.0, "somebody's time may be over then"
+    assert queue.next_wakeup() == 8.0, "somebody's time may be over then"
     queue.remove(ran[0])
-    assert queue.next_due() == 0.0
+    assert queue.next_wakeup() == 0.0
     assert len(names(queue, now=7.1)) == 1
 
 

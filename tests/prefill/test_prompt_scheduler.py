@@ -50,7 +50,7 @@ def run(queue: PromptScheduler, now: float = 0) -> list[tuple[str, int, int]]:
 def test_prompts_that_fit_share_a_pass_in_order_of_arrival() -> None:
     queue = scheduler(40, 50, 10)
     assert run(queue) == [("job0", 0, 40), ("job1", 0, 50), ("job2", 0, 10)]
-    assert queue.next_due() is None
+    assert queue.next_wakeup() is None
     assert run(queue) == []
 
 
@@ -76,7 +76,7 @@ def test_short_prompts_go_in_beside_the_chunks_of_a_long_one() -> None:
 def test_a_stream_of_short_prompts_does_not_starve_a_long_one() -> None:
     queue = scheduler(1000, pass_tokens=100)
     passes = 0
-    while queue.next_due() is not None and passes < 100:
+    while queue.next_wakeup() is not None and passes < 100:
         for i in range(4):
             queue.add(prompt(f"short{passes}.{i}", 30))
         if any(job == "job0" and end == 1000 for job, _, end in run(queue)):
@@ -104,7 +104,7 @@ def test_a_full_pass_need_not_wait_for_more() -> None:
 
 def test_long_prompts_never_take_more_than_a_chunk_together() -> None:
     queue = scheduler(130, 130, 130, pass_tokens=400, chunk_tokens=50, pass_prompts=9)
-    while queue.next_due() is not None:
+    while queue.next_wakeup() is not None:
         assert sum(end - start for _, start, end in run(queue)) <= 50
 
 
@@ -126,7 +126,7 @@ def test_of_two_long_prompts_the_first_is_finished_first() -> None:
 def test_every_token_is_computed_once_and_in_order(chunk_tokens: int) -> None:
     queue = scheduler(7, 64, 1, 33, pass_tokens=10, chunk_tokens=chunk_tokens, pass_prompts=2)
     seen: Counter[str] = Counter()
-    while queue.next_due() is not None:
+    while queue.next_wakeup() is not None:
         chunks = run(queue)
         assert len(chunks) <= 2
         assert sum(end - start for _, start, end in chunks) <= 10
@@ -158,7 +158,7 @@ def test_the_oldest_prompt_gets_the_blocks_that_it_waits_for() -> None:
         started += [job for job, start, _ in run(queue) if start == 0]
         assert queue.blocks.in_use <= 50
     assert started == ["job0", "job2", "job1", "late"]
-    assert queue.next_due() is None
+    assert queue.next_wakeup() is None
 
 
 @pytest.mark.parametrize(("tasks", "tokens"), [(2, 150), (9, 150), (4, 90)])
@@ -170,7 +170,7 @@ def test_who_waits_for_blocks_keeps_nobody_from_going_on(tasks: int, tokens: int
         queue.add(prompt(f"job{i}", tokens, task=f"task{i}"))
         queue.add(prompt(f"short{i}", 3, task=f"task{i}"))
         left -= {job for job, _, end in run(queue) if end == tokens}
-    while queue.next_due() is not None:
+    while queue.next_wakeup() is not None:
         ran = run(queue)
         assert ran
         left -= {job for job, _, end in ran if end == tokens}
@@ -185,7 +185,7 @@ def test_no_equal_overtakes_a_prompt_that_waits_for_room_at_decode() -> None:
     queue.computed()
     queue.add(prompt("late", 10))
     assert queue.next_pass(4.9) == []
-    assert queue.next_due() == 5.0
+    assert queue.next_wakeup() == 5.0
     assert run(queue, 5.0) == [("job0", 0, 10), ("job1", 0, 10), ("late", 0, 10)]
 
 
@@ -194,9 +194,9 @@ def test_a_prompt_under_way_goes_on_while_others_wait_for_room() -> None:
     _, second = queue.next_pass(0)
     queue.put_back(second, not_before=5.0)
     queue.computed()
-    assert queue.next_due() == 0.0
+    assert queue.next_wakeup() == 0.0
     assert run(queue) == [("job0", 70, 150)]
-    assert queue.next_due() == 5.0
+    assert queue.next_wakeup() == 5.0
 
 
 def test_a_removed_prompt_is_never_scheduled_again_and_gives_its_blocks_back() -> None:
@@ -212,14 +212,14 @@ def test_a_removed_prompt_is_never_scheduled_again_and_gives_its_blocks_back() -
     assert {job for job, _, _ in run(queue)} == {"job1"}
     queue.remove(jobs[1])
     assert queue.blocks.in_use == 0
-    assert queue.next_due() is None
+    assert queue.next_wakeup() is None
 
 
 def test_the_prompts_of_a_failed_pass_leave() -> None:
     queue = scheduler(50, 7, pass_tokens=20, kept=100)
     queue.next_pass(0)
     queue.failed()
-    assert queue.next_due() is None
+    assert queue.next_wakeup() is None
     assert (queue.blocks.in_use, queue.blocks.cached) == (0, 0)
 
 
@@ -239,7 +239,7 @@ def cached(queue: PromptScheduler, job: str, ids: list[int], digest: str | None 
     """Runs a prompt to its end; returns where its chunks began."""
     queue.add(prompt(job, ids, digest=digest))
     starts = []
-    while queue.next_due() is not None:
+    while queue.next_wakeup() is not None:
         starts += [start for _, start, _ in run(queue)]
     return starts
 

@@ -49,7 +49,7 @@ def test_one_that_is_longer_than_a_pass_gets_one_of_its_own() -> None:
     queue.add(prompt("later", 10))
     assert run(queue) == [("short", 0, 10, 8), ("later", 0, 10, 8)]
     assert run(queue) == [("whole", 0, 250, 0)]
-    assert queue.next_due() is None
+    assert queue.next_wakeup() is None
 
 
 def test_one_that_decode_refused_is_still_whole_when_it_comes_again() -> None:
@@ -58,5 +58,5 @@ def test_one_that_decode_refused_is_still_whole_when_it_comes_again() -> None:
     (chunk,) = queue.next_pass(0)
     queue.put_back(chunk, not_before=3.0)
     queue.computed()
-    assert queue.next_due() == 3.0
+    assert queue.next_wakeup() == 3.0
     assert [(c.start, c.end) for c in queue.next_pass(3.0)] == [(0, 250)]

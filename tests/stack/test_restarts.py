@@ -31,8 +31,8 @@ def test_the_delay_doubles_until_it_was_ready() -> None:
     for now, delay in ((10.0, 1.0), (20.0, 2.0), (30.0, 4.0)):
         assert restarts.ended(now) == delay
         assert restarts.waiting
-        assert not restarts.due(now + delay - 0.1)
-        assert restarts.due(now + delay)
+        assert not restarts.may_restart(now + delay - 0.1)
+        assert restarts.may_restart(now + delay)
         restarts.started()
         assert not restarts.waiting
         assert not restarts.settled

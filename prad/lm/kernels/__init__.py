@@ -17,7 +17,7 @@ from prad.lm.kernels.structs import (
     PackedLinear,
     PagedView,
     PromptSpan,
-    fits,
+    can_pack,
 )
 
 logger = logging.getLogger(__name__)
@@ -58,6 +58,6 @@ __all__ = [
     "Precision",
     "PromptSpan",
     "Recording",
-    "fits",
+    "can_pack",
     "load_kernels",
 ]

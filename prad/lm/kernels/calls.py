@@ -230,7 +230,7 @@ class Kernels(Calls):
         for struct, size in zip(_STRUCTS, sizes, strict=True):
             assert ctypes.sizeof(struct) == size, f"{struct.__name__} is declared otherwise in C"
 
-    def suits(self, dtype: torch.dtype) -> bool:
+    def supports(self, dtype: torch.dtype) -> bool:
         """Whether they are the faster way for more rows than a decode step's, which in bfloat16 want a CPU
         that multiplies it: AMX, AVX-512 BF16."""
         return self.multiplies_bf16 or dtype is torch.float32

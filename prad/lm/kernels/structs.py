@@ -97,7 +97,7 @@ class PackedLinear:
         return cls(panels, scales, offsets, bias, struct)
 
 
-def fits(weights: Sequence[Tensor], precision: Precision) -> bool:
+def can_pack(weights: Sequence[Tensor], precision: Precision) -> bool:
     """Whether the kernels can take these weights [out, in]."""
     if precision == "int8":
         return all(w.shape[1] <= _MOST_IN_BYTES for w in weights)
