@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from adapter_registry.routing import Routing, Weights
 from adapter_registry.versions import Event, State
 from prad.artefact import AdapterRecord, BaseModelRef
+from prad.artefact.signatures import Signature
 
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 """SHA-256 in hexadecimal; also the name of a folder, so nothing else may pass."""
@@ -66,6 +67,18 @@ class Probe(_Command):
 class StoredFile(_Answer):
     name: str
     size: int
+
+
+class SignedBy(Signature):
+    """A signature over a version's digest. `name`: by which the registry knew the key when it was pushed,
+    of its own list of keys; empty: it had none."""
+
+    name: str = ""
+
+    @property
+    def who(self) -> str:
+        """For people."""
+        return f"{self.name} ({self.fingerprint})" if self.name else self.fingerprint
 
 
 class VersionRoute(_Answer):
@@ -129,7 +142,7 @@ class TaskHistory(_Answer):
 
 class VersionRecord(_Answer):
     """Everything about one version. `reason` says why a probe failed; `current`: plain `task` means it, or is
-    divided between it and others."""
+    divided between it and others; `signatures`: of all who signed these files."""
 
     task: str
     version: int
@@ -142,6 +155,7 @@ class VersionRecord(_Answer):
     files: tuple[StoredFile, ...]
     tensors: int
     tensor_bytes: int
+    signatures: tuple[SignedBy, ...] = ()
     history: tuple[HistoryLine, ...]
 
     @property

@@ -69,7 +69,7 @@ _NOT_NOW = _described({404: "No such task or version", 409: "The version's state
 _NOT_PUSHED = _described(
     {
         400: "The files are no usable adapter, or the task's name is none",
-        403: "A page of another origin asks, or local paths are off",
+        403: "It is not signed as it must be, a page of another origin asks, or local paths are off",
         413: "It is larger than max_upload_mib",
         507: "The disk is full, or nearly",
     }
@@ -196,7 +196,10 @@ def _pushing(registry: Registry, settings: RegistrySettings) -> APIRouter:
         responses={200: {"model": Pushed, "description": "These files are a version already"}, **_NOT_PUSHED},
     )
     async def push(task: str, request: Request, by: By, response: Response) -> Pushed:
-        """Upload an adapter's files as the next version; the same files again are the same version."""
+        """Upload an adapter's files as the next version; the same files again are the same version.
+
+        Who signed them travels as one more file, signature.json (prad adapter sign).
+        """
         await registry.require_room()
         with storing(), registry.files.stage() as staged:
             await uploads.receive(

@@ -245,7 +245,8 @@ class RegistryClient:
         return self._send(calls.delete(task, version))
 
     def pull(self, task: str, version: int, folder: Path) -> VersionRecord:
-        """Downloads the version's files into `folder`, which must be new or empty, all of them or none.
+        """Downloads the version's files into `folder`, which must be new or empty, all of them or none; and
+        who signed them, if somebody did.
 
         Raises NotFoundError, StoredFilesDamagedError, DigestMismatchError if what arrives is not what was
         pushed, FolderInUseError, OSError.
@@ -255,6 +256,7 @@ class RegistryClient:
             for file in record.files:
                 self._download(calls.file_path(task, version, file.name), arrivals.place(staged, file.name))
             arrivals.read(staged, record.digest, record.name)
+            arrivals.place_signatures(staged, record)
         return record
 
     def close(self) -> None:

@@ -27,8 +27,9 @@ from adapter_registry.planning import Move, Wanted
 from adapter_registry.replicas import Replicas
 from adapter_registry.room import make_room
 from adapter_registry.settings import Bounds
+from adapter_registry.signers import Signers
 from adapter_registry.storage import require_free, storing
-from adapter_registry.store import Store
+from adapter_registry.store import Store, StoredAdapter
 from adapter_registry.versions import Event, State
 
 T = TypeVar("T")
@@ -61,8 +62,10 @@ class Registry:
         replicas: Replicas,
         metrics: Metrics,
         bounds: Bounds,
+        signers: Signers,
     ) -> None:
         self._store = store
+        self._signers = signers
         self._bounds = bounds
         self.files = files
         self.feed = feed
@@ -95,12 +98,13 @@ class Registry:
     async def push(self, task: str, staged: Path, *, by: str) -> Pushed:
         """Makes a version of the files in `staged`. `by`: who asks.
 
-        Raises InvalidTaskNameError, AdapterRefusedError, StorageFullError.
+        Raises InvalidTaskNameError, AdapterRefusedError, SignatureRefusedError, SigningKeysError,
+        StorageFullError.
         """
         check_task(task)
         try:
             async with asyncio.timeout(CHECK_SECONDS):
-                adapter = await asyncio.to_thread(self.files.check, staged)
+                adapter = await asyncio.to_thread(self._admit, staged)
         except TimeoutError:
             raise AdapterRefusedError(
                 f"the adapter was not read and checked in {CHECK_SECONDS:.0f} s", param="files"
@@ -115,6 +119,11 @@ class Registry:
         self.metrics.pushed(created=pushed.created)
         await self._make_room()
         return pushed
+
+    def _admit(self, staged: Path) -> StoredAdapter:
+        """What there is to store, once nothing is wrong with it. Raises what `push` raises of the files."""
+        adapter = self.files.check(staged)
+        return replace(adapter, signatures=self._signers.take(staged, adapter.digest))
 
     async def probe(self, task: str, version: int, probe: Probe) -> VersionRecord:
         """A replica's report. Raises NotFoundError, IllegalTransitionError."""

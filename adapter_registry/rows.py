@@ -3,7 +3,14 @@
 import json
 import sqlite3
 
-from adapter_registry.api import HistoryLine, StoredFile, TaskRoute, VersionRecord, VersionRoute
+from adapter_registry.api import (
+    HistoryLine,
+    SignedBy,
+    StoredFile,
+    TaskRoute,
+    VersionRecord,
+    VersionRoute,
+)
 from adapter_registry.errors import TaskNotFoundError
 from adapter_registry.planning import TaskView
 from adapter_registry.routing import Routing
@@ -92,6 +99,10 @@ def idle(row: sqlite3.Row) -> Idle:
     return Idle(row["task"], row["version"], row["digest"], nbytes)
 
 
+def signatures(row: sqlite3.Row) -> tuple[SignedBy, ...]:
+    return tuple(SignedBy.model_validate(each) for each in json.loads(row["signatures"]))
+
+
 def version_record(row: sqlite3.Row, current: bool, history: tuple[HistoryLine, ...]) -> VersionRecord:
     return VersionRecord(
         task=row["task"],
@@ -105,5 +116,6 @@ def version_record(row: sqlite3.Row, current: bool, history: tuple[HistoryLine, 
         files=tuple(StoredFile(**file) for file in json.loads(row["files"])),
         tensors=row["tensors"],
         tensor_bytes=row["tensor_bytes"],
+        signatures=signatures(row),
         history=history,
     )

@@ -7,7 +7,7 @@ from adapter_registry.errors import CannotStartError
 from adapter_registry.routing import Routing
 from adapter_registry.upgrading import upgraded
 
-SCHEMA = 3
+SCHEMA = 4
 
 TABLES = """
 CREATE TABLE tasks (
@@ -21,7 +21,8 @@ CREATE TABLE adapters (
     record TEXT NOT NULL,
     files TEXT NOT NULL,
     tensors INTEGER NOT NULL,
-    tensor_bytes INTEGER NOT NULL
+    tensor_bytes INTEGER NOT NULL,
+    signatures TEXT NOT NULL DEFAULT '[]'
 ) STRICT;
 CREATE TABLE versions (
     task TEXT NOT NULL REFERENCES tasks,
@@ -75,6 +76,10 @@ def _keep_routings(connection: sqlite3.Connection) -> None:
             connection.execute(HISTORY, made)
 
 
+def _keep_signatures(connection: sqlite3.Connection) -> None:
+    connection.execute("ALTER TABLE adapters ADD COLUMN signatures TEXT NOT NULL DEFAULT '[]'")
+
+
 HISTORY = """
     INSERT INTO history (revision, task, version, event, before, after, routing, at, by, reason)
     VALUES (:revision, :task, :version, :event, :before, :after, :routing, :at, :by, :reason)
@@ -83,6 +88,7 @@ HISTORY = """
 MIGRATIONS: Mapping[int, Callable[[sqlite3.Connection], None]] = {
     1: _keep_routing_revisions,
     2: _keep_routings,
+    3: _keep_signatures,
 }
 """What makes the next schema of this one."""
 

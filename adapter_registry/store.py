@@ -5,10 +5,18 @@ Every method is one transaction, is called from worker threads, and leaves the s
 `push` is called.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from adapter_registry.api import HistoryLine, RoutingState, StoredFile, TaskRoute, VersionRecord
+from adapter_registry.api import (
+    HistoryLine,
+    RoutingState,
+    SignedBy,
+    StoredFile,
+    TaskRoute,
+    VersionRecord,
+)
 from adapter_registry.planning import Change, Wanted
 from adapter_registry.snapshot import Snapshot
 from prad.artefact import AdapterRecord
@@ -16,13 +24,14 @@ from prad.artefact import AdapterRecord
 
 @dataclass(frozen=True, slots=True)
 class StoredAdapter:
-    """A checked adapter whose files are stored under their digest."""
+    """A checked adapter whose files are stored under their digest, and who signed it."""
 
     digest: str
     record: AdapterRecord
     files: tuple[StoredFile, ...]
     tensors: int
     tensor_bytes: int
+    signatures: tuple[SignedBy, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +60,15 @@ def told(change: Change, revision: int, *, at: str, by: str, reason: str) -> His
     )
 
 
+def all_signatures(known: Iterable[SignedBy], more: Iterable[SignedBy]) -> tuple[SignedBy, ...]:
+    """One by each key; a later one with a name counts more than an earlier one."""
+    found: dict[str, SignedBy] = {}
+    for each in (*known, *more):
+        if each.name or each.key not in found:
+            found[each.key] = each
+    return tuple(found.values())
+
+
 class Store(Protocol):
     """Tasks, versions, history. `revision` grows with every change and never goes back.
 
@@ -62,6 +80,7 @@ class Store(Protocol):
         """The version number of these files, and whether it is new.
 
         Files that already are a version of this task, neither retired nor deleted, get that one's number.
+        Signatures are kept beside those of whoever signed the same files before.
         """
         ...
 

@@ -142,6 +142,7 @@ def show_version(record: VersionRecord) -> None:
         "licence": record.record.licence or "-",
         "description": record.record.description or "-",
         "pushed": record.pushed_at,
+        "signed by": ", ".join(each.who for each in record.signatures) or "nobody",
     }
     for key, value in rows.items():
         table.add_row(key, _literal(value))

@@ -229,6 +229,34 @@ def older_redis(url, found):
             client.hset("{prad}:tasks", task["task"], json.dumps(stored | {"versions": versions}))
 
 
+def test_what_the_last_schemas_stored_becomes_todays(new_store, stored_adapter, redis, tmp_path):
+    now = changed(new_store("sqlite"), stored_adapter)
+    before = json.loads(now.dump().model_dump_json()) | {"format": 2}
+    for task in before["tasks"]:
+        for version in task["versions"]:
+            del version["signatures"]
+    imported = SqliteStore(tmp_path / "imported.sqlite3")
+    imported.load(Snapshot.model_validate(before))
+    assert imported.dump() == now.dump()
+    imported.close()
+    with sqlite3.connect(tmp_path / "imported.sqlite3") as older:
+        older.execute("ALTER TABLE adapters DROP COLUMN signatures")
+        older.execute("PRAGMA user_version = 3")
+    older.close()
+    store = RedisStore(redis.url)
+    store.load(now.dump())
+    store.close()
+    with Redis.from_url(redis.url) as client:
+        for digest, text in client.hgetall("{prad}:adapters").items():
+            stored = json.loads(text)
+            del stored["signatures"]
+            client.hset("{prad}:adapters", digest, json.dumps(stored))
+        client.hset("{prad}:registry", "schema", 2)
+    for migrated in (SqliteStore(tmp_path / "imported.sqlite3"), RedisStore(redis.url)):
+        assert migrated.dump() == now.dump()
+        migrated.close()
+
+
 @pytest.mark.parametrize("kind", ["sqlite 1", "sqlite 2", "redis 1", "export 1"])
 def test_what_an_older_program_stored_becomes_todays(kind, new_store, stored_adapter, tmp_path, request):
     now = changed(new_store("sqlite"), stored_adapter)
@@ -280,7 +308,7 @@ def test_a_newer_schema_is_refused_and_the_way_out_named(data_dir):
     with sqlite3.connect(data_dir / "registry.sqlite3") as newer:
         newer.execute(f"PRAGMA user_version = {SCHEMA + 1}")
     newer.close()
-    with pytest.raises(CannotStartError, match=r"has schema 4, this program knows 3 .*registry export FILE"):
+    with pytest.raises(CannotStartError, match=r"has schema 5, this program knows 4 .*registry export FILE"):
         RegistryServer(RegistrySettings(port=0, data_dir=data_dir))
 
 

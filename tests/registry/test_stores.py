@@ -1,11 +1,12 @@
 """What a store promises, asked of each: SQLite, and a real Redis."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 from pydantic import ValidationError
 
-from adapter_registry.api import HistoryLine
+from adapter_registry.api import HistoryLine, SignedBy
 from adapter_registry.errors import (
     IllegalTransitionError,
     NoRoutingBeforeError,
@@ -209,10 +210,38 @@ def test_idle_are_those_whose_files_nobody_needs(store, stored_adapter):
     assert store.digests() == {shared.digest, own.digest}
 
 
+def signed(adapter, *names):
+    """As if by somebody with a key of that letter; an upper-case one has no name here."""
+    by = (
+        SignedBy(
+            key=f"{name.upper() * 43}=",
+            signature=f"{name.upper() * 86}==",
+            name=name if name.islower() else "",
+        )
+        for name in names
+    )
+    return replace(adapter, signatures=tuple(by))
+
+
+def test_signatures_are_kept_with_the_files(store, stored_adapter):
+    adapter = stored_adapter(1)
+    store.push("a", adapter)
+    assert store.version("a", 1).signatures == ()
+    assert store.push("a", signed(adapter, "A")) == (1, False)
+    assert [each.name for each in store.version("a", 1).signatures] == [""]
+    assert store.push("a", signed(adapter, "b", "a")) == (1, False)
+    names = [each.name for each in store.version("a", 1).signatures]
+    assert names == ["a", "b"], "the same key has a name now"
+    store.push("a", adapter)
+    store.push("b", signed(adapter, "A"))
+    assert [each.name for each in store.version("b", 1).signatures] == names, "nothing is forgotten"
+    assert store.revision() == 2, "what was signed is no other version"
+
+
 @pytest.mark.parametrize("source", ["sqlite", "redis"])
 def test_all_goes_from_one_store_to_another(store, source, new_store, stored_adapter):
     other = new_store(source, "other")
-    verified(other, "a", stored_adapter(1))
+    verified(other, "a", signed(stored_adapter(1), "a", "B"))
     verified(other, "a", stored_adapter(2))
     other.push("b", stored_adapter(1))
     other.change("b", Move(1, Event.PROBE_FAILED), reason="no")
@@ -224,6 +253,7 @@ def test_all_goes_from_one_store_to_another(store, source, new_store, stored_ada
     store.load(Snapshot.model_validate_json(text))
     assert store.dump() == other.dump()
     assert (store.state(), store.idle(), store.digests()) == (other.state(), other.idle(), other.digests())
+    assert [each.name for each in store.version("a", 1).signatures] == ["a", ""]
     with pytest.raises(NotEmptyError, match="this registry has 2 tasks already"):
         store.load(other.dump())
     assert store.push("c", stored_adapter(3)) == other.push("c", stored_adapter(3)) == (1, True)
