@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from adapter_registry.routing import Routing, Weights
+from adapter_registry.routing import Routing, Shares, Weights
 from adapter_registry.versions import Event, State
 from prad.artefact import AdapterRecord, BaseModelRef
 from prad.artefact.signatures import Signature
@@ -44,6 +44,13 @@ class Weighted(_Command):
 
     weights: Weights = Field(examples=[{"1": 90, "2": 10}])
     """Versions, each with its weight, a whole number; a request's sticky key draws one of them."""
+
+
+class Shadowed(_Command):
+    """Let requests for plain `task` also run under other versions, unseen by whoever asks."""
+
+    shares: Shares = Field(examples=[{"2": 5}])
+    """Versions, each with its share of the requests in percent, together at most 100; empty: no more."""
 
 
 class Aliased(_Command):

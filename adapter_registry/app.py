@@ -21,6 +21,7 @@ from adapter_registry.api import (
     Retire,
     RoutingState,
     ServerVersion,
+    Shadowed,
     TaskHistory,
     TaskRoute,
     VersionRecord,
@@ -28,7 +29,7 @@ from adapter_registry.api import (
 )
 from adapter_registry.calls import MOST_CHARACTERS, MOST_TROUBLES
 from adapter_registry.errors import ForbiddenError, HostNotAllowedError, NotAReplicaError
-from adapter_registry.planning import Move, Rollback, SetAlias, Split, Wanted
+from adapter_registry.planning import Move, Rollback, SetAlias, SetShadow, Split, Wanted
 from adapter_registry.preconditions import REROUTING, By, IfMatch, etag
 from adapter_registry.registry import Follower, Registry
 from adapter_registry.settings import RegistrySettings
@@ -250,6 +251,15 @@ def _changing(registry: Registry) -> APIRouter:
         """
         return await rerouted(task, Split(body.weights), seen, by, response)
 
+    @router.put("/tasks/{task}/shadow", responses=REROUTING)
+    async def shadow(task: str, body: Shadowed, seen: IfMatch, by: By, response: Response) -> Rerouted:
+        """Let some requests for plain `task` also run under other versions. Answers as promote does.
+
+        Whoever asks sees nothing of it, nor is it counted for them; prefill's metrics (prad_shadow_...) tell
+        how far both agree, and how long both take. It is dropped whenever live requests wait.
+        """
+        return await rerouted(task, SetShadow(body.shares), seen, by, response)
+
     @router.put("/tasks/{task}/aliases/{alias}", responses=REROUTING)
     async def set_alias(
         task: str, alias: str, body: Aliased, seen: IfMatch, by: By, response: Response
@@ -264,7 +274,7 @@ def _changing(registry: Registry) -> APIRouter:
 
     @router.post("/tasks/{task}/rollback", responses=REROUTING)
     async def rollback(task: str, seen: IfMatch, by: By, response: Response) -> Rerouted:
-        """Bring the routing before back: split and aliases. Once more goes one further back.
+        """Bring the routing before back: split, aliases and shadows. Once more goes one further back.
 
         Not safe to repeat blindly: send If-Match. 409 if there is none before, or a version that it names
         was retired. Answers as promote does.

@@ -16,6 +16,7 @@ from adapter_registry.api import (
     Rerouted,
     Retire,
     RoutingState,
+    Shadowed,
     TaskHistory,
     TaskRoute,
     VersionRecord,
@@ -141,6 +142,11 @@ def alias(task: str, name: str, number: int | None, seen: int | None = None) -> 
     if number is None:
         return Call("DELETE", path, Rerouted, wait=LONGEST_WAIT, seen=seen)
     return Call("PUT", path, Rerouted, body=Aliased(version=number), wait=LONGEST_WAIT, seen=seen)
+
+
+def shadow(task: str, shares: Mapping[int, float], seen: int | None = None) -> Call[Rerouted]:
+    path, body = f"/v1/tasks/{check_task(task)}/shadow", Shadowed(shares=dict(shares))
+    return Call("PUT", path, Rerouted, body=body, wait=LONGEST_WAIT, seen=seen)
 
 
 def rollback(task: str, seen: int | None = None) -> Call[Rerouted]:

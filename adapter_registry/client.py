@@ -232,6 +232,13 @@ class RegistryClient:
         """`task@name` means the version; None: nothing any more. Raises what `promote` raises."""
         return self._send(calls.alias(task, name, version, seen))
 
+    def shadow(self, task: str, shares: Mapping[int, float], *, seen: int | None = None) -> Rerouted:
+        """Requests for plain `task` also run under these versions, unseen; none: no more. `shares`: percents.
+
+        Raises what `promote` raises.
+        """
+        return self._send(calls.shadow(task, shares, seen))
+
     def rollback(self, task: str, *, seen: int | None = None) -> Rerouted:
         """The routing before is in force again. Raises RoutingChangedError, NoRoutingBeforeError."""
         return self._send(calls.rollback(task, seen))

@@ -33,7 +33,7 @@ class TaskSnapshot(BaseModel):
             raise ValueError(f"{self.task} has versions {numbers}; expected 1, 2 and so on")
         answering = {version.version for version in self.versions if version.state.answers}
         previous = () if self.routing.previous is None else (self.routing.previous,)
-        named = self.routing.named.union(previous)
+        named = self.routing.named.union(previous, self.routing.shadow)
         if missing := sorted(named - answering):
             raise ValueError(f"{self.task} has no version {missing[0]} that answers, which its routing names")
         for version in self.versions:

@@ -10,7 +10,8 @@
        retired ── unretire ──▶ pushed (and is probed again)
        pushed, failed, retired ── delete ──▶ deleted (its files go, its record stays)
 
-A routing (promote, split, alias, rollback) names versions that answer; each becomes routable with it.
+A routing (promote, split, alias, rollback) names versions that answer; each becomes routable with it. Its
+shadows have to answer as well, and stay what they are.
 
 Probing again never takes a version away from traffic: once verified, another replica's `probe_failed` is
 refused (that replica is at fault, not the version). A failed version is probed again when the same files
@@ -62,6 +63,7 @@ class Event(StrEnum):
     PROMOTE = "promote"
     SPLIT = "split"
     ALIAS = "alias"
+    SHADOW = "shadow"
     ROLLBACK = "rollback"
     RETIRE = "retire"
     UNRETIRE = "unretire"
@@ -73,7 +75,7 @@ class Event(StrEnum):
         return self in ROUTING_EVENTS
 
 
-ROUTING_EVENTS = (Event.PROMOTE, Event.SPLIT, Event.ALIAS, Event.ROLLBACK)
+ROUTING_EVENTS = (Event.PROMOTE, Event.SPLIT, Event.ALIAS, Event.SHADOW, Event.ROLLBACK)
 _ROUTED = dict.fromkeys(ROUTING_EVENTS, State.ROUTABLE)
 
 TRANSITIONS: Mapping[State, Mapping[Event, State]] = MappingProxyType(
@@ -96,6 +98,7 @@ TRANSITIONS: Mapping[State, Mapping[Event, State]] = MappingProxyType(
             Event.PUSH: State.VERIFIED,
             Event.PROBE_OK: State.VERIFIED,
             **_ROUTED,
+            Event.SHADOW: State.VERIFIED,
             Event.RETIRE: State.RETIRED,
         },
         State.ROUTABLE: {

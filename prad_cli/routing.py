@@ -1,5 +1,5 @@
-"""`prad adapter promote|split|alias|rollback|retire`: what a task's names mean; `events`, `status`: who
-changed it, and where it is in force."""
+"""`prad adapter promote|split|alias|shadow|rollback|retire`: what a task's names mean; `events`, `status`:
+who changed it, and where it is in force."""
 
 import re
 import time
@@ -9,6 +9,7 @@ import typer
 
 from adapter_registry.api import ReplicaList, Rerouted
 from adapter_registry.client import RegistryClient
+from adapter_registry.routing import WHOLE
 from prad_cli.operating import (
     DEFAULT_REGISTRY,
     Json,
@@ -28,6 +29,7 @@ _PAUSE_S = 0.2
 """Between two questions to a registry that waits hardly at all."""
 
 _SHARE = re.compile(r"([1-9][0-9]*)=([1-9][0-9]*)")
+_PERCENT = re.compile(r"([1-9][0-9]*)=([0-9]{1,3}(?:\.[0-9]{1,6})?)%?")
 _SET = re.compile(r"([^=]+)=([1-9][0-9]*)")
 
 
@@ -88,8 +90,39 @@ def alias(
     _say(rerouted)
 
 
+def shadow(
+    task: Task,
+    shares: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[N=PERCENT...]", help="Versions and their share of the requests, e.g. 2=5%."),
+    ] = None,
+    off: Annotated[bool, typer.Option("--off", help="Under no other version any more.")] = False,
+    seen: Seen = None,
+    registry: Registry = DEFAULT_REGISTRY,
+) -> None:
+    """Let a share of the requests for plain TASK also run under another version, unseen by whoever asks.
+
+    Greedy, after the answer that they get, and only while nothing else waits; /metrics of the prefill service
+    (prad_shadow_...) say how far both agree and how long both take.
+    """
+    wanted: dict[int, float] = {}
+    for share in shares or ():
+        found = _PERCENT.fullmatch(share)
+        if found is None or int(found[1]) in wanted or not 0 < float(found[2]) <= WHOLE:
+            raise typer.BadParameter(
+                f"{share!r}: expected each version once, with its percent of the requests, as in 2=5%",
+                param_hint="N=PERCENT",
+            )
+        wanted[int(found[1])] = float(found[2])
+    if off is bool(wanted) or sum(wanted.values()) > WHOLE:
+        raise typer.BadParameter("expected shares of up to 100% together, as in 2=5%, or --off")
+    with talking(registry) as client:
+        rerouted = client.shadow(task, wanted, seen=seen)
+    _say(rerouted)
+
+
 def rollback(task: Task, seen: Seen = None, registry: Registry = DEFAULT_REGISTRY) -> None:
-    """Bring the routing before back, split and aliases. Once more goes one further back."""
+    """Bring the routing before back: split, aliases and shadows. Once more goes one further back."""
     with talking(registry) as client:
         rerouted = client.rollback(task, seen=seen)
     print("the routing before is in force again")
@@ -156,6 +189,7 @@ COMMANDS = (
     (promote, "prad adapter promote support@2"),
     (split, "prad adapter split support 1=90 2=10"),
     (alias, "prad adapter alias support canary=2"),
+    (shadow, "prad adapter shadow support 2=5%"),
     (rollback, "prad adapter rollback support"),
     (retire, "prad adapter retire support@1"),
     (events, "prad adapter events support"),

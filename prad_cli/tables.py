@@ -43,7 +43,10 @@ def described(task: TaskRoute) -> str:
     if routing.previous is not None:
         meant[PREVIOUS] = routing.previous
     aliases = "".join(f"\n{name}@{alias} is {name}@{number}" for alias, number in meant.items())
-    return f"{plain}{aliases}\nrouting at revision {routing.revision}"
+    shadow = "".join(
+        f"\n{share:g}% of them also run under {name}@{n}, unseen" for n, share in routing.shadow.items()
+    )
+    return f"{plain}{shadow}{aliases}\nrouting at revision {routing.revision}"
 
 
 def show_tasks(tasks: Sequence[TaskRoute]) -> None:
@@ -168,7 +171,8 @@ def _shares(task: str, routing: Routing) -> str:
 
 def _made(task: str, routing: Routing) -> str:
     aliases = (f"{name}=@{number}" for name, number in routing.aliases.items())
-    return " ".join((_shares(task, routing), *aliases))
+    shadow = (f"shadow @{number}={share:g}%" for number, share in routing.shadow.items())
+    return " ".join((_shares(task, routing), *aliases, *shadow))
 
 
 def _states(task: TaskRoute) -> str:

@@ -10,9 +10,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from hashlib import blake2b
-from math import log
-from random import uniform
+from random import random, uniform
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -20,7 +18,7 @@ from adapter_registry.api import RoutingState, TaskRoute, VersionRoute
 from adapter_registry.client import DEFAULT_WAIT, AsyncRegistryClient
 from adapter_registry.errors import RegistryError, RegistryUnreachableError, StoreUnavailableError
 from adapter_registry.names import PREVIOUS
-from adapter_registry.routing import Routing
+from adapter_registry.routing import WHOLE, Routing, drawn
 from adapter_registry.versions import State
 from prad.artefact import Artefact
 from prefill_service.errors import InternalError, NotReadyError, UnknownModelError
@@ -39,12 +37,14 @@ _NAMED = 8  # tasks that an error message lists
 
 @dataclass(frozen=True, slots=True)
 class TaskVersions:
-    """One task: the versions that answer, and what its names mean, of the registry's routing. `missing`: what
-    answers by the registry and cannot be had here, and why."""
+    """One task: the versions that answer, and what its names mean, of the registry's routing. `shadow`: under
+    which requests also run, each with its percent; `missing`: what answers by the registry and cannot be had
+    here, and why."""
 
     versions: Mapping[int, TaskVersion]
     split: Mapping[int, int]
     aliases: Mapping[str, int]
+    shadow: Mapping[int, float]
     default: int | None
     revision: int
     missing: Mapping[int, str]
@@ -55,7 +55,8 @@ class TaskVersions:
     ) -> "TaskVersions":
         previous = {} if routing.previous is None else {PREVIOUS: routing.previous}
         aliases = {**routing.aliases, **previous}
-        return cls(versions, routing.split, aliases, routing.default, routing.revision, missing)
+        names = (routing.split, aliases, routing.shadow, routing.default)
+        return cls(versions, *names, routing.revision, missing)
 
     @property
     def aliases_here(self) -> Mapping[str, int]:
@@ -71,21 +72,6 @@ class TaskVersions:
         if name is None:
             return self.default if key is None or len(self.split) < 2 else drawn(task, self.split, key)
         return name if isinstance(name, int) else self.aliases.get(name)
-
-
-def drawn(task: str, split: Mapping[int, int], key: str) -> int:
-    """The version of a split that a sticky key gets: the same here, elsewhere and after a restart.
-
-    Weighted rendezvous hashing: each version has a number in (0, 1] from task, key and version alone, and
-    -log of that, divided by its weight, is how late it comes; the first wins. So it is drawn in proportion to
-    its weight, and one whose weight grows beside the others' takes keys over and gives none away.
-    """
-
-    def lateness(version: int) -> float:
-        digest = blake2b(f"{task}\0{version}\0{key}".encode(errors="surrogatepass"), digest_size=8).digest()
-        return -log((int.from_bytes(digest) + 1) / 2**64) / split[version]
-
-    return min(split, key=lambda version: (lateness(version), version))
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +121,17 @@ class TaskCatalogue:
         if name is None:
             raise UnknownModelError(f"task '{task}' has no current version {answering}")
         raise UnknownModelError(f"there is no {task}@{name} {answering}")
+
+    def shadow(self, task: str, live: TaskVersion) -> TaskVersion | None:
+        """The version under which a request for plain `task` that `live` answers also runs, drawn anew for
+        each; None, as a rule: under none."""
+        found = self._tasks[task]
+        at = random() * WHOLE if found.shadow else 0.0
+        for number, share in found.shadow.items():
+            if at < share:
+                return found.versions.get(number) if number != live.version else None
+            at -= share
+        return None
 
     def tasks(self) -> Sequence[TaskEntry]:
         return [
@@ -356,6 +353,11 @@ class Residents:
             return True
         in_use = sum(resident.nbytes for resident in self._residents.values() if _in_use(resident))
         return not in_use or in_use + artefact.nbytes(self._itemsize) <= self._capacity
+
+    def holds(self, artefact: Artefact) -> bool:
+        """Whether it is in memory, or fits there beside all others."""
+        there = artefact.digest in self._residents
+        return there or (not self._line and self.nbytes + artefact.nbytes(self._itemsize) <= self._capacity)
 
     def _start_loading(self, artefact: Artefact) -> _Resident:
         nbytes = artefact.nbytes(self._itemsize)

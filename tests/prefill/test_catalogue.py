@@ -10,10 +10,10 @@ import pytest
 
 from adapter_registry.api import RoutingState, TaskRoute, VersionRoute
 from adapter_registry.errors import IllegalTransitionError, RegistryUnreachableError, StoredFilesDamagedError
-from adapter_registry.routing import Routing
+from adapter_registry.routing import Routing, drawn
 from adapter_registry.versions import State
 from prefill_service import catalogue as module
-from prefill_service.catalogue import RegistryFollower, TaskCatalogue, TaskVersions, drawn
+from prefill_service.catalogue import RegistryFollower, TaskCatalogue, TaskVersions
 from prefill_service.errors import NotReadyError, UnknownModelError
 from tests.prefill.fakes import version
 

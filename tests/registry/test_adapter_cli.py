@@ -181,6 +181,21 @@ def test_split_alias_and_rollback(prad, registry, adapter):
     failed(prad("events", "nobody"), "there is no task 'nobody'")
 
 
+def test_a_shadow_is_set_shown_and_ended(prad, registry, adapter):
+    for seed in (1, 2):
+        registry.verified(adapter(seed))
+    seen = registry.client.task("support").routing.revision
+    unseen = "5% of them also run under support@2, unseen"
+    assert unseen in prad("shadow", "support", "2=5%", "--if-revision", str(seen)).stdout
+    failed(prad("shadow", "support", "2=1%", "--if-revision", str(seen)), "somebody changed it meanwhile")
+    assert unseen in prad("show", "support").stdout
+    assert "shadow @2=5%" in prad("events", "support").stdout
+    assert "0.5% of them" in prad("shadow", "support", "2=0.5").stdout
+    assert "unseen" not in prad("shadow", "support", "--off").stdout
+    assert "0.5% of them" in prad("rollback", "support").stdout
+    failed(prad("shadow", "support", "3=5%"), "support has no version 3")
+
+
 @pytest.mark.parametrize(
     "command",
     [
@@ -188,6 +203,12 @@ def test_split_alias_and_rollback(prad, registry, adapter):
         ["split", "support", "1=0"],
         ["split", "support", "1=1", "1=2"],
         ["split", "support", "one=1"],
+        ["shadow", "support"],
+        ["shadow", "support", "2"],
+        ["shadow", "support", "2=0%"],
+        ["shadow", "support", "2=101"],
+        ["shadow", "support", "1=60%", "2=60%"],
+        ["shadow", "support", "2=5%", "--off"],
         ["alias", "support"],
         ["alias", "support", "canary"],
         ["alias", "support", "canary=2", "--remove", "canary"],
@@ -294,6 +315,8 @@ def test_errors_are_one_line(prad):
         ["promote"],
         ["split"],
         ["alias"],
+        ["shadow"],
+        ["sign"],
         ["rollback"],
         ["events"],
         ["status"],

@@ -72,6 +72,7 @@ def test_a_routing_is_changed_over_http(registry, adapter):
     for method, path, body in (
         ("PUT", "split", {"weights": {"1": 90, "2": 10}}),
         ("PUT", "aliases/canary", {"version": 2}),
+        ("PUT", "shadow", {"shares": {"2": 5}}),
         ("POST", "versions/2/promote", None),
         ("POST", "rollback", None),
         ("DELETE", "aliases/canary", None),
@@ -84,8 +85,8 @@ def test_a_routing_is_changed_over_http(registry, adapter):
         tag = won.headers["etag"]
         assert won.json()["routing"] == registry.http.get("/v1/tasks/support").json()["routing"]
     assert won.json()["routing"]["split"] == {"1": 90, "2": 10}
-    events = registry.http.get("/v1/tasks/support/events", params={"latest": 5}).json()["events"]
-    assert [each["event"] for each in events] == ["split", "alias", "promote", "rollback", "alias"]
+    events = registry.http.get("/v1/tasks/support/events", params={"latest": 6}).json()["events"]
+    assert [each["event"] for each in events] == ["split", "alias", "shadow", "promote", "rollback", "alias"]
     assert {each["by"] for each in events} == {"ada"}
     registry.http.post("/v1/tasks/support/rollback")
     assert registry.client.history("support", 1).events[0].by == "127.0.0.1", "who does not say is where from"
@@ -101,6 +102,11 @@ def test_a_routing_is_changed_over_http(registry, adapter):
         ("PUT", "split", {"weights": {str(n): 1 for n in range(1, 18)}}, 400, "invalid_request"),
         ("PUT", "split", {"weights": {"9": 1}}, 404, "version_not_found"),
         ("PUT", "split", {"weights": {"2": 1}}, 409, "illegal_transition"),
+        ("PUT", "shadow", {"shares": {"1": 0}}, 400, "invalid_request"),
+        ("PUT", "shadow", {"shares": {"1": 60, "2": 60}}, 400, "invalid_request"),
+        ("PUT", "shadow", {"shares": {"9": 1}}, 404, "version_not_found"),
+        ("PUT", "shadow", {"shares": {"2": 1}}, 409, "illegal_transition"),
+        ("PUT", "shadow", {}, 400, "invalid_request"),
         ("PUT", "aliases/canary", {"version": 0}, 400, "invalid_request"),
         ("PUT", "aliases/canary", {"version": 2}, 409, "illegal_transition"),
         ("PUT", "aliases/2", {"version": 1}, 400, "invalid_request"),

@@ -15,7 +15,7 @@ from adapter_registry.errors import (
     TaskNotFoundError,
     VersionNotFoundError,
 )
-from adapter_registry.planning import Move, Rollback, SetAlias, Split
+from adapter_registry.planning import Move, Rollback, SetAlias, SetShadow, Split
 from adapter_registry.snapshot import Snapshot
 from adapter_registry.versions import Event, State
 
@@ -142,6 +142,29 @@ def test_a_routing_is_one_record_and_its_history_is_kept(store, stored_adapter):
         store.history("b")
 
 
+def test_a_shadow_is_part_of_the_routing_and_ends_with_its_version(store, stored_adapter):
+    for seed in (1, 2, 3):
+        verified(store, "a", stored_adapter(seed))
+    first = store.change("a", SetShadow({2: 5.0, 3: 0.5}), by="ada").routing
+    assert (first.split, first.shadow, first.before) == ({1: 100}, {2: 5.0, 3: 0.5}, 3)
+    states = [v.state for v in store.task("a").versions]
+    assert states == [State.ROUTABLE, State.VERIFIED, State.VERIFIED], "they answer nobody"
+    (line,) = store.history("a", 1)
+    assert (line.event, line.by, line.version, line.routing) == ("shadow", "ada", None, first)
+    assert store.change("a", SetShadow({2: 5.0, 3: 0.5})).routing == first, "it is so already"
+    assert store.change("a", Move(3, Event.PROMOTE)).routing.shadow == first.shadow
+    assert store.change("a", Move(2, Event.RETIRE)).routing.shadow == {3: 0.5}, "unasked, and no step back"
+    back = store.change("a", Rollback()).routing
+    assert (back.split, back.shadow) == ({1: 100}, {3: 0.5}), "without who cannot answer any more"
+    assert store.change("a", SetShadow({})).routing.shadow == {}
+    before = store.dump()
+    with pytest.raises(
+        IllegalTransitionError, match=r"a@2 is retired, which does not allow shadow .unretire"
+    ):
+        store.change("a", SetShadow({2: 1.0}))
+    assert store.dump() == before
+
+
 def test_a_rollback_passes_what_a_forced_retire_led_back_to(store, stored_adapter):
     for task in "ab":
         for seed in (1, 2, 3):
@@ -247,6 +270,7 @@ def test_all_goes_from_one_store_to_another(store, source, new_store, stored_ada
     other.change("b", Move(1, Event.PROBE_FAILED), reason="no")
     other.change("a", Move(2, Event.PROMOTE))
     other.change("a", Split({1: 1, 2: 2}))
+    other.change("a", SetShadow({1: 0.5, 2: 12.25}))
     other.change("a", Split({2: 1}))
     other.change("a", Move(1, Event.RETIRE))
     text = other.dump().model_dump_json()
