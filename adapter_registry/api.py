@@ -97,6 +97,8 @@ class VersionRoute(_Answer):
     method: str
     base: BaseModelRef
     pushed_at: str
+    warmed: int = 0
+    """Revision of the last request to load it into memory; 0: there was none."""
 
 
 class TaskRoute(_Answer):
@@ -169,6 +171,11 @@ class VersionRecord(_Answer):
     def name(self) -> str:
         return f"{self.task}@{self.version}"
 
+    @property
+    def warmed(self) -> int:
+        """See `VersionRoute.warmed`."""
+        return max((line.revision for line in self.history if line.event is Event.WARM), default=0)
+
 
 class Pushed(VersionRecord):
     """The answer to a push. `created` False: these very files were a version already."""
@@ -221,6 +228,17 @@ class ReplicaList(_Answer):
 
     replicas: tuple[Replica, ...]
     pending: tuple[str, ...] = ()
+
+
+class Warmed(_Answer):
+    """Where a version is in memory now, of the connected prefill replicas. `failed`: where not, and why;
+    `pending`: where it is not known yet."""
+
+    task: str
+    version: int
+    ready: tuple[str, ...] = Field(examples=[["prefill-a"]])
+    failed: dict[str, str] = Field(examples=[{"prefill-b": "there was no room in memory within 4 s"}])
+    pending: tuple[str, ...] = Field(examples=[["prefill-c"]])
 
 
 class ServerVersion(_Answer):

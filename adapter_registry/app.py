@@ -25,6 +25,7 @@ from adapter_registry.api import (
     TaskHistory,
     TaskRoute,
     VersionRecord,
+    Warmed,
     Weighted,
 )
 from adapter_registry.calls import MOST_CHARACTERS, MOST_TROUBLES
@@ -280,6 +281,14 @@ def _changing(registry: Registry) -> APIRouter:
         was retired. Answers as promote does.
         """
         return await rerouted(task, Rollback(), seen, by, response)
+
+    @router.post(VERSION + "/warm", responses=_NOT_NOW)
+    async def warm(task: str, version: Number, by: By) -> Warmed:
+        """Have all connected prefill replicas load a version into memory now: no request waits for it then.
+
+        Answers when it is there, or says where it is not. Others may push it out again: it is not pinned.
+        """
+        return await registry.warm(task, version, by=by)
 
     @router.post(VERSION + "/unretire", responses=_NOT_NOW)
     async def unretire(task: str, version: Number, by: By) -> VersionRecord:

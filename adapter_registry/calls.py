@@ -20,6 +20,7 @@ from adapter_registry.api import (
     TaskHistory,
     TaskRoute,
     VersionRecord,
+    Warmed,
     Weighted,
 )
 from adapter_registry.names import check_alias, check_task
@@ -151,6 +152,10 @@ def shadow(task: str, shares: Mapping[int, float], seen: int | None = None) -> C
 
 def rollback(task: str, seen: int | None = None) -> Call[Rerouted]:
     return Call("POST", f"/v1/tasks/{check_task(task)}/rollback", Rerouted, wait=LONGEST_WAIT, seen=seen)
+
+
+def warm(task: str, number: int) -> Call[Warmed]:
+    return Call("POST", f"{version_path(task, number)}/warm", Warmed, wait=LONGEST_WAIT)
 
 
 def unretire(task: str, number: int) -> Call[VersionRecord]:

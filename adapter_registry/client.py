@@ -25,6 +25,7 @@ from adapter_registry.api import (
     TaskHistory,
     TaskRoute,
     VersionRecord,
+    Warmed,
 )
 from adapter_registry.cache import DEFAULT_CACHE_BYTES, AdapterCache
 from adapter_registry.calls import Call
@@ -242,6 +243,11 @@ class RegistryClient:
     def rollback(self, task: str, *, seen: int | None = None) -> Rerouted:
         """The routing before is in force again. Raises RoutingChangedError, NoRoutingBeforeError."""
         return self._send(calls.rollback(task, seen))
+
+    def warm(self, task: str, version: int) -> Warmed:
+        """All connected replicas load the version into memory; how far they are. Raises NotFoundError,
+        IllegalTransitionError."""
+        return self._send(calls.warm(task, version))
 
     def unretire(self, task: str, version: int) -> VersionRecord:
         """Brings a retired version back, to be probed. Raises NotFoundError, IllegalTransitionError."""

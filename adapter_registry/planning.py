@@ -171,7 +171,7 @@ def _moved(view: TaskView, wanted: Move) -> tuple[Change, ...]:
     retiring = wanted.event is Event.RETIRE
     if retiring and not wanted.force:
         _require_unrouted(view, wanted.version)
-    if reached is before:
+    if reached is before and wanted.event is not Event.WARM:  # which is wanted anew each time
         return ()
     routing = view.routing.without(wanted.version) if retiring else None
     change = Change(wanted.version, wanted.event, before, reached, routing)

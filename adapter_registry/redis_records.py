@@ -103,7 +103,9 @@ def _after(known: StoredTask, line: HistoryLine) -> StoredTask:
     def changed(version: StoredVersion) -> StoredVersion:
         # what is deleted goes on saying why it had failed
         why = version.reason if line.event is Event.DELETE else line.reason
-        return version.model_copy(update={"state": line.after, "reason": why, "changed": line.revision})
+        warmed = line.revision if line.event is Event.WARM else version.warmed
+        update = {"state": line.after, "reason": why, "changed": line.revision, "warmed": warmed}
+        return version.model_copy(update=update)
 
     versions = tuple(changed(v) if v.version == line.version else v for v in known.versions)
     return known.model_copy(update={"versions": versions, "routing": line.routing or known.routing})
@@ -138,6 +140,7 @@ def loaded_task(task: TaskSnapshot) -> StoredTask:
             pushed_at=each.pushed_at,
             reason=each.reason,
             changed=each.history[-1].revision,
+            warmed=each.warmed,
         )
         for each in task.versions
     )

@@ -17,6 +17,7 @@ from adapter_registry.api import (
     TaskHistory,
     TaskRoute,
     VersionRecord,
+    Warmed,
 )
 from adapter_registry.artefacts import ArtefactFolder
 from adapter_registry.changes import ChangeFeed
@@ -147,6 +148,25 @@ class Registry:
         replicas = self.replicas.in_force()
         await self._make_room()
         return Rerouted(**dict(route), replicas=replicas, pending=pending)
+
+    async def warm(self, task: str, version: int, *, by: str) -> Warmed:
+        """Has all connected replicas load the version into memory, and says how far they are with it.
+
+        Raises NotFoundError, IllegalTransitionError if it does not answer.
+        """
+        await self._apply(task, Move(version, Event.WARM), by=by)
+        revision = self.feed.revision
+        await self.replicas.wait(revision, self._bounds.wait_seconds)
+        pending = frozenset(self.replicas.pending(revision))
+        failed = self.replicas.troubled(f"{task}@{version}: ")
+        following = frozenset(self.replicas.in_force())
+        return Warmed(
+            task=task,
+            version=version,
+            ready=tuple(sorted(following - pending - failed.keys())),
+            failed=failed,
+            pending=tuple(sorted(pending - failed.keys())),
+        )
 
     async def unretire(self, task: str, version: int, *, by: str) -> VersionRecord:
         """Pushed again, as it were: to be probed. Raises NotFoundError, IllegalTransitionError."""

@@ -19,7 +19,7 @@ from adapter_registry.versions import State
 from prad.artefact import AdapterRecord, BaseModelRef
 
 ROUTES = """
-    SELECT t.task, t.routing, v.version, v.state, v.digest, v.pushed_at, a.method, a.base
+    SELECT t.task, t.routing, v.version, v.state, v.digest, v.pushed_at, v.warmed, a.method, a.base
     FROM tasks t JOIN versions v USING (task) JOIN adapters a USING (digest)
 """
 
@@ -83,6 +83,7 @@ def task_route(rows: list[sqlite3.Row]) -> TaskRoute:
             method=row["method"],
             base=BaseModelRef.model_validate_json(row["base"]),
             pushed_at=row["pushed_at"],
+            warmed=row["warmed"],
         )
         for row in rows
     )

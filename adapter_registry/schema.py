@@ -31,6 +31,7 @@ CREATE TABLE versions (
     state TEXT NOT NULL,
     reason TEXT NOT NULL,
     pushed_at TEXT NOT NULL,
+    warmed INTEGER NOT NULL DEFAULT 0,
     PRIMARY KEY (task, version)
 ) STRICT;
 CREATE TABLE history (
@@ -76,8 +77,9 @@ def _keep_routings(connection: sqlite3.Connection) -> None:
             connection.execute(HISTORY, made)
 
 
-def _keep_signatures(connection: sqlite3.Connection) -> None:
+def _keep_signatures_and_warmings(connection: sqlite3.Connection) -> None:
     connection.execute("ALTER TABLE adapters ADD COLUMN signatures TEXT NOT NULL DEFAULT '[]'")
+    connection.execute("ALTER TABLE versions ADD COLUMN warmed INTEGER NOT NULL DEFAULT 0")
 
 
 HISTORY = """
@@ -88,7 +90,7 @@ HISTORY = """
 MIGRATIONS: Mapping[int, Callable[[sqlite3.Connection], None]] = {
     1: _keep_routing_revisions,
     2: _keep_routings,
-    3: _keep_signatures,
+    3: _keep_signatures_and_warmings,
 }
 """What makes the next schema of this one."""
 

@@ -63,7 +63,7 @@ class SqliteStore:
             )
             _insert_adapter(db, adapter)
             db.execute(
-                "INSERT INTO versions VALUES (?, ?, ?, ?, '', ?)",
+                "INSERT INTO versions VALUES (?, ?, ?, ?, '', ?, 0)",
                 (task, number, adapter.digest, State.PUSHED, self._now()),
             )
             self._write_line(db, task, Change(number, Event.PUSH, None, State.PUSHED), by, "")
@@ -128,7 +128,7 @@ class SqliteStore:
                 adapter = StoredAdapter(*known, each.signatures)
                 _insert_adapter(db, adapter)
                 version = (each.task, each.version, each.digest, each.state, each.reason, each.pushed_at)
-                db.execute("INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?)", version)
+                db.execute("INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?, ?)", (*version, each.warmed))
             for name, line in loaded.lines:
                 _insert_line(db, name, line)
 
@@ -170,6 +170,9 @@ class SqliteStore:
                 (change.after, *why, task, change.version),
             )
             line = self._write_line(db, task, change, by, reason)
+            if line.event is Event.WARM:
+                warmed = (line.revision, task, line.version)
+                db.execute("UPDATE versions SET warmed = ? WHERE task = ? AND version = ?", warmed)
             if line.routing is not None:
                 db.execute("UPDATE tasks SET routing = ? WHERE task = ?", (schema.stored(line.routing), task))
 

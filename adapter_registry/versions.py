@@ -55,7 +55,7 @@ class State(StrEnum):
 
 
 class Event(StrEnum):
-    """What moves a version on, or changes a task's routing, or both."""
+    """What moves a version on, or changes a task's routing, or both; or is wanted of all replicas."""
 
     PUSH = "push"
     PROBE_OK = "probe_ok"
@@ -65,6 +65,7 @@ class Event(StrEnum):
     ALIAS = "alias"
     SHADOW = "shadow"
     ROLLBACK = "rollback"
+    WARM = "warm"
     RETIRE = "retire"
     UNRETIRE = "unretire"
     DELETE = "delete"
@@ -99,12 +100,14 @@ TRANSITIONS: Mapping[State, Mapping[Event, State]] = MappingProxyType(
             Event.PROBE_OK: State.VERIFIED,
             **_ROUTED,
             Event.SHADOW: State.VERIFIED,
+            Event.WARM: State.VERIFIED,
             Event.RETIRE: State.RETIRED,
         },
         State.ROUTABLE: {
             Event.PUSH: State.ROUTABLE,
             Event.PROBE_OK: State.ROUTABLE,
             **_ROUTED,
+            Event.WARM: State.ROUTABLE,
             Event.RETIRE: State.RETIRED,
         },
         State.RETIRED: {
@@ -134,7 +137,8 @@ def after(name: str, state: State, event: Event) -> State:
     legal = TRANSITIONS[state]
     if event in legal:
         return legal[event]
-    advice = _NOT_ROUTED.get(state) if event.routes else _ADVICE.get((state, event))
+    needs_answers = event.routes or event is Event.WARM
+    advice = _NOT_ROUTED.get(state) if needs_answers else _ADVICE.get((state, event))
     advice = advice or f"legal now: {', '.join(sorted(legal))}"
     raise IllegalTransitionError(
         f"{name} is {state}, which does not allow {event} ({advice})", param="version"

@@ -1,5 +1,5 @@
 """`prad adapter promote|split|alias|shadow|rollback|retire`: what a task's names mean; `events`, `status`:
-who changed it, and where it is in force."""
+who changed it, and where it is in force; `warm`: bring a version into memory there."""
 
 import re
 import time
@@ -9,6 +9,7 @@ import typer
 
 from adapter_registry.api import ReplicaList, Rerouted
 from adapter_registry.client import RegistryClient
+from adapter_registry.names import parse_name
 from adapter_registry.routing import WHOLE
 from prad_cli.operating import (
     DEFAULT_REGISTRY,
@@ -23,7 +24,7 @@ from prad_cli.operating import (
     talking,
     version_of,
 )
-from prad_cli.tables import described, show_events, show_replicas
+from prad_cli.tables import described, show_events, show_replicas, show_warmed
 
 _PAUSE_S = 0.2
 """Between two questions to a registry that waits hardly at all."""
@@ -185,6 +186,32 @@ def status(
         fail(f"not ready after {wait:g} s: {', '.join(found.pending)}")
 
 
+def warm(
+    name: Annotated[
+        str, typer.Argument(metavar="TASK[@N|@ALIAS]", help="A task: all that it means; or one version.")
+    ],
+    as_json: Json = False,
+    registry: Registry = DEFAULT_REGISTRY,
+) -> None:
+    """Have all prefill services load a version into memory now, so that no request has to wait for that.
+
+    Exit code 1 if it is not in memory everywhere. Versions that are used later may push it out again.
+    """
+    with talking(registry) as client:
+        task, which = parse_name(name)
+        versions = client.task(task).routing.split if which is None else [version_of(client, name)[1]]
+        if not versions:
+            fail(f"{task!r} has no version now; name one, as in {task}@1")
+        found = [client.warm(task, version) for version in versions]
+    if as_json:
+        print_json([each.model_dump(mode="json") for each in found])
+    else:
+        show_warmed(found)
+    cold = [f"{each.task}@{each.version}" for each in found if not each.ready or each.failed or each.pending]
+    if cold:
+        fail(f"{', '.join(cold)}: not in memory everywhere")
+
+
 COMMANDS = (
     (promote, "prad adapter promote support@2"),
     (split, "prad adapter split support 1=90 2=10"),
@@ -194,6 +221,7 @@ COMMANDS = (
     (retire, "prad adapter retire support@1"),
     (events, "prad adapter events support"),
     (status, "prad adapter status"),
+    (warm, "prad adapter warm support@2"),
 )
 """Each with how it is typed."""
 

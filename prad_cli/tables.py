@@ -6,7 +6,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from adapter_registry.api import ReplicaList, ReplicaState, TaskHistory, TaskRoute, VersionRecord
+from adapter_registry.api import (
+    ReplicaList,
+    ReplicaState,
+    TaskHistory,
+    TaskRoute,
+    VersionRecord,
+    Warmed,
+)
 from adapter_registry.names import PREVIOUS
 from adapter_registry.routing import Routing
 from adapter_registry.versions import State
@@ -106,6 +113,19 @@ def show_replicas(revision: int, found: ReplicaList) -> None:
         seen = replica.last_seen[:19].replace("T", " ")
         table.add_row(_literal(replica.name), state, known, seen, _literal("; ".join(replica.troubles)))
     _print_table(table)
+
+
+def show_warmed(found: Sequence[Warmed]) -> None:
+    for each in found:
+        name = f"{each.task}@{each.version}"
+        if each.ready:
+            print(f"{name} is in memory at {', '.join(each.ready)}")
+        for replica, why in each.failed.items():
+            print(f"{name} is not in memory at {replica}: {why}")
+        if each.pending:
+            print(f"{name} is not known to be in memory yet at {', '.join(each.pending)}")
+        if not (each.ready or each.failed or each.pending):
+            print("no prefill service follows the registry (start one: prad serve, or prad prefill)")
 
 
 def show_comparison(

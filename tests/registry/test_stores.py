@@ -165,6 +165,20 @@ def test_a_shadow_is_part_of_the_routing_and_ends_with_its_version(store, stored
     assert store.dump() == before
 
 
+def test_to_be_loaded_is_wanted_anew_each_time(store, stored_adapter):
+    verified(store, "a", stored_adapter(1))
+    store.push("a", stored_adapter(2))
+    for revision in (5, 6):
+        assert store.change("a", Move(1, Event.WARM), by="ada").versions[0].warmed == revision
+        (line,) = store.history("a", 1)
+        assert (line.event, line.version, line.before, line.after) == ("warm", 1, "routable", "routable")
+    assert store.task("a").routing.revision == 3, "which is no change of the routing"
+    assert [v.warmed for v in store.state().tasks[0].versions] == [6, 0]
+    with pytest.raises(IllegalTransitionError, match=r"a@2 is pushed, .* no prefill service has verified it"):
+        store.change("a", Move(2, Event.WARM))
+    assert store.revision() == 6
+
+
 def test_a_rollback_passes_what_a_forced_retire_led_back_to(store, stored_adapter):
     for task in "ab":
         for seed in (1, 2, 3):
@@ -271,6 +285,7 @@ def test_all_goes_from_one_store_to_another(store, source, new_store, stored_ada
     other.change("a", Move(2, Event.PROMOTE))
     other.change("a", Split({1: 1, 2: 2}))
     other.change("a", SetShadow({1: 0.5, 2: 12.25}))
+    other.change("a", Move(2, Event.WARM))
     other.change("a", Split({2: 1}))
     other.change("a", Move(1, Event.RETIRE))
     text = other.dump().model_dump_json()
