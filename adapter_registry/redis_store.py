@@ -2,7 +2,7 @@
 
     {prad}:registry         hash: schema, id, revision
     {prad}:tasks            hash: a task, its routing and its versions, as JSON
-    {prad}:adapters         hash: a digest, its record and files, as JSON
+    {prad}:adapters         hash: a digest, its record, its files and who signed them, as JSON
     {prad}:history:TASK@N   list: a version's history, as JSON
     {prad}:history:TASK     list: the task's changes of no version, likewise
     {prad}:changes          stream: every change of late, under its revision

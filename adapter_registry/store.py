@@ -20,6 +20,7 @@ from adapter_registry.api import (
 from adapter_registry.planning import Change, Wanted
 from adapter_registry.snapshot import Snapshot
 from prad.artefact import AdapterRecord
+from prad.artefact.signatures import MAX_SIGNATURES
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +62,12 @@ def told(change: Change, revision: int, *, at: str, by: str, reason: str) -> His
 
 
 def all_signatures(known: Iterable[SignedBy], more: Iterable[SignedBy]) -> tuple[SignedBy, ...]:
-    """One by each key; a later one with a name counts more than an earlier one."""
+    """One by each key, at most `MAX_SIGNATURES`: those with a name first, which an earlier one may get."""
     found: dict[str, SignedBy] = {}
     for each in (*known, *more):
         if each.name or each.key not in found:
             found[each.key] = each
-    return tuple(found.values())
+    return tuple(sorted(found.values(), key=lambda each: not each.name)[:MAX_SIGNATURES])
 
 
 class Store(Protocol):

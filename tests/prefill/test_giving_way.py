@@ -33,7 +33,7 @@ async def test_it_does_not_begin_while_anybody_waits_or_would_lose_an_adapter() 
     setting = Setting()
     async with setting.running():
         setting.passes.hold = asyncio.Event()
-        running = asyncio.create_task(anext(setting.engine.generate(request("first"))))
+        running = asyncio.create_task(setting.only_token(request("first", max_tokens=1)))
         await setting.until(lambda: setting.passes.ran)
         waiting = asyncio.create_task(setting.only_token(request("second", max_tokens=1)))
         await setting.idle()
@@ -50,7 +50,7 @@ async def test_who_comes_before_its_pass_goes_alone() -> None:
     setting = Setting()
     async with setting.running():
         setting.passes.hold = asyncio.Event()
-        first = asyncio.create_task(anext(setting.engine.generate(request("first"))))
+        first = asyncio.create_task(setting.only_token(request("first", max_tokens=1)))
         await setting.until(lambda: setting.passes.ran)
         shadow = asyncio.create_task(anext(setting.engine.generate(giving_way())))
         await setting.idle()
@@ -78,10 +78,14 @@ async def test_it_leaves_decode_when_others_find_no_room_there() -> None:
         await anext(tokens)
         await setting.idle()
         full.set()
-        live = asyncio.create_task(anext(setting.engine.generate(request("live"))))
+        tokens_of_live = setting.engine.generate(request("live"))
+        live = asyncio.create_task(anext(tokens_of_live))
         await refused(tokens)
         assert setting.link.cancelled == [("shadow", 1)]
         assert (await live).tokens[0].id == 40
+        await setting.idle()
+        setting.tell(1, "length", name="live")
+        assert [token.finish_reason async for token in tokens_of_live] == ["length"]
 
 
 async def test_it_does_not_wait_for_room_at_decode() -> None:

@@ -28,7 +28,8 @@ class TwoVersions(ScriptedEngine):
 
     def next_tokens(self, request: PromptRequest, outputs: Sequence[list[int]], step: int) -> list[Token]:
         script = self.script if request.version is None or request.version.version == 1 else self.other
-        return [Token(script[step] if step < len(script) else self.eos)] * request.choices
+        token = script[step] if step < len(script) else self.eos
+        return [Token(token, -0.5, ((token, -0.5),))] * request.choices
 
 
 @asynccontextmanager

@@ -80,7 +80,7 @@ def test_only_what_a_known_key_signed_is_taken(serving, strict, keys, adapter, t
         refused(registry, folder, f"signed by {eve.fingerprint}", "does not know", "bob@desk SHA256:")
         sign(folder, keys["ada"])
         pushed = push(registry, folder)
-        assert [each.name for each in pushed.signatures] == ["", "ada@desk"]
+        assert [each.name for each in pushed.signatures] == ["ada@desk", ""]
         stored = registry.data / "artefacts" / pushed.digest
         assert {path.name for path in stored.iterdir()} == {"prad.json", "adapter_model.safetensors"}
         (tmp_path / "known" / "ada.pub").unlink()
@@ -167,14 +167,11 @@ def test_an_export_with_a_made_up_signature_is_refused(serving, strict, keys, ad
     index.write_text(json.dumps(found), encoding="utf-8")
     with tarfile.open(file, "w") as tar:
         tar.add(index, "registry.json")
-        tar.add(
-            tmp_path / "out" / "artefacts", "artefacts", filter=lambda each: each if each.isfile() else None
-        )
         for path in (tmp_path / "out" / "artefacts").rglob("*.*"):
             tar.add(path, path.relative_to(tmp_path / "out"))
     ended = prad("registry", "import", file, "--data-dir", tmp_path / "elsewhere")
     assert ended.exit_code == 1
-    assert "support@1 has a signature that is not one of SHA256:" in str(ended.exception)
+    assert "support@1 has a signature that SHA256:" in str(ended.exception)
 
 
 def test_a_key_is_made_for_its_owner_alone(tmp_path, adapter):

@@ -174,7 +174,7 @@ def test_to_be_loaded_is_wanted_anew_each_time(store, stored_adapter):
         assert (line.event, line.version, line.before, line.after) == ("warm", 1, "routable", "routable")
     assert store.task("a").routing.revision == 3, "which is no change of the routing"
     assert [v.warmed for v in store.state().tasks[0].versions] == [6, 0]
-    with pytest.raises(IllegalTransitionError, match=r"a@2 is pushed, .* no prefill service has verified it"):
+    with pytest.raises(IllegalTransitionError, match=r"a@2 is pushed, .*no prefill service has verified it"):
         store.change("a", Move(2, Event.WARM))
     assert store.revision() == 6
 
@@ -273,6 +273,9 @@ def test_signatures_are_kept_with_the_files(store, stored_adapter):
     store.push("b", signed(adapter, "A"))
     assert [each.name for each in store.version("b", 1).signatures] == names, "nothing is forgotten"
     assert store.revision() == 2, "what was signed is no other version"
+    store.push("b", signed(adapter, *"CDEFGHIJKLMNOPQRSTUVW"))
+    assert len(found := store.version("b", 1).signatures) == 16
+    assert [each.name for each in found[:3]] == ["a", "b", ""], "those without a name go first"
 
 
 @pytest.mark.parametrize("source", ["sqlite", "redis"])
@@ -308,7 +311,7 @@ def test_all_goes_from_one_store_to_another(store, source, new_store, stored_ada
         (True, {"versions": []}, "a has no version 1"),
         (True, {"task": "b"}, "a@1 of b is another task's"),
         (False, {"revision": 9}, "or do not end at 9"),
-        (False, {"format": 3}, "Input should be 2"),
+        (False, {"format": 4}, "Input should be 3"),
     ],
 )
 def test_what_does_not_add_up_is_no_snapshot(new_store, stored_adapter, of_task, value, said):
