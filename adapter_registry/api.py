@@ -5,9 +5,10 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from adapter_registry.routing import Routing, Weights
+from adapter_registry.routing import Routing, Shares, Weights
 from adapter_registry.versions import Event, State
 from prad.artefact import AdapterRecord, BaseModelRef
+from prad.artefact.signatures import Signature
 
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 """SHA-256 in hexadecimal; also the name of a folder, so nothing else may pass."""
@@ -45,6 +46,13 @@ class Weighted(_Command):
     """Versions, each with its weight, a whole number; a request's sticky key draws one of them."""
 
 
+class Shadowed(_Command):
+    """Let requests for plain `task` also run under other versions, unseen by whoever asks."""
+
+    shares: Shares = Field(examples=[{"2": 5}])
+    """Versions, each with its share of the requests in percent, together at most 100; empty: no more."""
+
+
 class Aliased(_Command):
     """Let an alias mean a version."""
 
@@ -68,6 +76,18 @@ class StoredFile(_Answer):
     size: int
 
 
+class SignedBy(Signature):
+    """A signature over a version's digest. `name`: by which the registry knew the key when it was pushed,
+    of its own list of keys; empty: it had none."""
+
+    name: str = ""
+
+    @property
+    def who(self) -> str:
+        """For people."""
+        return f"{self.name} ({self.fingerprint})" if self.name else self.fingerprint
+
+
 class VersionRoute(_Answer):
     """One version, as routing needs it."""
 
@@ -77,6 +97,8 @@ class VersionRoute(_Answer):
     method: str
     base: BaseModelRef
     pushed_at: str
+    warmed: int = 0
+    """Revision of the last request to load it into memory; 0: there was none."""
 
 
 class TaskRoute(_Answer):
@@ -129,7 +151,7 @@ class TaskHistory(_Answer):
 
 class VersionRecord(_Answer):
     """Everything about one version. `reason` says why a probe failed; `current`: plain `task` means it, or is
-    divided between it and others."""
+    divided between it and others; `signatures`: of all who signed these files."""
 
     task: str
     version: int
@@ -142,11 +164,17 @@ class VersionRecord(_Answer):
     files: tuple[StoredFile, ...]
     tensors: int
     tensor_bytes: int
+    signatures: tuple[SignedBy, ...] = ()
     history: tuple[HistoryLine, ...]
 
     @property
     def name(self) -> str:
         return f"{self.task}@{self.version}"
+
+    @property
+    def warmed(self) -> int:
+        """See `VersionRoute.warmed`."""
+        return max((line.revision for line in self.history if line.event is Event.WARM), default=0)
 
 
 class Pushed(VersionRecord):
@@ -200,6 +228,17 @@ class ReplicaList(_Answer):
 
     replicas: tuple[Replica, ...]
     pending: tuple[str, ...] = ()
+
+
+class Warmed(_Answer):
+    """Where a version is in memory now, of the connected prefill replicas. `failed`: where not, and why;
+    `pending`: where it is not known yet."""
+
+    task: str
+    version: int
+    ready: tuple[str, ...] = Field(examples=[["prefill-a"]])
+    failed: dict[str, str] = Field(examples=[{"prefill-b": "there was no room in memory within 4 s"}])
+    pending: tuple[str, ...] = Field(examples=[["prefill-c"]])
 
 
 class ServerVersion(_Answer):

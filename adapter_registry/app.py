@@ -21,14 +21,16 @@ from adapter_registry.api import (
     Retire,
     RoutingState,
     ServerVersion,
+    Shadowed,
     TaskHistory,
     TaskRoute,
     VersionRecord,
+    Warmed,
     Weighted,
 )
 from adapter_registry.calls import MOST_CHARACTERS, MOST_TROUBLES
 from adapter_registry.errors import ForbiddenError, HostNotAllowedError, NotAReplicaError
-from adapter_registry.planning import Move, Rollback, SetAlias, Split, Wanted
+from adapter_registry.planning import Move, Rollback, SetAlias, SetShadow, Split, Wanted
 from adapter_registry.preconditions import REROUTING, By, IfMatch, etag
 from adapter_registry.registry import Follower, Registry
 from adapter_registry.settings import RegistrySettings
@@ -69,7 +71,7 @@ _NOT_NOW = _described({404: "No such task or version", 409: "The version's state
 _NOT_PUSHED = _described(
     {
         400: "The files are no usable adapter, or the task's name is none",
-        403: "A page of another origin asks, or local paths are off",
+        403: "It is not signed as it must be, a page of another origin asks, or local paths are off",
         413: "It is larger than max_upload_mib",
         507: "The disk is full, or nearly",
     }
@@ -196,7 +198,10 @@ def _pushing(registry: Registry, settings: RegistrySettings) -> APIRouter:
         responses={200: {"model": Pushed, "description": "These files are a version already"}, **_NOT_PUSHED},
     )
     async def push(task: str, request: Request, by: By, response: Response) -> Pushed:
-        """Upload an adapter's files as the next version; the same files again are the same version."""
+        """Upload an adapter's files as the next version; the same files again are the same version.
+
+        Who signed them travels as one more file, signature.json (prad adapter sign).
+        """
         await registry.require_room()
         with storing(), registry.files.stage() as staged:
             await uploads.receive(
@@ -247,6 +252,15 @@ def _changing(registry: Registry) -> APIRouter:
         """
         return await rerouted(task, Split(body.weights), seen, by, response)
 
+    @router.put("/tasks/{task}/shadow", responses=REROUTING)
+    async def shadow(task: str, body: Shadowed, seen: IfMatch, by: By, response: Response) -> Rerouted:
+        """Let some requests for plain `task` also run under other versions. Answers as promote does.
+
+        Whoever asks sees nothing of it, nor is it counted for them; prefill's metrics (prad_shadow_...) tell
+        how far both agree, and how long both take. It is dropped whenever live requests wait.
+        """
+        return await rerouted(task, SetShadow(body.shares), seen, by, response)
+
     @router.put("/tasks/{task}/aliases/{alias}", responses=REROUTING)
     async def set_alias(
         task: str, alias: str, body: Aliased, seen: IfMatch, by: By, response: Response
@@ -261,12 +275,20 @@ def _changing(registry: Registry) -> APIRouter:
 
     @router.post("/tasks/{task}/rollback", responses=REROUTING)
     async def rollback(task: str, seen: IfMatch, by: By, response: Response) -> Rerouted:
-        """Bring the routing before back: split and aliases. Once more goes one further back.
+        """Bring the routing before back: split, aliases and shadows. Once more goes one further back.
 
         Not safe to repeat blindly: send If-Match. 409 if there is none before, or a version that it names
         was retired. Answers as promote does.
         """
         return await rerouted(task, Rollback(), seen, by, response)
+
+    @router.post(VERSION + "/warm", responses=_NOT_NOW)
+    async def warm(task: str, version: Number, by: By) -> Warmed:
+        """Have all connected prefill replicas load a version into memory now: no request waits for it then.
+
+        Answers when it is there, or says where it is not. Others may push it out again: it is not pinned.
+        """
+        return await registry.warm(task, version, by=by)
 
     @router.post(VERSION + "/unretire", responses=_NOT_NOW)
     async def unretire(task: str, version: Number, by: By) -> VersionRecord:

@@ -5,8 +5,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from adapter_registry.api import VersionRecord
 from adapter_registry.errors import DigestMismatchError, FolderInUseError
 from prad.artefact import FILES, Artefact, ArtefactError, read_artefact
+from prad.artefact.signatures import Signature, Signatures, write_signatures
 
 
 def place(staged: Path, name: str) -> Path:
@@ -27,6 +29,13 @@ def read(staged: Path, digest: str, name: str) -> Artefact:
             f"the files of {name} have digest {arrived.digest}, expected {digest}; push the adapter again"
         )
     return arrived
+
+
+def place_signatures(staged: Path, record: VersionRecord) -> None:
+    """Who signed it goes beside its files, as it came."""
+    if record.signatures:
+        signatures = tuple(Signature(key=each.key, signature=each.signature) for each in record.signatures)
+        write_signatures(staged, Signatures(digest=record.digest, signatures=signatures))
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from adapter_registry.storage import storing
 from adapter_registry.store import StoredAdapter
 from adapter_registry.tenants import Tenant
 from prad.artefact import FILES, Artefact, ArtefactError, files_digest, read_servable
+from prad.artefact.signatures import SIGNATURES
 
 
 class ArtefactFolder:
@@ -138,7 +139,7 @@ def copy_local(source: Path, target: Path, limit: int) -> None:
         raise AdapterRefusedError(f"path must be absolute, got {str(source)!r}", param="path")
     total = 0
     try:
-        for path in (source / name for name in FILES if os.path.lexists(source / name)):
+        for path in filter(os.path.lexists, (source / name for name in (*FILES, SIGNATURES))):
             status = path.lstat()
             if not stat.S_ISREG(status.st_mode):
                 raise AdapterRefusedError(

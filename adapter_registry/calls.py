@@ -16,9 +16,11 @@ from adapter_registry.api import (
     Rerouted,
     Retire,
     RoutingState,
+    Shadowed,
     TaskHistory,
     TaskRoute,
     VersionRecord,
+    Warmed,
     Weighted,
 )
 from adapter_registry.names import check_alias, check_task
@@ -143,8 +145,17 @@ def alias(task: str, name: str, number: int | None, seen: int | None = None) -> 
     return Call("PUT", path, Rerouted, body=Aliased(version=number), wait=LONGEST_WAIT, seen=seen)
 
 
+def shadow(task: str, shares: Mapping[int, float], seen: int | None = None) -> Call[Rerouted]:
+    path, body = f"/v1/tasks/{check_task(task)}/shadow", Shadowed(shares=dict(shares))
+    return Call("PUT", path, Rerouted, body=body, wait=LONGEST_WAIT, seen=seen)
+
+
 def rollback(task: str, seen: int | None = None) -> Call[Rerouted]:
     return Call("POST", f"/v1/tasks/{check_task(task)}/rollback", Rerouted, wait=LONGEST_WAIT, seen=seen)
+
+
+def warm(task: str, number: int) -> Call[Warmed]:
+    return Call("POST", f"{version_path(task, number)}/warm", Warmed, wait=LONGEST_WAIT)
 
 
 def unretire(task: str, number: int) -> Call[VersionRecord]:

@@ -25,6 +25,7 @@ from adapter_registry.api import (
     TaskHistory,
     TaskRoute,
     VersionRecord,
+    Warmed,
 )
 from adapter_registry.cache import DEFAULT_CACHE_BYTES, AdapterCache
 from adapter_registry.calls import Call
@@ -232,9 +233,21 @@ class RegistryClient:
         """`task@name` means the version; None: nothing any more. Raises what `promote` raises."""
         return self._send(calls.alias(task, name, version, seen))
 
+    def shadow(self, task: str, shares: Mapping[int, float], *, seen: int | None = None) -> Rerouted:
+        """Requests for plain `task` also run under these versions, unseen; none: no more. `shares`: percents.
+
+        Raises what `promote` raises.
+        """
+        return self._send(calls.shadow(task, shares, seen))
+
     def rollback(self, task: str, *, seen: int | None = None) -> Rerouted:
         """The routing before is in force again. Raises RoutingChangedError, NoRoutingBeforeError."""
         return self._send(calls.rollback(task, seen))
+
+    def warm(self, task: str, version: int) -> Warmed:
+        """All connected replicas load the version into memory; how far they are. Raises NotFoundError,
+        IllegalTransitionError."""
+        return self._send(calls.warm(task, version))
 
     def unretire(self, task: str, version: int) -> VersionRecord:
         """Brings a retired version back, to be probed. Raises NotFoundError, IllegalTransitionError."""
@@ -245,7 +258,8 @@ class RegistryClient:
         return self._send(calls.delete(task, version))
 
     def pull(self, task: str, version: int, folder: Path) -> VersionRecord:
-        """Downloads the version's files into `folder`, which must be new or empty, all of them or none.
+        """Downloads the version's files into `folder`, which must be new or empty, all of them or none; and
+        who signed them, if somebody did.
 
         Raises NotFoundError, StoredFilesDamagedError, DigestMismatchError if what arrives is not what was
         pushed, FolderInUseError, OSError.
@@ -255,6 +269,7 @@ class RegistryClient:
             for file in record.files:
                 self._download(calls.file_path(task, version, file.name), arrivals.place(staged, file.name))
             arrivals.read(staged, record.digest, record.name)
+            arrivals.place_signatures(staged, record)
         return record
 
     def close(self) -> None:

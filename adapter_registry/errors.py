@@ -52,6 +52,12 @@ class HostNotAllowedError(ForbiddenError):
     code = "host_not_allowed"
 
 
+class SignatureRefusedError(ForbiddenError):
+    """A push is not signed as this registry wants it; nothing was stored."""
+
+    code = "signature_refused"
+
+
 class NotAReplicaError(ForbiddenError):
     """Who speaks as a prefill replica does not show the secret that replicas have."""
 
@@ -118,6 +124,12 @@ class StoreUnavailableError(RegistryError):
     """The registry's Redis cannot be used now. What replicas know already goes on being served."""
 
     code = "store_unavailable"
+
+
+class SigningKeysError(RegistryError):
+    """The keys that pushes must be signed with cannot be read: nothing is taken until they can."""
+
+    code = "signing_keys_unreadable"
 
 
 class StorageFullError(RegistryError):

@@ -23,6 +23,7 @@ from adapter_registry.storage import storing
 from adapter_registry.store import Store
 from adapter_registry.versions import State
 from prad.artefact import FILES
+from prad.artefact.signing import verifies
 
 _INDEX = "registry.json"
 _ARTEFACTS = "artefacts"
@@ -91,8 +92,19 @@ def _store(
         if adapter.digest != digest:
             raise ExportError(f"{path}: the files of adapter {digest} have digest {adapter.digest}")
         checked.append((arrived[digest], digest))
+    _require_signed(found, path)
     with files.kept(checked):
         store.load(found)
+
+
+def _require_signed(found: Snapshot, path: Path) -> None:
+    """That whoever is said to have signed something did."""
+    for version in found.versions:
+        for each in version.signatures:
+            if not verifies(each, version.digest):
+                raise ExportError(
+                    f"{path}: {version.name} has a signature that {each.fingerprint} did not make"
+                )
 
 
 def _needed(found: Snapshot) -> dict[str, list[str]]:

@@ -8,7 +8,8 @@ Pure: a store reads a `TaskView`, calls `plan`, and writes the `Change`s in one 
   else. Change the routing first, or force it. Forced, the split goes on with the others in it, else the
   latest other routable version takes over, and its aliases are gone. With none left the task does not
   answer, and says so to requests.
-- A rollback brings the whole routing before back: split and aliases.
+- A rollback brings the whole routing before back: split, aliases and shadows.
+- A shadow ends with its version: it answers nobody, so nobody has to be asked.
 """
 
 from collections.abc import Callable, Mapping
@@ -87,13 +88,21 @@ class SetAlias:
 
 
 @dataclass(frozen=True, slots=True)
+class SetShadow:
+    """Requests for plain `task` also run under these versions, each with its percent of them; empty: none."""
+
+    shares: Mapping[int, float]
+    event = Event.SHADOW
+
+
+@dataclass(frozen=True, slots=True)
 class Rollback:
     """The routing before is in force again."""
 
     event = Event.ROLLBACK
 
 
-Wanted = Move | Split | SetAlias | Rollback
+Wanted = Move | Split | SetAlias | SetShadow | Rollback
 Past = Callable[[int], Routing | None]
 """The routing that the task's change of a revision made; None: that made none."""
 
@@ -121,6 +130,10 @@ def plan(view: TaskView, wanted: Wanted, past: Past, *, expected: int | None = N
             return _routed(view, Event.SPLIT, view.routing.divided(weights), None)
         case SetAlias(alias, version):
             return _routed(view, Event.ALIAS, _aliased(view, alias, version), version)
+        case SetShadow(shares):
+            for number in sorted(shares):
+                after(view.name(number), view.state(number), Event.SHADOW)
+            return _routed(view, Event.SHADOW, view.routing.shadowed(shares), None)
         case Rollback():
             return _routed(view, Event.ROLLBACK, _before(view, past), None)
 
@@ -158,7 +171,7 @@ def _moved(view: TaskView, wanted: Move) -> tuple[Change, ...]:
     retiring = wanted.event is Event.RETIRE
     if retiring and not wanted.force:
         _require_unrouted(view, wanted.version)
-    if reached is before:
+    if reached is before and wanted.event is not Event.WARM:  # which is wanted anew each time
         return ()
     routing = view.routing.without(wanted.version) if retiring else None
     change = Change(wanted.version, wanted.event, before, reached, routing)
@@ -224,9 +237,10 @@ def _before(view: TaskView, past: Past) -> Routing:
 
     Raises NoRoutingBeforeError.
     """
+    answering = frozenset(n for n, state in view.states.items() if state.answers)
     before = view.routing.before
     found = None if before is None else past(before)
-    while found is not None and found.same(view.routing):
+    while found is not None and found.restored(answering).same(view.routing):
         before = found.before
         found = None if before is None else past(before)
     if found is None:
@@ -241,4 +255,4 @@ def _before(view: TaskView, past: Past) -> Routing:
             f"{', '.join(f'{view.name(n)}, which is {view.state(n)}' for n in gone)}: unretire it first "
             "(prad adapter unretire), or promote another version, or split"
         )
-    return found.restored(frozenset(n for n, state in view.states.items() if state.answers))
+    return found.restored(answering)

@@ -2,12 +2,19 @@
 
 from pydantic import BaseModel, ConfigDict
 
-from adapter_registry.api import HistoryLine, StoredFile, TaskRoute, VersionRecord, VersionRoute
+from adapter_registry.api import (
+    HistoryLine,
+    SignedBy,
+    StoredFile,
+    TaskRoute,
+    VersionRecord,
+    VersionRoute,
+)
 from adapter_registry.planning import Change, TaskView
 from adapter_registry.routing import Routing
 from adapter_registry.rows import no_task
 from adapter_registry.snapshot import TaskSnapshot
-from adapter_registry.store import StoredAdapter, history_line
+from adapter_registry.store import StoredAdapter, all_signatures, history_line
 from adapter_registry.versions import Event, State
 from prad.artefact import AdapterRecord
 
@@ -38,10 +45,18 @@ class StoredFiles(BaseModel):
     files: tuple[StoredFile, ...]
     tensors: int
     tensor_bytes: int
+    signatures: tuple[SignedBy, ...] = ()
 
     @property
     def nbytes(self) -> int:
         return sum(file.size for file in self.files)
+
+
+def with_signatures(adapter: StoredAdapter, text: str | bytes | None) -> StoredFiles:
+    """The adapter, with what is known (`text`) of who signed it."""
+    known = () if text is None else StoredFiles.model_validate_json(text).signatures
+    stored = StoredFiles.model_validate(adapter, from_attributes=True)
+    return stored.model_copy(update={"signatures": all_signatures(known, adapter.signatures)})
 
 
 def read(text: str | bytes | None) -> StoredTask | None:
@@ -88,7 +103,9 @@ def _after(known: StoredTask, line: HistoryLine) -> StoredTask:
     def changed(version: StoredVersion) -> StoredVersion:
         # what is deleted goes on saying why it had failed
         why = version.reason if line.event is Event.DELETE else line.reason
-        return version.model_copy(update={"state": line.after, "reason": why, "changed": line.revision})
+        warmed = line.revision if line.event is Event.WARM else version.warmed
+        update = {"state": line.after, "reason": why, "changed": line.revision, "warmed": warmed}
+        return version.model_copy(update=update)
 
     versions = tuple(changed(v) if v.version == line.version else v for v in known.versions)
     return known.model_copy(update={"versions": versions, "routing": line.routing or known.routing})
@@ -107,6 +124,7 @@ def record(task: StoredTask, version: StoredVersion, adapter: StoredFiles, lines
         files=adapter.files,
         tensors=adapter.tensors,
         tensor_bytes=adapter.tensor_bytes,
+        signatures=adapter.signatures,
         history=tuple(map(HistoryLine.model_validate_json, lines)),
     )
 
@@ -122,6 +140,7 @@ def loaded_task(task: TaskSnapshot) -> StoredTask:
             pushed_at=each.pushed_at,
             reason=each.reason,
             changed=each.history[-1].revision,
+            warmed=each.warmed,
         )
         for each in task.versions
     )

@@ -30,15 +30,18 @@ def migrate(client: Redis) -> None:
 def _migrated(client: Redis) -> bool:
     with client.pipeline() as pipe:
         redis_server.watch(pipe)
-        if not _is_older(pipe):
+        schema = _schema(pipe)
+        if schema >= SCHEMA:
             return True
-        tasks = [json.loads(text) for text in pipe.hgetall(TASKS).values()]
+        # since the second one there is only more to be kept, of which older data have none
+        found = pipe.hgetall(TASKS).values() if schema == 1 else ()
+        tasks = [json.loads(text) for text in found]
         histories = [_history(client, task) for task in tasks]
-        if not _is_older(pipe):  # what was read may be half of each
+        if _schema(pipe) != schema:  # what was read may be half of each
             return True
         pipe.multi()
-        for task, found in zip(tasks, histories, strict=True):
-            lines, routing = upgraded(found)
+        for task, history in zip(tasks, histories, strict=True):
+            lines, routing = upgraded(history)
             stored = StoredTask.model_validate({**task, "routing": routing})
             pipe.hset(TASKS, stored.task, stored.model_dump_json())
             for version in stored.versions:
@@ -53,8 +56,8 @@ def _migrated(client: Redis) -> bool:
         return True
 
 
-def _is_older(reader: Pipeline) -> bool:
-    return int(reader.hget(REGISTRY, "schema") or SCHEMA) < SCHEMA
+def _schema(reader: Pipeline) -> int:
+    return int(reader.hget(REGISTRY, "schema") or SCHEMA)
 
 
 def _history(client: Redis, task: dict[str, Any]) -> list[dict[str, Any]]:

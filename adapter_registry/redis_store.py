@@ -2,7 +2,7 @@
 
     {prad}:registry         hash: schema, id, revision
     {prad}:tasks            hash: a task, its routing and its versions, as JSON
-    {prad}:adapters         hash: a digest, its record and files, as JSON
+    {prad}:adapters         hash: a digest, its record, its files and who signed them, as JSON
     {prad}:history:TASK@N   list: a version's history, as JSON
     {prad}:history:TASK     list: the task's changes of no version, likewise
     {prad}:changes          stream: every change of late, under its revision
@@ -33,6 +33,7 @@ from adapter_registry.redis_records import (
     read,
     record,
     there,
+    with_signatures,
 )
 from adapter_registry.redis_schema import ADAPTERS, TASKS, history_key, migrate
 from adapter_registry.redis_server import REGISTRY, answering
@@ -226,12 +227,12 @@ class RedisStore:
                     found = read(pipe.hget(TASKS, task))
 
                     after, lines, answer = work(found, revision, self._past(found))
-                    if not lines:
+                    files = {} if adapter is None else _news(pipe, adapter)
+                    if not lines and not files:
                         return answer
                     pipe.multi()
-                    if adapter is not None:
-                        stored = StoredFiles.model_validate(adapter, from_attributes=True)
-                        pipe.hset(ADAPTERS, adapter.digest, stored.model_dump_json())
+                    if files:
+                        pipe.hset(ADAPTERS, mapping=files)
                     pipe.hset(TASKS, task, after.model_dump_json())
                     for line in lines:
                         _write_line(pipe, task, line)
@@ -272,6 +273,13 @@ class RedisStore:
         return {
             name: StoredFiles.model_validate_json(text or "") for name, text in zip(names, found, strict=True)
         }
+
+
+def _news(pipe: Pipeline, adapter: StoredAdapter) -> dict[Any, Any]:
+    """What is to be written of an adapter: nothing if all of it is known, who signed it included."""
+    known = pipe.hget(ADAPTERS, adapter.digest)
+    text = with_signatures(adapter, known).model_dump_json()
+    return {} if text == known else {adapter.digest: text}
 
 
 def _read_head(pipe: Pipeline) -> None:

@@ -17,6 +17,7 @@ from adapter_registry.api import (
     TaskHistory,
     TaskRoute,
     VersionRecord,
+    Warmed,
 )
 from adapter_registry.artefacts import ArtefactFolder
 from adapter_registry.changes import ChangeFeed
@@ -27,8 +28,9 @@ from adapter_registry.planning import Move, Wanted
 from adapter_registry.replicas import Replicas
 from adapter_registry.room import make_room
 from adapter_registry.settings import Bounds
+from adapter_registry.signers import Signers
 from adapter_registry.storage import require_free, storing
-from adapter_registry.store import Store
+from adapter_registry.store import Store, StoredAdapter
 from adapter_registry.versions import Event, State
 
 T = TypeVar("T")
@@ -61,8 +63,10 @@ class Registry:
         replicas: Replicas,
         metrics: Metrics,
         bounds: Bounds,
+        signers: Signers,
     ) -> None:
         self._store = store
+        self._signers = signers
         self._bounds = bounds
         self.files = files
         self.feed = feed
@@ -95,12 +99,13 @@ class Registry:
     async def push(self, task: str, staged: Path, *, by: str) -> Pushed:
         """Makes a version of the files in `staged`. `by`: who asks.
 
-        Raises InvalidTaskNameError, AdapterRefusedError, StorageFullError.
+        Raises InvalidTaskNameError, AdapterRefusedError, SignatureRefusedError, SigningKeysError,
+        StorageFullError.
         """
         check_task(task)
         try:
             async with asyncio.timeout(CHECK_SECONDS):
-                adapter = await asyncio.to_thread(self.files.check, staged)
+                adapter = await asyncio.to_thread(self._admit, staged)
         except TimeoutError:
             raise AdapterRefusedError(
                 f"the adapter was not read and checked in {CHECK_SECONDS:.0f} s", param="files"
@@ -115,6 +120,11 @@ class Registry:
         self.metrics.pushed(created=pushed.created)
         await self._make_room()
         return pushed
+
+    def _admit(self, staged: Path) -> StoredAdapter:
+        """What there is to store, once nothing is wrong with it. Raises what `push` raises of the files."""
+        adapter = self.files.check(staged)
+        return replace(adapter, signatures=self._signers.take(staged, adapter.digest))
 
     async def probe(self, task: str, version: int, probe: Probe) -> VersionRecord:
         """A replica's report. Raises NotFoundError, IllegalTransitionError."""
@@ -138,6 +148,25 @@ class Registry:
         replicas = self.replicas.in_force()
         await self._make_room()
         return Rerouted(**dict(route), replicas=replicas, pending=pending)
+
+    async def warm(self, task: str, version: int, *, by: str) -> Warmed:
+        """Has all connected replicas load the version into memory, and says how far they are with it.
+
+        Raises NotFoundError, IllegalTransitionError if it does not answer.
+        """
+        await self._apply(task, Move(version, Event.WARM), by=by)
+        revision = self.feed.revision
+        await self.replicas.wait(revision, self._bounds.wait_seconds)
+        pending = frozenset(self.replicas.pending(revision))
+        failed = self.replicas.troubled(f"{task}@{version}: ")
+        following = frozenset(self.replicas.in_force())
+        return Warmed(
+            task=task,
+            version=version,
+            ready=tuple(sorted(following - pending - failed.keys())),
+            failed=failed,
+            pending=tuple(sorted(pending - failed.keys())),
+        )
 
     async def unretire(self, task: str, version: int, *, by: str) -> VersionRecord:
         """Pushed again, as it were: to be probed. Raises NotFoundError, IllegalTransitionError."""

@@ -84,6 +84,15 @@ class Replicas:
         """The revision in force at each connected replica that follows."""
         return {name: seen.revision for name, seen in sorted(self._seen.items()) if self.knows(name)}
 
+    def troubled(self, prefix: str) -> dict[str, str]:
+        """The connected replicas with a trouble that begins so, and how that goes on."""
+        return {
+            name: trouble.removeprefix(prefix)
+            for name in self.in_force()
+            for trouble in self._seen[name].troubles
+            if trouble.startswith(prefix)
+        }
+
     def pending(self, revision: int) -> list[str]:
         """The connected replicas where an earlier revision is in force."""
         return [name for name, known in self.in_force().items() if known < revision]

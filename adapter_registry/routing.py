@@ -5,13 +5,18 @@
     task@canary      what the alias names
     task@previous    what plain `task` mostly meant before
 
+Beside that a share of the requests for plain `task` may run once more under other versions, which answers
+nobody: `shadow`.
+
 Pure. Every change makes another record, and keeps in `before` what a rollback would bring back.
 """
 
 from collections.abc import Mapping
+from hashlib import blake2b
+from math import log
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, computed_field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, computed_field
 from pydantic.config import JsonDict
 
 from adapter_registry.names import PREVIOUS
@@ -23,10 +28,21 @@ Weight = Annotated[int, Field(ge=1, le=1_000_000)]
 Weights = Annotated[dict[int, Weight], Field(min_length=1, max_length=16)]
 
 
+def _of_the_whole(shares: dict[int, float]) -> dict[int, float]:
+    if sum(shares.values()) > WHOLE:
+        raise ValueError(f"shares are percents of the same requests: expected at most {WHOLE} together")
+    return shares
+
+
+Share = Annotated[float, Field(gt=0, le=WHOLE, allow_inf_nan=False)]
+Shares = Annotated[dict[int, Share], Field(max_length=16), AfterValidator(_of_the_whole)]
+
+
 _EXAMPLE: JsonDict = {
     "revision": 41,
     "split": {"1": 90, "2": 10},
     "aliases": {"canary": 2},
+    "shadow": {"3": 5.0},
     "previous": None,
     "before": 37,
     "default": 1,
@@ -49,6 +65,9 @@ class Routing(BaseModel):
     """What plain `task` means: versions, each with its weight; none: the task does not answer."""
     aliases: Mapping[str, int] = {}
     """What `task@alias` means."""
+    shadow: Mapping[int, float] = {}
+    """Versions under which requests for plain `task` also run, unseen by whoever asks: each with its share,
+    in percent."""
     previous: int | None = None
     """What `task@previous` means: the default version before this one, while it answers."""
     before: int | None = None
@@ -61,7 +80,8 @@ class Routing(BaseModel):
 
     @property
     def named(self) -> frozenset[int]:
-        """Versions that an operator has routed requests to. `previous` follows by itself."""
+        """Versions that an operator has routed requests to. `previous` follows by itself, and shadows answer
+        nobody."""
         return frozenset(self.split) | frozenset(self.aliases.values())
 
     def meant(self, name: str) -> int | None:
@@ -78,7 +98,7 @@ class Routing(BaseModel):
 
     def same(self, other: "Routing") -> bool:
         """Whether both route alike."""
-        return (self.split, self.aliases) == (other.split, other.aliases)
+        return (self.split, self.aliases, self.shadow) == (other.split, other.aliases, other.shadow)
 
     def divided(self, weights: Mapping[int, int]) -> "Routing":
         """With plain `task` meaning these."""
@@ -92,6 +112,10 @@ class Routing(BaseModel):
             aliases={name: meant for name, meant in sorted(aliases.items()) if meant is not None}
         )
 
+    def shadowed(self, shares: Mapping[int, float]) -> "Routing":
+        """With these as its shadows; none: none."""
+        return self._next(shadow=dict(sorted(shares.items())))
+
     def without(self, version: int) -> "Routing":
         """As it goes on when the version ends; that is no step that a rollback could take back."""
         left = {number: weight for number, weight in self.split.items() if number != version}
@@ -99,6 +123,7 @@ class Routing(BaseModel):
             update={
                 "split": dict.fromkeys(left, WHOLE) if len(left) == 1 else left,
                 "aliases": {name: meant for name, meant in self.aliases.items() if meant != version},
+                "shadow": {number: share for number, share in self.shadow.items() if number != version},
                 "previous": None if self.previous == version else self.previous,
             }
         )
@@ -109,13 +134,15 @@ class Routing(BaseModel):
 
     def restored(self, answering: frozenset[int]) -> "Routing":
         """As it was, for a rollback; `answering`: the versions that can answer today."""
-        return self.model_copy(update={"previous": self.previous if self.previous in answering else None})
+        shadow = {number: share for number, share in self.shadow.items() if number in answering}
+        previous = self.previous if self.previous in answering else None
+        return self.model_copy(update={"previous": previous, "shadow": shadow})
 
     def at(self, revision: int) -> "Routing":
         """The same, made by the change of that revision."""
         return self.model_copy(update={"revision": revision})
 
-    def _next(self, **changed: Mapping[int, int] | Mapping[str, int]) -> "Routing":
+    def _next(self, **changed: Mapping[int, int] | Mapping[str, int] | Mapping[int, float]) -> "Routing":
         after = self.model_copy(update=changed)
         old, new = self.default, after.default
         previous = self.previous if old is None or old == new else old
@@ -124,3 +151,18 @@ class Routing(BaseModel):
             "before": self.revision if self.named else None,
         }
         return after.model_copy(update=update)
+
+
+def drawn(task: str, split: Mapping[int, int], key: str) -> int:
+    """The version of a split that a sticky key gets: the same here, elsewhere and after a restart.
+
+    Weighted rendezvous hashing: each version has a number in (0, 1] from task, key and version alone, and
+    -log of that, divided by its weight, is how late it comes; the first wins. So it is drawn in proportion to
+    its weight, and one whose weight grows beside the others' takes keys over and gives none away.
+    """
+
+    def lateness(version: int) -> float:
+        digest = blake2b(f"{task}\0{version}\0{key}".encode(errors="surrogatepass"), digest_size=8).digest()
+        return -log((int.from_bytes(digest) + 1) / 2**64) / split[version]
+
+    return min(split, key=lambda version: (lateness(version), version))

@@ -3,7 +3,14 @@
 import json
 import sqlite3
 
-from adapter_registry.api import HistoryLine, StoredFile, TaskRoute, VersionRecord, VersionRoute
+from adapter_registry.api import (
+    HistoryLine,
+    SignedBy,
+    StoredFile,
+    TaskRoute,
+    VersionRecord,
+    VersionRoute,
+)
 from adapter_registry.errors import TaskNotFoundError
 from adapter_registry.planning import TaskView
 from adapter_registry.routing import Routing
@@ -12,7 +19,7 @@ from adapter_registry.versions import State
 from prad.artefact import AdapterRecord, BaseModelRef
 
 ROUTES = """
-    SELECT t.task, t.routing, v.version, v.state, v.digest, v.pushed_at, a.method, a.base
+    SELECT t.task, t.routing, v.version, v.state, v.digest, v.pushed_at, v.warmed, a.method, a.base
     FROM tasks t JOIN versions v USING (task) JOIN adapters a USING (digest)
 """
 
@@ -76,6 +83,7 @@ def task_route(rows: list[sqlite3.Row]) -> TaskRoute:
             method=row["method"],
             base=BaseModelRef.model_validate_json(row["base"]),
             pushed_at=row["pushed_at"],
+            warmed=row["warmed"],
         )
         for row in rows
     )
@@ -92,6 +100,10 @@ def idle(row: sqlite3.Row) -> Idle:
     return Idle(row["task"], row["version"], row["digest"], nbytes)
 
 
+def signatures(row: sqlite3.Row) -> tuple[SignedBy, ...]:
+    return tuple(SignedBy.model_validate(each) for each in json.loads(row["signatures"]))
+
+
 def version_record(row: sqlite3.Row, current: bool, history: tuple[HistoryLine, ...]) -> VersionRecord:
     return VersionRecord(
         task=row["task"],
@@ -105,5 +117,6 @@ def version_record(row: sqlite3.Row, current: bool, history: tuple[HistoryLine, 
         files=tuple(StoredFile(**file) for file in json.loads(row["files"])),
         tensors=row["tensors"],
         tensor_bytes=row["tensor_bytes"],
+        signatures=signatures(row),
         history=history,
     )

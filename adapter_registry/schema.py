@@ -7,7 +7,7 @@ from adapter_registry.errors import CannotStartError
 from adapter_registry.routing import Routing
 from adapter_registry.upgrading import upgraded
 
-SCHEMA = 3
+SCHEMA = 4
 
 TABLES = """
 CREATE TABLE tasks (
@@ -21,7 +21,8 @@ CREATE TABLE adapters (
     record TEXT NOT NULL,
     files TEXT NOT NULL,
     tensors INTEGER NOT NULL,
-    tensor_bytes INTEGER NOT NULL
+    tensor_bytes INTEGER NOT NULL,
+    signatures TEXT NOT NULL DEFAULT '[]'
 ) STRICT;
 CREATE TABLE versions (
     task TEXT NOT NULL REFERENCES tasks,
@@ -30,6 +31,7 @@ CREATE TABLE versions (
     state TEXT NOT NULL,
     reason TEXT NOT NULL,
     pushed_at TEXT NOT NULL,
+    warmed INTEGER NOT NULL DEFAULT 0,
     PRIMARY KEY (task, version)
 ) STRICT;
 CREATE TABLE history (
@@ -75,6 +77,11 @@ def _keep_routings(connection: sqlite3.Connection) -> None:
             connection.execute(HISTORY, made)
 
 
+def _keep_signatures_and_warmings(connection: sqlite3.Connection) -> None:
+    connection.execute("ALTER TABLE adapters ADD COLUMN signatures TEXT NOT NULL DEFAULT '[]'")
+    connection.execute("ALTER TABLE versions ADD COLUMN warmed INTEGER NOT NULL DEFAULT 0")
+
+
 HISTORY = """
     INSERT INTO history (revision, task, version, event, before, after, routing, at, by, reason)
     VALUES (:revision, :task, :version, :event, :before, :after, :routing, :at, :by, :reason)
@@ -83,6 +90,7 @@ HISTORY = """
 MIGRATIONS: Mapping[int, Callable[[sqlite3.Connection], None]] = {
     1: _keep_routing_revisions,
     2: _keep_routings,
+    3: _keep_signatures_and_warmings,
 }
 """What makes the next schema of this one."""
 

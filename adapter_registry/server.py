@@ -19,6 +19,7 @@ from adapter_registry.replicas import Replicas
 from adapter_registry.room import make_room
 from adapter_registry.secret import ensure_secret
 from adapter_registry.settings import RegistrySettings
+from adapter_registry.signers import Signers
 from prad.http.server import KEEP_ALIVE_S, Server, bound
 
 
@@ -41,7 +42,7 @@ class RegistryServer:
             flags = "--host and --port (PRAD_REGISTRY_PORT)"
             self._socket = bound(settings.host, settings.port, CannotStartError, flags, backlog=1024)
             try:
-                secret = _secret(settings)
+                secret, signers = _secret(settings), Signers(settings.signing_keys)
             except CannotStartError:
                 self._socket.close()
                 raise
@@ -52,7 +53,7 @@ class RegistryServer:
         missing = files.sweep(store.digests)
         make_room(store, files, settings.bounds.retired_bytes)
         feed = ChangeFeed(store.revision(), settings.max_waiters, settings.max_waiters_per_client)
-        registry = Registry(store, files, feed, Replicas(), Metrics(), settings.bounds)
+        registry = Registry(store, files, feed, Replicas(), Metrics(), settings.bounds, signers)
         changes = RedisChanges(store, feed) if isinstance(store, RedisStore) else None
         self._warnings = [
             *store.warnings(),

@@ -54,6 +54,9 @@ class RegistrySettings(ServiceSettings):
     replica_secret_file: Path | None = None
     """File with the secret that prefill replicas must show (their registry_secret_file); written if there is
     none. On loopback nobody needs one if not given; elsewhere the registry does not start without."""
+    signing_keys: Path | None = None
+    """File, or folder of files, with the public keys (Ed25519) of those who may sign: a push that none of
+    them signed is refused. Read at every push. If not given, unsigned pushes are taken, and whoever signs."""
     allowed_hosts: str = ""
     """Further names that clients may call the registry by, separated by commas: a name, *.example.com for
     those below one, * for any. Addresses, and names without a dot, are always allowed."""

@@ -33,7 +33,7 @@ class TaskSnapshot(BaseModel):
             raise ValueError(f"{self.task} has versions {numbers}; expected 1, 2 and so on")
         answering = {version.version for version in self.versions if version.state.answers}
         previous = () if self.routing.previous is None else (self.routing.previous,)
-        named = self.routing.named.union(previous)
+        named = self.routing.named.union(previous, self.routing.shadow)
         if missing := sorted(named - answering):
             raise ValueError(f"{self.task} has no version {missing[0]} that answers, which its routing names")
         for version in self.versions:
@@ -47,7 +47,7 @@ class Snapshot(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: Literal[2] = 2
+    format: Literal[3] = 3
     revision: int
     tasks: tuple[TaskSnapshot, ...]
 
@@ -55,11 +55,14 @@ class Snapshot(BaseModel):
     @classmethod
     def _of_today(cls, data: Any) -> Any:
         """Also what an older program exported."""
-        older = isinstance(data, dict) and data.get("format") == 1
+        if not isinstance(data, dict):
+            return data
         try:
-            return upgraded_export(data) if older else data
+            data = upgraded_export(data) if data.get("format") == 1 else data
         except (KeyError, TypeError) as error:
             raise ValueError(f"an export of format 1 has another shape: {error!r}") from error
+        # since the second there is only more to be kept, of which an older export has none
+        return data | {"format": 3} if data.get("format") == 2 else data
 
     @model_validator(mode="after")
     def _adds_up(self) -> Self:

@@ -15,7 +15,7 @@ from adapter_registry.errors import CannotStartError
 from adapter_registry.planning import Change, Move, TaskView, Wanted, plan
 from adapter_registry.routing import Routing
 from adapter_registry.snapshot import Snapshot, require_empty, snapshot
-from adapter_registry.store import Idle, StoredAdapter, history_line
+from adapter_registry.store import Idle, StoredAdapter, all_signatures, history_line
 from adapter_registry.versions import Event, State
 
 
@@ -52,6 +52,7 @@ class SqliteStore:
                 (task, adapter.digest, State.RETIRED, State.DELETED),
             ).fetchone()[0]
             if known is not None:
+                _insert_adapter(db, adapter)
                 self._change(db, task, Move(known, Event.PUSH), by=by)
                 return int(known), False
             number = (
@@ -62,7 +63,7 @@ class SqliteStore:
             )
             _insert_adapter(db, adapter)
             db.execute(
-                "INSERT INTO versions VALUES (?, ?, ?, ?, '', ?)",
+                "INSERT INTO versions VALUES (?, ?, ?, ?, '', ?, 0)",
                 (task, number, adapter.digest, State.PUSHED, self._now()),
             )
             self._write_line(db, task, Change(number, Event.PUSH, None, State.PUSHED), by, "")
@@ -123,10 +124,11 @@ class SqliteStore:
                 routing = schema.stored(task.routing)
                 db.execute("INSERT INTO tasks (task, routing) VALUES (?, ?)", (task.task, routing))
             for each in loaded.versions:
-                adapter = StoredAdapter(each.digest, each.record, each.files, each.tensors, each.tensor_bytes)
+                known = (each.digest, each.record, each.files, each.tensors, each.tensor_bytes)
+                adapter = StoredAdapter(*known, each.signatures)
                 _insert_adapter(db, adapter)
                 version = (each.task, each.version, each.digest, each.state, each.reason, each.pushed_at)
-                db.execute("INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?)", version)
+                db.execute("INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?, ?)", (*version, each.warmed))
             for name, line in loaded.lines:
                 _insert_line(db, name, line)
 
@@ -168,6 +170,9 @@ class SqliteStore:
                 (change.after, *why, task, change.version),
             )
             line = self._write_line(db, task, change, by, reason)
+            if line.event is Event.WARM:
+                warmed = (line.revision, task, line.version)
+                db.execute("UPDATE versions SET warmed = ? WHERE task = ? AND version = ?", warmed)
             if line.routing is not None:
                 db.execute("UPDATE tasks SET routing = ? WHERE task = ?", (schema.stored(line.routing), task))
 
@@ -213,7 +218,7 @@ def _version(db: sqlite3.Connection, view: TaskView, version: int) -> VersionRec
 
 def _insert_adapter(db: sqlite3.Connection, adapter: StoredAdapter) -> None:
     db.execute(
-        "INSERT OR IGNORE INTO adapters VALUES (?, ?, ?, ?, ?, ?, ?)",
+        "INSERT OR IGNORE INTO adapters VALUES (?, ?, ?, ?, ?, ?, ?, '[]')",
         (
             adapter.digest,
             adapter.record.method,
@@ -224,3 +229,9 @@ def _insert_adapter(db: sqlite3.Connection, adapter: StoredAdapter) -> None:
             adapter.tensor_bytes,
         ),
     )
+    if not adapter.signatures:
+        return
+    known = db.execute("SELECT signatures FROM adapters WHERE digest = ?", (adapter.digest,)).fetchone()
+    signatures = all_signatures(rows.signatures(known), adapter.signatures)
+    text = json.dumps([each.model_dump() for each in signatures])
+    db.execute("UPDATE adapters SET signatures = ? WHERE digest = ?", (text, adapter.digest))

@@ -5,24 +5,34 @@ Every method is one transaction, is called from worker threads, and leaves the s
 `push` is called.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from adapter_registry.api import HistoryLine, RoutingState, StoredFile, TaskRoute, VersionRecord
+from adapter_registry.api import (
+    HistoryLine,
+    RoutingState,
+    SignedBy,
+    StoredFile,
+    TaskRoute,
+    VersionRecord,
+)
 from adapter_registry.planning import Change, Wanted
 from adapter_registry.snapshot import Snapshot
 from prad.artefact import AdapterRecord
+from prad.artefact.signatures import MAX_SIGNATURES
 
 
 @dataclass(frozen=True, slots=True)
 class StoredAdapter:
-    """A checked adapter whose files are stored under their digest."""
+    """A checked adapter whose files are stored under their digest, and who signed it."""
 
     digest: str
     record: AdapterRecord
     files: tuple[StoredFile, ...]
     tensors: int
     tensor_bytes: int
+    signatures: tuple[SignedBy, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +61,15 @@ def history_line(change: Change, revision: int, *, at: str, by: str, reason: str
     )
 
 
+def all_signatures(known: Iterable[SignedBy], more: Iterable[SignedBy]) -> tuple[SignedBy, ...]:
+    """One by each key, at most `MAX_SIGNATURES`: those with a name first, which an earlier one may get."""
+    found: dict[str, SignedBy] = {}
+    for each in (*known, *more):
+        if each.name or each.key not in found:
+            found[each.key] = each
+    return tuple(sorted(found.values(), key=lambda each: not each.name)[:MAX_SIGNATURES])
+
+
 class Store(Protocol):
     """Tasks, versions, history. `revision` grows with every change and never goes back.
 
@@ -62,6 +81,7 @@ class Store(Protocol):
         """The version number of these files, and whether it is new.
 
         Files that already are a version of this task, neither retired nor deleted, get that one's number.
+        Signatures are kept beside those of whoever signed the same files before.
         """
         ...
 

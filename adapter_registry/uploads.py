@@ -21,6 +21,7 @@ from adapter_registry.errors import (
     UploadTooLargeError,
 )
 from prad.artefact import FILES
+from prad.artefact.signatures import SIGNATURES
 
 MULTIPART_OVERHEAD = 64 << 10
 """Boundaries and headers of the parts, on top of the files' bytes."""
@@ -84,7 +85,7 @@ async def _receive_parts(request: Request, staged: Path, limit: int) -> None:
             if not isinstance(part, UploadFile):
                 raise InvalidRequestError(f"{field!r} is not a file", param=field)
             name = part.filename or ""
-            if name not in FILES:
+            if name not in (*FILES, SIGNATURES):
                 raise AdapterRefusedError(
                     f"an adapter has no file {name!r}; its files are {', '.join(FILES)}", param=field
                 )

@@ -10,7 +10,8 @@
        retired ── unretire ──▶ pushed (and is probed again)
        pushed, failed, retired ── delete ──▶ deleted (its files go, its record stays)
 
-A routing (promote, split, alias, rollback) names versions that answer; each becomes routable with it.
+A routing (promote, split, alias, rollback) names versions that answer; each becomes routable with it. Its
+shadows have to answer as well, and stay what they are.
 
 Probing again never takes a version away from traffic: once verified, another replica's `probe_failed` is
 refused (that replica is at fault, not the version). A failed version is probed again when the same files
@@ -54,7 +55,7 @@ class State(StrEnum):
 
 
 class Event(StrEnum):
-    """What moves a version on, or changes a task's routing, or both."""
+    """What moves a version on, or changes a task's routing, or both; or is wanted of all replicas."""
 
     PUSH = "push"
     PROBE_OK = "probe_ok"
@@ -62,7 +63,9 @@ class Event(StrEnum):
     PROMOTE = "promote"
     SPLIT = "split"
     ALIAS = "alias"
+    SHADOW = "shadow"
     ROLLBACK = "rollback"
+    WARM = "warm"
     RETIRE = "retire"
     UNRETIRE = "unretire"
     DELETE = "delete"
@@ -73,7 +76,7 @@ class Event(StrEnum):
         return self in ROUTING_EVENTS
 
 
-ROUTING_EVENTS = (Event.PROMOTE, Event.SPLIT, Event.ALIAS, Event.ROLLBACK)
+ROUTING_EVENTS = (Event.PROMOTE, Event.SPLIT, Event.ALIAS, Event.SHADOW, Event.ROLLBACK)
 _ROUTED = dict.fromkeys(ROUTING_EVENTS, State.ROUTABLE)
 
 TRANSITIONS: Mapping[State, Mapping[Event, State]] = MappingProxyType(
@@ -96,12 +99,15 @@ TRANSITIONS: Mapping[State, Mapping[Event, State]] = MappingProxyType(
             Event.PUSH: State.VERIFIED,
             Event.PROBE_OK: State.VERIFIED,
             **_ROUTED,
+            Event.SHADOW: State.VERIFIED,
+            Event.WARM: State.VERIFIED,
             Event.RETIRE: State.RETIRED,
         },
         State.ROUTABLE: {
             Event.PUSH: State.ROUTABLE,
             Event.PROBE_OK: State.ROUTABLE,
             **_ROUTED,
+            Event.WARM: State.ROUTABLE,
             Event.RETIRE: State.RETIRED,
         },
         State.RETIRED: {
@@ -131,7 +137,8 @@ def after(name: str, state: State, event: Event) -> State:
     legal = TRANSITIONS[state]
     if event in legal:
         return legal[event]
-    advice = _NOT_ROUTED.get(state) if event.routes else _ADVICE.get((state, event))
+    needs_answers = event.routes or event is Event.WARM
+    advice = _NOT_ROUTED.get(state) if needs_answers else _ADVICE.get((state, event))
     advice = advice or f"legal now: {', '.join(sorted(legal))}"
     raise IllegalTransitionError(
         f"{name} is {state}, which does not allow {event} ({advice})", param="version"

@@ -8,6 +8,7 @@ from adapter_registry.errors import RegistryError, RegistryUnreachableError
 from adapter_registry.probing import wait_probed
 from adapter_registry.versions import State
 from prad.artefact import ArtefactError, read_servable
+from prad.artefact.signatures import pushed_files
 
 
 def adapter_folders(folder: Path) -> list[Path]:
@@ -30,7 +31,7 @@ def push_all(folder: Path, registry: str) -> dict[str, str]:
                 if (path.name, artefact.digest) in known:
                     continue
                 with ExitStack() as opened:
-                    files = [(f.name, opened.enter_context(f.open("rb"))) for f in artefact.files]
+                    files = [(f.name, opened.enter_context(f.open("rb"))) for f in pushed_files(artefact)]
                     pushed = client.push(path.name, files)
                 seen = wait_probed(client, path.name, pushed.version, connect_seconds=60, probe_seconds=60)
             except RegistryUnreachableError:

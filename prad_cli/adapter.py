@@ -15,6 +15,7 @@ from adapter_registry.names import parse_name
 from adapter_registry.probing import NotProbedError, wait_probed
 from adapter_registry.versions import State
 from prad.artefact import ArtefactError, NotServableError, read_servable
+from prad.artefact.signatures import pushed_files
 from prad_cli.diff import diff
 from prad_cli.operating import (
     DEFAULT_REGISTRY,
@@ -28,6 +29,7 @@ from prad_cli.operating import (
     version_of,
 )
 from prad_cli.routing import COMMANDS
+from prad_cli.signing import sign
 from prad_cli.tables import show_task, show_tasks, show_version
 
 app = typer.Typer(
@@ -66,6 +68,8 @@ def push(
         pushed = _upload(client, folder, task)
         verb = "pushed" if pushed.created else "is there already, with these files"
         print(f"{pushed.name} {verb} ({pushed.record.method}, digest {pushed.digest[:12]}, {pushed.state})")
+        if pushed.signatures:
+            print(f"signed by {', '.join(each.who for each in pushed.signatures)}")
         if not wait:
             print(f"Its state: prad adapter show {pushed.name}{_flag(registry)}")
             return
@@ -149,13 +153,18 @@ def pull(
     print(f"{record.name} is in {folder} (digest {record.digest[:12]})")
 
 
+app.command(
+    epilog="Examples:\n\n[bold]prad adapter sign --generate --key ada.key[/bold]\n\n"
+    "[bold]prad adapter sign runs/support --key ada.key[/bold]"
+)(sign)
+
 for command, example in (*COMMANDS, (diff, "prad adapter diff support@1 support@2 --data test.jsonl")):
     app.command(epilog=f"Example: [bold]{example}[/bold]")(command)
 
 
 def _upload(client: RegistryClient, folder: Path, task: str) -> Pushed:
     try:
-        files = read_servable(folder).files
+        files = pushed_files(read_servable(folder))
     except NotServableError as error:
         fail(f"{folder}: {error}")
     except ArtefactError as error:

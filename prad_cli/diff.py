@@ -6,7 +6,7 @@ batch.
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -19,15 +19,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from prad.core.errors import PradError
 from prad.core.json_text import json_lines
+from prad.core.models import DEFAULT_MODEL
+from prad.http.asking import DEFAULT_API, answered, api_client
 from prad_cli.extras import installing
-from prad_cli.operating import Json, print_json
+from prad_cli.likelihood import ModelHere, Version, log_likelihoods
+from prad_cli.model import DEFAULT_CACHE, CacheOption, DeviceOption, DTypeOption, ModelOption
+from prad_cli.operating import DEFAULT_REGISTRY, Json, Registry, print_json, talking
 from prad_cli.tables import show_comparison
 
-DEFAULT_API = "http://127.0.0.1:8000"
 ANSWER_TOKENS = 64
 """At most, where neither --max-tokens nor the adapter says how many."""
-
-_TIMEOUT = httpx.Timeout(600, connect=10)
 
 Name = Annotated[
     str, typer.Argument(help="A task, a version or an alias: support, support@2, support@canary.")
@@ -83,6 +84,14 @@ class Comparison:
         """In percent."""
         return round(100 * (1 - len(self.changed) / len(self.lines)), 2)
 
+    def with_likelihoods(self, means: Sequence[float]) -> "Comparison":
+        """With the mean log-likelihood of a token of the right answers, by each, among the scores."""
+        first, second = (
+            {**scores, "log_likelihood": round(mean, 4)}
+            for scores, mean in zip(self.scores, means, strict=True)
+        )
+        return replace(self, scores=(first, second))
+
     def report(self) -> dict[str, Any]:
         return {
             "versions": [
@@ -115,11 +124,32 @@ def diff(
     ] = None,
     concurrency: Annotated[int, typer.Option(help="Prompts that are under way at once.", min=1)] = 16,
     show: Annotated[int, typer.Option(help="Print so many of the prompts that changed.", min=0)] = 10,
+    likelihood: Annotated[
+        bool,
+        typer.Option(
+            "--likelihood",
+            help="Also how likely each makes the right answers, a token of them on average: computed here, "
+            "with the server's model (--model, --dtype) and the versions' files from the registry.",
+        ),
+    ] = False,
+    registry: Registry = DEFAULT_REGISTRY,
+    model: ModelOption = DEFAULT_MODEL,
+    cache_dir: CacheOption = DEFAULT_CACHE,
+    dtype: DTypeOption = "bfloat16",
+    device: DeviceOption = "cpu",
     as_json: Json = False,
 ) -> None:
     """Compare two versions before one is promoted: agreement, scores, the prompts whose answers changed."""
     lines = read_lines(data, limit)
+    right = [(line.prompt, line.completion) for line in lines if line.completion is not None]
+    if likelihood and len(right) < len(lines):
+        raise DiffError(f'--likelihood needs a "completion" in every line of {data}')
     found = compare(url, (first, second), lines, max_tokens=max_tokens, concurrency=concurrency)
+    if likelihood:
+        here = ModelHere(model, cache_dir, dtype, device)
+        versions = [Version(side.task, side.version, side.digest) for side in found.sides]
+        with talking(registry) as client:
+            found = found.with_likelihoods(log_likelihoods(url, client, here, versions, right))
     if as_json:
         print_json(found.report())
         return
@@ -156,16 +186,8 @@ def compare(
     url: str, names: tuple[str, str], lines: Sequence[Line], *, max_tokens: int | None, concurrency: int
 ) -> Comparison:
     """Greedy answers. Raises DiffError."""
-    if not url.startswith(("http://", "https://")):
-        raise DiffError(f"expected a server's address like {DEFAULT_API}, got {url!r}")
-    connections = httpx.Limits(max_connections=2 * concurrency)
-    try:
-        opened = httpx.Client(
-            base_url=url.rstrip("/").removesuffix("/v1"), timeout=_TIMEOUT, limits=connections
-        )
-    except httpx.InvalidURL as error:
-        raise DiffError(f"{url!r} is no address of a server: {error}") from error
-    with opened as client, ThreadPoolExecutor(2 * concurrency) as pool:
+    many = 2 * concurrency
+    with api_client(url, many, DiffError) as client, ThreadPoolExecutor(many) as pool:
         sides = (_side(client, names[0], max_tokens), _side(client, names[1], max_tokens))
         if sides[0].name == sides[1].name:
             raise DiffError(f"{names[0]} and {names[1]} are both {sides[0].name}: name two versions")
@@ -182,7 +204,7 @@ def compare(
 
 def _side(client: httpx.Client, name: str, max_tokens: int | None) -> Side:
     """The version that a name means now: it is asked by its number, whatever becomes of the name."""
-    told = _answered(client, "GET", f"/v1/models/{quote(name)}").get("prad")
+    told = answered(client, DiffError, "GET", f"/v1/models/{quote(name)}").get("prad")
     if told is None:
         raise DiffError(f"{name} is the plain model: name two versions of a task")
     most = max_tokens or told["generation"].get("max_tokens") or ANSWER_TOKENS
@@ -194,7 +216,7 @@ def _side(client: httpx.Client, name: str, max_tokens: int | None) -> Side:
 
 
 def _ask(client: httpx.Client, side: Side, prompt: str) -> str:
-    found = _answered(client, "POST", "/v1/completions", {**side.body, "prompt": prompt})
+    found = answered(client, DiffError, "POST", "/v1/completions", {**side.body, "prompt": prompt})
     text: str = found["choices"][0]["text"]
     return text
 
@@ -210,24 +232,3 @@ def _scores(lines: Sequence[Line], answers: Sequence[str], side: Side) -> Mappin
 
     examples = without_end([Example.model_validate(line.model_dump()) for line in lines], side.end_token)
     return scores([Judged(example, answer) for example, answer in zip(examples, answers, strict=True)])
-
-
-def _answered(client: httpx.Client, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
-    """Raises DiffError."""
-    try:
-        response = client.request(method, path, json=body)
-    except httpx.HTTPError as error:
-        raise DiffError(
-            f"no answer from {client.base_url}: {error}. Start a server with: prad serve; or name another "
-            "with --url"
-        ) from error
-    if response.is_error:
-        raise DiffError(f"{client.base_url} answers {response.status_code}: {_reason(response)}")
-    return response.json()
-
-
-def _reason(response: httpx.Response) -> str:
-    try:
-        return str(response.json()["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return f"{response.text[:200]} (is this the address of the API?)"

@@ -40,7 +40,7 @@ Version = Annotated[
 def talking(url: str) -> Iterator[RegistryClient]:
     """A client; whatever the registry refuses becomes one line on stderr and exit code 1."""
     try:
-        with RegistryClient(url, operator=_operator()) as client:
+        with RegistryClient(url, operator=operator()) as client:
             yield client
     except RegistryUnreachableError as error:
         fail(f"{error}. Start one with: prad serve, or prad registry; or name another with --registry URL")
@@ -76,8 +76,8 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-def _operator() -> str:
-    """Who types this, for the registry's history."""
+def operator() -> str:
+    """Who types this, for the registry's history and behind a new key."""
     try:
         return f"{getpass.getuser()}@{socket.gethostname()}"
     except (KeyError, OSError):  # a container's user may have no name

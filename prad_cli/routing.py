@@ -1,5 +1,5 @@
-"""`prad adapter promote|split|alias|rollback|retire`: what a task's names mean; `events`, `status`: who
-changed it, and where it is in force."""
+"""`prad adapter promote|split|alias|shadow|rollback|retire`: what a task's names mean; `events`, `status`:
+who changed it, and where it is in force; `warm`: bring a version into memory there."""
 
 import re
 import time
@@ -9,6 +9,8 @@ import typer
 
 from adapter_registry.api import ReplicaList, Rerouted
 from adapter_registry.client import RegistryClient
+from adapter_registry.names import parse_name
+from adapter_registry.routing import WHOLE
 from prad_cli.operating import (
     DEFAULT_REGISTRY,
     Json,
@@ -22,12 +24,13 @@ from prad_cli.operating import (
     talking,
     version_of,
 )
-from prad_cli.tables import described, show_events, show_replicas
+from prad_cli.tables import described, show_events, show_replicas, show_warmed
 
 _PAUSE_S = 0.2
 """Between two questions to a registry that waits hardly at all."""
 
 _SHARE = re.compile(r"([1-9][0-9]*)=([1-9][0-9]*)")
+_PERCENT = re.compile(r"([1-9][0-9]*)=([0-9]{1,3}(?:\.[0-9]{1,6})?)%?")
 _SET = re.compile(r"([^=]+)=([1-9][0-9]*)")
 
 
@@ -88,8 +91,39 @@ def alias(
     _say(rerouted)
 
 
+def shadow(
+    task: Task,
+    shares: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[N=PERCENT...]", help="Versions and their share of the requests, e.g. 2=5%."),
+    ] = None,
+    off: Annotated[bool, typer.Option("--off", help="Under no other version any more.")] = False,
+    seen: Seen = None,
+    registry: Registry = DEFAULT_REGISTRY,
+) -> None:
+    """Let a share of the requests for plain TASK also run under another version, unseen by whoever asks.
+
+    Greedy, after the answer that they get, and only while nothing else waits; /metrics of the prefill service
+    (prad_shadow_...) say how far both agree and how long both take.
+    """
+    wanted: dict[int, float] = {}
+    for share in shares or ():
+        found = _PERCENT.fullmatch(share)
+        if found is None or int(found[1]) in wanted or not 0 < float(found[2]) <= WHOLE:
+            raise typer.BadParameter(
+                f"{share!r}: expected each version once, with its percent of the requests, as in 2=5%",
+                param_hint="N=PERCENT",
+            )
+        wanted[int(found[1])] = float(found[2])
+    if off is bool(wanted) or sum(wanted.values()) > WHOLE:
+        raise typer.BadParameter("expected shares of up to 100% together, as in 2=5%, or --off")
+    with talking(registry) as client:
+        rerouted = client.shadow(task, wanted, seen=seen)
+    _say(rerouted)
+
+
 def rollback(task: Task, seen: Seen = None, registry: Registry = DEFAULT_REGISTRY) -> None:
-    """Bring the routing before back, split and aliases. Once more goes one further back."""
+    """Bring the routing before back: split, aliases and shadows. Once more goes one further back."""
     with talking(registry) as client:
         rerouted = client.rollback(task, seen=seen)
     print("the routing before is in force again")
@@ -152,14 +186,42 @@ def status(
         fail(f"not ready after {wait:g} s: {', '.join(found.pending)}")
 
 
+def warm(
+    name: Annotated[
+        str, typer.Argument(metavar="TASK[@N|@ALIAS]", help="A task: all that it means; or one version.")
+    ],
+    as_json: Json = False,
+    registry: Registry = DEFAULT_REGISTRY,
+) -> None:
+    """Have all prefill services load a version into memory now, so that no request has to wait for that.
+
+    Exit code 1 if it is not in memory everywhere. Versions that are used later may push it out again.
+    """
+    with talking(registry) as client:
+        task, which = parse_name(name)
+        versions = client.task(task).routing.split if which is None else [version_of(client, name)[1]]
+        if not versions:
+            fail(f"{task!r} has no version now; name one, as in {task}@1")
+        found = [client.warm(task, version) for version in versions]
+    if as_json:
+        print_json([each.model_dump(mode="json") for each in found])
+    else:
+        show_warmed(found)
+    cold = [f"{each.task}@{each.version}" for each in found if not each.ready or each.failed or each.pending]
+    if cold:
+        fail(f"{', '.join(cold)}: not in memory everywhere")
+
+
 COMMANDS = (
     (promote, "prad adapter promote support@2"),
     (split, "prad adapter split support 1=90 2=10"),
     (alias, "prad adapter alias support canary=2"),
+    (shadow, "prad adapter shadow support 2=5%"),
     (rollback, "prad adapter rollback support"),
     (retire, "prad adapter retire support@1"),
     (events, "prad adapter events support"),
     (status, "prad adapter status"),
+    (warm, "prad adapter warm support@2"),
 )
 """Each with how it is typed."""
 

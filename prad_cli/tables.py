@@ -6,7 +6,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from adapter_registry.api import ReplicaList, ReplicaState, TaskHistory, TaskRoute, VersionRecord
+from adapter_registry.api import (
+    ReplicaList,
+    ReplicaState,
+    TaskHistory,
+    TaskRoute,
+    VersionRecord,
+    Warmed,
+)
 from adapter_registry.names import PREVIOUS
 from adapter_registry.routing import Routing
 from adapter_registry.versions import State
@@ -43,7 +50,10 @@ def described(task: TaskRoute) -> str:
     if routing.previous is not None:
         meant[PREVIOUS] = routing.previous
     aliases = "".join(f"\n{name}@{alias} is {name}@{number}" for alias, number in meant.items())
-    return f"{plain}{aliases}\nrouting at revision {routing.revision}"
+    shadow = "".join(
+        f"\n{share:g}% of them also run under {name}@{n}, unseen" for n, share in routing.shadow.items()
+    )
+    return f"{plain}{shadow}{aliases}\nrouting at revision {routing.revision}"
 
 
 def show_tasks(tasks: Sequence[TaskRoute]) -> None:
@@ -105,6 +115,19 @@ def show_replicas(revision: int, found: ReplicaList) -> None:
     _print_table(table)
 
 
+def show_warmed(found: Sequence[Warmed]) -> None:
+    for each in found:
+        name = f"{each.task}@{each.version}"
+        if each.ready:
+            print(f"{name} is in memory at {', '.join(each.ready)}")
+        for replica, why in each.failed.items():
+            print(f"{name} is not in memory at {replica}: {why}")
+        if each.pending:
+            print(f"{name} is not known to be in memory yet at {', '.join(each.pending)}")
+        if not (each.ready or each.failed or each.pending):
+            print("no prefill service follows the registry (start one: prad serve, or prad prefill)")
+
+
 def show_comparison(
     names: Sequence[str],
     scores: Sequence[Mapping[str, float]],
@@ -142,6 +165,7 @@ def show_version(record: VersionRecord) -> None:
         "licence": record.record.licence or "-",
         "description": record.record.description or "-",
         "pushed": record.pushed_at,
+        "signed by": ", ".join(each.who for each in record.signatures) or "nobody",
     }
     for key, value in rows.items():
         table.add_row(key, _literal(value))
@@ -167,7 +191,8 @@ def _shares(task: str, routing: Routing) -> str:
 
 def _made(task: str, routing: Routing) -> str:
     aliases = (f"{name}=@{number}" for name, number in routing.aliases.items())
-    return " ".join((_shares(task, routing), *aliases))
+    shadow = (f"shadow @{number}={share:g}%" for number, share in routing.shadow.items())
+    return " ".join((_shares(task, routing), *aliases, *shadow))
 
 
 def _states(task: TaskRoute) -> str:

@@ -1,27 +1,20 @@
 """The tasks that can be served now and their adapters: which version a request gets, and what is in memory.
 
-The catalogue is replaced whole at each change. The follower follows the adapter registry: what answers there
-is served here, what is new there is probed here. A version's adapter is loaded when first wanted.
+The catalogue is replaced whole at each change. A version's adapter is loaded when first wanted.
 """
 
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from hashlib import blake2b
-from math import log
-from random import uniform
+from random import random
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from adapter_registry.api import RoutingState, TaskRoute, VersionRoute
-from adapter_registry.client import DEFAULT_WAIT, AsyncRegistryClient
-from adapter_registry.errors import RegistryError, RegistryUnreachableError, StoreUnavailableError
 from adapter_registry.names import PREVIOUS
-from adapter_registry.routing import Routing
-from adapter_registry.versions import State
+from adapter_registry.routing import WHOLE, Routing, drawn
 from prad.artefact import Artefact
 from prefill_service.errors import InternalError, NotReadyError, UnknownModelError
 from prefill_service.prompt import TaskVersion
@@ -31,20 +24,22 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_RETRY_S = 0.5
-_AGAIN_S = 5.0
+AGAIN_S = 5.0
+"""After which what cannot be had is tried again."""
 _NOTHING: Mapping[int, str] = MappingProxyType({})
 _NAMED = 8  # tasks that an error message lists
 
 
 @dataclass(frozen=True, slots=True)
 class TaskVersions:
-    """One task: the versions that answer, and what its names mean, of the registry's routing. `missing`: what
-    answers by the registry and cannot be had here, and why."""
+    """One task: the versions that answer, and what its names mean, of the registry's routing. `shadow`: under
+    which requests also run, each with its percent; `missing`: what answers by the registry and cannot be had
+    here, and why."""
 
     versions: Mapping[int, TaskVersion]
     split: Mapping[int, int]
     aliases: Mapping[str, int]
+    shadow: Mapping[int, float]
     default: int | None
     revision: int
     missing: Mapping[int, str]
@@ -55,7 +50,8 @@ class TaskVersions:
     ) -> "TaskVersions":
         previous = {} if routing.previous is None else {PREVIOUS: routing.previous}
         aliases = {**routing.aliases, **previous}
-        return cls(versions, routing.split, aliases, routing.default, routing.revision, missing)
+        names = (routing.split, aliases, routing.shadow, routing.default)
+        return cls(versions, *names, routing.revision, missing)
 
     @property
     def aliases_here(self) -> Mapping[str, int]:
@@ -71,21 +67,6 @@ class TaskVersions:
         if name is None:
             return self.default if key is None or len(self.split) < 2 else drawn(task, self.split, key)
         return name if isinstance(name, int) else self.aliases.get(name)
-
-
-def drawn(task: str, split: Mapping[int, int], key: str) -> int:
-    """The version of a split that a sticky key gets: the same here, elsewhere and after a restart.
-
-    Weighted rendezvous hashing: each version has a number in (0, 1] from task, key and version alone, and
-    -log of that, divided by its weight, is how late it comes; the first wins. So it is drawn in proportion to
-    its weight, and one whose weight grows beside the others' takes keys over and gives none away.
-    """
-
-    def lateness(version: int) -> float:
-        digest = blake2b(f"{task}\0{version}\0{key}".encode(errors="surrogatepass"), digest_size=8).digest()
-        return -log((int.from_bytes(digest) + 1) / 2**64) / split[version]
-
-    return min(split, key=lambda version: (lateness(version), version))
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,11 +111,22 @@ class TaskCatalogue:
         if wanted is not None and wanted in found.missing:
             raise NotReadyError(
                 f"{task}@{wanted} is not here yet, and is fetched again {answering}: {found.missing[wanted]}",
-                retry_after=_AGAIN_S,
+                retry_after=AGAIN_S,
             )
         if name is None:
             raise UnknownModelError(f"task '{task}' has no current version {answering}")
         raise UnknownModelError(f"there is no {task}@{name} {answering}")
+
+    def shadow(self, task: str, live: TaskVersion) -> TaskVersion | None:
+        """The version under which a request for plain `task` that `live` answers also runs, drawn anew for
+        each; None, as a rule: under none."""
+        found = self._tasks[task]
+        at = random() * WHOLE if found.shadow else 0.0
+        for number, share in found.shadow.items():
+            if at < share:
+                return found.versions.get(number) if number != live.version else None
+            at -= share
+        return None
 
     def tasks(self) -> Sequence[TaskEntry]:
         return [
@@ -142,129 +134,6 @@ class TaskCatalogue:
             for name, task in sorted(self._tasks.items())
             if task.default is not None and task.default in task.versions
         ]
-
-
-Probe = Callable[[Artefact], Awaitable[None]]
-
-
-class RegistryFollower:
-    """`probe` runs an artefact on the model; whatever it raises fails the version."""
-
-    def __init__(self, client: AsyncRegistryClient, catalogue: TaskCatalogue, probe: Probe) -> None:
-        self._client = client
-        self._catalogue = catalogue
-        self._probe = probe
-        self._known: dict[tuple[str, int], TaskVersion] = {}
-        self._routings: dict[str, Routing] = {}
-        self._troubles: dict[str, str] = {}  # what cannot be had here, and why
-        self._state: RoutingState | None = None
-        self._in_force = 0  # the last revision of which everything could be had
-
-    async def run(self) -> None:
-        """Follows until cancelled. While the registry is away, the tasks known last go on being served."""
-        away = False
-        while True:
-            try:
-                state = await self._next_state()
-                if await self._adopt(state):
-                    self._in_force = state.revision
-                if self._state is None:  # now it is known which adapters on disk are in use
-                    await self._client.tidy()
-                self._state, self._catalogue.trouble = state, None
-                away = False
-            except RegistryError as error:  # away, or it refuses what replicas ask
-                if not away:
-                    logger.warning("%s; new versions are not seen until that is mended", error)
-                away = True
-                await asyncio.sleep(_RETRY_S * uniform(0.5, 1.5))
-            except Exception:  # whatever it was: the tasks known last go on being served
-                logger.exception("following the adapter registry failed")
-                await asyncio.sleep(_RETRY_S * uniform(0.5, 1.5))
-
-    async def _next_state(self) -> RoutingState:
-        """Waits for a change; what could not be had the last time is tried again sooner.
-
-        Asking tells the registry which revision is in force here, so it comes after everything else.
-        """
-        if self._state is None:
-            return await self._client.state()
-        after = self._state.revision
-        wait = DEFAULT_WAIT if self._in_force == after else _AGAIN_S
-        told = [f"{name}: {why}" for name, why in self._troubles.items()]
-        state = await self._client.changes(after, wait, in_force=self._in_force, troubles=told)
-        return state or self._state
-
-    async def _adopt(self, state: RoutingState) -> bool:
-        """Serves what answers in `state`, and probes one version that is new: its report is a change, with
-        which the next one's turn comes. Says whether everything could be had."""
-        self._troubles = {}
-        known, tasks, routings = {}, {}, {}
-        for route in state.tasks:
-            versions, missing = {}, {}
-            for version in route.versions:
-                if version.state.answers:
-                    found = await self._learn(route.task, version)
-                    if found is not None:
-                        versions[version.version] = known[route.task, version.version] = found
-                    else:
-                        missing[version.version] = self._troubles[f"{route.task}@{version.version}"]
-            if versions or missing:
-                routings[route.task] = self._routing(route, versions)
-                tasks[route.task] = TaskVersions.of(routings[route.task], versions, missing)
-        self._known, self._routings = known, routings
-        self._catalogue.replace(tasks)
-        for route in state.tasks:
-            for version in route.versions:
-                if version.state is State.PUSHED and await self._verify(route.task, version):
-                    return not self._troubles
-        return not self._troubles
-
-    def _routing(self, route: TaskRoute, versions: Mapping[int, TaskVersion]) -> Routing:
-        """The task's, if all that it names can be had here; else the one before, if that is so of it."""
-        before = self._routings.get(route.task)
-        if before is None or not before.named or route.routing.named <= versions.keys():
-            return route.routing
-        return before if before.named <= versions.keys() else route.routing
-
-    async def _learn(self, task: str, version: VersionRoute) -> TaskVersion | None:
-        """The version with its files, fetched if these are not here yet."""
-        known = self._known.get((task, version.version))
-        if known is not None and known.digest == version.digest:
-            return known
-        artefact = await self._fetch(task, version)
-        return None if artefact is None else TaskVersion(task, version.version, version.digest, artefact)
-
-    async def _verify(self, task: str, version: VersionRoute) -> bool:
-        """Loads and runs a pushed version, and reports how that went; False if its files cannot be had."""
-        artefact = await self._fetch(task, version)
-        if artefact is None:
-            return False
-        reason = ""
-        try:
-            if task == self._catalogue.base_name:
-                raise ValueError(f"'{task}' is the plain model's name here; push it as another task")
-            await self._probe(artefact)
-        except Exception as error:  # the files are anybody's: no way to fail may end the service
-            reason = str(error) or type(error).__name__
-        logger.info("probed %s@%d: %s", task, version.version, reason or "ok")
-        try:
-            await self._client.probe(task, version.version, ok=not reason, reason=reason)
-        except (RegistryUnreachableError, StoreUnavailableError):
-            raise
-        except RegistryError as error:  # retired meanwhile
-            logger.info("the probe of %s@%d is moot: %s", task, version.version, error)
-        return True
-
-    async def _fetch(self, task: str, version: VersionRoute) -> Artefact | None:
-        """None, and a line in the log, if the files of the version's digest cannot be had."""
-        try:
-            return await self._client.fetch(task, version.version, version.digest)
-        except (RegistryUnreachableError, StoreUnavailableError):
-            raise
-        except (RegistryError, OSError) as error:
-            logger.error("%s@%d cannot be had: %s", task, version.version, error)
-            self._troubles[f"{task}@{version.version}"] = str(error)
-            return None
 
 
 @dataclass(slots=True)
@@ -356,6 +225,11 @@ class Residents:
             return True
         in_use = sum(resident.nbytes for resident in self._residents.values() if _in_use(resident))
         return not in_use or in_use + artefact.nbytes(self._itemsize) <= self._capacity
+
+    def holds(self, artefact: Artefact) -> bool:
+        """Whether it is in memory, or fits there beside all others."""
+        there = artefact.digest in self._residents
+        return there or (not self._line and self.nbytes + artefact.nbytes(self._itemsize) <= self._capacity)
 
     def _start_loading(self, artefact: Artefact) -> _Resident:
         nbytes = artefact.nbytes(self._itemsize)

@@ -160,6 +160,8 @@ class PrefillEngine:
     def _turn_away(self, request: PromptRequest, deadline: float) -> None:
         """Raises OverloadedError if the queue has no place for it, or is not expected to reach it in time.
         Another one ends only for who does come in."""
+        if request.gives_way:
+            self._require_leisure(request)
         yields = None
         if self._scheduler.full(self._loading.total()):
             many, after_s = self.waiting, self._scheduler.expected_place()
@@ -184,6 +186,11 @@ class PrefillEngine:
                     retry_after=after_s,
                 ),
             )
+
+    def _require_leisure(self, request: PromptRequest) -> None:
+        """Raises OverloadedError if anybody waits, or somebody's adapter would have to leave for this."""
+        if self.waiting or (request.version and not self._residents.holds(request.version.artefact)):
+            raise OverloadedError("others wait, or their adapters take all room")
 
     def _at_deadline(self, prompt: Prompt) -> asyncio.TimerHandle:
         """One timer for all waits of a prompt: none of its tokens sets up its own."""

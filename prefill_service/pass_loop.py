@@ -8,7 +8,7 @@ deliver    first tokens to the client and, with Commit, to decode
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvtransfer.errors import TransferError
@@ -117,12 +117,21 @@ class PassLoop:
         chunks = self._scheduler.next_pass(self._clock())
         if not chunks:  # the oldest prompt waits for blocks that are still being sent
             await asyncio.sleep(_BLOCKS_PINNED_S)
+        if any(not chunk.prompt.request.gives_way for chunk in chunks):
+            self._clear_the_way(chunk.prompt for chunk in chunks)
         asking = [chunk.prompt for chunk in chunks if _asks_for_room(chunk.prompt)]
         rooms = await self._link.reserve(asking)
         admitted = self._admit(chunks, rooms)
         if self._scheduler.held_back or any(isinstance(room, NoRoom) for room in rooms.values()):
+            self._clear_the_way(list(self.live.values()))
             self._turn_away(self._clock() - self._settings.queue_timeout_s)
         return admitted
+
+    def _clear_the_way(self, prompts: Iterable[Prompt]) -> None:
+        """Others are about to run, or wait for room at decode: those end that give way."""
+        for prompt in prompts:
+            if prompt.request.gives_way:
+                self.fail(prompt, OverloadedError("others wait"))
 
     def _turn_away(self, before: float) -> None:
         """Ends who waits for room at decode since then, asked for in this turn or not."""
@@ -280,4 +289,5 @@ class PassLoop:
 
 
 def _asks_for_room(prompt: Prompt) -> bool:
-    return prompt.needs_decode and prompt.hand_off is None
+    ended = isinstance(prompt.state, Finished)
+    return prompt.needs_decode and prompt.hand_off is None and not ended

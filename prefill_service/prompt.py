@@ -51,6 +51,10 @@ class RoomWanted(NamedTuple):
         return all(own >= its for own, its in zip(self, other, strict=True))
 
 
+GIVING_WAY = "(gives way)"
+"""Whose turns prompts take that give way; no task has such a name."""
+
+
 @dataclass(frozen=True, slots=True)
 class PromptRequest:
     """One prompt of an HTTP request: (adapted prefix, plain continuation) and how to go on.
@@ -62,7 +66,7 @@ class PromptRequest:
     tells at once, at most; 1 if somebody waits for each. beams: how many hypotheses a beam search keeps, of
     which the `choices` best are the answers; None: tokens are drawn. cache_salt: only requests with the same
     one find each other's prompts in the prefix cache. answer: the id of the HTTP request, which had
-    `prompts` of them.
+    `prompts` of them. gives_way: nobody waits for it, so it ends (OverloadedError) where others would.
     """
 
     request_id: str
@@ -78,6 +82,7 @@ class PromptRequest:
     cache_salt: str | None = None
     answer: str = ""
     prompts: int = 1
+    gives_way: bool = False
 
     @property
     def virtual_tokens(self) -> int:
@@ -87,7 +92,9 @@ class PromptRequest:
     @property
     def task(self) -> str | None:
         """Who takes turns with others; None is the plain model. Nothing that a client makes up, as
-        `cache_salt`: many of these would be many turns."""
+        `cache_salt`: many of these would be many turns. What gives way takes none of its task's."""
+        if self.gives_way:
+            return GIVING_WAY
         return None if self.version is None else self.version.task
 
     @property
@@ -235,7 +242,7 @@ class Prompt:
 
     def block_keys(self, block_size: int) -> tuple[bytes, ...]:
         """Of the blocks that other requests may share."""
-        if self.whole:
+        if self.whole or self.request.gives_way:
             return ()
         salt, adapted, digest = self.request.cache_salt, None, None
         if self.adapter is not None:

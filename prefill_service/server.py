@@ -27,9 +27,10 @@ from prad.http.server import KEEP_ALIVE_S, Server, bound
 from prad.lm import LanguageModel, Tokenizer, load_served
 from prad.lm.kv import Pools, blocks_in
 from prefill_service.api import ApiAccess, ApiLimits, ModelInfo, bounded_protocol, create_app
-from prefill_service.catalogue import RegistryFollower, Residents, TaskCatalogue
+from prefill_service.catalogue import Residents, TaskCatalogue
 from prefill_service.decode_link import DecodeLink
 from prefill_service.engine import PrefillEngine
+from prefill_service.follower import RegistryFollower
 from prefill_service.passes import PassRunner, a_core_is_left
 from prefill_service.prompt import Prompt, PromptRequest
 from prefill_service.scheduler import PromptScheduler
@@ -99,8 +100,12 @@ async def _serve(
             adapter = await asyncio.to_thread(load, artefact)
             await parts.passes.probe(probe_prompt(artefact.record, adapter))
 
+        async def warm(artefact: Artefact) -> None:
+            async with residents.pinned(artefact):
+                pass
+
         catalogue = TaskCatalogue(settings.base_name)
-        follower = RegistryFollower(registry, catalogue, probe)
+        follower = RegistryFollower(registry, catalogue, probe, warm)
         metrics = CollectorRegistry()
         metrics.register(parts)
         limits = ApiLimits(

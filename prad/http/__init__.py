@@ -1,1 +1,1 @@
-"""What services that speak HTTP have in common, whatever they serve."""
+"""What services that speak HTTP have in common, whatever they serve, and what asks them."""

@@ -79,6 +79,20 @@ class CompletionLoss(nn.Module, ABC):
         return cross_entropy(logits, labels, reduction="none")
 
 
+def adapted_logits(
+    model: LanguageModel, adapter: Adapter, batch: PackedBatch, lengths: list[int], adapted: list[int]
+) -> Tensor:
+    """Of sequences of `lengths`, the first `adapted` tokens of each with the adapter."""
+    device, task_rows = batch.ids.device, None
+    if (table := adapter.task_embeddings) is not None:
+        (ids,), task_rows = split_task_tokens([table], [batch.ids.tolist()], device)
+        batch = replace(batch, ids=torch.tensor(ids, device=device))
+    adaptation = PromptAdaptation.of_prompts(
+        [adapter] * len(lengths), lengths, adapted, device, task_rows=task_rows
+    )
+    return model.forward(batch, adaptation)
+
+
 class AdapterTuning(CompletionLoss):
     """Trains one adapter through the contribution that serving computes.
 
@@ -112,14 +126,7 @@ class AdapterTuning(CompletionLoss):
     def logits(self, batch: PackedBatch, lengths: list[int], prompt_lengths: list[int]) -> Tensor:
         (model,) = self._model
         adapted = prompt_lengths if self._positions == "prompt" else lengths
-        adapter, device, task_rows = prepared(self.adapter, model), batch.ids.device, None
-        if (table := adapter.task_embeddings) is not None:
-            (ids,), task_rows = split_task_tokens([table], [batch.ids.tolist()], device)
-            batch = replace(batch, ids=torch.tensor(ids, device=device))
-        adaptation = PromptAdaptation.of_prompts(
-            [adapter] * len(lengths), lengths, adapted, device, task_rows=task_rows
-        )
-        return model.forward(batch, adaptation)
+        return adapted_logits(model, prepared(self.adapter, model), batch, lengths, adapted)
 
 
 class FullTuning(CompletionLoss):

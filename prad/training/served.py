@@ -8,6 +8,7 @@ from urllib.parse import quote
 import httpx
 
 from prad.core.errors import PradError
+from prad.http.asking import answered, api_client
 from prad.training.data import read_examples, without_end
 from prad.training.evaluate import ANSWER_TOKENS, Evaluation
 from prad.training.tracking import tracked
@@ -35,15 +36,7 @@ def evaluate_served(
     once. Raises DataError or ServerError.
     """
     examples = read_examples(data, limit)
-    if not url.startswith(("http://", "https://")):
-        raise ServerError(f"expected a server's address like http://127.0.0.1:8000, got {url!r}")
-    connections = httpx.Limits(max_connections=concurrency)
-    try:
-        base_url = url.rstrip("/").removesuffix("/v1")  # with which OpenAI's clients are told it
-        opened = httpx.Client(base_url=base_url, timeout=httpx.Timeout(600, connect=10), limits=connections)
-    except httpx.InvalidURL as error:
-        raise ServerError(f"{url!r} is no address of a server: {error}") from error
-    with opened as client, ThreadPoolExecutor(concurrency) as pool:
+    with api_client(url, concurrency, ServerError) as client, ThreadPoolExecutor(concurrency) as pool:
         told = {} if task is None else _task(client, task)
         examples = without_end(examples, told.get("end_token"))
         own = told.get("generation", {}).get("max_tokens")
@@ -64,7 +57,7 @@ def evaluate_served(
 
 def _task(client: httpx.Client, task: str) -> dict[str, Any]:
     """What the server tells of a task. Raises ServerError."""
-    described = _answered(client, "GET", f"/v1/models/{quote(task)}")
+    described = answered(client, ServerError, "GET", f"/v1/models/{quote(task)}")
     if "prad" not in described:
         raise ServerError(f"{task} is the plain model: it is asked where no task is named")
     told: dict[str, Any] = described["prad"]
@@ -72,23 +65,5 @@ def _task(client: httpx.Client, task: str) -> dict[str, Any]:
 
 
 def _ask(client: httpx.Client, body: dict[str, Any]) -> str:
-    text: str = _answered(client, "POST", "/v1/completions", body)["choices"][0]["text"]
+    text: str = answered(client, ServerError, "POST", "/v1/completions", body)["choices"][0]["text"]
     return text if "task" in body else text.removeprefix(" ")  # for a task the server leaves it out
-
-
-def _answered(client: httpx.Client, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-    """The JSON of an answer. Raises ServerError."""
-    try:
-        response = client.request(method, path, json=body)
-    except httpx.HTTPError as error:
-        raise ServerError(f"no answer from {client.base_url}: {error}") from error
-    if response.is_error:
-        raise ServerError(f"{client.base_url} answers {response.status_code}: {_reason(response)}")
-    return response.json()
-
-
-def _reason(response: httpx.Response) -> str:
-    try:
-        return str(response.json()["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return f"{response.text[:200]} (is this the address of the API?)"

@@ -56,11 +56,13 @@ class ModelInfo:
 @dataclass(frozen=True, slots=True)
 class Target:
     """`version` None is the plain model. `name`: as the client wrote it, and as the response repeats it;
-    `routing`: the revision of the task's routing that it was resolved by."""
+    `routing`: the revision of the task's routing that it was resolved by; `shadow`: the version under which
+    it also runs, unseen."""
 
     name: str
     version: TaskVersion | None
     routing: int | None = None
+    shadow: TaskVersion | None = None
 
     @property
     def record(self) -> AdapterRecord | None:
@@ -153,7 +155,11 @@ class Admission:
         name, param = _wanted(request, base_name)
         if name is None:
             return Target(base_name, None)
-        return Target(name, *find_version(self._catalogue, *split_name(name, param), param, key))
+        task, which = split_name(name, param)
+        version, routing = find_version(self._catalogue, task, which, param, key)
+        return Target(
+            name, version, routing, self._catalogue.shadow(task, version) if which is None else None
+        )
 
     async def completion(self, request: CompletionRequest, target: Target) -> Admitted:
         if len(request.prompt) > self._limits.max_prompts:

@@ -35,6 +35,7 @@ from prefill_service.api.requests import (
     Json,
 )
 from prefill_service.api.responses import Responder
+from prefill_service.api.shadow import Shadows
 from prefill_service.catalogue import TaskCatalogue, TaskVersions
 from prefill_service.prompt import Engine, TaskVersion
 
@@ -51,8 +52,9 @@ def create_app(
     """`registry`: shown at /metrics; the engine may hold its own metrics in the same one."""
     limits, access = limits or ApiLimits(), access or ApiAccess()
     admission = Admission(engine, catalogue, tokenizer, model, limits)
-    responder = Responder(engine, tokenizer, model.short_fingerprint)
     metrics = Metrics(registry or CollectorRegistry())
+    shadows = Shadows(engine, admission, metrics.registry)
+    responder = Responder(engine, tokenizer, model.short_fingerprint, shadows)
     metrics.registry.register(RoutingMetrics(catalogue))
     app = FastAPIOffline("/docs", None, title="PrAd server", version=_VERSION, responses=_FAILURES)
     app.openapi = partial(_described, app)  # type: ignore[method-assign]
@@ -88,12 +90,20 @@ class RoutingMetrics(Collector):
             "Of a version among those that a plain task means here.",
             labels=("task", "version", "digest"),
         )
+        shadows = GaugeMetricFamily(
+            "prad_task_shadow_percent",
+            "Of requests for a plain task, those that also run under a version.",
+            labels=("task", "version"),
+        )
         for entry in self._catalogue.tasks():
             revision.add_metric((entry.name,), entry.routed.revision)
             for number, weight in entry.routed.split.items():
                 if found := entry.routed.versions.get(number):
                     weights.add_metric((entry.name, str(number), found.digest), weight)
-        return revision, weights
+            for number, share in entry.routed.shadow.items():
+                if number in entry.routed.versions:
+                    shadows.add_metric((entry.name, str(number)), share)
+        return revision, weights, shadows
 
 
 def _described(app: FastAPI) -> dict[str, Any]:

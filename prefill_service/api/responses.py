@@ -28,6 +28,7 @@ from prefill_service.api.outcomes import (
     while_connected,
 )
 from prefill_service.api.requests import GenerationRequest, Json, Shape, StreamOptions
+from prefill_service.api.shadow import Shadows, Watched
 from prefill_service.api.text import ChoiceText, Delta, TokenScore, TokenScorer
 from prefill_service.errors import InternalError
 from prefill_service.prompt import Engine, PromptRequest
@@ -39,8 +40,9 @@ QUEUED_DELTAS = 64
 class Responder:
     """Starts the engine for a request, and answers. `fingerprint`: the answers' system_fingerprint."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, fingerprint: str) -> None:
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, fingerprint: str, shadows: Shadows) -> None:
         self._engine = engine
+        self._shadows = shadows
         self._tokenizer = tokenizer
         self._scorer = TokenScorer(tokenizer)
         self._fingerprint = fingerprint
@@ -51,7 +53,8 @@ class Responder:
         """Raises what the engine raises before its first token (streaming) or at all (in one piece)."""
         record = record_of(request)
         record.prompt_tokens = sum(len(prompt.prompt_ids) for prompt in admitted.prompts)
-        deltas = self._deltas(admitted, record)
+        watched = None if admitted.target.shadow is None else self._shadows.watch(wanted, admitted)
+        deltas = self._deltas(admitted, record, watched)
         shared: Json = {
             "id": admitted.id,
             "object": shape.chunk_object if wanted.stream else shape.whole_object,
@@ -72,13 +75,21 @@ class Responder:
         body = {**shared, "choices": whole, "usage": record.usage(), "prad": admitted.report()}
         return JsonResponse(body, headers=_headers(admitted))
 
-    def _deltas(self, admitted: Admitted, record: RequestRecord) -> AsyncGenerator[Delta, None]:
-        """Settled text of every choice, in the order it happens; its tokens are noted in `record`. Closing it
-        closes the engine's generators. Raises what they raise."""
-        return _merged([self._of_prompt(prompt, admitted.stop, record) for prompt in admitted.prompts])
+    def _deltas(
+        self, admitted: Admitted, record: RequestRecord, watched: Watched | None
+    ) -> AsyncGenerator[Delta, None]:
+        """Settled text of every choice, in the order it happens; its tokens are noted in `record`, those of
+        the first choice in `watched`. Closing it closes the engine's generators. Raises what they raise."""
+        first, *more = admitted.prompts
+        sources = [self._of_prompt(first, admitted.stop, record, watched)]
+        return _merged(sources + [self._of_prompt(prompt, admitted.stop, record) for prompt in more])
 
     async def _of_prompt(
-        self, request: PromptRequest, stop: tuple[str, ...], record: RequestRecord
+        self,
+        request: PromptRequest,
+        stop: tuple[str, ...],
+        record: RequestRecord,
+        watched: Watched | None = None,
     ) -> AsyncGenerator[Delta, None]:
         running = {choice: self._choice_text(request, stop) for choice in range(request.choices)}
         async with aclosing(self._engine.generate(request)) as tokens:
@@ -88,6 +99,8 @@ class Responder:
                     continue  # was under way when its choice was cancelled
                 record.count_token(out.cached_tokens)
                 delta = self._delta(request, out, text)
+                if watched is not None and out.choice == 0:
+                    watched.note(out.tokens[0].id, last=delta.finish_reason is not None)
                 if delta.finish_reason is not None:
                     del running[out.choice]
                 if delta.text or delta.scores or delta.finish_reason is not None:

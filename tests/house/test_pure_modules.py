@@ -28,6 +28,7 @@ LOADED = {
     "prefill_service.prompt": NOTHING,
     "prefill_service.scheduler": NOTHING,
     "prefill_service.catalogue": NOTHING,
+    "prefill_service.follower": NOTHING,
     "prefill_service.beams": NOTHING,
     "prefill_service.pass_loop": GRPC,
     "prefill_service.engine": GRPC,

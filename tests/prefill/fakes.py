@@ -162,11 +162,15 @@ class Passes:
 
 @dataclass
 class Residents:
-    """`loaded`: what loading an adapter waits for."""
+    """`loaded`: what loading an adapter waits for; `full`: whether others take all room."""
 
     loaded: asyncio.Event | None = None
+    full: bool = False
     pins: int = 0
     taken: int = 0
+
+    def holds(self, artefact: Artefact) -> bool:
+        return not self.full
 
     @asynccontextmanager
     async def pinned(self, artefact: Artefact) -> AsyncIterator[Any]:

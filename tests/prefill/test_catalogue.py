@@ -10,11 +10,12 @@ import pytest
 
 from adapter_registry.api import RoutingState, TaskRoute, VersionRoute
 from adapter_registry.errors import IllegalTransitionError, RegistryUnreachableError, StoredFilesDamagedError
-from adapter_registry.routing import Routing
+from adapter_registry.routing import Routing, drawn
 from adapter_registry.versions import State
-from prefill_service import catalogue as module
-from prefill_service.catalogue import RegistryFollower, TaskCatalogue, TaskVersions, drawn
+from prefill_service import follower as module
+from prefill_service.catalogue import TaskCatalogue, TaskVersions
 from prefill_service.errors import NotReadyError, UnknownModelError
+from prefill_service.follower import RegistryFollower
 from tests.prefill.fakes import version
 
 BASE = {"name": "tiny", "architecture": "llama", "weights": "tiny"}
@@ -95,11 +96,14 @@ async def sound(artefact: Any) -> None:
 
 
 async def followed(
-    registry: Registry, probe: Callable[[Any], Awaitable[None]] = sound, base: str = "plain"
+    registry: Registry,
+    probe: Callable[[Any], Awaitable[None]] = sound,
+    base: str = "plain",
+    load: Callable[[Any], Awaitable[None]] = sound,
 ) -> tuple[TaskCatalogue, RegistryFollower]:
     catalogue = TaskCatalogue(base)
     client: Any = registry
-    follower = RegistryFollower(client, catalogue, probe)
+    follower = RegistryFollower(client, catalogue, probe, load)
     assert catalogue.trouble is not None
     task = asyncio.create_task(follower.run())
     await registry.told.wait()
@@ -283,3 +287,49 @@ def test_a_key_is_drawn_as_it_was_on_any_machine_and_for_each_task_anew() -> Non
     keys = ("ada", "bob", "", "\ud800", "日本語", *map(str, range(20)))
     assert "".join(str(drawn("t", {1: 1, 2: 1}, key)) for key in keys) == "2222221111112122112221221"
     assert shares({1: 1, 2: 1}) != shares({1: 1, 2: 1}, "u")
+
+
+def warmed(revision: int, **versions: int) -> RoutingState:
+    told = state(revision, 1, **dict.fromkeys(versions, State.ROUTABLE))
+    (task,) = told.tasks
+    routes = tuple(v.model_copy(update={"warmed": versions[f"v{v.version}"]}) for v in task.versions)
+    return told.model_copy(update={"tasks": (task.model_copy(update={"versions": routes}),)})
+
+
+async def test_what_is_asked_to_be_in_memory_is_loaded_once() -> None:
+    loaded: list[str] = []
+
+    async def load(artefact: Any) -> None:
+        loaded.append(artefact.digest)
+
+    registry = Registry(
+        warmed(5, v1=4, v2=0),  # of an earlier life
+        warmed(6, v1=4, v2=6),
+        warmed(7, v1=4, v2=6),
+        warmed(9, v1=9, v2=8),
+        state(1, 1, v1=State.ROUTABLE, v2=State.ROUTABLE),  # its data are gone
+        warmed(2, v1=2, v2=0),
+    )
+    await followed(registry, load=load)
+    assert loaded == [digest(2), digest(1), digest(2), digest(1)]
+    assert registry.in_force == [5, 6, 7, 9, 1, 2], "told once it is there"
+    assert registry.troubles == []
+
+
+async def test_what_does_not_come_into_memory_is_told_and_delays_no_routing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "_WARM_S", 0.01)
+
+    async def load(artefact: Any) -> None:
+        if artefact.digest == digest(1):
+            raise ValueError("it does not load")
+        await asyncio.Event().wait()
+
+    registry = Registry(warmed(1, v1=0, v2=0), warmed(3, v1=2, v2=3))
+    await followed(registry, load=load)
+    assert registry.troubles == ["t@1: it does not load", "t@2: there was no room in memory within 0.01 s"]
+    assert registry.in_force == [1, 3]
+    registry = Registry(warmed(1, v1=0, v2=0), warmed(3, v1=2, v2=3), warmed(4, v1=2, v2=3))
+    await followed(registry, load=load)
+    assert registry.troubles == [], "it was wanted once"

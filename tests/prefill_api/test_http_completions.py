@@ -7,9 +7,9 @@ from typing import Any
 import httpx
 import pytest
 
-from adapter_registry.routing import Routing
+from adapter_registry.routing import Routing, drawn
 from prad.lm import Tokenizer
-from prefill_service.catalogue import TaskCatalogue, TaskVersions, drawn
+from prefill_service.catalogue import TaskCatalogue, TaskVersions
 
 PROMPT = "the food"
 

@@ -181,6 +181,21 @@ def test_split_alias_and_rollback(prad, registry, adapter):
     failed(prad("events", "nobody"), "there is no task 'nobody'")
 
 
+def test_a_shadow_is_set_shown_and_ended(prad, registry, adapter):
+    for seed in (1, 2):
+        registry.verified(adapter(seed))
+    seen = registry.client.task("support").routing.revision
+    unseen = "5% of them also run under support@2, unseen"
+    assert unseen in prad("shadow", "support", "2=5%", "--if-revision", str(seen)).stdout
+    failed(prad("shadow", "support", "2=1%", "--if-revision", str(seen)), "somebody changed it meanwhile")
+    assert unseen in prad("show", "support").stdout
+    assert "shadow @2=5%" in prad("events", "support").stdout
+    assert "0.5% of them" in prad("shadow", "support", "2=0.5").stdout
+    assert "unseen" not in prad("shadow", "support", "--off").stdout
+    assert "0.5% of them" in prad("rollback", "support").stdout
+    failed(prad("shadow", "support", "3=5%"), "support has no version 3")
+
+
 @pytest.mark.parametrize(
     "command",
     [
@@ -188,6 +203,12 @@ def test_split_alias_and_rollback(prad, registry, adapter):
         ["split", "support", "1=0"],
         ["split", "support", "1=1", "1=2"],
         ["split", "support", "one=1"],
+        ["shadow", "support"],
+        ["shadow", "support", "2"],
+        ["shadow", "support", "2=0%"],
+        ["shadow", "support", "2=101"],
+        ["shadow", "support", "1=60%", "2=60%"],
+        ["shadow", "support", "2=5%", "--off"],
         ["alias", "support"],
         ["alias", "support", "canary"],
         ["alias", "support", "canary=2", "--remove", "canary"],
@@ -197,6 +218,50 @@ def test_what_cannot_be_read_is_refused_before_it_is_sent(prad, command):
     refused = prad(*command)
     assert refused.exit_code == 2
     assert "expected" in refused.stderr
+
+
+def test_warm_says_where_a_version_is_in_memory(prad, registry, adapter):
+    for seed in (1, 2):
+        registry.verified(adapter(seed))
+    failed(prad("warm", "support@2"), "support@2: not in memory everywhere")
+    assert "no prefill service follows" in prad("warm", "support@2").stdout
+    stopped = threading.Event()
+
+    def follow(name, trouble):
+        revision = 0
+        while not stopped.is_set():
+            told = {"replica": name, "wait": 0.1, "after": revision, "trouble": trouble if revision else []}
+            answer = registry.http.get("/v1/changes", params=told)
+            revision = answer.json()["revision"] if answer.status_code == 200 else revision
+
+    replicas = [threading.Thread(target=follow, args=each) for each in (("a", []), ("b", []))]
+    for replica in replicas:
+        replica.start()
+    try:
+        while len(registry.client.warm("support", 1).ready) < 2:
+            pass
+        warm = prad("warm", "support@2")
+        assert (warm.exit_code, "support@2 is in memory at a, b" in warm.stdout) == (0, True)
+        assert "support@1 is in memory at a, b" in prad("warm", "support").stdout
+        told = json.loads(prad("warm", "support", "--json").stdout)
+        assert told == [{"task": "support", "version": 1, "ready": ["a", "b"], "failed": {}, "pending": []}]
+        replicas.append(threading.Thread(target=follow, args=("c", ["support@2: no room", "support@1: x"])))
+        replicas[-1].start()
+        while "c" not in registry.client.warm("support", 2).failed:
+            pass
+        cold = prad("warm", "support@2")
+        failed(cold, "support@2: not in memory everywhere")
+        assert "support@2 is not in memory at c: no room" in cold.stdout
+    finally:
+        stopped.set()
+        for replica in replicas:
+            replica.join()
+    events = prad("events", "support", "--latest", "1").stdout
+    assert "warm support@2" in events
+    failed(prad("warm", "support@3"), "support has no version 3")
+    registry.push(adapter(3))
+    failed(prad("warm", "support@3"), "no prefill service has verified it yet")
+    failed(prad("warm", "nobody"), "there is no task 'nobody'")
 
 
 def test_status_says_how_far_each_replica_is(prad, registry, adapter):
@@ -294,9 +359,12 @@ def test_errors_are_one_line(prad):
         ["promote"],
         ["split"],
         ["alias"],
+        ["shadow"],
+        ["sign"],
         ["rollback"],
         ["events"],
         ["status"],
+        ["warm"],
         ["diff"],
         ["retire"],
         ["unretire"],

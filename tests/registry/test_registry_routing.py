@@ -72,6 +72,7 @@ def test_a_routing_is_changed_over_http(registry, adapter):
     for method, path, body in (
         ("PUT", "split", {"weights": {"1": 90, "2": 10}}),
         ("PUT", "aliases/canary", {"version": 2}),
+        ("PUT", "shadow", {"shares": {"2": 5}}),
         ("POST", "versions/2/promote", None),
         ("POST", "rollback", None),
         ("DELETE", "aliases/canary", None),
@@ -84,8 +85,8 @@ def test_a_routing_is_changed_over_http(registry, adapter):
         tag = won.headers["etag"]
         assert won.json()["routing"] == registry.http.get("/v1/tasks/support").json()["routing"]
     assert won.json()["routing"]["split"] == {"1": 90, "2": 10}
-    events = registry.http.get("/v1/tasks/support/events", params={"latest": 5}).json()["events"]
-    assert [each["event"] for each in events] == ["split", "alias", "promote", "rollback", "alias"]
+    events = registry.http.get("/v1/tasks/support/events", params={"latest": 6}).json()["events"]
+    assert [each["event"] for each in events] == ["split", "alias", "shadow", "promote", "rollback", "alias"]
     assert {each["by"] for each in events} == {"ada"}
     registry.http.post("/v1/tasks/support/rollback")
     assert registry.client.history("support", 1).events[0].by == "127.0.0.1", "who does not say is where from"
@@ -101,6 +102,11 @@ def test_a_routing_is_changed_over_http(registry, adapter):
         ("PUT", "split", {"weights": {str(n): 1 for n in range(1, 18)}}, 400, "invalid_request"),
         ("PUT", "split", {"weights": {"9": 1}}, 404, "version_not_found"),
         ("PUT", "split", {"weights": {"2": 1}}, 409, "illegal_transition"),
+        ("PUT", "shadow", {"shares": {"1": 0}}, 400, "invalid_request"),
+        ("PUT", "shadow", {"shares": {"1": 60, "2": 60}}, 400, "invalid_request"),
+        ("PUT", "shadow", {"shares": {"9": 1}}, 404, "version_not_found"),
+        ("PUT", "shadow", {"shares": {"2": 1}}, 409, "illegal_transition"),
+        ("PUT", "shadow", {}, 400, "invalid_request"),
         ("PUT", "aliases/canary", {"version": 0}, 400, "invalid_request"),
         ("PUT", "aliases/canary", {"version": 2}, 409, "illegal_transition"),
         ("PUT", "aliases/2", {"version": 1}, 400, "invalid_request"),
@@ -229,6 +235,35 @@ def older_redis(url, found):
             client.hset("{prad}:tasks", task["task"], json.dumps(stored | {"versions": versions}))
 
 
+def test_what_the_last_schemas_stored_becomes_todays(new_store, stored_adapter, redis, tmp_path):
+    now = changed(new_store("sqlite"), stored_adapter)
+    before = json.loads(now.dump().model_dump_json()) | {"format": 2}
+    for task in before["tasks"]:
+        for version in task["versions"]:
+            del version["signatures"]
+    imported = SqliteStore(tmp_path / "imported.sqlite3")
+    imported.load(Snapshot.model_validate(before))
+    assert imported.dump() == now.dump()
+    imported.close()
+    with sqlite3.connect(tmp_path / "imported.sqlite3") as older:
+        older.execute("ALTER TABLE adapters DROP COLUMN signatures")
+        older.execute("ALTER TABLE versions DROP COLUMN warmed")
+        older.execute("PRAGMA user_version = 3")
+    older.close()
+    store = RedisStore(redis.url)
+    store.load(now.dump())
+    store.close()
+    with Redis.from_url(redis.url) as client:
+        for digest, text in client.hgetall("{prad}:adapters").items():
+            stored = json.loads(text)
+            del stored["signatures"]
+            client.hset("{prad}:adapters", digest, json.dumps(stored))
+        client.hset("{prad}:registry", "schema", 2)
+    for migrated in (SqliteStore(tmp_path / "imported.sqlite3"), RedisStore(redis.url)):
+        assert migrated.dump() == now.dump()
+        migrated.close()
+
+
 @pytest.mark.parametrize("kind", ["sqlite 1", "sqlite 2", "redis 1", "export 1"])
 def test_what_an_older_program_stored_becomes_todays(kind, new_store, stored_adapter, tmp_path, request):
     now = changed(new_store("sqlite"), stored_adapter)
@@ -280,7 +315,7 @@ def test_a_newer_schema_is_refused_and_the_way_out_named(data_dir):
     with sqlite3.connect(data_dir / "registry.sqlite3") as newer:
         newer.execute(f"PRAGMA user_version = {SCHEMA + 1}")
     newer.close()
-    with pytest.raises(CannotStartError, match=r"has schema 4, this program knows 3 .*registry export FILE"):
+    with pytest.raises(CannotStartError, match=r"has schema 5, this program knows 4 .*registry export FILE"):
         RegistryServer(RegistrySettings(port=0, data_dir=data_dir))
 
 

@@ -1,11 +1,12 @@
 """What a store promises, asked of each: SQLite, and a real Redis."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 from pydantic import ValidationError
 
-from adapter_registry.api import HistoryLine
+from adapter_registry.api import HistoryLine, SignedBy
 from adapter_registry.errors import (
     IllegalTransitionError,
     NoRoutingBeforeError,
@@ -14,7 +15,7 @@ from adapter_registry.errors import (
     TaskNotFoundError,
     VersionNotFoundError,
 )
-from adapter_registry.planning import Move, Rollback, SetAlias, Split
+from adapter_registry.planning import Move, Rollback, SetAlias, SetShadow, Split
 from adapter_registry.snapshot import Snapshot
 from adapter_registry.versions import Event, State
 
@@ -141,6 +142,43 @@ def test_a_routing_is_one_record_and_its_history_is_kept(store, stored_adapter):
         store.history("b")
 
 
+def test_a_shadow_is_part_of_the_routing_and_ends_with_its_version(store, stored_adapter):
+    for seed in (1, 2, 3):
+        verified(store, "a", stored_adapter(seed))
+    first = store.change("a", SetShadow({2: 5.0, 3: 0.5}), by="ada").routing
+    assert (first.split, first.shadow, first.before) == ({1: 100}, {2: 5.0, 3: 0.5}, 3)
+    states = [v.state for v in store.task("a").versions]
+    assert states == [State.ROUTABLE, State.VERIFIED, State.VERIFIED], "they answer nobody"
+    (line,) = store.history("a", 1)
+    assert (line.event, line.by, line.version, line.routing) == ("shadow", "ada", None, first)
+    assert store.change("a", SetShadow({2: 5.0, 3: 0.5})).routing == first, "it is so already"
+    assert store.change("a", Move(3, Event.PROMOTE)).routing.shadow == first.shadow
+    assert store.change("a", Move(2, Event.RETIRE)).routing.shadow == {3: 0.5}, "unasked, and no step back"
+    back = store.change("a", Rollback()).routing
+    assert (back.split, back.shadow) == ({1: 100}, {3: 0.5}), "without who cannot answer any more"
+    assert store.change("a", SetShadow({})).routing.shadow == {}
+    before = store.dump()
+    with pytest.raises(
+        IllegalTransitionError, match=r"a@2 is retired, which does not allow shadow .unretire"
+    ):
+        store.change("a", SetShadow({2: 1.0}))
+    assert store.dump() == before
+
+
+def test_to_be_loaded_is_wanted_anew_each_time(store, stored_adapter):
+    verified(store, "a", stored_adapter(1))
+    store.push("a", stored_adapter(2))
+    for revision in (5, 6):
+        assert store.change("a", Move(1, Event.WARM), by="ada").versions[0].warmed == revision
+        (line,) = store.history("a", 1)
+        assert (line.event, line.version, line.before, line.after) == ("warm", 1, "routable", "routable")
+    assert store.task("a").routing.revision == 3, "which is no change of the routing"
+    assert [v.warmed for v in store.state().tasks[0].versions] == [6, 0]
+    with pytest.raises(IllegalTransitionError, match=r"a@2 is pushed, .*no prefill service has verified it"):
+        store.change("a", Move(2, Event.WARM))
+    assert store.revision() == 6
+
+
 def test_a_rollback_passes_what_a_forced_retire_led_back_to(store, stored_adapter):
     for task in "ab":
         for seed in (1, 2, 3):
@@ -209,21 +247,55 @@ def test_idle_are_those_whose_files_nobody_needs(store, stored_adapter):
     assert store.digests() == {shared.digest, own.digest}
 
 
+def signed(adapter, *names):
+    """As if by somebody with a key of that letter; an upper-case one has no name here."""
+    by = (
+        SignedBy(
+            key=f"{name.upper() * 43}=",
+            signature=f"{name.upper() * 86}==",
+            name=name if name.islower() else "",
+        )
+        for name in names
+    )
+    return replace(adapter, signatures=tuple(by))
+
+
+def test_signatures_are_kept_with_the_files(store, stored_adapter):
+    adapter = stored_adapter(1)
+    store.push("a", adapter)
+    assert store.version("a", 1).signatures == ()
+    assert store.push("a", signed(adapter, "A")) == (1, False)
+    assert [each.name for each in store.version("a", 1).signatures] == [""]
+    assert store.push("a", signed(adapter, "b", "a")) == (1, False)
+    names = [each.name for each in store.version("a", 1).signatures]
+    assert names == ["a", "b"], "the same key has a name now"
+    store.push("a", adapter)
+    store.push("b", signed(adapter, "A"))
+    assert [each.name for each in store.version("b", 1).signatures] == names, "nothing is forgotten"
+    assert store.revision() == 2, "what was signed is no other version"
+    store.push("b", signed(adapter, *"CDEFGHIJKLMNOPQRSTUVW"))
+    assert len(found := store.version("b", 1).signatures) == 16
+    assert [each.name for each in found[:3]] == ["a", "b", ""], "those without a name go first"
+
+
 @pytest.mark.parametrize("source", ["sqlite", "redis"])
 def test_all_goes_from_one_store_to_another(store, source, new_store, stored_adapter):
     other = new_store(source, "other")
-    verified(other, "a", stored_adapter(1))
+    verified(other, "a", signed(stored_adapter(1), "a", "B"))
     verified(other, "a", stored_adapter(2))
     other.push("b", stored_adapter(1))
     other.change("b", Move(1, Event.PROBE_FAILED), reason="no")
     other.change("a", Move(2, Event.PROMOTE))
     other.change("a", Split({1: 1, 2: 2}))
+    other.change("a", SetShadow({1: 0.5, 2: 12.25}))
+    other.change("a", Move(2, Event.WARM))
     other.change("a", Split({2: 1}))
     other.change("a", Move(1, Event.RETIRE))
     text = other.dump().model_dump_json()
     store.load(Snapshot.model_validate_json(text))
     assert store.dump() == other.dump()
     assert (store.state(), store.idle(), store.digests()) == (other.state(), other.idle(), other.digests())
+    assert [each.name for each in store.version("a", 1).signatures] == ["a", ""]
     with pytest.raises(NotEmptyError, match="this registry has 2 tasks already"):
         store.load(other.dump())
     assert store.push("c", stored_adapter(3)) == other.push("c", stored_adapter(3)) == (1, True)
@@ -239,7 +311,7 @@ def test_all_goes_from_one_store_to_another(store, source, new_store, stored_ada
         (True, {"versions": []}, "a has no version 1"),
         (True, {"task": "b"}, "a@1 of b is another task's"),
         (False, {"revision": 9}, "or do not end at 9"),
-        (False, {"format": 3}, "Input should be 2"),
+        (False, {"format": 4}, "Input should be 3"),
     ],
 )
 def test_what_does_not_add_up_is_no_snapshot(new_store, stored_adapter, of_task, value, said):

@@ -14,7 +14,7 @@ from hypothesis.stateful import (
 )
 
 from adapter_registry.errors import RegistryError
-from adapter_registry.planning import Move, Rollback, SetAlias, Split, TaskView, plan
+from adapter_registry.planning import Move, Rollback, SetAlias, SetShadow, Split, TaskView, plan
 from adapter_registry.redis_store import RedisStore
 from adapter_registry.routing import Routing
 from adapter_registry.sqlite import SqliteStore
@@ -154,6 +154,10 @@ def machine(redis, stored_adapter):
         def alias(self, task, alias, version):
             self.all_change(task, SetAlias(alias, version))
 
+        @rule(task=TASKS, shares=st.dictionaries(VERSIONS, st.sampled_from([0.5, 5.0, 20.0]), max_size=2))
+        def shadow(self, task, shares):
+            self.all_change(task, SetShadow(shares))
+
         @rule(task=TASKS)
         def rollback(self, task):
             before = self.model.tasks[task]["routing"] if task in self.model.tasks else None
@@ -192,6 +196,7 @@ def machine(redis, stored_adapter):
                 states = {number: v["state"] for number, v in known["versions"].items()}
                 assert all(states[number] is State.ROUTABLE for number in routing.named)
                 assert routing.previous is None or states[routing.previous].answers
+                assert all(states[number].answers for number in routing.shadow)
 
         def teardown(self):
             self.close()

@@ -78,6 +78,19 @@ def test_it_shows_what_would_change(
         )
         assert scored.scores[1]["exact_match"] == 100 > scored.scores[0]["exact_match"]
 
+        own = ["--registry", running.registry, "--model", tiny_model("llama"), "--dtype", "float32"]
+        likely = prad("diff", "red@1", "red@2", *at, "--likelihood", *own, "--json")
+        means = [side["scores"]["log_likelihood"] for side in json.loads(likely.stdout)["versions"]]
+        assert means[1] < 0
+        assert means[1] > means[0], "its own answers are likelier under it"
+        other = prad("diff", "red@1", "red@2", *at, "--likelihood", *own[:-1], "bfloat16")
+        assert "has another model than" in str(other.exception)
+        assert "in bfloat16: name that one with --model and --dtype" in str(other.exception)
+        data.write_text(json.dumps({"prompt": "t1"}), encoding="utf-8")
+        without = prad("diff", "red@1", "red@2", *at, "--likelihood", *own)
+        assert 'needs a "completion" in every line' in str(without.exception)
+        data.write_text("".join(json.dumps(line) + "\n" for line in right), encoding="utf-8")
+
         for names, said in (
             (("red", "red@1"), "red and red@1 are both red@1"),
             (("red@1", "red@9"), "there is no red@9"),

@@ -15,9 +15,9 @@ import pytest
 from adapter_registry.api import Rerouted
 from adapter_registry.client import RegistryClient
 from adapter_registry.probing import wait_probed
+from adapter_registry.routing import drawn
 from local_stack.stack import answers
 from prad.lm import LanguageModel
-from prefill_service.catalogue import drawn
 from tests.conftest import RunningStack, StackMaker, random_artefact
 
 PROMPT = [5, 17, 40, 3, 99, 23]

@@ -1,0 +1,172 @@
+"""Following the adapter registry: what answers there is served here, what is new there is probed here.
+
+Each state that it tells becomes the catalogue; asking for the next one says that it has, and names what could
+not be had.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from random import uniform
+
+from adapter_registry.api import RoutingState, TaskRoute, VersionRoute
+from adapter_registry.client import DEFAULT_WAIT, AsyncRegistryClient
+from adapter_registry.errors import RegistryError, RegistryUnreachableError, StoreUnavailableError
+from adapter_registry.routing import Routing
+from adapter_registry.versions import State
+from prad.artefact import Artefact
+from prefill_service.catalogue import AGAIN_S, TaskCatalogue, TaskVersions
+from prefill_service.prompt import TaskVersion
+
+logger = logging.getLogger(__name__)
+
+_RETRY_S = 0.5
+_WARM_S = 4.0
+"""How long versions may take to come into memory on request: other changes wait for that."""
+
+Probe = Callable[[Artefact], Awaitable[None]]
+Load = Callable[[Artefact], Awaitable[None]]
+
+
+class RegistryFollower:
+    """`probe` runs an artefact on the model; whatever it raises fails the version. `load` brings its adapter
+    into memory, where it stays as others do."""
+
+    def __init__(
+        self, client: AsyncRegistryClient, catalogue: TaskCatalogue, probe: Probe, load: Load
+    ) -> None:
+        self._client = client
+        self._catalogue = catalogue
+        self._probe = probe
+        self._load = load
+        self._known: dict[tuple[str, int], TaskVersion] = {}
+        self._routings: dict[str, Routing] = {}
+        self._troubles: dict[str, str] = {}  # what cannot be had here, and why
+        self._cold: dict[str, str] = {}  # what did not come into memory when that was asked for, and why
+        self._state: RoutingState | None = None
+        self._in_force = 0  # the last revision of which everything could be had
+
+    async def run(self) -> None:
+        """Follows until cancelled. While the registry is away, the tasks known last go on being served."""
+        away = False
+        while True:
+            try:
+                state = await self._next_state()
+                if await self._adopt(state):
+                    self._in_force = state.revision
+                await self._warm(state)
+                if self._state is None:  # now it is known which adapters on disk are in use
+                    await self._client.tidy()
+                self._state, self._catalogue.trouble = state, None
+                away = False
+            except RegistryError as error:  # away, or it refuses what replicas ask
+                if not away:
+                    logger.warning("%s; new versions are not seen until that is mended", error)
+                away = True
+                await asyncio.sleep(_RETRY_S * uniform(0.5, 1.5))
+            except Exception:  # whatever it was: the tasks known last go on being served
+                logger.exception("following the adapter registry failed")
+                await asyncio.sleep(_RETRY_S * uniform(0.5, 1.5))
+
+    async def _next_state(self) -> RoutingState:
+        """Waits for a change; what could not be had the last time is tried again sooner.
+
+        Asking tells the registry which revision is in force here, so it comes after everything else.
+        """
+        if self._state is None:
+            return await self._client.state()
+        after = self._state.revision
+        wait = DEFAULT_WAIT if self._in_force == after else AGAIN_S
+        told = [f"{name}: {why}" for name, why in (*self._troubles.items(), *self._cold.items())]
+        state = await self._client.changes(after, wait, in_force=self._in_force, troubles=told)
+        return state or self._state
+
+    async def _adopt(self, state: RoutingState) -> bool:
+        """Serves what answers in `state`, and probes one version that is new: its report is a change, with
+        which the next one's turn comes. Says whether everything could be had."""
+        self._troubles = {}
+        known, tasks, routings = {}, {}, {}
+        for route in state.tasks:
+            versions, missing = {}, {}
+            for version in route.versions:
+                if version.state.answers:
+                    found = await self._learn(route.task, version)
+                    if found is not None:
+                        versions[version.version] = known[route.task, version.version] = found
+                    else:
+                        missing[version.version] = self._troubles[f"{route.task}@{version.version}"]
+            if versions or missing:
+                routings[route.task] = self._routing(route, versions)
+                tasks[route.task] = TaskVersions.of(routings[route.task], versions, missing)
+        self._known, self._routings = known, routings
+        self._catalogue.replace(tasks)
+        for route in state.tasks:
+            for version in route.versions:
+                if version.state is State.PUSHED and await self._verify(route.task, version):
+                    return not self._troubles
+        return not self._troubles
+
+    async def _warm(self, state: RoutingState) -> None:
+        """Loads what somebody asked to since the state before. Not what was asked for before this service
+        followed: that was of others, or of it in an earlier life."""
+        self._cold = {}
+        if self._state is None:
+            return
+        warmed = {(route.task, v.version): v.warmed for route in state.tasks for v in route.versions}
+        latest = asyncio.get_running_loop().time() + _WARM_S
+        for name, version in self._known.items():
+            if warmed[name] > self._state.revision:
+                try:
+                    async with asyncio.timeout_at(latest):
+                        await self._load(version.artefact)
+                except TimeoutError:
+                    self._cold[version.name] = f"there was no room in memory within {_WARM_S:g} s"
+                except Exception as error:
+                    self._cold[version.name] = str(error) or type(error).__name__
+
+    def _routing(self, route: TaskRoute, versions: Mapping[int, TaskVersion]) -> Routing:
+        """The task's, if all that it names can be had here; else the one before, if that is so of it."""
+        before = self._routings.get(route.task)
+        if before is None or not before.named or route.routing.named <= versions.keys():
+            return route.routing
+        return before if before.named <= versions.keys() else route.routing
+
+    async def _learn(self, task: str, version: VersionRoute) -> TaskVersion | None:
+        """The version with its files, fetched if these are not here yet."""
+        known = self._known.get((task, version.version))
+        if known is not None and known.digest == version.digest:
+            return known
+        artefact = await self._fetch(task, version)
+        return None if artefact is None else TaskVersion(task, version.version, version.digest, artefact)
+
+    async def _verify(self, task: str, version: VersionRoute) -> bool:
+        """Loads and runs a pushed version, and reports how that went; False if its files cannot be had."""
+        artefact = await self._fetch(task, version)
+        if artefact is None:
+            return False
+        reason = ""
+        try:
+            if task == self._catalogue.base_name:
+                raise ValueError(f"'{task}' is the plain model's name here; push it as another task")
+            await self._probe(artefact)
+        except Exception as error:  # the files are anybody's: no way to fail may end the service
+            reason = str(error) or type(error).__name__
+        logger.info("probed %s@%d: %s", task, version.version, reason or "ok")
+        try:
+            await self._client.probe(task, version.version, ok=not reason, reason=reason)
+        except (RegistryUnreachableError, StoreUnavailableError):
+            raise
+        except RegistryError as error:  # retired meanwhile
+            logger.info("the probe of %s@%d is moot: %s", task, version.version, error)
+        return True
+
+    async def _fetch(self, task: str, version: VersionRoute) -> Artefact | None:
+        """None, and a line in the log, if the files of the version's digest cannot be had."""
+        try:
+            return await self._client.fetch(task, version.version, version.digest)
+        except (RegistryUnreachableError, StoreUnavailableError):
+            raise
+        except (RegistryError, OSError) as error:
+            logger.error("%s@%d cannot be had: %s", task, version.version, error)
+            self._troubles[f"{task}@{version.version}"] = str(error)
+            return None
