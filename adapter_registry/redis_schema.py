@@ -15,6 +15,7 @@ from adapter_registry.upgrading import upgraded
 
 TASKS = "{prad}:tasks"
 ADAPTERS = "{prad}:adapters"
+KEYS = "{prad}:keys"
 
 
 def history_key(task: str, version: int | None) -> str:
@@ -30,12 +31,13 @@ def migrate(client: Redis) -> None:
 def _migrated(client: Redis) -> bool:
     with client.pipeline() as pipe:
         redis_server.watch(pipe)
-        if not _is_older(pipe):
+        schema = _schema(pipe)
+        if schema >= SCHEMA:
             return True
-        tasks = [json.loads(text) for text in pipe.hgetall(TASKS).values()]
+        tasks = [json.loads(text) for text in pipe.hgetall(TASKS).values()] if schema == 1 else []
         histories = [_history(client, task) for task in tasks]
-        if not _is_older(pipe):  # what was read may be half of each
-            return True
+        if _schema(pipe) != schema:  # what was read may be half of each
+            return False
         pipe.multi()
         for task, found in zip(tasks, histories, strict=True):
             lines, routing = upgraded(found)
@@ -45,7 +47,7 @@ def _migrated(client: Redis) -> bool:
                 pipe.delete(history_key(stored.task, version.version))
             for line in map(HistoryLine.model_validate, lines):
                 pipe.rpush(history_key(stored.task, line.version), line.model_dump_json())
-        pipe.hset(REGISTRY, "schema", SCHEMA)
+        pipe.hset(REGISTRY, "schema", SCHEMA)  # schema 2 is this one without keys
         try:
             pipe.execute()
         except WatchError:
@@ -53,8 +55,8 @@ def _migrated(client: Redis) -> bool:
         return True
 
 
-def _is_older(reader: Pipeline) -> bool:
-    return int(reader.hget(REGISTRY, "schema") or SCHEMA) < SCHEMA
+def _schema(reader: Pipeline) -> int:
+    return int(reader.hget(REGISTRY, "schema") or SCHEMA)
 
 
 def _history(client: Redis, task: dict[str, Any]) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
 from adapter_registry.errors import CannotStartError, StoreUnavailableError
 from adapter_registry.schema import require_known
 
-SCHEMA = 2
+SCHEMA = 3
 
 REGISTRY = "{prad}:registry"
 """Hash: `schema`, `id`, `revision`. Every change changes it, so it is what a transaction watches."""

@@ -7,7 +7,7 @@ from adapter_registry.errors import CannotStartError
 from adapter_registry.routing import Routing
 from adapter_registry.upgrading import upgraded
 
-SCHEMA = 3
+SCHEMA = 4
 
 TABLES = """
 CREATE TABLE tasks (
@@ -48,6 +48,14 @@ CREATE TABLE history (
 CREATE INDEX history_of_version ON history (task, version);
 """
 
+KEYS = """
+CREATE TABLE keys (
+    name TEXT PRIMARY KEY,
+    revision INTEGER NOT NULL UNIQUE,
+    key TEXT NOT NULL
+) STRICT;
+"""
+
 
 def _keep_routing_revisions(connection: sqlite3.Connection) -> None:
     connection.execute("ALTER TABLE tasks ADD COLUMN routing_revision INTEGER NOT NULL DEFAULT 0")
@@ -75,6 +83,10 @@ def _keep_routings(connection: sqlite3.Connection) -> None:
             connection.execute(HISTORY, made)
 
 
+def _keep_keys(connection: sqlite3.Connection) -> None:
+    _run(connection, KEYS)
+
+
 HISTORY = """
     INSERT INTO history (revision, task, version, event, before, after, routing, at, by, reason)
     VALUES (:revision, :task, :version, :event, :before, :after, :routing, :at, :by, :reason)
@@ -83,6 +95,7 @@ HISTORY = """
 MIGRATIONS: Mapping[int, Callable[[sqlite3.Connection], None]] = {
     1: _keep_routing_revisions,
     2: _keep_routings,
+    3: _keep_keys,
 }
 """What makes the next schema of this one."""
 
@@ -117,7 +130,7 @@ def _become_todays(connection: sqlite3.Connection, schema: int) -> None:
     connection.execute("BEGIN IMMEDIATE")
     try:
         if schema == 0:
-            _run(connection, TABLES)
+            _run(connection, TABLES + KEYS)
         for older in range(schema or SCHEMA, SCHEMA):
             MIGRATIONS[older](connection)
         connection.execute(f"PRAGMA user_version = {SCHEMA}")

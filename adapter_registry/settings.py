@@ -1,6 +1,5 @@
 """The registry's settings, read once at start: arguments, then PRAD_REGISTRY_* variables, then defaults."""
 
-import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -8,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
+from prad.http.hosts import is_loopback
 from prad.settings import ServiceSettings
 
 MIB = 1 << 20
@@ -54,6 +54,12 @@ class RegistrySettings(ServiceSettings):
     replica_secret_file: Path | None = None
     """File with the secret that prefill replicas must show (their registry_secret_file); written if there is
     none. On loopback nobody needs one if not given; elsewhere the registry does not start without."""
+    admin_token_file: Path | None = None
+    """File with a token of role admin, by which the first keys are made (`prad keys create`); written if
+    there is none. Beyond loopback the registry does not start without, unless such a key was made before."""
+    unprotected: bool = False
+    """Start beyond loopback though whoever reaches the registry may do everything, as on loopback: until the
+    first token of an operator is made. For where nobody else reaches it, as in a container."""
     allowed_hosts: str = ""
     """Further names that clients may call the registry by, separated by commas: a name, *.example.com for
     those below one, * for any. Addresses, and names without a dot, are always allowed."""
@@ -87,17 +93,8 @@ class RegistrySettings(ServiceSettings):
 
     @property
     def on_loopback(self) -> bool:
-        return _is_loopback(self.host)
+        return is_loopback(self.host)
 
     @property
     def local_paths_allowed(self) -> bool:
         return self.on_loopback if self.allow_local_paths is None else self.allow_local_paths
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -8,7 +8,7 @@ import typer
 
 from prad import __version__
 from prad.core.errors import PradError
-from prad_cli import adapter, bench, evaluate, model, serve, services, train
+from prad_cli import adapter, bench, evaluate, keys, model, serve, services, train
 from prad_cli.flags import PASS_ARGUMENTS
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app.command("serve")(serve.serve_command)
 for name, command in services.COMMANDS.items():
     app.command(name, context_settings=PASS_ARGUMENTS, add_help_option=False)(command)
 app.add_typer(adapter.app, name="adapter")
+app.add_typer(keys.app, name="keys")
 app.add_typer(bench.app, name="bench")
 app.add_typer(model.app, name="model")
 app.command("train")(train.train_command)

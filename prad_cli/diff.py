@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from prad.core.errors import PradError
 from prad.core.json_text import json_lines
 from prad_cli.extras import installing
-from prad_cli.operating import Json, print_json
+from prad_cli.operating import Json, credential, print_json
 from prad_cli.tables import show_comparison
 
 DEFAULT_API = "http://127.0.0.1:8000"
@@ -119,7 +119,14 @@ def diff(
 ) -> None:
     """Compare two versions before one is promoted: agreement, scores, the prompts whose answers changed."""
     lines = read_lines(data, limit)
-    found = compare(url, (first, second), lines, max_tokens=max_tokens, concurrency=concurrency)
+    found = compare(
+        url,
+        (first, second),
+        lines,
+        max_tokens=max_tokens,
+        concurrency=concurrency,
+        key=credential("PRAD_API_KEY"),
+    )
     if as_json:
         print_json(found.report())
         return
@@ -153,15 +160,24 @@ def read_lines(path: Path, limit: int | None = None) -> tuple[Line, ...]:
 
 
 def compare(
-    url: str, names: tuple[str, str], lines: Sequence[Line], *, max_tokens: int | None, concurrency: int
+    url: str,
+    names: tuple[str, str],
+    lines: Sequence[Line],
+    *,
+    max_tokens: int | None,
+    concurrency: int,
+    key: str = "",
 ) -> Comparison:
-    """Greedy answers. Raises DiffError."""
+    """Greedy answers. `key`: an API key, where the server asks for one. Raises DiffError."""
     if not url.startswith(("http://", "https://")):
         raise DiffError(f"expected a server's address like {DEFAULT_API}, got {url!r}")
     connections = httpx.Limits(max_connections=2 * concurrency)
     try:
         opened = httpx.Client(
-            base_url=url.rstrip("/").removesuffix("/v1"), timeout=_TIMEOUT, limits=connections
+            base_url=url.rstrip("/").removesuffix("/v1"),
+            timeout=_TIMEOUT,
+            limits=connections,
+            headers={"authorization": f"Bearer {key}"} if key else {},
         )
     except httpx.InvalidURL as error:
         raise DiffError(f"{url!r} is no address of a server: {error}") from error

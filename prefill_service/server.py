@@ -27,9 +27,9 @@ from prad.http.server import KEEP_ALIVE_S, Server, bound
 from prad.lm import LanguageModel, Tokenizer, load_served
 from prad.lm.kv import Pools, blocks_in
 from prefill_service.api import ApiAccess, ApiLimits, ModelInfo, bounded_protocol, create_app
-from prefill_service.catalogue import RegistryFollower, Residents, TaskCatalogue
+from prefill_service.catalogue import KeyRing, RegistryFollower, TaskCatalogue
 from prefill_service.decode_link import DecodeLink
-from prefill_service.engine import PrefillEngine
+from prefill_service.engine import PrefillEngine, Residents
 from prefill_service.passes import PassRunner, a_core_is_left
 from prefill_service.prompt import Prompt, PromptRequest
 from prefill_service.scheduler import PromptScheduler
@@ -100,7 +100,8 @@ async def _serve(
             await parts.passes.probe(probe_prompt(artefact.record, adapter))
 
         catalogue = TaskCatalogue(settings.base_name)
-        follower = RegistryFollower(registry, catalogue, probe)
+        keys = KeyRing(required=settings.keys_required)
+        follower = RegistryFollower(registry, catalogue, keys, probe)
         metrics = CollectorRegistry()
         metrics.register(parts)
         limits = ApiLimits(
@@ -108,7 +109,7 @@ async def _serve(
             body_timeout_s=settings.body_timeout_s,
             tokenising_chars=settings.tokenising_mchars * 10**6,
         )
-        access = ApiAccess(settings.hosts, settings.origins, log=settings.access_log)
+        access = ApiAccess(settings.hosts, settings.origins, keys, log=settings.access_log)
         app = create_app(parts.engine, catalogue, tokenizer, info, limits, metrics, access)
         config = uvicorn.Config(
             app,

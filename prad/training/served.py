@@ -26,13 +26,14 @@ def evaluate_served(
     max_tokens: int | None = None,
     beams: int = 1,
     concurrency: int = 64,
+    key: str = "",
 ) -> Evaluation:
     """Answers of the server at `url` for `task` (None: its plain model, with bare prompts).
 
     Greedy, or the best of `beams` beams; compared without the task's end token, which the server tells.
     Prompts that are too long keep their end; with task tokens in the template they are refused.
     max_tokens: of an answer; None: the task's own, or ANSWER_TOKENS. `concurrency` requests are under way at
-    once. Raises DataError or ServerError.
+    once. `key`: an API key, where the server asks for one. Raises DataError or ServerError.
     """
     examples = read_examples(data, limit)
     if not url.startswith(("http://", "https://")):
@@ -40,7 +41,12 @@ def evaluate_served(
     connections = httpx.Limits(max_connections=concurrency)
     try:
         base_url = url.rstrip("/").removesuffix("/v1")  # with which OpenAI's clients are told it
-        opened = httpx.Client(base_url=base_url, timeout=httpx.Timeout(600, connect=10), limits=connections)
+        opened = httpx.Client(
+            base_url=base_url,
+            timeout=httpx.Timeout(600, connect=10),
+            limits=connections,
+            headers={"authorization": f"Bearer {key}"} if key else {},
+        )
     except httpx.InvalidURL as error:
         raise ServerError(f"{url!r} is no address of a server: {error}") from error
     with opened as client, ThreadPoolExecutor(concurrency) as pool:
