@@ -7,8 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from prad.http.hosts import is_loopback
-from prad.settings import ServiceSettings
+from prad.settings import ServiceSettings, is_loopback
 
 MIB = 1 << 20
 

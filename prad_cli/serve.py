@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from prad.core.models import DEFAULT_MODEL
-from prad.http.hosts import is_loopback
+from prad.settings import is_loopback
 from prad_cli.model import (
     DEFAULT_CACHE,
     CacheOption,
@@ -134,9 +134,9 @@ def serve_command(
     require_free(registry_port, "--registry-port")
     require_free(decode_port, "--decode-port")
     require_free(decode_metrics_port, "--decode-metrics-port")
-    ensure_secret(replicas)
-    token = ensure_secret(admin)
     with stopped_by_signals(), Stack(logs) as stack, _said_when_stopping(console):
+        ensure_secret(replicas)
+        token = ensure_secret(admin)
         with console.status("starting the registry"):
             stack.start("registry", ["--port", str(registry_port), *kept])
             stack.start("decode", [*shared, *told, "--port", str(decode_port)])

@@ -7,8 +7,7 @@ from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
 from prad.core.models import DEFAULT_MODEL, Choice, served_name
-from prad.http.hosts import is_loopback
-from prad.settings import ServiceSettings
+from prad.settings import ServiceSettings, is_loopback
 
 
 class PrefillSettings(ServiceSettings):

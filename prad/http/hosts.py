@@ -54,16 +54,6 @@ def is_allowed(host: str, allowed: Sequence[str]) -> bool:
     )
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches what listens on it."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 def _is_address(name: str) -> bool:
     try:
         ipaddress.ip_address(name)

@@ -13,7 +13,7 @@ from adapter_registry.errors import IllegalTransitionError, RegistryUnreachableE
 from adapter_registry.routing import Routing
 from adapter_registry.versions import State
 from prefill_service import catalogue as module
-from prefill_service.catalogue import RegistryFollower, TaskCatalogue, TaskVersions, drawn
+from prefill_service.catalogue import KeyRing, RegistryFollower, TaskCatalogue, TaskVersions, drawn
 from prefill_service.errors import NotReadyError, UnknownModelError
 from tests.prefill.fakes import version
 
@@ -99,7 +99,7 @@ async def followed(
 ) -> tuple[TaskCatalogue, RegistryFollower]:
     catalogue = TaskCatalogue(base)
     client: Any = registry
-    follower = RegistryFollower(client, catalogue, probe)
+    follower = RegistryFollower(client, catalogue, KeyRing(), probe)
     assert catalogue.trouble is not None
     task = asyncio.create_task(follower.run())
     await registry.told.wait()

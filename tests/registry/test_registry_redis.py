@@ -299,7 +299,7 @@ def test_a_url_that_is_none_is_refused(data_dir, url):
 def test_a_newer_schema_is_refused_and_the_way_out_named(data_dir, redis):
     with Redis.from_url(redis.url) as client:
         client.hset(REGISTRY, mapping={"schema": SCHEMA + 1, "id": "x", "revision": 7})
-    with pytest.raises(CannotStartError, match=r"has schema 3, this program knows 2 .*registry export FILE"):
+    with pytest.raises(CannotStartError, match=r"has schema 4, this program knows 3 .*registry export FILE"):
         RegistryServer(settings(data_dir, redis))
 
 

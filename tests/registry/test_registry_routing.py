@@ -280,7 +280,7 @@ def test_a_newer_schema_is_refused_and_the_way_out_named(data_dir):
     with sqlite3.connect(data_dir / "registry.sqlite3") as newer:
         newer.execute(f"PRAGMA user_version = {SCHEMA + 1}")
     newer.close()
-    with pytest.raises(CannotStartError, match=r"has schema 4, this program knows 3 .*registry export FILE"):
+    with pytest.raises(CannotStartError, match=r"has schema 5, this program knows 4 .*registry export FILE"):
         RegistryServer(RegistrySettings(port=0, data_dir=data_dir))
 
 
