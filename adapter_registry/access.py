@@ -78,7 +78,7 @@ class Guard:
         """What this one may know of it: only prefill services need the keys."""
         caller = await self._caller(request)
         known = self._secrets.replicas is None or (caller is not None and caller.role is Role.REPLICA)
-        return state if known else state.model_copy(update={"keys": ()})
+        return state if known else state.model_copy(update={"keys": None})
 
     async def require_way_in(self, *, without: str | None = None, beside: Role | None = None) -> None:
         """That those who run the registry can still do so with one key less, or one more: from its first

@@ -89,11 +89,12 @@ class TaskRoute(_Answer):
 
 
 class RoutingState(_Answer):
-    """Everything routing needs, at one revision; `keys`: API keys, for prefill services alone."""
+    """Everything routing needs, at one revision; `keys`: all API keys, told to prefill services alone; None:
+    not told."""
 
     revision: int
     tasks: tuple[TaskRoute, ...]
-    keys: tuple[StoredKey, ...] = ()
+    keys: tuple[StoredKey, ...] | None = ()
 
     def listed(self) -> "RoutingState":
         """Without failed and deleted versions, and tasks that have no others."""

@@ -122,7 +122,7 @@ def _reading(registry: Registry, guard: Guard) -> APIRouter:
         ] = False,
     ) -> RoutingState:
         """Tasks and their versions, without failed and deleted ones unless `all` is asked for."""
-        state = (await registry.state()).model_copy(update={"keys": ()})
+        state = (await registry.state()).model_copy(update={"keys": None})
         return state if everything else state.listed()
 
     @router.get("/tasks/{task}", responses=_NO_TASK)

@@ -94,8 +94,8 @@ async def serving(
     if not settings.unprotected and not is_loopback(settings.host):
         raise UnprotectedError(
             f"a decode service on {settings.host} is reached by others than this machine, and asks nobody "
-            "for a key: let it listen on 127.0.0.1, or say --unprotected (PRAD_DECODE_UNPROTECTED=true) where "
-            "only its prefill services reach it"
+            "for a key: let it listen on 127.0.0.1, or say --unprotected (PRAD_DECODE_UNPROTECTED=true) "
+            "where only its prefill services reach it"
         )
     server = grpc.aio.server(interceptors=[ReadableMessages()], options=TransferSettings().server_options())
     try:

@@ -291,6 +291,8 @@ class RegistryFollower:
         while True:
             try:
                 state = await self._next_state()
+                if state.keys is None:  # there may be some: nobody is let in as if there were none
+                    raise RegistryError("the registry tells keys to those alone who show its replica secret")
                 self._keys.replace(state.keys)  # before what takes long: a key that is revoked ends at once
                 if await self._adopt(state):
                     self._in_force = state.revision

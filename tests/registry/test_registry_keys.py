@@ -225,6 +225,7 @@ async def test_no_token_is_kept_and_only_replicas_see_hashes(settings, serving, 
         assert (made.status_code, made.headers["cache-control"]) == (201, "no-store")
         kept = sha256(token.encode()).hexdigest()
         told = [registry.http.get(path).text for path in ("/v1/keys", "/v1/state", "/v1/tasks")]
+        assert (registry.client.state().keys, registry.client.tasks().keys) == (None, None)
         told += [made.text, registry.http.get("/v1/changes", params={"after": -1}).text]
         assert not [text for text in told if kept in text]
         assert not [text for text in told[:3] if token in text]
