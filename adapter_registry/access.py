@@ -4,9 +4,9 @@ A registry that only this machine reaches asks nobody until there is an operator
 asks from the start.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -15,10 +15,11 @@ from adapter_registry.api import RoutingState
 from adapter_registry.errors import (
     NotAReplicaError,
     RoleTooLowError,
+    StoreUnavailableError,
     UnauthorizedError,
     WouldLockOutError,
 )
-from adapter_registry.keys import OPERATORS, ChangedKey, KeyList, NewKey, Role, hashed
+from adapter_registry.keys import OPERATORS, ChangedKey, KeyList, NewKey, Role, StoredKey, hashed
 from adapter_registry.preconditions import CALLER, By
 from adapter_registry.registry import Registry
 from adapter_registry.uploads import BoundedRoute
@@ -26,12 +27,14 @@ from adapter_registry.uploads import BoundedRoute
 
 @dataclass(frozen=True, slots=True)
 class Secrets:
-    """What is known without a record: `replicas`, the prefill services' secret, and `admin`, a token by which
-    the first keys are made. None: there is none. `closed`: tokens are asked for from the start."""
+    """What is known at the start. `replicas`: the prefill services' secret; `admin`: a token by which the
+    first keys are made; None: there is none. `closed`: tokens are asked for, also while no operator has one;
+    `keys`: those that there are."""
 
     replicas: str | None = None
     admin: str | None = None
     closed: bool = False
+    keys: tuple[StoredKey, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +45,8 @@ class _Caller:
 
 class Guard:
     """On the server's event loop. Operators' tokens are read again whenever the registry's revision changes:
-    one that is revoked at any registry is refused at all of them."""
+    one that is revoked at any registry is refused at all of them. While the store is away those known last
+    are in force, which nothing can change then."""
 
     def __init__(self, registry: Registry, secrets: Secrets) -> None:
         self._registry = registry
@@ -52,9 +56,8 @@ class Guard:
             secrets.admin: _Caller("admin_token_file", Role.ADMIN),
         }
         self._fixed = {hashed(token): caller for token, caller in known.items() if token is not None}
-        self._issued: Mapping[str, _Caller] = MappingProxyType({})
-        self._closed = secrets.closed
         self._revision: int | None = None
+        self._know(secrets.keys)
 
     def needs(self, role: Role) -> Any:
         """The dependency of a route that only such a role may use."""
@@ -65,7 +68,7 @@ class Guard:
         return Depends(require)
 
     async def require(self, request: Request, role: Role) -> None:
-        """Raises UnauthorizedError, RoleTooLowError, NotAReplicaError, StoreUnavailableError."""
+        """Raises UnauthorizedError, RoleTooLowError, NotAReplicaError."""
         caller = await self._caller(request)
         if caller is not None:
             request.scope[CALLER] = caller.name
@@ -118,11 +121,15 @@ class Guard:
         revision = self._registry.feed.revision
         if revision == self._revision:
             return
-        keys = [key for key in await self._registry.keys() if key.role in OPERATORS]
-        in_force = (key for key in keys if key.revoked_at is None)
+        with suppress(StoreUnavailableError):
+            self._know(await self._registry.keys())
+            self._revision = revision
+
+    def _know(self, keys: Iterable[StoredKey]) -> None:
+        operators = [key for key in keys if key.role in OPERATORS]
+        in_force = (key for key in operators if key.revoked_at is None)
         self._issued = {key.sha256: _Caller(key.name, key.role) for key in in_force}
-        self._closed = self._secrets.closed or bool(keys)
-        self._revision = revision
+        self._closed = self._secrets.closed or bool(operators)
 
 
 def _require(caller: _Caller | None, role: Role) -> None:

@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import socket
-from collections.abc import Iterable
 from pathlib import Path
 
 import uvicorn
@@ -116,7 +115,7 @@ class _DrainingServer(Server):
         await super().shutdown(sockets)
 
 
-def _secrets(settings: RegistrySettings, keys: Iterable[StoredKey]) -> Secrets:
+def _secrets(settings: RegistrySettings, keys: tuple[StoredKey, ...]) -> Secrets:
     """Raises CannotStartError if others than this machine could do everything, or its replicas nothing."""
     closed = not settings.on_loopback and not settings.unprotected
     operators = [key for key in keys if key.role in OPERATORS]
@@ -141,7 +140,7 @@ def _secrets(settings: RegistrySettings, keys: Iterable[StoredKey]) -> Secrets:
             "change it: set admin_token_file (PRAD_REGISTRY_ADMIN_TOKEN_FILE), a file that is written at the "
             "first start; or say --unprotected where nobody else reaches it"
         )
-    return Secrets(replicas, admin, closed)
+    return Secrets(replicas, admin, closed, keys)
 
 
 def _missing(count: int, folder: Path) -> list[str]:
