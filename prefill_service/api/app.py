@@ -283,8 +283,10 @@ def _models(catalogue: TaskCatalogue, model: ModelInfo) -> APIRouter:
     async def list_models(request: Request) -> Json:
         """Everything that `model` may name, tasks at their default version: with a key, what it may use."""
         client = client_of(request)
-        listed = [base(), *(adapted(task.name, task.default, task.routed) for task in catalogue.tasks())]
-        return {"object": "list", "data": [m for m in listed if client is None or client.may_use(m["id"])]}
+        mine = client.may_use if client is not None else lambda _: True
+        plain = [base()] if mine(catalogue.base_name) else []
+        tasks = [adapted(t.name, t.default, t.routed) for t in catalogue.tasks() if mine(t.name)]
+        return {"object": "list", "data": [*plain, *tasks]}
 
     @router.head("/v1/models/{name:path}", include_in_schema=False)
     @router.get(

@@ -13,17 +13,33 @@ from adapter_registry.keys import NewKey, StoredKey, hashed, issued, revoked
 from prefill_service.api import ApiAccess, ModelInfo, create_app
 from prefill_service.api.intake import FOR_EVERYBODY, STATIC
 from prefill_service.catalogue import KeyRing
+from tests.routes import routes_added
 
 URL = "/v1/completions"
 BODY = {"model": "e2e", "prompt": "food", "max_tokens": 2, "ignore_eos": True}
 NEEDS_A_KEY = {
     "GET /v1/models",
+    "HEAD /v1/models",
     "GET /v1/models/{name:path}",
+    "HEAD /v1/models/{name:path}",
     "POST /v1/completions",
     "POST /v1/chat/completions",
     "GET /metrics",
+    "GET /docs/oauth2-redirect",
+    "GET /nothing",
 }
-NEEDS_NONE = {"GET /", "GET /health", "GET /ready", "GET /version", "GET /docs", "GET /openapi.json"}
+"""Among them what there is not, or nobody needs."""
+NEEDS_NONE = {
+    "GET /",
+    "HEAD /",
+    "GET /health",
+    "HEAD /health",
+    "GET /ready",
+    "HEAD /ready",
+    "GET /version",
+    "GET /docs",
+    "GET /openapi.json",
+}
 
 AppOf = Callable[..., FastAPI]
 
@@ -58,24 +74,20 @@ async def error(client: httpx.AsyncClient, token: str | None, **body: Any) -> tu
     return answer.status_code, answer.json()["error"]["code"] if answer.is_error else None
 
 
-async def test_every_route_needs_a_key_or_is_for_everybody(app_with: AppOf) -> None:
+async def test_every_route_needs_a_key_or_is_for_everybody(
+    app_with: AppOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = routes_added(monkeypatch)
     app = app_with(key("alice"))
-    routes = {
-        f"{method} {getattr(route, 'path', '')}"
-        for route in app.routes
-        for method in getattr(route, "methods", None) or ()
-    }
-    found = {route for route in routes if not route.startswith("HEAD ")}
-    assert found == NEEDS_A_KEY | NEEDS_NONE | {"GET /docs/oauth2-redirect"}
+    known = {route.replace(" /v1/", " /") for route in NEEDS_A_KEY | NEEDS_NONE}
+    assert found == known - {"GET /nothing", "GET /openapi.json"}
     assert {route.partition(" ")[2] for route in NEEDS_NONE} == set(FOR_EVERYBODY)
     async with client_of(app) as client:
-        for route in sorted(routes | {"GET /nothing", f"GET {STATIC.rstrip('/')}"}):
+        for route in sorted(NEEDS_A_KEY | NEEDS_NONE):
             method, _, path = route.partition(" ")
             path = path.replace("{name:path}", "e2e")
-            status = (await client.request(method, path)).status_code
-            assert (status == 401) == (path not in FOR_EVERYBODY), route
-            if path not in FOR_EVERYBODY:
-                assert (await client.request(method, path, headers=shown("alice"))).status_code != 401, route
+            assert ((await client.request(method, path)).status_code == 401) == (route in NEEDS_A_KEY), route
+            assert (await client.request(method, path, headers=shown("alice"))).status_code != 401, route
         page = (await client.get("/docs")).text
         (script,) = {part for part in page.split('"') if part.startswith(STATIC) and part.endswith(".js")}
         assert (await client.get(script)).status_code == 200
