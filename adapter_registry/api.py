@@ -5,6 +5,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
+from adapter_registry.keys import StoredKey
 from adapter_registry.routing import Routing, Shares, Weights
 from adapter_registry.versions import Event, State
 from prad.artefact import AdapterRecord, BaseModelRef
@@ -110,10 +111,12 @@ class TaskRoute(_Answer):
 
 
 class RoutingState(_Answer):
-    """Everything routing needs, at one revision."""
+    """Everything routing needs, at one revision; `keys`: all API keys, told to prefill services alone; None:
+    not told."""
 
     revision: int
     tasks: tuple[TaskRoute, ...]
+    keys: tuple[StoredKey, ...] | None = ()
 
     def listed(self) -> "RoutingState":
         """Without failed and deleted versions, and tasks that have no others."""

@@ -1,7 +1,6 @@
 """The registry's HTTP API: every route in one place, most of them one line of `Registry`."""
 
 import asyncio
-import hmac
 from collections.abc import Coroutine, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
@@ -11,6 +10,7 @@ from fastapi_offline import FastAPIOffline
 from pydantic import Field
 
 from adapter_registry import replies, uploads
+from adapter_registry.access import Guard, Secrets, keys_router
 from adapter_registry.api import (
     Aliased,
     ErrorReply,
@@ -29,7 +29,8 @@ from adapter_registry.api import (
     Weighted,
 )
 from adapter_registry.calls import MOST_CHARACTERS, MOST_TROUBLES
-from adapter_registry.errors import ForbiddenError, HostNotAllowedError, NotAReplicaError
+from adapter_registry.errors import ForbiddenError, HostNotAllowedError
+from adapter_registry.keys import Role
 from adapter_registry.planning import Move, Rollback, SetAlias, SetShadow, Split, Wanted
 from adapter_registry.preconditions import REROUTING, By, IfMatch, etag
 from adapter_registry.registry import Follower, Registry
@@ -60,10 +61,17 @@ def _described(reasons: Mapping[int, str]) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorReply, "description": why} for status, why in reasons.items()}
 
 
+_REFUSED = _described(
+    {
+        401: "The registry asks for a token, and none that is in force is shown",
+        403: "The token's role is not enough, or a page of another origin asks",
+        503: "The store is away",
+    }
+)
 _WAITING: dict[int | str, dict[str, Any]] = {
     204: {"description": "No change yet"},
     **_described(
-        {403: "It does not show the secret that replicas have", 503: "Too many wait, or the store is away"}
+        {403: "A replica does not show the replicas' secret", 503: "Too many wait, or the store is away"}
     ),
 }
 _NO_TASK = _described({404: "No such task or version"})
@@ -78,28 +86,36 @@ _NOT_PUSHED = _described(
 )
 
 
-def create_app(registry: Registry, settings: RegistrySettings, secret: str | None = None) -> FastAPI:
-    """`secret`: what prefill replicas must show; None: nothing."""
+def create_app(registry: Registry, settings: RegistrySettings, secrets: Secrets) -> FastAPI:
+    """Each router says which role its routes need; `_service` has those that are for everybody."""
     app = FastAPIOffline(
         "/docs", None, title="PrAd adapter registry", version=__version__, responses=_RESPONSES
     )
     replies.install(app, registry.metrics)
-    app.include_router(_reading(registry), prefix="/v1")
-    app.include_router(_following(registry, settings, secret), prefix="/v1")
-    app.include_router(_pushing(registry, settings), prefix="/v1")
-    app.include_router(_changing(registry), prefix="/v1")
-    app.include_router(_service(registry, settings))
+    guard = Guard(registry, secrets)
+    local = Depends(_refuse_foreign_origin)
+    for router, needed in (
+        (_reading(registry, guard), [guard.needs(Role.READ)]),
+        (_following(registry, settings, guard), [guard.needs(Role.READ)]),
+        (_probing(registry), [local, guard.needs(Role.REPLICA)]),
+        (_pushing(registry, settings), [local, guard.needs(Role.PUSH)]),
+        (_changing(registry), [local, guard.needs(Role.ROUTE)]),
+        (_removing(registry), [local, guard.needs(Role.ADMIN)]),
+        (keys_router(registry, guard), [local, guard.needs(Role.ADMIN)]),
+    ):
+        app.include_router(router, prefix="/v1", dependencies=needed, responses=_REFUSED)
+    app.include_router(_service(registry, settings, guard))
     app.add_middleware(AllowedHosts, allowed=settings.hosts, refuse=_refuse_host)
     return app
 
 
-def _reading(registry: Registry) -> APIRouter:
+def _reading(registry: Registry, guard: Guard) -> APIRouter:
     router = APIRouter()
 
     @router.get("/state")
-    async def state() -> RoutingState:
+    async def state(request: Request) -> RoutingState:
         """All that routing needs: every version of every task, at one revision."""
-        return await registry.state()
+        return await guard.told(request, await registry.state())
 
     @router.get("/tasks")
     async def tasks(
@@ -108,7 +124,7 @@ def _reading(registry: Registry) -> APIRouter:
         ] = False,
     ) -> RoutingState:
         """Tasks and their versions, without failed and deleted ones unless `all` is asked for."""
-        state = await registry.state()
+        state = (await registry.state()).model_copy(update={"keys": None})
         return state if everything else state.listed()
 
     @router.get("/tasks/{task}", responses=_NO_TASK)
@@ -139,17 +155,9 @@ def _reading(registry: Registry) -> APIRouter:
     return router
 
 
-def _following(registry: Registry, settings: RegistrySettings, secret: str | None) -> APIRouter:
-    """What prefill replicas do. Nobody may pass for one: it would be waited for, and its probes believed."""
-    router = APIRouter(route_class=uploads.BoundedRoute)
-
-    def require_replica(request: Request) -> None:
-        shown = request.headers.get("authorization", "").encode()
-        if secret is not None and not hmac.compare_digest(shown, f"Bearer {secret}".encode()):
-            raise NotAReplicaError(
-                "prefill replicas show the registry's secret (set registry_secret_file to the file that is "
-                "the registry's replica_secret_file)"
-            )
+def _following(registry: Registry, settings: RegistrySettings, guard: Guard) -> APIRouter:
+    """Who follows the changes. Nobody may pass for a replica: it would be waited for."""
+    router = APIRouter()
 
     @router.get("/changes", response_model=RoutingState, responses=_WAITING)
     async def changes(
@@ -166,22 +174,26 @@ def _following(registry: Registry, settings: RegistrySettings, secret: str | Non
         `trouble` what it cannot have, and why.
         """
         if replica:
-            require_replica(request)
+            await guard.require(request, Role.REPLICA)
         address = request.client.host if request.client is not None else ""
         follower = Follower(replica, address, after if in_force is None else in_force, tuple(trouble))
         waiting = registry.changes(after, min(wait, settings.max_wait_seconds), follower)
-        return await _unless_gone(request, waiting) or Response(status_code=204)
+        state = await _unless_gone(request, waiting)
+        return Response(status_code=204) if state is None else await guard.told(request, state)
 
     @router.get("/replicas")
     async def replicas(revision: Revision = 0, wait: Seconds = 0.0) -> ReplicaList:
         """The replicas, once `revision` is in force at all connected ones, or after `wait` seconds."""
         return await registry.followers(revision, min(wait, settings.max_wait_seconds))
 
-    @router.post(
-        VERSION + "/probe",
-        dependencies=[Depends(_refuse_foreign_origin), Depends(require_replica)],
-        responses=_NOT_NOW | _described({403: "It does not show the secret that replicas have"}),
-    )
+    return router
+
+
+def _probing(registry: Registry) -> APIRouter:
+    """What replicas report. Nobody may pass for one: it would be believed."""
+    router = APIRouter(route_class=uploads.BoundedRoute)
+
+    @router.post(VERSION + "/probe", responses=_NOT_NOW)
     async def probe(task: str, version: Number, body: Probe) -> VersionRecord:
         """A replica's report: how loading and running the version went."""
         return await registry.probe(task, version, body)
@@ -190,7 +202,7 @@ def _following(registry: Registry, settings: RegistrySettings, secret: str | Non
 
 
 def _pushing(registry: Registry, settings: RegistrySettings) -> APIRouter:
-    router = APIRouter(dependencies=[Depends(_refuse_foreign_origin)])
+    router = APIRouter()
 
     @router.post(
         "/tasks/{task}/versions",
@@ -218,7 +230,7 @@ def _pushing(registry: Registry, settings: RegistrySettings) -> APIRouter:
 
 
 def _changing(registry: Registry) -> APIRouter:
-    router = APIRouter(route_class=uploads.BoundedRoute, dependencies=[Depends(_refuse_foreign_origin)])
+    router = APIRouter(route_class=uploads.BoundedRoute)
 
     async def rerouted(task: str, wanted: Wanted, seen: int | None, by: str, response: Response) -> Rerouted:
         found = await registry.reroute(task, wanted, expected=seen, by=by)
@@ -295,6 +307,12 @@ def _changing(registry: Registry) -> APIRouter:
         """Bring a retired version back: it is `pushed` again, and answers once a replica has probed it."""
         return await registry.unretire(task, version, by=by)
 
+    return router
+
+
+def _removing(registry: Registry) -> APIRouter:
+    router = APIRouter()
+
     @router.delete(VERSION, responses=_NOT_NOW)
     async def delete(task: str, version: Number, by: By) -> VersionRecord:
         """Remove a version's files. 409 while it answers requests: retire it first.
@@ -306,7 +324,8 @@ def _changing(registry: Registry) -> APIRouter:
     return router
 
 
-def _service(registry: Registry, settings: RegistrySettings) -> APIRouter:
+def _service(registry: Registry, settings: RegistrySettings, guard: Guard) -> APIRouter:
+    """For everybody, but for the metrics."""
     router = APIRouter()
 
     @router.get("/health")
@@ -322,7 +341,7 @@ def _service(registry: Registry, settings: RegistrySettings) -> APIRouter:
         said = {"warnings": warnings} if warnings else {}
         return {"status": "ready", "revision": revision, **said}
 
-    @router.get("/metrics")
+    @router.get("/metrics", dependencies=[guard.needs(Role.READ)], responses=_REFUSED)
     async def metrics() -> Response:
         page = await registry.metrics_page()
         return Response(page, media_type="text/plain; version=0.0.4; charset=utf-8")

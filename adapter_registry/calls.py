@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
+from urllib.parse import quote
 
 import httpx
 from pydantic import BaseModel, ValidationError
@@ -23,6 +24,7 @@ from adapter_registry.api import (
     Warmed,
     Weighted,
 )
+from adapter_registry.keys import ChangedKey, KeyList, NewKey
 from adapter_registry.names import check_alias, check_task
 
 M = TypeVar("M", bound=BaseModel)
@@ -54,7 +56,7 @@ class Call(Generic[M]):
 
     @property
     def json(self) -> Any:
-        return None if self.body is None else self.body.model_dump()
+        return None if self.body is None else self.body.model_dump(mode="json")
 
     def read(self, response: httpx.Response) -> M:
         """Raises the error that the server named, RegistryUnreachableError if the answer is no registry's."""
@@ -164,6 +166,18 @@ def unretire(task: str, number: int) -> Call[VersionRecord]:
 
 def delete(task: str, number: int) -> Call[VersionRecord]:
     return Call("DELETE", version_path(task, number), VersionRecord)
+
+
+def keys() -> Call[KeyList]:
+    return Call("GET", "/v1/keys", KeyList)
+
+
+def create_key(new: NewKey) -> Call[ChangedKey]:
+    return Call("POST", "/v1/keys", ChangedKey, body=new, wait=LONGEST_WAIT)
+
+
+def revoke_key(name: str) -> Call[ChangedKey]:
+    return Call("DELETE", f"/v1/keys/{quote(name, safe='')}", ChangedKey, wait=LONGEST_WAIT)
 
 
 def _kinds(kind: type[errors.RegistryError]) -> list[type[errors.RegistryError]]:

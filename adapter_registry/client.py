@@ -30,6 +30,7 @@ from adapter_registry.api import (
 from adapter_registry.cache import DEFAULT_CACHE_BYTES, AdapterCache
 from adapter_registry.calls import Call
 from adapter_registry.errors import RegistryUnreachableError
+from adapter_registry.keys import ChangedKey, KeyRecord, NewKey
 from adapter_registry.names import check_task
 from prad.artefact import Artefact
 
@@ -65,7 +66,7 @@ class AsyncRegistryClient:
             base_url=url,
             timeout=timeout,
             trust_env=not _on_loopback(url),
-            headers={"authorization": f"Bearer {secret}"} if secret else {},
+            headers=_shown(secret),
         )
 
     async def state(self) -> RoutingState:
@@ -164,14 +165,17 @@ class AsyncRegistryClient:
 
 
 class RegistryClient:
-    """For operators' programs. `operator`: who changes something, for the history; nobody checks it."""
+    """For operators' programs. `operator`: who changes something, for the history; nobody checks it. `token`:
+    one whose role is enough; where the registry asks for one, calls raise UnauthorizedError without, or
+    RoleTooLowError."""
 
-    def __init__(self, url: str, *, timeout: float = 10.0, operator: str = "") -> None:
+    def __init__(self, url: str, *, timeout: float = 10.0, operator: str = "", token: str = "") -> None:
         self._url = url
         self._timeout = timeout
-        named = {"x-prad-operator": operator.encode("ascii", "replace").decode()} if operator else {}
+        headers = {"x-prad-operator": operator.encode("ascii", "replace").decode()} if operator else {}
+        headers |= _shown(token)
         self._http = httpx.Client(
-            base_url=url, timeout=timeout, trust_env=not _on_loopback(url), headers=named
+            base_url=url, timeout=timeout, trust_env=not _on_loopback(url), headers=headers
         )
 
     def push(self, task: str, files: Sequence[tuple[str, IO[bytes]]]) -> Pushed:
@@ -257,6 +261,18 @@ class RegistryClient:
         """Removes the version's files. Raises NotFoundError, IllegalTransitionError while it answers."""
         return self._send(calls.delete(task, version))
 
+    def keys(self) -> tuple[KeyRecord, ...]:
+        """All there ever were."""
+        return self._send(calls.keys()).keys
+
+    def create_key(self, new: NewKey) -> ChangedKey:
+        """A new key, with its token, which nobody tells again. Raises KeyExistsError, WouldLockOutError."""
+        return self._send(calls.create_key(new))
+
+    def revoke_key(self, name: str) -> ChangedKey:
+        """The key, revoked. Raises KeyNotFoundError, WouldLockOutError."""
+        return self._send(calls.revoke_key(name))
+
     def pull(self, task: str, version: int, folder: Path) -> VersionRecord:
         """Downloads the version's files into `folder`, which must be new or empty, all of them or none; and
         who signed them, if somebody did.
@@ -305,6 +321,10 @@ class RegistryClient:
                 headers=call.headers,
                 timeout=self._timeout + call.wait,
             )
+
+
+def _shown(token: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {token}"} if token else {}
 
 
 def _on_loopback(url: str) -> bool:

@@ -64,6 +64,18 @@ class NotAReplicaError(ForbiddenError):
     code = "not_a_replica"
 
 
+class UnauthorizedError(RegistryError):
+    """The registry asks for a token, and the request shows none that is in force."""
+
+    code = "unauthorized"
+
+
+class RoleTooLowError(ForbiddenError):
+    """The token is in force, and its role is not enough for this call."""
+
+    code = "role_too_low"
+
+
 class NotFoundError(RegistryError):
     code = "not_found"
 
@@ -78,6 +90,10 @@ class VersionNotFoundError(NotFoundError):
 
 class FileNotStoredError(NotFoundError):
     code = "file_not_found"
+
+
+class KeyNotFoundError(NotFoundError):
+    code = "key_not_found"
 
 
 class ConflictError(RegistryError):
@@ -102,6 +118,18 @@ class NoRoutingBeforeError(ConflictError):
     """A rollback, with no routing before, or one that names what cannot answer any more."""
 
     code = "no_routing_before"
+
+
+class KeyExistsError(ConflictError):
+    """Two keys of one name could not be told apart in the history."""
+
+    code = "key_exists"
+
+
+class WouldLockOutError(ConflictError):
+    """A change of keys after which those who run the registry could not reach it."""
+
+    code = "would_lock_out"
 
 
 class NotEmptyError(ConflictError):

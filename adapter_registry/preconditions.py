@@ -13,6 +13,8 @@ from adapter_registry.api import ErrorReply
 from adapter_registry.errors import InvalidRequestError
 
 OPERATOR = "x-prad-operator"
+CALLER = "prad.caller"
+"""In a request's scope: whose token it showed."""
 _OPERATOR_CHARACTERS = 128
 
 REROUTING: dict[int | str, dict[str, Any]] = {
@@ -55,9 +57,11 @@ def _operator(
         ),
     ] = None,
 ) -> str:
-    """As whoever asks calls itself, else its address."""
+    """Whose token it showed, if it showed one; and as whoever asks calls itself, else its address."""
     named = "".join(filter(str.isprintable, operator or ""))[:_OPERATOR_CHARACTERS].strip()
-    return named or ("" if request.client is None else request.client.host)
+    named = named or ("" if request.client is None else request.client.host)
+    caller = request.scope.get(CALLER)
+    return named if caller is None else f"{caller} ({named})"
 
 
 IfMatch = Annotated[int | None, Depends(_expected)]

@@ -15,6 +15,7 @@ from adapter_registry.upgrading import upgraded
 
 TASKS = "{prad}:tasks"
 ADAPTERS = "{prad}:adapters"
+KEYS = "{prad}:keys"
 
 
 def history_key(task: str, version: int | None) -> str:
@@ -38,7 +39,7 @@ def _migrated(client: Redis) -> bool:
         tasks = [json.loads(text) for text in found]
         histories = [_history(client, task) for task in tasks]
         if _schema(pipe) != schema:  # what was read may be half of each
-            return True
+            return False
         pipe.multi()
         for task, history in zip(tasks, histories, strict=True):
             lines, routing = upgraded(history)

@@ -3,6 +3,7 @@
     {prad}:registry         hash: schema, id, revision
     {prad}:tasks            hash: a task, its routing and its versions, as JSON
     {prad}:adapters         hash: a digest, its record, its files and who signed them, as JSON
+    {prad}:keys             hash: a key's name, the key, as JSON
     {prad}:history:TASK@N   list: a version's history, as JSON
     {prad}:history:TASK     list: the task's changes of no version, likewise
     {prad}:changes          stream: every change of late, under its revision
@@ -23,6 +24,7 @@ from redis.exceptions import WatchError
 from adapter_registry import redis_server
 from adapter_registry.api import HistoryLine, RoutingState, TaskRoute, VersionRecord
 from adapter_registry.errors import StoreUnavailableError, VersionNotFoundError
+from adapter_registry.keys import NewKey, StoredKey, in_order, issued, of_the_api, revoked
 from adapter_registry.planning import Move, Past, Wanted, plan
 from adapter_registry.redis_records import (
     StoredFiles,
@@ -35,7 +37,7 @@ from adapter_registry.redis_records import (
     there,
     with_signatures,
 )
-from adapter_registry.redis_schema import ADAPTERS, TASKS, history_key, migrate
+from adapter_registry.redis_schema import ADAPTERS, KEYS, TASKS, history_key, migrate
 from adapter_registry.redis_server import REGISTRY, answering
 from adapter_registry.routing import Routing
 from adapter_registry.rows import no_task
@@ -101,8 +103,8 @@ class RedisStore:
             return redis_server.revision(self._redis, self.identity)
 
     def state(self) -> RoutingState:
-        revision, tasks = self._tasks(TaskRoute)
-        return RoutingState(revision=revision, tasks=tuple(tasks))
+        revision, tasks, keys = self._tasks(TaskRoute)
+        return RoutingState(revision=revision, tasks=tuple(tasks), keys=of_the_api(keys))
 
     def task(self, task: str) -> TaskRoute:
         with answering(self.address):
@@ -145,12 +147,29 @@ class RedisStore:
                 return lines if latest is None else lines[-latest:]
         raise StoreUnavailableError(f"{task!r} gets versions faster than its history is read; ask again")
 
+    def add_key(self, new: NewKey, sha256: str, *, by: str = "") -> StoredKey:
+        return self._change_key(
+            new.name, lambda known, revision: issued(known, new, sha256, revision, self._now(), by)
+        )
+
+    def revoke_key(self, name: str, *, by: str = "") -> StoredKey:
+        return self._change_key(name, lambda known, revision: revoked(known, name, revision, self._now(), by))
+
+    def keys(self) -> tuple[StoredKey, ...]:
+        with answering(self.address):
+            with self._redis.pipeline() as pipe:
+                _read_head(pipe)
+                pipe.hvals(KEYS)
+                head, found = pipe.execute()
+            redis_server.check(head, self.identity)
+        return _keys(found)
+
     def digests(self) -> frozenset[str]:
-        _, tasks = self._tasks(StoredTask)
+        _, tasks, _ = self._tasks(StoredTask)
         return frozenset(v.digest for task in tasks for v in task.versions if v.state is not State.DELETED)
 
     def idle(self) -> tuple[Idle, ...]:
-        _, tasks = self._tasks(StoredTask)
+        _, tasks, _ = self._tasks(StoredTask)
         versions = [(task.task, version) for task in tasks for version in task.versions]
         gone = (State.RETIRED, State.FAILED, State.DELETED)
         needed = {version.digest for _, version in versions if version.state not in gone}
@@ -164,7 +183,7 @@ class RedisStore:
 
     def dump(self) -> Snapshot:
         while True:
-            revision, tasks = self._tasks(StoredTask)
+            revision, tasks, keys = self._tasks(StoredTask)
             versions = [(task, version) for task in tasks for version in task.versions]
             adapters = self._adapters({version.digest for _, version in versions})
             with answering(self.address), self._redis.pipeline() as pipe:
@@ -183,6 +202,7 @@ class RedisStore:
         return snapshot(
             revision,
             ((task, records[task.task], lines) for task, lines in zip(tasks, others, strict=True)),
+            keys,
         )
 
     def load(self, loaded: Snapshot) -> None:
@@ -195,7 +215,7 @@ class RedisStore:
         with self._redis.pipeline() as pipe:
             redis_server.watch(pipe)
             redis_server.revision(pipe, self.identity)
-            require_empty(pipe.hlen(TASKS))
+            require_empty(pipe.hlen(TASKS), pipe.hlen(KEYS))
             pipe.multi()
             for each in loaded.versions:
                 pipe.hset(ADAPTERS, each.digest, StoredFiles(**dict(each)).model_dump_json())
@@ -203,6 +223,8 @@ class RedisStore:
                 _write_line(pipe, name, line)
             for task in loaded.tasks:
                 pipe.hset(TASKS, task.task, loaded_task(task).model_dump_json())
+            for key in loaded.keys:
+                pipe.hset(KEYS, key.name, key.model_dump_json())
             pipe.hset(REGISTRY, "revision", loaded.revision)
             try:
                 pipe.execute()
@@ -243,6 +265,29 @@ class RedisStore:
                         continue
                     return answer
 
+    def _change_key(self, name: str, work: Callable[[StoredKey | None, int], StoredKey]) -> StoredKey:
+        """What `work` makes of the key and the next revision: as `_change`."""
+        with self._lock, answering(self.address):
+            while True:
+                with self._redis.pipeline() as pipe:
+                    redis_server.watch(pipe)
+                    revision = redis_server.revision(pipe, self.identity) + 1
+                    text = pipe.hget(KEYS, name)
+                    known = None if text is None else StoredKey.model_validate_json(text)
+                    if (after := work(known, revision)) is known:
+                        return after
+                    pipe.multi()
+                    pipe.hset(KEYS, name, after.model_dump_json())
+                    pipe.xadd(
+                        CHANGES, {"key": name}, id=f"{revision}-0", maxlen=KEPT_CHANGES, approximate=True
+                    )
+                    pipe.hset(REGISTRY, "revision", revision)
+                    try:
+                        pipe.execute()
+                    except WatchError:  # another registry was faster
+                        continue
+                    return after
+
     def _past(self, task: StoredTask | None) -> Past:
         """Its routings, which are read once, and only if one is asked for."""
 
@@ -254,15 +299,16 @@ class RedisStore:
 
         return lambda revision: routings().get(revision)
 
-    def _tasks(self, kind: type[M]) -> tuple[int, list[M]]:
-        """All tasks by name, at one revision."""
+    def _tasks(self, kind: type[M]) -> tuple[int, list[M], tuple[StoredKey, ...]]:
+        """All tasks by name, and all keys, at one revision."""
         with answering(self.address):
             with self._redis.pipeline() as pipe:
                 _read_head(pipe)
                 pipe.hgetall(TASKS)
-                head, found = pipe.execute()
+                pipe.hvals(KEYS)
+                head, found, keys = pipe.execute()
             revision = redis_server.check(head, self.identity)
-        return revision, [kind.model_validate_json(found[name]) for name in sorted(found)]
+        return revision, [kind.model_validate_json(found[name]) for name in sorted(found)], _keys(keys)
 
     def _adapters(self, digests: Iterable[str]) -> Mapping[str, StoredFiles]:
         names = sorted(digests)
@@ -291,6 +337,10 @@ def _ask_lines(pipe: Pipeline, task: StoredTask | None, latest: int | None) -> N
     if task is not None:
         for number in (None, *(version.version for version in task.versions)):
             pipe.lrange(history_key(task.task, number), 0 if latest is None else -latest, -1)
+
+
+def _keys(found: Iterable[str]) -> tuple[StoredKey, ...]:
+    return in_order(map(StoredKey.model_validate_json, found))
 
 
 def _in_order(lists: Iterable[list[str]]) -> tuple[HistoryLine, ...]:

@@ -22,6 +22,7 @@ from adapter_registry.api import (
 from adapter_registry.artefacts import ArtefactFolder
 from adapter_registry.changes import ChangeFeed
 from adapter_registry.errors import AdapterRefusedError, FileNotStoredError, StoreUnavailableError
+from adapter_registry.keys import ChangedKey, NewKey, StoredKey, hashed, new_token
 from adapter_registry.metrics import Metrics
 from adapter_registry.names import check_task
 from adapter_registry.planning import Move, Wanted
@@ -181,6 +182,21 @@ class Registry:
         logger.info("deleted %s, digest %s, on request", record.name, record.digest)
         return record
 
+    async def issue(self, new: NewKey, *, by: str) -> ChangedKey:
+        """A new key, with its token; in force at all replicas that hear of it in time. Raises
+        KeyExistsError."""
+        token = new_token()
+        key = await self._change(lambda: self._store.add_key(new, hashed(token), by=by))
+        return await self._in_force(key, token)
+
+    async def revoke(self, name: str, *, by: str) -> ChangedKey:
+        """The key, revoked at all replicas that hear of it in time. Raises KeyNotFoundError."""
+        return await self._in_force(await self._change(lambda: self._store.revoke_key(name, by=by)))
+
+    async def keys(self) -> tuple[StoredKey, ...]:
+        """All there ever were, in the order in which they were made."""
+        return await asyncio.to_thread(self._store.keys)
+
     async def history(self, task: str, latest: int) -> TaskHistory:
         """Its `latest` changes. Raises TaskNotFoundError."""
         return TaskHistory(task=task, events=await asyncio.to_thread(self._store.history, task, latest))
@@ -232,6 +248,11 @@ class Registry:
                 f"{record.name} has no file {name!r}; its files: {', '.join(names)}", param="name"
             )
         return await asyncio.to_thread(self.files.file, record.digest, name)
+
+    async def _in_force(self, key: StoredKey, token: str | None = None) -> ChangedKey:
+        await self.replicas.wait(key.revision, self._bounds.wait_seconds)
+        pending = tuple(self.replicas.pending(key.revision))
+        return ChangedKey(**dict(key), token=token, pending=pending)
 
     async def _apply(
         self, task: str, wanted: Wanted, *, expected: int | None = None, by: str = "", reason: str = ""

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 STATUS: Mapping[type[errors.RegistryError], int] = MappingProxyType(
     {
         errors.InvalidRequestError: 400,
+        errors.UnauthorizedError: 401,
         errors.ForbiddenError: 403,
         errors.NotFoundError: 404,
         errors.ConflictError: 409,
@@ -49,7 +50,8 @@ def _reply(asked: str, status: int, message: str, code: str, param: str | None =
     logger.warning("%s failed: status=%d code=%s: %s", logged(asked), status, code, logged(message))
     kind = "server_error" if status >= 500 else "invalid_request_error"
     body = ErrorReply(error=ErrorBody(message=message, type=kind, param=param, code=code))
-    return JSONResponse(body.model_dump(), status)
+    headers = {"www-authenticate": "Bearer"} if status == HTTPStatus.UNAUTHORIZED else None
+    return JSONResponse(body.model_dump(), status, headers)
 
 
 def install(app: FastAPI, metrics: Metrics) -> None:

@@ -12,6 +12,7 @@ from adapter_registry.api import (
     VersionRoute,
 )
 from adapter_registry.errors import TaskNotFoundError
+from adapter_registry.keys import StoredKey, in_order
 from adapter_registry.planning import TaskView
 from adapter_registry.routing import Routing
 from adapter_registry.store import Idle
@@ -40,7 +41,22 @@ def no_task(task: str) -> TaskNotFoundError:
 
 
 def revision(db: sqlite3.Connection) -> int:
-    return int(db.execute("SELECT coalesce(max(revision), 0) FROM history").fetchone()[0])
+    """Of the last change, of whatever kind."""
+    return int(
+        db.execute(
+            "SELECT max((SELECT coalesce(max(revision), 0) FROM history),"
+            " (SELECT coalesce(max(revision), 0) FROM keys))"
+        ).fetchone()[0]
+    )
+
+
+def keys(db: sqlite3.Connection) -> tuple[StoredKey, ...]:
+    return in_order(StoredKey.model_validate_json(row[0]) for row in db.execute("SELECT key FROM keys"))
+
+
+def key(db: sqlite3.Connection, name: str) -> StoredKey | None:
+    found = db.execute("SELECT key FROM keys WHERE name = ?", (name,)).fetchone()
+    return None if found is None else StoredKey.model_validate_json(found[0])
 
 
 def view(db: sqlite3.Connection, task: str) -> TaskView:

@@ -50,6 +50,14 @@ CREATE TABLE history (
 CREATE INDEX history_of_version ON history (task, version);
 """
 
+KEYS = """
+CREATE TABLE keys (
+    name TEXT PRIMARY KEY,
+    revision INTEGER NOT NULL UNIQUE,
+    key TEXT NOT NULL
+) STRICT;
+"""
+
 
 def _keep_routing_revisions(connection: sqlite3.Connection) -> None:
     connection.execute("ALTER TABLE tasks ADD COLUMN routing_revision INTEGER NOT NULL DEFAULT 0")
@@ -77,9 +85,10 @@ def _keep_routings(connection: sqlite3.Connection) -> None:
             connection.execute(HISTORY, made)
 
 
-def _keep_signatures_and_warmings(connection: sqlite3.Connection) -> None:
+def _keep_signatures_warmings_and_keys(connection: sqlite3.Connection) -> None:
     connection.execute("ALTER TABLE adapters ADD COLUMN signatures TEXT NOT NULL DEFAULT '[]'")
     connection.execute("ALTER TABLE versions ADD COLUMN warmed INTEGER NOT NULL DEFAULT 0")
+    _run(connection, KEYS)
 
 
 HISTORY = """
@@ -90,7 +99,7 @@ HISTORY = """
 MIGRATIONS: Mapping[int, Callable[[sqlite3.Connection], None]] = {
     1: _keep_routing_revisions,
     2: _keep_routings,
-    3: _keep_signatures_and_warmings,
+    3: _keep_signatures_warmings_and_keys,
 }
 """What makes the next schema of this one."""
 
@@ -125,7 +134,7 @@ def _become_todays(connection: sqlite3.Connection, schema: int) -> None:
     connection.execute("BEGIN IMMEDIATE")
     try:
         if schema == 0:
-            _run(connection, TABLES)
+            _run(connection, TABLES + KEYS)
         for older in range(schema or SCHEMA, SCHEMA):
             MIGRATIONS[older](connection)
         connection.execute(f"PRAGMA user_version = {SCHEMA}")

@@ -1,4 +1,4 @@
-"""The secret by which the registry knows its prefill replicas: one line in a file that both can read."""
+"""Secrets that are one line in a file: what prefill services show the registry, and its first admin token."""
 
 import os
 import secrets
@@ -14,7 +14,7 @@ def read_secret(path: Path) -> str:
     try:
         secret = path.expanduser().read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise CannotStartError(f"cannot read the replicas' secret in {path}: {error}") from error
+        raise CannotStartError(f"cannot read the secret in {path}: {error}") from error
     if len(secret) < MIN_CHARACTERS or not secret.isascii() or len(secret.split()) != 1:
         raise CannotStartError(
             f"{path} holds no secret: expected one line of at least {MIN_CHARACTERS} ASCII characters"
@@ -31,7 +31,7 @@ def ensure_secret(path: Path) -> str:
     except FileExistsError:
         return read_secret(path)
     except OSError as error:
-        raise CannotStartError(f"cannot write the replicas' secret to {path}: {error}") from error
+        raise CannotStartError(f"cannot write a secret to {path}: {error}") from error
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         file.write(secrets.token_hex(32) + "\n")
     return read_secret(path)

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import uvicorn
 
+from adapter_registry.access import Secrets
 from adapter_registry.app import create_app
 from adapter_registry.changes import ChangeFeed
 from adapter_registry.errors import CannotStartError
+from adapter_registry.keys import OPERATORS, Role, StoredKey
 from adapter_registry.metrics import Metrics
 from adapter_registry.opening import open_data
 from adapter_registry.redis_changes import RedisChanges
@@ -42,7 +44,8 @@ class RegistryServer:
             flags = "--host and --port (PRAD_REGISTRY_PORT)"
             self._socket = bound(settings.host, settings.port, CannotStartError, flags, backlog=1024)
             try:
-                secret, signers = _secret(settings), Signers(settings.signing_keys)
+                secrets = _secrets(settings, self._data.store.keys())
+                signers = Signers(settings.signing_keys)
             except CannotStartError:
                 self._socket.close()
                 raise
@@ -61,7 +64,7 @@ class RegistryServer:
             *_missing(missing, files.folder),
         ]
         config = uvicorn.Config(
-            create_app(registry, settings, secret),
+            create_app(registry, settings, secrets),
             log_level=settings.log_level,
             access_log=settings.access_log,
             lifespan="off",
@@ -114,17 +117,32 @@ class _DrainingServer(Server):
         await super().shutdown(sockets)
 
 
-def _secret(settings: RegistrySettings) -> str | None:
-    """None: whoever reaches the registry may speak as a replica, which on loopback is this machine."""
-    if settings.replica_secret_file is not None:
-        return ensure_secret(settings.replica_secret_file)
-    if not settings.on_loopback:
-        raise CannotStartError(
-            f"a registry on {settings.host} is reached by others than this machine, and must know its "
-            "replicas: set replica_secret_file (PRAD_REGISTRY_REPLICA_SECRET_FILE) here, and "
-            "registry_secret_file (PRAD_PREFILL_REGISTRY_SECRET_FILE) at each of them, to the same file"
+def _secrets(settings: RegistrySettings, keys: tuple[StoredKey, ...]) -> Secrets:
+    """Raises CannotStartError if others than this machine could do everything, or its replicas nothing."""
+    closed = not settings.on_loopback and not settings.unprotected
+    operators = [key for key in keys if key.role in OPERATORS]
+    replicas, admin = (
+        None if file is None else ensure_secret(file)
+        for file in (settings.replica_secret_file, settings.admin_token_file)
+    )
+    if replicas is None and (closed or operators):
+        why = (
+            f"a registry on {settings.host} is reached by others than this machine, and"
+            if closed
+            else "this registry has operators' tokens: it asks everyone for one, and"
         )
-    return None
+        raise CannotStartError(
+            f"{why} must know its replicas: set replica_secret_file (PRAD_REGISTRY_REPLICA_SECRET_FILE) "
+            "here, and registry_secret_file (PRAD_PREFILL_REGISTRY_SECRET_FILE) at each of them, to the same "
+            "file"
+        )
+    if closed and admin is None and not any(k.role is Role.ADMIN and k.revoked_at is None for k in operators):
+        raise CannotStartError(
+            f"a registry on {settings.host} is reached by others than this machine, and must know who may "
+            "change it: set admin_token_file (PRAD_REGISTRY_ADMIN_TOKEN_FILE), a file that is written at the "
+            "first start; or say --unprotected where nobody else reaches it"
+        )
+    return Secrets(replicas, admin, closed, keys)
 
 
 def _missing(count: int, folder: Path) -> list[str]:

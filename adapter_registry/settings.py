@@ -1,6 +1,5 @@
 """The registry's settings, read once at start: arguments, then PRAD_REGISTRY_* variables, then defaults."""
 
-import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -8,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from prad.settings import ServiceSettings
+from prad.settings import ServiceSettings, is_loopback
 
 MIB = 1 << 20
 
@@ -57,6 +56,12 @@ class RegistrySettings(ServiceSettings):
     signing_keys: Path | None = None
     """File, or folder of files, with the public keys (Ed25519) of those who may sign: a push that none of
     them signed is refused. Read at every push. If not given, unsigned pushes are taken, and whoever signs."""
+    admin_token_file: Path | None = None
+    """File with a token of role admin, by which the first keys are made (`prad keys create`); written if
+    there is none. Beyond loopback the registry does not start without, unless such a key was made before."""
+    unprotected: bool = False
+    """Start beyond loopback though whoever reaches the registry may do everything, as on loopback: until the
+    first token of an operator is made. For where nobody else reaches it, as in a container."""
     allowed_hosts: str = ""
     """Further names that clients may call the registry by, separated by commas: a name, *.example.com for
     those below one, * for any. Addresses, and names without a dot, are always allowed."""
@@ -90,17 +95,8 @@ class RegistrySettings(ServiceSettings):
 
     @property
     def on_loopback(self) -> bool:
-        return _is_loopback(self.host)
+        return is_loopback(self.host)
 
     @property
     def local_paths_allowed(self) -> bool:
         return self.on_loopback if self.allow_local_paths is None else self.allow_local_paths
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from adapter_registry.api import HistoryLine, TaskRoute, VersionRecord
 from adapter_registry.errors import InvalidTaskNameError, NotEmptyError
+from adapter_registry.keys import StoredKey
 from adapter_registry.names import check_task
 from adapter_registry.routing import Routing
 from adapter_registry.upgrading import upgraded_export
@@ -50,6 +51,7 @@ class Snapshot(BaseModel):
     format: Literal[3] = 3
     revision: int
     tasks: tuple[TaskSnapshot, ...]
+    keys: tuple[StoredKey, ...] = ()
 
     @model_validator(mode="before")
     @classmethod
@@ -66,11 +68,13 @@ class Snapshot(BaseModel):
 
     @model_validator(mode="after")
     def _adds_up(self) -> Self:
-        revisions = [line.revision for _, line in self.lines]
+        revisions = [*(line.revision for _, line in self.lines), *(key.revision for key in self.keys)]
         if len(set(revisions)) != len(revisions) or max(revisions, default=0) != self.revision:
             raise ValueError(f"the histories have a revision twice, or do not end at {self.revision}")
         if len({task.task for task in self.tasks}) != len(self.tasks):
             raise ValueError("a task is there twice")
+        if len({key.name for key in self.keys}) != len(self.keys):
+            raise ValueError("a key is there twice")
         return self
 
     @property
@@ -90,11 +94,14 @@ class Snapshot(BaseModel):
 
 
 def snapshot(
-    revision: int, tasks: Iterable[tuple[TaskRoute, Iterable[VersionRecord], Iterable[HistoryLine]]]
+    revision: int,
+    tasks: Iterable[tuple[TaskRoute, Iterable[VersionRecord], Iterable[HistoryLine]]],
+    keys: Iterable[StoredKey],
 ) -> Snapshot:
-    """Of each task its routing, the records of its versions, and its changes of no version."""
+    """Of each task its routing, the records of its versions, and its changes of no version; and all keys."""
     return Snapshot(
         revision=revision,
+        keys=tuple(keys),
         tasks=tuple(
             TaskSnapshot(
                 task=route.task, routing=route.routing, versions=tuple(versions), history=tuple(history)
@@ -104,10 +111,11 @@ def snapshot(
     )
 
 
-def require_empty(tasks: int) -> None:
+def require_empty(tasks: int, keys: int) -> None:
     """Raises NotEmptyError."""
-    if tasks:
+    if tasks or keys:
+        found = f"{tasks} tasks" if tasks else f"{keys} keys"
         raise NotEmptyError(
-            f"this registry has {tasks} tasks already; an export is read into an empty one: choose another "
+            f"this registry has {found} already; an export is read into an empty one: choose another "
             "data_dir, or another Redis database"
         )

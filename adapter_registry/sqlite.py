@@ -12,6 +12,7 @@ from pathlib import Path
 from adapter_registry import rows, schema
 from adapter_registry.api import HistoryLine, RoutingState, TaskRoute, VersionRecord
 from adapter_registry.errors import CannotStartError
+from adapter_registry.keys import NewKey, StoredKey, issued, of_the_api, revoked
 from adapter_registry.planning import Change, Move, TaskView, Wanted, plan
 from adapter_registry.routing import Routing
 from adapter_registry.snapshot import Snapshot, require_empty, snapshot
@@ -83,9 +84,9 @@ class SqliteStore:
     def state(self) -> RoutingState:
         with self._transaction() as db:
             found = db.execute(f"{rows.ROUTES} ORDER BY t.task, v.version").fetchall()
-            revision = rows.revision(db)
+            revision, keys = rows.revision(db), rows.keys(db)
         tasks = (rows.task_route(list(group)) for _, group in groupby(found, key=lambda row: row["task"]))
-        return RoutingState(revision=revision, tasks=tuple(tasks))
+        return RoutingState(revision=revision, tasks=tuple(tasks), keys=of_the_api(keys))
 
     def task(self, task: str) -> TaskRoute:
         with self._transaction() as db:
@@ -99,6 +100,23 @@ class SqliteStore:
         with self._transaction() as db:
             rows.view(db, task)
             return rows.history(db, "task = ?", (task,), latest)
+
+    def add_key(self, new: NewKey, sha256: str, *, by: str = "") -> StoredKey:
+        with self._transaction("IMMEDIATE") as db:
+            known, revision = rows.key(db, new.name), rows.revision(db) + 1
+            key = issued(known, new, sha256, revision, self._now(), by)
+            _put_key(db, key)
+            return key
+
+    def revoke_key(self, name: str, *, by: str = "") -> StoredKey:
+        with self._transaction("IMMEDIATE") as db:
+            key = revoked(rows.key(db, name), name, rows.revision(db) + 1, self._now(), by)
+            _put_key(db, key)
+            return key
+
+    def keys(self) -> tuple[StoredKey, ...]:
+        with self._transaction() as db:
+            return rows.keys(db)
 
     def digests(self) -> frozenset[str]:
         with self._transaction() as db:
@@ -114,12 +132,17 @@ class SqliteStore:
             found = db.execute(f"{rows.ROUTES} ORDER BY t.task, v.version").fetchall()
             tasks = [rows.task_route(list(group)) for _, group in groupby(found, key=lambda row: row["task"])]
             return snapshot(
-                rows.revision(db), ((task, _versions(db, task), _without_version(db, task)) for task in tasks)
+                rows.revision(db),
+                ((task, _versions(db, task), _without_version(db, task)) for task in tasks),
+                rows.keys(db),
             )
 
     def load(self, loaded: Snapshot) -> None:
         with self._transaction("IMMEDIATE") as db:
-            require_empty(db.execute("SELECT count(*) FROM tasks").fetchone()[0])
+            require_empty(
+                db.execute("SELECT count(*) FROM tasks").fetchone()[0],
+                db.execute("SELECT count(*) FROM keys").fetchone()[0],
+            )
             for task in loaded.tasks:
                 routing = schema.stored(task.routing)
                 db.execute("INSERT INTO tasks (task, routing) VALUES (?, ?)", (task.task, routing))
@@ -131,6 +154,8 @@ class SqliteStore:
                 db.execute("INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?, ?)", (*version, each.warmed))
             for name, line in loaded.lines:
                 _insert_line(db, name, line)
+            for key in loaded.keys:
+                _put_key(db, key)
 
     def warnings(self) -> tuple[str, ...]:
         return ()
@@ -194,6 +219,11 @@ def _task(db: sqlite3.Connection, task: str) -> TaskRoute:
 def _insert_line(db: sqlite3.Connection, task: str, line: HistoryLine) -> None:
     routing = None if line.routing is None else schema.stored(line.routing)
     db.execute(schema.HISTORY, {**line.model_dump(), "task": task, "routing": routing})
+
+
+def _put_key(db: sqlite3.Connection, key: StoredKey) -> None:
+    found = (key.name, key.revision, key.model_dump_json())
+    db.execute("INSERT OR REPLACE INTO keys (name, revision, key) VALUES (?, ?, ?)", found)
 
 
 def _without_version(db: sqlite3.Connection, task: TaskRoute) -> tuple[HistoryLine, ...]:

@@ -17,6 +17,7 @@ from adapter_registry.api import (
     TaskRoute,
     VersionRecord,
 )
+from adapter_registry.keys import NewKey, StoredKey
 from adapter_registry.planning import Change, Wanted
 from adapter_registry.snapshot import Snapshot
 from prad.artefact import AdapterRecord
@@ -71,7 +72,7 @@ def all_signatures(known: Iterable[SignedBy], more: Iterable[SignedBy]) -> tuple
 
 
 class Store(Protocol):
-    """Tasks, versions, history. `revision` grows with every change and never goes back.
+    """Tasks, versions, history, keys. `revision` grows with every change and never goes back.
 
     Every method but `close` raises StoreUnavailableError if the database is another program that does not
     answer now. Whether a change that it was asked for was made is not known then.
@@ -113,6 +114,18 @@ class Store(Protocol):
         """
         ...
 
+    def add_key(self, new: NewKey, sha256: str, *, by: str = "") -> StoredKey:
+        """A key of the token with that hash; `by`: who asks. Raises KeyExistsError."""
+        ...
+
+    def revoke_key(self, name: str, *, by: str = "") -> StoredKey:
+        """The key, revoked now or before. Raises KeyNotFoundError."""
+        ...
+
+    def keys(self) -> tuple[StoredKey, ...]:
+        """All there ever were, in the order in which they were made."""
+        ...
+
     def digests(self) -> frozenset[str]:
         """Of every adapter whose files some version needs: any that is not deleted."""
         ...
@@ -126,7 +139,7 @@ class Store(Protocol):
         ...
 
     def load(self, loaded: Snapshot) -> None:
-        """Everything that `dump` gave, revisions and all. Raises NotEmptyError if there is a task already."""
+        """Everything that `dump` gave, revisions and all. Raises NotEmptyError if anything is there."""
         ...
 
     def warnings(self) -> tuple[str, ...]:

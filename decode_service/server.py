@@ -25,6 +25,7 @@ from prad.core.errors import PradError
 from prad.core.kv import BlockPool
 from prad.lm import LanguageModel
 from prad.lm.kv import Pools, blocks_in
+from prad.settings import is_loopback
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,10 @@ class BindError(DecodeServiceError):
     """The address cannot be listened on."""
 
 
+class UnprotectedError(DecodeServiceError):
+    """Others than this machine would reach it, and nobody said that this is wanted."""
+
+
 class CacheTooSmallError(DecodeServiceError):
     """The KV cache of the settings does not hold a single block."""
 
@@ -53,8 +58,8 @@ class EngineFailedError(DecodeServiceError):
 def run(settings: DecodeSettings) -> None:
     """Serves until SIGTERM or SIGINT, then drains; a second signal ends the process at once.
 
-    Raises BindError, CacheTooSmallError, or prad.lm's ModelError before anything is served; EngineFailedError
-    when the engine failed, so that the process ends and a supervisor starts it again.
+    Raises UnprotectedError, BindError, CacheTooSmallError, or prad.lm's ModelError before anything is served;
+    EngineFailedError when the engine failed, so that the process ends and a supervisor starts it again.
     """
     keep_freed_memory()
     if settings.threads is not None:
@@ -81,11 +86,17 @@ async def _run(settings: DecodeSettings) -> None:
 async def serving(
     settings: DecodeSettings, model: LanguageModel | None = None
 ) -> AsyncIterator["DecodeServer"]:
-    """A service that runs inside the `with`, in this process; leaving it drains. Raises BindError,
-    CacheTooSmallError and ModelError as `run`; a failed engine shows in `DecodeServer.failed`.
+    """A service that runs inside the `with`, in this process; leaving it drains. Raises UnprotectedError,
+    BindError, CacheTooSmallError and ModelError as `run`; a failed engine shows in `DecodeServer.failed`.
 
     `model`: one that is loaded already, instead of the settings'.
     """
+    if not settings.unprotected and not is_loopback(settings.host):
+        raise UnprotectedError(
+            f"a decode service on {settings.host} is reached by others than this machine, and asks nobody "
+            "for a key: let it listen on 127.0.0.1, or say --unprotected (PRAD_DECODE_UNPROTECTED=true) "
+            "where only its prefill services reach it"
+        )
     server = grpc.aio.server(interceptors=[ReadableMessages()], options=TransferSettings().server_options())
     try:
         port = _bind(server, f"{settings.host}:{settings.port}")  # a taken port fails before the model loads

@@ -21,6 +21,9 @@ class DecodeSettings(ServiceSettings):
     """Address that the gRPC server listens on."""
     port: int = Field(default=50051, ge=0, le=65535)
     """Port that the gRPC server listens on."""
+    unprotected: bool = False
+    """Start beyond loopback, where whoever reaches the port may decode, and see what others do: this service
+    asks nobody for a key. For a network that only its prefill services reach."""
     metrics_port: int | None = Field(default=None, ge=0, le=65535)
     """Port of /metrics; none if not given."""
 

@@ -16,14 +16,14 @@ def adapter_folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir())
 
 
-def push_all(folder: Path, registry: str) -> dict[str, str]:
+def push_all(folder: Path, registry: str, token: str = "") -> dict[str, str]:
     """Pushes every folder below `folder` as a version of the task of its name, and waits for its probe.
 
     Files that were a version once stay what they are, retired ones too. Returns the reason for each folder
     that cannot be served, and each version that failed its probe. RegistryUnreachableError if nobody answers.
     """
     failed = {}
-    with RegistryClient(registry) as client:
+    with RegistryClient(registry, token=token) as client:
         known = {(t.task, v.digest) for t in client.state().tasks for v in t.versions}
         for path in adapter_folders(folder):
             try:

@@ -1,5 +1,6 @@
-"""What the settings of all services share: how the environment is read."""
+"""What the settings of all services share: how the environment is read, who reaches an address."""
 
+import ipaddress
 import logging
 import re
 from typing import Any
@@ -44,6 +45,16 @@ class _Environment(EnvSettingsSource):
             )
             value = None
         return value, key, is_complex
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens on it."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def environment_name(kind: type[BaseSettings], field: str) -> str:

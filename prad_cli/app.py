@@ -8,7 +8,7 @@ import typer
 
 from prad import __version__
 from prad.core.errors import PradError
-from prad_cli import adapter, bench, evaluate, exchange, model, serve, services, train
+from prad_cli import adapter, bench, evaluate, exchange, keys, model, serve, services, train
 from prad_cli.flags import PASS_ARGUMENTS
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ for name, command in services.COMMANDS.items():
 adapter.app.command("import", epilog=exchange.IMPORT_EXAMPLES)(exchange.import_command)
 adapter.app.command("export", epilog=exchange.EXPORT_EXAMPLES)(exchange.export_command)
 app.add_typer(adapter.app, name="adapter")
+app.add_typer(keys.app, name="keys")
 app.add_typer(bench.app, name="bench")
 app.add_typer(model.app, name="model")
 app.command("train")(train.train_command)

@@ -24,7 +24,7 @@ from prad.http.asking import DEFAULT_API, answered, api_client
 from prad_cli.extras import installing
 from prad_cli.likelihood import ModelHere, Version, log_likelihoods
 from prad_cli.model import DEFAULT_CACHE, CacheOption, DeviceOption, DTypeOption, ModelOption
-from prad_cli.operating import DEFAULT_REGISTRY, Json, Registry, print_json, talking
+from prad_cli.operating import DEFAULT_REGISTRY, Json, Registry, credential, print_json, talking
 from prad_cli.tables import show_comparison
 
 ANSWER_TOKENS = 64
@@ -144,7 +144,14 @@ def diff(
     right = [(line.prompt, line.completion) for line in lines if line.completion is not None]
     if likelihood and len(right) < len(lines):
         raise DiffError(f'--likelihood needs a "completion" in every line of {data}')
-    found = compare(url, (first, second), lines, max_tokens=max_tokens, concurrency=concurrency)
+    found = compare(
+        url,
+        (first, second),
+        lines,
+        max_tokens=max_tokens,
+        concurrency=concurrency,
+        key=credential("PRAD_API_KEY"),
+    )
     if likelihood:
         here = ModelHere(model, cache_dir, dtype, device)
         versions = [Version(side.task, side.version, side.digest) for side in found.sides]
@@ -183,11 +190,17 @@ def read_lines(path: Path, limit: int | None = None) -> tuple[Line, ...]:
 
 
 def compare(
-    url: str, names: tuple[str, str], lines: Sequence[Line], *, max_tokens: int | None, concurrency: int
+    url: str,
+    names: tuple[str, str],
+    lines: Sequence[Line],
+    *,
+    max_tokens: int | None,
+    concurrency: int,
+    key: str = "",
 ) -> Comparison:
-    """Greedy answers. Raises DiffError."""
+    """Greedy answers. `key`: an API key, where the server asks for one. Raises DiffError."""
     many = 2 * concurrency
-    with api_client(url, many, DiffError) as client, ThreadPoolExecutor(many) as pool:
+    with api_client(url, many, DiffError, key=key) as client, ThreadPoolExecutor(many) as pool:
         sides = (_side(client, names[0], max_tokens), _side(client, names[1], max_tokens))
         if sides[0].name == sides[1].name:
             raise DiffError(f"{names[0]} and {names[1]} are both {sides[0].name}: name two versions")

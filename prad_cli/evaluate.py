@@ -39,7 +39,9 @@ def eval_command(
             resolve_path=True,
         ),
     ] = None,
-    url: Annotated[str | None, typer.Option(help="Ask this running server instead.")] = None,
+    url: Annotated[
+        str | None, typer.Option(help="Ask this running server instead; PRAD_API_KEY is shown to it.")
+    ] = None,
     task: Annotated[
         str | None, typer.Option(help="With --url: the task; the plain model if left out.")
     ] = None,
@@ -117,9 +119,17 @@ def _served(
     concurrency: int,
 ) -> "Iterator[tuple[str, Evaluation]]":
     from prad.training.served import evaluate_served
+    from prad_cli.operating import credential
 
     result = evaluate_served(
-        url, task, data, limit=limit, max_tokens=max_tokens, beams=beams, concurrency=concurrency
+        url,
+        task,
+        data,
+        limit=limit,
+        max_tokens=max_tokens,
+        beams=beams,
+        concurrency=concurrency,
+        key=credential("PRAD_API_KEY"),
     )
     yield task or "plain model", result
 

@@ -1,11 +1,13 @@
-"""What the commands that talk to a registry share: their options, the client, what a refusal looks like."""
+"""What the commands that talk to a registry or an API share: their options, the client, what they show it."""
 
 import getpass
 import json
+import os
 import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -13,6 +15,7 @@ import typer
 from adapter_registry.api import Rerouted
 from adapter_registry.client import RegistryClient
 from adapter_registry.errors import RegistryError, RegistryUnreachableError
+from adapter_registry.keys import ChangedKey
 from adapter_registry.names import parse_name
 
 DEFAULT_REGISTRY = "http://127.0.0.1:8001"
@@ -40,7 +43,7 @@ Version = Annotated[
 def talking(url: str) -> Iterator[RegistryClient]:
     """A client; whatever the registry refuses becomes one line on stderr and exit code 1."""
     try:
-        with RegistryClient(url, operator=operator()) as client:
+        with RegistryClient(url, operator=operator(), token=credential("PRAD_TOKEN")) as client:
             yield client
     except RegistryUnreachableError as error:
         fail(f"{error}. Start one with: prad serve, or prad registry; or name another with --registry URL")
@@ -61,9 +64,25 @@ def version_of(client: RegistryClient, name: str) -> tuple[str, int]:
     return task, meant
 
 
-def say_pending(rerouted: Rerouted) -> None:
-    if rerouted.pending:
-        behind = ", ".join(rerouted.pending)
+def credential(variable: str) -> str:
+    """What the environment says, or the file that the variable with _FILE names; never an argument, which
+    every user of this machine can read. Empty if there is neither."""
+    named = os.environ.get(f"{variable}_FILE", "")
+    found = os.environ.get(variable, "")
+    if not found and named:
+        try:
+            found = Path(named).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            fail(f"cannot read the file that {variable}_FILE names: {error}")
+    found = found.strip()
+    if not found.isascii() or len(found.split()) > 1:
+        fail(f"{variable if os.environ.get(variable) else named} is no token: expected one word of ASCII")
+    return found
+
+
+def say_pending(changed: Rerouted | ChangedKey) -> None:
+    if changed.pending:
+        behind = ", ".join(changed.pending)
         print(f"not yet at {behind}: it goes on with what it knew until it hears of this")
 
 

@@ -3,13 +3,13 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from prad.core.models import DEFAULT_MODEL
+from prad.settings import is_loopback
 from prad_cli.model import (
     DEFAULT_CACHE,
     CacheOption,
@@ -20,6 +20,8 @@ from prad_cli.model import (
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from adapter_registry.client import RegistryClient
 
 _PORTS: Any = {"min": 1, "max": 65535}
 _START_S = 300.0  # the first start converts or fetches the model
@@ -39,11 +41,19 @@ def serve_command(
     host: Annotated[
         str,
         typer.Option(
-            help="Address that the API listens on; 0.0.0.0 is every one. Nobody is asked for a password: "
-            "whoever reaches it can use every task. The registry and decode stay on this machine.",
+            help="Address that the API listens on; 0.0.0.0 is every one. Beyond this machine everybody is "
+            "asked for an API key (prad keys create). The registry and decode stay on this machine.",
             envvar="PRAD_PREFILL_HOST",
         ),
     ] = "127.0.0.1",
+    unprotected: Annotated[
+        bool,
+        typer.Option(
+            "--unprotected",
+            help="Beyond this machine, too, ask for keys only once there are any: whoever reaches the API "
+            "can use every task until then.",
+        ),
+    ] = False,
     port: Annotated[int, typer.Option(help="The API's port.", **_PORTS)] = 8000,
     registry_port: Annotated[int, typer.Option(help="The adapter registry's port.", **_PORTS)] = 8001,
     decode_port: Annotated[int, typer.Option(help="The decode service's port.", **_PORTS)] = 50051,
@@ -97,6 +107,8 @@ def serve_command(
     """
     from rich.console import Console
 
+    from adapter_registry.client import RegistryClient
+    from adapter_registry.secret import ensure_secret
     from local_stack.pushing import adapter_folders, push_all
     from local_stack.signals import stopped_by_signals
     from local_stack.stack import Stack, answers, require_free
@@ -112,7 +124,10 @@ def serve_command(
     kept = ["--data-dir", str(data_dir / "registry"), *_given({"--redis-url": redis_url})]
     told = _given({"--weights": weights, "--metrics-port": decode_metrics_port})
     decode = ["--decode", f"127.0.0.1:{decode_port}"]
-    listening = ["--host", host, "--port", str(port)]
+    listening = ["--host", host, "--port", str(port), *(["--unprotected"] if unprotected else [])]
+    replicas, admin = data_dir / "replica-secret", data_dir / "admin-token"
+    kept += ["--replica-secret-file", str(replicas), "--admin-token-file", str(admin)]
+    own += ["--registry-secret-file", str(replicas)]
     if adapters is not None and not adapter_folders(adapters):
         console.print(f"[yellow]{adapters} holds no adapter folders:[/] nothing is pushed", soft_wrap=True)
     require_free(port, "--port", host)
@@ -120,6 +135,8 @@ def serve_command(
     require_free(decode_port, "--decode-port")
     require_free(decode_metrics_port, "--decode-metrics-port")
     with stopped_by_signals(), Stack(logs) as stack, _said_when_stopping(console):
+        ensure_secret(replicas)
+        token = ensure_secret(admin)
         with console.status("starting the registry"):
             stack.start("registry", ["--port", str(registry_port), *kept])
             stack.start("decode", [*shared, *told, "--port", str(decode_port)])
@@ -128,13 +145,16 @@ def serve_command(
         with console.status("loading the model (the first start converts it: about a minute)"):
             stack.wait_until(lambda: answers(f"{at.api}/ready"), _START_S, "starting")
         with console.status("verifying the adapters"):
-            failed = {} if adapters is None else push_all(adapters, at.registry)
-            tasks = _current_tasks(at.registry)
-            listed = [f"{at.api}/v1/models/{task}" for task in tasks]
-            stack.wait_until(lambda: all(map(answers, listed)), 60.0, "loading the adapters")
+            failed = {} if adapters is None else push_all(adapters, at.registry, token)
+            with RegistryClient(at.registry, token=token) as client:
+                state, keys = client.state(), client.keys()
+                stack.wait_until(lambda: _followed(client), 60.0, "loading the adapters")
+        tasks = [task.task for task in state.tasks if task.routing.split]
         for name, reason in failed.items():
             console.print(f"[red]{name} cannot be served:[/] {reason}")
-        _say_where(console.print, at, host, logs)
+        asked = any(key.role == "complete" for key in keys) or not (unprotected or is_loopback(host))
+        _say_where(console.print, at, logs)
+        _say_who(console.print, host, admin, asked=asked)
         _say_what_next(console.print, at.api, tasks)
         ready = {
             "registry": lambda: answers(f"{at.registry}/ready"),
@@ -177,29 +197,30 @@ def _given(flags: dict[str, Any]) -> list[str]:
     return [part for flag, value in flags.items() if value is not None for part in (flag, str(value))]
 
 
-def _current_tasks(registry: str) -> list[str]:
-    from adapter_registry.client import RegistryClient
+def _followed(registry: "RegistryClient") -> bool:
+    """Whether prefill has all that the registry knows, or all that it can have."""
+    connected = [replica for replica in registry.replicas().replicas if replica.connected]
+    return bool(connected) and all(replica.state in ("ready", "failed") for replica in connected)
 
-    with RegistryClient(registry) as client:
-        return [task.task for task in client.state().tasks if task.routing.split]
 
-
-def _say_where(say: Callable[..., None], at: _Addresses, host: str, logs: Path) -> None:
+def _say_where(say: Callable[..., None], at: _Addresses, logs: Path) -> None:
     say(f"\n[bold green]ready[/]  API {at.api}   registry {at.registry}   logs {logs}", soft_wrap=True)
     say(f"metrics  {at.api}/metrics  {at.registry}/metrics  {at.decode_metrics}", soft_wrap=True)
-    if not _is_loopback(host):
+
+
+def _say_who(say: Callable[..., None], host: str, admin: Path, *, asked: bool) -> None:
+    if asked:
         say(
-            f"[yellow]the API listens on {host}:[/] whoever reaches it can use every task and read /metrics, "
-            "nobody is asked for a password",
+            "keys     the API asks everyone for one: prad keys create NAME (with PRAD_TOKEN_FILE="
+            f"{admin}, once there are tokens of operators)",
             soft_wrap=True,
         )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:  # a name
-        return host == "localhost"
+    elif not is_loopback(host):
+        say(
+            f"[yellow]the API listens on {host}:[/] whoever reaches it can use every task and read /metrics, "
+            "nobody is asked for a key",
+            soft_wrap=True,
+        )
 
 
 def _say_what_next(say: Callable[..., None], api: str, tasks: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""What `prad adapter list`, `show`, `events`, `status` and `diff` print."""
+"""What `prad adapter list`, `show`, `events`, `status` and `diff`, and `prad keys`, print."""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,6 +14,7 @@ from adapter_registry.api import (
     VersionRecord,
     Warmed,
 )
+from adapter_registry.keys import KeyRecord, Role
 from adapter_registry.names import PREVIOUS
 from adapter_registry.routing import Routing
 from adapter_registry.versions import State
@@ -80,7 +81,7 @@ def show_task(task: TaskRoute) -> None:
     for version in task.versions:
         state = f"[{STYLES[version.state]}]{version.state}[/]"
         name = f"{task.task}@{version.version}"
-        pushed = version.pushed_at[:19].replace("T", " ")
+        pushed = _when(version.pushed_at)
         known = (_literal(version.method), _literal(version.base.name))
         named = ", ".join(task.routing.names(task.task, version.version))
         table.add_row(name, state, named, *known, pushed, version.digest[:12])
@@ -95,7 +96,7 @@ def show_events(history: TaskHistory) -> None:
         moved = "" if line.after is None or line.before is line.after else f": {line.after}"
         why = f" ({line.reason})" if line.reason else ""
         made = "" if line.routing is None else _made(history.task, line.routing)
-        when = line.at[:19].replace("T", " ")
+        when = _when(line.at)
         what = f"{line.event}{version}{moved}{why}"
         table.add_row(when, _literal(line.by or "-"), _literal(what), made, str(line.revision))
     _print_table(table)
@@ -110,7 +111,7 @@ def show_replicas(revision: int, found: ReplicaList) -> None:
     for replica in found.replicas:
         known = "-" if replica.revision is None else str(replica.revision)
         state = f"[{REPLICA_STYLES[replica.state]}]{replica.state}[/]"
-        seen = replica.last_seen[:19].replace("T", " ")
+        seen = _when(replica.last_seen)
         table.add_row(_literal(replica.name), state, known, seen, _literal("; ".join(replica.troubles)))
     _print_table(table)
 
@@ -147,6 +148,37 @@ def show_comparison(
         for row in changed:
             table.add_row(*map(_literal, row if right else row[:3]))
         _print_table(table)
+
+
+def described_key(key: KeyRecord) -> str:
+    """A key in a line: whose, and what it may."""
+    tasks = "" if key.tasks is None else f"for {', '.join(key.tasks)}"
+    return f"{key.name!r}: {', '.join(filter(None, (f'role {key.role}', tasks, _limits(key))))}"
+
+
+def show_keys(keys: Sequence[KeyRecord]) -> None:
+    table = Table("key", "role", "tasks", "limits", "made", "by", "revoked", box=None, header_style="bold")
+    for key in keys:
+        tasks = ", ".join(key.tasks) if key.tasks is not None else "all" if key.role is Role.COMPLETE else "-"
+        revoked = "" if key.revoked_at is None else f"{_when(key.revoked_at)} by {key.revoked_by or '-'}"
+        cells = (key.name, key.role, tasks, _limits(key) or "-", _when(key.created_at), key.created_by or "-")
+        style = None if key.revoked_at is None else "dim"
+        table.add_row(*map(_literal, (*cells, revoked)), style=style)
+    _print_table(table)
+
+
+def _limits(key: KeyRecord) -> str:
+    limits = key.limits
+    said = (
+        (limits.requests_per_minute, "requests/min"),
+        (limits.tokens_per_minute, "tokens/min"),
+        (limits.concurrent, "at once"),
+    )
+    return ", ".join(f"{most} {what}" for most, what in said if most is not None)
+
+
+def _when(at: str) -> str:
+    return at[:19].replace("T", " ")
 
 
 def show_version(record: VersionRecord) -> None:

@@ -1,22 +1,38 @@
-"""The tasks that can be served now and their adapters: which version a request gets, and what is in memory.
+"""What the registry says, as it is in force here: which version a request gets, and who may ask, how much;
+and which adapters are in memory.
 
-The catalogue is replaced whole at each change. A version's adapter is loaded when first wanted.
+Catalogue and key ring are replaced whole at each change. A version's adapter is loaded when first wanted.
 """
 
 import asyncio
 import logging
+import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from random import random
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from limits import RateLimitItemPerMinute
+from limits.aio.storage import MemoryStorage
+from limits.aio.strategies import FixedWindowRateLimiter
+
+from adapter_registry.keys import StoredKey
 from adapter_registry.names import PREVIOUS
 from adapter_registry.routing import WHOLE, Routing, drawn
 from prad.artefact import Artefact
-from prefill_service.errors import InternalError, NotReadyError, UnknownModelError
+from prefill_service.errors import (
+    InternalError,
+    InvalidKeyError,
+    InvalidRequestError,
+    NotReadyError,
+    RateLimitedError,
+    TaskNotAllowedError,
+    UnknownModelError,
+)
 from prefill_service.prompt import TaskVersion
 
 if TYPE_CHECKING:
@@ -91,16 +107,19 @@ class TaskCatalogue:
         """From now on new requests see `tasks`; running ones keep what they resolved."""
         self._tasks = dict(tasks)
 
-    def resolve(self, task: str, name: int | str | None, key: str | None = None) -> tuple[TaskVersion, int]:
+    def resolve(
+        self, task: str, name: int | str | None, key: str | None = None, asks: "Client | None" = None
+    ) -> tuple[TaskVersion, int]:
         """The version that a new request gets, and the revision of the routing that says so.
 
         `name`: a version's number, or an alias; None: what plain `task` means, for the sticky `key`, or for
-        nobody in particular. Raises UnknownModelError whose message lists a few known tasks; NotReadyError
-        while the version cannot be had here.
+        nobody in particular. Raises UnknownModelError whose message lists a few known tasks that who `asks`
+        may use; NotReadyError while the version cannot be had here.
         """
         found = self._tasks.get(task)
         if found is None:
-            known = ", ".join(sorted(n for n, t in self._tasks.items() if t.versions)[:_NAMED]) or "none yet"
+            names = (n for n, t in self._tasks.items() if t.versions and (asks is None or asks.may_use(n)))
+            known = ", ".join(sorted(names)[:_NAMED]) or "none yet"
             raise UnknownModelError(
                 f"there is no task or model '{task}' (tasks: {known}; the plain model: {self.base_name})"
             )
@@ -134,6 +153,117 @@ class TaskCatalogue:
             for name, task in sorted(self._tasks.items())
             if task.default is not None and task.default in task.versions
         ]
+
+
+_SHOW_ONE = (
+    "send one as 'Authorization: Bearer ...' (OpenAI's clients: api_key; prad's commands: PRAD_API_KEY, or "
+    "the file that PRAD_API_KEY_FILE names); an operator makes one: prad keys create NAME"
+)
+
+
+class KeyRing:
+    """Which API keys are in force, as the registry has them. What is known stays so while that is away.
+
+    `required`: everyone needs one, also while there is none; else from the first one on.
+    """
+
+    def __init__(self, *, required: bool = False) -> None:
+        self._required = self._asked_for = required
+        self._clients: Mapping[str, Client] = {}
+        self._windows = FixedWindowRateLimiter(MemoryStorage())
+
+    def replace(self, keys: Sequence[StoredKey]) -> None:
+        """New requests are let in by these; one that is revoked lets nobody in, and still says that keys are
+        asked for."""
+        known = self._clients
+        self._clients = {
+            key.sha256: known.get(key.sha256) or Client(key, self._windows)
+            for key in keys
+            if key.revoked_at is None
+        }
+        self._asked_for = self._required or bool(keys)
+
+    def client(self, authorization: str | None) -> "Client | None":
+        """Who shows a key in that header; None: nobody needs one. Raises InvalidKeyError."""
+        if not self._asked_for:
+            return None
+        kind, _, token = (authorization or "").partition(" ")
+        if kind.lower() != "bearer":
+            raise InvalidKeyError(f"this server asks for an API key: {_SHOW_ONE}")
+        found = self._clients.get(sha256(token.strip().encode()).hexdigest())
+        if found is None:
+            raise InvalidKeyError(f"this API key is not known, or was revoked: {_SHOW_ONE}")
+        return found
+
+
+class Client:
+    """Whoever shows a key: what it may use, and what it has used here of its limits. A minute begins with the
+    first request in it."""
+
+    def __init__(self, key: StoredKey, windows: FixedWindowRateLimiter) -> None:
+        self.name = key.name
+        self.tasks = key.tasks
+        self._limits = key.limits
+        self._windows = windows
+        self._under_way = 0
+
+    def may_use(self, task: str) -> bool:
+        """Also the plain model, by its id."""
+        return self.tasks is None or task in self.tasks
+
+    def require(self, task: str) -> None:
+        """Says the same whether there is such a task or not. Raises TaskNotAllowedError."""
+        if not self.may_use(task):
+            raise TaskNotAllowedError(
+                f"the key {self.name!r} is not for {task!r}; it is for: {', '.join(self.tasks or ())}",
+                param="model",
+            )
+
+    @contextmanager
+    def asking(self) -> Iterator[None]:
+        """Held from a request's head to the last byte of its answer. Raises RateLimitedError."""
+        most = self._limits.concurrent
+        if most is not None and self._under_way >= most:
+            raise RateLimitedError(
+                f"the key {self.name!r} has {most} requests under way, as many as it may; wait for one to end"
+            )
+        self._under_way += 1
+        try:
+            yield
+        finally:
+            self._under_way -= 1
+
+    async def count_request(self) -> None:
+        """Raises RateLimitedError."""
+        if (most := self._limits.requests_per_minute) is not None:
+            await self._take("requests", 1, most)
+
+    async def count_tokens(self, count: int) -> None:
+        """As many as a request may take, before it begins. Raises RateLimitedError, and InvalidRequestError
+        if they are more than a minute's."""
+        most = self._limits.tokens_per_minute
+        if most is None:
+            return
+        if count > most:
+            raise InvalidRequestError(
+                f"this request may take {count} tokens (its prompts, and outputs as long as they may get), "
+                f"and the key {self.name!r} has {most} a minute: shorten the prompt, or lower max_tokens",
+                param="max_tokens",
+            )
+        await self._take("tokens", count, most)
+
+    async def _take(self, what: str, count: int, most: int) -> None:
+        """Nothing waits between the test and the hit: nobody comes in between."""
+        window = RateLimitItemPerMinute(most)
+        if await self._windows.test(window, self.name, what, cost=count):
+            await self._windows.hit(window, self.name, what, cost=count)
+            return
+        ends, left = await self._windows.get_window_stats(window, self.name, what)
+        raise RateLimitedError(
+            f"the key {self.name!r} may use {most} {what} a minute, of which {left} are left in this one: "
+            f"too few for this request, which needs {count}",
+            retry_after=max(ends - time.time(), 0.0),
+        )
 
 
 @dataclass(slots=True)

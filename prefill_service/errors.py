@@ -3,12 +3,15 @@
 ServingError
 ├── InvalidRequestError         400   what the client sent cannot be served
 │   └── PromptTooLongError      400   context_length_exceeded
+├── InvalidKeyError             401   invalid_api_key
 ├── HostNotAllowedError         403   host_not_allowed
+├── TaskNotAllowedError         403   task_not_allowed
 ├── UnknownModelError           404   model_not_found
 ├── BodyTimeoutError            408   body_timeout
 ├── RequestTooLargeError        413   request_too_large
 ├── UnsupportedMediaTypeError   415   unsupported_media_type
 ├── OverloadedError             429   overloaded, with Retry-After
+├── RateLimitedError            429   rate_limit_exceeded, with Retry-After
 ├── InternalError               500   internal_error; the cause is in the log, under the request's id
 ├── NotReadyError               503   not_ready, with Retry-After
 ├── TooManyConnectionsError     503   too_many_connections, with Retry-After
@@ -64,10 +67,26 @@ class PromptTooLongError(InvalidRequestError):
     default_code = "context_length_exceeded"
 
 
+class InvalidKeyError(ServingError):
+    """Keys are asked for, and none that is in force is shown."""
+
+    status = 401
+    type = "invalid_request_error"
+    default_code = "invalid_api_key"
+
+
 class HostNotAllowedError(ServingError):
     status = 403
     type = "invalid_request_error"
     default_code = "host_not_allowed"
+
+
+class TaskNotAllowedError(ServingError):
+    """The key is in force, and for other tasks."""
+
+    status = 403
+    type = "invalid_request_error"
+    default_code = "task_not_allowed"
 
 
 class UnknownModelError(ServingError):
@@ -101,6 +120,15 @@ class OverloadedError(ServingError):
     status = 429
     type = "rate_limit_error"
     default_code = "overloaded"
+    default_retry_after = 1.0
+
+
+class RateLimitedError(ServingError):
+    """A key has used what it may: nothing was computed. Retry-After says when its minute ends."""
+
+    status = 429
+    type = "rate_limit_error"
+    default_code = "rate_limit_exceeded"
     default_retry_after = 1.0
 
 

@@ -1,7 +1,7 @@
 """Following the adapter registry: what answers there is served here, what is new there is probed here.
 
-Each state that it tells becomes the catalogue; asking for the next one says that it has, and names what could
-not be had.
+Each state that it tells becomes the catalogue and the key ring; asking for the next one says that it has, and
+names what could not be had.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from adapter_registry.errors import RegistryError, RegistryUnreachableError, Sto
 from adapter_registry.routing import Routing
 from adapter_registry.versions import State
 from prad.artefact import Artefact
-from prefill_service.catalogue import AGAIN_S, TaskCatalogue, TaskVersions
+from prefill_service.catalogue import AGAIN_S, KeyRing, TaskCatalogue, TaskVersions
 from prefill_service.prompt import TaskVersion
 
 logger = logging.getLogger(__name__)
@@ -33,10 +33,11 @@ class RegistryFollower:
     into memory, where it stays as others do."""
 
     def __init__(
-        self, client: AsyncRegistryClient, catalogue: TaskCatalogue, probe: Probe, load: Load
+        self, client: AsyncRegistryClient, catalogue: TaskCatalogue, keys: KeyRing, probe: Probe, load: Load
     ) -> None:
         self._client = client
         self._catalogue = catalogue
+        self._keys = keys
         self._probe = probe
         self._load = load
         self._known: dict[tuple[str, int], TaskVersion] = {}
@@ -52,6 +53,9 @@ class RegistryFollower:
         while True:
             try:
                 state = await self._next_state()
+                if state.keys is None:  # there may be some: nobody is let in as if there were none
+                    raise RegistryError("the registry tells keys to those alone who show its replica secret")
+                self._keys.replace(state.keys)  # before what takes long: a key that is revoked ends at once
                 if await self._adopt(state):
                     self._in_force = state.revision
                 await self._warm(state)

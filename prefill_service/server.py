@@ -27,7 +27,7 @@ from prad.http.server import KEEP_ALIVE_S, Server, bound
 from prad.lm import LanguageModel, Tokenizer, load_served
 from prad.lm.kv import Pools, blocks_in
 from prefill_service.api import ApiAccess, ApiLimits, ModelInfo, bounded_protocol, create_app
-from prefill_service.catalogue import Residents, TaskCatalogue
+from prefill_service.catalogue import KeyRing, Residents, TaskCatalogue
 from prefill_service.decode_link import DecodeLink
 from prefill_service.engine import PrefillEngine
 from prefill_service.follower import RegistryFollower
@@ -105,7 +105,8 @@ async def _serve(
                 pass
 
         catalogue = TaskCatalogue(settings.base_name)
-        follower = RegistryFollower(registry, catalogue, probe, warm)
+        keys = KeyRing(required=settings.keys_required)
+        follower = RegistryFollower(registry, catalogue, keys, probe, warm)
         metrics = CollectorRegistry()
         metrics.register(parts)
         limits = ApiLimits(
@@ -113,7 +114,7 @@ async def _serve(
             body_timeout_s=settings.body_timeout_s,
             tokenising_chars=settings.tokenising_mchars * 10**6,
         )
-        access = ApiAccess(settings.hosts, settings.origins, log=settings.access_log)
+        access = ApiAccess(settings.hosts, settings.origins, keys, log=settings.access_log)
         app = create_app(parts.engine, catalogue, tokenizer, info, limits, metrics, access)
         config = uvicorn.Config(
             app,

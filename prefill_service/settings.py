@@ -7,7 +7,7 @@ from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
 from prad.core.models import DEFAULT_MODEL, Choice, served_name
-from prad.settings import ServiceSettings
+from prad.settings import ServiceSettings, is_loopback
 
 
 class PrefillSettings(ServiceSettings):
@@ -35,6 +35,9 @@ class PrefillSettings(ServiceSettings):
     cors_origins: str = ""
     """Origins whose pages may use the API in a browser, separated by commas, as in http://localhost:5173; *
     for any; none if not given."""
+    unprotected: bool = False
+    """Beyond loopback the API asks everyone for an API key (`prad keys create`), from the start. With this,
+    as on loopback, from the registry's first key on: for where nobody else reaches it, as in a container."""
     access_log: bool = False
     """Write a line to the log for every request, not only for those that fail. Prompts are in neither."""
     decode: str = "127.0.0.1:50051"
@@ -120,6 +123,11 @@ class PrefillSettings(ServiceSettings):
     @property
     def origins(self) -> tuple[str, ...]:
         return _listed(self.cors_origins)
+
+    @property
+    def keys_required(self) -> bool:
+        """Whether clients need a key also while the registry has none."""
+        return not is_loopback(self.host) and not self.unprotected
 
     @property
     def base_name(self) -> str:

@@ -12,14 +12,21 @@ DEFAULT_API = "http://127.0.0.1:8000"
 _TIMEOUT = httpx.Timeout(600, connect=10)
 
 
-def api_client(url: str, connections: int, error: type[PradError]) -> httpx.Client:
-    """A client of the API at `url`, with or without the /v1 with which OpenAI's clients are told it. Raises
-    `error`."""
+def api_client(url: str, connections: int, error: type[PradError], *, key: str = "") -> httpx.Client:
+    """A client of the API at `url`, with or without the /v1 with which OpenAI's clients are told it.
+
+    `key`: an API key, where the server asks for one. Raises `error`.
+    """
     if not url.startswith(("http://", "https://")):
         raise error(f"expected a server's address like {DEFAULT_API}, got {url!r}")
     limits = httpx.Limits(max_connections=connections)
     try:
-        return httpx.Client(base_url=url.rstrip("/").removesuffix("/v1"), timeout=_TIMEOUT, limits=limits)
+        return httpx.Client(
+            base_url=url.rstrip("/").removesuffix("/v1"),
+            timeout=_TIMEOUT,
+            limits=limits,
+            headers={"authorization": f"Bearer {key}"} if key else {},
+        )
     except httpx.InvalidURL as invalid:
         raise error(f"{url!r} is no address of a server: {invalid}") from invalid
 

@@ -27,16 +27,20 @@ def evaluate_served(
     max_tokens: int | None = None,
     beams: int = 1,
     concurrency: int = 64,
+    key: str = "",
 ) -> Evaluation:
     """Answers of the server at `url` for `task` (None: its plain model, with bare prompts).
 
     Greedy, or the best of `beams` beams; compared without the task's end token, which the server tells.
     Prompts that are too long keep their end; with task tokens in the template they are refused.
     max_tokens: of an answer; None: the task's own, or ANSWER_TOKENS. `concurrency` requests are under way at
-    once. Raises DataError or ServerError.
+    once. `key`: an API key, where the server asks for one. Raises DataError or ServerError.
     """
     examples = read_examples(data, limit)
-    with api_client(url, concurrency, ServerError) as client, ThreadPoolExecutor(concurrency) as pool:
+    with (
+        api_client(url, concurrency, ServerError, key=key) as client,
+        ThreadPoolExecutor(concurrency) as pool,
+    ):
         told = {} if task is None else _task(client, task)
         examples = without_end(examples, told.get("end_token"))
         own = told.get("generation", {}).get("max_tokens")

@@ -16,7 +16,7 @@ from prad.lm import Tokenizer
 from prefill_service.api.intake import ApiLimits
 from prefill_service.api.requests import ChatRequest, CompletionRequest, GenerationRequest
 from prefill_service.api.text import PromptEncoder, Template, chat_template, completion_template
-from prefill_service.catalogue import TaskCatalogue
+from prefill_service.catalogue import Client, TaskCatalogue
 from prefill_service.errors import (
     InvalidRequestError,
     NotReadyError,
@@ -92,6 +92,14 @@ class Admitted:
         """Of the prompt that leaves room for the longest output; the others differ in that alone."""
         return max((prompt.sampling for prompt in self.prompts), key=lambda sampling: sampling.max_tokens)
 
+    @property
+    def most_tokens(self) -> int:
+        """That it may take, of prompts and of outputs as long as they may get."""
+        return sum(
+            len(prompt.prompt_ids) + prompt.sampling.max_tokens * (prompt.beams or prompt.choices)
+            for prompt in self.prompts
+        )
+
     def report(self) -> dict[str, object]:
         """The response's `prad` object: which adapter answered, in which template, and how it was sampled."""
         version, sampling, beams = self.target.version, self.sampling, self.prompts[0].beams
@@ -146,17 +154,20 @@ class Admission:
         """Why no request can be served now; empty once they can."""
         return [t for t in (self._engine.trouble, self._catalogue.trouble) if t is not None]
 
-    def target(self, request: GenerationRequest, key: str) -> Target:
+    def target(self, request: GenerationRequest, key: str, client: Client | None = None) -> Target:
         """The one place where task becomes version; `key`: sticky, where the task's requests are divided.
-        Raises NotReadyError, UnknownModelError, InvalidRequestError."""
+        `client`: who shows a key, which must be for the task.
+        Raises NotReadyError, TaskNotAllowedError, UnknownModelError, InvalidRequestError."""
         if troubles := self.troubles:
             raise NotReadyError(f"not ready: {'; '.join(troubles)}")
         base_name = self._catalogue.base_name
         name, param = _wanted(request, base_name)
+        task, which = (base_name, None) if name is None else split_name(name, param)
+        if client is not None:
+            client.require(task)
         if name is None:
             return Target(base_name, None)
-        task, which = split_name(name, param)
-        version, routing = find_version(self._catalogue, task, which, param, key)
+        version, routing = find_version(self._catalogue, task, which, param, key, client)
         return Target(
             name, version, routing, self._catalogue.shadow(task, version) if which is None else None
         )
@@ -297,11 +308,16 @@ def split_name(name: str, param: str) -> tuple[str, int | str | None]:
 
 
 def find_version(
-    catalogue: TaskCatalogue, task: str, name: int | str | None, param: str, key: str | None = None
+    catalogue: TaskCatalogue,
+    task: str,
+    name: int | str | None,
+    param: str,
+    key: str | None = None,
+    asks: Client | None = None,
 ) -> tuple[TaskVersion, int]:
     """As `TaskCatalogue.resolve`. Raises UnknownModelError that names the field, NotReadyError."""
     try:
-        return catalogue.resolve(task, name, key)
+        return catalogue.resolve(task, name, key, asks)
     except UnknownModelError as error:
         raise UnknownModelError(error.message, param=error.param or param, code=error.code) from error
 

@@ -23,8 +23,8 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from prad.lm import Tokenizer
-from prefill_service.api.admission import Admission, ModelInfo, Target, find_version, split_name
-from prefill_service.api.intake import ApiAccess, ApiLimits, TurnAway, read_body
+from prefill_service.api.admission import Admission, Admitted, ModelInfo, Target, find_version, split_name
+from prefill_service.api.intake import ApiAccess, ApiLimits, TurnAway, client_of, read_body
 from prefill_service.api.outcomes import JsonResponse, Metrics, Observe, add_failure_handlers, record_of
 from prefill_service.api.requests import (
     ChatRequest,
@@ -37,6 +37,7 @@ from prefill_service.api.requests import (
 from prefill_service.api.responses import Responder
 from prefill_service.api.shadow import Shadows
 from prefill_service.catalogue import TaskCatalogue, TaskVersions
+from prefill_service.errors import TaskNotAllowedError
 from prefill_service.prompt import Engine, TaskVersion
 
 
@@ -62,7 +63,7 @@ def create_app(
     app.include_router(_models(catalogue, model))
     app.include_router(_operations(admission, metrics, model))
     add_failure_handlers(app)
-    app.add_middleware(TurnAway, hosts=access.hosts)
+    app.add_middleware(TurnAway, access=access)
     app.add_middleware(Observe, metrics=metrics, log=access.log)
     if access.cors_origins:
         app.add_middleware(
@@ -178,12 +179,13 @@ def _refused(reasons: Mapping[int, str]) -> dict[int | str, dict[str, Any]]:
 _REFUSALS = _refused(
     {
         400: "A field is unknown, unsupported or wrong, the body is no JSON, or the prompt does not fit",
-        403: "The request's Host is none of the server's names",
+        401: "An API key is needed, and none that is in force is shown",
+        403: "The key is not for this task, or the request's Host is none of the server's names",
         404: "No such task, version or model",
         408: "The body did not come in time",
         413: "The body is too large",
         415: "The body is not application/json",
-        429: "Too much is waiting already; Retry-After says when to come again",
+        429: "Too much is waiting, or the key has used what it may; Retry-After says when to come again",
         503: "Not ready, or the decode service is away; Retry-After says when to come again",
         504: "It took longer than a request may",
     }
@@ -208,6 +210,7 @@ def _generation(admission: Admission, responder: Responder, limits: ApiLimits) -
         wanted = await read_body(request, CompletionRequest, limits)
         target = _target(request, wanted, admission)
         admitted = await admission.completion(wanted, target)
+        await _count(request, admitted)
         return await responder.respond(request, wanted, admitted, CompletionShape())
 
     @router.post("/v1/chat/completions", response_model=None, openapi_extra=_body_schema(ChatRequest))
@@ -216,6 +219,7 @@ def _generation(admission: Admission, responder: Responder, limits: ApiLimits) -
         wanted = await read_body(request, ChatRequest, limits)
         target = _target(request, wanted, admission)
         admitted = await admission.chat(wanted, target)
+        await _count(request, admitted)
         return await responder.respond(request, wanted, admitted, ChatShape())
 
     return router
@@ -224,10 +228,17 @@ def _generation(admission: Admission, responder: Responder, limits: ApiLimits) -
 def _target(request: Request, wanted: GenerationRequest, admission: Admission) -> Target:
     """Which version answers, decided once and noted."""
     record = record_of(request)
-    target = admission.target(wanted, wanted.user or request.headers.get(STICKY) or record.id)
+    sticky = wanted.user or request.headers.get(STICKY) or record.id
+    target = admission.target(wanted, sticky, client_of(request))
     if target.version is not None:
         record.resolved(target.version.task, target.version.version, target.version.digest, target.routing)
     return target
+
+
+async def _count(request: Request, admitted: Admitted) -> None:
+    """Against the limits of the key that it shows, if it shows one."""
+    if (client := client_of(request)) is not None:
+        await client.count_tokens(admitted.most_tokens)
 
 
 def _body_schema(kind: type[BaseModel]) -> dict[str, Any]:
@@ -279,22 +290,35 @@ def _models(catalogue: TaskCatalogue, model: ModelInfo) -> APIRouter:
 
     @router.head("/v1/models", include_in_schema=False)
     @router.get("/v1/models")
-    async def list_models() -> Json:
-        """Everything that `model` may name, tasks at their default version."""
-        tasks = [adapted(task.name, task.default, task.routed) for task in catalogue.tasks()]
-        return {"object": "list", "data": [base(), *tasks]}
+    async def list_models(request: Request) -> Json:
+        """Everything that `model` may name, tasks at their default version: with a key, what it may use."""
+        client = client_of(request)
+        mine = client.may_use if client is not None else lambda _: True
+        plain = [base()] if mine(catalogue.base_name) else []
+        tasks = [adapted(t.name, t.default, t.routed) for t in catalogue.tasks() if mine(t.name)]
+        return {"object": "list", "data": [*plain, *tasks]}
 
     @router.head("/v1/models/{name:path}", include_in_schema=False)
     @router.get(
         "/v1/models/{name:path}",
-        responses=_refused({400: "No name of a model", 404: "No such model", 503: "Its files are not here"}),
+        responses=_refused(
+            {
+                400: "No name of a model",
+                403: "The key is not for it",
+                404: "No such model",
+                503: "Its files are not here",
+            }
+        ),
     )
-    async def one_model(name: str) -> Json:
+    async def one_model(request: Request, name: str) -> Json:
         """The plain model, a task, or one version of it as in e2e@3 or e2e@canary."""
-        if name == catalogue.base_name:
+        plain, client = name == catalogue.base_name, client_of(request)
+        task, which = (name, None) if plain else split_name(name, "model")
+        if client is not None:
+            client.require(task)
+        if plain:
             return base()
-        task, which = split_name(name, "model")
-        version, _ = find_version(catalogue, task, which, "model")
+        version, _ = find_version(catalogue, task, which, "model", asks=client)
         routed = next((entry.routed for entry in catalogue.tasks() if entry.name == task), None)
         return adapted(name, version, routed)
 
@@ -325,9 +349,12 @@ def _operations(admission: Admission, metrics: Metrics, model: ModelInfo) -> API
             return JsonResponse({"status": "not ready", "reasons": reasons}, 503)
         return JsonResponse({"status": "ready", "reasons": []})
 
-    @router.get("/metrics", response_model=None)
-    async def show_metrics() -> Response:
-        """Prometheus' text format."""
+    @router.get("/metrics", response_model=None, responses=_refused({403: "The key is not for all tasks"}))
+    async def show_metrics(request: Request) -> Response:
+        """Prometheus' text format. Where keys are needed, with one for all tasks: it tells of them all."""
+        client = client_of(request)
+        if client is not None and client.tasks is not None:
+            raise TaskNotAllowedError(f"/metrics tells of all tasks, and the key {client.name!r} is for some")
         return Response(generate_latest(metrics.registry), headers={"content-type": CONTENT_TYPE_LATEST})
 
     @router.get("/version")

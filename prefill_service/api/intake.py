@@ -8,8 +8,8 @@ a feature that is not there is refused by the feature's name: nobody gets an ans
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import orjson
@@ -24,13 +24,14 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 from starlette.datastructures import Headers
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from prad.artefact import MAX_STOP_CHARACTERS, MAX_STOPS
 from prad.http.hosts import host_rule
-from prefill_service.api.outcomes import ClientGoneError, invalid_request, shown
+from prefill_service.api.outcomes import ClientGoneError, invalid_request, record_of, shown
+from prefill_service.catalogue import Client, KeyRing
 from prefill_service.errors import (
     BodyTimeoutError,
     HostNotAllowedError,
@@ -48,7 +49,12 @@ MAX_BRACKETS = 100_000
 ALWAYS_SERVED = ("/health", "/ready", "/metrics")
 """A crowd of clients must not make operators' machines believe that the service is dead."""
 
+FOR_EVERYBODY = ("/", "/health", "/ready", "/version", "/docs", "/openapi.json")
+"""Without a key; and what the page at /docs fetches, below STATIC. They tell nothing of tasks."""
+STATIC = "/static-offline-docs/"
+
 _CROWDED = "prad.crowded"
+_CLIENT = "prad.client"
 MAX_FIELDS = 100
 """Fields of one object: each unknown one would be an error of its own."""
 
@@ -81,11 +87,12 @@ class ApiAccess:
     """Who may reach the API, and whether that is written down.
 
     hosts: its names beside those that no web page can give it; cors_origins: whose pages browsers let in, "*"
-    for all; log: every request, not only those that fail.
+    for all; keys: of its clients; log: every request, not only those that fail.
     """
 
     hosts: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
+    keys: KeyRing = field(default_factory=KeyRing)
     log: bool = False
 
 
@@ -118,26 +125,48 @@ def _marked(app: Any) -> Any:
 
 
 class TurnAway:
-    """Middleware that refuses what came on a connection too many, or by a name that a web page can give to
-    this machine (`prad.http.hosts`). `hosts`: such names that are ours."""
+    """Middleware that refuses what came on a connection too many, by a name that a web page can give to this
+    machine (`prad.http.hosts`), or without a key where one is needed."""
 
-    def __init__(self, app: ASGIApp, hosts: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, access: ApiAccess) -> None:
         self._app = app
-        self._is_allowed = host_rule(hosts)
+        self._is_allowed = host_rule(access.hosts)
+        self._keys = access.keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        host = Headers(scope=scope).get("host") if scope["type"] == "http" else None
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers, path = Headers(scope=scope), scope["path"]
+        host = headers.get("host")
         if host is not None and not self._is_allowed(host.lower()):
             raise HostNotAllowedError(
                 f"this server is not called {shown(host)}; if that is its name, add it to allowed_hosts "
                 "(PRAD_PREFILL_ALLOWED_HOSTS)",
                 param="host",
             )
-        if scope.get(_CROWDED) and scope["path"] not in ALWAYS_SERVED:
+        if scope.get(_CROWDED) and path not in ALWAYS_SERVED:
             raise TooManyConnectionsError(
                 "too many connections are open already; keep one and use it again, or try again later"
             )
-        await self._app(scope, receive, send)
+        if path in FOR_EVERYBODY or path.startswith(STATIC):
+            await self._app(scope, receive, send)
+            return
+        client = scope[_CLIENT] = self._keys.client(headers.get("authorization"))
+        if client is not None:
+            record_of(HTTPConnection(scope)).key = client.name
+        if client is None or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        with client.asking():
+            await client.count_request()
+            await self._app(scope, receive, send)
+
+
+def client_of(request: Request) -> Client | None:
+    """Who shows a key; None: nobody needs one."""
+    client: Client | None = request.scope[_CLIENT]
+    return client
 
 
 Body = TypeVar("Body", bound=BaseModel)

@@ -57,6 +57,7 @@ class RequestRecord:
     """`id` is the client's x-request-id if it sent a harmless one; the engine's ids are drawn elsewhere.
 
     `task`, `version`, `digest`, `routing`: what it resolved to, and by which revision of the task's routing.
+    `key`: the name of the key that was shown.
     `status`: how a stream really ended, where that differs from the status that was sent when it began;
     `failure`: what the client was told.
     """
@@ -68,6 +69,7 @@ class RequestRecord:
     version: int | None = None
     digest: str = ""
     routing: int | None = None
+    key: str | None = None
     status: int | None = None
     failure: ServingError | None = None
     prompt_tokens: int = 0
@@ -91,7 +93,8 @@ class RequestRecord:
             if self.version
             else ""
         )
-        return f"{named} task={self.task or '-'}{by} status={self.status or status}"
+        key = f" key={self.key}" if self.key else ""
+        return f"{named}{key} task={self.task or '-'}{by} status={self.status or status}"
 
     def usage(self) -> dict[str, object]:
         """OpenAI's usage object: each prompt counts once, all its choices' tokens count."""
@@ -269,6 +272,8 @@ def error_body(error: ServingError) -> dict[str, dict[str, str | None]]:
 
 def error_response(error: ServingError) -> Response:
     headers = {"connection": "close"} if error.closes else {}
+    if error.status == HTTPStatus.UNAUTHORIZED:
+        headers["www-authenticate"] = "Bearer"
     if error.retry_after is not None:
         headers["retry-after"] = str(math.ceil(error.retry_after))
     return JsonResponse(error_body(error), error.status, headers)

@@ -32,9 +32,9 @@ def one_line(text: str) -> str:
 @pytest.mark.parametrize(
     ("command", "mentioned"),
     [
-        ((), ["serve", "prefill", "decode", "registry", "adapter", "train", "eval"]),
+        ((), ["serve", "prefill", "decode", "registry", "adapter", "keys", "train", "eval"]),
         (("serve",), ["prad serve --adapters examples/adapters", "--port", "--registry-port", "--data-dir"]),
-        (("serve",), ["--host", "Nobody is asked for a password", "--decode-metrics-port"]),
+        (("serve",), ["--host", "asked for an API key", "--decode-metrics-port"]),
         (("serve",), ["--weights", "int8", "--threads", "--nice", "PRAD_DECODE_*"]),
         (
             ("train",),
@@ -49,6 +49,8 @@ def one_line(text: str) -> str:
         (("eval",), ["prad eval --adapter", "--data", "--plain"]),
         (("model",), ["path"]),
         (("adapter",), ["push", "promote", "retire"]),
+        (("keys",), ["create", "list", "revoke", "PRAD_TOKEN_FILE", "PRAD_API_KEY"]),
+        (("keys", "create"), ["prad keys create alice --task", "--role", "--tokens-per-minute"]),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, tuple) else "",
 )

@@ -206,16 +206,26 @@ def test_whoever_is_killed_starts_again(model: Path, tmp_path: Path, ports: list
         assert "Traceback" not in serve.said
 
 
+@pytest.mark.parametrize(
+    ("more", "said", "status"),
+    [
+        ([], "the API asks everyone for one: prad keys create NAME", 401),
+        (["--unprotected"], "the API listens on 0.0.0.0: whoever reaches it can use every task", 200),
+    ],
+)
 def test_an_open_host_is_said_and_an_empty_adapter_folder(
-    model: Path, tmp_path: Path, ports: list[int]
+    model: Path, tmp_path: Path, ports: list[int], more: list[str], said: str, status: int
 ) -> None:
     (tmp_path / "none").mkdir()
-    more = ["--host", "0.0.0.0", "--adapters", str(tmp_path / "none")]
+    more = [*more, "--host", "0.0.0.0", "--adapters", str(tmp_path / "none")]
     with serving(model, tmp_path, *ports, *more) as serve:
         until(lambda: serve.process.poll() is not None or "Ctrl-C stops everything" in serve.said)
         assert f"{tmp_path / 'none'} holds no adapter folders" in serve.said
-        assert "the API listens on 0.0.0.0: whoever reaches it can use every task" in serve.said
+        assert said in serve.said
         assert answers(f"http://127.0.0.1:{ports[0]}/ready")
+        assert httpx.get(f"http://127.0.0.1:{ports[0]}/v1/models", trust_env=False).status_code == status
+        for name in ("replica-secret", "admin-token"):
+            assert (tmp_path / "data" / name).stat().st_mode & 0o777 == 0o600
         serve.process.send_signal(signal.SIGINT)
         assert serve.process.wait() in INTERRUPTED
 

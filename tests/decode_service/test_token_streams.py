@@ -21,7 +21,7 @@ from handing_over import (
 )
 
 from decode_service.engine import _MISSING
-from decode_service.server import BindError, CacheTooSmallError, DecodeServer, serving
+from decode_service.server import BindError, CacheTooSmallError, DecodeServer, UnprotectedError, serving
 from decode_service.service import Sessions
 from kvtransfer.errors import FencedError, LostError, RejectedError, RejectReason
 from kvtransfer.messages import Ask, Cancel, encode
@@ -365,6 +365,14 @@ async def test_a_taken_port_is_a_clear_error(server: DecodeServer, model: Langua
     with pytest.raises(BindError, match=f"{server.port}; choose another --port"):
         async with serving(decode_settings(port=server.port), model):
             pass
+
+
+async def test_beyond_loopback_it_does_not_start_unless_told(model: LanguageModel) -> None:
+    with pytest.raises(UnprotectedError, match=r"asks nobody for a key: .* or say --unprotected"):
+        async with serving(decode_settings(host="0.0.0.0"), model):
+            pass
+    async with serving(decode_settings(host="0.0.0.0", unprotected=True), model) as server:
+        assert server.port
 
 
 async def test_a_cache_without_room_is_a_clear_error() -> None:

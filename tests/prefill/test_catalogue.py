@@ -10,11 +10,12 @@ import pytest
 
 from adapter_registry.api import RoutingState, TaskRoute, VersionRoute
 from adapter_registry.errors import IllegalTransitionError, RegistryUnreachableError, StoredFilesDamagedError
+from adapter_registry.keys import NewKey, StoredKey, hashed, issued, revoked
 from adapter_registry.routing import Routing, drawn
 from adapter_registry.versions import State
 from prefill_service import follower as module
-from prefill_service.catalogue import TaskCatalogue, TaskVersions
-from prefill_service.errors import NotReadyError, UnknownModelError
+from prefill_service.catalogue import KeyRing, TaskCatalogue, TaskVersions
+from prefill_service.errors import InvalidKeyError, NotReadyError, UnknownModelError
 from prefill_service.follower import RegistryFollower
 from tests.prefill.fakes import version
 
@@ -100,10 +101,11 @@ async def followed(
     probe: Callable[[Any], Awaitable[None]] = sound,
     base: str = "plain",
     load: Callable[[Any], Awaitable[None]] = sound,
+    keys: KeyRing | None = None,
 ) -> tuple[TaskCatalogue, RegistryFollower]:
     catalogue = TaskCatalogue(base)
     client: Any = registry
-    follower = RegistryFollower(client, catalogue, probe, load)
+    follower = RegistryFollower(client, catalogue, keys or KeyRing(), probe, load)
     assert catalogue.trouble is not None
     task = asyncio.create_task(follower.run())
     await registry.told.wait()
@@ -138,6 +140,38 @@ def test_a_name_means_the_current_version_and_what_is_not_there_is_named() -> No
         with pytest.raises(UnknownModelError, match=said):
             catalogue.resolve(task, number)
     assert [entry.name for entry in catalogue.tasks()] == ["t"], "one without a current version is not listed"
+
+
+def with_keys(told: RoutingState, *keys: StoredKey) -> RoutingState:
+    return told.model_copy(update={"keys": keys})
+
+
+async def test_keys_are_in_force_before_anything_is_fetched() -> None:
+    alice = issued(None, NewKey(name="alice"), hashed("token"), 1, "", "")
+    gone = revoked(alice, "alice", 2, "later", "")
+    ring, shown = KeyRing(), "Bearer token"
+    seen: list[str | None] = []
+
+    class Watched(Registry):
+        async def fetch(self, task: str, number: int, of: str) -> Any:
+            try:
+                client = ring.client(shown)
+                seen.append(None if client is None else client.name)
+            except InvalidKeyError:
+                seen.append("refused")
+            return await super().fetch(task, number, of)
+
+    states = [state(number, None, **{f"v{number}": State.VERIFIED}) for number in (1, 2, 3)]
+    registry = Watched(states[0], with_keys(states[1], alice), with_keys(states[2], gone))
+    await followed(registry, keys=ring)
+    assert seen == [None, "alice", "refused"]
+
+
+async def test_without_the_keys_nobody_is_served_as_if_there_were_none() -> None:
+    untold = state(1, 1, v1=State.ROUTABLE).model_copy(update={"keys": None})
+    registry = Registry(untold)
+    catalogue, _ = await followed(registry)
+    assert (registry.fetched, catalogue.trouble is None) == ([], False)
 
 
 async def test_what_answers_is_served_and_fetched_once() -> None:

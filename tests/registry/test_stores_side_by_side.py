@@ -14,6 +14,7 @@ from hypothesis.stateful import (
 )
 
 from adapter_registry.errors import RegistryError
+from adapter_registry.keys import NewKey, Role, StoredKey
 from adapter_registry.planning import Move, Rollback, SetAlias, SetShadow, Split, TaskView, plan
 from adapter_registry.redis_store import RedisStore
 from adapter_registry.routing import Routing
@@ -33,6 +34,7 @@ class Model:
     def __init__(self):
         self.revision = 0
         self.tasks = {}
+        self.keys = {}  # by name: whether it is revoked
 
     def push(self, task, digest):
         known = self.tasks.setdefault(task, {"routing": Routing(), "versions": {}, "history": []})
@@ -179,6 +181,26 @@ def machine(redis, stored_adapter):
             seen = max(0, known["routing"].revision - stale) if known else 0
             self.all_change(task, wanted(version), expected=seen)
 
+        @rule(name=st.sampled_from("xy"), role=st.sampled_from([Role.COMPLETE, Role.PUSH]))
+        def issue(self, name, role):
+            first, second = (
+                outcome(store, "add_key", NewKey(name=name, role=role), "0" * 64) for store in self.stores
+            )
+            assert first == second
+            assert isinstance(first, StoredKey) == (name not in self.model.keys)
+            if name not in self.model.keys:
+                self.model.keys[name] = False
+                self.model.revision += 1
+
+        @rule(name=st.sampled_from("xy"))
+        def revoke(self, name):
+            first, second = (outcome(store, "revoke_key", name) for store in self.stores)
+            assert first == second
+            assert isinstance(first, StoredKey) == (name in self.model.keys)
+            if self.model.keys.get(name) is False:
+                self.model.keys[name] = True
+                self.model.revision += 1
+
         @rule()
         def start_again(self):
             self.close()
@@ -188,8 +210,10 @@ def machine(redis, stored_adapter):
         def all_agree(self):
             sqlite, other = self.stores
             assert dumped(sqlite) == dumped(other) == self.model.dump()
-            for method in ("state", "idle", "digests", "revision"):
+            for method in ("state", "idle", "digests", "revision", "keys"):
                 assert getattr(sqlite, method)() == getattr(other, method)()
+            keys = sqlite.keys()
+            assert {key.name: key.revoked_at is not None for key in keys} == self.model.keys
             for task, known in self.model.tasks.items():
                 assert sqlite.history(task) == other.history(task)
                 routing = known["routing"]
