@@ -29,7 +29,8 @@ def unnamed(source: str) -> Iterator[int]:
             text = name in ("read_text", "write_text", "fdopen") or (
                 "text" in given and name in ("run", "Popen")
             )
-            if text and "encoding" not in given:
+            binary = any(isinstance(a, ast.Constant) and a.value in ("rb", "wb", "ab") for a in call.args)
+            if text and not binary and "encoding" not in given:
                 yield call.lineno
 
 
