@@ -11,7 +11,6 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, Request, Response
 
-from adapter_registry.api import RoutingState
 from adapter_registry.errors import (
     NotAReplicaError,
     RoleTooLowError,
@@ -20,6 +19,7 @@ from adapter_registry.errors import (
     WouldLockOutError,
 )
 from adapter_registry.keys import OPERATORS, ChangedKey, KeyList, NewKey, Role, StoredKey, hashed
+from adapter_registry.messages import RoutingState
 from adapter_registry.preconditions import CALLER, By
 from adapter_registry.registry import Registry
 from adapter_registry.uploads import BoundedRoute

@@ -11,7 +11,10 @@ from pydantic import Field
 
 from adapter_registry import replies, uploads
 from adapter_registry.access import Guard, Secrets, keys_router
-from adapter_registry.api import (
+from adapter_registry.client_calls import MOST_CHARACTERS, MOST_TROUBLES
+from adapter_registry.errors import ForbiddenError, HostNotAllowedError
+from adapter_registry.keys import Role
+from adapter_registry.messages import (
     Aliased,
     ErrorReply,
     Probe,
@@ -28,9 +31,6 @@ from adapter_registry.api import (
     Warmed,
     Weighted,
 )
-from adapter_registry.calls import MOST_CHARACTERS, MOST_TROUBLES
-from adapter_registry.errors import ForbiddenError, HostNotAllowedError
-from adapter_registry.keys import Role
 from adapter_registry.planning import Move, Rollback, SetAlias, SetShadow, Split, Wanted
 from adapter_registry.preconditions import REROUTING, By, IfMatch, etag
 from adapter_registry.registry import Follower, Registry

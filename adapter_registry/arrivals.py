@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from adapter_registry.api import VersionRecord
 from adapter_registry.errors import DigestMismatchError, FolderInUseError
+from adapter_registry.messages import VersionRecord
 from prad.artefact import FILES, Artefact, ArtefactError, read_artefact
 from prad.artefact.signatures import Signature, Signatures, write_signatures
 

@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from adapter_registry.api import StoredFile
 from adapter_registry.errors import (
     AdapterRefusedError,
     StoredFilesDamagedError,
     UploadTooLargeError,
 )
+from adapter_registry.messages import StoredFile
 from adapter_registry.storage import storing
 from adapter_registry.store import StoredAdapter
 from adapter_registry.tenants import Tenant

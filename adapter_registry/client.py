@@ -15,8 +15,12 @@ from typing import IO, Self, TypeVar
 import httpx
 from pydantic import BaseModel
 
-from adapter_registry import arrivals, calls
-from adapter_registry.api import (
+from adapter_registry import arrivals, client_calls
+from adapter_registry.cache import DEFAULT_CACHE_BYTES, AdapterCache
+from adapter_registry.client_calls import Call
+from adapter_registry.errors import RegistryUnreachableError
+from adapter_registry.keys import ChangedKey, KeyRecord, NewKey
+from adapter_registry.messages import (
     Probe,
     Pushed,
     ReplicaList,
@@ -27,10 +31,6 @@ from adapter_registry.api import (
     VersionRecord,
     Warmed,
 )
-from adapter_registry.cache import DEFAULT_CACHE_BYTES, AdapterCache
-from adapter_registry.calls import Call
-from adapter_registry.errors import RegistryUnreachableError
-from adapter_registry.keys import ChangedKey, KeyRecord, NewKey
 from adapter_registry.names import check_task
 from prad.artefact import Artefact
 
@@ -71,7 +71,7 @@ class AsyncRegistryClient:
 
     async def state(self) -> RoutingState:
         """The whole routing state, now."""
-        return await self._send(calls.state())
+        return await self._send(client_calls.state())
 
     async def changes(
         self,
@@ -89,13 +89,13 @@ class AsyncRegistryClient:
         Raises TooManyWaitersError, NotAReplicaError.
         """
         force = after if in_force is None else in_force
-        call = calls.changes(after, wait, self._replica, force, troubles)
+        call = client_calls.changes(after, wait, self._replica, force, troubles)
         response = await self._exchange(call)
         return None if response.status_code == httpx.codes.NO_CONTENT else call.read(response)
 
     async def version(self, task: str, version: int) -> VersionRecord:
         """Everything about one version. Raises NotFoundError."""
-        return await self._send(calls.version(task, version))
+        return await self._send(client_calls.version(task, version))
 
     async def probe(self, task: str, version: int, *, ok: bool, reason: str = "") -> VersionRecord:
         """Reports a probe.
@@ -104,7 +104,7 @@ class AsyncRegistryClient:
         meanwhile, or `ok` is False for a version that another replica has verified.
         """
         report = Probe(ok=ok, reason=reason, replica=self._replica)
-        return await self._send(calls.probe(task, version, report))
+        return await self._send(client_calls.probe(task, version, report))
 
     async def fetch(self, task: str, version: int, digest: str) -> Artefact:
         """The version's files in `cache_dir/adapters/<digest>/`, downloaded unless there already.
@@ -119,7 +119,7 @@ class AsyncRegistryClient:
         record = await self.version(task, version)
         async with self._cache.stage() as staged:
             for file in record.files:
-                path = calls.file_path(task, version, file.name)
+                path = client_calls.file_path(task, version, file.name)
                 await self._download(path, arrivals.place(staged, file.name))
             return await self._cache.keep(staged, digest, record.name)
 
@@ -158,7 +158,7 @@ class AsyncRegistryClient:
             async with self._http.stream("GET", path) as response:
                 if not response.is_success:
                     await response.aread()
-                    calls.check(response)
+                    client_calls.check(response)
                 with await asyncio.to_thread(target.open, "wb") as file:
                     async for piece in response.aiter_bytes(_PIECE_BYTES):
                         await asyncio.to_thread(file.write, piece)
@@ -187,15 +187,15 @@ class RegistryClient:
         return Call("POST", path, Pushed).read(response)
 
     def state(self) -> RoutingState:
-        return self._send(calls.state())
+        return self._send(client_calls.state())
 
     def tasks(self, *, everything: bool = False) -> RoutingState:
         """As `state`, but without failed and deleted versions unless `everything` is asked for."""
-        return self._send(calls.tasks(everything=everything))
+        return self._send(client_calls.tasks(everything=everything))
 
     def changes(self, after: int, wait: float = DEFAULT_WAIT) -> RoutingState | None:
         """As `AsyncRegistryClient.changes`, but without being counted as a replica."""
-        call = calls.changes(after, wait, "", after)
+        call = client_calls.changes(after, wait, "", after)
         response = self._exchange(call)
         return None if response.status_code == httpx.codes.NO_CONTENT else call.read(response)
 
@@ -204,74 +204,74 @@ class RegistryClient:
 
         Waits up to `wait` seconds until `revision` is in force at all connected ones.
         """
-        return self._send(calls.replicas(revision, wait))
+        return self._send(client_calls.replicas(revision, wait))
 
     def task(self, task: str) -> TaskRoute:
         """Raises TaskNotFoundError."""
-        return self._send(calls.task(task))
+        return self._send(client_calls.task(task))
 
     def history(self, task: str, latest: int = 100) -> TaskHistory:
         """The task's latest changes. Raises TaskNotFoundError."""
-        return self._send(calls.history(task, latest))
+        return self._send(client_calls.history(task, latest))
 
     def version(self, task: str, version: int) -> VersionRecord:
         """Raises TaskNotFoundError, VersionNotFoundError."""
-        return self._send(calls.version(task, version))
+        return self._send(client_calls.version(task, version))
 
     def promote(self, task: str, version: int, *, seen: int | None = None) -> Rerouted:
         """`seen`: the revision of the task's routing by which this was decided; None: whatever it is.
 
         Raises RoutingChangedError if it is another now, NotFoundError, IllegalTransitionError.
         """
-        return self._send(calls.promote(task, version, seen))
+        return self._send(client_calls.promote(task, version, seen))
 
     def retire(self, task: str, version: int, *, force: bool = False, seen: int | None = None) -> Rerouted:
         """`seen`: as in `promote`. Raises RoutingChangedError, NotFoundError, VersionRoutedError."""
-        return self._send(calls.retire(task, version, force=force, seen=seen))
+        return self._send(client_calls.retire(task, version, force=force, seen=seen))
 
     def split(self, task: str, weights: Mapping[int, int], *, seen: int | None = None) -> Rerouted:
         """Divides requests for plain `task` by weight. Raises what `promote` raises."""
-        return self._send(calls.split(task, weights, seen))
+        return self._send(client_calls.split(task, weights, seen))
 
     def alias(self, task: str, name: str, version: int | None, *, seen: int | None = None) -> Rerouted:
         """`task@name` means the version; None: nothing any more. Raises what `promote` raises."""
-        return self._send(calls.alias(task, name, version, seen))
+        return self._send(client_calls.alias(task, name, version, seen))
 
     def shadow(self, task: str, shares: Mapping[int, float], *, seen: int | None = None) -> Rerouted:
         """Requests for plain `task` also run under these versions, unseen; none: no more. `shares`: percents.
 
         Raises what `promote` raises.
         """
-        return self._send(calls.shadow(task, shares, seen))
+        return self._send(client_calls.shadow(task, shares, seen))
 
     def rollback(self, task: str, *, seen: int | None = None) -> Rerouted:
         """The routing before is in force again. Raises RoutingChangedError, NoRoutingBeforeError."""
-        return self._send(calls.rollback(task, seen))
+        return self._send(client_calls.rollback(task, seen))
 
     def warm(self, task: str, version: int) -> Warmed:
         """All connected replicas load the version into memory; how far they are. Raises NotFoundError,
         IllegalTransitionError."""
-        return self._send(calls.warm(task, version))
+        return self._send(client_calls.warm(task, version))
 
     def unretire(self, task: str, version: int) -> VersionRecord:
         """Brings a retired version back, to be probed. Raises NotFoundError, IllegalTransitionError."""
-        return self._send(calls.unretire(task, version))
+        return self._send(client_calls.unretire(task, version))
 
     def delete(self, task: str, version: int) -> VersionRecord:
         """Removes the version's files. Raises NotFoundError, IllegalTransitionError while it answers."""
-        return self._send(calls.delete(task, version))
+        return self._send(client_calls.delete(task, version))
 
     def keys(self) -> tuple[KeyRecord, ...]:
         """All there ever were."""
-        return self._send(calls.keys()).keys
+        return self._send(client_calls.keys()).keys
 
     def create_key(self, new: NewKey) -> ChangedKey:
         """A new key, with its token, which nobody tells again. Raises KeyExistsError, WouldLockOutError."""
-        return self._send(calls.create_key(new))
+        return self._send(client_calls.create_key(new))
 
     def revoke_key(self, name: str) -> ChangedKey:
         """The key, revoked. Raises KeyNotFoundError, WouldLockOutError."""
-        return self._send(calls.revoke_key(name))
+        return self._send(client_calls.revoke_key(name))
 
     def pull(self, task: str, version: int, folder: Path) -> VersionRecord:
         """Downloads the version's files into `folder`, which must be new or empty, all of them or none; and
@@ -283,7 +283,9 @@ class RegistryClient:
         record = self.version(task, version)
         with arrivals.new_folder(folder) as staged:
             for file in record.files:
-                self._download(calls.file_path(task, version, file.name), arrivals.place(staged, file.name))
+                self._download(
+                    client_calls.file_path(task, version, file.name), arrivals.place(staged, file.name)
+                )
             arrivals.read(staged, record.digest, record.name)
             arrivals.place_signatures(staged, record)
         return record
@@ -303,7 +305,7 @@ class RegistryClient:
         with _reaching(self._url), self._http.stream("GET", path) as response:
             if not response.is_success:
                 response.read()
-                calls.check(response)
+                client_calls.check(response)
             with target.open("wb") as file:
                 for piece in response.iter_bytes(_PIECE_BYTES):
                     file.write(piece)

@@ -4,7 +4,7 @@ from collections import Counter as Count
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
-from adapter_registry.api import RoutingState
+from adapter_registry.messages import RoutingState
 from adapter_registry.versions import Event, State
 
 

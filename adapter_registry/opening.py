@@ -13,7 +13,7 @@ from adapter_registry.artefacts import ArtefactFolder
 from adapter_registry.errors import CannotStartError
 from adapter_registry.redis_store import RedisStore
 from adapter_registry.settings import RegistrySettings
-from adapter_registry.sqlite import SqliteStore
+from adapter_registry.sqlite_store import SqliteStore
 
 _SQLITE = "registry.sqlite3"
 

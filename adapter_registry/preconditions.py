@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 from fastapi import Depends, Header, Request
 
-from adapter_registry.api import ErrorReply
 from adapter_registry.errors import InvalidRequestError
+from adapter_registry.messages import ErrorReply
 
 OPERATOR = "x-prad-operator"
 CALLER = "prad.caller"

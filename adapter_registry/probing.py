@@ -3,9 +3,9 @@
 import time
 from collections.abc import Callable
 
-from adapter_registry.api import VersionRecord
 from adapter_registry.client import RegistryClient
 from adapter_registry.errors import RegistryError
+from adapter_registry.messages import VersionRecord
 from adapter_registry.versions import State
 
 STEP_SECONDS = 2.0

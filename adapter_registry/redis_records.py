@@ -2,7 +2,7 @@
 
 from pydantic import BaseModel, ConfigDict
 
-from adapter_registry.api import (
+from adapter_registry.messages import (
     HistoryLine,
     SignedBy,
     StoredFile,
@@ -12,8 +12,8 @@ from adapter_registry.api import (
 )
 from adapter_registry.planning import Change, TaskView
 from adapter_registry.routing import Routing
-from adapter_registry.rows import no_task
 from adapter_registry.snapshot import TaskSnapshot
+from adapter_registry.sqlite_rows import no_task
 from adapter_registry.store import StoredAdapter, all_signatures, history_line
 from adapter_registry.versions import Event, State
 from prad.artefact import AdapterRecord

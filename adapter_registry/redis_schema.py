@@ -8,7 +8,7 @@ from redis.client import Pipeline
 from redis.exceptions import WatchError
 
 from adapter_registry import redis_server
-from adapter_registry.api import HistoryLine
+from adapter_registry.messages import HistoryLine
 from adapter_registry.redis_records import StoredTask
 from adapter_registry.redis_server import REGISTRY, SCHEMA
 from adapter_registry.upgrading import upgraded

@@ -19,7 +19,7 @@ from redis.retry import Retry
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
 
 from adapter_registry.errors import CannotStartError, StoreUnavailableError
-from adapter_registry.schema import require_known
+from adapter_registry.sqlite_schema import require_known
 
 SCHEMA = 3
 

@@ -22,9 +22,9 @@ from redis.client import Pipeline
 from redis.exceptions import WatchError
 
 from adapter_registry import redis_server
-from adapter_registry.api import HistoryLine, RoutingState, TaskRoute, VersionRecord
 from adapter_registry.errors import StoreUnavailableError, VersionNotFoundError
 from adapter_registry.keys import NewKey, StoredKey, in_order, issued, of_the_api, revoked
+from adapter_registry.messages import HistoryLine, RoutingState, TaskRoute, VersionRecord
 from adapter_registry.planning import Move, Past, Wanted, plan
 from adapter_registry.redis_records import (
     StoredFiles,
@@ -40,9 +40,9 @@ from adapter_registry.redis_records import (
 from adapter_registry.redis_schema import ADAPTERS, KEYS, TASKS, history_key, migrate
 from adapter_registry.redis_server import REGISTRY, answering
 from adapter_registry.routing import Routing
-from adapter_registry.rows import no_task
 from adapter_registry.snapshot import Snapshot, require_empty, snapshot
-from adapter_registry.sqlite import utc_now
+from adapter_registry.sqlite_rows import no_task
+from adapter_registry.sqlite_store import utc_now
 from adapter_registry.store import Idle, StoredAdapter
 from adapter_registry.versions import Event, State
 

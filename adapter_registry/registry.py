@@ -8,7 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from adapter_registry.api import (
+from adapter_registry.artefacts import ArtefactFolder
+from adapter_registry.changes import ChangeFeed
+from adapter_registry.errors import AdapterRefusedError, FileNotStoredError, StoreUnavailableError
+from adapter_registry.keys import ChangedKey, NewKey, StoredKey, hashed, new_token
+from adapter_registry.messages import (
     Probe,
     Pushed,
     ReplicaList,
@@ -19,15 +23,11 @@ from adapter_registry.api import (
     VersionRecord,
     Warmed,
 )
-from adapter_registry.artefacts import ArtefactFolder
-from adapter_registry.changes import ChangeFeed
-from adapter_registry.errors import AdapterRefusedError, FileNotStoredError, StoreUnavailableError
-from adapter_registry.keys import ChangedKey, NewKey, StoredKey, hashed, new_token
 from adapter_registry.metrics import Metrics
 from adapter_registry.names import check_task
 from adapter_registry.planning import Move, Wanted
 from adapter_registry.replicas import Replicas
-from adapter_registry.room import make_room
+from adapter_registry.retention import make_room
 from adapter_registry.settings import Bounds
 from adapter_registry.signers import Signers
 from adapter_registry.storage import require_free, storing

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from adapter_registry.api import Replica, ReplicaState
+from adapter_registry.messages import Replica, ReplicaState
 
 GRACE_SECONDS = 30.0
 """A replica may be between two polls, loading a version, for so long without being missed."""

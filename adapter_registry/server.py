@@ -18,7 +18,7 @@ from adapter_registry.redis_changes import RedisChanges
 from adapter_registry.redis_store import RedisStore
 from adapter_registry.registry import Registry
 from adapter_registry.replicas import Replicas
-from adapter_registry.room import make_room
+from adapter_registry.retention import make_room
 from adapter_registry.secret import ensure_secret
 from adapter_registry.settings import RegistrySettings
 from adapter_registry.signers import Signers

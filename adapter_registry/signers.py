@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from adapter_registry.api import SignedBy
 from adapter_registry.errors import CannotStartError, SignatureRefusedError, SigningKeysError
+from adapter_registry.messages import SignedBy
 from prad.artefact import ArtefactError
 from prad.artefact.signatures import SIGNATURES, Signatures, fingerprint, read_signatures
 from prad.artefact.signing import SigningError, public_keys, verifies

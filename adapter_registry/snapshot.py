@@ -5,9 +5,9 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from adapter_registry.api import HistoryLine, TaskRoute, VersionRecord
 from adapter_registry.errors import InvalidTaskNameError, NotEmptyError
 from adapter_registry.keys import StoredKey
+from adapter_registry.messages import HistoryLine, TaskRoute, VersionRecord
 from adapter_registry.names import check_task
 from adapter_registry.routing import Routing
 from adapter_registry.upgrading import upgraded_export

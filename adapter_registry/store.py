@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from adapter_registry.api import (
+from adapter_registry.keys import NewKey, StoredKey
+from adapter_registry.messages import (
     HistoryLine,
     RoutingState,
     SignedBy,
@@ -17,7 +18,6 @@ from adapter_registry.api import (
     TaskRoute,
     VersionRecord,
 )
-from adapter_registry.keys import NewKey, StoredKey
 from adapter_registry.planning import Change, Wanted
 from adapter_registry.snapshot import Snapshot
 from prad.artefact import AdapterRecord

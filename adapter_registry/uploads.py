@@ -12,7 +12,6 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.types import Message
 
-from adapter_registry.api import PushPath
 from adapter_registry.artefacts import copy_local
 from adapter_registry.errors import (
     AdapterRefusedError,
@@ -20,6 +19,7 @@ from adapter_registry.errors import (
     InvalidRequestError,
     UploadTooLargeError,
 )
+from adapter_registry.messages import PushPath
 from prad.artefact import FILES
 from prad.artefact.signatures import SIGNATURES
 

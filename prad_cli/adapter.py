@@ -9,8 +9,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from adapter_registry.api import Pushed, TaskRoute, VersionRecord
 from adapter_registry.client import RegistryClient
+from adapter_registry.messages import Pushed, TaskRoute, VersionRecord
 from adapter_registry.names import parse_name
 from adapter_registry.probing import NotProbedError, wait_probed
 from adapter_registry.versions import State

@@ -241,7 +241,7 @@ def _scores(lines: Sequence[Line], answers: Sequence[str], side: Side) -> Mappin
     if any(find_spec(module) is None for module in ("rouge_score", "sacrebleu")):
         return {}
     from prad.training.data import Example, without_end
-    from prad.training.metrics import Judged, scores
+    from prad.training.scores import Judged, scores
 
     examples = without_end([Example.model_validate(line.model_dump()) for line in lines], side.end_token)
     return scores([Judged(example, answer) for example, answer in zip(examples, answers, strict=True)])

@@ -12,10 +12,10 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from adapter_registry.api import Rerouted
 from adapter_registry.client import RegistryClient
 from adapter_registry.errors import RegistryError, RegistryUnreachableError
 from adapter_registry.keys import ChangedKey
+from adapter_registry.messages import Rerouted
 from adapter_registry.names import parse_name
 
 DEFAULT_REGISTRY = "http://127.0.0.1:8001"

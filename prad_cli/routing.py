@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from adapter_registry.api import ReplicaList, Rerouted
 from adapter_registry.client import RegistryClient
+from adapter_registry.messages import ReplicaList, Rerouted
 from adapter_registry.names import parse_name
 from adapter_registry.routing import WHOLE
 from prad_cli.operating import (

@@ -6,7 +6,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from adapter_registry.api import (
+from adapter_registry.keys import KeyRecord, Role
+from adapter_registry.messages import (
     ReplicaList,
     ReplicaState,
     TaskHistory,
@@ -14,7 +15,6 @@ from adapter_registry.api import (
     VersionRecord,
     Warmed,
 )
-from adapter_registry.keys import KeyRecord, Role
 from adapter_registry.names import PREVIOUS
 from adapter_registry.routing import Routing
 from adapter_registry.versions import State

@@ -9,9 +9,9 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 from random import uniform
 
-from adapter_registry.api import RoutingState, TaskRoute, VersionRoute
 from adapter_registry.client import DEFAULT_WAIT, AsyncRegistryClient
 from adapter_registry.errors import RegistryError, RegistryUnreachableError, StoreUnavailableError
+from adapter_registry.messages import RoutingState, TaskRoute, VersionRoute
 from adapter_registry.routing import Routing
 from adapter_registry.versions import State
 from prad.artefact import Artefact

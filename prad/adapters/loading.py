@@ -30,7 +30,7 @@ from prad.adapters.method import (
 from prad.adapters.para import PARA, PromptPARA
 from prad.adapters.parallel import ParallelAdapter
 from prad.adapters.prefix import PrefixTuning
-from prad.adapters.prompt import PromptTuning
+from prad.adapters.prompt_tuning import PromptTuning
 from prad.adapters.sequential import SequentialAdapter
 from prad.artefact import WEIGHTS, AdapterRecord, Artefact, require_servable
 from prad.lm import LanguageModel, Tokenizer, require_sites

@@ -17,8 +17,8 @@ from prad.core.kv import Chunk
 from prad.core.search import Candidate, Search
 from prad.lm import Adaptation, LanguageModel, PackedBatch, RowScaling
 from prad.lm.kv import Pools, chunked_batch
+from prad.training.beam_rows import Row, SharedBlocks
 from prad.training.objective import Positions
-from prad.training.rows import Row, SharedBlocks
 
 _BLOCK = 16  # tokens
 _PASS_TOKENS = 4096  # of prompts that are computed together

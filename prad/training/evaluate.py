@@ -11,7 +11,7 @@ from prad.core.search import BeamSearch, Greedy, Limits
 from prad.lm import LanguageModel, Tokenizer
 from prad.training.data import Example, prompt_ids, read_examples, without_end
 from prad.training.decoding import AdaptedModel, Decoding
-from prad.training.metrics import Judged, scores
+from prad.training.scores import Judged, scores
 from prad.training.tracking import tracked
 
 ANSWER_TOKENS = 64

@@ -12,8 +12,8 @@ from typing import Any
 import grpc
 import httpx
 
-from adapter_registry.api import Pushed
 from adapter_registry.client import RegistryClient
+from adapter_registry.messages import Pushed
 from adapter_registry.versions import State
 from kvtransfer.proto import handoff_pb2 as pb
 from kvtransfer.proto.handoff_pb2_grpc import DecodeStub

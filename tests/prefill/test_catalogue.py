@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from adapter_registry.api import RoutingState, TaskRoute, VersionRoute
 from adapter_registry.errors import IllegalTransitionError, RegistryUnreachableError, StoredFilesDamagedError
 from adapter_registry.keys import NewKey, StoredKey, hashed, issued, revoked
+from adapter_registry.messages import RoutingState, TaskRoute, VersionRoute
 from adapter_registry.routing import Routing, drawn
 from adapter_registry.versions import State
 from prefill_service import follower as module

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from adapter_registry.api import Pushed, StoredFile
 from adapter_registry.client import RegistryClient
+from adapter_registry.messages import Pushed, StoredFile
 from adapter_registry.redis_store import RedisStore
 from adapter_registry.server import RegistryServer
 from adapter_registry.settings import RegistrySettings
-from adapter_registry.sqlite import SqliteStore
+from adapter_registry.sqlite_store import SqliteStore
 from adapter_registry.store import Store, StoredAdapter
 from prad.artefact import WEIGHTS, AdapterRecord, BaseModelRef, read_artefact, write_record
 from tests.redis_process import RedisProcess

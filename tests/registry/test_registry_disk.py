@@ -15,9 +15,9 @@ from adapter_registry.errors import (
     IllegalTransitionError,
     StorageFullError,
 )
-from adapter_registry.room import surplus
+from adapter_registry.retention import surplus
 from adapter_registry.settings import RegistrySettings
-from adapter_registry.sqlite import SqliteStore
+from adapter_registry.sqlite_store import SqliteStore
 from adapter_registry.store import Idle
 from prad.artefact import files_digest, read_artefact
 

@@ -13,7 +13,6 @@ from redis import Redis
 from typer.testing import CliRunner
 
 from adapter_registry.access import Secrets
-from adapter_registry.api import RoutingState
 from adapter_registry.app import create_app
 from adapter_registry.client import AsyncRegistryClient, RegistryClient
 from adapter_registry.errors import (
@@ -26,13 +25,14 @@ from adapter_registry.errors import (
     WouldLockOutError,
 )
 from adapter_registry.keys import KeyLimits, NewKey, Role, hashed, new_token
+from adapter_registry.messages import RoutingState
 from adapter_registry.metrics import Metrics
 from adapter_registry.redis_store import RedisStore
 from adapter_registry.secret import ensure_secret
 from adapter_registry.server import RegistryServer
 from adapter_registry.settings import RegistrySettings
 from adapter_registry.snapshot import Snapshot
-from adapter_registry.sqlite import SqliteStore
+from adapter_registry.sqlite_store import SqliteStore
 from prad_cli.app import app
 from tests.routes import routes_added
 

@@ -19,11 +19,11 @@ from adapter_registry.errors import (
 )
 from adapter_registry.planning import Move, Rollback
 from adapter_registry.redis_store import RedisStore
-from adapter_registry.schema import SCHEMA
 from adapter_registry.server import RegistryServer
 from adapter_registry.settings import RegistrySettings
 from adapter_registry.snapshot import Snapshot
-from adapter_registry.sqlite import SqliteStore
+from adapter_registry.sqlite_schema import SCHEMA
+from adapter_registry.sqlite_store import SqliteStore
 from adapter_registry.versions import Event
 from prad_cli.app import app
 

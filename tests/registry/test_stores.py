@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 from pydantic import ValidationError
 
-from adapter_registry.api import HistoryLine, SignedBy
 from adapter_registry.errors import (
     IllegalTransitionError,
     NoRoutingBeforeError,
@@ -15,6 +14,7 @@ from adapter_registry.errors import (
     TaskNotFoundError,
     VersionNotFoundError,
 )
+from adapter_registry.messages import HistoryLine, SignedBy
 from adapter_registry.planning import Move, Rollback, SetAlias, SetShadow, Split
 from adapter_registry.snapshot import Snapshot
 from adapter_registry.versions import Event, State

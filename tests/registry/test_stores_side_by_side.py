@@ -18,7 +18,7 @@ from adapter_registry.keys import NewKey, Role, StoredKey
 from adapter_registry.planning import Move, Rollback, SetAlias, SetShadow, Split, TaskView, plan
 from adapter_registry.redis_store import RedisStore
 from adapter_registry.routing import Routing
-from adapter_registry.sqlite import SqliteStore
+from adapter_registry.sqlite_store import SqliteStore
 from adapter_registry.versions import ROUTING_EVENTS, Event, State
 
 TASKS = st.sampled_from(["a", "b"])

@@ -12,8 +12,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from adapter_registry.api import Rerouted
 from adapter_registry.client import RegistryClient
+from adapter_registry.messages import Rerouted
 from adapter_registry.probing import wait_probed
 from adapter_registry.routing import drawn
 from local_stack.stack import answers

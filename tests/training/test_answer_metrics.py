@@ -3,7 +3,7 @@
 import pytest
 
 from prad.training.data import Example
-from prad.training.metrics import Judged, scores
+from prad.training.scores import Judged, scores
 
 TEXT = "the quick brown fox jumps over the lazy dog"
 

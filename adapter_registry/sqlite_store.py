@@ -9,10 +9,11 @@ from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
 
-from adapter_registry import rows, schema
-from adapter_registry.api import HistoryLine, RoutingState, TaskRoute, VersionRecord
+from adapter_registry import sqlite_rows as rows
+from adapter_registry import sqlite_schema as schema
 from adapter_registry.errors import CannotStartError
 from adapter_registry.keys import NewKey, StoredKey, issued, of_the_api, revoked
+from adapter_registry.messages import HistoryLine, RoutingState, TaskRoute, VersionRecord
 from adapter_registry.planning import Change, Move, TaskView, Wanted, plan
 from adapter_registry.routing import Routing
 from adapter_registry.snapshot import Snapshot, require_empty, snapshot

@@ -9,7 +9,8 @@ import httpx
 from pydantic import BaseModel, ValidationError
 
 from adapter_registry import errors
-from adapter_registry.api import (
+from adapter_registry.keys import ChangedKey, KeyList, NewKey
+from adapter_registry.messages import (
     Aliased,
     ErrorReply,
     Probe,
@@ -24,7 +25,6 @@ from adapter_registry.api import (
     Warmed,
     Weighted,
 )
-from adapter_registry.keys import ChangedKey, KeyList, NewKey
 from adapter_registry.names import check_alias, check_task
 
 M = TypeVar("M", bound=BaseModel)

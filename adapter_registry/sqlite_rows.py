@@ -1,9 +1,11 @@
-"""Reading the SQLite store: rows become the types of `api.py`."""
+"""Reading the SQLite store: rows become the types of `messages.py`."""
 
 import json
 import sqlite3
 
-from adapter_registry.api import (
+from adapter_registry.errors import TaskNotFoundError
+from adapter_registry.keys import StoredKey, in_order
+from adapter_registry.messages import (
     HistoryLine,
     SignedBy,
     StoredFile,
@@ -11,8 +13,6 @@ from adapter_registry.api import (
     VersionRecord,
     VersionRoute,
 )
-from adapter_registry.errors import TaskNotFoundError
-from adapter_registry.keys import StoredKey, in_order
 from adapter_registry.planning import TaskView
 from adapter_registry.routing import Routing
 from adapter_registry.store import Idle
