@@ -137,8 +137,8 @@ def _require(caller: _Caller | None, role: Role) -> None:
         raise UnauthorizedError(
             "this registry asks for a token, and the request shows none that is in force: send it as "
             "'Authorization: Bearer ...'; prad's commands take it from PRAD_TOKEN, or from the file that "
-            "PRAD_TOKEN_FILE names. Who has one of role admin makes others: prad keys create NAME --role "
-            f"{role}"
+            "PRAD_TOKEN_FILE names (prad serve keeps one, admin-token, in its data folder). Who has one of "
+            f"role admin makes others: prad keys create NAME --role {role}"
         )
     if not caller.role.may(role):
         raise RoleTooLowError(

@@ -155,7 +155,7 @@ def serve_command(
         asked = any(key.role == "complete" for key in keys) or not (unprotected or is_loopback(host))
         _say_where(console.print, at, logs)
         _say_who(console.print, host, admin, asked=asked)
-        _say_what_next(console.print, at.api, tasks)
+        _say_what_next(console.print, at.api, tasks, asked=asked)
         ready = {
             "registry": lambda: answers(f"{at.registry}/ready"),
             "decode": lambda: answers(at.decode_metrics),
@@ -223,15 +223,15 @@ def _say_who(say: Callable[..., None], host: str, admin: Path, *, asked: bool) -
         )
 
 
-def _say_what_next(say: Callable[..., None], api: str, tasks: list[str]) -> None:
+def _say_what_next(say: Callable[..., None], api: str, tasks: list[str], *, asked: bool) -> None:
     shown = ", ".join(tasks) or "none yet: prad adapter push DIR --task NAME"
     say(f"tasks  {shown}\n\n[bold]try[/]")
+    key = '-H "authorization: Bearer $PRAD_API_KEY" ' if asked else ""
     for task, prompt in _EXAMPLES.items():
         if task in tasks:
-            say(_curl(api, f'{{"task":"{task}","prompt":"{prompt}"}}'), markup=False, soft_wrap=True)
-    say(
-        _curl(api, '{"prompt":"The capital of France is","stream":true}', "-N "), markup=False, soft_wrap=True
-    )
+            say(_curl(api, f'{{"task":"{task}","prompt":"{prompt}"}}', key), markup=False, soft_wrap=True)
+    streamed = '{"prompt":"The capital of France is","stream":true}'
+    say(_curl(api, streamed, f"-N {key}"), markup=False, soft_wrap=True)
     say("\nCtrl-C stops everything")
 
 
@@ -242,5 +242,5 @@ _EXAMPLES = {
 }
 
 
-def _curl(api: str, body: str, flags: str = "") -> str:
+def _curl(api: str, body: str, flags: str) -> str:
     return f"  curl {flags}{api}/v1/completions -H 'content-type: application/json' -d '{body}'"

@@ -72,12 +72,17 @@ def test_keys_are_in_force_when_the_command_answers(
 def _compared(running: RunningStack, folder: Path, token: str | None) -> None:
     """What clients of ours make of it."""
     data = folder / "data.jsonl"
-    data.write_text(json.dumps({"prompt": PROMPT}) + "\n", encoding="utf-8")
+    data.write_text(json.dumps({"prompt": PROMPT, "completion": "t1"}) + "\n", encoding="utf-8")
     url = str(running.api.base_url)
     diff = ["adapter", "diff", "red", "blue", "--data", str(data), "--url", url]
     refused = CliRunner().invoke(app, diff, env={"PRAD_API_KEY": token})
     assert isinstance(refused.exception, DiffError)
     assert "answers 403: the key 'alice' is not for 'blue'" in str(refused.exception)
+    score = ["eval", "--task", "red", "--data", str(data), "--url", url]
+    assert "(1 examples)" in CliRunner().invoke(app, score, env={"PRAD_API_KEY": token}).stdout
+    (folder / "key").write_text(f"{token}\n", encoding="utf-8")
+    assert CliRunner().invoke(app, score, env={"PRAD_API_KEY_FILE": str(folder / "key")}).exit_code == 0
+    assert "401" in str(CliRunner().invoke(app, score).exception)
     with pytest.raises(DiffError, match=r"answers 401: .*PRAD_API_KEY_FILE"):
         compare(url, ("red", "blue"), read_lines(data), max_tokens=1, concurrency=1)
     with pytest.raises(DiffError, match="red and red@1 are both red@1"):
