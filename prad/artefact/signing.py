@@ -45,15 +45,15 @@ def generate(path: Path, comment: str) -> str:
     comment: whose it is, behind the public key. Raises SigningError, also if either is there already.
     """
     key = Ed25519PrivateKey.generate()
-    private = key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
-    public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()).decode()
+    public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
     beside = path.with_name(f"{path.name}.pub")
     if beside.exists():
         raise SigningError(f"{beside} is there already: choose another name for the new key")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_new(path, private, 0o600)
-        _write_new(beside, b"%b %b\n" % (public, comment.encode()), 0o644)
+        _write_new(beside, f"{public} {comment}\n", 0o644)
     except FileExistsError:
         raise SigningError(
             f"{path} is there already: leave out --generate to sign with it, or choose another name"
@@ -158,6 +158,6 @@ def _raw(key: Ed25519PublicKey) -> str:
     return base64.b64encode(key.public_bytes(Encoding.Raw, PublicFormat.Raw)).decode()
 
 
-def _write_new(path: Path, text: bytes, mode: int) -> None:
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+def _write_new(path: Path, text: str, mode: int) -> None:
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8") as file:
         file.write(text)
