@@ -15,7 +15,7 @@ from adapter_registry.redis_store import RedisStore
 from adapter_registry.settings import RegistrySettings
 from adapter_registry.sqlite_store import SqliteStore
 
-_SQLITE = "registry.sqlite3"
+SQLITE_FILE = "registry.sqlite3"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class OpenedData:
 
     def overlooked(self, settings: RegistrySettings) -> tuple[str, ...]:
         """That a Redis without versions was given to a folder that has some, which is how one moves there."""
-        file = settings.folder / _SQLITE
+        file = settings.folder / SQLITE_FILE
         if self.lock is not None or not file.exists() or self.store.revision():
             return ()
         return (
@@ -55,7 +55,7 @@ def open_data(settings: RegistrySettings) -> OpenedData:
         return _with_redis(settings.redis_url, settings.folder)
     lock = _lock(settings.folder)
     try:
-        store = SqliteStore(settings.folder / _SQLITE)
+        store = SqliteStore(settings.folder / SQLITE_FILE)
         return OpenedData(store, _files(settings.folder), lock)
     except CannotStartError:
         lock.release()

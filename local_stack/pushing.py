@@ -10,6 +10,8 @@ from adapter_registry.versions import State
 from prad.artefact import ArtefactError, read_servable
 from prad.artefact.signatures import pushed_files
 
+_PUSHED_AGAIN = (State.FAILED, State.DELETED)
+
 
 def adapter_folders(folder: Path) -> list[Path]:
     """Those below `folder`: each is an adapter, its name a task's."""
@@ -19,16 +21,22 @@ def adapter_folders(folder: Path) -> list[Path]:
 def push_all(folder: Path, registry: str, token: str = "") -> dict[str, str]:
     """Pushes every folder below `folder` as a version of the task of its name, and waits for its probe.
 
-    Files that were a version once stay what they are, retired ones too. Returns the reason for each folder
-    that cannot be served, and each version that failed its probe. RegistryUnreachableError if nobody answers.
+    Files that are a version stay what they are, retired ones too; what failed its probe is pushed again.
+    Returns the reason for each folder that cannot be served, each version that failed its probe, and each
+    that is retired and whose task has no other. RegistryUnreachableError if nobody answers.
     """
     failed = {}
     with RegistryClient(registry, token=token) as client:
-        known = {(t.task, v.digest) for t in client.state().tasks for v in t.versions}
+        tasks = client.state().tasks
+        known = {(t.task, v.digest): v for t in tasks for v in t.versions if v.state not in _PUSHED_AGAIN}
+        answering = {t.task for t in tasks if any(v.state.answers for v in t.versions)}
         for path in adapter_folders(folder):
             try:
                 artefact = read_servable(path)
-                if (path.name, artefact.digest) in known:
+                if (version := known.get((path.name, artefact.digest))) is not None:
+                    if version.state is State.RETIRED and path.name not in answering:
+                        name = f"{path.name}@{version.version}"
+                        failed[name] = f"it is retired (prad adapter unretire {name} brings it back)"
                     continue
                 with ExitStack() as opened:
                     files = [(f.name, opened.enter_context(f.open("rb"))) for f in pushed_files(artefact)]

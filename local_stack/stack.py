@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal, Self
+from typing import IO, Self
 
 import httpx
 
@@ -23,6 +23,7 @@ _POLL_S = 0.1
 _STOP_S = 50.0
 """More than decode takes at most: its drain, and what it still sends."""
 _LOG_LINES = 12
+_LONGEST_LOG = 16 << 20
 
 
 class StackError(PradError):
@@ -94,17 +95,17 @@ class Stack:
     def start(self, name: str, arguments: Sequence[str]) -> None:
         """Starts `prad NAME ARGUMENTS` in a session of its own: Ctrl-C reaches it through us, in order.
         Raises StackError if its log cannot be written."""
-        self._run(name, tuple(arguments), len(self._services), "wb")
+        self._run(name, tuple(arguments), len(self._services))
 
     def restart(self, name: str) -> None:
         """Starts a child that has ended once more, in its place of the order; its log goes on."""
         ((place, service),) = ((i, s) for i, s in enumerate(self._services) if s.name == name)
-        self._run(name, service.arguments, place, "ab")
+        self._run(name, service.arguments, place)
 
-    def _run(self, name: str, arguments: tuple[str, ...], place: int, mode: Literal["wb", "ab"]) -> None:
+    def _run(self, name: str, arguments: tuple[str, ...], place: int) -> None:
         log = self._logs / f"{name}.log"
         try:
-            opened = log.open(mode)
+            opened = _goes_on(log)
         except OSError as error:
             raise StackError(f"the log of {name} cannot be kept: {error}") from error
         with opened as file, signals_later():
@@ -135,6 +136,21 @@ class Stack:
     def check(self) -> None:
         for service in self._services:
             service.check()
+
+
+def _goes_on(log: Path) -> IO[bytes]:
+    """The log, behind what earlier starts wrote; where that is too much it becomes NAME.log.1."""
+    if log.exists() and log.stat().st_size > _LONGEST_LOG:
+        log.replace(log.with_name(f"{log.name}.1"))
+    return log.open("ab")
+
+
+def require_apart(ports: Mapping[str, int]) -> None:
+    """Raises StackError, which names the flags, if two of them say the same port."""
+    flags: dict[int, str] = {}
+    for flag, port in ports.items():
+        if (other := flags.setdefault(port, flag)) != flag:
+            raise StackError(f"{other} and {flag} are both {port}; choose another for one of them")
 
 
 def require_free(port: int, flag: str, host: str = "127.0.0.1") -> None:

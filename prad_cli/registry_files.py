@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
+from adapter_registry.errors import CannotStartError
 from adapter_registry.export import read_export, write_export
-from adapter_registry.opening import OpenedData, open_data
+from adapter_registry.opening import SQLITE_FILE, OpenedData, open_data
 from adapter_registry.settings import RegistrySettings
 from adapter_registry.snapshot import Snapshot
 
@@ -41,6 +42,7 @@ def run(context: typer.Context) -> None:
 @_app.command("export")
 def export_command(file: File, data_dir: DataDir = None, redis_url: RedisUrl = None) -> None:
     """Write everything that a registry holds to FILE. One without Redis must be stopped for it."""
+    _require_registry(data_dir, redis_url)
     with _opened(data_dir, redis_url) as data:
         print(f"{_said(write_export(data.store, data.files, file))} are in {file}")
 
@@ -52,11 +54,25 @@ def import_command(file: File, data_dir: DataDir = None, redis_url: RedisUrl = N
         print(f"{_said(read_export(data.store, data.files, file))} are in {data.place}")
 
 
+def _require_registry(data_dir: Path | None, redis_url: str | None) -> None:
+    """Raises CannotStartError where there is none: opening a folder would make an empty one in it."""
+    settings = _settings(data_dir, redis_url)
+    folder = settings.data_dir.expanduser()
+    if settings.redis_url is not None or (folder / SQLITE_FILE).is_file():
+        return
+    of_serve = folder / "registry"
+    hint = f"; prad serve keeps its own in {of_serve}" if (of_serve / SQLITE_FILE).is_file() else ""
+    raise CannotStartError(f"{folder} holds no registry: expected {SQLITE_FILE} in it{hint}")
+
+
+def _settings(data_dir: Path | None, redis_url: str | None) -> RegistrySettings:
+    given: dict[str, Any] = {"data_dir": data_dir, "redis_url": redis_url}
+    return RegistrySettings(**{name: value for name, value in given.items() if value is not None})
+
+
 @contextmanager
 def _opened(data_dir: Path | None, redis_url: str | None) -> Iterator[OpenedData]:
-    given: dict[str, Any] = {"data_dir": data_dir, "redis_url": redis_url}
-    settings = RegistrySettings(**{name: value for name, value in given.items() if value is not None})
-    data = open_data(settings)
+    data = open_data(_settings(data_dir, redis_url))
     try:
         yield data
     finally:

@@ -1,8 +1,10 @@
 """`prad serve`: registry, decode and prefill on this machine, and what to type next."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -111,7 +113,7 @@ def serve_command(
     from adapter_registry.secret import ensure_secret
     from local_stack.pushing import adapter_folders, push_all
     from local_stack.signals import stopped_by_signals
-    from local_stack.stack import Stack, answers, require_free
+    from local_stack.stack import Stack, answers, require_apart, require_free
     from local_stack.supervisor import Supervisor
 
     console = Console(stderr=True)
@@ -130,21 +132,26 @@ def serve_command(
     own += ["--registry-secret-file", str(replicas)]
     if adapters is not None and not adapter_folders(adapters):
         console.print(f"[yellow]{adapters} holds no adapter folders:[/] nothing is pushed", soft_wrap=True)
-    require_free(port, "--port", host)
-    require_free(registry_port, "--registry-port")
-    require_free(decode_port, "--decode-port")
-    require_free(decode_metrics_port, "--decode-metrics-port")
+    ports = {
+        "--port": port,
+        "--registry-port": registry_port,
+        "--decode-port": decode_port,
+        "--decode-metrics-port": decode_metrics_port,
+    }
+    require_apart(ports)
+    for flag, number in ports.items():
+        require_free(number, flag, host if flag == "--port" else "127.0.0.1")
     with stopped_by_signals(), Stack(logs) as stack, _said_when_stopping(console):
         ensure_secret(replicas)
         token = ensure_secret(admin)
-        with console.status("starting the registry"):
+        with _doing(console, "starting the registry"):
             stack.start("registry", ["--port", str(registry_port), *kept])
             stack.start("decode", [*shared, *told, "--port", str(decode_port)])
             stack.start("prefill", [*shared, *own, *decode, "--registry", at.registry, *listening])
             stack.wait_until(lambda: answers(f"{at.registry}/ready"), 30.0, "starting the registry")
-        with console.status("loading the model (the first start converts it: about a minute)"):
+        with _doing(console, "loading the model (the first start converts it: about a minute)"):
             stack.wait_until(lambda: answers(f"{at.api}/ready"), _START_S, "starting")
-        with console.status("verifying the adapters"):
+        with _doing(console, "verifying the adapters"):
             failed = {} if adapters is None else push_all(adapters, at.registry, token)
             with RegistryClient(at.registry, token=token) as client:
                 state, keys = client.state(), client.keys()
@@ -161,7 +168,7 @@ def serve_command(
             "decode": lambda: answers(at.decode_metrics),
             "prefill": lambda: answers(f"{at.api}/ready"),
         }
-        Supervisor(stack, ready, lambda text: console.print(text, markup=False, soft_wrap=True)).run()
+        Supervisor(stack, ready, partial(_say_when, console)).run()
 
 
 @dataclass(frozen=True)
@@ -181,6 +188,18 @@ class _Addresses:
             f"http://127.0.0.1:{registry_port}",
             f"http://127.0.0.1:{decode_metrics_port}/metrics",
         )
+
+
+def _doing(console: "Console", what: str) -> AbstractContextManager[object]:
+    """A spinner, or a line where there is no terminal."""
+    if console.is_terminal:
+        return console.status(what)
+    console.print(what, soft_wrap=True)
+    return nullcontext()
+
+
+def _say_when(console: "Console", text: str) -> None:
+    console.print(f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}", markup=False, soft_wrap=True)
 
 
 @contextmanager

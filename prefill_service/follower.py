@@ -33,13 +33,21 @@ class RegistryFollower:
     into memory, where it stays as others do."""
 
     def __init__(
-        self, client: AsyncRegistryClient, catalogue: TaskCatalogue, keys: KeyRing, probe: Probe, load: Load
+        self,
+        client: AsyncRegistryClient,
+        catalogue: TaskCatalogue,
+        keys: KeyRing,
+        probe: Probe,
+        load: Load,
+        weights: str | None = None,
     ) -> None:
+        """`weights`: digest of those that an adapter must have been trained on; None: of any."""
         self._client = client
         self._catalogue = catalogue
         self._keys = keys
         self._probe = probe
         self._load = load
+        self._weights = weights
         self._known: dict[tuple[str, int], TaskVersion] = {}
         self._routings: dict[str, Routing] = {}
         self._troubles: dict[str, str] = {}  # what cannot be had here, and why
@@ -99,7 +107,7 @@ class RegistryFollower:
                         versions[version.version] = known[route.task, version.version] = found
                     else:
                         missing[version.version] = self._troubles[f"{route.task}@{version.version}"]
-            if versions or missing:
+            if route.versions:  # one without any says so to requests
                 routings[route.task] = self._routing(route, versions)
                 tasks[route.task] = TaskVersions.of(routings[route.task], versions, missing)
         self._known, self._routings = known, routings
@@ -141,7 +149,18 @@ class RegistryFollower:
         if known is not None and known.digest == version.digest:
             return known
         artefact = await self._fetch(task, version)
-        return None if artefact is None else TaskVersion(task, version.version, version.digest, artefact)
+        if artefact is None:
+            return None
+        if (
+            self._weights is not None and self._weights != artefact.record.base.weights
+        ):  # it was probed on another model
+            self._cannot_be_had(
+                f"{task}@{version.version}",
+                f"trained on weights {artefact.record.base.weights[:12]} of {artefact.record.base.name}, those "
+                f"here are {self._weights[:12]}: serve that model, or retire this version",
+            )
+            return None
+        return TaskVersion(task, version.version, version.digest, artefact)
 
     async def _verify(self, task: str, version: VersionRoute) -> bool:
         """Loads and runs a pushed version, and reports how that went; False if its files cannot be had."""
@@ -171,6 +190,9 @@ class RegistryFollower:
         except (RegistryUnreachableError, StoreUnavailableError):
             raise
         except (RegistryError, OSError) as error:
-            logger.error("%s@%d cannot be had: %s", task, version.version, error)
-            self._troubles[f"{task}@{version.version}"] = str(error)
+            self._cannot_be_had(f"{task}@{version.version}", str(error))
             return None
+
+    def _cannot_be_had(self, name: str, reason: str) -> None:
+        logger.error("%s cannot be had: %s", name, reason)
+        self._troubles[name] = reason

@@ -106,7 +106,8 @@ async def _serve(
 
         catalogue = TaskCatalogue(settings.base_name)
         keys = KeyRing(required=settings.keys_required)
-        follower = RegistryFollower(registry, catalogue, keys, probe, warm)
+        weights = None if settings.allow_other_weights else model.fingerprint.weights
+        follower = RegistryFollower(registry, catalogue, keys, probe, warm, weights)
         metrics = CollectorRegistry()
         metrics.register(parts)
         limits = ApiLimits(
