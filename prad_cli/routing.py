@@ -143,7 +143,8 @@ def retire(
     seen: Seen = None,
     registry: Registry = DEFAULT_REGISTRY,
 ) -> None:
-    """No new requests for a version; running ones keep it. One that is routed to needs another or --force."""
+    """No new requests for a version; running ones keep it. One that is routed to needs another or --force;
+    a task's only version does not, and then the task answers nobody."""
     with talking(registry) as client:
         task, version = version_of(client, name)
         rerouted = client.retire(task, version, force=force, seen=seen)

@@ -151,13 +151,12 @@ class RegistryFollower:
         artefact = await self._fetch(task, version)
         if artefact is None:
             return None
-        if (
-            self._weights is not None and self._weights != artefact.record.base.weights
-        ):  # it was probed on another model
+        base = artefact.record.base
+        if self._weights is not None and self._weights != base.weights:  # it was probed on another model
             self._cannot_be_had(
                 f"{task}@{version.version}",
-                f"trained on weights {artefact.record.base.weights[:12]} of {artefact.record.base.name}, those "
-                f"here are {self._weights[:12]}: serve that model, or retire this version",
+                f"trained on weights {base.weights[:12]} of {base.name}, those here are {self._weights[:12]}: "
+                "serve that model, or retire this version",
             )
             return None
         return TaskVersion(task, version.version, version.digest, artefact)
