@@ -155,7 +155,7 @@ class RegistryFollower:
         if self._weights is not None and self._weights != base.weights:  # it was probed on another model
             self._cannot_be_had(
                 f"{task}@{version.version}",
-                f"trained on weights {base.weights[:12]} of {base.name}, those here are {self._weights[:12]}: "
+                f"trained on weights {base.weights[:12]} of {base.name}, the model has {self._weights[:12]}: "
                 "serve that model, or retire this version",
             )
             return None
