@@ -102,10 +102,11 @@ async def followed(
     base: str = "plain",
     load: Callable[[Any], Awaitable[None]] = sound,
     keys: KeyRing | None = None,
+    weights: str | None = None,
 ) -> tuple[TaskCatalogue, RegistryFollower]:
     catalogue = TaskCatalogue(base)
     client: Any = registry
-    follower = RegistryFollower(client, catalogue, keys or KeyRing(), probe, load)
+    follower = RegistryFollower(client, catalogue, keys or KeyRing(), probe, load, weights)
     assert catalogue.trouble is not None
     task = asyncio.create_task(follower.run())
     await registry.told.wait()
@@ -117,6 +118,27 @@ async def followed(
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_RETRY_S", 0.0)
+
+
+async def test_versions_for_other_weights_are_named_and_not_served() -> None:
+    """They were verified where another model is served."""
+    registry = Registry(state(1, 1, v1=State.ROUTABLE), state(2, 1, v1=State.ROUTABLE))
+    catalogue, _ = await followed(registry, weights="other")
+    assert registry.troubles == [
+        "t@1: trained on weights tiny of tiny, the model has other: serve that model, or retire this version"
+    ]
+    assert catalogue.tasks() == []
+    with pytest.raises(NotReadyError, match="trained on weights tiny"):
+        catalogue.resolve("t", None)
+    same, _ = await followed(Registry(state(1, 1, v1=State.ROUTABLE)), weights="tiny")
+    assert same.resolve("t", None)[0].version == 1
+
+
+async def test_a_task_whose_versions_are_all_retired_says_so() -> None:
+    catalogue, _ = await followed(Registry(state(3, None, v1=State.RETIRED)))
+    assert catalogue.tasks() == []
+    with pytest.raises(UnknownModelError, match="task 't' has no current version"):
+        catalogue.resolve("t", None)
 
 
 def test_a_name_means_the_current_version_and_what_is_not_there_is_named() -> None:

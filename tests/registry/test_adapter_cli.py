@@ -79,6 +79,24 @@ def test_a_folder_that_cannot_be_served_stops_no_other(registry, prefill, adapte
     assert [task["task"] for task in registry.http.get("/v1/tasks").json()["tasks"]] == ["good"]
 
 
+def test_a_folder_that_failed_or_is_retired_is_pushed_again_or_named(
+    registry, prefill, adapter, tmp_path, prad
+):
+    registry.push(adapter(1))
+    registry.probe("support@1", ok=False, reason="another model was served then")
+    folder = tmp_path / "adapters"
+    folder.mkdir()
+    adapter(1).rename(folder / "support")
+    prefill()
+    assert push_all(folder, registry.url) == {}
+    (task,) = registry.http.get("/v1/tasks").json()["tasks"]
+    name = f"support@{max(map(int, task['routing']['split']))}"
+    assert prad("retire", name).exit_code == 0
+    assert push_all(folder, registry.url) == {
+        name: f"it is retired (prad adapter unretire {name} brings it back)"
+    }
+
+
 def test_push_waits_and_says_what_next(prad, prefill, adapter):
     prefill()
     first = prad("push", str(adapter(1)), "--task", "support")

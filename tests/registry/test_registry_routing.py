@@ -360,6 +360,19 @@ def tar(path, **files):
     return path
 
 
+def test_an_export_makes_no_registry(data_dir, serving, adapter, tmp_path):
+    with serving(RegistrySettings(port=0, data_dir=data_dir, log_level="warning")) as registry:
+        registry.push(adapter(1))
+    other = tmp_path / "mistyped"
+    refused = prad("registry", "export", tmp_path / "a.tar", "--data-dir", other)
+    assert f"{other} holds no registry" in str(refused.exception)
+    assert not other.exists()
+    (tmp_path / "of-serve").mkdir()
+    data_dir.rename(tmp_path / "of-serve" / "registry")
+    hinted = prad("registry", "export", tmp_path / "a.tar", "--data-dir", tmp_path / "of-serve")
+    assert f"prad serve keeps its own in {tmp_path / 'of-serve' / 'registry'}" in str(hinted.exception)
+
+
 def test_what_is_no_export_is_refused_whole(data_dir, serving, adapter, tmp_path):
     with serving(RegistrySettings(port=0, data_dir=data_dir, log_level="warning")) as registry:
         registry.push(adapter(1))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from local_stack.endings import described_end
-from local_stack.stack import Service, Stack, StackError
+from local_stack.stack import Service, Stack, StackError, require_apart
 from local_stack.supervisor import MOST_ENDS, Restarts, Supervisor
 
 
@@ -76,6 +76,22 @@ def test_who_keeps_ending_ends_the_stack_with_the_reason(commands: Commands) -> 
     assert str(raised.value).endswith("decode ended with status 3\n  it is the model")
     assert len(said) == MOST_ENDS - 1
     assert said[0] == "decode ended with status 3; starting again in 0.01 s\n  it is the model"
+
+
+def test_the_log_goes_on_at_the_next_start(commands: Commands) -> None:
+    for word in ("first", "second"):
+        with commands as stack:
+            stack.run(f"print({word!r})")
+            (service,) = stack.services
+            service.process.wait()
+        commands = Commands(service.log.parent)
+    assert service.log.read_text(encoding="utf-8") == "first\nsecond\n"
+
+
+def test_two_flags_with_one_port_are_an_error() -> None:
+    require_apart({"--port": 8000, "--registry-port": 8001})
+    with pytest.raises(StackError, match="--port and --decode-port are both 8000; choose another"):
+        require_apart({"--port": 8000, "--registry-port": 8001, "--decode-port": 8000})
 
 
 def test_who_was_ready_in_between_may_end_any_number_of_times(commands: Commands) -> None:
