@@ -10,7 +10,7 @@ from prad.artefact import PROMPT_FIELD, RECORD, AdapterRecord, BaseModelRef, rea
 from prad.exchange.bases import BaseName
 from prad.exchange.errors import ExchangeError, FieldError
 from prad.exchange.peft_config import Source
-from prad.lm import DEFAULT_MODEL, DEFAULT_MODEL_ID, LanguageModel
+from prad.lm import DEFAULT_MODEL, DEFAULT_MODEL_ID, LanguageModel, ModelNotFoundError, weights_digest
 
 Known: TypeAlias = Literal["digest", "name", "nothing"]
 """By what an adapter's base is known to be the model it is imported for. Shapes are compared always."""
@@ -60,7 +60,7 @@ def imported_record(
         }
     else:
         record = AdapterRecord(method="", config={}, base=base, template=PROMPT_FIELD)
-        origin |= {"positions": "all", "base_known_by": _require_named_base(config, settings)}
+        origin |= {"positions": "all", "base_known_by": _require_named_base(config, base, settings)}
     told = {
         "base": base.model_dump(),
         "positions": settings.positions,
@@ -114,11 +114,14 @@ def _require_same_base(found: BaseModelRef, base: BaseModelRef, settings: Import
     )
 
 
-def _require_named_base(config: Source, settings: ImportSettings) -> Known:
-    """PEFT keeps no digest of the base's weights, only a name; shapes alone fit many a wrong model."""
+def _require_named_base(config: Source, base: BaseModelRef, settings: ImportSettings) -> Known:
+    """PEFT keeps no digest of the base's weights, only a name; shapes alone fit many a wrong model. A name
+    that is a folder here has a digest."""
     named, model = config.base_model_name_or_path, settings.base_model or settings.base_name
     if not named:
         return "nothing"
+    if _weights_at(named) == base.weights:
+        return "digest"
     if BaseName.read(named).agrees(BaseName.of_model(model)):
         return "name"
     if settings.allow_other_base:
@@ -131,3 +134,11 @@ def _require_named_base(config: Source, settings: ImportSettings) -> Known:
         "name the right one with --model; a file of PEFT has no digest of the weights, so if these are the "
         "same under another name, or shall be served with it all the same: --allow-other-base",
     )
+
+
+def _weights_at(named: str) -> str | None:
+    """The digest of the weights in a folder of that name, if there is one."""
+    try:
+        return weights_digest(Path(named).expanduser())
+    except (ModelNotFoundError, OSError, RuntimeError):
+        return None

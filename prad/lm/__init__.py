@@ -11,7 +11,7 @@ from prad.lm.errors import (
     UnsupportedModelError,
 )
 from prad.lm.families import Site
-from prad.lm.fingerprint import Fingerprint
+from prad.lm.fingerprint import Fingerprint, weights_digest
 from prad.lm.kv import KVTarget, PackedBatch, PromptKV, dtype_name, torch_dtype
 from prad.lm.model import LanguageModel
 from prad.lm.sampling import sample
@@ -60,4 +60,5 @@ __all__ = [
     "sample",
     "served_name",
     "torch_dtype",
+    "weights_digest",
 ]

@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,17 @@ def test_how_the_base_is_known_is_recorded(
     change(source, base_model_name_or_path=named)
     importing(allow_other_base=True)
     assert how_base_is_known(read_artefact(source.parent / "out").record) == known
+
+
+def test_a_base_that_is_a_folder_here_is_known_by_its_weights(
+    source: Path, importing: Importing, tiny_model: Callable[[str], Path], tmp_path_factory: Any
+) -> None:
+    """As it is where PEFT trained on the folder that `prad model path` prints."""
+    other = tmp_path_factory.mktemp("elsewhere") / "of-any-name"
+    shutil.copytree(tiny_model("llama"), other)
+    change(source, base_model_name_or_path=str(other))
+    importing(base_model="org/llama")
+    assert how_base_is_known(read_artefact(source.parent / "out").record) == "digest"
 
 
 @pytest.mark.parametrize(
