@@ -26,7 +26,7 @@ def push_all(folder: Path, registry: str, token: str = "") -> dict[str, str]:
     that is retired and whose task has no other. RegistryUnreachableError if nobody answers.
     """
     failed = {}
-    with RegistryClient(registry, token=token) as client:
+    with RegistryClient(registry, operator="prad serve", token=token) as client:
         tasks = client.state().tasks
         known = {(t.task, v.digest): v for t in tasks for v in t.versions if v.state not in _PUSHED_AGAIN}
         answering = {t.task for t in tasks if any(v.state.answers for v in t.versions)}
