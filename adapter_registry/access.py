@@ -57,7 +57,7 @@ class Guard:
         }
         self._fixed = {hashed(token): caller for token, caller in known.items() if token is not None}
         self._revision: int | None = None
-        self._know(secrets.keys)
+        self._load(secrets.keys)
 
     def needs(self, role: Role) -> Any:
         """The dependency of a route that only such a role may use."""
@@ -77,13 +77,13 @@ class Guard:
         elif self._closed:
             _require(caller, role)
 
-    async def told(self, request: Request, state: RoutingState) -> RoutingState:
+    async def redacted(self, request: Request, state: RoutingState) -> RoutingState:
         """What this one may know of it: only prefill services need the keys."""
         caller = await self._caller(request)
         known = self._secrets.replicas is None or (caller is not None and caller.role is Role.REPLICA)
         return state if known else state.model_copy(update={"keys": None})
 
-    async def require_way_in(self, *, without: str | None = None, beside: Role | None = None) -> None:
+    async def require_no_lockout(self, *, without: str | None = None, beside: Role | None = None) -> None:
         """That those who run the registry can still do so with one key less, or one more: from its first
         operator's token on it asks everyone. Raises WouldLockOutError."""
         operators = [key for key in await self._registry.keys() if key.role in OPERATORS]
@@ -122,10 +122,10 @@ class Guard:
         if revision == self._revision:
             return
         with suppress(StoreUnavailableError):
-            self._know(await self._registry.keys())
+            self._load(await self._registry.keys())
             self._revision = revision
 
-    def _know(self, keys: Iterable[StoredKey]) -> None:
+    def _load(self, keys: Iterable[StoredKey]) -> None:
         operators = [key for key in keys if key.role in OPERATORS]
         in_force = (key for key in operators if key.revoked_at is None)
         self._issued = {key.sha256: _Caller(key.name, key.role) for key in in_force}
@@ -162,7 +162,7 @@ def keys_router(registry: Registry, guard: Guard) -> APIRouter:
         From the first API key on the API asks everyone for one, and from the first operator's token on the
         registry does. 409 if that would shut out those who run it.
         """
-        await guard.require_way_in(beside=body.role)
+        await guard.require_no_lockout(beside=body.role)
         response.headers["cache-control"] = "no-store"
         return await registry.issue(body, by=by)
 
@@ -170,7 +170,7 @@ def keys_router(registry: Registry, guard: Guard) -> APIRouter:
     async def revoke(name: str, by: By) -> ChangedKey:
         """Revoke a key; its record stays. Answers when that is in force at all connected prefill services;
         `pending` names those where it is not yet. 409 for the last token by which keys can be made."""
-        await guard.require_way_in(without=name)
+        await guard.require_no_lockout(without=name)
         return await registry.revoke(name, by=by)
 
     return router

@@ -115,7 +115,7 @@ def _reading(registry: Registry, guard: Guard) -> APIRouter:
     @router.get("/state")
     async def state(request: Request) -> RoutingState:
         """All that routing needs: every version of every task, at one revision."""
-        return await guard.told(request, await registry.state())
+        return await guard.redacted(request, await registry.state())
 
     @router.get("/tasks")
     async def tasks(
@@ -179,7 +179,7 @@ def _following(registry: Registry, settings: RegistrySettings, guard: Guard) -> 
         follower = Follower(replica, address, after if in_force is None else in_force, tuple(trouble))
         waiting = registry.changes(after, min(wait, settings.max_wait_seconds), follower)
         state = await _unless_gone(request, waiting)
-        return Response(status_code=204) if state is None else await guard.told(request, state)
+        return Response(status_code=204) if state is None else await guard.redacted(request, state)
 
     @router.get("/replicas")
     async def replicas(revision: Revision = 0, wait: Seconds = 0.0) -> ReplicaList:

@@ -66,7 +66,7 @@ class AsyncRegistryClient:
             base_url=url,
             timeout=timeout,
             trust_env=not _on_loopback(url),
-            headers=_shown(secret),
+            headers=_bearer(secret),
         )
 
     async def state(self) -> RoutingState:
@@ -173,7 +173,7 @@ class RegistryClient:
         self._url = url
         self._timeout = timeout
         headers = {"x-prad-operator": operator.encode("ascii", "replace").decode()} if operator else {}
-        headers |= _shown(token)
+        headers |= _bearer(token)
         self._http = httpx.Client(
             base_url=url, timeout=timeout, trust_env=not _on_loopback(url), headers=headers
         )
@@ -325,7 +325,7 @@ class RegistryClient:
             )
 
 
-def _shown(token: str) -> dict[str, str]:
+def _bearer(token: str) -> dict[str, str]:
     return {"authorization": f"Bearer {token}"} if token else {}
 
 

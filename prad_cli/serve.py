@@ -155,13 +155,13 @@ def serve_command(
             failed = {} if adapters is None else push_all(adapters, at.registry, token)
             with RegistryClient(at.registry, token=token) as client:
                 state, keys = client.state(), client.keys()
-                stack.wait_until(lambda: _followed(client), 60.0, "loading the adapters")
+                stack.wait_until(lambda: _replicas_ready(client), 60.0, "loading the adapters")
         tasks = [task.task for task in state.tasks if task.routing.split]
         for name, reason in failed.items():
             console.print(f"[red]{name} cannot be served:[/] {reason}")
         asked = any(key.role == "complete" for key in keys) or not (unprotected or is_loopback(host))
         _say_where(console.print, at, logs)
-        _say_who(console.print, host, admin, asked=asked)
+        _say_access(console.print, host, admin, asked=asked)
         _say_what_next(console.print, at.api, tasks, asked=asked)
         ready = {
             "registry": lambda: answers(f"{at.registry}/ready"),
@@ -216,7 +216,7 @@ def _given(flags: dict[str, Any]) -> list[str]:
     return [part for flag, value in flags.items() if value is not None for part in (flag, str(value))]
 
 
-def _followed(registry: "RegistryClient") -> bool:
+def _replicas_ready(registry: "RegistryClient") -> bool:
     """Whether prefill has all that the registry knows, or all that it can have."""
     connected = [replica for replica in registry.replicas().replicas if replica.connected]
     return bool(connected) and all(replica.state in ("ready", "failed") for replica in connected)
@@ -227,7 +227,7 @@ def _say_where(say: Callable[..., None], at: _Addresses, logs: Path) -> None:
     say(f"metrics  {at.api}/metrics  {at.registry}/metrics  {at.decode_metrics}", soft_wrap=True)
 
 
-def _say_who(say: Callable[..., None], host: str, admin: Path, *, asked: bool) -> None:
+def _say_access(say: Callable[..., None], host: str, admin: Path, *, asked: bool) -> None:
     if asked:
         say(
             "keys     the API asks everyone for one: prad keys create NAME (with PRAD_TOKEN_FILE="

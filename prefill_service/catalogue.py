@@ -155,7 +155,7 @@ class TaskCatalogue:
         ]
 
 
-_SHOW_ONE = (
+_HOW_TO_AUTHORIZE = (
     "send one as 'Authorization: Bearer ...' (OpenAI's clients: api_key; prad's commands: PRAD_API_KEY, or "
     "the file that PRAD_API_KEY_FILE names); an operator makes one: prad keys create NAME"
 )
@@ -189,10 +189,10 @@ class KeyRing:
             return None
         kind, _, token = (authorization or "").partition(" ")
         if kind.lower() != "bearer":
-            raise InvalidKeyError(f"this server asks for an API key: {_SHOW_ONE}")
+            raise InvalidKeyError(f"this server asks for an API key: {_HOW_TO_AUTHORIZE}")
         found = self._clients.get(sha256(token.strip().encode()).hexdigest())
         if found is None:
-            raise InvalidKeyError(f"this API key is not known, or was revoked: {_SHOW_ONE}")
+            raise InvalidKeyError(f"this API key is not known, or was revoked: {_HOW_TO_AUTHORIZE}")
         return found
 
 
@@ -205,7 +205,7 @@ class Client:
         self.tasks = key.tasks
         self._limits = key.limits
         self._windows = windows
-        self._under_way = 0
+        self._in_flight = 0
 
     def may_use(self, task: str) -> bool:
         """Also the plain model, by its id."""
@@ -220,23 +220,23 @@ class Client:
             )
 
     @contextmanager
-    def asking(self) -> Iterator[None]:
+    def in_flight(self) -> Iterator[None]:
         """Held from a request's head to the last byte of its answer. Raises RateLimitedError."""
         most = self._limits.concurrent
-        if most is not None and self._under_way >= most:
+        if most is not None and self._in_flight >= most:
             raise RateLimitedError(
                 f"the key {self.name!r} has {most} requests under way, as many as it may; wait for one to end"
             )
-        self._under_way += 1
+        self._in_flight += 1
         try:
             yield
         finally:
-            self._under_way -= 1
+            self._in_flight -= 1
 
     async def count_request(self) -> None:
         """Raises RateLimitedError."""
         if (most := self._limits.requests_per_minute) is not None:
-            await self._take("requests", 1, most)
+            await self._consume("requests", 1, most)
 
     async def count_tokens(self, count: int) -> None:
         """As many as a request may take, before it begins. Raises RateLimitedError, and InvalidRequestError
@@ -250,9 +250,9 @@ class Client:
                 f"and the key {self.name!r} has {most} a minute: shorten the prompt, or lower max_tokens",
                 param="max_tokens",
             )
-        await self._take("tokens", count, most)
+        await self._consume("tokens", count, most)
 
-    async def _take(self, what: str, count: int, most: int) -> None:
+    async def _consume(self, what: str, count: int, most: int) -> None:
         """Nothing waits between the test and the hit: nobody comes in between."""
         window = RateLimitItemPerMinute(most)
         if await self._windows.test(window, self.name, what, cost=count):

@@ -210,7 +210,7 @@ def _generation(admission: Admission, responder: Responder, limits: ApiLimits) -
         wanted = await read_body(request, CompletionRequest, limits)
         target = _target(request, wanted, admission)
         admitted = await admission.completion(wanted, target)
-        await _count(request, admitted)
+        await _charge(request, admitted)
         return await responder.respond(request, wanted, admitted, CompletionShape())
 
     @router.post("/v1/chat/completions", response_model=None, openapi_extra=_body_schema(ChatRequest))
@@ -219,7 +219,7 @@ def _generation(admission: Admission, responder: Responder, limits: ApiLimits) -
         wanted = await read_body(request, ChatRequest, limits)
         target = _target(request, wanted, admission)
         admitted = await admission.chat(wanted, target)
-        await _count(request, admitted)
+        await _charge(request, admitted)
         return await responder.respond(request, wanted, admitted, ChatShape())
 
     return router
@@ -235,7 +235,7 @@ def _target(request: Request, wanted: GenerationRequest, admission: Admission) -
     return target
 
 
-async def _count(request: Request, admitted: Admitted) -> None:
+async def _charge(request: Request, admitted: Admitted) -> None:
     """Against the limits of the key that it shows, if it shows one."""
     if (client := client_of(request)) is not None:
         await client.count_tokens(admitted.most_tokens)

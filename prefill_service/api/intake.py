@@ -49,7 +49,7 @@ MAX_BRACKETS = 100_000
 ALWAYS_SERVED = ("/health", "/ready", "/metrics")
 """A crowd of clients must not make operators' machines believe that the service is dead."""
 
-FOR_EVERYBODY = ("/", "/health", "/ready", "/version", "/docs", "/openapi.json")
+PUBLIC = ("/", "/health", "/ready", "/version", "/docs", "/openapi.json")
 """Without a key; and what the page at /docs fetches, below STATIC. They tell nothing of tasks."""
 STATIC = "/static-offline-docs/"
 
@@ -149,7 +149,7 @@ class TurnAway:
             raise TooManyConnectionsError(
                 "too many connections are open already; keep one and use it again, or try again later"
             )
-        if path in FOR_EVERYBODY or path.startswith(STATIC):
+        if path in PUBLIC or path.startswith(STATIC):
             await self._app(scope, receive, send)
             return
         client = scope[_CLIENT] = self._keys.client(headers.get("authorization"))
@@ -158,7 +158,7 @@ class TurnAway:
         if client is None or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
-        with client.asking():
+        with client.in_flight():
             await client.count_request()
             await self._app(scope, receive, send)
 

@@ -11,7 +11,7 @@ from fastapi import FastAPI
 
 from adapter_registry.keys import NewKey, StoredKey, hashed, issued, revoked
 from prefill_service.api import ApiAccess, ModelInfo, create_app
-from prefill_service.api.intake import FOR_EVERYBODY, STATIC
+from prefill_service.api.intake import PUBLIC, STATIC
 from prefill_service.catalogue import KeyRing
 from tests.routes import routes_added
 
@@ -81,7 +81,7 @@ async def test_every_route_needs_a_key_or_is_for_everybody(
     app = app_with(key("alice"))
     known = {route.replace(" /v1/", " /") for route in NEEDS_A_KEY | NEEDS_NONE}
     assert found == known - {"GET /nothing", "GET /openapi.json"}
-    assert {route.partition(" ")[2] for route in NEEDS_NONE} == set(FOR_EVERYBODY)
+    assert {route.partition(" ")[2] for route in NEEDS_NONE} == set(PUBLIC)
     async with client_of(app) as client:
         for route in sorted(NEEDS_A_KEY | NEEDS_NONE):
             method, _, path = route.partition(" ")
