@@ -49,6 +49,8 @@ NEEDED = {
     f"PUT {ALIAS}": Role.ROUTE,
     f"DELETE {ALIAS}": Role.ROUTE,
     "POST /v1/tasks/{task}/rollback": Role.ROUTE,
+    "PUT /v1/tasks/{task}/shadow": Role.ROUTE,
+    "POST /v1/tasks/{task}/versions/{version}/warm": Role.ROUTE,
     f"DELETE {VERSION}": Role.ADMIN,
     "GET /v1/keys": Role.ADMIN,
     "POST /v1/keys": Role.ADMIN,

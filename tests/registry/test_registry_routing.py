@@ -246,6 +246,7 @@ def test_what_the_last_schemas_stored_becomes_todays(new_store, stored_adapter, 
     assert imported.dump() == now.dump()
     imported.close()
     with sqlite3.connect(tmp_path / "imported.sqlite3") as older:
+        older.execute("DROP TABLE keys")
         older.execute("ALTER TABLE adapters DROP COLUMN signatures")
         older.execute("ALTER TABLE versions DROP COLUMN warmed")
         older.execute("PRAGMA user_version = 3")

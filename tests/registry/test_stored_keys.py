@@ -73,7 +73,10 @@ def test_data_from_before_there_were_keys_become_todays(tmp_path, stored_adapter
         made.push("a", stored_adapter(1))
         made.close()
     with sqlite3.connect(path) as before:
-        before.executescript("DROP TABLE keys; PRAGMA user_version = 3")
+        before.executescript(
+            "DROP TABLE keys; ALTER TABLE adapters DROP COLUMN signatures; "
+            "ALTER TABLE versions DROP COLUMN warmed; PRAGMA user_version = 3"
+        )
     before.close()
     check(SqliteStore(path))
     with Redis.from_url(redis.url) as client:
