@@ -154,5 +154,6 @@ def in_order(keys: Iterable[StoredKey]) -> tuple[StoredKey, ...]:
 
 
 def of_the_api(keys: Iterable[StoredKey]) -> tuple[StoredKey, ...]:
-    """Those that prefill services have to know."""
-    return tuple(key for key in keys if key.role is Role.COMPLETE)
+    """Those that prefill services have to know: what is in force, or else one that was."""
+    ours = tuple(key for key in keys if key.role is Role.COMPLETE)
+    return tuple(key for key in ours if key.revoked_at is None) or ours[:1]

@@ -225,6 +225,9 @@ class RedisStore:
                 pipe.hset(TASKS, task.task, loaded_task(task).model_dump_json())
             for key in loaded.keys:
                 pipe.hset(KEYS, key.name, key.model_dump_json())
+            if loaded.revision > max((line.revision for _, line in loaded.lines), default=0):
+                # the last change was of a key, of which no line tells: registries that run here hear of it
+                pipe.xadd(CHANGES, {"key": ""}, id=f"{loaded.revision}-0")
             pipe.hset(REGISTRY, "revision", loaded.revision)
             try:
                 pipe.execute()

@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 AGAIN_S = 5.0
 """After which what cannot be had is tried again."""
 _NOTHING: Mapping[int, str] = MappingProxyType({})
+_UNHEARD = "the adapter registry has not answered yet"
 _NAMED = 8  # tasks that an error message lists
 
 
@@ -100,7 +101,7 @@ class TaskCatalogue:
 
     def __init__(self, base_name: str) -> None:
         self.base_name = base_name
-        self.trouble: str | None = "the adapter registry has not answered yet"
+        self.trouble: str | None = _UNHEARD
         self._tasks: Mapping[str, TaskVersions] = {}
 
     def replace(self, tasks: Mapping[str, TaskVersions]) -> None:
@@ -129,7 +130,7 @@ class TaskCatalogue:
         answering = f"(it answers as: {found.answering(task)})"
         if wanted is not None and wanted in found.missing:
             raise NotReadyError(
-                f"{task}@{wanted} is not here yet, and is fetched again {answering}: {found.missing[wanted]}",
+                f"{task}@{wanted} is not here {answering}: {found.missing[wanted]}",
                 retry_after=AGAIN_S,
             )
         if name is None:
@@ -164,18 +165,20 @@ _HOW_TO_AUTHORIZE = (
 class KeyRing:
     """Which API keys are in force, as the registry has them. What is known stays so while that is away.
 
-    `required`: everyone needs one, also while there is none; else from the first one on.
+    `required`: everyone needs one, also while there is none; else from the first one on. `told`: whether it
+    is known already that there is none; nobody is let in before.
     """
 
-    def __init__(self, *, required: bool = False) -> None:
+    def __init__(self, *, required: bool = False, told: bool = True) -> None:
         self._required = self._asked_for = required
+        self._told = told
         self._clients: Mapping[str, Client] = {}
         self._windows = FixedWindowRateLimiter(MemoryStorage())
 
     def replace(self, keys: Sequence[StoredKey]) -> None:
         """New requests are let in by these; one that is revoked lets nobody in, and still says that keys are
         asked for."""
-        known = self._clients
+        known, self._told = self._clients, True
         self._clients = {
             key.sha256: known.get(key.sha256) or Client(key, self._windows)
             for key in keys
@@ -184,7 +187,9 @@ class KeyRing:
         self._asked_for = self._required or bool(keys)
 
     def client(self, authorization: str | None) -> "Client | None":
-        """Who shows a key in that header; None: nobody needs one. Raises InvalidKeyError."""
+        """Who shows a key in that header; None: nobody needs one. Raises InvalidKeyError, NotReadyError."""
+        if not self._told:
+            raise NotReadyError(f"not ready: {_UNHEARD}", retry_after=AGAIN_S)
         if not self._asked_for:
             return None
         kind, _, token = (authorization or "").partition(" ")

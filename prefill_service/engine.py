@@ -162,6 +162,8 @@ class PrefillEngine:
         Another one ends only for who does come in."""
         if request.gives_way:
             self._require_leisure(request)
+        else:
+            self._loop.clear_the_way()
         yields = None
         if self._scheduler.full(self._loading.total()):
             many, after_s = self.waiting, self._scheduler.expected_place()

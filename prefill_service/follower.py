@@ -51,6 +51,7 @@ class RegistryFollower:
         self._known: dict[tuple[str, int], TaskVersion] = {}
         self._routings: dict[str, Routing] = {}
         self._troubles: dict[str, str] = {}  # what cannot be had here, and why
+        self._foreign: dict[str, str] = {}  # what is for another model: no files are fetched for it
         self._cold: dict[str, str] = {}  # what did not come into memory when that was asked for, and why
         self._state: RoutingState | None = None
         self._in_force = 0  # the last revision of which everything could be had
@@ -89,19 +90,23 @@ class RegistryFollower:
             return await self._client.state()
         after = self._state.revision
         wait = DEFAULT_WAIT if self._in_force == after else AGAIN_S
-        told = [f"{name}: {why}" for name, why in (*self._troubles.items(), *self._cold.items())]
+        known = (self._troubles, self._cold, self._foreign)
+        told = [f"{name}: {why}" for troubles in known for name, why in troubles.items()]
         state = await self._client.changes(after, wait, in_force=self._in_force, troubles=told)
         return state or self._state
 
     async def _adopt(self, state: RoutingState) -> bool:
         """Serves what answers in `state`, and probes one version that is new: its report is a change, with
-        which the next one's turn comes. Says whether everything could be had."""
+        which the next one's turn comes. Says whether everything could be had that is for this model."""
         self._troubles = {}
-        known, tasks, routings = {}, {}, {}
+        known, tasks, routings, foreign = {}, {}, {}, {}
         for route in state.tasks:
             versions, missing = {}, {}
             for version in route.versions:
                 if version.state.answers:
+                    if why := self._foreign_to(version):
+                        missing[version.version] = foreign[f"{route.task}@{version.version}"] = why
+                        continue
                     found = await self._learn(route.task, version)
                     if found is not None:
                         versions[version.version] = known[route.task, version.version] = found
@@ -110,7 +115,9 @@ class RegistryFollower:
             if route.versions:  # one without any says so to requests
                 routings[route.task] = self._routing(route, versions)
                 tasks[route.task] = TaskVersions.of(routings[route.task], versions, missing)
-        self._known, self._routings = known, routings
+        for name in foreign.keys() - self._foreign.keys():
+            logger.error("%s is not served: %s", name, foreign[name])
+        self._known, self._routings, self._foreign = known, routings, foreign
         self._catalogue.replace(tasks)
         for route in state.tasks:
             for version in route.versions:
@@ -149,17 +156,16 @@ class RegistryFollower:
         if known is not None and known.digest == version.digest:
             return known
         artefact = await self._fetch(task, version)
-        if artefact is None:
-            return None
-        base = artefact.record.base
-        if self._weights is not None and self._weights != base.weights:  # it was probed on another model
-            self._cannot_be_had(
-                f"{task}@{version.version}",
-                f"trained on weights {base.weights[:12]} of {base.name}, the model has {self._weights[:12]}: "
-                "serve that model, or retire this version",
-            )
-            return None
-        return TaskVersion(task, version.version, version.digest, artefact)
+        return None if artefact is None else TaskVersion(task, version.version, version.digest, artefact)
+
+    def _foreign_to(self, version: VersionRoute) -> str:
+        """Why a version that was verified where another model is served is not for this one, if so."""
+        if self._weights in (None, version.base.weights):
+            return ""
+        return (
+            f"trained on weights {version.base.weights[:12]} of {version.base.name}, the model has "
+            f"{str(self._weights)[:12]}: serve that model, or retire this version"
+        )
 
     async def _verify(self, task: str, version: VersionRoute) -> bool:
         """Loads and runs a pushed version, and reports how that went; False if its files cannot be had."""
@@ -189,9 +195,6 @@ class RegistryFollower:
         except (RegistryUnreachableError, StoreUnavailableError):
             raise
         except (RegistryError, OSError) as error:
-            self._cannot_be_had(f"{task}@{version.version}", str(error))
+            logger.error("%s@%d cannot be had: %s", task, version.version, error)
+            self._troubles[f"{task}@{version.version}"] = str(error)
             return None
-
-    def _cannot_be_had(self, name: str, reason: str) -> None:
-        logger.error("%s cannot be had: %s", name, reason)
-        self._troubles[name] = reason

@@ -17,7 +17,7 @@ from prad.core.kv import Chunk
 from prad.core.sampling import Token
 from prefill_service.decode_link import DecodeLink, NoRoom, Opened
 from prefill_service.errors import DecodeUnavailableError, InternalError, OverloadedError, ServingError
-from prefill_service.prompt import Committing, Decoding, Finished, Prefilling, Prompt
+from prefill_service.prompt import Committing, Decoding, Finished, Prefilling, Prompt, Queued
 from prefill_service.scheduler import PromptScheduler
 from prefill_service.settings import PrefillSettings
 
@@ -118,17 +118,22 @@ class PassLoop:
         if not chunks:  # the oldest prompt waits for blocks that are still being sent
             await asyncio.sleep(_BLOCKS_PINNED_S)
         if any(not chunk.prompt.request.gives_way for chunk in chunks):
-            self._clear_the_way(chunk.prompt for chunk in chunks)
+            self._end_those_that_give_way(chunk.prompt for chunk in chunks)
         asking = [chunk.prompt for chunk in chunks if _asks_for_room(chunk.prompt)]
         rooms = await self._link.reserve(asking)
         admitted = self._admit(chunks, rooms)
         if self._scheduler.held_back or any(isinstance(room, NoRoom) for room in rooms.values()):
-            self._clear_the_way(list(self.live.values()))
+            self._end_those_that_give_way(list(self.live.values()))
             self._turn_away(self._clock() - self._settings.queue_timeout_s)
         return admitted
 
-    def _clear_the_way(self, prompts: Iterable[Prompt]) -> None:
-        """Others are about to run, or wait for room at decode: those end that give way."""
+    def clear_the_way(self) -> None:
+        """Somebody comes: what gives way and has no token yet leaves its blocks, its adapter and its turn."""
+        waiting = (p for p in self.live.values() if isinstance(p.state, Queued | Prefilling))
+        self._end_those_that_give_way([prompt for prompt in waiting if prompt.request.gives_way])
+
+    def _end_those_that_give_way(self, prompts: Iterable[Prompt]) -> None:
+        """Others are about to run, or wait for room."""
         for prompt in prompts:
             if prompt.request.gives_way:
                 self.fail(prompt, OverloadedError("others wait"))

@@ -105,7 +105,7 @@ async def _serve(
                 pass
 
         catalogue = TaskCatalogue(settings.base_name)
-        keys = KeyRing(required=settings.keys_required)
+        keys = KeyRing(required=settings.keys_required, told=False)
         weights = None if settings.allow_other_weights else model.fingerprint.weights
         follower = RegistryFollower(registry, catalogue, keys, probe, warm, weights)
         metrics = CollectorRegistry()

@@ -110,7 +110,11 @@ def _public(path: Path) -> Iterator[tuple[str, str]]:
     if b"PRIVATE KEY" in text:
         raise SigningError(f"{path} holds a private key, and only public ones belong there: put {path}.pub")
     if _PEM_PUBLIC in text:
-        yield _raw(_ed25519(path, load_pem_public_key(text))), path.stem
+        try:
+            pem = load_pem_public_key(text)
+        except (ValueError, UnsupportedAlgorithm) as error:
+            raise SigningError(f"{path} holds no whole public key in PEM: {error} {_HOW}") from error
+        yield _raw(_ed25519(path, pem)), path.stem
         return
     for line in filter(None, map(bytes.strip, text.splitlines())):
         if line.startswith(b"#"):

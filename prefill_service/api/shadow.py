@@ -96,9 +96,12 @@ class Shadows:
         self._running: set[asyncio.Task[None]] = set()
 
     def watch(self, wanted: GenerationRequest, admitted: Admitted) -> Watched | None:
-        """None for a beam search, of which there is no cheap copy, and for very long prompts."""
+        """None for a beam search, of which there is no cheap copy, and for very long prompts, also cut ones:
+        the copy would be tokenised whole."""
         live, shadow, first = admitted.target.version, admitted.target.shadow, admitted.prompts[0]
-        if live is None or shadow is None or first.beams is not None or len(first.prompt_ids) > MOST_TOKENS:
+        if live is None or shadow is None or first.beams is not None:
+            return None
+        if len(first.prompt_ids) > MOST_TOKENS or wanted.truncate_prompt_tokens is not None:
             return None
         return Watched(wanted, admitted, live, shadow, self._begin)
 

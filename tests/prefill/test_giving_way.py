@@ -64,6 +64,20 @@ async def test_who_comes_before_its_pass_goes_alone() -> None:
     assert setting.passes.ran == [[("first", 0, 3)], [("second", 0, 3)]]
 
 
+async def test_who_still_waits_for_its_adapter_ends_it_too() -> None:
+    """A live request may wait for the memory that a shadow's adapter takes, and is in no pass meanwhile."""
+    setting = Setting()
+    async with setting.running():
+        setting.passes.hold = asyncio.Event()
+        shadow = asyncio.create_task(anext(setting.engine.generate(giving_way())))
+        await setting.until(lambda: setting.passes.ran)
+        live = asyncio.create_task(setting.only_token(request("live", max_tokens=1)))
+        with pytest.raises(OverloadedError):
+            await shadow
+        setting.passes.hold.set()
+        await live
+
+
 async def test_it_leaves_decode_when_others_find_no_room_there() -> None:
     setting = Setting()
     full = asyncio.Event()

@@ -240,6 +240,9 @@ def test_a_registry_whose_keys_cannot_be_read_does_not_start(strict, keys, tmp_p
     ):
         with pytest.raises(CannotStartError, match=says):
             RegistryServer(strict.model_copy(update={"signing_keys": path}))
+    (tmp_path / "cut").write_text("-----BEGIN PUBLIC KEY-----\nMCow\n", encoding="utf-8")
+    with pytest.raises(CannotStartError, match="holds no whole public key in PEM"):
+        RegistryServer(strict.model_copy(update={"signing_keys": tmp_path / "cut"}))
     (tmp_path / "list").write_text("# those who may\nssh-rsa AAAA x\n", encoding="utf-8")
     with pytest.raises(CannotStartError, match="is no public key"):
         RegistryServer(strict.model_copy(update={"signing_keys": tmp_path / "list"}))

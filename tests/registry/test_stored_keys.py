@@ -6,7 +6,7 @@ import pytest
 from redis import Redis
 
 from adapter_registry.errors import KeyExistsError, KeyNotFoundError, NotEmptyError
-from adapter_registry.keys import KeyLimits, NewKey, Role
+from adapter_registry.keys import KeyLimits, NewKey, Role, hashed
 from adapter_registry.redis_store import RedisStore
 from adapter_registry.snapshot import Snapshot
 from adapter_registry.sqlite_store import SqliteStore
@@ -52,6 +52,28 @@ def test_keys_go_along_to_another_store(store, source, new_store, stored_adapter
     twice["keys"] += twice["keys"]
     with pytest.raises(ValueError, match="have a revision twice"):
         Snapshot.model_validate(twice)
+
+
+def test_registries_that_run_on_a_redis_hear_of_keys_that_are_read_into_it(new_store, redis):
+    other = new_store("sqlite", "other")
+    other.add_key(NewKey(name="alice"), "1" * 64)
+    store = RedisStore(redis.url)
+    store.load(other.dump())
+    store.close()
+    with Redis.from_url(redis.url) as client:
+        ((last, _),) = client.xrevrange("{prad}:changes", count=1)
+    assert last == b"1-0"
+
+
+def test_prefill_services_are_told_what_is_in_force_or_that_something_was(store):
+    for name in ("alice", "bob", "carol"):
+        store.add_key(NewKey(name=name), hashed(name))
+    store.revoke_key("alice")
+    assert [key.name for key in store.state().keys] == ["bob", "carol"]
+    for name in ("bob", "carol"):
+        store.revoke_key(name)
+    (left,) = store.state().keys
+    assert left.revoked_at is not None
 
 
 def test_an_export_is_read_into_a_registry_without_keys(store):
