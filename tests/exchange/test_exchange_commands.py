@@ -1,5 +1,6 @@
 """`prad adapter import` and `export` as they are typed."""
 
+import json
 import os
 import subprocess
 import sys
@@ -48,10 +49,16 @@ def test_a_lora_comes_in_and_goes_out(tiny_model: Callable[[str], Path], tmp_pat
     assert ended.returncode == 0, ended.stderr
     assert "prad-lora for llama" in ended.stdout
     assert "it was trained on all positions" in ended.stdout
-    assert f"note: the file names {folder}, as --model does; PEFT keeps no digest" in ended.stdout
+    assert "note: the file names" not in ended.stdout, "that folder is here: its weights are compared"
     assert f"prad eval --adapter {tmp_path / 'ours'} --data FILE --model {folder}" in ended.stdout
     record = read_artefact(tmp_path / "ours").record
     assert (record.template, record.generation.max_tokens, record.licence) == ("Q: {prompt} A:", 7, "MIT")
+
+    config = tmp_path / "peft" / "adapter_config.json"
+    elsewhere = {"base_model_name_or_path": f"/there/{folder.name}"}
+    config.write_text(json.dumps(json.loads(config.read_text("utf-8")) | elsewhere), encoding="utf-8")
+    ended = prad("import", tmp_path / "peft", tmp_path / "named", *told)
+    assert f"note: the file names /there/{folder.name}, as --model does; PEFT keeps no digest" in ended.stdout
 
     ended = prad("export", tmp_path / "ours", tmp_path / "back", "--model", folder)
     assert ended.returncode == 0, ended.stderr
