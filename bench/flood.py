@@ -91,4 +91,5 @@ def plot(result: dict[str, Any], figure: Any) -> None:
         axes.bar_label(bars, fmt="%.0f", padding=3)
     axes.set(yticks=[at + 0.25 for at in range(len(names))], yticklabels=names)
     axes.set(xlabel="time to a quiet task's first token, ms")
+    axes.margins(x=0.1)  # for the labels
     axes.legend()
