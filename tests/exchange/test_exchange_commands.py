@@ -56,7 +56,9 @@ def test_a_lora_comes_in_and_goes_out(tiny_model: Callable[[str], Path], tmp_pat
 
     config = tmp_path / "peft" / "adapter_config.json"
     elsewhere = {"base_model_name_or_path": f"/there/{folder.name}"}
-    config.write_text(json.dumps(json.loads(config.read_text("utf-8")) | elsewhere), encoding="utf-8")
+    config.write_text(
+        json.dumps(json.loads(config.read_text(encoding="utf-8")) | elsewhere), encoding="utf-8"
+    )
     ended = prad("import", tmp_path / "peft", tmp_path / "named", *told)
     assert f"note: the file names /there/{folder.name}, as --model does; PEFT keeps no digest" in ended.stdout
 
