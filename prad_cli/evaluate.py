@@ -1,7 +1,7 @@
 """`prad eval`: how well an adapter does, and the plain model; here, or through a running server."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -96,16 +96,20 @@ def eval_command(
             device=device,
         )
         results = here.run(plain)
-    scores: dict[str, dict[str, float]] = {}
-    for name, result in results:
-        scores[name] = result.scores | {"examples": result.examples}
-        if not as_json:
-            shown = "  ".join(f"{metric} {value:g}" for metric, value in result.scores.items())
-            typer.echo(f"{name}: {shown}  ({result.examples} examples)")
-            for answer in result.answers[:show]:
-                typer.echo(f"    {answer!r}")
     if as_json:
-        typer.echo(json.dumps(scores))
+        typer.echo(
+            json.dumps({name: result.scores | {"examples": result.examples} for name, result in results})
+        )
+    else:
+        _say(results, show)
+
+
+def _say(results: "Iterable[tuple[str, Evaluation]]", show: int) -> None:
+    for name, result in results:
+        shown = "  ".join(f"{metric} {value:g}" for metric, value in result.scores.items())
+        typer.echo(f"{name}: {shown}  ({result.examples} examples)")
+        for answer in result.answers[:show]:
+            typer.echo(f"    {answer!r}")
 
 
 def _served(

@@ -1,6 +1,6 @@
 """`prad serve`: registry, decode and prefill on this machine, and what to type next."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from adapter_registry.client import RegistryClient
+    from local_stack.stack import Stack
 
 _PORTS: Any = {"min": 1, "max": 65535}
 _START_S = 300.0  # the first start converts or fetches the model
@@ -109,29 +110,8 @@ def serve_command(
     """
     from rich.console import Console
 
-    from adapter_registry.client import RegistryClient
-    from adapter_registry.secret import ensure_secret
-    from local_stack.pushing import adapter_folders, push_all
-    from local_stack.signals import stopped_by_signals
-    from local_stack.stack import Stack, answers, require_apart, require_free
-    from local_stack.supervisor import Supervisor
+    from local_stack.stack import require_apart, require_free
 
-    console = Console(stderr=True)
-    data_dir = data_dir.expanduser()
-    logs = data_dir / "logs"
-    at = _Addresses.of(host, port, registry_port, decode_metrics_port)
-    shared = ["--model", model, "--cache-dir", str(cache_dir), "--dtype", dtype, "--device", device]
-    shared += _given({"--threads": threads})
-    own = _given({"--model-name": model_name, "--nice": nice})
-    kept = ["--data-dir", str(data_dir / "registry"), *_given({"--redis-url": redis_url})]
-    told = _given({"--weights": weights, "--metrics-port": decode_metrics_port})
-    decode = ["--decode", f"127.0.0.1:{decode_port}"]
-    listening = ["--host", host, "--port", str(port), *(["--unprotected"] if unprotected else [])]
-    replicas, admin = data_dir / "replica-secret", data_dir / "admin-token"
-    kept += ["--replica-secret-file", str(replicas), "--admin-token-file", str(admin)]
-    own += ["--registry-secret-file", str(replicas)]
-    if adapters is not None and not adapter_folders(adapters):
-        console.print(f"[yellow]{adapters} holds no adapter folders:[/] nothing is pushed", soft_wrap=True)
     ports = {
         "--port": port,
         "--registry-port": registry_port,
@@ -141,34 +121,136 @@ def serve_command(
     require_apart(ports)
     for flag, number in ports.items():
         require_free(number, flag, host if flag == "--port" else "127.0.0.1")
-    with stopped_by_signals(), Stack(logs) as stack, _said_when_stopping(console):
-        ensure_secret(replicas)
-        token = ensure_secret(admin)
-        with _doing(console, "starting the registry"):
-            stack.start("registry", ["--port", str(registry_port), *kept])
-            stack.start("decode", [*shared, *told, "--port", str(decode_port)])
-            stack.start("prefill", [*shared, *own, *decode, "--registry", at.registry, *listening])
-            stack.wait_until(lambda: answers(f"{at.registry}/ready"), 30.0, "starting the registry")
-        with _doing(console, "loading the model (the first start converts it: about a minute)"):
-            stack.wait_until(lambda: answers(f"{at.api}/ready"), _START_S, "starting")
+    here = _Here(
+        data_dir.expanduser(),
+        _Addresses.of(host, port, registry_port, decode_metrics_port),
+        adapters,
+        host,
+        unprotected,
+    )
+    shared = ["--model", model, "--cache-dir", str(cache_dir), "--dtype", dtype, "--device", device]
+    shared += _given({"--threads": threads})
+    registry = {"--port": registry_port, "--redis-url": redis_url}
+    decode = {"--port": decode_port, "--metrics-port": decode_metrics_port, "--weights": weights}
+    prefill = {
+        "--host": host,
+        "--port": port,
+        "--decode": f"127.0.0.1:{decode_port}",
+        "--model-name": model_name,
+        "--nice": nice,
+    }
+    flags = {
+        "registry": [*_given(registry), *here.registry_flags()],
+        "decode": [*shared, *_given(decode)],
+        "prefill": [*shared, *_given(prefill), *here.prefill_flags()],
+    }
+    _run(flags, here, Console(stderr=True))
+
+
+def _run(flags: Mapping[str, list[str]], here: "_Here", console: "Console") -> None:
+    """Starts every service with its flags, pushes, says what to type next, and supervises until Ctrl-C."""
+    from local_stack.signals import stopped_by_signals
+    from local_stack.stack import Stack, answers
+    from local_stack.supervisor import Supervisor
+
+    here.warn(console)
+    with stopped_by_signals(), Stack(here.logs) as stack, _said_when_stopping(console):
+        _start(stack, flags, here, console)
         with _doing(console, "verifying the adapters"):
-            failed = {} if adapters is None else push_all(adapters, at.registry, token)
-            with RegistryClient(at.registry, token=token) as client:
-                state, keys = client.state(), client.keys()
-                stack.wait_until(lambda: _replicas_ready(client), 60.0, "loading the adapters")
-        tasks = [task.task for task in state.tasks if task.routing.split]
-        for name, reason in failed.items():
+            found = _push(stack, here)
+        for name, reason in found.failed.items():
             console.print(f"[red]{name} cannot be served:[/] {reason}")
-        asked = any(key.role == "complete" for key in keys) or not (unprotected or is_loopback(host))
-        _say_where(console.print, at, logs)
-        _say_access(console.print, host, admin, asked=asked)
-        _say_what_next(console.print, at.api, tasks, asked=asked)
+        asked = found.keys or not (here.unprotected or is_loopback(here.host))
+        _say_where(console.print, here)
+        _say_access(console.print, here, asked=asked)
+        _say_what_next(console.print, here.at.api, found.tasks, asked=asked)
         ready = {
-            "registry": lambda: answers(f"{at.registry}/ready"),
-            "decode": lambda: answers(at.decode_metrics),
-            "prefill": lambda: answers(f"{at.api}/ready"),
+            "registry": lambda: answers(f"{here.at.registry}/ready"),
+            "decode": lambda: answers(here.at.decode_metrics),
+            "prefill": lambda: answers(f"{here.at.api}/ready"),
         }
         Supervisor(stack, ready, partial(_say_when, console)).run()
+
+
+def _start(stack: "Stack", flags: Mapping[str, list[str]], here: "_Here", console: "Console") -> None:
+    from adapter_registry.secret import ensure_secret
+    from local_stack.stack import answers
+
+    ensure_secret(here.replicas_secret)
+    ensure_secret(here.admin_token)
+    with _doing(console, "starting the registry"):
+        for name, own in flags.items():
+            stack.start(name, own)
+        stack.wait_until(lambda: answers(f"{here.at.registry}/ready"), 30.0, "starting the registry")
+    with _doing(console, "loading the model (the first start converts it: about a minute)"):
+        stack.wait_until(lambda: answers(f"{here.at.api}/ready"), _START_S, "starting")
+
+
+def _push(stack: "Stack", here: "_Here") -> "_Found":
+    """Pushes the adapters, and waits until prefill has what the registry knows."""
+    from adapter_registry.client import RegistryClient
+    from adapter_registry.secret import ensure_secret
+    from local_stack.pushing import push_all
+
+    token = ensure_secret(here.admin_token)
+    failed = {} if here.adapters is None else push_all(here.adapters, here.at.registry, token)
+    with RegistryClient(here.at.registry, token=token) as client:
+        state, keys = client.state(), client.keys()
+        stack.wait_until(lambda: _replicas_ready(client), 60.0, "loading the adapters")
+    tasks = [task.task for task in state.tasks if task.routing.split]
+    return _Found(tasks, failed, any(key.role == "complete" for key in keys))
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What the registry knows after the push."""
+
+    tasks: list[str]
+    failed: Mapping[str, str]
+    keys: bool
+    """Whether clients have keys, so that everybody is asked for one."""
+
+
+@dataclass(frozen=True)
+class _Here:
+    """This machine's part of it: files, addresses, and who may come."""
+
+    data: Path
+    at: "_Addresses"
+    adapters: Path | None
+    host: str
+    unprotected: bool
+
+    @property
+    def logs(self) -> Path:
+        return self.data / "logs"
+
+    @property
+    def replicas_secret(self) -> Path:
+        return self.data / "replica-secret"
+
+    @property
+    def admin_token(self) -> Path:
+        return self.data / "admin-token"
+
+    def registry_flags(self) -> list[str]:
+        files = {
+            "--data-dir": self.data / "registry",
+            "--replica-secret-file": self.replicas_secret,
+            "--admin-token-file": self.admin_token,
+        }
+        return _given(files)
+
+    def prefill_flags(self) -> list[str]:
+        known = {"--registry": self.at.registry, "--registry-secret-file": self.replicas_secret}
+        return [*_given(known), *(["--unprotected"] if self.unprotected else [])]
+
+    def warn(self, console: "Console") -> None:
+        from local_stack.pushing import adapter_folders
+
+        if self.adapters is not None and not adapter_folders(self.adapters):
+            text = f"[yellow]{self.adapters} holds no adapter folders:[/] nothing is pushed"
+            console.print(text, soft_wrap=True)
 
 
 @dataclass(frozen=True)
@@ -211,7 +293,7 @@ def _said_when_stopping(console: "Console") -> Iterator[None]:
         raise
 
 
-def _given(flags: dict[str, Any]) -> list[str]:
+def _given(flags: Mapping[str, Any]) -> list[str]:
     """Those that were given: the others are the environment's, or the service's own default."""
     return [part for flag, value in flags.items() if value is not None for part in (flag, str(value))]
 
@@ -222,22 +304,23 @@ def _replicas_ready(registry: "RegistryClient") -> bool:
     return bool(connected) and all(replica.state in ("ready", "failed") for replica in connected)
 
 
-def _say_where(say: Callable[..., None], at: _Addresses, logs: Path) -> None:
-    say(f"\n[bold green]ready[/]  API {at.api}   registry {at.registry}   logs {logs}", soft_wrap=True)
+def _say_where(say: Callable[..., None], here: _Here) -> None:
+    at = here.at
+    say(f"\n[bold green]ready[/]  API {at.api}   registry {at.registry}   logs {here.logs}", soft_wrap=True)
     say(f"metrics  {at.api}/metrics  {at.registry}/metrics  {at.decode_metrics}", soft_wrap=True)
 
 
-def _say_access(say: Callable[..., None], host: str, admin: Path, *, asked: bool) -> None:
+def _say_access(say: Callable[..., None], here: _Here, *, asked: bool) -> None:
     if asked:
         say(
             "keys     the API asks everyone for one: prad keys create NAME (with PRAD_TOKEN_FILE="
-            f"{admin}, once there are tokens of operators)",
+            f"{here.admin_token}, once there are tokens of operators)",
             soft_wrap=True,
         )
-    elif not is_loopback(host):
+    elif not is_loopback(here.host):
         say(
-            f"[yellow]the API listens on {host}:[/] whoever reaches it can use every task and read /metrics, "
-            "nobody is asked for a key",
+            f"[yellow]the API listens on {here.host}:[/] whoever reaches it can use every task and read "
+            "/metrics, nobody is asked for a key",
             soft_wrap=True,
         )
 

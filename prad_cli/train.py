@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -134,12 +135,7 @@ def train_command(
     Several GPUs: accelerate launch --multi_gpu -m prad_cli train --device cuda ...
     """
     require_extra("train", "accelerate")
-    from prad.artefact import FULL
-    from prad.training.presets import preset_fields, with_own
-    from prad.training.settings import TrainSettings
-    from prad.training.train import is_main_process, train
-
-    given = {
+    over_preset = {
         "epochs": epochs,
         "max_steps": max_steps,
         "batch": batch,
@@ -149,40 +145,56 @@ def train_command(
         "max_prompt": max_prompt,
         "max_completion": max_completion,
     }
+    fields = {
+        "data": data,
+        "out": out,
+        "method": method,
+        "positions": positions,
+        "examples": examples,
+        "accumulate": accumulate,
+        "template": template,
+        "task_tokens": _named(task_tokens or []),
+        "end_token": end_token,
+        "seed": seed,
+        "max_tokens": max_tokens,
+        "dtype": dtype,
+        "licence": licence,
+        "description": description,
+        "resume": resume,
+        **_merged(preset, method, over_preset, _fields(config, r)),
+    }
+    _train(fields, task, model, cache_dir, device)
+
+
+def _merged(
+    preset: str | None, method: str, given: Mapping[str, Any], config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A preset's fields of TrainSettings with those that were given over them."""
+    from prad.training.presets import preset_fields, with_own
+
     fields = {} if preset is None else preset_fields(preset, method)
     fields |= {name: value for name, value in given.items() if value is not None}
-    if epochs is not None and max_steps is None:
+    if given["epochs"] is not None and given["max_steps"] is None:
         fields["max_steps"] = None  # not a preset's, which would win
-    fields["config"] = with_own(fields.get("config", {}), _fields(config, r))
-    if method == FULL and dtype not in ("bfloat16", "float32"):
-        raise typer.BadParameter(f"expected bfloat16 or float32, got '{dtype}'", param_hint="--dtype")
-    loaded_as = "float32" if method == FULL else dtype  # what is trained is kept in float32
+    fields["config"] = with_own(fields.get("config", {}), config)
+    return fields
+
+
+def _train(fields: Mapping[str, Any], task: str, model: str, cache_dir: Path, device: str) -> None:
+    from prad.artefact import FULL
+    from prad.training.settings import TrainSettings
+    from prad.training.train import is_main_process, train
+
+    settings = TrainSettings(**fields)
+    if settings.method == FULL and settings.dtype not in ("bfloat16", "float32"):
+        raise typer.BadParameter(
+            f"expected bfloat16 or float32, got '{settings.dtype}'", param_hint="--dtype"
+        )
+    loaded_as = "float32" if settings.method == FULL else settings.dtype  # what is trained is in float32
     language_model, tokenizer = load_model(model, cache_dir, loaded_as, _own(device))
-    record = train(
-        language_model,
-        tokenizer,
-        served_name(model),
-        TrainSettings(
-            data=data,
-            out=out,
-            method=method,
-            positions=positions,
-            examples=examples,
-            accumulate=accumulate,
-            template=template,
-            task_tokens=_named(task_tokens or []),
-            end_token=end_token,
-            seed=seed,
-            max_tokens=max_tokens,
-            dtype=dtype,
-            licence=licence,
-            description=description,
-            resume=resume,
-            **fields,
-        ),
-    )
+    record = train(language_model, tokenizer, served_name(model), settings)
     if is_main_process():
-        _say(record.training, record.positions == "all", task, data, out, model)
+        _say(record.training, record.positions == "all", task, settings.data, settings.out, model)
 
 
 def _say(outcome: dict[str, Any], baseline: bool, task: str, data: Path, out: Path, model: str) -> None:
