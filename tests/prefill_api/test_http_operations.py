@@ -65,6 +65,10 @@ async def test_the_api_describes_itself(client: httpx.AsyncClient) -> None:
     assert "messages" in schemas["ChatRequest"]["properties"]
     for model in ("CompletionRequest", "ChatRequest", "Message", "StreamOptions"):
         assert all(field["description"] for field in schemas[model]["properties"].values())
+    for operations in described["paths"].values():
+        for operation in operations.values():
+            assert operation["description"]
+            assert all(each["description"] for each in operation.get("parameters", ()))
     for path in ("/v1/completions", "/v1/chat/completions"):
         responses = described["paths"][path]["post"]["responses"]
         assert {"200", "400", "404", "408", "413", "415", "429", "503", "504"} <= set(responses)
