@@ -102,7 +102,9 @@ def test_bad_json(registry, body):
 
 
 def test_headers_of_a_part_are_bounded(registry):
-    part = b"--b\r\ncontent-disposition: form-data; name=files; filename=prad.json\r\nx: %s\r\n\r\n{}\r\n--b--\r\n"
+    part = (
+        b"--b\r\ncontent-disposition: form-data; name=files; filename=README.md\r\nx: %s\r\n\r\n\r\n--b--\r\n"
+    )
     headers = {"content-type": "multipart/form-data; boundary=b"}
     response = registry.http.post(PUSH, content=part % (b"a" * 500_000), headers=headers)
     assert response.status_code == 400
