@@ -1,17 +1,15 @@
 """The registry's HTTP API: every route in one place, most of them one line of `Registry`."""
 
 import asyncio
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Mapping
 from typing import Annotated, Any, TypeVar
 
-from fastapi import APIRouter, Depends, FastAPI, Path, Query, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
 from fastapi.responses import FileResponse
 from fastapi_offline import FastAPIOffline
-from pydantic import Field
 
 from adapter_registry import replies, uploads
 from adapter_registry.access import Guard, Secrets, keys_router, refuse_foreign_origin
-from adapter_registry.client_calls import MOST_CHARACTERS, MOST_TROUBLES
 from adapter_registry.errors import HostNotAllowedError
 from adapter_registry.keys import Role
 from adapter_registry.messages import (
@@ -31,6 +29,18 @@ from adapter_registry.messages import (
     Warmed,
     Weighted,
 )
+from adapter_registry.parameters import (
+    Alias,
+    FileName,
+    InForce,
+    Latest,
+    Number,
+    ReplicaName,
+    Revision,
+    Seconds,
+    Task,
+    Troubles,
+)
 from adapter_registry.planning import Move, Rollback, SetAlias, SetShadow, Split, Wanted
 from adapter_registry.preconditions import REROUTING, By, IfMatch, etag
 from adapter_registry.registry import Follower, Registry
@@ -43,22 +53,6 @@ from prad.http.hosts import AllowedHosts
 VERSION = "/tasks/{task}/versions/{version}"
 
 T = TypeVar("T")
-
-Task = Annotated[str, Path(description="The task's name")]
-Number = Annotated[int, Path(ge=1, le=2**31, description="The version's number")]
-Alias = Annotated[str, Path(description="The alias, without the task")]
-FileName = Annotated[str, Path(description="One of the version's `files`")]
-Revision = Annotated[int, Query(ge=-(2**63), lt=2**63, description="A revision of all that is kept")]
-InForce = Annotated[
-    int | None, Query(ge=-(2**63), lt=2**63, description="By which the replica routes; if absent, by `after`")
-]
-Seconds = Annotated[float, Query(ge=0, description="To wait for it, at most; max_wait_seconds bounds it")]
-ReplicaName = Annotated[str, Query(max_length=256, description="Which replica asks, if one does")]
-Troubles = Annotated[
-    Sequence[Annotated[str, Field(max_length=MOST_CHARACTERS)]],
-    Query(max_length=MOST_TROUBLES, description="What the replica cannot have, and why"),
-]
-Latest = Annotated[int, Query(ge=1, le=10_000, description="So many changes")]
 
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     "default": {"model": ErrorReply, "description": "Refused or failed, and why"}
@@ -92,6 +86,11 @@ _NOT_PUSHED = _described(
         507: "The disk is full, or nearly",
     }
 )
+
+
+_PLACES = {"docs": "/docs", "openapi": "/openapi.json", "tasks": "/v1/tasks"} | {
+    name: f"/{name}" for name in ("health", "ready", "metrics")
+}
 
 
 def create_app(registry: Registry, settings: RegistrySettings, secrets: Secrets) -> FastAPI:
@@ -260,8 +259,7 @@ def _changing(registry: Registry) -> APIRouter:
         task: Task, version: Number, seen: IfMatch, by: By, response: Response, body: Retire | None = None
     ) -> Rerouted:
         """No new requests for a version; running ones keep it. 409 while plain `task` or an alias means it,
-        unless forced. Answers as promote does.
-        """
+        unless forced. Answers as promote does."""
         force = body is not None and body.force
         return await rerouted(task, Move(version, Event.RETIRE, force), seen, by, response)
 
@@ -337,6 +335,12 @@ def _removing(registry: Registry) -> APIRouter:
 def _service(registry: Registry, settings: RegistrySettings, guard: Guard) -> APIRouter:
     """For everybody, but for the metrics."""
     router = APIRouter()
+
+    @router.head("/", include_in_schema=False)
+    @router.get("/")
+    async def where() -> dict[str, str]:
+        """Where things are."""
+        return {"service": "PrAd adapter registry", "version": __version__, **_PLACES}
 
     @router.head("/health", include_in_schema=False)
     @router.get("/health")

@@ -94,9 +94,15 @@ def test_service_endpoints(registry, adapter):
 
 
 def test_load_balancers_may_ask_with_head(registry):
-    for path in ("/health", "/ready"):
+    for path in ("/", "/health", "/ready"):
         answer = registry.http.head(path)
         assert (answer.status_code, answer.content) == (200, b"")
+
+
+def test_the_root_says_where_things_are(registry):
+    places = registry.http.get("/").json()
+    for name in ("docs", "openapi", "tasks", "health", "ready", "metrics"):
+        assert registry.http.get(places[name]).status_code == 200
 
 
 def test_changes_answer_at_once_when_there_are_some(registry, adapter):

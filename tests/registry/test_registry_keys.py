@@ -58,6 +58,8 @@ NEEDED = {
     "GET /metrics": Role.READ,
     "GET /health": None,
     "GET /ready": None,
+    "GET /": None,
+    "HEAD /": None,
     "HEAD /health": None,
     "HEAD /ready": None,
     "GET /version": None,
