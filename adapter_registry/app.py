@@ -2,10 +2,10 @@
 
 import asyncio
 from collections.abc import Coroutine, Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
-from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
-from fastapi.responses import FileResponse
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.responses import FileResponse, PlainTextResponse
 from fastapi_offline import FastAPIOffline
 
 from adapter_registry import replies, uploads
@@ -31,6 +31,7 @@ from adapter_registry.messages import (
 )
 from adapter_registry.parameters import (
     Alias,
+    Everything,
     FileName,
     InForce,
     Latest,
@@ -125,11 +126,7 @@ def _reading(registry: Registry, guard: Guard) -> APIRouter:
         return await guard.redacted(request, await registry.state())
 
     @router.get("/tasks")
-    async def tasks(
-        everything: Annotated[
-            bool, Query(alias="all", description="Failed and deleted ones as well")
-        ] = False,
-    ) -> RoutingState:
+    async def tasks(everything: Everything = False) -> RoutingState:
         """Tasks and their versions, without failed and deleted ones unless `all` is asked for."""
         state = (await registry.state()).model_copy(update={"keys": None})
         return state if everything else state.listed()
@@ -358,7 +355,9 @@ def _service(registry: Registry, settings: RegistrySettings, guard: Guard) -> AP
         said = {"warnings": warnings} if warnings else {}
         return {"status": "ready", "revision": revision, **said}
 
-    @router.get("/metrics", dependencies=[guard.needs(Role.READ)], responses=_REFUSED)
+    readers = [guard.needs(Role.READ)]
+
+    @router.get("/metrics", response_class=PlainTextResponse, dependencies=readers, responses=_REFUSED)
     async def metrics() -> Response:
         """Prometheus' text format."""
         page = await registry.metrics_page()

@@ -11,6 +11,7 @@ from adapter_registry.client_calls import MOST_CHARACTERS, MOST_TROUBLES
 Task = Annotated[str, Path(description="The task's name")]
 Number = Annotated[int, Path(ge=1, le=2**31, description="The version's number")]
 Alias = Annotated[str, Path(description="The alias, without the task")]
+Everything = Annotated[bool, Query(alias="all", description="Failed and deleted ones as well")]
 FileName = Annotated[str, Path(description="One of the version's `files`")]
 Revision = Annotated[int, Query(ge=-(2**63), lt=2**63, description="A revision of all that is kept")]
 InForce = Annotated[

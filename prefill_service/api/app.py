@@ -21,7 +21,7 @@ from prometheus_client.registry import Collector
 from pydantic import BaseModel, ConfigDict
 from pydantic.json_schema import models_json_schema
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from prad.lm import Tokenizer
 from prefill_service.api.admission import Admission, Admitted, ModelInfo, Target, find_version, split_name
@@ -366,7 +366,9 @@ def _operations(admission: Admission, metrics: Metrics, model: ModelInfo) -> API
             return JsonResponse({"status": "not ready", "reasons": reasons}, 503)
         return JsonResponse({"status": "ready", "reasons": []})
 
-    @router.get("/metrics", response_model=None, responses=_refused({403: "The key is not for all tasks"}))
+    refused = _refused({403: "The key is not for all tasks"})
+
+    @router.get("/metrics", response_class=PlainTextResponse, responses=refused)
     async def show_metrics(request: Request) -> Response:
         """Prometheus' text format. Where keys are needed, with one for all tasks: it tells of them all."""
         client = client_of(request)

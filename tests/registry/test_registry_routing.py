@@ -144,6 +144,8 @@ def test_what_is_asked_and_answered_is_described(registry):
                 assert {"200", "404"} <= told.keys() or "201" in told
             if any(p["name"].lower() == "if-match" for p in operation.get("parameters", ())):
                 assert {"404", "409", "412"} <= told.keys()
+    page = described["paths"]["/metrics"]["get"]["responses"]["200"]["content"]
+    assert set(page) == {"text/plain"}
     schemas = described["components"]["schemas"]
     for body in ("Retire", "Weighted", "Shadowed", "Aliased", "Probe", "NewKey", "KeyLimits"):
         assert all(field["description"] for field in schemas[body]["properties"].values()), body
