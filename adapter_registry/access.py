@@ -7,11 +7,12 @@ asks from the start.
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Depends, Path, Request, Response
 
 from adapter_registry.errors import (
+    ForbiddenError,
     NotAReplicaError,
     RoleTooLowError,
     StoreUnavailableError,
@@ -147,6 +148,13 @@ def _require(caller: _Caller | None, role: Role) -> None:
         )
 
 
+async def refuse_foreign_origin(request: Request) -> None:
+    """Browsers send any web page's POST to a loopback port, and say whose it is. Raises ForbiddenError."""
+    origin = request.headers.get("origin")
+    if origin is not None and origin.partition("://")[2] != request.headers.get("host"):
+        raise ForbiddenError(f"a page of {origin[:200]} may not change this registry")
+
+
 def keys_router(registry: Registry, guard: Guard) -> APIRouter:
     router = APIRouter(route_class=BoundedRoute)
 
@@ -167,7 +175,7 @@ def keys_router(registry: Registry, guard: Guard) -> APIRouter:
         return await registry.issue(body, by=by)
 
     @router.delete("/keys/{name}")
-    async def revoke(name: str, by: By) -> ChangedKey:
+    async def revoke(name: Annotated[str, Path(description="The key's name")], by: By) -> ChangedKey:
         """Revoke a key; its record stays. Answers when that is in force at all connected prefill services;
         `pending` names those where it is not yet. 409 for the last token by which keys can be made."""
         await guard.require_no_lockout(without=name)

@@ -1,18 +1,16 @@
 """The registry's HTTP API: every route in one place, most of them one line of `Registry`."""
 
 import asyncio
-from collections.abc import Coroutine, Mapping, Sequence
-from typing import Annotated, Any, TypeVar
+from collections.abc import Coroutine, Mapping
+from typing import Any, TypeVar
 
-from fastapi import APIRouter, Depends, FastAPI, Path, Query, Request, Response
-from fastapi.responses import FileResponse
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.responses import FileResponse, PlainTextResponse
 from fastapi_offline import FastAPIOffline
-from pydantic import Field
 
 from adapter_registry import replies, uploads
-from adapter_registry.access import Guard, Secrets, keys_router
-from adapter_registry.client_calls import MOST_CHARACTERS, MOST_TROUBLES
-from adapter_registry.errors import ForbiddenError, HostNotAllowedError
+from adapter_registry.access import Guard, Secrets, keys_router, refuse_foreign_origin
+from adapter_registry.errors import HostNotAllowedError
 from adapter_registry.keys import Role
 from adapter_registry.messages import (
     Aliased,
@@ -31,6 +29,19 @@ from adapter_registry.messages import (
     Warmed,
     Weighted,
 )
+from adapter_registry.parameters import (
+    Alias,
+    Everything,
+    FileName,
+    InForce,
+    Latest,
+    Number,
+    ReplicaName,
+    Revision,
+    Seconds,
+    Task,
+    Troubles,
+)
 from adapter_registry.planning import Move, Rollback, SetAlias, SetShadow, Split, Wanted
 from adapter_registry.preconditions import REROUTING, By, IfMatch, etag
 from adapter_registry.registry import Follower, Registry
@@ -43,14 +54,6 @@ from prad.http.hosts import AllowedHosts
 VERSION = "/tasks/{task}/versions/{version}"
 
 T = TypeVar("T")
-
-Number = Annotated[int, Path(ge=1, le=2**31)]
-Revision = Annotated[int, Query(ge=-(2**63), lt=2**63)]
-Seconds = Annotated[float, Query(ge=0)]
-ReplicaName = Annotated[str, Query(max_length=256)]
-Troubles = Annotated[
-    Sequence[Annotated[str, Field(max_length=MOST_CHARACTERS)]], Query(max_length=MOST_TROUBLES)
-]
 
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     "default": {"model": ErrorReply, "description": "Refused or failed, and why"}
@@ -86,6 +89,11 @@ _NOT_PUSHED = _described(
 )
 
 
+_PLACES = {"docs": "/docs", "openapi": "/openapi.json", "tasks": "/v1/tasks"} | {
+    name: f"/{name}" for name in ("health", "ready", "metrics")
+}
+
+
 def create_app(registry: Registry, settings: RegistrySettings, secrets: Secrets) -> FastAPI:
     """Each router says which role its routes need; `_service` has those that are for everybody."""
     app = FastAPIOffline(
@@ -93,7 +101,7 @@ def create_app(registry: Registry, settings: RegistrySettings, secrets: Secrets)
     )
     replies.install(app, registry.metrics)
     guard = Guard(registry, secrets)
-    local = Depends(_refuse_foreign_origin)
+    local = Depends(refuse_foreign_origin)
     for router, needed in (
         (_reading(registry, guard), [guard.needs(Role.READ)]),
         (_following(registry, settings, guard), [guard.needs(Role.READ)]),
@@ -118,29 +126,26 @@ def _reading(registry: Registry, guard: Guard) -> APIRouter:
         return await guard.redacted(request, await registry.state())
 
     @router.get("/tasks")
-    async def tasks(
-        everything: Annotated[
-            bool, Query(alias="all", description="Failed and deleted ones as well")
-        ] = False,
-    ) -> RoutingState:
+    async def tasks(everything: Everything = False) -> RoutingState:
         """Tasks and their versions, without failed and deleted ones unless `all` is asked for."""
         state = (await registry.state()).model_copy(update={"keys": None})
         return state if everything else state.listed()
 
     @router.get("/tasks/{task}", responses=_NO_TASK)
-    async def task(task: str, response: Response) -> TaskRoute:
+    async def task(task: Task, response: Response) -> TaskRoute:
         """A task's routing. ETag is its revision, for If-Match of a request to change it."""
         route = await registry.task(task)
         response.headers["etag"] = etag(route.routing.revision)
         return route
 
     @router.get("/tasks/{task}/events", responses=_NO_TASK)
-    async def events(task: str, latest: Annotated[int, Query(ge=1, le=10_000)] = 100) -> TaskHistory:
+    async def events(task: Task, latest: Latest = 100) -> TaskHistory:
         """What happened to a task, who did it and when: its `latest` changes, the last one last."""
         return await registry.history(task, latest)
 
     @router.get(VERSION, responses=_NO_TASK)
-    async def version(task: str, version: Number) -> VersionRecord:
+    async def version(task: Task, version: Number) -> VersionRecord:
+        """Everything about one version."""
         return await registry.version(task, version)
 
     @router.get(
@@ -148,7 +153,8 @@ def _reading(registry: Registry, guard: Guard) -> APIRouter:
         response_class=FileResponse,
         responses=_described({404: "No such file, or it was deleted", 500: "The file is damaged"}),
     )
-    async def file(task: str, version: Number, name: str) -> FileResponse:
+    async def file(task: Task, version: Number, name: FileName) -> FileResponse:
+        """One of a version's files, as it was pushed."""
         path = await registry.file(task, version, name)
         return FileResponse(path, media_type="application/octet-stream", filename=name)
 
@@ -165,7 +171,7 @@ def _following(registry: Registry, settings: RegistrySettings, guard: Guard) -> 
         after: Revision,
         wait: Seconds = 20.0,
         replica: ReplicaName = "",
-        in_force: Revision | None = None,
+        in_force: InForce = None,
         trouble: Troubles = (),
     ) -> RoutingState | Response:
         """The state as soon as its revision is not `after`.
@@ -194,7 +200,7 @@ def _probing(registry: Registry) -> APIRouter:
     router = APIRouter(route_class=uploads.BoundedRoute)
 
     @router.post(VERSION + "/probe", responses=_NOT_NOW)
-    async def probe(task: str, version: Number, body: Probe) -> VersionRecord:
+    async def probe(task: Task, version: Number, body: Probe) -> VersionRecord:
         """A replica's report: how loading and running the version went."""
         return await registry.probe(task, version, body)
 
@@ -209,7 +215,7 @@ def _pushing(registry: Registry, settings: RegistrySettings) -> APIRouter:
         status_code=201,
         responses={200: {"model": Pushed, "description": "These files are a version already"}, **_NOT_PUSHED},
     )
-    async def push(task: str, request: Request, by: By, response: Response) -> Pushed:
+    async def push(task: Task, request: Request, by: By, response: Response) -> Pushed:
         """Upload an adapter's files as the next version; the same files again are the same version.
 
         Who signed them travels as one more file, signature.json (prad adapter sign).
@@ -238,7 +244,7 @@ def _changing(registry: Registry) -> APIRouter:
         return found
 
     @router.post(VERSION + "/promote", responses=REROUTING)
-    async def promote(task: str, version: Number, seen: IfMatch, by: By, response: Response) -> Rerouted:
+    async def promote(task: Task, version: Number, seen: IfMatch, by: By, response: Response) -> Rerouted:
         """Make a version what plain `task` means.
 
         Answers when that is in force at all connected prefill replicas; `pending` says where it is not yet.
@@ -247,16 +253,15 @@ def _changing(registry: Registry) -> APIRouter:
 
     @router.post(VERSION + "/retire", responses=REROUTING)
     async def retire(
-        task: str, version: Number, seen: IfMatch, by: By, response: Response, body: Retire | None = None
+        task: Task, version: Number, seen: IfMatch, by: By, response: Response, body: Retire | None = None
     ) -> Rerouted:
         """No new requests for a version; running ones keep it. 409 while plain `task` or an alias means it,
-        unless forced. Answers as promote does.
-        """
+        unless forced. Answers as promote does."""
         force = body is not None and body.force
         return await rerouted(task, Move(version, Event.RETIRE, force), seen, by, response)
 
     @router.put("/tasks/{task}/split", responses=REROUTING)
-    async def split(task: str, body: Weighted, seen: IfMatch, by: By, response: Response) -> Rerouted:
+    async def split(task: Task, body: Weighted, seen: IfMatch, by: By, response: Response) -> Rerouted:
         """Divide requests for plain `task` between versions, by weight. Answers as promote does.
 
         Requests with the same sticky key (OpenAI's `user`, or the header x-prad-sticky-key) get the same
@@ -265,7 +270,7 @@ def _changing(registry: Registry) -> APIRouter:
         return await rerouted(task, Split(body.weights), seen, by, response)
 
     @router.put("/tasks/{task}/shadow", responses=REROUTING)
-    async def shadow(task: str, body: Shadowed, seen: IfMatch, by: By, response: Response) -> Rerouted:
+    async def shadow(task: Task, body: Shadowed, seen: IfMatch, by: By, response: Response) -> Rerouted:
         """Let some requests for plain `task` also run under other versions. Answers as promote does.
 
         Whoever asks sees nothing of it, nor is it counted for them; prefill's metrics (prad_shadow_...) tell
@@ -275,18 +280,18 @@ def _changing(registry: Registry) -> APIRouter:
 
     @router.put("/tasks/{task}/aliases/{alias}", responses=REROUTING)
     async def set_alias(
-        task: str, alias: str, body: Aliased, seen: IfMatch, by: By, response: Response
+        task: Task, alias: Alias, body: Aliased, seen: IfMatch, by: By, response: Response
     ) -> Rerouted:
         """Let `task@alias` mean a version. Answers as promote does."""
         return await rerouted(task, SetAlias(alias, body.version), seen, by, response)
 
     @router.delete("/tasks/{task}/aliases/{alias}", responses=REROUTING)
-    async def remove_alias(task: str, alias: str, seen: IfMatch, by: By, response: Response) -> Rerouted:
+    async def remove_alias(task: Task, alias: Alias, seen: IfMatch, by: By, response: Response) -> Rerouted:
         """Let `task@alias` mean nothing any more. Answers as promote does."""
         return await rerouted(task, SetAlias(alias, None), seen, by, response)
 
     @router.post("/tasks/{task}/rollback", responses=REROUTING)
-    async def rollback(task: str, seen: IfMatch, by: By, response: Response) -> Rerouted:
+    async def rollback(task: Task, seen: IfMatch, by: By, response: Response) -> Rerouted:
         """Bring the routing before back: split, aliases and shadows. Once more goes one further back.
 
         Not safe to repeat blindly: send If-Match. 409 if there is none before, or a version that it names
@@ -295,7 +300,7 @@ def _changing(registry: Registry) -> APIRouter:
         return await rerouted(task, Rollback(), seen, by, response)
 
     @router.post(VERSION + "/warm", responses=_NOT_NOW)
-    async def warm(task: str, version: Number, by: By) -> Warmed:
+    async def warm(task: Task, version: Number, by: By) -> Warmed:
         """Have all connected prefill replicas load a version into memory now: no request waits for it then.
 
         Answers when it is there, or says where it is not. Others may push it out again: it is not pinned.
@@ -303,7 +308,7 @@ def _changing(registry: Registry) -> APIRouter:
         return await registry.warm(task, version, by=by)
 
     @router.post(VERSION + "/unretire", responses=_NOT_NOW)
-    async def unretire(task: str, version: Number, by: By) -> VersionRecord:
+    async def unretire(task: Task, version: Number, by: By) -> VersionRecord:
         """Bring a retired version back: it is `pushed` again, and answers once a replica has probed it."""
         return await registry.unretire(task, version, by=by)
 
@@ -314,7 +319,7 @@ def _removing(registry: Registry) -> APIRouter:
     router = APIRouter()
 
     @router.delete(VERSION, responses=_NOT_NOW)
-    async def delete(task: str, version: Number, by: By) -> VersionRecord:
+    async def delete(task: Task, version: Number, by: By) -> VersionRecord:
         """Remove a version's files. 409 while it answers requests: retire it first.
 
         Its record stays, `deleted`; the same files may be pushed again, as a new version.
@@ -328,10 +333,19 @@ def _service(registry: Registry, settings: RegistrySettings, guard: Guard) -> AP
     """For everybody, but for the metrics."""
     router = APIRouter()
 
+    @router.head("/", include_in_schema=False)
+    @router.get("/")
+    async def where() -> dict[str, str]:
+        """Where things are."""
+        return {"service": "PrAd adapter registry", "version": __version__, **_PLACES}
+
+    @router.head("/health", include_in_schema=False)
     @router.get("/health")
     async def health() -> dict[str, str]:
+        """200 while the process answers at all."""
         return {"status": "ok"}
 
+    @router.head("/ready", include_in_schema=False)
     @router.get(
         "/ready", responses=_described({503: "Redis does not answer", 507: "The disk is nearly full"})
     )
@@ -341,23 +355,20 @@ def _service(registry: Registry, settings: RegistrySettings, guard: Guard) -> AP
         said = {"warnings": warnings} if warnings else {}
         return {"status": "ready", "revision": revision, **said}
 
-    @router.get("/metrics", dependencies=[guard.needs(Role.READ)], responses=_REFUSED)
+    readers = [guard.needs(Role.READ)]
+
+    @router.get("/metrics", response_class=PlainTextResponse, dependencies=readers, responses=_REFUSED)
     async def metrics() -> Response:
+        """Prometheus' text format."""
         page = await registry.metrics_page()
         return Response(page, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @router.get("/version")
     async def version() -> ServerVersion:
+        """The package's version, and the largest adapter that can be pushed."""
         return ServerVersion(version=__version__, max_upload_bytes=settings.max_upload_bytes)
 
     return router
-
-
-async def _refuse_foreign_origin(request: Request) -> None:
-    """Browsers send any web page's POST to a loopback port, and say whose it is. Raises ForbiddenError."""
-    origin = request.headers.get("origin")
-    if origin is not None and origin.partition("://")[2] != request.headers.get("host"):
-        raise ForbiddenError(f"a page of {origin[:200]} may not change this registry")
 
 
 def _refuse_host(host: str) -> Response:

@@ -40,6 +40,7 @@ DEFAULT_WAIT = 20.0
 """Seconds that a request for changes waits at the server."""
 
 _PIECE_BYTES = 1 << 20  # of a download that are written at once
+_REASON_CHARACTERS = 1000  # why a version failed: its files may be quoted, and a report has to be small
 
 
 class AsyncRegistryClient:
@@ -103,7 +104,7 @@ class AsyncRegistryClient:
         Raises NotFoundError, NotAReplicaError, and IllegalTransitionError if the version was retired
         meanwhile, or `ok` is False for a version that another replica has verified.
         """
-        report = Probe(ok=ok, reason=reason, replica=self._replica)
+        report = Probe(ok=ok, reason=reason[:_REASON_CHARACTERS], replica=self._replica)
         return await self._send(client_calls.probe(task, version, report))
 
     async def fetch(self, task: str, version: int, digest: str) -> Artefact:

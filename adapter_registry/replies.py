@@ -18,6 +18,9 @@ from prad.http.logs import logged
 
 logger = logging.getLogger(__name__)
 
+TOLD_CHARACTERS = 1000
+"""Of every text in an error: what was sent may be quoted there."""
+
 STATUS: Mapping[type[errors.RegistryError], int] = MappingProxyType(
     {
         errors.InvalidRequestError: 400,
@@ -49,9 +52,14 @@ def reply_to(error: errors.RegistryError, asked: str) -> JSONResponse:
 def _reply(asked: str, status: int, message: str, code: str, param: str | None = None) -> JSONResponse:
     logger.warning("%s failed: status=%d code=%s: %s", logged(asked), status, code, logged(message))
     kind = "server_error" if status >= 500 else "invalid_request_error"
-    body = ErrorReply(error=ErrorBody(message=message, type=kind, param=param, code=code))
+    named = None if param is None else _cut(param)
+    body = ErrorReply(error=ErrorBody(message=_cut(message), type=kind, param=named, code=code))
     headers = {"www-authenticate": "Bearer"} if status == HTTPStatus.UNAUTHORIZED else None
     return JSONResponse(body.model_dump(), status, headers)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= TOLD_CHARACTERS else f"{text[:TOLD_CHARACTERS]}…"
 
 
 def install(app: FastAPI, metrics: Metrics) -> None:

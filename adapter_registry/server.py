@@ -65,6 +65,7 @@ class RegistryServer:
         ]
         config = uvicorn.Config(
             create_app(registry, settings, secrets),
+            http="h11",  # which bounds heads; httptools keeps whatever comes
             log_config=None,  # as all other lines of the log
             log_level=settings.log_level,
             access_log=settings.access_log,

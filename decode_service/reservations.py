@@ -19,27 +19,35 @@ _LARGEST_REQUEST = 1 << 20  # tokens or choices: far beyond any real one, keeps 
 # an event's tokens, and the alternatives of each: what many sequences emit in one step must fit a message
 _MOST_TOKENS = 32
 _MOST_ALTERNATIVES = 64
+_LONGEST_NAME = 256  # characters; logs repeat it
 _LONGEST_SITE = 32  # characters of a name: a refusal repeats unknown ones
 _LARGEST_STATE = 8 << 20  # bytes at one site: a message carries it beside up to 4 MB of others
 
 
+def is_name(text: str) -> bool:
+    """Whether a client may call itself, or a request, so: logs repeat it."""
+    return 0 < len(text) <= _LONGEST_NAME and text.isprintable()
+
+
 def read_open(message: pb.Open, model: ModelSpec) -> Open:
-    """Raises RejectedError if it is for another model (WRONG_MODEL) or names no request, no tokens or no
-    choices (INVALID)."""
+    """Raises RejectedError if it is for another model (WRONG_MODEL) or names no request as `is_name`
+    says, no tokens or no choices (INVALID)."""
     try:
         request = decode(Open, message)
     except ValueError as error:
         raise RejectedError(RejectReason.WRONG_MODEL, str(error)) from error
     if (difference := model.difference(request.model, "decode", "the hand-off")) is not None:
         raise RejectedError(RejectReason.WRONG_MODEL, difference)
+    if not is_name(request.request_id):
+        wrong = f"request_id must be 1 to {_LONGEST_NAME} printable characters"
+        raise RejectedError(RejectReason.INVALID, wrong)
     for name, value in (
-        ("request_id", request.request_id),
         ("attempt", request.attempt),
         ("kv_len", request.kv_len),
         ("choices", request.choices),
     ):
         if not value:
-            raise RejectedError(RejectReason.INVALID, f"{name} must not be empty or 0")
+            raise RejectedError(RejectReason.INVALID, f"{name} must not be 0")
     return request
 
 

@@ -3,14 +3,15 @@
 import asyncio
 import logging
 import signal
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
+from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 import grpc
 import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry, make_wsgi_app, start_http_server
 
 from decode_service.engine import Metrics, PagedEngine
 from decode_service.runner import ModelRunner, load
@@ -22,6 +23,7 @@ from kvtransfer.proto import handoff_pb2 as pb
 from kvtransfer.proto.handoff_pb2_grpc import add_DecodeServicer_to_server
 from kvtransfer.settings import TransferSettings
 from prad.core.errors import PradError
+from prad.core.host_names import is_allowed
 from prad.core.kv import BlockPool
 from prad.lm import LanguageModel
 from prad.lm.kv import Pools, blocks_in
@@ -212,19 +214,32 @@ class DecodeServer:
 
 @contextmanager
 def served(registry: CollectorRegistry, host: str, port: int) -> Iterator[None]:
-    """GET /metrics on its own port, inside the `with`. Raises BindError."""
+    """GET /metrics on its own port, inside the `with`; on loopback by no name that a web page can have.
+    Raises BindError."""
     try:
         server, thread = start_http_server(port, addr=host, registry=registry)
     except OSError as error:
         raise BindError(
             f"metrics cannot be served on {host}:{port} ({error.strerror}); choose another --metrics-port"
         ) from error
+    if is_loopback(host):
+        server.set_app(_by_own_names(make_wsgi_app(registry)))
     try:
         yield
     finally:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def _by_own_names(page: WSGIApplication) -> WSGIApplication:
+    def answer(environ: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
+        if is_allowed(environ.get("HTTP_HOST", "localhost").lower(), ()):
+            return page(environ, start)
+        start("403 Forbidden", [("content-type", "text/plain; charset=utf-8")])
+        return [b"this machine is not called so: ask for 127.0.0.1 or localhost\n"]
+
+    return answer
 
 
 def _bind(server: grpc.aio.Server, address: str) -> int:

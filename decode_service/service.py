@@ -20,7 +20,7 @@ from google.protobuf.message import DecodeError
 
 from decode_service.engine import PagedEngine
 from decode_service.hand_offs import HandOffs
-from decode_service.reservations import Reservation
+from decode_service.reservations import Reservation, is_name
 from kvtransfer.errors import LostError, ProtocolError, RejectedError, RejectReason, TransferError
 from kvtransfer.messages import Ask, Cancel, Description, Open, decode, encode
 from kvtransfer.proto import handoff_pb2 as pb
@@ -205,8 +205,8 @@ class DecodeService(DecodeServicer):
             if control is grpc.aio.EOF or control.WhichOneof("control") != "attach":
                 raise ProtocolError("a token stream begins with Attach")
             attach = control.attach
-            if not attach.client_id:
-                raise ProtocolError("Attach names no client_id")
+            if not is_name(attach.client_id):
+                raise ProtocolError("Attach names no client_id of a few printable characters")
             session, attachment = self._sessions.attach(attach.client_id, attach.session, attach.received)
             listener = asyncio.create_task(self._listen(session, attachment, context))
             try:

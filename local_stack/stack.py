@@ -3,12 +3,13 @@
 import contextlib
 import errno
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Self
@@ -128,6 +129,19 @@ class Stack:
                 raise StackError(f"{what} took longer than {timeout_s:g} s; the logs are in {self._logs}")
             time.sleep(_POLL_S)
 
+    def bound_logs(self) -> None:
+        """A log that has grown too long becomes NAME.log.1; its service, which appends, goes on at its start.
+        What is written in the same moment is lost."""
+        for place, service in enumerate(self._services):
+            log = service.log
+            if log.stat().st_size > _LONGEST_LOG:
+                with contextlib.suppress(
+                    OSError
+                ):  # a full disk takes no copy, and needs the room all the more
+                    shutil.copyfile(log, _before(log))
+                os.truncate(log, 0)
+                self._services[place] = replace(service, log_start=0)
+
     @property
     def services(self) -> tuple[Service, ...]:
         """The children, in the order of their start."""
@@ -141,8 +155,12 @@ class Stack:
 def _goes_on(log: Path) -> IO[bytes]:
     """The log, behind what earlier starts wrote; where that is too much it becomes NAME.log.1."""
     if log.exists() and log.stat().st_size > _LONGEST_LOG:
-        log.replace(log.with_name(f"{log.name}.1"))
+        log.replace(_before(log))
     return log.open("ab")
+
+
+def _before(log: Path) -> Path:
+    return log.with_name(f"{log.name}.1")
 
 
 def require_apart(ports: Mapping[str, int]) -> None:

@@ -71,6 +71,7 @@ class Supervisor:
         while True:
             for service in self._stack.services:
                 self._look_after(service, self._restarts[service.name])
+            self._stack.bound_logs()
             time.sleep(_POLL_S)
 
     def _look_after(self, service: Service, restarts: Restarts) -> None:

@@ -1,17 +1,12 @@
-"""Which names of this service a request may use: no web page may reach it by a name of its own.
+"""Requests for another host are refused (`prad.core.host_names`) in front of any ASGI app."""
 
-A page whose name is made to lead to this machine (DNS rebinding) sends that name as Host. Such a name has a
-dot and is no address; so addresses, `localhost`, names without a dot (a container's, a machine's) and those
-below `.localhost` are always allowed, any other name only if it is listed.
-"""
-
-import ipaddress
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
+
+from prad.core.host_names import is_allowed
 
 _REMEMBERED = 256
 
@@ -38,25 +33,3 @@ def host_rule(allowed: Sequence[str]) -> Callable[[str], bool]:
     lately is remembered."""
     names = tuple(name.lower() for name in allowed)
     return lru_cache(_REMEMBERED)(lambda host: is_allowed(host, names))
-
-
-def is_allowed(host: str, allowed: Sequence[str]) -> bool:
-    """`host` as in the Host header, with or without a port."""
-    try:
-        name = (urlsplit(f"//{host}").hostname or "").removesuffix(".")
-    except ValueError:
-        return False
-    if _is_address(name) or (name and "." not in name) or name.endswith(".localhost"):
-        return True
-    return any(
-        pattern == "*" or name == pattern or (pattern.startswith("*.") and name.endswith(pattern[1:]))
-        for pattern in allowed
-    )
-
-
-def _is_address(name: str) -> bool:
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True

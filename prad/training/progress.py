@@ -1,4 +1,5 @@
-"""What a person sees of a run: one line while it trains, a curve beside the artefact."""
+"""What a person sees of a run: one line while it trains (elsewhere than on a terminal one now and then), a
+curve beside the artefact."""
 
 import time
 from pathlib import Path
@@ -7,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from prad.training.tracking import BETWEEN_LINES_S
 
 CURVE = "training.png"
 
@@ -24,6 +27,8 @@ class ProgressLine(TrainerCallback):  # type: ignore[misc]
         self._started = 0.0
         self._shown: dict[str, str] = {}
         self._bar: Progress | None = None
+        self._console: Console | None = None
+        self._said_at = 0.0
 
     @property
     def tokens_per_second(self) -> float:
@@ -33,9 +38,12 @@ class ProgressLine(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         self._fresh = self._tokens = state.num_input_tokens_seen
-        if state.is_world_process_zero:
+        if not state.is_world_process_zero:
+            return
+        self._console, self._said_at = Console(stderr=True), time.monotonic()
+        if self._console.is_terminal:
             columns = (MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"))
-            self._bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
+            self._bar = Progress(*columns, TimeRemainingColumn(), console=self._console)
             self._bar.add_task("steps", total=state.max_steps, completed=state.global_step)
             self._bar.start()
 
@@ -49,7 +57,7 @@ class ProgressLine(TrainerCallback):  # type: ignore[misc]
     ) -> TrainerControl:
         self.seconds += time.monotonic() - self._started
         self._tokens = state.num_input_tokens_seen
-        self._show(state.global_step)
+        self._show(state)
         control.should_log |= state.global_step >= state.max_steps  # the last steps' loss, too
         return control
 
@@ -63,7 +71,7 @@ class ProgressLine(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         names = {"loss": "loss", "eval_loss": "validation"}
         self._shown |= {names[key]: f"{value:.4f}" for key, value in (logs or {}).items() if key in names}
-        self._show(state.global_step)
+        self._show(state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -75,11 +83,16 @@ class ProgressLine(TrainerCallback):  # type: ignore[misc]
         if self._bar is not None:
             self._bar.stop()
 
-    def _show(self, step: int) -> None:
+    def _show(self, state: TrainerState) -> None:
+        losses = " ".join(f"{name} {value}" for name, value in self._shown.items())
+        text = f"steps  {losses}  {self.tokens_per_second:.0f} tokens/s"
         if self._bar is not None:
-            losses = " ".join(f"{name} {value}" for name, value in self._shown.items())
-            text = f"steps  {losses}  {self.tokens_per_second:.0f} tokens/s"
-            self._bar.update(self._bar.task_ids[0], completed=step, description=text)
+            self._bar.update(self._bar.task_ids[0], completed=state.global_step, description=text)
+        elif self._console is not None and time.monotonic() - self._said_at >= BETWEEN_LINES_S:
+            self._console.print(
+                f"{state.global_step} of {state.max_steps} {text}", highlight=False, soft_wrap=True
+            )
+            self._said_at = time.monotonic()
 
 
 def save_curve(history: list[dict[str, float]], folder: Path) -> None:

@@ -9,7 +9,7 @@ from rich.progress import track
 
 T = TypeVar("T")
 
-_BETWEEN_LINES_S = 10.0
+BETWEEN_LINES_S = 10.0
 
 
 def tracked(items: Iterable[T], total: int, what: str) -> Iterator[T]:
@@ -21,6 +21,6 @@ def tracked(items: Iterable[T], total: int, what: str) -> Iterator[T]:
     said_at = time.monotonic()
     for number, item in enumerate(items, start=1):
         yield item
-        if time.monotonic() - said_at >= _BETWEEN_LINES_S:
+        if time.monotonic() - said_at >= BETWEEN_LINES_S:
             console.print(f"{what}: {number} of {total}", highlight=False)
             said_at = time.monotonic()

@@ -1,7 +1,7 @@
 """The OpenAI-style HTTP face of the prefill service: from bytes to `Engine.generate` and back."""
 
 from prefill_service.api.admission import ModelInfo
-from prefill_service.api.app import create_app
-from prefill_service.api.intake import ApiAccess, ApiLimits, bounded_protocol
+from prefill_service.api.app import ApiAccess, create_app
+from prefill_service.api.intake import ApiLimits, bounded_protocol
 
 __all__ = ["ApiAccess", "ApiLimits", "ModelInfo", "bounded_protocol", "create_app"]

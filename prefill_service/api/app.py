@@ -8,11 +8,12 @@ What is noted about it, and whatever goes wrong: outcomes.
 
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, FastAPI, Path, Request
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -20,11 +21,11 @@ from prometheus_client.registry import Collector
 from pydantic import BaseModel, ConfigDict
 from pydantic.json_schema import models_json_schema
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from prad.lm import Tokenizer
 from prefill_service.api.admission import Admission, Admitted, ModelInfo, Target, find_version, split_name
-from prefill_service.api.intake import ApiAccess, ApiLimits, TurnAway, client_of, read_body
+from prefill_service.api.intake import ApiLimits, TurnAway, client_of, read_body
 from prefill_service.api.outcomes import JsonResponse, Metrics, Observe, add_failure_handlers, record_of
 from prefill_service.api.requests import (
     ChatRequest,
@@ -36,9 +37,23 @@ from prefill_service.api.requests import (
 )
 from prefill_service.api.responses import Responder
 from prefill_service.api.shadow import Shadows
-from prefill_service.catalogue import TaskCatalogue, TaskVersions
+from prefill_service.catalogue import KeyRing, TaskCatalogue, TaskVersions
 from prefill_service.errors import TaskNotAllowedError
 from prefill_service.prompt import Engine, TaskVersion
+
+
+@dataclass(frozen=True, slots=True)
+class ApiAccess:
+    """Who may reach the API, and whether that is written down.
+
+    hosts: its names beside those that no web page can give it; cors_origins: whose pages browsers let in, "*"
+    for all; keys: of its clients; log: every request, not only those that fail.
+    """
+
+    hosts: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
+    keys: KeyRing = field(default_factory=KeyRing)
+    log: bool = False
 
 
 def create_app(
@@ -63,7 +78,7 @@ def create_app(
     app.include_router(_models(catalogue, model))
     app.include_router(_operations(admission, metrics, model))
     add_failure_handlers(app)
-    app.add_middleware(TurnAway, access=access)
+    app.add_middleware(TurnAway, hosts=access.hosts, keys=access.keys)
     app.add_middleware(Observe, metrics=metrics, log=access.log)
     if access.cors_origins:
         app.add_middleware(
@@ -153,6 +168,8 @@ SHOWN_HEADERS = (
 
 STICKY = "x-prad-sticky-key"
 """Who asks, for a split of its task: a request with the same key gets the same version."""
+
+ModelName = Annotated[str, Path(description="As `model` of a request says it")]
 
 _VERSION = version("prad-server")
 _PLACES = {
@@ -310,7 +327,7 @@ def _models(catalogue: TaskCatalogue, model: ModelInfo) -> APIRouter:
             }
         ),
     )
-    async def one_model(request: Request, name: str) -> Json:
+    async def one_model(request: Request, name: ModelName) -> Json:
         """The plain model, a task, or one version of it as in e2e@3 or e2e@canary."""
         plain, client = name == catalogue.base_name, client_of(request)
         task, which = (name, None) if plain else split_name(name, "model")
@@ -349,7 +366,9 @@ def _operations(admission: Admission, metrics: Metrics, model: ModelInfo) -> API
             return JsonResponse({"status": "not ready", "reasons": reasons}, 503)
         return JsonResponse({"status": "ready", "reasons": []})
 
-    @router.get("/metrics", response_model=None, responses=_refused({403: "The key is not for all tasks"}))
+    refused = _refused({403: "The key is not for all tasks"})
+
+    @router.get("/metrics", response_class=PlainTextResponse, responses=refused)
     async def show_metrics(request: Request) -> Response:
         """Prometheus' text format. Where keys are needed, with one for all tasks: it tells of them all."""
         client = client_of(request)

@@ -8,8 +8,8 @@ a feature that is not there is refused by the feature's name: nobody gets an ans
 """
 
 import asyncio
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import orjson
@@ -44,6 +44,9 @@ from prefill_service.errors import (
 SLOWEST_BODY = 64 * 2**10
 """Bytes a second: what comes at least as fast may take longer than `body_timeout_s`."""
 
+MAX_HEAD_BYTES = 2**18
+"""Of a request, beside its body: what a body in small pieces takes for their lengths, and what may follow it,
+counts as well."""
 MAX_BRACKETS = 100_000
 """Lists and objects of a body; millions of them, most of them empty, stop all streams for seconds."""
 ALWAYS_SERVED = ("/health", "/ready", "/metrics")
@@ -82,31 +85,32 @@ class ApiLimits:
     tokenising_chars: int = 8_000_000
 
 
-@dataclass(frozen=True, slots=True)
-class ApiAccess:
-    """Who may reach the API, and whether that is written down.
-
-    hosts: its names beside those that no web page can give it; cors_origins: whose pages browsers let in, "*"
-    for all; keys: of its clients; log: every request, not only those that fail.
-    """
-
-    hosts: tuple[str, ...] = ()
-    cors_origins: tuple[str, ...] = ()
-    keys: KeyRing = field(default_factory=KeyRing)
-    log: bool = False
-
-
 def bounded_protocol(connections: int, head_timeout_s: float) -> type[HttpToolsProtocol]:
-    """uvicorn's protocol with bounds: requests on more `connections` than that are marked for `TurnAway`, and
-    a connection whose first head is not there in time is closed. (uvicorn's own limit answers in its own
-    words, operators' machines too, and waits for a head for ever.)"""
+    """uvicorn's protocol with bounds: requests on more `connections` than that are marked for `TurnAway`; a
+    connection whose first head is not there in time, or too long, is closed. (uvicorn's own limit answers in
+    its own words, operators' machines too; for a head it waits for ever, and keeps all of it.)"""
 
     class BoundedProtocol(HttpToolsProtocol):
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
-            if len(self.connections) > connections:
-                self.app = _marked(self.app)
+            self._crowded = len(self.connections) > connections
+            self._not_body = 0
             self.loop.call_later(head_timeout_s, self._require_head)
+
+        def on_message_begin(self) -> None:
+            super().on_message_begin()
+            self.scope[_CROWDED] = self._crowded  # type: ignore[literal-required]
+            self._not_body = 0
+
+        def data_received(self, data: bytes) -> None:
+            self._not_body += len(data)
+            super().data_received(data)
+            if self._not_body > MAX_HEAD_BYTES and not self.transport.is_closing():
+                self.send_400_response(f"The head is longer than {MAX_HEAD_BYTES} bytes.")
+
+        def on_body(self, body: bytes) -> None:
+            self._not_body -= len(body)
+            super().on_body(body)
 
         def _require_head(self) -> None:
             request: object = self.cycle  # None until a head is there, whatever its annotation says
@@ -116,22 +120,14 @@ def bounded_protocol(connections: int, head_timeout_s: float) -> type[HttpToolsP
     return BoundedProtocol
 
 
-def _marked(app: Any) -> Any:
-    async def marked(scope: Any, receive: Any, send: Any) -> None:
-        scope[_CROWDED] = True
-        await app(scope, receive, send)
-
-    return marked
-
-
 class TurnAway:
     """Middleware that refuses what came on a connection too many, by a name that a web page can give to this
-    machine (`prad.http.hosts`), or without a key where one is needed."""
+    machine (`prad.core.host_names`), or without a key where one is needed."""
 
-    def __init__(self, app: ASGIApp, access: ApiAccess) -> None:
+    def __init__(self, app: ASGIApp, hosts: Sequence[str], keys: KeyRing) -> None:
         self._app = app
-        self._is_allowed = host_rule(access.hosts)
-        self._keys = access.keys
+        self._is_allowed = host_rule(hosts)
+        self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -85,6 +85,13 @@ def test_open() -> None:
     assert read_open(encode(request()), MODEL) == request()
 
 
+@pytest.mark.parametrize("name", ["", "x" * 257, "two\nlines"])
+def test_a_request_that_no_line_of_a_log_can_name_is_refused(name: str) -> None:
+    with pytest.raises(RejectedError, match="request_id must be 1 to 256 printable") as caught:
+        read_open(encode(replace(request(), request_id=name)), MODEL)
+    assert caught.value.reason is RejectReason.INVALID
+
+
 def test_a_mismatch_names_both_sides() -> None:
     other = replace(MODEL, layout=replace(MODEL.layout, dtype="float32"))
     with pytest.raises(RejectedError, match="decode has dtype float16, the hand-off has float32") as caught:

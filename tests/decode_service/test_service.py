@@ -194,5 +194,6 @@ async def test_events_go_to_their_client_until_the_service_ends(served: Served) 
 
 async def test_a_token_stream_begins_with_its_clients_name(served: Served) -> None:
     async with DecodeClient(f"127.0.0.1:{served.port}", quick()) as client:
-        with pytest.raises(ProtocolError, match="no client_id"):
-            await client.attach("")
+        for name in ("", "x" * 257, "two\nlines"):  # the log repeats it
+            with pytest.raises(ProtocolError, match="no client_id"):
+                await client.attach(name)

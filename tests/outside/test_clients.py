@@ -1,19 +1,26 @@
-"""lm-eval and guidellm as their users run them, against the running stack: they report what was served."""
+"""lm-eval and guidellm as their users run them, against the running stack: they report what was served; and
+schemathesis, which sends whatever our documents allow, and more, and compares the answers with them."""
 
 import json
 import os
 import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from local_stack.stack import Stack, answers
 from tests.outside.asking import Outside
 from tests.outside.clients import command
 
 pytestmark = pytest.mark.long
 
 PROMPTS = Path(__file__).parent / "data" / "prompts.txt"
+CHECKS = (
+    "not_a_server_error,status_code_conformance,content_type_conformance,response_headers_conformance,"
+    "response_schema_conformance"
+)
 TASK = """\
 task: prompts_of_ours
 dataset_path: json
@@ -87,6 +94,27 @@ def test_guidellm_measures_every_request(
     assert (len(requests["successful"]), len(requests["errored"])) == (6, 0)
     if data == "synthetic":
         assert {r["output_metrics"]["text_tokens"] for r in requests["successful"]} == {8}
+
+
+@pytest.fixture
+def impatient_registry(tmp_path: Path, unused_tcp_port_factory: Callable[[], int]) -> Iterator[str]:
+    """One of its own: whatever is found in its documents is pushed, changed and deleted there."""
+    port = unused_tcp_port_factory()
+    where = ["--port", str(port), "--data-dir", str(tmp_path / "data")]
+    where += ["--max-wait-seconds", "0.05", "--replicas-wait-seconds", "0"]
+    with Stack(tmp_path / "logs") as stack:
+        stack.start("registry", where)
+        stack.wait_until(lambda: answers(f"http://127.0.0.1:{port}/health"), 60, "the registry")
+        yield f"http://127.0.0.1:{port}"
+
+
+@pytest.mark.parametrize("service", ["api", "registry"])
+def test_schemathesis_finds_no_answer_that_the_documents_do_not_have(
+    outside: Outside, impatient_registry: str, tmp_path: Path, service: str
+) -> None:
+    url = impatient_registry if service == "registry" else str(outside.stack.api.base_url)
+    arguments = ["run", f"{url}/openapi.json", "--checks", CHECKS, "--max-examples", "40", "--seed", "1"]
+    run([command("schemathesis"), *arguments], tmp_path)
 
 
 def _prompts_as_json(tmp_path: Path) -> Path:

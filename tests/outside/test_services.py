@@ -5,6 +5,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from pathlib import Path
 
 import grpc
@@ -83,6 +84,20 @@ def test_a_web_page_reaches_no_registry(outside: Outside) -> None:
     assert httpx.post(url, headers={"origin": "http://evil.example"}).status_code == 403
     broken = httpx.post(url, headers={"origin": "http://[x"})
     assert (broken.status_code, set(broken.json())) == (403, {"error"})
+
+
+@pytest.mark.parametrize("service", ["api", "registry"])
+def test_a_head_without_an_end_is_not_kept(outside: Outside, service: str) -> None:
+    """vllm #23267."""
+    url = httpx.URL(outside.stack.registry) if service == "registry" else outside.stack.api.base_url
+    told = b""
+    with socket.create_connection((url.host, url.port or 80)) as line, suppress(ConnectionError):
+        line.sendall(b"GET /health HTTP/1.1\r\nhost: here\r\n")
+        for _ in range(64):
+            line.sendall(b"x: %s\r\n" % (b"a" * 2**16))
+        line.sendall(b"\r\n")
+        told = line.recv(100)
+    assert told == b"" or told.startswith(b"HTTP/1.1 400 ")
 
 
 def test_a_large_body_of_a_command_is_not_taken(outside: Outside) -> None:

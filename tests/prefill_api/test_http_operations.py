@@ -65,10 +65,15 @@ async def test_the_api_describes_itself(client: httpx.AsyncClient) -> None:
     assert "messages" in schemas["ChatRequest"]["properties"]
     for model in ("CompletionRequest", "ChatRequest", "Message", "StreamOptions"):
         assert all(field["description"] for field in schemas[model]["properties"].values())
+    for operations in described["paths"].values():
+        for operation in operations.values():
+            assert operation["description"]
+            assert all(each["description"] for each in operation.get("parameters", ()))
     for path in ("/v1/completions", "/v1/chat/completions"):
         responses = described["paths"][path]["post"]["responses"]
         assert {"200", "400", "404", "408", "413", "415", "429", "503", "504"} <= set(responses)
         assert "text/event-stream" in responses["200"]["content"]
+    assert set(described["paths"]["/metrics"]["get"]["responses"]["200"]["content"]) == {"text/plain"}
     assert '"422"' not in (await client.get("/openapi.json")).text
     assert {"400", "404"} <= set(described["paths"]["/v1/models/{name}"]["get"]["responses"])
     assert "503" in described["paths"]["/ready"]["get"]["responses"]

@@ -45,6 +45,13 @@ async def test_a_prefill_follows_probes_and_reports(registry, prefill, adapter):
     assert [line.by for line in record.history] == ["127.0.0.1", "prefill-1", "prefill-1"]
 
 
+async def test_a_report_is_small_whatever_went_wrong(registry, prefill, adapter):
+    """Or the registry refuses it, and the version stays as it was pushed."""
+    await asyncio.to_thread(registry.push, adapter(1))
+    record = await prefill.probe("support", 1, ok=False, reason="got " + "e" * 200_000)
+    assert (record.state, len(record.reason)) == ("failed", 1000)
+
+
 async def test_a_fetched_adapter_is_not_fetched_twice(registry, prefill, adapter, tmp_path):
     digest = registry.push(adapter(1)).digest
     first = await prefill.fetch("support", 1, digest)

@@ -3,7 +3,7 @@
 import pytest
 
 from adapter_registry.settings import RegistrySettings
-from prad.http.hosts import is_allowed
+from prad.core.host_names import is_allowed
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Errors in one shape, service endpoints, and the long poll."""
 
+import json
 import re
 import threading
 
@@ -25,6 +26,33 @@ def test_every_error_has_one_shape(registry, method, path, status):
     response = registry.http.request(method, path)
     assert response.status_code == status
     assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_what_is_repeated_in_an_error_is_cut(registry, adapter):
+    folder, long = adapter(1), "e" * 15_000
+    record = json.loads((folder / "prad.json").read_text(encoding="utf-8"))
+    (folder / "prad.json").write_text(json.dumps({**record, "template": long}), encoding="utf-8")
+    retire = "/v1/tasks/x/versions/1/retire"
+    for answer in (
+        registry.http.post(f"/v1/tasks/{long}/versions", json={"path": str(folder)}),
+        registry.http.post("/v1/tasks/x/versions", json={"path": str(folder)}),
+        registry.http.post(retire, json={f"field-{n}": 0 for n in range(3000)}),
+        registry.http.post(retire, json={long: 0}),
+        registry.http.get(f"/{long}"),
+    ):
+        assert answer.status_code in (400, 404)
+        assert len(answer.content) < 2500
+
+
+@pytest.mark.parametrize(
+    "sent", [b'{"\\ud800": 0}', b'{"force": "\\ud800"}', b'{"force": "\xff"}', b"[" * 20_000]
+)
+def test_texts_that_are_none_are_refused_as_such(registry, sent):
+    answer = registry.http.post(
+        "/v1/tasks/x/versions/1/retire", content=sent, headers={"content-type": "application/json"}
+    )
+    assert answer.status_code == 400
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
 
 
 def test_every_failed_request_is_a_line_in_the_log(registry, caplog):
@@ -63,6 +91,18 @@ def test_service_endpoints(registry, adapter):
     page = registry.http.get("/metrics").text
     assert 'prad_registry_versions{state="routable"} 1.0' in page
     assert 'prad_registry_pushes_total{outcome="created"} 1.0' in page
+
+
+def test_load_balancers_may_ask_with_head(registry):
+    for path in ("/", "/health", "/ready"):
+        answer = registry.http.head(path)
+        assert (answer.status_code, answer.content) == (200, b"")
+
+
+def test_the_root_says_where_things_are(registry):
+    places = registry.http.get("/").json()
+    for name in ("docs", "openapi", "tasks", "health", "ready", "metrics"):
+        assert registry.http.get(places[name]).status_code == 200
 
 
 def test_changes_answer_at_once_when_there_are_some(registry, adapter):

@@ -58,6 +58,10 @@ NEEDED = {
     "GET /metrics": Role.READ,
     "GET /health": None,
     "GET /ready": None,
+    "GET /": None,
+    "HEAD /": None,
+    "HEAD /health": None,
+    "HEAD /ready": None,
     "GET /version": None,
 }
 """Of every route the role that it needs; None: it is for everybody."""

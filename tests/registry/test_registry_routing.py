@@ -131,18 +131,24 @@ def test_what_cannot_be_routed_is_refused(registry, adapter, method, path, body,
         assert registry.http.request(method, f"/v1/tasks/nobody/{path}", json=body).status_code in (400, 404)
 
 
-def test_the_answers_are_described(registry):
+def test_what_is_asked_and_answered_is_described(registry):
     described = registry.http.get("/openapi.json").json()
     for path, operations in described["paths"].items():
         for method, operation in operations.items():
             told = operation["responses"]
+            assert operation["description"], path
+            assert all(each["description"] for each in operation.get("parameters", ())), path
             assert "default" in told
             assert all(each["description"] for each in told.values())
             if path.startswith("/v1/tasks/") and method != "get" and not path.endswith("probe"):
                 assert {"200", "404"} <= told.keys() or "201" in told
             if any(p["name"].lower() == "if-match" for p in operation.get("parameters", ())):
                 assert {"404", "409", "412"} <= told.keys()
+    page = described["paths"]["/metrics"]["get"]["responses"]["200"]["content"]
+    assert set(page) == {"text/plain"}
     schemas = described["components"]["schemas"]
+    for body in ("Retire", "Weighted", "Shadowed", "Aliased", "Probe", "NewKey", "KeyLimits"):
+        assert all(field["description"] for field in schemas[body]["properties"].values()), body
     assert schemas["Weighted"]["properties"]["weights"]["examples"] == [{"1": 90, "2": 10}]
     assert schemas["Aliased"]["properties"]["version"]["examples"] == [2]
     assert schemas["Routing"]["examples"][0]["aliases"] == {"canary": 2}

@@ -101,6 +101,15 @@ def test_bad_json(registry, body):
     refused(registry, response, 400, "invalid_request", "expected")
 
 
+def test_headers_of_a_part_are_bounded(registry):
+    part = (
+        b"--b\r\ncontent-disposition: form-data; name=files; filename=README.md\r\nx: %s\r\n\r\n\r\n--b--\r\n"
+    )
+    headers = {"content-type": "multipart/form-data; boundary=b"}
+    response = registry.http.post(PUSH, content=part % (b"a" * 500_000), headers=headers)
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "bad_request")
+
+
 def test_neither_files_nor_json(registry):
     response = registry.http.post(PUSH, content=b"x", headers={"content-type": "text/plain"})
     refused(registry, response, 400, "invalid_request", "multipart/form-data")

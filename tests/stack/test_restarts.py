@@ -88,6 +88,23 @@ def test_the_log_goes_on_at_the_next_start(commands: Commands) -> None:
     assert service.log.read_text(encoding="utf-8") == "first\nsecond\n"
 
 
+def test_a_log_is_bounded_while_its_service_writes(
+    commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("local_stack.stack._LONGEST_LOG", 1000)
+    with commands as stack:
+        stack.run("while True: print('one more', flush=True)")
+        (service,) = stack.services
+        before = service.log.with_name("decode.log.1")
+        while not before.exists():
+            stack.bound_logs()
+        assert before.read_text(encoding="utf-8").startswith("one more\none more\n")
+        while service.log.stat().st_size == 0:
+            pass
+        assert service.log.read_bytes()[:1] != b"\0", "it goes on at the start, and leaves no hole"
+        assert stack.services[0].log_start == 0, "what it said last is looked for from there"
+
+
 def test_two_flags_with_one_port_are_an_error() -> None:
     require_apart({"--port": 8000, "--registry-port": 8001})
     with pytest.raises(StackError, match="--port and --decode-port are both 8000; choose another"):

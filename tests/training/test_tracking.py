@@ -5,9 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import TrainerControl, TrainerState
 
 from prad.lm import Tokenizer
 from prad.training.evaluate import plain_answer_tokens
+from prad.training.progress import ProgressLine
 from prad.training.tracking import tracked
 
 
@@ -21,6 +23,25 @@ def test_without_a_terminal_there_is_a_line_now_and_then(
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err == "evaluating: 3 of 6\nevaluating: 5 of 6\n"
+
+
+def test_a_training_run_says_how_far_it_is_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("prad.training.progress.time.monotonic", lambda: now[0])
+    line, run, control = ProgressLine(), TrainerState(max_steps=4), TrainerControl()
+    line.on_train_begin(None, run, control)
+    for step in range(1, 5):
+        line.on_step_begin(None, run, control)
+        now[0] += 7
+        run.global_step, run.num_input_tokens_seen = step, 70 * step
+        line.on_step_end(None, run, control)
+        line.on_log(None, run, control, {"loss": 1 / step})
+    line.close()
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err == "2 of 4 steps  loss 1.0000  10 tokens/s\n4 of 4 steps  loss 0.3333  10 tokens/s\n"
 
 
 def test_what_is_quick_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:

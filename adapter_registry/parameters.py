@@ -1,0 +1,26 @@
+"""What stands in the path and the query of a request, as routes take it and `/docs` describes it."""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+from fastapi import Path, Query
+from pydantic import Field
+
+from adapter_registry.client_calls import MOST_CHARACTERS, MOST_TROUBLES
+
+Task = Annotated[str, Path(description="The task's name")]
+Number = Annotated[int, Path(ge=1, le=2**31, description="The version's number")]
+Alias = Annotated[str, Path(description="The alias, without the task")]
+Everything = Annotated[bool, Query(alias="all", description="Failed and deleted ones as well")]
+FileName = Annotated[str, Path(description="One of the version's `files`")]
+Revision = Annotated[int, Query(ge=-(2**63), lt=2**63, description="A revision of all that is kept")]
+InForce = Annotated[
+    int | None, Query(ge=-(2**63), lt=2**63, description="By which the replica routes; if absent, by `after`")
+]
+Seconds = Annotated[float, Query(ge=0, description="To wait for it, at most; max_wait_seconds bounds it")]
+ReplicaName = Annotated[str, Query(max_length=256, description="Which replica asks, if one does")]
+Troubles = Annotated[
+    Sequence[Annotated[str, Field(max_length=MOST_CHARACTERS)]],
+    Query(max_length=MOST_TROUBLES, description="What the replica cannot have, and why"),
+]
+Latest = Annotated[int, Query(ge=1, le=10_000, description="So many changes")]
