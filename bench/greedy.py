@@ -34,6 +34,7 @@ _TOGETHER = 50  # prompts of a prompt pass, sequences of a step
 _PATHS: dict[str, tuple[Choice, Precision]] = {
     "kernels": ("native", "full"),
     "kernels, int8": ("native", "int8"),
+    "kernels, int4": ("native", "int4"),
     "torch": ("torch", "full"),
 }
 
@@ -69,7 +70,7 @@ def run(arguments: Greedy) -> dict[str, Any]:
     variants: dict[str, Winners] = {"ours, float32": _ours(exact, prompts, written, "ours, float32")[0]}
     for name, (choice, precision) in _PATHS.items():
         model = load(arguments, choice=choice)
-        if precision == "int8" and model.kernels is not None:
+        if precision != "full" and model.kernels is not None:
             model.accelerate(model.kernels, precision)
         whole, rounded = _ours(model, prompts, written, f"ours, {name}")
         variants |= {f"ours, {name}": whole, f"ours, {name}, rounded": rounded}

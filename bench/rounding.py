@@ -1,4 +1,4 @@
-"""What rounding to 8 bits does to the logits: of keys and values on the wire, of decode's weights, of both.
+"""What rounding does to the logits: of keys and values on the wire to 8 bits, of decode's weights to 8 or 4.
 
 Prompts are texts of examples/, cut into 64 tokens of prompt and 32 that follow. The tokens that follow are
 fed as they are written. The prompt's keys and values are the exact model's, as they come from the prefill
@@ -52,10 +52,11 @@ class GivenPrompts:
 
 def run(arguments: Rounding) -> dict[str, Any]:
     """Raises ModelError where the kernels, which alone have rounded weights, are not in use."""
-    model, rounded = load(arguments), load(arguments)
-    if rounded.kernels is None:
+    model, eights, fours = (load(arguments) for _ in range(3))
+    if eights.kernels is None or fours.kernels is None:
         raise ModelError("rounded weights need the kernels; is there a C++ compiler?")
-    rounded.accelerate(rounded.kernels, "int8")
+    eights.accelerate(eights.kernels, "int8")
+    fours.accelerate(fours.kernels, "int4")
     texts = _texts(Tokenizer(model_folder(arguments)), -(-arguments.tokens // FOLLOWING))
     following = torch.arange(PROMPT + FOLLOWING, device=model.device).repeat(len(texts)) >= PROMPT
     layers: Layers = []
@@ -76,8 +77,10 @@ def run(arguments: Rounding) -> dict[str, Any]:
         coded = [(_through_int8(key), _through_int8(value)) for key, value in layers]
         changed = {
             "KV on the wire": logits(model, coded),
-            "decode's weights and rows": logits(rounded, layers),
-            "both": logits(rounded, coded),
+            "decode's weights and rows, int8": logits(eights, layers),
+            "decode's weights and rows, int4": logits(fours, layers),
+            "KV and int8": logits(eights, coded),
+            "KV and int4": logits(fours, coded),
         }
     return {
         "model": arguments.model,

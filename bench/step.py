@@ -1,7 +1,7 @@
 """Where a decode step's time goes: every kernel call of a step timed, the rest is Python, sampling and torch.
 
-For each number of sequences, with the model's own weights and with weights rounded to 8 bits. A row's parts
-are those of the round whose total is the median one.
+For each number of sequences, with the model's own weights, rounded to 8 bits, and in blocks of 4. A row's
+parts are those of the round whose total is the median one.
 """
 
 import time
@@ -25,7 +25,7 @@ PARTS = {
 
 def run(arguments: Step) -> dict[str, Any]:
     """Raises ModelError where the kernels are not in use: torch's calls cannot be told apart here."""
-    precisions: tuple[Precision, ...] = ("full", "int8")
+    precisions: tuple[Precision, ...] = ("full", "int8", "int4")
     models = {}
     for precision in precisions:
         model = models[precision] = load(arguments)

@@ -78,10 +78,10 @@ def serve_command(
     dtype: DTypeOption = "bfloat16",
     device: DeviceOption = "cpu",
     weights: Annotated[
-        Literal["full", "int8"] | None,
+        Literal["full", "int8", "int4"] | None,
         typer.Option(
-            help="int8: decode's linear layers in 8 bits, faster and not exact. If left out: "
-            "PRAD_DECODE_WEIGHTS, or full."
+            help="Of decode's linear layers: int8 or int4 are faster, int4 for a few sequences, and not exact. "
+            "If left out: PRAD_DECODE_WEIGHTS, or full."
         ),
     ] = None,
     threads: Annotated[

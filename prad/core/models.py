@@ -10,8 +10,9 @@ DEFAULT_MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 Choice = Literal["auto", "native", "torch"]
 """Own kernels where they can be built, own kernels or an error, or no own kernels."""
 
-Precision = Literal["full", "int8"]
-"""Of linear layers' weights: the model's own, or rounded to 8 bits."""
+Precision = Literal["full", "int8", "int4"]
+"""Of linear layers' weights: the model's own, rounded to 8 bits, or in blocks of 4 or 8 bits that share a
+scale: those of the model's file where it has any."""
 
 
 def served_name(name: str) -> str:

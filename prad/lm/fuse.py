@@ -1,11 +1,13 @@
 """From transformers' modules to the fused model, once, when a model is loaded: weights packed, sizes read."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from prad.lm.blocks import Bits, Blocks
 from prad.lm.fused import FusedModel, Layer, Norm, Shape
 from prad.lm.kernels import Activation, HugePages, Kernels, PackedLinear, Precision, can_pack
 
@@ -19,23 +21,33 @@ _MOST_HEAD_DIM = 512  # rows.h
 _PLAIN_ROPE = {"default", "linear", "llama3", "yarn"}  # the others change with the longest sequence of a pass
 
 
-def fuse(module: Any, kernels: Kernels, precision: Precision) -> FusedModel | None:
-    """The fused form of a transformers model on the CPU; None if its family or sizes are not covered."""
+def fuse(
+    module: Any, kernels: Kernels, precision: Precision, blocks: Mapping[str, Blocks]
+) -> FusedModel | None:
+    """The fused form of a transformers model on the CPU; None if its family or sizes are not covered.
+
+    blocks: what parameters are made of, for int4.
+    """
     make = {"llama": _llama, "mistral": _llama, "qwen2": _llama, "qwen3": _llama, "gpt2": _gpt2}
     family = make.get(module.config.model_type)
     if family is None or module.device.type != "cpu":
         return None
-    if module.dtype not in ((torch.bfloat16,) if precision == "int8" else (torch.bfloat16, torch.float32)):
+    if module.dtype not in ((torch.bfloat16, torch.float32) if precision == "full" else (torch.bfloat16,)):
         return None
     if not can_pack([p.T if _is_conv(m) else p for m, p in _linear_weights(module)], precision):
         return None
-    return family(module, kernels, _Packing(precision, HugePages()))
+    named = dict(module.named_parameters(remove_duplicate=False))
+    known = {id(named[name]): each for name, each in blocks.items()}
+    return family(module, kernels, _Packing(precision, HugePages(), known, module.lm_head))
 
 
 @dataclass(frozen=True, slots=True)
 class _Packing:
     precision: Precision
     memory: HugePages
+    blocks: Mapping[int, Blocks]
+    """Of parameters, by id."""
+    head: nn.Module
 
     def of(self, modules: list[Any], paired: bool = False) -> PackedLinear:
         """Several projections of the same input as one."""
@@ -44,9 +56,24 @@ class _Packing:
             w.new_zeros(len(w)) if m.bias is None else m.bias for m, w in zip(modules, weights, strict=True)
         ]
         bias = None if all(m.bias is None for m in modules) else torch.cat(biases)
+        if self.precision == "int4":
+            return PackedLinear.of_blocks(
+                self._blocks(modules, weights), bias, paired=paired, memory=self.memory
+            )
         return PackedLinear.of(
             torch.cat(weights), bias, precision=self.precision, paired=paired, memory=self.memory
         )
+
+    def _blocks(self, modules: list[Any], weights: list[Tensor]) -> list[Blocks]:
+        """The file's own; what it has none of is rounded: to 4 bits, the head to 8, as in ggml's files."""
+        bits: Bits = 8 if self.head in modules else 4
+        blocks = [
+            self.blocks.get(id(m.weight)) or Blocks.rounded(w, bits)
+            for m, w in zip(modules, weights, strict=True)
+        ]
+        if len({each.bits for each in blocks}) > 1:
+            return [Blocks.rounded(weight, 8) for weight in weights]
+        return blocks
 
 
 def _llama(module: Any, kernels: Kernels, packing: _Packing) -> FusedModel | None:

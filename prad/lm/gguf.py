@@ -14,9 +14,10 @@ from filelock import FileLock
 from gguf import GGUFReader
 from tokenizers import pre_tokenizers
 
+from prad.lm.blocks import blocks_of, save_blocks
 from prad.lm.errors import ModelNotFoundError
 
-_FORMAT = 2  # raise it when the conversion changes, so that old folders are not used again
+_FORMAT = 3  # raise it when the conversion changes, so that old folders are not used again
 
 
 def convert_gguf(path: Path, cache_dir: Path) -> Path:
@@ -56,13 +57,15 @@ def _convert(path: Path, folder: Path) -> None:
     where = {"gguf_file": path.name}
     config = AutoConfig.from_pretrained(path.parent, **where)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    _require_known(reader, model)
+    processor = _processor(reader, model)
+    places = _places(reader, model, processor)
     read = load_gguf_checkpoint(
         str(path), return_tensors=True, model_to_load=model, torch_dtype=torch.bfloat16
     )["tensors"]
     _fill(model, read)
     model.generation_config.eos_token_id = _end_ids(reader, config.eos_token_id)
     model.save_pretrained(folder)
+    save_blocks(blocks_of(reader, model, places, processor), folder)
     tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
     if _field(reader, "tokenizer.ggml.pre") == "smollm":
         # transformers reads the merges but not this field: SmolLM splits numbers into digits first, which
@@ -84,18 +87,23 @@ def _require_all_in_one(reader: GGUFReader) -> None:
         )
 
 
-def _require_known(reader: GGUFReader, model: Any) -> None:
-    """Raises ValueError for a tensor of the file that the model has no place for: it means something."""
-    from transformers.modeling_gguf_pytorch_utils import (
-        TENSOR_PROCESSORS,
-        TensorProcessor,
-        get_gguf_hf_weights_map,
-    )
+def _processor(reader: GGUFReader, model: Any) -> Any:
+    """transformers', which knows the architecture's names and orders of rows."""
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
     make = TENSOR_PROCESSORS.get(_field(reader, "general.architecture"), TensorProcessor)
-    known = get_gguf_hf_weights_map(model, make(config=model.config.to_dict()))
+    return make(config=model.config.to_dict())
+
+
+def _places(reader: GGUFReader, model: Any, processor: Any) -> dict[str, str]:
+    """The model's parameters by the file's names. Raises ValueError for a tensor of the file that the model
+    has no place for: it means something."""
+    from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
+
+    known: dict[str, str] = get_gguf_hf_weights_map(model, processor)
     if extra := [tensor.name for tensor in reader.tensors if tensor.name not in known]:
         raise ValueError(f"a {type(model).__name__} has no place for its tensors {_listed(extra)}")
+    return known
 
 
 def _fill(model: Any, read: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ family whose layers have plain K and V; the fused one (fused.py) the Llama famil
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from prad.core.kv import KVLayout, LayerKV, ModelSpec
 from prad.lm import attention
 from prad.lm.attention import Ragged
+from prad.lm.blocks import Blocks, load_blocks
 from prad.lm.device import require_device
 from prad.lm.errors import ModelNotFoundError, UnsupportedModelError
 from prad.lm.families import Site
@@ -39,7 +40,7 @@ class LanguageModel:
     `module` is the transformers model underneath; `fingerprint` says exactly which model this is.
     """
 
-    def __init__(self, module: Any, weights: str) -> None:
+    def __init__(self, module: Any, weights: str, blocks: Mapping[str, Blocks] | None = None) -> None:
         self.module: nn.Module = module.eval().requires_grad_(False)
         widen_head(module)
         self.config: Any = module.config
@@ -50,6 +51,7 @@ class LanguageModel:
         self.num_layers: int = self.config.num_hidden_layers
         self.max_context = max_context(self.config)
         self.kernels: Kernels | None = None
+        self._blocks = blocks or {}
         self._fused: FusedModel | None = None
         self._one_pass = threading.Lock()
         settings = config_digest(self.config)
@@ -71,19 +73,19 @@ class LanguageModel:
             raise ModelNotFoundError(f"{folder} holds no model that can be read: {error}") from error
         require_servable(config)
         digest = weights_digest(folder)
-        return cls(_mapped(folder, config, dtype).to(device), digest)
+        return cls(_mapped(folder, config, dtype).to(device), digest, load_blocks(folder))
 
     def accelerate(self, kernels: Kernels, precision: Precision = "full") -> None:
         """From now on passes without gradients compute with `kernels` where the model's family allows it.
 
         The weights are packed into a copy, which alone is used from then on; the files stay mapped. precision
-        int8 rounds those of the linear layers to 8 bits. Raises UnsupportedModelError if that cannot be had
-        for this model, or the model is not on a CPU.
+        int8 rounds those of the linear layers to 8 bits, int4 takes them in the file's blocks. Raises
+        UnsupportedModelError if that cannot be had for this model, or the model is not on a CPU.
         """
         if self.device.type != "cpu":
             raise UnsupportedModelError(f"the kernels compute on a CPU, not on {self.device}")
         with torch.no_grad():
-            self._fused = fuse(self.module, kernels, precision)
+            self._fused = fuse(self.module, kernels, precision, self._blocks)
         if self._fused is None and precision != "full":
             raise UnsupportedModelError(
                 f"{precision} weights are for bfloat16 models of the Llama family and GPT-2 on a CPU, "

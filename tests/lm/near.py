@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, relu, silu
 
-from prad.lm.kernels import Activation
+from prad.lm.kernels import Activation, Kernels, Out, PackedLinear
 
 ROWS = (1, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 100, 257)
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 8e-3}  # tolerance, of the largest result
@@ -24,3 +24,10 @@ def assert_near(ours: Tensor, expected: Tensor, tolerance: float) -> None:
 
 def some(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def wide(kernels: Kernels, packed: PackedLinear, x: Tensor) -> Tensor:
+    out = torch.full((len(x) + 1, packed.out_features), 7.0)
+    kernels.linear(packed, x, out[:-1], Out.WIDE)
+    assert (out[-1] == 7).all(), "a row beyond the batch was written"
+    return out[:-1]

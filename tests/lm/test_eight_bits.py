@@ -6,13 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from near import ROWS, assert_near, some
+from near import ROWS, assert_near, some, wide
 from numpy.typing import NDArray
 from torch import Tensor
 
 from prad.lm.kernels import Activation, Kernels, Out, PackedLinear
-from prad.lm.kernels.build import built
-from tests.conftest import CACHE
 
 SIZES = ((1, 1), (16, 63), (17, 64), (40, 65), (80, 96), (336, 576), (50, 4161))  # columns, inputs
 EDGES = (1, 2, 4, 5, 6, 7, 8, 9, 12, 13, 15, 16, 17, 63, 64, 65)
@@ -39,28 +37,6 @@ def products(x: Tensor, weight: Tensor) -> Tensor:
     whole = np.rint(columns / scales[:, None]).astype(np.int64)
     sums = (steps @ whole.T).astype(np.float32)
     return torch.from_numpy(sums * (largest / np.float32(127) * scales))
-
-
-def wide(kernels: Kernels, packed: PackedLinear, x: Tensor) -> Tensor:
-    out = torch.full((len(x) + 1, packed.out_features), 7.0)
-    kernels.linear(packed, x, out[:-1], Out.WIDE)
-    assert (out[-1] == 7).all(), "a row beyond the batch was written"
-    return out[:-1]
-
-
-@pytest.fixture(scope="session")
-def kernels_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Kernels]:
-    """As a CPU of that kind has them; this one must know its instructions."""
-
-    def build(kind: str) -> Kernels:
-        compiler = tmp_path_factory.mktemp(kind) / "cxx"
-        compiler.write_text(f'#!/bin/sh\nexec g++ "$@" -march={kind}\n', encoding="utf-8")
-        compiler.chmod(0o755)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("CXX", str(compiler))
-            return Kernels(built(CACHE / kind), 2)
-
-    return build
 
 
 @pytest.mark.parametrize(("columns", "depth"), SIZES)

@@ -1,6 +1,5 @@
 """The fused forward equals the generic one: every family it covers, adapted or plain, prompts and steps."""
 
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -77,12 +76,12 @@ def test_prompts(family: str, tmp_path: Path, kernels: Kernels) -> None:
         assert_equal(ours, expected)
 
 
-@pytest.mark.parametrize("precision", ["full", "int8"])
+@pytest.mark.parametrize("precision", ["full", "int8", "int4"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_row_has_the_same_bits_alone_and_beside_adapted_ones(
     family: str, precision: Precision, tmp_path: Path, kernels: Kernels
 ) -> None:
-    """In bfloat16 and 8 bits, at every site; and in a decode step beside sequences with request state."""
+    """In bfloat16, 8 and 4 bits, at every site; and in a decode step beside sequences with request state."""
     if not kernels.multiplies_bf16:
         pytest.skip("on this CPU torch computes long passes in bfloat16")
     name, special = FAMILIES[family]
@@ -244,23 +243,25 @@ def test_decode_steps_of_families_that_are_not_fused(family: str, tmp_path: Path
     assert_equal(decode_steps(with_kernels), decode_steps(plain))
 
 
-def test_eight_bits_are_near_and_not_equal(tmp_path: Path, kernels: Kernels) -> None:
+@pytest.mark.parametrize(("precision", "most"), [("int8", 0.15), ("int4", 0.2)])
+def test_rounded_weights_are_near_and_not_equal(
+    precision: Precision, most: float, tmp_path: Path, kernels: Kernels
+) -> None:
     config = transformers.LlamaConfig(**SIZES | {"hidden_size": 64, "num_attention_heads": 4})
     save_random(config, tmp_path)
     full, rounded = (LanguageModel.load(tmp_path, dtype=torch.bfloat16) for _ in range(2))
     full.accelerate(kernels)
-    rounded.accelerate(kernels, "int8")
+    rounded.accelerate(kernels, precision)
     (a,), (b,) = (packed_logits(model, [some_ids(40, 0)]) for model in (full, rounded))
     difference = float((a.float() - b.float()).abs().max())
-    assert 0 < difference < 0.15 * float(a.max() - a.min())
+    assert 0 < difference < most * float(a.max() - a.min())
 
 
-def test_what_cannot_be_rounded_is_refused(
-    load_tiny: Callable[[str], LanguageModel], tmp_path: Path, kernels: Kernels
-) -> None:
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_what_cannot_be_rounded_is_refused(precision: Precision, tmp_path: Path, kernels: Kernels) -> None:
     save_random(transformers.GPTNeoXConfig(**SIZES), tmp_path)
     model = LanguageModel.load(tmp_path, dtype=torch.bfloat16)
-    with pytest.raises(UnsupportedModelError, match="int8 weights are for"):
-        model.accelerate(kernels, "int8")
+    with pytest.raises(UnsupportedModelError, match=f"{precision} weights are for"):
+        model.accelerate(kernels, precision)
     model.accelerate(kernels)  # its attention and argmax only
     assert not model.is_fused

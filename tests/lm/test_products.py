@@ -5,6 +5,7 @@ import torch
 from near import ACTIVATIONS, DTYPES, ROWS, assert_near, some
 from torch import Tensor
 
+from prad.lm.blocks import Blocks
 from prad.lm.kernels import Activation, Kernels, Out, PackedLinear, Precision
 from prad.lm.kernels.build import built
 from tests.conftest import CACHE
@@ -33,14 +34,17 @@ def test_linear(kernels: Kernels, dtype: torch.dtype, columns: int, depth: int, 
     assert (wide[rows] == 7).all(), "a row beyond the batch was written"
 
 
-@pytest.mark.parametrize("precision", ["full", "int8"])
+@pytest.mark.parametrize("precision", ["full", "int8", "int4"])
 @pytest.mark.parametrize("depth", [96, 4128])  # more inputs than are taken at once, too
 def test_a_row_has_the_same_products_alone_and_in_any_batch(
     kernels: Kernels, depth: int, precision: Precision
 ) -> None:
     """Bit for bit: what is drawn must not depend on who else is served."""
     x, weight = some(300, depth, dtype=torch.bfloat16), some(336, depth, dtype=torch.bfloat16, seed=1)
-    packed = PackedLinear.of(weight, precision=precision)
+    if precision == "int4":
+        packed = PackedLinear.of_blocks([Blocks.rounded(weight, 4)])
+    else:
+        packed = PackedLinear.of(weight, precision=precision)
     alone = torch.cat([_wide(kernels, packed, row[None]) for row in x])
     for rows in (*range(2, 28), *ROWS[4:]):
         assert torch.equal(_wide(kernels, packed, x[:rows]), alone[:rows]), rows

@@ -2,18 +2,19 @@
 //   float     [in][16]
 //   bfloat16  [in / 32][16 pairs][16 columns][2]: 1 KiB tiles that AMX loads as they are
 //   int8      [in / 64][16 quads][16 columns][4], with zeros behind the inputs: the same; one scale per column
-// Rows in bfloat16 are turned and rounded for int8 weights (bytes.h).
+// Rows in bfloat16 are turned and rounded for int8 weights (bytes.h), and rounded for weights in blocks (blocks.h).
 // Small batches read each panel once from memory, which is all that counts there; large ones are blocked.
 #pragma once
 #include <algorithm>
 #include <type_traits>
 
+#include "blocks.h"
 #include "bytes.h"
 #include "pool.h"
 #include "products.h"
 #include "vec.h"
 
-enum class Weights : int32_t { f32 = 0, bf16 = 1, int8 = 2 };
+enum class Weights : int32_t { f32 = 0, bf16 = 1, int8 = 2, fours = 3, eights = 4 };
 enum class Out : int32_t {
   store = 0,  // out[row][column] = act(y), in the activations' type
   add = 1,    // out[row][column] += y, float
@@ -40,15 +41,17 @@ struct LinearCall {
 
 constexpr int kDepth = 32, kRows = 64;
 
+inline int64_t panels_of(const Linear& w) {
+  return w.paired ? (w.out / 2 + kColumns - 1) / kColumns * 2 : (w.out + kColumns - 1) / kColumns;
+}
+
 // The panels of a layer's weights.
 template <class W>
 struct Panels {
   const W* first;
   int64_t depth, count;  // inputs with what is beside them; panels
 
-  Panels(const Linear& w, int64_t depth) : first(static_cast<const W*>(w.panels)), depth(depth) {
-    count = w.paired ? (w.out / 2 + kColumns - 1) / kColumns * 2 : (w.out + kColumns - 1) / kColumns;
-  }
+  Panels(const Linear& w, int64_t depth) : first(static_cast<const W*>(w.panels)), depth(depth), count(panels_of(w)) {}
   int64_t size() const { return depth * kColumns; }
   const W* operator[](int64_t panel) const { return first + panel * size(); }
 };
@@ -236,7 +239,15 @@ void linear(Pool& pool, const LinearCall& call, int64_t rows) {
   const T* x = static_cast<const T*>(call.x);
   Sink<T> sink{w, static_cast<Out>(call.mode), static_cast<Activation>(call.act), call.out, call.out_stride, {}};
   if constexpr (sizeof(T) == 2) {
-    if (static_cast<Weights>(w.weights) == Weights::int8) {
+    const auto kind = static_cast<Weights>(w.weights);
+    if (kind == Weights::fours || kind == Weights::eights) {
+      const auto rounded = blocks::round_rows(pool, x, call.x_stride, rows, w.in);
+      const char* panels = static_cast<const char*>(w.panels);
+      if (kind == Weights::fours)
+        return blocks::linear<blocks::Fours>(pool, panels, panels_of(w), w.in, rounded, rows, sink);
+      return blocks::linear<blocks::Eights>(pool, panels, panels_of(w), w.in, rounded, rows, sink);
+    }
+    if (kind == Weights::int8) {
       const int64_t depth = (w.in + kTurned - 1) / kTurned * kTurned;
       sink.rounded = round_rows(pool, x, call.x_stride, rows, w.in, depth);
       return linear(pool, Panels<int8_t>(w, depth), sink.rounded.x, rows, depth, sink);

@@ -15,11 +15,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from prad.core.models import Precision
+from prad.lm.blocks import INPUTS, Blocks
 from prad.lm.kernels.memory import HugePages
 
 COLUMNS, DEPTH = 16, 32
 _TURNED, _ROW_OFFSET, _MOST_IN_BYTES = 64, 128, 65_536
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+_BLOCK_KINDS = {4: 3, 8: 4}
 
 
 class LinearStruct(Structure):
@@ -69,15 +71,55 @@ class PackedLinear:
         65,536, so that sums of products are exact in 32 bits. `paired`: the panels of the first and of the
         second half of the columns alternate, for gate and up. `memory`: where the panels are to lie.
         """
-        out_features, in_features = weight.shape
+        shape = weight.shape
         scales = offsets = None
         if precision == "int8":
-            assert in_features <= _MOST_IN_BYTES
+            assert shape[1] <= _MOST_IN_BYTES
             turned = _turned(weight.float())
             scales = (turned.abs().amax(dim=1) / 127).clamp_min(1e-12)
             weight = (turned / scales[:, None]).round().to(torch.int8)
             offsets = _ROW_OFFSET * weight.sum(dim=1, dtype=torch.int32)
-        panels = _laid(_columns(weight, paired))
+        panels, kind = _laid(_columns(weight, paired)), _KINDS[weight.dtype]
+        return cls._with(panels, scales, offsets, bias, shape, kind, paired=paired, memory=memory)
+
+    @classmethod
+    def of_blocks(
+        cls,
+        blocks: Sequence[Blocks],
+        bias: Tensor | None = None,
+        *,
+        paired: bool = False,
+        memory: HugePages | None = None,
+    ) -> "PackedLinear":
+        """A weight whose outputs are those of `blocks` in turn, all of as many bits; for rows in bfloat16."""
+        (bits,) = {each.bits for each in blocks}
+        numbers = torch.cat([each.unpacked() for each in blocks])
+        scales = [torch.cat([each.scale for each in blocks])]
+        # [panels, in / 32, 8, 16 columns, 4 inputs]
+        laid = _columns(numbers, paired).unflatten(2, (-1, 8, 4)).permute(0, 2, 3, 1, 4)
+        if bits == 4:
+            scales.append(torch.cat([each.least for each in blocks if each.least is not None]))
+            laid = laid[:, :, ::2] | (laid[:, :, 1::2] << 4)
+        else:
+            laid = laid.view(torch.uint8) ^ 128
+        beside = [_columns(scale, paired).transpose(1, 2).contiguous().view(torch.uint8) for scale in scales]
+        panels = torch.cat((*beside, laid.flatten(2)), dim=2)
+        kind = _BLOCK_KINDS[bits]
+        return cls._with(panels, None, None, bias, numbers.shape, kind, paired=paired, memory=memory)
+
+    @classmethod
+    def _with(
+        cls,
+        panels: Tensor,
+        scales: Tensor | None,
+        offsets: Tensor | None,
+        bias: Tensor | None,
+        shape: torch.Size,
+        kind: int,
+        *,
+        paired: bool,
+        memory: HugePages | None,
+    ) -> "PackedLinear":
         if memory is not None:
             panels = memory.copied(panels)
         scales, offsets, bias = (
@@ -89,9 +131,9 @@ class PackedLinear:
             None if scales is None else scales.data_ptr(),
             None if offsets is None else offsets.data_ptr(),
             None if bias is None else bias.data_ptr(),
-            in_features,
-            out_features,
-            _KINDS[panels.dtype],
+            shape[1],
+            shape[0],
+            kind,
             paired,
         )
         return cls(panels, scales, offsets, bias, struct)
@@ -101,6 +143,8 @@ def can_pack(weights: Sequence[Tensor], precision: Precision) -> bool:
     """Whether the kernels can take these weights [out, in]."""
     if precision == "int8":
         return all(w.shape[1] <= _MOST_IN_BYTES for w in weights)
+    if precision == "int4":
+        return all(w.shape[1] % INPUTS == 0 for w in weights)
     return all(w.dtype is torch.float32 or w.shape[1] % DEPTH == 0 for w in weights)
 
 

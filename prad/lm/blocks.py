@@ -1,0 +1,128 @@
+"""Weights as a `.gguf` keeps them: blocks of 32 inputs that share a scale, in 4 or 8 bits each.
+
+A converted model's folder holds them beside the bfloat16 weights that were made of them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType, GGUFReader
+from gguf.quants import quantize
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+INPUTS = 32
+_FILE = Path("blocks") / "model.safetensors"  # not beside the weights, of which it is no part
+
+_KINDS = {
+    GGMLQuantizationType.Q4_0: (1, 16),
+    GGMLQuantizationType.Q4_1: (2, 16),
+    GGMLQuantizationType.Q8_0: (1, 32),
+}
+"""A block's halves, of scale and least number, and the bytes of its numbers."""
+
+Bits = Literal[4, 8]
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """A weight [out, in] in blocks: scale * number, and `least` with it in 4 bits.
+
+    scale, least: float16 [out, in / 32]; numbers: int8 [out, in], or uint8 [out, in / 2], two in a byte, the
+    first in its low half.
+    """
+
+    numbers: Tensor
+    scale: Tensor
+    least: Tensor | None
+
+    @property
+    def bits(self) -> Bits:
+        return 8 if self.least is None else 4
+
+    @classmethod
+    def rounded(cls, weight: Tensor, bits: Bits) -> "Blocks":
+        """weight [out, in] in that many bits, as ggml rounds to Q4_1 and Q8_0; in is a multiple of 32."""
+        kind = GGMLQuantizationType.Q4_1 if bits == 4 else GGMLQuantizationType.Q8_0
+        blocks = _read(quantize(weight.detach().float().numpy(), kind), kind)
+        assert blocks is not None
+        return blocks
+
+    def unpacked(self) -> Tensor:
+        """The numbers [out, in], each in a byte."""
+        if self.bits == 8:
+            return self.numbers
+        return torch.stack((self.numbers & 15, self.numbers >> 4), dim=-1).flatten(1)
+
+    def widened(self) -> Tensor:
+        """The weight in bfloat16, as a conversion rounds it."""
+        wide = self.unpacked().unflatten(1, (-1, INPUTS)).float() * self.scale.float()[..., None]
+        if self.least is not None:
+            wide += self.least.float()[..., None]
+        return wide.flatten(1).bfloat16()
+
+
+def save_blocks(blocks: Mapping[str, Blocks], folder: Path) -> None:
+    """Into a model's folder, by the names of its parameters; nothing if there are none."""
+    if not blocks:
+        return
+    parts = {
+        f"{name}.{part}": tensor.contiguous()
+        for name, its in blocks.items()
+        for part in Blocks.__slots__
+        if (tensor := getattr(its, part)) is not None
+    }
+    (folder / _FILE).parent.mkdir()
+    save_file(parts, folder / _FILE)
+
+
+def load_blocks(folder: Path) -> dict[str, Blocks]:
+    """By the names of parameters; none if the folder was not converted from blocks."""
+    if not (folder / _FILE).exists():
+        return {}
+    with safe_open(folder / _FILE, framework="pt") as file:
+        parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+    names = {name.rpartition(".")[0] for name in parts}
+    return {name: Blocks(*(parts.get(f"{name}.{part}") for part in Blocks.__slots__)) for name in names}  # type: ignore[arg-type]
+
+
+def blocks_of(reader: GGUFReader, model: Any, places: Mapping[str, str], processor: Any) -> dict[str, Blocks]:
+    """Of a converted model, for each parameter whose blocks in the file are exactly what was converted.
+
+    places: parameters by the file's names; `processor`: transformers', which puts some rows in another order.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    found = {}
+    for tensor in reader.tensors:
+        name = places[tensor.name]
+        blocks = _read(tensor.data, tensor.tensor_type)
+        if blocks is None or name not in parameters:
+            continue
+        rows = np.arange(len(blocks.scale))[:, None]
+        order = processor.process(weights=rows, name=tensor.name).weights[:, 0]
+        parts = (getattr(blocks, part) for part in Blocks.__slots__)
+        blocks = Blocks(*(None if part is None else part[order] for part in parts))  # type: ignore[arg-type]
+        if torch.equal(blocks.widened(), parameters[name].data):
+            found[name] = blocks
+    return found
+
+
+def _read(data: NDArray[np.uint8], kind: GGMLQuantizationType) -> Blocks | None:
+    """data [out, bytes], as files keep it; None for what has no blocks, or blocks of another kind."""
+    halves, size = _KINDS.get(kind, (0, 0))
+    if not size or data.ndim != 2:
+        return None
+    blocks = torch.from_numpy(data.copy()).unflatten(1, (-1, 2 * halves + size))
+    scale, *least = blocks[..., : 2 * halves].contiguous().view(torch.float16).unbind(-1)
+    numbers = blocks[..., 2 * halves :].contiguous()
+    if size == INPUTS:
+        return Blocks(numbers.view(torch.int8).flatten(1), scale.contiguous(), None)
+    inputs = torch.cat((numbers & 15, numbers >> 4), dim=-1)  # a block's first half is in the low bits
+    packed = inputs[..., ::2] | (inputs[..., 1::2] << 4)
+    return Blocks(packed.flatten(1), scale.contiguous(), least[0].contiguous() if least else -8 * scale)

@@ -1,0 +1,157 @@
+"""Weights in blocks that share a scale: read from a file, rounded to, and multiplied by rows in 8 bits."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize, quantize
+from near import assert_near, some, wide
+from numpy.typing import NDArray
+from torch import Tensor
+
+from prad.lm import DEFAULT_MODEL, LanguageModel, resolve_model
+from prad.lm.blocks import Bits, Blocks, load_blocks
+from prad.lm.kernels import Activation, Kernels, Out, PackedLinear
+from tests.conftest import CACHE
+
+SIZES = ((1, 32), (16, 64), (17, 96), (40, 32), (80, 160), (336, 576), (50, 4128))  # columns, inputs
+EDGES = (1, 2, 5, 6, 7, 11, 12, 13, 15, 16, 17, 24, 25, 59, 60, 61, 63, 64, 65)
+BITS: tuple[Bits, ...] = (4, 8)
+
+Floats = NDArray[np.float32]
+
+
+def numbers(blocks: Blocks) -> Floats:
+    """[out, in / 32, 32] in float32."""
+    found = blocks.unpacked().unflatten(1, (-1, 32)).float() * blocks.scale.float()[..., None]
+    found += 0 if blocks.least is None else blocks.least.float()[..., None]
+    return found.numpy()
+
+
+def products(x: Tensor, blocks: Blocks) -> Tensor:
+    """What blocks.h says, written out: 32 inputs of a row share a scale, sums in float64."""
+    rows = x.float().unflatten(1, (-1, 32)).numpy()
+    largest = np.maximum(np.abs(rows).max(axis=2, keepdims=True), np.float32(2.0**-100))
+    steps = np.rint(rows * (np.float32(127) / largest)) * (largest / np.float32(127)).astype(np.float64)
+    weight = numbers(blocks).astype(np.float64)
+    return torch.from_numpy(steps.reshape(len(x), -1) @ weight.reshape(len(weight), -1).T).float()
+
+
+def of(columns: int, depth: int, bits: Bits) -> Blocks:
+    return Blocks.rounded(some(columns, depth, dtype=torch.bfloat16, seed=1), bits)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("columns", "depth"), SIZES)
+def test_products_by_blocks(kernels: Kernels, columns: int, depth: int, bits: Bits) -> None:
+    """Near float64, and the same bits for a row in every number of rows."""
+    x, blocks = some(65, depth, dtype=torch.bfloat16), of(columns, depth, bits)
+    packed = PackedLinear.of_blocks([blocks])
+    expected, alone = products(x, blocks), torch.cat([wide(kernels, packed, row[None]) for row in x])
+    assert_near(alone, expected, 1e-6)
+    for rows in EDGES:
+        assert torch.equal(wide(kernels, packed, x[:rows]), alone[:rows]), rows
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_long_batches_are_cut(kernels: Kernels, bits: Bits) -> None:
+    x, blocks = some(517, 96, dtype=torch.bfloat16), of(400, 96, bits)
+    assert_near(wide(kernels, PackedLinear.of_blocks([blocks]), x), products(x, blocks), 1e-6)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(
+    "kind", ["x86-64-v3", pytest.param("x86-64-v2", marks=pytest.mark.long)], ids=["AVX2", "SSE"]
+)
+def test_a_cpu_without_dot_products_comes_as_near(
+    kernels_of: Callable[[str], Kernels], kind: str, bits: Bits
+) -> None:
+    if "avx2" not in Path("/proc/cpuinfo").read_text(encoding="utf-8"):
+        pytest.skip("the tests' own CPU lacks AVX2")
+    x, blocks = some(65, 160, dtype=torch.bfloat16), of(50, 160, bits)
+    packed, expected = PackedLinear.of_blocks([blocks]), products(x, blocks)
+    for rows in EDGES:
+        assert_near(wide(kernels_of(kind), packed, x[:rows]), expected[:rows], 1e-6)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("rows", [1, 13, 65])
+def test_what_becomes_of_the_products(kernels: Kernels, rows: int, bits: Bits) -> None:
+    """Of two matrices side by side, with a bias; and as gate and up."""
+    x, bias = some(rows, 96, dtype=torch.bfloat16), some(80, seed=2)
+    parts = [of(30, 96, bits), Blocks.rounded(some(50, 96, seed=3), bits)]
+    expected = torch.cat([products(x, part) for part in parts], dim=1) + bias
+    packed = PackedLinear.of_blocks(parts, bias)
+    assert_near(wide(kernels, packed, x), expected, 1e-6)
+    added = torch.ones(rows, 80)
+    kernels.linear(packed, x, added, Out.ADD)
+    assert_near(added, 1 + expected, 1e-6)
+    stored = torch.empty(rows, 80, dtype=torch.bfloat16)
+    kernels.linear(packed, x, stored, Out.STORE)
+    assert torch.equal(stored, wide(kernels, packed, x).bfloat16())
+    pairs = PackedLinear.of_blocks([of(40, 96, bits), of(40, 96, bits)], bias, paired=True)
+    both = wide(kernels, pairs, x)
+    gate, up = both.chunk(2, dim=1)
+    assert_near(gate - bias[:40], up - bias[40:], 1e-5)
+    inner = torch.empty(rows, 40, dtype=torch.bfloat16)
+    kernels.linear(pairs, x, inner, Out.GATED, Activation.RELU)
+    assert_near(inner, gate.relu() * up, 8e-3)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_spoils_its_own_row(kernels: Kernels, value: float, bits: Bits) -> None:
+    for rows in (1, 7, 20):
+        x, packed = some(rows, 96, dtype=torch.bfloat16), PackedLinear.of_blocks([of(80, 96, bits)])
+        before = wide(kernels, packed, x)
+        x[rows // 2, -2] = value
+        after = wide(kernels, packed, x)
+        assert after[rows // 2].isnan().all()
+        others = torch.arange(rows) != rows // 2
+        assert torch.equal(after[others], before[others])
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_zeros_and_the_least_and_largest_numbers(kernels: Kernels, bits: Bits) -> None:
+    x, blocks = torch.zeros(5, 64, dtype=torch.bfloat16), of(33, 64, bits)
+    x[1, :40] = 1e-40
+    x[2, 5] = 1e-25
+    x[3, 40] = 1e37
+    found, weight = wide(kernels, PackedLinear.of_blocks([blocks]), x), blocks.widened().float()
+    assert (found[[0, 4]] == 0).all()
+    assert found[1].abs().max() < 1e-28
+    assert_near(found[2], x[2, 5].float() * weight[:, 5], 0.03)
+    assert_near(found[3] / 1e37, weight[:, 40], 0.03)
+    nothing = PackedLinear.of_blocks([Blocks.rounded(torch.zeros(33, 64), bits)])
+    assert (wide(kernels, nothing, some(3, 64, dtype=torch.bfloat16)) == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+def test_a_file_is_read_as_others_read_it(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from prad.lm import blocks
+
+    weight = some(33, 96).numpy()
+    raw = quantize(weight, GGMLQuantizationType[kind])
+    found = blocks._read(raw, GGMLQuantizationType[kind])
+    assert found is not None
+    right = torch.from_numpy(dequantize(raw, GGMLQuantizationType[kind]))
+    assert torch.equal(torch.from_numpy(numbers(found)).flatten(1), right)
+    assert torch.equal(found.widened(), right.bfloat16())
+
+
+def test_the_default_model_keeps_its_files_blocks() -> None:
+    """Of every linear layer and the head, in the order of rows that it has there: bit for bit."""
+    folder = resolve_model(DEFAULT_MODEL, CACHE)
+    kept, model = load_blocks(folder), LanguageModel.load(folder)
+    layers = {name for name, weight in model.module.named_parameters() if weight.dim() == 2}
+    assert kept.keys() == layers
+    assert {blocks.bits for name, blocks in kept.items() if "layers" in name} == {4}
+    for name, weight in model.module.named_parameters():
+        assert name not in kept or torch.equal(kept[name].widened(), weight), name
+
+
+def test_a_folder_without_blocks_has_none(tmp_path: Path) -> None:
+    assert load_blocks(tmp_path) == {}
