@@ -80,7 +80,7 @@ def serve_command(
     weights: Annotated[
         Literal["full", "int8", "int4"] | None,
         typer.Option(
-            help="Of decode's linear layers: int8 or int4 are faster, int4 for a few sequences, and not exact. "
+            help="Of decode's linear layers: int8 or int4 are faster, int4 for few sequences, and not exact. "
             "If left out: PRAD_DECODE_WEIGHTS, or full."
         ),
     ] = None,

@@ -22,7 +22,7 @@ from prefill_service.catalogue import Residents
 from prefill_service.decode_link import DecodeLink, event_error
 from prefill_service.errors import DeadlineError, DecodeUnavailableError, OverloadedError, ServingError
 from prefill_service.pass_loop import PassLoop
-from prefill_service.prompt import Committing, Decoding, Finished, Prompt, PromptRequest
+from prefill_service.prompt import Committing, Decoding, Finished, Flow, Prompt, PromptRequest
 from prefill_service.scheduler import PromptScheduler
 from prefill_service.settings import PrefillSettings
 
@@ -54,7 +54,7 @@ class PrefillEngine:
         self._settings = settings
         self._clock = clock
         self._loop = PassLoop(scheduler, passes, link, settings, clock)
-        self._loading = Counter[str | None]()
+        self._loading = Counter[Flow]()
 
     @property
     def trouble(self) -> str | None:
@@ -145,7 +145,7 @@ class PrefillEngine:
             self._turn_away(request, deadline)
         async with AsyncExitStack() as held:
             adapter: Adapter | None = None
-            self._loading[request.task] += 1
+            self._loading[request.flow] += 1
             try:
                 async with asyncio.timeout(deadline - self._clock()):
                     if request.version is not None:
@@ -154,7 +154,7 @@ class PrefillEngine:
             except TimeoutError:
                 raise self._no_token() from None
             finally:
-                self._loading[request.task] -= 1
+                self._loading[request.flow] -= 1
             yield adapter
 
     def _turn_away(self, request: PromptRequest, deadline: float) -> None:
@@ -167,7 +167,7 @@ class PrefillEngine:
         yields = None
         if self._scheduler.full(self._loading.total()):
             many, after_s = self.waiting, self._scheduler.expected_place()
-            if (yields := self._scheduler.yields(request.task, self._loading)) is None:
+            if (yields := self._scheduler.yields(request.flow, self._loading)) is None:
                 raise OverloadedError(
                     f"{many} prompts are waiting already; try again later", retry_after=after_s
                 )

@@ -51,8 +51,11 @@ class RoomWanted(NamedTuple):
         return all(own >= its for own, its in zip(self, other, strict=True))
 
 
-GIVING_WAY = "(gives way)"
-"""Whose turns prompts take that give way; no task has such a name."""
+Flow = tuple[str | None, str | None]
+"""Who takes turns with others: a task (None is the plain model) and the name of an API key, if one is shown.
+Nothing that a client makes up, as `cache_salt`: many of these would be many turns."""
+GIVING_WAY: Flow = ("(gives way)", None)
+"""Of prompts that give way; no task has such a name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +68,9 @@ class PromptRequest:
     `task_token_id`s of the version; these stay on the prompt side. tokens_per_event: how many tokens decode
     tells at once, at most; 1 if somebody waits for each. beams: how many hypotheses a beam search keeps, of
     which the `choices` best are the answers; None: tokens are drawn. cache_salt: only requests with the same
-    one find each other's prompts in the prefix cache. answer: the id of the HTTP request, which had
-    `prompts` of them. gives_way: nobody waits for it, so it ends (OverloadedError) where others would.
+    one find each other's prompts in the prefix cache. key: the name of the API key that was shown. answer:
+    the id of the HTTP request, which had `prompts` of them. gives_way: nobody waits for it, so it ends
+    (OverloadedError) where others would.
     """
 
     request_id: str
@@ -80,6 +84,7 @@ class PromptRequest:
     tokens_per_event: int = 1
     beams: int | None = None
     cache_salt: str | None = None
+    key: str | None = None
     answer: str = ""
     prompts: int = 1
     gives_way: bool = False
@@ -90,12 +95,11 @@ class PromptRequest:
         return 0 if self.version is None else self.version.artefact.record.virtual_tokens
 
     @property
-    def task(self) -> str | None:
-        """Who takes turns with others; None is the plain model. Nothing that a client makes up, as
-        `cache_salt`: many of these would be many turns. What gives way takes none of its task's."""
+    def flow(self) -> Flow:
+        """Whose turns it takes; what gives way takes none of its task's."""
         if self.gives_way:
             return GIVING_WAY
-        return None if self.version is None else self.version.task
+        return None if self.version is None else self.version.task, self.key
 
     @property
     def tokens_at_most(self) -> int:
@@ -264,7 +268,7 @@ class Prompt:
         return None in reasons
 
 
-_LEFT_FREE = 16  # a task leaves one in so many of what it holds at decode
+_LEFT_FREE = 16  # a flow leaves one in so many of what it holds at decode
 
 _Room = tuple[int, int]
 """Blocks, sequences."""
@@ -287,15 +291,15 @@ class DecodeSize(NamedTuple):
 class DecodeRoom:
     """Who holds room at decode, who was refused it, and who may ask for it now.
 
-    A task that holds some leaves a sixteenth of what it holds for those that hold none: a flood that came
+    A flow that holds some leaves a sixteenth of what it holds for those that hold none: a flood that came
     first delays nobody who comes then, and decode is full but for that. These are dynamic thresholds, as
     Choudhury and Hahne, Dynamic Queue Length Thresholds for Shared-Memory Packet Switches, 1998: the more
-    tasks hold a lot, the less is left. What would not fit at all is decode's to refuse.
+    flows hold a lot, the less is left. What would not fit at all is decode's to refuse.
 
-    Who wants less may pass one that was refused; after `patience_s` only tasks that hold nothing may, and it
-    leaves nothing for them. While a task waits that holds less than its share, others that do not get none;
+    Who wants less may pass one that was refused; after `patience_s` only flows that hold nothing may, and it
+    leaves nothing for them. While a flow waits that holds less than its share, others that do not get none;
     and nobody waits for these. Shares are equal, of the tokens held and the most that one was refused, among
-    the tasks that hold some or wait.
+    the flows that hold some or wait.
     """
 
     def __init__(self, patience_s: float) -> None:
@@ -324,9 +328,9 @@ class DecodeRoom:
         """When it makes sense to ask."""
         return max((t for wanted, t in self._too_small if prompt.wanted.at_least(wanted)), default=0.0)
 
-    def asking(self, prompts: Sequence[Prompt], waiting: Collection[str | None]) -> list[Prompt]:
-        """Who of those that want room may ask for it, by what is held, who was refused and which tasks wait.
-        prompts: by turns of their tasks, so that what is left is shared; who has to leave some of it waits
+    def asking(self, prompts: Sequence[Prompt], waiting: Collection[Flow]) -> list[Prompt]:
+        """Who of those that want room may ask for it, by what is held, who was refused and which flows wait.
+        prompts: by turns of their flows, so that what is left is shared; who has to leave some of it waits
         for none behind it."""
         first, may = self._may_pass(waiting)
         asking = [prompt for prompt in prompts if may(prompt)]
@@ -336,40 +340,40 @@ class DecodeRoom:
         self, prompts: Sequence[Prompt], size: DecodeSize, first: Prompt | None
     ) -> list[Prompt]:
         """Those after whom enough is left, and `first`: others wait for it."""
-        held = dict[str | None, _Room]()
+        held = dict[Flow, _Room]()
         blocks, sequences = size.blocks, size.sequences
         for prompt, room in self._held.items():
-            its = held.get(prompt.request.task, (0, 0))
-            held[prompt.request.task] = its[0] + room[0], its[1] + room[1]
+            its = held.get(prompt.request.flow, (0, 0))
+            held[prompt.request.flow] = its[0] + room[0], its[1] + room[1]
             blocks, sequences = blocks - room[0], sequences - room[1]
-        asking, behind = list[Prompt](), set[str | None]()
+        asking, behind = list[Prompt](), set[Flow]()
         for prompt in prompts:
-            if (task := prompt.request.task) in behind and prompt is not first:
+            if (flow := prompt.request.flow) in behind and prompt is not first:
                 continue
-            room, its = size.wanted(prompt), held.get(task, (0, 0))
+            room, its = size.wanted(prompt), held.get(flow, (0, 0))
             left, holds = (blocks - room[0], sequences - room[1]), (its[0] + room[0], its[1] + room[1])
             enough = left[0] >= holds[0] // _LEFT_FREE and left[1] >= holds[1] // _LEFT_FREE
             fits = min(left) >= 0
-            if fits and task in held and not enough and prompt is not first:
-                behind.add(task)
+            if fits and flow in held and not enough and prompt is not first:
+                behind.add(flow)
                 continue
             if fits:
-                held[task], (blocks, sequences) = holds, left
+                held[flow], (blocks, sequences) = holds, left
             asking.append(prompt)
         return asking
 
-    def _may_pass(self, waiting: Collection[str | None]) -> tuple[Prompt | None, Callable[[Prompt], bool]]:
-        """Who has waited too long, if anybody; whether a prompt may pass, by who was refused and which tasks
+    def _may_pass(self, waiting: Collection[Flow]) -> tuple[Prompt | None, Callable[[Prompt], bool]]:
+        """Who has waited too long, if anybody; whether a prompt may pass, by who was refused and which flows
         wait."""
         if not self._refused:
             return None, lambda _: True
-        held = Counter[str | None]()
+        held = Counter[Flow]()
         for prompt in self._held:
-            held[prompt.request.task] += prompt.wanted.tokens
+            held[prompt.request.flow] += prompt.wanted.tokens
         total = held.total() + max(prompt.wanted.tokens for prompt in self._refused)
-        over = {task for task, its in held.items() if its * len(held.keys() | set(waiting)) >= total}
-        entitled = [prompt for prompt in self._refused if prompt.request.task not in over]
+        over = {flow for flow, its in held.items() if its * len(held.keys() | set(waiting)) >= total}
+        entitled = [prompt for prompt in self._refused if prompt.request.flow not in over]
         waited = {prompt: last - first for prompt, (first, last) in self._refused.items()}
         if (first := next((p for p in entitled if waited[p] >= self._patience_s), None)) is not None:
-            return first, lambda prompt: prompt is first or prompt.request.task not in held
-        return None, lambda prompt: not entitled or prompt.request.task not in over
+            return first, lambda prompt: prompt is first or prompt.request.flow not in held
+        return None, lambda prompt: not entitled or prompt.request.flow not in over

@@ -4,9 +4,10 @@ Short prompts, of up to `chunk_tokens`, go in whole, up to `pass_tokens` togethe
 decodes as one batch. Longer ones share `chunk_tokens` of a pass, so that short ones need not wait for them.
 What is computed of them lies in their blocks. One that must run whole is never cut.
 
-Tasks take turns (`VirtualCounters`). The oldest prompt of the task whose turn it is goes first, with half of
-that share if it is long: none starves. Then go, by turns, those with the fewest tokens left of each task.
-Who decode has no room for may be passed by who wants less, within bounds (`DecodeRoom`).
+Flows, a task's prompts under one API key, take turns (`VirtualCounters`). The oldest prompt of the flow whose
+turn it is goes first, with half of that share if it is long: none starves. Then go, by turns, those with the
+fewest tokens left of each flow. Who decode has no room for may be passed by who wants less, within bounds
+(`DecodeRoom`).
 """
 
 import math
@@ -16,7 +17,7 @@ from dataclasses import dataclass, replace
 from heapq import heapify, heappop, heappush
 
 from prad.core.kv import BlockPool, Chunk
-from prefill_service.prompt import DecodeRoom, DecodeSize, Prefilling, Prompt, PromptRequest, Queued
+from prefill_service.prompt import DecodeRoom, DecodeSize, Flow, Prefilling, Prompt, PromptRequest, Queued
 
 _DRAWN_WEIGHT = 2.0  # of a drawn token, where one of a prompt counts 1: the paper's
 _LATELY_S = 30.0  # over how long the queue's rate is measured
@@ -26,41 +27,41 @@ _LOOK_AGAIN_S = 1.0  # after those that wait until others leave decode: their ow
 
 
 class VirtualCounters:
-    """Whose turn it is: the waiting task's with the smallest counter of tokens computed and drawn for it.
+    """Whose turn it is: the waiting flow's with the smallest counter of tokens computed and drawn for it.
 
-    The virtual token counter (VTC) of Sheng et al., Fairness in Serving Large Language Models, 2024. A task
+    The virtual token counter (VTC) of Sheng et al., Fairness in Serving Large Language Models, 2024. A flow
     that comes back is lifted to the smallest of those that wait, or the last that left: no turns are saved.
     """
 
     def __init__(self) -> None:
-        self._counters: dict[str | None, float] = {}
-        self.waiting = Counter[str | None]()
+        self._counters: dict[Flow, float] = {}
+        self.waiting = Counter[Flow]()
         self._left = 0.0
 
-    def arrive(self, task: str | None) -> None:
-        if task not in self.waiting:
-            self._counters[task] = max(self._counters.get(task, 0.0), self._smallest())
-        self.waiting[task] += 1
+    def arrive(self, flow: Flow) -> None:
+        if flow not in self.waiting:
+            self._counters[flow] = max(self._counters.get(flow, 0.0), self._smallest())
+        self.waiting[flow] += 1
 
-    def leave(self, task: str | None) -> None:
-        """The task waits for one prompt less; who is behind all that wait has nothing to be remembered."""
+    def leave(self, flow: Flow) -> None:
+        """The flow waits for one prompt less; who is behind all that wait has nothing to be remembered."""
         self._left = self._smallest()
-        self.waiting[task] -= 1
-        if not self.waiting[task]:
-            del self.waiting[task]
+        self.waiting[flow] -= 1
+        if not self.waiting[flow]:
+            del self.waiting[flow]
             kept = {t: c for t, c in self._counters.items() if t in self.waiting or c > self._left}
             self._counters = kept
 
-    def charge(self, task: str | None, tokens: float) -> None:
-        self._counters[task] = self._counters.get(task, self._left) + tokens
+    def charge(self, flow: Flow, tokens: float) -> None:
+        self._counters[flow] = self._counters.get(flow, self._left) + tokens
 
     def turns(self, prompts: Iterable[Prompt], cost: Callable[[Prompt], float]) -> Iterator[Prompt]:
-        """The prompts, each task's in their order, whenever it is its turn. cost: what a prompt got in its
+        """The prompts, each flow's in their order, whenever it is its turn. cost: what a prompt got in its
         turn, asked behind it."""
-        lines: dict[str | None, deque[Prompt]] = {}
+        lines: dict[Flow, deque[Prompt]] = {}
         for prompt in prompts:
-            lines.setdefault(prompt.request.task, deque()).append(prompt)
-        heap = [(self._counters[task], rank, line) for rank, (task, line) in enumerate(lines.items())]
+            lines.setdefault(prompt.request.flow, deque()).append(prompt)
+        heap = [(self._counters[flow], rank, line) for rank, (flow, line) in enumerate(lines.items())]
         heapify(heap)
         while heap:
             counter, rank, line = heappop(heap)
@@ -70,7 +71,7 @@ class VirtualCounters:
                 heappush(heap, (counter + cost(prompt), rank, line))
 
     def _smallest(self) -> float:
-        return min((self._counters[task] for task in self.waiting), default=self._left)
+        return min((self._counters[flow] for flow in self.waiting), default=self._left)
 
 
 class QueueRate:
@@ -152,19 +153,19 @@ class PromptScheduler:
         """Whether no more prompts may come; arriving: how many are about to."""
         return len(self) + arriving >= self._max_waiting
 
-    def yields(self, task: str | None, arriving: Mapping[str | None, int]) -> Prompt | None:
-        """Who leaves a full queue for one more prompt of `task`: the last that came of the task with the most
+    def yields(self, flow: Flow, arriving: Mapping[Flow, int]) -> Prompt | None:
+        """Who leaves a full queue for one more prompt of `flow`: the last that came of the flow with the most
         there, those that are about to come included, if it then still has no fewer; None if nobody. No prompt
         of an answer that has begun: all of it would end, in mid-stream."""
         begins = [p for p in self._prompts if isinstance(p.state, Queued) and not p.request.continuation_ids]
         there = Counter(arriving)
-        there.update(prompt.request.task for prompt in begins)
+        there.update(prompt.request.flow for prompt in begins)
         queued = Counter(prompt.request.answer for prompt in begins)
         begins = [prompt for prompt in begins if queued[prompt.request.answer] >= prompt.request.prompts]
-        longest = max((p.request.task for p in begins), key=there.__getitem__, default=task)
-        if there[longest] <= there[task] + 1:
+        longest = max((p.request.flow for p in begins), key=there.__getitem__, default=flow)
+        if there[longest] <= there[flow] + 1:
             return None
-        return next((prompt for prompt in reversed(begins) if prompt.request.task == longest), None)
+        return next((prompt for prompt in reversed(begins) if prompt.request.flow == longest), None)
 
     def decode_has(self, size: DecodeSize) -> None:
         """How much room there is at decode altogether."""
@@ -173,21 +174,21 @@ class PromptScheduler:
     def add(self, prompt: Prompt) -> None:
         prompt.keys = prompt.block_keys(self.blocks.block_size) if self.blocks.caching else ()
         self._prompts.append(prompt)
-        self._counters.arrive(prompt.request.task)
+        self._counters.arrive(prompt.request.flow)
 
     def remove(self, prompt: Prompt) -> None:
         """Forgets a prompt; what it uses in a pass under way is given back when that ends."""
         self._room.leave(prompt)
         if prompt in self._prompts:
             self._prompts.remove(prompt)
-            self._counters.leave(prompt.request.task)
+            self._counters.leave(prompt.request.flow)
             in_pass = any(chunk.prompt is prompt for chunk in self._pass)
             if isinstance(prompt.state, Prefilling) and not in_pass:
                 self.blocks.free(prompt.state.table)
 
     def drew(self, prompt: Prompt, tokens: int) -> None:
-        """Decode did, for its task."""
-        self._counters.charge(prompt.request.task, _DRAWN_WEIGHT * tokens)
+        """Decode did, for its flow."""
+        self._counters.charge(prompt.request.flow, _DRAWN_WEIGHT * tokens)
 
     def left_decode(self, prompt: Prompt) -> None:
         """It holds no room there any more."""
@@ -198,17 +199,17 @@ class PromptScheduler:
         return [prompt for prompt in self._prompts if prompt.waits_for_room and prompt.enqueued <= before]
 
     def expected_wait(self, request: PromptRequest) -> float | None:
-        """Seconds, by what left the queue lately, until nothing is before such a request: its own task's
-        prompts, and as much of every other task; None if not enough is known."""
-        waiting = Counter[str | None]()
+        """Seconds, by what left the queue lately, until nothing is before such a request: its own flow's
+        prompts, and as much of every other flow; None if not enough is known."""
+        waiting = Counter[Flow]()
         for prompt in self._prompts:
             if isinstance(prompt.state, Queued):
-                waiting[prompt.request.task] += prompt.wanted.tokens
+                waiting[prompt.request.flow] += prompt.wanted.tokens
         queued = (prompt.enqueued for prompt in self._prompts if isinstance(prompt.state, Queued))
         oldest = min(queued, default=self._rate.seen)
         if self._rate.seen - oldest < _KNOWN_AFTER_S:
             return None  # what slowed the queue down is over
-        most = (own := waiting.pop(request.task, 0)) + request.tokens_at_most
+        most = (own := waiting.pop(request.flow, 0)) + request.tokens_at_most
         return self._rate.seconds_for(own + sum(min(most, tokens) for tokens in waiting.values()))
 
     def expected_place(self) -> float:
@@ -233,7 +234,7 @@ class PromptScheduler:
         return min([*map(self._room.retry_at, asking), *again], default=None)
 
     def next_pass(self, now: float) -> list[Chunk[Prompt]]:
-        """The chunks of the next pass, by turns of their tasks and each task's in order of arrival; prompts
+        """The chunks of the next pass, by turns of their flows and each flow's in order of arrival; prompts
         not seen before begin."""
         queued = (prompt.enqueued for prompt in self._prompts if isinstance(prompt.state, Queued))
         self._rate.look(now, min(queued, default=None))
@@ -241,7 +242,7 @@ class PromptScheduler:
             return []
         chunks = self._chunks(runnable, set(runnable))
         for chunk in chunks:
-            self._counters.charge(chunk.prompt.request.task, len(chunk))
+            self._counters.charge(chunk.prompt.request.flow, len(chunk))
         self._pass = chunks
         return list(chunks)
 
@@ -264,7 +265,7 @@ class PromptScheduler:
         """The chunk does not run. A prompt that it would have begun waits again, in its place; one that was
         removed is done with. not_before: decode has no room for it until then."""
         self._pass.remove(chunk)
-        self._counters.charge(chunk.prompt.request.task, -len(chunk))
+        self._counters.charge(chunk.prompt.request.flow, -len(chunk))
         if chunk.prompt in self._prompts and not_before:
             self._room.refuse(chunk.prompt, not_before)
         self._unbegin(chunk)
@@ -295,7 +296,7 @@ class PromptScheduler:
                 self._room.take(prompt)
         self._begun.clear()
         for prompt in leaving.intersection(self._prompts):
-            self._counters.leave(prompt.request.task)
+            self._counters.leave(prompt.request.flow)
         self._prompts = [prompt for prompt in self._prompts if prompt not in leaving]
         staying = set(self._prompts)
         for chunk in ran:

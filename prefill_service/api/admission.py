@@ -57,12 +57,13 @@ class ModelInfo:
 class Target:
     """`version` None is the plain model. `name`: as the client wrote it, and as the response repeats it;
     `routing`: the revision of the task's routing that it was resolved by; `shadow`: the version under which
-    it also runs, unseen."""
+    it also runs, unseen; `key`: the name of the API key that was shown."""
 
     name: str
     version: TaskVersion | None
     routing: int | None = None
     shadow: TaskVersion | None = None
+    key: str | None = None
 
     @property
     def record(self) -> AdapterRecord | None:
@@ -163,14 +164,14 @@ class Admission:
         base_name = self._catalogue.base_name
         name, param = _wanted(request, base_name)
         task, which = (base_name, None) if name is None else split_name(name, param)
+        shown = None if client is None else client.name
         if client is not None:
             client.require(task)
         if name is None:
-            return Target(base_name, None)
+            return Target(base_name, None, key=shown)
         version, routing = find_version(self._catalogue, task, which, param, key, client)
-        return Target(
-            name, version, routing, self._catalogue.shadow(task, version) if which is None else None
-        )
+        shadow = self._catalogue.shadow(task, version) if which is None else None
+        return Target(name, version, routing, shadow, shown)
 
     async def completion(self, request: CompletionRequest, target: Target) -> Admitted:
         if len(request.prompt) > self._limits.max_prompts:
@@ -236,6 +237,7 @@ class Admission:
                 beams=request.beams,
                 tokens_per_event=1 if request.stream or stop else TOKENS_PER_EVENT,
                 cache_salt=request.cache_salt,
+                key=target.key,
                 answer=name,
                 prompts=len(fitted),
             )

@@ -1,4 +1,4 @@
-"""Tasks take turns, and nobody keeps others from room at decode: plain data and a simulated clock."""
+"""Tasks, and a task's keys, take turns, and nobody keeps others from room at decode: a simulated clock."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from random import Random
 import pytest
 
 from prad.core.kv import BlockPool
-from prefill_service.prompt import Prompt
+from prefill_service.prompt import Flow, Prompt
 from prefill_service.scheduler import PromptScheduler
 from tests.prefill.fakes import request, version
 
@@ -26,11 +26,18 @@ def scheduler(
 
 
 def prompt(
-    task: str, tokens: int = 10, *, at: float = 0, max_tokens: int = 21, choices: int = 1, name: str = ""
+    task: str,
+    tokens: int = 10,
+    *,
+    at: float = 0,
+    max_tokens: int = 21,
+    choices: int = 1,
+    name: str = "",
+    key: str | None = None,
 ) -> Prompt:
-    asked = request(
-        name or task, range(tokens), version=version("d", task), max_tokens=max_tokens, choices=choices
-    )
+    its = version("d", task)
+    named = name or task
+    asked = request(named, range(tokens), version=its, max_tokens=max_tokens, choices=choices, key=key)
     return Prompt(asked, enqueued=at)
 
 
@@ -224,7 +231,7 @@ class Simulated:
     life_s: float
     now: float = 0.0
     ends: list[tuple[float, Prompt]] = field(default_factory=list)
-    waited: dict[str, list[float]] = field(default_factory=dict)
+    waited: dict[Flow, list[float]] = field(default_factory=dict)
     random: Random = field(default_factory=lambda: Random(2))
 
     def run(self, arrivals: Sequence[tuple[float, Callable[[float], Prompt]]], until: float) -> None:
@@ -250,24 +257,34 @@ class Simulated:
         self.queue.computed()
         self.now += 0.01 + 0.0001 * ran
         for prompt in began:
-            self.waited.setdefault(prompt.request.task or "", []).append(self.now - prompt.enqueued)
+            self.waited.setdefault(prompt.request.flow, []).append(self.now - prompt.enqueued)
             self.ends.append((self.now + self.life_s * self.random.uniform(0.5, 1.5), prompt))
 
 
-def quiet_p99(*, busy: int, places: int) -> float:
-    """What a quiet task waits for its first token beside another, of which `busy` prompts a second come."""
+TASKS: tuple[Flow, Flow] = ("flood", None), ("quiet", None)
+KEYS: tuple[Flow, Flow] = ("task", "flood"), ("task", "quiet")
+"""Of one task: one application's key beside another's."""
+
+
+def quiet_p99(flows: tuple[Flow, Flow], *, busy: int, places: int) -> float:
+    """What a quiet flow waits for its first token beside another, of which `busy` prompts a second come."""
+
+    def of(flow: Flow) -> Callable[[float], Prompt]:
+        return lambda at: prompt(flow[0] or "", 64, at=at, key=flow[1])
+
+    flood, quiet = flows
     random = Random(1)
     at = [random.uniform(0, 10) for _ in range(10 * busy)]
-    arrivals = [(t, lambda at: prompt("flood", 64, at=at)) for t in at]
-    arrivals += [(t, lambda at: prompt("quiet", 64, at=at)) for t in (0.2 * i for i in range(50))]
+    arrivals = [(t, of(flood)) for t in at] + [(0.2 * i, of(quiet)) for i in range(50)]
     simulated = Simulated(scheduler(pass_tokens=4096, chunk_tokens=512, pass_prompts=64), places, life_s=1.0)
     simulated.run(arrivals, until=12)
-    waited = sorted(simulated.waited["quiet"])
+    waited = sorted(simulated.waited[quiet])
     assert len(waited) == 50
     return waited[int(0.99 * len(waited))]
 
 
-def test_a_flood_does_not_double_what_a_quiet_task_waits_beside_full_passes() -> None:
+@pytest.mark.parametrize("flows", [TASKS, KEYS], ids=["tasks", "keys"])
+def test_a_flood_does_not_double_what_the_quiet_wait_beside_full_passes(flows: tuple[Flow, Flow]) -> None:
     beside_full_passes = 2 * (0.01 + 0.0001 * 4096)  # the rest of the one under way, and its own
-    assert quiet_p99(busy=80, places=10_000) <= 2 * beside_full_passes
-    assert quiet_p99(busy=80, places=64) <= 2 * beside_full_passes, "decode is full all the time"
+    assert quiet_p99(flows, busy=80, places=10_000) <= 2 * beside_full_passes
+    assert quiet_p99(flows, busy=80, places=64) <= 2 * beside_full_passes, "decode is full all the time"

@@ -24,9 +24,9 @@ class Decode:
         self.queue.decode_has(size)
         self.size, self.blocks, self.sequences = size, size.blocks, size.sequences
 
-    def add(self, task: str, count: int = 1, *, max_tokens: int = 23) -> None:
+    def add(self, task: str, count: int = 1, *, max_tokens: int = 23, key: str | None = None) -> None:
         for _ in range(count):
-            self.queue.add(prompt(task, max_tokens=max_tokens))
+            self.queue.add(prompt(task, max_tokens=max_tokens, key=key))
 
     def taken(self, now: float = 0.0) -> list[str]:
         """Whose prompts run, as long as any do."""
@@ -36,7 +36,7 @@ class Decode:
                 blocks, sequences = self.size.wanted(chunk.prompt)
                 if blocks <= self.blocks and sequences <= self.sequences:
                     self.blocks, self.sequences = self.blocks - blocks, self.sequences - sequences
-                    ran.append(chunk.prompt.request.task or "")
+                    ran.append(chunk.prompt.request.flow[0] or "")
                 else:
                     self.queue.put_back(chunk, now + 0.2)
             self.queue.computed()
@@ -50,6 +50,15 @@ def test_a_flood_leaves_a_sixteenth_of_the_sequences_that_it_holds(sequences: in
     assert len(decode.taken()) == flood_holds
     decode.add("quiet")
     assert decode.taken() == ["quiet"] * (sequences > flood_holds)
+
+
+def test_a_key_leaves_some_to_the_other_keys_of_its_task() -> None:
+    decode = Decode(DecodeSize(10**6, 16, 17))
+    decode.add("task", 400, key="flood")
+    assert len(decode.taken()) == 16
+    decode.add("task", key="quiet")
+    assert decode.taken() == ["task"]
+    assert decode.sequences == 0
 
 
 def test_a_flood_leaves_a_sixteenth_of_the_blocks_that_it_holds() -> None:
@@ -140,11 +149,11 @@ def test_a_flood_that_fills_decode_first_does_not_double_what_a_quiet_task_waits
     queue.decode_has(DecodeSize(10**6, 16, sequences=256))
     simulated = Simulated(queue, places=256, life_s=40.0)
     simulated.run(arrivals, until=19)
-    waits = simulated.waited["quiet"]
+    waits = simulated.waited["quiet", None]
     beside_full_passes = 2 * (0.01 + 0.0001 * 4096)  # the rest of the one under way, and its own
     assert len(waits) == 12
     assert max(waits) <= 2 * beside_full_passes
-    assert len(simulated.waited["flood"]) == 241
+    assert len(simulated.waited["flood", None]) == 241
 
 
 # ---- the queue's bound -------------------------------------------------------------------------------------

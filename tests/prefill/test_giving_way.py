@@ -113,6 +113,6 @@ def test_it_takes_no_turn_of_its_task_and_no_place_in_the_prefix_cache() -> None
     own = prompt("a", range(64), digest="d")
     assert own.block_keys(16)
     shadow = giving_way()
-    assert shadow.task != request("live", version=version("d")).task
+    assert shadow.flow != request("live", version=version("d")).flow
     own.request = shadow
     assert own.block_keys(16) == ()

@@ -113,6 +113,13 @@ async def test_without_a_key_that_is_in_force_nothing_is_told(app_with: AppOf, s
         assert (await client.post(URL, json=BODY, headers=shown("alice"))).status_code == 200
 
 
+async def test_a_key_takes_its_own_turns_of_a_task(app_with: AppOf, engine: Any) -> None:
+    async with client_of(app_with(key("alice"), key("bob"))) as client:
+        for name in ("alice", "bob"):
+            assert await error(client, name) == (200, None)
+    assert [request.flow for request in engine.requests] == [("e2e", "alice"), ("e2e", "bob")]
+
+
 async def test_a_body_without_a_key_is_not_read(app_with: AppOf, drive: Any) -> None:
     driven = drive(app_with(key("alice")), URL, [], asyncio.Event())
     await driven.serving
