@@ -62,7 +62,7 @@ class Blocks:
 
     def widened(self) -> Tensor:
         """The weight in bfloat16, as a conversion rounds it."""
-        wide = self.unpacked().unflatten(1, (-1, INPUTS)).float() * self.scale.float()[..., None]
+        wide = self.unpacked().view(*self.scale.shape, INPUTS).float() * self.scale.float()[..., None]
         if self.least is not None:
             wide += self.least.float()[..., None]
         return wide.flatten(1).bfloat16()
@@ -118,7 +118,7 @@ def _read(data: NDArray[np.uint8], kind: GGMLQuantizationType) -> Blocks | None:
     halves, size = _KINDS.get(kind, (0, 0))
     if not size or data.ndim != 2:
         return None
-    blocks = torch.from_numpy(data.copy()).unflatten(1, (-1, 2 * halves + size))
+    blocks = torch.from_numpy(data.copy()).view(len(data), -1, 2 * halves + size)
     scale, *least = blocks[..., : 2 * halves].contiguous().view(torch.float16).unbind(-1)
     numbers = blocks[..., 2 * halves :].contiguous()
     if size == INPUTS:

@@ -96,7 +96,7 @@ class PackedLinear:
         numbers = torch.cat([each.unpacked() for each in blocks])
         scales = [torch.cat([each.scale for each in blocks])]
         # [panels, in / 32, 8, 16 columns, 4 inputs]
-        laid = _columns(numbers, paired).unflatten(2, (-1, 8, 4)).permute(0, 2, 3, 1, 4)
+        laid = _columns(numbers, paired).view(-1, COLUMNS, scales[0].shape[1], 8, 4).permute(0, 2, 3, 1, 4)
         if bits == 4:
             scales.append(torch.cat([each.least for each in blocks if each.least is not None]))
             laid = laid[:, :, ::2] | (laid[:, :, 1::2] << 4)
