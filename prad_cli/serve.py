@@ -289,7 +289,8 @@ def _said_when_stopping(console: "Console") -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        console.print("stopping: answers under way may end, for up to half a minute; Ctrl-C again ends them")
+        text = "stopping: answers under way may end, for up to half a minute; Ctrl-C again ends them"
+        console.print(text, soft_wrap=True)
         raise
 
 

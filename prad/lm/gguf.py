@@ -28,7 +28,8 @@ def convert_gguf(path: Path, cache_dir: Path) -> Path:
     """
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    folder = cache_dir.expanduser() / "models" / f"{path.stem}-{digest[:12]}-v{_FORMAT}"
+    name = f"{path.stem}-{digest[:12]}"
+    folder = cache_dir.expanduser() / "models" / f"{name}-v{_FORMAT}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
@@ -37,6 +38,7 @@ def convert_gguf(path: Path, cache_dir: Path) -> Path:
             try:
                 _convert(path, partial)
                 partial.rename(folder)
+                _remove_earlier(folder, name)
             except (
                 Exception
             ) as error:  # the readers have no word of their own for a file that is cut off, or odd
@@ -44,6 +46,14 @@ def convert_gguf(path: Path, cache_dir: Path) -> Path:
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _remove_earlier(folder: Path, name: str) -> None:
+    """Earlier conversions of the same file. A process that has mapped one keeps it all the same."""
+    for number in range(1, _FORMAT):
+        earlier = folder.with_name(f"{name}-v{number}")
+        shutil.rmtree(earlier, ignore_errors=True)
+        Path(f"{earlier}.lock").unlink(missing_ok=True)
 
 
 def _convert(path: Path, folder: Path) -> None:

@@ -56,6 +56,24 @@ def test_a_second_start_converts_nothing(folder: Path, monkeypatch: pytest.Monke
     assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= before.keys()
 
 
+def test_a_conversion_takes_the_place_of_earlier_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, other = tmp_path / "some.gguf", tmp_path / "other.gguf"
+    source.write_bytes(b"GGUF")
+    other.write_bytes(b"GGUF 2")
+    monkeypatch.setattr(gguf, "_convert", lambda path, folder: folder.mkdir())
+    with monkeypatch.context() as before:
+        before.setattr(gguf, "_FORMAT", gguf._FORMAT - 1)
+        for path in (source, other):
+            resolve_model(str(path), tmp_path / "cache")
+    now, beside = resolve_model(str(source), tmp_path / "cache"), tmp_path / "cache" / "models"
+    left = sorted(path.name for path in beside.iterdir() if path.is_dir())
+    assert (len(left), now.name in left) == (2, True)
+    assert left[0].startswith("other-")
+    assert left[0].endswith(f"-v{gguf._FORMAT - 1}")
+
+
 def test_an_interrupted_conversion_is_started_afresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, calls = tmp_path / "some.gguf", []
     source.write_bytes(b"GGUF")
