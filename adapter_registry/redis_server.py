@@ -104,8 +104,8 @@ def replicated(client: Redis, address: RedisAddress, replicas: int) -> None:
     if have < replicas:
         raise StoreUnavailableError(
             f"the change asked for was made at the registry's Redis ({address}), but only {have} of its "
-            f"replicas have it, not {replicas} (redis_replicas): it is lost if that one fails now. Look, then "
-            "repeat"
+            f"replicas have it, not {replicas} (redis_replicas): it is lost if that one fails now. Look, "
+            "then repeat"
         )
 
 

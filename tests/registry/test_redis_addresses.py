@@ -262,11 +262,7 @@ def test_in_a_cluster_the_node_with_the_registrys_slot_is_found_and_followed(
         if n:
             clients[0].execute_command("CLUSTER MEET", "127.0.0.1", ports[2 * n], ports[2 * n + 1])
     for client in clients:
-        until(
-            lambda client=client: (
-                "cluster_state:ok" in str(client.execute_command("CLUSTER INFO")) or ok(client)
-            )
-        )
+        until(lambda client=client: is_whole(client))
     copied = clients[1].execute_command("CLUSTER MYID")
     until(lambda: answers(lambda: clients[2].execute_command("CLUSTER REPLICATE", copied)))
     until(lambda: is_online(clients[1]))
