@@ -36,7 +36,7 @@ class Traffic:
         self.answered: list[tuple[str, int, str]] = []
         self.failed: list[str] = []
         self._door = door
-        self._at = {seed: door for seed in range(2)}
+        self._at = dict.fromkeys(range(2), door)
         self._stopped = threading.Event()
         self._clients = [threading.Thread(target=self._run, args=(seed,)) for seed in self._at]
 
