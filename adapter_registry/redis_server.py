@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from redis import Redis
+from redis.asyncio.sentinel import MasterNotFoundError as AsyncMasterNotFoundError
 from redis.client import Pipeline
 from redis.exceptions import (
     AuthenticationError,
@@ -19,6 +20,7 @@ from redis.exceptions import (
     WatchError,
 )
 from redis.exceptions import ConnectionError as NotConnectedError
+from redis.sentinel import MasterNotFoundError
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
 
 from adapter_registry.errors import CannotStartError, StoreUnavailableError
@@ -202,6 +204,10 @@ def _said(error: RedisError) -> str:
     """What is wrong, in a sentence: Redis goes on for a screen about some of it."""
     if isinstance(error, AuthenticationError):
         return "it refuses the user or password in redis_url, or asks for one (redis://user:password@host)"
+    if isinstance(
+        error, MasterNotFoundError | AsyncMasterNotFoundError
+    ):  # it goes on with all of each sentinel's settings
+        return str(error).partition(" : ")[0]
     said = str(error).rstrip(".") or type(error).__name__
     return said if len(said) < _LONGEST else said.split(". ")[0]
 

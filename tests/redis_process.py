@@ -77,7 +77,7 @@ class SentinelProcess:
         config = folder / "sentinel.conf"
         config.write_text(
             f"port {own_port}\ndir {folder}\nsentinel monitor prad 127.0.0.1 {port} 1\n"
-            "sentinel down-after-milliseconds prad 400\nsentinel failover-timeout prad 2000\n",
+            "sentinel down-after-milliseconds prad 400\nsentinel failover-timeout prad 20000\n",
             encoding="utf-8",
         )
         with (folder / "log").open("ab") as log:

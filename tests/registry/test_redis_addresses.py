@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from redis import Redis
 from redis.exceptions import RedisError
 
+from adapter_registry import redis_server
 from adapter_registry.errors import CannotStartError, StoreUnavailableError
 from adapter_registry.redis_address import RedisAddress
 from adapter_registry.redis_store import RedisStore
@@ -71,7 +72,7 @@ def answers(ask):
 
 def answered(ask):
     with suppress(StoreUnavailableError, httpx.TransportError):
-        return ask() is not None
+        return bool(ask())
     return False
 
 
@@ -146,7 +147,8 @@ def certificate(folder):
 
 
 @pytest.mark.parametrize("kind", ["rediss", "rediss+cluster"])
-def test_over_tls_with_a_password(data_dir, tmp_path, started, adapter, serving, kind):
+def test_over_tls_with_a_password(data_dir, tmp_path, started, adapter, serving, monkeypatch, kind):
+    monkeypatch.setattr(redis_server, "_START_S", 1.0)
     trusted, key = certificate(tmp_path)
     (port, bus) = free_ports(2)
     tls = ("--tls-port", str(port), "--tls-cert-file", str(trusted), "--tls-key-file", str(key))
@@ -211,8 +213,8 @@ def test_what_was_acknowledged_survives_a_failover(data_dir, started, adapter, s
         until(lambda: len(promoted) >= 5)
         master.kill()
         before = dict(acknowledged)
-        with at(replica_port) as client:
-            until(lambda: client.role()[0] == "master")
+        with at(replica_port) as client, at(sentinel_port) as sentinel:
+            until(lambda: sentinel.sentinel_master("prad")["port"] == replica_port)
             with pytest.raises(StoreUnavailableError):  # nobody else has it, so it is not acknowledged
                 two.client.retire("support", 1)
             master.start()
@@ -267,27 +269,24 @@ def test_in_a_cluster_the_node_with_the_registrys_slot_is_found_and_followed(
     until(lambda: answers(lambda: clients[2].execute_command("CLUSTER REPLICATE", copied)))
     until(lambda: is_online(clients[1]))
     url = f"redis+cluster://127.0.0.1:1,127.0.0.1:{ports[0]}"
-    with serving(settings(data_dir, url)) as one, serving(settings(data_dir, url)) as two:
-        one.verified(adapter(1))
+    both = settings(data_dir, url, redis_replicas=1)
+    with serving(both) as one, serving(both) as two:
+        until(lambda: answered(lambda: one.push(adapter(1))))
         assert clients[1].exists("{prad}:registry")
         revision = two.client.state().revision
 
-        def moved():
-            with suppress(StoreUnavailableError):
-                return two.client.state().revision == revision
-            return False
-
-        clients[2].execute_command("CLUSTER FAILOVER")
-        until(lambda: clients[2].role()[0] == "master")
-        until(moved)
+        clients[2].execute_command("CLUSTER FAILOVER", "TAKEOVER")
         until(lambda: answered(lambda: one.push(adapter(2))))
         assert clients[2].hget("{prad}:registry", "revision") == str(one.client.state().revision)
-        until(lambda: (two.client.changes(revision, 1) or two.client.state()).revision > revision)
+        until(
+            lambda: answered(
+                lambda: (two.client.changes(revision, 1) or two.client.state()).revision > revision
+            )
+        )
         nodes[2].kill()
         assert one.http.get("/ready").status_code == 503
         clients[1].execute_command("CLUSTER FAILOVER", "TAKEOVER")
         until(lambda: one.http.get("/ready").status_code == 200)
         assert [v.version for v in one.client.task("support").versions] == [1, 2]
-        until(lambda: answered(lambda: one.push(adapter(3))))
     for client in clients:
         client.close()
