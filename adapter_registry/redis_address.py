@@ -63,8 +63,8 @@ class RedisAddress:
         options = self._connections()
         if self.kind == "cluster":
             return Redis.from_pool(slot_pool(self._nodes(), options))
-        sentinels = Sentinel(self._nodes(), sentinel_kwargs=self._to_sentinels())
-        client: Redis = sentinels.master_for(self._path()[0], **options)
+        sentinels = Sentinel(self._nodes(), sentinel_kwargs=self._to_sentinels())  # type: ignore[no-untyped-call]
+        client: Redis = sentinels.master_for(self._path()[0], **options)  # type: ignore[no-untyped-call]
         return client
 
     @asynccontextmanager
@@ -75,7 +75,8 @@ class RedisAddress:
             elif self.kind == "cluster":
                 client = AsyncRedis.from_pool(async_slot_pool(self._nodes(), self._connections()))
             else:
-                sentinels = AsyncSentinel(self._nodes(), sentinel_kwargs=self._to_sentinels())
+                known = self._to_sentinels()
+                sentinels = AsyncSentinel(self._nodes(), sentinel_kwargs=known)  # type: ignore[no-untyped-call]
                 for each in sentinels.sentinels:
                     opened.push_async_callback(each.aclose)
                 client = sentinels.master_for(self._path()[0], **self._connections())
@@ -114,14 +115,14 @@ class RedisAddress:
     def _options(self) -> dict[str, Any]:
         """Of redis-py, from a URL that it knows: with the first of several nodes, and the database alone."""
         if self.kind is None:
-            return dict(parse_url(self.url))
+            return _parsed(self.url)
         scheme, _, rest = self.url.partition("://")
         before, question, query = rest.partition("?")
         user, at, _ = before.partition("/")[0].rpartition("@")
         database = self._path()[1] if self.kind == "sentinel" else ""
         host, port = self._nodes()[0]
         url = f"{scheme.partition('+')[0]}://{user}{at}{_shown(host, port)}/{database}{question}{query}"
-        return dict(parse_url(url))
+        return _parsed(url)
 
     def _nodes(self) -> list[tuple[str, int]]:
         hosts = self.url.partition("://")[2].partition("?")[0].partition("/")[0].rpartition("@")[2]
@@ -140,6 +141,10 @@ class RedisAddress:
         if self.kind == "sentinel" and not (service and (database or "0").isdecimal()):
             raise ValueError("sentinels are asked for a service by its name, and perhaps a database's number")
         return unquote(service), database or "0"
+
+
+def _parsed(url: str) -> dict[str, Any]:
+    return dict(parse_url(url))  # type: ignore[no-untyped-call]
 
 
 def _shown(host: str, port: int) -> str:

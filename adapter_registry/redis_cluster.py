@@ -29,12 +29,14 @@ Node = tuple[str, int]
 def slot_pool(nodes: Sequence[Node], options: Mapping[str, Any]) -> SentinelConnectionPool:
     """Connections to the node that has our slot. `nodes`: some of the cluster; `options`: of connections."""
     kind = _SSLConnection if options["ssl"] else _Connection
-    return SentinelConnectionPool(TAG, _Slot(nodes, options), connection_class=kind, **_without_ssl(options))
+    more = {"connection_class": kind, **_without_ssl(options)}
+    return SentinelConnectionPool(TAG, _Slot(nodes, options), **more)  # type: ignore[no-untyped-call]
 
 
 def async_slot_pool(nodes: Sequence[Node], options: Mapping[str, Any]) -> AsyncPool:
     kind = _AsyncSSLConnection if options["ssl"] else _AsyncConnection
-    return AsyncPool(TAG, _AsyncSlot(nodes, options), connection_class=kind, **_without_ssl(options))
+    more = {"connection_class": kind, **_without_ssl(options)}
+    return AsyncPool(TAG, _AsyncSlot(nodes, options), **more)  # type: ignore[no-untyped-call]
 
 
 def _without_ssl(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,7 +80,7 @@ class _Connection(SentinelManagedConnection):
         try:
             return super().read_response(*args, **kwargs)
         except MovedError as moved:
-            self.disconnect()
+            self.disconnect()  # type: ignore[no-untyped-call]
             raise NotConnectedError(_GONE) from moved
 
 

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ class _Child:
 
     @property
     def memory_mib(self) -> float:
-        return round(psutil.Process(self.pid).memory_full_info().uss / _MIB, 1)
+        return round(float(psutil.Process(self.pid).memory_full_info().uss) / _MIB, 1)
 
     def get_ms(self, path: str, rounds: int) -> float:
         """The median of as many GETs, to the answer's last byte."""
@@ -151,7 +152,8 @@ def _measured(
     data: Path, redis: "Redis | None", fleet: _Fleet, adapter: Artefact, arguments: Registry
 ) -> dict[str, Any]:
     url = None if redis is None else f"redis://127.0.0.1:{redis.get_connection_kwargs()['port']}/0"
-    rounds, row = arguments.rounds, {"tasks": arguments.tasks}
+    rounds = arguments.rounds
+    row: dict[str, Any] = {"tasks": arguments.tasks}
     cold = not fleet.has_adapters("all")
     with fleet.registry(data, url) as registry:
         took = seconds(lambda: _register(registry.url, adapter, data.with_name("pushed"), arguments.tasks))()
@@ -180,7 +182,7 @@ def _change_ms(client: RegistryClient, rounds: int) -> float:
         if client.alias(_task(number), "tried", 1).pending:
             raise StackError("the replica did not put a change in force in time")
 
-    return round(1e3 * statistics.median(seconds(lambda n=n: change(n))() for n in range(rounds)), 1)
+    return round(1e3 * statistics.median(seconds(partial(change, number))() for number in range(rounds)), 1)
 
 
 def _task(number: int) -> str:

@@ -99,14 +99,15 @@ class RegistryFollower:
         """Serves what answers in `state`, and probes one version that is new: its report is a change, with
         which the next one's turn comes. Says whether everything could be had that is for this model."""
         self._troubles = {}
-        known, tasks, routings, unserved = {}, {}, {}, {}
+        known, tasks, routings = {}, {}, {}
+        unserved: dict[str, str] = {}
         for route in state.tasks:
             versions, missing = {}, {}
             foreign = {v.version: why for v in route.versions if (why := self._foreign_to(v))}
             for version in route.versions:
                 if version.state.answers:
-                    if why := foreign.get(version.version):
-                        missing[version.version] = why
+                    if version.version in foreign:
+                        missing[version.version] = foreign[version.version]
                         continue
                     found = await self._learn(route.task, version)
                     if found is not None:
