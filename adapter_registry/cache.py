@@ -113,7 +113,8 @@ class AdapterCache:
 
     def _keep(self, staged: Path, digest: str, name: str) -> Artefact:
         arrivals.read(staged, digest, name)
-        self._added += _bytes_below(staged)
+        with self._lock:
+            self._added += _bytes_below(staged)
         # It fails if another replica was first, with the same files; any other reason shows below.
         with suppress(OSError):
             staged.rename(self._folder / digest)

@@ -21,6 +21,8 @@ from prefill_service.prompt import TaskVersion
 logger = logging.getLogger(__name__)
 
 _RETRY_S = 0.5
+_FETCHES = 8
+"""Adapters that are fetched at once."""
 _WARM_S = 4.0
 """How long versions may take to come into memory on request: other changes wait for that."""
 
@@ -99,21 +101,18 @@ class RegistryFollower:
         """Serves what answers in `state`, and probes one version that is new: its report is a change, with
         which the next one's turn comes. Says whether everything could be had that is for this model."""
         self._troubles = {}
-        known, tasks, routings = {}, {}, {}
+        known = await self._learn(state)
+        tasks, routings = {}, {}
         unserved: dict[str, str] = {}
         for route in state.tasks:
             versions, missing = {}, {}
             foreign = {v.version: why for v in route.versions if (why := self._foreign_to(v))}
             for version in route.versions:
-                if version.state.answers:
-                    if version.version in foreign:
-                        missing[version.version] = foreign[version.version]
-                        continue
-                    found = await self._learn(route.task, version)
-                    if found is not None:
-                        versions[version.version] = known[route.task, version.version] = found
-                    else:
-                        missing[version.version] = self._troubles[f"{route.task}@{version.version}"]
+                number, name = version.version, f"{route.task}@{version.version}"
+                if (found := known.get((route.task, number))) is not None:
+                    versions[number] = found
+                elif version.state.answers:
+                    missing[number] = foreign.get(number) or self._troubles[name]
             if route.versions:  # one without any says so to requests
                 routing = routings[route.task] = self._routing(route, versions, foreign.keys())
                 tasks[route.task] = TaskVersions.of(routing, versions, missing)
@@ -169,13 +168,32 @@ class RegistryFollower:
             return now
         return before if had(before) else now
 
-    async def _learn(self, task: str, version: VersionRoute) -> TaskVersion | None:
-        """The version with its files, fetched if these are not here yet."""
-        known = self._known.get((task, version.version))
-        if known is not None and known.digest == version.digest:
-            return known
-        artefact = await self._fetch(task, version)
-        return None if artefact is None else TaskVersion(task, version.version, version.digest, artefact)
+    async def _learn(self, state: RoutingState) -> dict[tuple[str, int], TaskVersion]:
+        """What answers and is for this model, with its files, fetched if these are not here yet, some at a
+        time; without what cannot be had."""
+        places = asyncio.Semaphore(_FETCHES)
+
+        async def learn(task: str, version: VersionRoute) -> TaskVersion | None:
+            async with places:
+                artefact = await self._fetch(task, version)
+            return None if artefact is None else TaskVersion(task, version.version, version.digest, artefact)
+
+        found: dict[tuple[str, int], TaskVersion] = {}
+        new = {}
+        for task, version in ((route.task, version) for route in state.tasks for version in route.versions):
+            if version.state.answers and not self._foreign_to(version):
+                name = (task, version.version)
+                known = self._known.get(name)
+                if known is not None and known.digest == version.digest:
+                    found[name] = known
+                else:
+                    new[name] = asyncio.create_task(learn(task, version))
+        try:
+            learned = await asyncio.gather(*new.values())
+        finally:  # the registry went away: all of it is for the next time
+            for fetching in new.values():
+                fetching.cancel()
+        return found | {name: each for name, each in zip(new, learned, strict=True) if each is not None}
 
     def _foreign_to(self, version: VersionRoute) -> str:
         """Why a version is not for the model that is served here, if so."""
