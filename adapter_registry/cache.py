@@ -29,6 +29,8 @@ READ_SECONDS = 60.0
 """An adapter whose files take longer to read and check is not used: nothing else may wait for it for good."""
 
 _FETCHING = ".fetching-"
+_UNSWEPT = 16
+"""A sweep looks at all entries, so it comes after this part of the capacity was added, not each time."""
 _ABANDONED_S = 3600.0  # a download of no known process: written by an older version of this program
 
 T = TypeVar("T")
@@ -39,8 +41,8 @@ logger = logging.getLogger(__name__)
 class AdapterCache:
     """Several replicas may share one folder: entries appear by one rename, whoever comes first.
 
-    Bounded by `capacity` bytes, least recently used out first; but nothing leaves while an `Artefact` that
-    was found here is referred to, in this process or another.
+    Bounded by `capacity` bytes, and a sixteenth of it for each process that adds, least recently used out
+    first; but nothing leaves while an `Artefact` that was found here is referred to, in any process.
     """
 
     def __init__(self, cache_dir: Path, capacity: int) -> None:
@@ -49,6 +51,7 @@ class AdapterCache:
         self._lock = threading.Lock()
         self._tenant: Tenant | None = None
         self._used: Counter[str] = Counter()
+        self._added = 0  # bytes since the last sweep
         self._released: deque[str] = deque()  # by artefacts that are gone, which may be at any moment
 
     async def find(self, digest: str) -> Artefact | None:
@@ -67,7 +70,8 @@ class AdapterCache:
     async def keep(self, staged: Path, digest: str, name: str) -> Artefact:
         """Makes the staged files the entry of `digest`. Raises DigestMismatchError if they are not."""
         found = await _within(self._keep, staged, digest, name)
-        await self.sweep()
+        if self._added > self._capacity // _UNSWEPT:
+            await self.sweep()
         return found
 
     async def sweep(self) -> None:
@@ -109,6 +113,8 @@ class AdapterCache:
 
     def _keep(self, staged: Path, digest: str, name: str) -> Artefact:
         arrivals.read(staged, digest, name)
+        with self._lock:
+            self._added += _bytes_below(staged)
         # It fails if another replica was first, with the same files; any other reason shows below.
         with suppress(OSError):
             staged.rename(self._folder / digest)
@@ -122,14 +128,15 @@ class AdapterCache:
         with self._lock:
             own = self._own()
             self._used[digest] += 1
-            with own.alone():
-                own.say(self._in_use())
+            if self._used[digest] == 1:
+                with own.alone():
+                    own.add(digest)
 
     def _sweep(self) -> None:
         if not self._folder.is_dir():
             return
         with self._lock:
-            own = self._own()
+            own, self._added = self._own(), 0
             with own.alone():
                 own.say(self._in_use())
                 gone = [_put_aside(path, own.id) for path in self._spare(own.living())]

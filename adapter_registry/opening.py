@@ -52,7 +52,7 @@ class OpenedData:
 def open_data(settings: RegistrySettings) -> OpenedData:
     """Raises CannotStartError."""
     if settings.redis_url:
-        return _with_redis(settings.redis_url, settings.folder)
+        return _with_redis(RedisStore(settings.redis_url, replicas=settings.redis_replicas), settings.folder)
     lock = _lock(settings.folder)
     try:
         store = SqliteStore(settings.folder / SQLITE_FILE)
@@ -62,8 +62,7 @@ def open_data(settings: RegistrySettings) -> OpenedData:
         raise
 
 
-def _with_redis(url: str, folder: Path) -> OpenedData:
-    store = RedisStore(url)
+def _with_redis(store: RedisStore, folder: Path) -> OpenedData:
     try:
         return OpenedData(store, _files(folder / "redis" / store.identity), None)
     except CannotStartError:

@@ -28,9 +28,8 @@ class RedisChanges:
 
     async def follow(self) -> None:
         """Goes on until cancelled; a Redis that is away is tried again, and said once."""
-        redis = self._store.address.async_client()
         away = False
-        try:
+        async with self._store.address.async_client() as redis:
             while True:
                 try:
                     if away:
@@ -50,8 +49,6 @@ class RedisChanges:
                     logger.exception("following the changes of other registries failed")
                     away = True
                     await asyncio.sleep(_RETRY_S)
-        finally:
-            await redis.aclose()
 
     async def _return(self) -> None:
         """Redis answers again; it may have been started with other settings, or older data."""

@@ -6,66 +6,39 @@ Two keys are enough to know it again: its schema and its id, which is drawn when
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from redis import Redis
-from redis.asyncio import Redis as AsyncRedis
-from redis.backoff import NoBackoff
+from redis.asyncio.sentinel import MasterNotFoundError as AsyncMasterNotFoundError
 from redis.client import Pipeline
-from redis.exceptions import AuthenticationError, RedisError, ResponseError, TimeoutError, WatchError
+from redis.exceptions import (
+    AuthenticationError,
+    ClusterDownError,
+    RedisError,
+    ResponseError,
+    TimeoutError,
+    WatchError,
+)
 from redis.exceptions import ConnectionError as NotConnectedError
-from redis.retry import Retry
+from redis.sentinel import MasterNotFoundError
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
 
 from adapter_registry.errors import CannotStartError, StoreUnavailableError
+from adapter_registry.redis_address import RedisAddress
+from adapter_registry.redis_cluster import TAG
 from adapter_registry.sqlite_schema import require_known
 
 SCHEMA = 3
 
-REGISTRY = "{prad}:registry"
+REGISTRY = f"{TAG}:registry"
 """Hash: `schema`, `id`, `revision`. Every change changes it, so it is what a transaction watches."""
 
+_WAITED = f"{TAG}:waited"
+_REPLICATED_MS = 2_000
+
 _LONGEST = 200  # characters of an error that are told
-_CONNECT_S = 2.0
-_ANSWER_S = 5.0
 _START_S = 10.0
 """How long a start waits for a Redis that starts as well."""
-
-
-@dataclass(frozen=True, slots=True)
-class RedisAddress:
-    """`url`: as redis-py takes it, with user, password and TLS. It is never shown: `str` leaves them out."""
-
-    url: str
-
-    def __str__(self) -> str:
-        at = self._options()
-        return str(
-            at.get("path") or f"{at.get('host', 'localhost')}:{at.get('port', 6379)}/{at.get('db', 0)}"
-        )
-
-    def client(self) -> "Redis":
-        return Redis.from_url(self.url, decode_responses=True, **self._timeouts())
-
-    def async_client(self) -> "AsyncRedis":
-        return AsyncRedis.from_url(self.url, decode_responses=True, **self._timeouts())
-
-    def _options(self) -> dict[str, Any]:
-        client = Redis.from_url(self.url)
-        try:
-            return dict(client.connection_pool.connection_kwargs)
-        finally:
-            client.close()
-
-    @staticmethod
-    def _timeouts() -> dict[str, Any]:
-        """A command is never sent again: whoever asked for a change must hear that it may have been made."""
-        return {
-            "socket_connect_timeout": _CONNECT_S,
-            "socket_timeout": _ANSWER_S,
-            "retry": Retry(NoBackoff(), 0),
-        }
 
 
 @contextmanager
@@ -89,12 +62,14 @@ def start(address: str) -> tuple[Redis, RedisAddress, str]:
     """
     try:
         where = RedisAddress(address)
+        where.check()
         client = where.client()
         named = str(where)
     except ValueError as error:
         raise CannotStartError(
             f"redis_url cannot be read: {error}; expected one such as redis://127.0.0.1:6379/0, "
-            "rediss://user:password@host:6379/0 (TLS) or unix:///path/to/socket"
+            "rediss://user:password@host:6379/0 (TLS), unix:///path/to/socket, "
+            "redis+sentinel://host:26379,host:26379/service/0 or redis+cluster://host:6379,host:6379"
         ) from None
     try:
         for attempt in Retrying(
@@ -117,18 +92,38 @@ def start(address: str) -> tuple[Redis, RedisAddress, str]:
     raise AssertionError("tenacity raises the last error")
 
 
-def warnings(client: Redis) -> tuple[str, ...]:
-    """Why Redis may lose what it acknowledged."""
+def replicated(client: Redis, address: RedisAddress, replicas: int) -> None:
+    """Returns once that many replicas of Redis have everything that was written so far.
+
+    Raises StoreUnavailableError if they don't within some seconds.
+    """
+    if not replicas:
+        return
+    with client.pipeline(transaction=False) as pipe:
+        pipe.set(_WAITED, "")  # Redis waits for what its own connection wrote, and for all before that
+        pipe.wait(replicas, _REPLICATED_MS)
+        _, have = pipe.execute()
+    if have < replicas:
+        raise StoreUnavailableError(
+            f"the change asked for was made at the registry's Redis ({address}), but only {have} of its "
+            f"replicas have it, not {replicas} (redis_replicas): it is lost if that one fails now. Look, "
+            "then repeat"
+        )
+
+
+def warnings(client: Redis, address: RedisAddress, replicas: int) -> tuple[str, ...]:
+    """Why Redis may lose what it acknowledged. `replicas`: as in `replicated`."""
+    said = _of_failovers(address, replicas)
     try:
         found = client.config_get("append*") | client.config_get("maxmemory-policy")
     except ResponseError as error:
         if isinstance(error, AuthenticationError):
             raise
         return (
+            *said,
             f"whether Redis keeps what it acknowledges is not known, CONFIG GET is refused ({error}): make "
             "sure that it runs with appendonly yes and appendfsync always",
         )
-    said = []
     if found.get("appendonly") != "yes":
         said.append(
             "Redis does not keep its data when it ends (appendonly no): versions and routing WILL BE LOST; "
@@ -145,6 +140,15 @@ def warnings(client: Redis) -> tuple[str, ...]:
             "noeviction"
         )
     return tuple(said)
+
+
+def _of_failovers(address: RedisAddress, replicas: int) -> list[str]:
+    if address.kind is None or replicas:
+        return []
+    return [
+        "a failover of Redis may lose the changes acknowledged last, which its replicas need not have: set "
+        "redis_replicas (PRAD_REGISTRY_REDIS_REPLICAS) to 1"
+    ]
 
 
 def revision(reader: "Redis | Pipeline", identity: str) -> int:
@@ -200,10 +204,15 @@ def _said(error: RedisError) -> str:
     """What is wrong, in a sentence: Redis goes on for a screen about some of it."""
     if isinstance(error, AuthenticationError):
         return "it refuses the user or password in redis_url, or asks for one (redis://user:password@host)"
+    if isinstance(
+        error, MasterNotFoundError | AsyncMasterNotFoundError
+    ):  # it goes on with all of each sentinel's settings
+        return str(error).partition(" : ")[0]
     said = str(error).rstrip(".") or type(error).__name__
     return said if len(said) < _LONGEST else said.split(". ")[0]
 
 
 def _may_pass(error: BaseException) -> bool:
     """Whether Redis may only be starting."""
-    return isinstance(error, NotConnectedError | TimeoutError) and not isinstance(error, AuthenticationError)
+    passing = isinstance(error, NotConnectedError | TimeoutError | ClusterDownError)
+    return passing and not isinstance(error, AuthenticationError)

@@ -61,10 +61,12 @@ _READINGS = 10
 
 
 class RedisStore:
-    """Implements `store.Store`. `identity`: of the registry there. Raises CannotStartError."""
+    """Implements `store.Store`. `identity`: of the registry there; `replicas`: of Redis, that must have a
+    change before it is acknowledged. Raises CannotStartError."""
 
-    def __init__(self, url: str, *, now: Callable[[], str] = utc_now) -> None:
+    def __init__(self, url: str, *, replicas: int = 0, now: Callable[[], str] = utc_now) -> None:
         self._now = now
+        self._replicas = replicas
         self._redis, self.address, self.identity = redis_server.start(url)
         with answering(self.address):
             migrate(self._redis)
@@ -209,6 +211,7 @@ class RedisStore:
         with self._lock, answering(self.address):
             while not self._loads(loaded):
                 pass  # another registry was faster, and may have left it empty
+            self._replicated()
 
     def _loads(self, loaded: Snapshot) -> bool:
         """Whether nobody changed anything meanwhile: else nothing is written."""
@@ -237,7 +240,7 @@ class RedisStore:
 
     def warnings(self) -> tuple[str, ...]:
         with answering(self.address):
-            return redis_server.warnings(self._redis)
+            return redis_server.warnings(self._redis, self.address, self._replicas)
 
     def close(self) -> None:
         self._redis.close()
@@ -254,7 +257,7 @@ class RedisStore:
                     after, lines, answer = work(found, revision, self._past(found))
                     files = {} if adapter is None else _news(pipe, adapter)
                     if not lines and not files:
-                        return answer
+                        break
                     pipe.multi()
                     if files:
                         pipe.hset(ADAPTERS, mapping=files)
@@ -266,7 +269,9 @@ class RedisStore:
                         pipe.execute()
                     except WatchError:  # another registry was faster
                         continue
-                    return answer
+                    break
+            self._replicated()  # also what was so already: whoever made it may have had no answer
+            return answer
 
     def _change_key(self, name: str, work: Callable[[StoredKey | None, int], StoredKey]) -> StoredKey:
         """What `work` makes of the key and the next revision: as `_change`."""
@@ -278,7 +283,7 @@ class RedisStore:
                     text = pipe.hget(KEYS, name)
                     known = None if text is None else StoredKey.model_validate_json(text)
                     if (after := work(known, revision)) is known:
-                        return after
+                        break
                     pipe.multi()
                     pipe.hset(KEYS, name, after.model_dump_json())
                     pipe.xadd(
@@ -289,7 +294,12 @@ class RedisStore:
                         pipe.execute()
                     except WatchError:  # another registry was faster
                         continue
-                    return after
+                    break
+            self._replicated()
+            return after
+
+    def _replicated(self) -> None:
+        redis_server.replicated(self._redis, self.address, self._replicas)
 
     def _past(self, task: StoredTask | None) -> Past:
         """Its routings, which are read once, and only if one is asked for."""

@@ -5,13 +5,16 @@
     task@canary      what the alias names
     task@previous    what plain `task` mostly meant before
 
+A replica divides plain `task` between those of its versions that are for the model that it serves (`where`):
+so a task can be split between versions for two models, of which each replica has one.
+
 Beside that a share of the requests for plain `task` may run once more under other versions, which answers
 nobody: `shadow`.
 
 Pure. Every change makes another record, and keeps in `before` what a rollback would bring back.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from hashlib import blake2b
 from math import log
 from typing import Annotated
@@ -99,6 +102,12 @@ class Routing(BaseModel):
     def same(self, other: "Routing") -> bool:
         """Whether both route alike."""
         return (self.split, self.aliases, self.shadow) == (other.split, other.aliases, other.shadow)
+
+    def where(self, foreign: Set[int]) -> "Routing":
+        """As it is in force where these versions are for another model: plain `task` is divided between the
+        others. If it means no others, it stays as it is, and says so to requests."""
+        split = {number: weight for number, weight in self.split.items() if number not in foreign}
+        return self.model_copy(update={"split": split}) if split else self
 
     def divided(self, weights: Mapping[int, int]) -> "Routing":
         """With plain `task` meaning these."""

@@ -37,7 +37,11 @@ class RegistrySettings(ServiceSettings):
     """Where versions and their files are kept; with a Redis, the files alone."""
     redis_url: Annotated[str | None, Field(repr=False)] = None
     """Redis that keeps versions and routing, which several registries may share: redis://, rediss:// (TLS)
-    or unix://, with user and password. If not given: a file in data_dir, which one registry uses."""
+    or unix://, with user and password; redis+sentinel://host:26379,host:26379/service/0, or
+    redis+cluster://host:6379,host:6379. If not given: a file in data_dir, which one registry uses."""
+    redis_replicas: Annotated[int, Field(ge=0)] = 0
+    """Replicas of Redis that must have a change before it is acknowledged; with none connected there is no
+    change then. 0: a failover (of sentinels, or in a cluster) may lose what was acknowledged last."""
     max_upload_mib: Annotated[int, Field(ge=1)] = 512
     """Largest adapter that can be pushed."""
     allow_local_paths: bool | None = None

@@ -41,6 +41,11 @@ class Tenant:
         os.ftruncate(self._own, 0)
         os.pwrite(self._own, text, 0)
 
+    def add(self, name: str) -> None:
+        """It uses that as well. To be called `alone`."""
+        os.lseek(self._own, 0, os.SEEK_END)
+        os.write(self._own, f"{name}\n".encode())
+
     def living(self) -> dict[str, frozenset[str]]:
         """What each process that lives uses, by its id; the dead are forgotten. To be called `alone`."""
         found = {}

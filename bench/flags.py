@@ -118,6 +118,15 @@ class Flood(ShapeFlags):
     every_s: float = Field(2.0, description="between them")
 
 
+class Registry(ModelFlags):
+    SMOKE = {"tasks": 20, "r": 4, "rounds": 2}
+
+    tasks: int = Field(2000, ge=1, le=1 << 16, description="each with one version")
+    r: int = Field(30, description="rank of their adapters: 30 makes 2 MB")
+    stores: list[Literal["sqlite", "redis"]] = ["sqlite", "redis"]
+    rounds: int = Field(15, ge=1, description="of what is asked again and again")
+
+
 class Peers(ShapeFlags):
     SMOKE = {"requests": 2, "prompt": 8, "output": 4, "rounds": 1, "r": 8}
 
@@ -290,6 +299,7 @@ FLAGS: dict[str, type[Flags]] = {
     "table4": Table4,
     "serve": Serve,
     "flood": Flood,
+    "registry": Registry,
     "decode": Decode,
     "choices": Choices,
     "step": Step,

@@ -6,7 +6,7 @@ names what could not be had.
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Set
 from random import uniform
 
 from adapter_registry.client import DEFAULT_WAIT, AsyncRegistryClient
@@ -21,6 +21,8 @@ from prefill_service.prompt import TaskVersion
 logger = logging.getLogger(__name__)
 
 _RETRY_S = 0.5
+_FETCHES = 8
+"""Adapters that are fetched at once."""
 _WARM_S = 4.0
 """How long versions may take to come into memory on request: other changes wait for that."""
 
@@ -51,7 +53,7 @@ class RegistryFollower:
         self._known: dict[tuple[str, int], TaskVersion] = {}
         self._routings: dict[str, Routing] = {}
         self._troubles: dict[str, str] = {}  # what cannot be had here, and why
-        self._foreign: dict[str, str] = {}  # what is for another model: no files are fetched for it
+        self._foreign: dict[str, str] = {}  # what is for another model, and nothing here is in its place
         self._cold: dict[str, str] = {}  # what did not come into memory when that was asked for, and why
         self._state: RoutingState | None = None
         self._in_force = 0  # the last revision of which everything could be had
@@ -90,8 +92,8 @@ class RegistryFollower:
             return await self._client.state()
         after = self._state.revision
         wait = DEFAULT_WAIT if self._in_force == after else AGAIN_S
-        known = (self._troubles, self._cold, self._foreign)
-        told = [f"{name}: {why}" for troubles in known for name, why in troubles.items()]
+        known = self._foreign | self._troubles | self._cold
+        told = [f"{name}: {why}" for name, why in known.items()]
         state = await self._client.changes(after, wait, in_force=self._in_force, troubles=told)
         return state or self._state
 
@@ -99,29 +101,31 @@ class RegistryFollower:
         """Serves what answers in `state`, and probes one version that is new: its report is a change, with
         which the next one's turn comes. Says whether everything could be had that is for this model."""
         self._troubles = {}
-        known, tasks, routings, foreign = {}, {}, {}, {}
+        known = await self._learn(state)
+        tasks, routings = {}, {}
+        unserved: dict[str, str] = {}
         for route in state.tasks:
             versions, missing = {}, {}
+            foreign = {v.version: why for v in route.versions if (why := self._foreign_to(v))}
             for version in route.versions:
-                if version.state.answers:
-                    if why := self._foreign_to(version):
-                        missing[version.version] = foreign[f"{route.task}@{version.version}"] = why
-                        continue
-                    found = await self._learn(route.task, version)
-                    if found is not None:
-                        versions[version.version] = known[route.task, version.version] = found
-                    else:
-                        missing[version.version] = self._troubles[f"{route.task}@{version.version}"]
+                number, name = version.version, f"{route.task}@{version.version}"
+                if (found := known.get((route.task, number))) is not None:
+                    versions[number] = found
+                elif version.state.answers:
+                    missing[number] = foreign.get(number) or self._troubles[name]
             if route.versions:  # one without any says so to requests
-                routings[route.task] = self._routing(route, versions)
-                tasks[route.task] = TaskVersions.of(routings[route.task], versions, missing)
-        for name in foreign.keys() - self._foreign.keys():
-            logger.error("%s is not served: %s", name, foreign[name])
-        self._known, self._routings, self._foreign = known, routings, foreign
+                routing = routings[route.task] = self._routing(route, versions, foreign.keys())
+                tasks[route.task] = TaskVersions.of(routing, versions, missing)
+                unserved |= _unserved(route, routing, foreign)
+        for name in unserved.keys() - self._foreign.keys():
+            logger.error("%s is not served: %s", name, unserved[name])
+        self._known, self._routings, self._foreign = known, routings, unserved
         self._catalogue.replace(tasks)
         for route in state.tasks:
             for version in route.versions:
-                if version.state is State.PUSHED and await self._verify(route.task, version):
+                if version.state is not State.PUSHED or self._foreign_to(version):
+                    continue  # what is for another model is verified where that is served
+                if await self._verify(route.task, version):
                     return not self._troubles
         return not self._troubles
 
@@ -131,35 +135,68 @@ class RegistryFollower:
         self._cold = {}
         if self._state is None:
             return
-        warmed = {(route.task, v.version): v.warmed for route in state.tasks for v in route.versions}
+        wanted = [
+            (route.task, v)
+            for route in state.tasks
+            for v in route.versions
+            if v.warmed > self._state.revision and v.state.answers
+        ]
         latest = asyncio.get_running_loop().time() + _WARM_S
-        for name, version in self._known.items():
-            if warmed[name] > self._state.revision:
-                try:
-                    async with asyncio.timeout_at(latest):
-                        await self._load(version.artefact)
-                except TimeoutError:
-                    self._cold[version.name] = f"there was no room in memory within {_WARM_S:g} s"
-                except Exception as error:
-                    self._cold[version.name] = str(error) or type(error).__name__
+        for task, version in wanted:
+            name, known = f"{task}@{version.version}", self._known.get((task, version.version))
+            if known is None:  # for another model, or a trouble already
+                self._cold |= {name: why} if (why := self._foreign_to(version)) else {}
+                continue
+            try:
+                async with asyncio.timeout_at(latest):
+                    await self._load(known.artefact)
+            except TimeoutError:
+                self._cold[name] = f"there was no room in memory within {_WARM_S:g} s"
+            except Exception as error:
+                self._cold[name] = str(error) or type(error).__name__
 
-    def _routing(self, route: TaskRoute, versions: Mapping[int, TaskVersion]) -> Routing:
-        """The task's, if all that it names can be had here; else the one before, if that is so of it."""
-        before = self._routings.get(route.task)
-        if before is None or not before.named or route.routing.named <= versions.keys():
-            return route.routing
-        return before if before.named <= versions.keys() else route.routing
+    def _routing(self, route: TaskRoute, versions: Mapping[int, TaskVersion], foreign: Set[int]) -> Routing:
+        """The task's, if all that it names for this model can be had here; else the one before, if that is so
+        of it."""
 
-    async def _learn(self, task: str, version: VersionRoute) -> TaskVersion | None:
-        """The version with its files, fetched if these are not here yet."""
-        known = self._known.get((task, version.version))
-        if known is not None and known.digest == version.digest:
-            return known
-        artefact = await self._fetch(task, version)
-        return None if artefact is None else TaskVersion(task, version.version, version.digest, artefact)
+        def had(routing: Routing) -> bool:
+            of_others = bool(routing.split) and routing.split.keys() <= foreign
+            return not of_others and routing.named - foreign <= versions.keys()
+
+        now, before = route.routing.where(foreign), self._routings.get(route.task)
+        if before is None or not before.named or had(now):
+            return now
+        return before if had(before) else now
+
+    async def _learn(self, state: RoutingState) -> dict[tuple[str, int], TaskVersion]:
+        """What answers and is for this model, with its files, fetched if these are not here yet, some at a
+        time; without what cannot be had."""
+        places = asyncio.Semaphore(_FETCHES)
+
+        async def learn(task: str, version: VersionRoute) -> TaskVersion | None:
+            async with places:
+                artefact = await self._fetch(task, version)
+            return None if artefact is None else TaskVersion(task, version.version, version.digest, artefact)
+
+        found: dict[tuple[str, int], TaskVersion] = {}
+        new = {}
+        for task, version in ((route.task, version) for route in state.tasks for version in route.versions):
+            if version.state.answers and not self._foreign_to(version):
+                name = (task, version.version)
+                known = self._known.get(name)
+                if known is not None and known.digest == version.digest:
+                    found[name] = known
+                else:
+                    new[name] = asyncio.create_task(learn(task, version))
+        try:
+            learned = await asyncio.gather(*new.values())
+        finally:  # the registry went away: all of it is for the next time
+            for fetching in new.values():
+                fetching.cancel()
+        return found | {name: each for name, each in zip(new, learned, strict=True) if each is not None}
 
     def _foreign_to(self, version: VersionRoute) -> str:
-        """Why a version that was verified where another model is served is not for this one, if so."""
+        """Why a version is not for the model that is served here, if so."""
         if self._weights in (None, version.base.weights):
             return ""
         return (
@@ -198,3 +235,11 @@ class RegistryFollower:
             logger.error("%s@%d cannot be had: %s", task, version.version, error)
             self._troubles[f"{task}@{version.version}"] = str(error)
             return None
+
+
+def _unserved(route: TaskRoute, routing: Routing, foreign: Mapping[int, str]) -> dict[str, str]:
+    """What operators should hear of what is for another model: that plain `task` means nothing else here, and
+    that it was pushed, so that others have to verify it."""
+    meant = routing.split.keys() & foreign.keys()
+    pushed = {v.version for v in route.versions if v.state is State.PUSHED} & foreign.keys()
+    return {f"{route.task}@{number}": foreign[number] for number in sorted(meant | pushed)}

@@ -237,6 +237,7 @@ def _running_stack(
     root: Path,
     *,
     decode_model: Path | None = None,
+    followed: str | None = None,
     kernels: str = "native",
     prefill: Mapping[str, Any] = MappingProxyType({}),
     **decode: Any,
@@ -245,10 +246,11 @@ def _running_stack(
     `kernels` says.
 
     `adapters`: a folder of adapter folders, pushed as tasks of their names. `prefill` and `decode`: their
-    settings; `decode_model`: another model for decode, with which prefill never gets ready.
+    settings; `decode_model`: another model for decode, with which prefill never gets ready; `followed`: the
+    registry of another stack, instead of one of its own.
     """
     api_port, registry_port, decode_port = (unused_port() for _ in range(3))
-    api, registry = f"http://127.0.0.1:{api_port}", f"http://127.0.0.1:{registry_port}"
+    api, registry = f"http://127.0.0.1:{api_port}", followed or f"http://127.0.0.1:{registry_port}"
     (root / "cache").mkdir()
     common = ["--dtype", "float32", "--cache-dir", str(root / "cache"), "--threads", "1"]
     if _device != "cpu":
@@ -257,7 +259,8 @@ def _running_stack(
         (root / "cache" / "kernels").symlink_to(built(CACHE).parent)  # compiled once for all tests
         common += ["--kernels", kernels]
     with Stack(root / "logs") as stack:
-        stack.start("registry", ["--port", str(registry_port), "--data-dir", str(root / "registry")])
+        if followed is None:
+            stack.start("registry", ["--port", str(registry_port), "--data-dir", str(root / "registry")])
         own = ["--model", str(decode_model or model), "--port", str(decode_port)]
         stack.start("decode", [*common, *own, *_flags(decode)])
         where = ["--decode", f"127.0.0.1:{decode_port}", "--registry", registry, "--port", str(api_port)]

@@ -28,12 +28,15 @@ def binary() -> str:
     return found
 
 
+LASTING = ("--appendonly", "yes", "--appendfsync", "always")
+
+
 class RedisProcess:
     """`folder` keeps its data and its socket, whose path must be short. `options`: of redis-server."""
 
     def __init__(self, folder: Path, *options: str) -> None:
         self._folder = folder
-        self._options = options or ("--appendonly", "yes", "--appendfsync", "always")
+        self._options = options or LASTING
         self._socket = folder / "s"
         self.url = f"unix://{self._socket}"
         self.start()
@@ -65,3 +68,21 @@ class RedisProcess:
             return True
         except ConnectionError:
             return False
+
+
+class SentinelProcess:
+    """One that watches the master at `port` of this machine, as "prad", and alone decides that it is down."""
+
+    def __init__(self, folder: Path, own_port: int, port: int) -> None:
+        config = folder / "sentinel.conf"
+        config.write_text(
+            f"port {own_port}\ndir {folder}\nsentinel monitor prad 127.0.0.1 {port} 1\n"
+            "sentinel down-after-milliseconds prad 400\nsentinel failover-timeout prad 20000\n",
+            encoding="utf-8",
+        )
+        with (folder / "log").open("ab") as log:
+            self._process = subprocess.Popen([binary(), str(config), "--sentinel"], stdout=log, stderr=log)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()

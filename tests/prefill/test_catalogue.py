@@ -2,117 +2,21 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from adapter_registry.errors import IllegalTransitionError, RegistryUnreachableError, StoredFilesDamagedError
+from adapter_registry.errors import RegistryUnreachableError
 from adapter_registry.keys import NewKey, StoredKey, hashed, issued, revoked
-from adapter_registry.messages import RoutingState, TaskRoute, VersionRoute
+from adapter_registry.messages import RoutingState
 from adapter_registry.routing import Routing, drawn
 from adapter_registry.versions import State
 from prefill_service import follower as module
 from prefill_service.catalogue import KeyRing, TaskCatalogue, TaskVersions
 from prefill_service.errors import InvalidKeyError, NotReadyError, UnknownModelError
-from prefill_service.follower import RegistryFollower
 from tests.prefill.fakes import version
-
-BASE = {"name": "tiny", "architecture": "llama", "weights": "tiny"}
-
-
-def digest(number: int) -> str:
-    return f"{number:064x}"
-
-
-def state(revision: int, current: int | None, **versions: State) -> RoutingState:
-    routes = [
-        VersionRoute(
-            version=int(name[1:]),
-            digest=digest(int(name[1:])),
-            state=state,
-            method="pa",
-            base=BASE,
-            pushed_at="",
-        )
-        for name, state in versions.items()
-    ]
-    split = {} if current is None else {current: 100}
-    routing = Routing(revision=revision, split=split)
-    return RoutingState(
-        revision=revision, tasks=(TaskRoute(task="t", routing=routing, versions=tuple(routes)),)
-    )
-
-
-class Registry:
-    """A registry that tells its states one after the other, and then nothing more."""
-
-    def __init__(self, *states: RoutingState | Exception) -> None:
-        self.states = list(states)
-        self.fetched: list[int] = []
-        self.probes: list[tuple[int, bool, str]] = []
-        self.damaged: set[int] = set()
-        self.moot = False
-        self.in_force: list[int] = []
-        self.tidied = 0
-        self.told = asyncio.Event()
-
-    async def state(self) -> RoutingState:
-        return await self._next()
-
-    async def changes(
-        self, after: int, wait: float, *, in_force: int, troubles: Sequence[str]
-    ) -> RoutingState | None:
-        self.in_force.append(in_force)
-        self.troubles = list(troubles)
-        return await self._next()
-
-    async def tidy(self) -> None:
-        self.tidied += 1
-
-    async def _next(self) -> RoutingState:
-        if not self.states:
-            self.told.set()
-            await asyncio.Event().wait()
-        told = self.states.pop(0)
-        if isinstance(told, Exception):
-            raise told
-        return told
-
-    async def fetch(self, task: str, number: int, of: str) -> Any:
-        self.fetched.append(number)
-        if number in self.damaged:
-            raise StoredFilesDamagedError("damaged")
-        return version(of).artefact
-
-    async def probe(self, task: str, number: int, *, ok: bool, reason: str = "") -> None:
-        self.probes.append((number, ok, reason))
-        if self.moot:
-            raise IllegalTransitionError("retired meanwhile")
-
-
-async def sound(artefact: Any) -> None:
-    return
-
-
-async def followed(
-    registry: Registry,
-    probe: Callable[[Any], Awaitable[None]] = sound,
-    base: str = "plain",
-    load: Callable[[Any], Awaitable[None]] = sound,
-    keys: KeyRing | None = None,
-    weights: str | None = None,
-) -> tuple[TaskCatalogue, RegistryFollower]:
-    catalogue = TaskCatalogue(base)
-    client: Any = registry
-    follower = RegistryFollower(client, catalogue, keys or KeyRing(), probe, load, weights)
-    assert catalogue.trouble is not None
-    task = asyncio.create_task(follower.run())
-    await registry.told.wait()
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
-    return catalogue, follower
+from tests.prefill.following import Registry, digest, followed, state
 
 
 @pytest.fixture(autouse=True)

@@ -95,6 +95,22 @@ async def test_what_another_process_uses_stays_until_it_ends(registry, place, di
     assert {path.name for path in (place / "adapters-in-use").iterdir()} == {"lock"}
 
 
+@pytest.mark.parametrize(("capacity", "sweeps"), [(1 << 30, 0), (0, 3), (3000, 3)])
+async def test_all_entries_are_looked_at_only_once_much_was_added(
+    registry, place, digests, monkeypatch, capacity, sweeps
+):
+    swept = []
+    sweep = AdapterCache._sweep
+    monkeypatch.setattr(AdapterCache, "_sweep", lambda cache: (swept.append(1), sweep(cache)))
+    async with replica(registry, place, capacity) as prefill:
+        held = [await prefill.fetch("support", n + 1, digest) for n, digest in enumerate(digests)]
+        again = [await prefill.fetch("support", n + 1, digest) for n, digest in enumerate(digests)]
+        assert (len(swept), len(held + again)) == (sweeps, 6)
+        (process,) = {path.name for path in (place / "adapters-in-use").iterdir()} - {"lock"}
+        in_use = (place / "adapters-in-use" / process).read_text(encoding="utf-8").split()
+        assert sorted(in_use) == sorted(digests), "each is said once"
+
+
 async def test_downloads_of_no_known_process_go_when_they_are_old(place):
     cache = AdapterCache(place, 0)
     old, new = (place / "adapters" / name for name in (".fetching-old", ".fetching-new"))

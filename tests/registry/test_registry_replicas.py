@@ -7,9 +7,11 @@ import pytest
 
 from adapter_registry.client import AsyncRegistryClient, RegistryClient
 from adapter_registry.errors import CannotStartError, NotAReplicaError, TooManyWaitersError
+from adapter_registry.probing import NotProbedError, wait_probed
 from adapter_registry.secret import ensure_secret, read_secret
 from adapter_registry.server import run
 from adapter_registry.settings import RegistrySettings
+from adapter_registry.versions import State
 
 
 def settings(data_dir, **more):
@@ -188,3 +190,23 @@ def test_one_address_has_only_so_many_places(data_dir, serving):
 def _wait(url):
     with RegistryClient(url) as client:
         assert client.changes(0, 30) is None  # sent home as the registry ends
+
+
+def test_who_waits_for_a_probe_hears_why_nobody_can_make_it(registry, adapter):
+    name = registry.push(adapter(1)).name
+
+    def follow(replica, *troubles):
+        asked = {"after": 0, "wait": 0, "replica": replica, "in_force": 0, "trouble": troubles}
+        assert registry.http.get("/v1/changes", params=asked).status_code == 200
+
+    def waited(seconds):
+        return wait_probed(registry.client, "support", 1, connect_seconds=0, probe_seconds=seconds)
+
+    follow("old", f"{name}: trained on other weights", "other@1: damaged")
+    with pytest.raises(NotProbedError, match="no connected prefill service can verify it: old: trained on"):
+        waited(60)
+    follow("new")
+    with pytest.raises(NotProbedError, match="no prefill service has reported on it for 0 s"):
+        waited(0)
+    registry.probe(name)
+    assert waited(60).state is State.ROUTABLE
