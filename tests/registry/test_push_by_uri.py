@@ -278,7 +278,13 @@ def test_a_redirect_leads_to_listed_hosts_only_and_takes_no_credentials(tmp_path
 
 @pytest.mark.parametrize(
     "location",
-    ["http://169.254.169.254/latest", "file:///etc/passwd", "ftp://127.0.0.1/x", "//evil.example/x", "http://["],
+    [
+        "http://169.254.169.254/latest",
+        "file:///etc/passwd",
+        "ftp://127.0.0.1/x",
+        "//evil.example/x",
+        "http://[",
+    ],
 )
 def test_a_redirect_to_anything_else_is_refused(tmp_path, told, location):
     told.answers["/a"] = (302, {"location": location}, b"")
