@@ -118,6 +118,15 @@ class Flood(ShapeFlags):
     every_s: float = Field(2.0, description="between them")
 
 
+class Push(ModelFlags):
+    SMOKE = {"r": 4, "replicas": 1, "rounds": 2}
+
+    method: str = Field("prad-pa", description="of the adapters")
+    r: int = Field(16, description="rank of the adapters")
+    replicas: int = Field(2, ge=1, description="prefill services")
+    rounds: int = Field(15, ge=1, description="pushes, each of a new version")
+
+
 class Peers(ShapeFlags):
     SMOKE = {"requests": 2, "prompt": 8, "output": 4, "rounds": 1, "r": 8}
 
@@ -290,6 +299,7 @@ FLAGS: dict[str, type[Flags]] = {
     "table4": Table4,
     "serve": Serve,
     "flood": Flood,
+    "push": Push,
     "decode": Decode,
     "choices": Choices,
     "step": Step,

@@ -16,6 +16,7 @@ BENCHMARKS = {
     "table4": "The paper's Table 4: PrAd-PA, PrAd-LoRA, PA and LoRA at 8, 16, 64 tasks.",
     "serve": "The server under load, through HTTP: closed and open loop, streaming clients, tasks.",
     "flood": "A quiet task's time to the first token beside a neighbour's flood.",
+    "push": "A push from a trainer's memory until it answers everywhere, part by part.",
     "decode": "One decode step by sequences, context and tasks, beside its floor.",
     "choices": "Choices of one prompt: what shared blocks save in memory, hand-off and step.",
     "step": "Where a decode step's time goes, with the model's weights and with 8-bit ones.",

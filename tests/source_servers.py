@@ -1,4 +1,4 @@
-"""Servers that adapters are fetched from in tests: a real OCI registry, an S3, and what answers as it is told."""
+"""Servers that adapters are fetched from in tests: an OCI registry, an S3, and what answers as it is told."""
 
 import os
 import shutil

@@ -81,7 +81,7 @@ def test_a_uri_leads_to_a_place(uri, place):
     ],
 )
 def test_what_is_no_uri_is_refused_with_an_example(uri):
-    with pytest.raises(ValueError, match="expected|must not|characters"):
+    with pytest.raises(ValueError, match=r"expected|must not|characters"):
         parse(uri)
 
 
@@ -178,11 +178,11 @@ def test_no_link_leads_out_of_the_folder(fenced, adapter, tmp_path):
     placed(adapter, tmp_path / "outside")
     inside = tmp_path / "open"
     (inside / "link").symlink_to(tmp_path / "outside")
-    with pytest.raises(AdapterRefusedError, match="link is no folder, or a link"):
+    with pytest.raises(AdapterRefusedError, match=r"link is no folder, or a link"):
         fenced.client.push_uri("support", f"file://{inside}/link")
     (inside / "deep").mkdir()
     (inside / "deep" / "link").symlink_to(tmp_path)
-    with pytest.raises(AdapterRefusedError, match="link is no folder, or a link"):
+    with pytest.raises(AdapterRefusedError, match=r"link is no folder, or a link"):
         fenced.client.push_uri("support", f"file://{inside}/deep/link/outside")
     (inside / "made").mkdir()
     for name in ("prad.json", "adapter_model.safetensors"):
@@ -195,11 +195,11 @@ def test_no_link_leads_out_of_the_folder(fenced, adapter, tmp_path):
 def test_what_is_no_plain_file_is_refused_at_once(fenced, adapter, tmp_path):
     uri = placed(adapter, tmp_path / "open" / "a")
     os.mkfifo(tmp_path / "open" / "a" / "README.md")
-    with pytest.raises(AdapterRefusedError, match="README.md is not a plain file"):
+    with pytest.raises(AdapterRefusedError, match=r"README\.md is not a plain file"):
         fenced.client.push_uri("support", uri)
     (tmp_path / "open" / "a" / "README.md").unlink()
     (tmp_path / "open" / "a" / "README.md").mkdir()
-    with pytest.raises(AdapterRefusedError, match="README.md is not a plain file"):
+    with pytest.raises(AdapterRefusedError, match=r"README\.md is not a plain file"):
         fenced.client.push_uri("support", uri)
     nothing_is_left(fenced)
 
@@ -224,7 +224,7 @@ def test_a_body_must_name_one_place(registry):
     for body in ({}, {"uri": "hf://a/b", "path": "/x"}, {"uri": ""}, {"uri": 3}):
         response = registry.http.post("/v1/tasks/support/versions", json=body)
         assert (response.status_code, response.json()["error"]["param"]) == (400, "uri"), body
-    with pytest.raises(InvalidRequestError, match="uri: .* is none; expected one of"):
+    with pytest.raises(InvalidRequestError, match=r"uri: .* is none; expected one of"):
         registry.client.push_uri("support", "http://169.254.169.254/latest")
 
 

@@ -120,7 +120,7 @@ def test_a_file_that_was_changed_on_its_way(hub, start, adapter, name):
 
 def test_what_the_hub_does_not_have(hub, start):
     with start("hf://org") as registry:
-        with pytest.raises(AdapterRefusedError, match="no revision 'v9' there.*HF_TOKEN"):
+        with pytest.raises(AdapterRefusedError, match=r"no revision 'v9' there.*HF_TOKEN"):
             registry.client.push_uri("support", "hf://org/support@v9")
         hub.answers["/api/models/org/support/revision/v9"] = (200, {}, b"<html>")
         with pytest.raises(SourceUnavailableError, match="the hub's answer is none"):

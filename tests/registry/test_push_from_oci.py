@@ -96,9 +96,9 @@ def test_by_tag_and_by_digest(tmp_path, running, files):
         assert (again.version, again.created) == (1, False)
         store(host, "team/support", "latest", files)
         assert registry.client.push_uri("support", f"oci://{host}/team/support").version == 2
-        with pytest.raises(AdapterRefusedError, match="there is no 2.0"):
+        with pytest.raises(AdapterRefusedError, match=r"there is no 2\.0"):
             registry.client.push_uri("support", f"oci://{host}/team/support:2.0")
-        with pytest.raises(AdapterRefusedError, match="there is no 1.0"):
+        with pytest.raises(AdapterRefusedError, match=r"there is no 1\.0"):
             registry.client.push_uri("support", f"oci://{host}/nobody:1.0")
 
 
@@ -125,7 +125,7 @@ def test_credentials_are_those_of_docker_login(tmp_path, running, files, home):
     passwords.write_text(PASSWORD_LINE, encoding="utf-8")
     with docker_registry(tmp_path, {"htpasswd": passwords}) as host, running(host) as registry:
         store(host, "support", "1", files, auth=("ada", "open sesame"))
-        with pytest.raises(AdapterRefusedError, match="asks for credentials.*docker login"):
+        with pytest.raises(AdapterRefusedError, match=r"asks for credentials.*docker login"):
             registry.client.push_uri("support", f"oci://{host}/support:1")
         nothing_is_left(registry)
         known = base64.b64encode(b"ada:open sesame").decode()
