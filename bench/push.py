@@ -1,17 +1,17 @@
 """A push from a trainer's memory until it answers everywhere: where its time goes, on an idle stack.
 
-A trainer's tensors become a version of a task in one request, which is answered when all prefill services are ready
+A trainer's tensors become a version of a task in one request, answered when all prefill services are ready
 for it (`wait=ready`). The parts are
 
 serialise     tensors to the bytes of a safetensors file, at the trainer
 receive       the request's body, at the registry
 check         form, names, bounds, digest, signatures
 store         files flushed to disk and put in their place, the version entered
-announce      all prefill services hear of it, report, and hear that it is verified: what is left of the wait
+announce      all prefill services hear of it, and that it is verified: what is left of the wait
 fetch         its files come to a prefill service
 probe         the adapter is loaded onto the model and run there; of both, the slower service counts
 
-and then, of no part of it, the first answer that a client gets: the adapter comes into memory, one token is drawn.
+and then, of no part of it, the first answer: the adapter comes into memory, one token is drawn.
 """
 
 import re
