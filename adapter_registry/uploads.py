@@ -1,6 +1,5 @@
 """Bodies of requests, all within limits: a pushed adapter's into a staged folder, known names only."""
 
-import asyncio
 import shutil
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -40,7 +39,7 @@ async def receive(request: Request, staged: Path, *, limit: int, sources: Source
         await _receive_parts(request, staged, limit)
         return ""
     if kind == "application/json":
-        return await asyncio.to_thread(sources.fetch, await _uri(request), staged)
+        return await sources.fetch(await _uri(request), staged)
     raise InvalidRequestError(
         'push the files as multipart/form-data, or {"uri": ...} or {"path": ...} as application/json'
     )

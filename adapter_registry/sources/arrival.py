@@ -1,6 +1,7 @@
 """A staged folder that fills from elsewhere: known names, within bounds of bytes and time, digests right."""
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -57,6 +58,10 @@ class Arrival:
                 param="uri",
             )
         return left
+
+    def end(self) -> None:
+        """Nobody waits for it any more: whoever still fetches is told so by `seconds_left`."""
+        self._latest = -math.inf
 
     def write(self, name: str, pieces: Iterable[bytes], promised: Promised) -> None:
         """Raises UploadTooLargeError, SourceUnavailableError, AdapterRefusedError, StorageFullError."""

@@ -55,7 +55,7 @@ def _head(store: Any, bucket: str, key: str, name: str) -> Mapping[str, Any] | N
 
 def _pieces(store: Any, path: str, arrival: Arrival, name: str) -> Iterator[bytes]:
     """Of one state of the file: s3fs asks for that of one entity tag only."""
-    with _failing(arrival, name), store.open(path, "rb", cache_type="readahead") as file:
+    with _failing(arrival, name), store.open(path, "rb", block_size=4 * PIECE_BYTES) as file:
         while piece := file.read(PIECE_BYTES):
             yield piece
 

@@ -12,7 +12,7 @@ from ipaddress import ip_address
 import httpx
 
 from adapter_registry.errors import SourceNotAllowedError
-from adapter_registry.sources.arrival import PIECE_BYTES, Arrival
+from adapter_registry.sources.arrival import Arrival
 
 MAX_REDIRECTS = 5
 MAX_ANSWER_BYTES = 8 << 20
@@ -55,7 +55,9 @@ class Door:
 
         Raises SourceNotAllowedError, SourceUnavailableError.
         """
-        at, first = self._checked(httpx.URL(url, params=params) if params else httpx.URL(url)), _host(url)
+        with self._failing():
+            at = self._checked(httpx.URL(url).copy_merge_params(params or {}))
+        first = _host(at)
         with self._failing(), httpx.Client(trust_env=not is_here(at.host)) as client:
             for _ in range(1 + MAX_REDIRECTS):
                 sent = headers if _host(at) == first else _without_credentials(headers)
@@ -69,7 +71,7 @@ class Door:
     def pieces(self, response: httpx.Response) -> Iterator[bytes]:
         """Of the body. Raises SourceUnavailableError."""
         with self._failing():
-            for piece in response.iter_bytes(PIECE_BYTES):
+            for piece in response.iter_bytes():
                 _ = self._arrival.seconds_left
                 yield piece
 
@@ -102,11 +104,9 @@ class Door:
             raise self._arrival.away(f"it cannot be reached: {error or type(error).__name__}") from error
 
 
-def _host(url: httpx.URL | str) -> str:
+def _host(url: httpx.URL) -> str:
     """HOST, or HOST:PORT where that is not the scheme's own."""
-    found = httpx.URL(url)
-    name = f"[{found.host}]" if ":" in found.host else found.host
-    return name if found.port is None else f"{name}:{found.port}"
+    return url.netloc.decode("ascii")
 
 
 def _matches(host: str, allowed: str) -> bool:

@@ -1,33 +1,37 @@
 """A push by URI, fetched: where it leads, whether that is allowed, and by which protocol."""
 
+import asyncio
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
-from threading import BoundedSemaphore
 from types import MappingProxyType
 
-from adapter_registry.errors import MissingExtraError, SourceUnavailableError
+from adapter_registry.errors import MissingExtraError
 from adapter_registry.sources import buckets, folders, hub, oci
 from adapter_registry.sources.arrival import Arrival
 from adapter_registry.sources.places import AllowedSources, Place
 
 MOST_AT_ONCE = 4
-"""Fetches; others wait for their turn, within their time."""
+"""Fetches; others wait for their turn."""
 
 _EXTRAS: Mapping[str, tuple[str, str]] = MappingProxyType({"s3": ("s3", "s3fs"), "oci": ("oci", "oras")})
 """By scheme: what to install, and the module that comes with it."""
 
 
 class Sources:
-    """`limit`: bytes of one adapter; `seconds`: that one fetch may take. Blocks: for worker threads."""
+    """`limit`: bytes of one adapter; `seconds`: that one fetch may take, waiting for its turn included.
+
+    Fetches have threads of their own: a source that dawdles keeps nobody else waiting.
+    """
 
     def __init__(self, allowed: AllowedSources, limit: int, seconds: float) -> None:
         self._allowed = allowed
         self._limit = limit
         self._seconds = seconds
-        self._turns = BoundedSemaphore(MOST_AT_ONCE)
+        self._pool = ThreadPoolExecutor(MOST_AT_ONCE, "fetch")
 
-    def fetch(self, uri: str, staged: Path) -> str:
+    async def fetch(self, uri: str, staged: Path) -> str:
         """Fills `staged` with the adapter at `uri`; that URI, with the revision or digest that it has now.
 
         Raises InvalidRequestError, SourceNotAllowedError, MissingExtraError, AdapterRefusedError,
@@ -36,15 +40,16 @@ class Sources:
         place, allowed = self._allowed.find(uri)
         _require_extra(place.scheme)
         arrival = Arrival(staged, uri, self._limit, self._seconds)
-        if not self._turns.acquire(timeout=self._seconds):
-            raise SourceUnavailableError(
-                f"{MOST_AT_ONCE} other fetches kept this one waiting for {self._seconds:g} s; try again",
-                param="uri",
-            )
+        fetch = self._fetcher(place, allowed)
+
+        def fetched() -> str:
+            _ = arrival.seconds_left
+            return fetch(arrival)
+
         try:
-            return self._fetcher(place, allowed)(arrival)
+            return await asyncio.get_running_loop().run_in_executor(self._pool, fetched)
         finally:
-            self._turns.release()
+            arrival.end()
 
     def _fetcher(self, place: Place, allowed: Place) -> Callable[[Arrival], str]:
         redirects = self._allowed.redirects

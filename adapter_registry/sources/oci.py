@@ -112,7 +112,10 @@ class _Registry:
         )
         auth.load_configs(self._container)
         known = not basic or hasattr(auth, "_basic_auth")
-        headers, changed = auth.authenticate_request(asked, {}) if known else ({}, False)
+        try:
+            headers, changed = auth.authenticate_request(asked, {}) if known else ({}, False)
+        except (AttributeError, TypeError, ValueError):  # oras asks for a token as if all were said, and JSON
+            changed = False
         if not changed:
             raise self._arrival.refused(
                 "it asks for credentials, and this registry has none that it takes (docker login or oras "

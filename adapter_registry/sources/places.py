@@ -153,7 +153,7 @@ def _bucket(rest: str, uri: str) -> Place:
 def _oci(rest: str, uri: str) -> Place:
     host, _, path = rest.partition("/")
     names = list(_names(path))
-    if not _HOST.fullmatch(host.lower()):
+    if not _HOST.fullmatch(host.lower()) or not set(host) & set(".:"):
         raise ValueError(f"{uri[:200]!r} names no host; {_expected('oci')}")
     revision = ""
     if names:

@@ -1,5 +1,6 @@
 """A push by URI: what is allowed, what is refused, folders; a refused one leaves nothing behind."""
 
+import asyncio
 import os
 import socket
 import threading
@@ -19,7 +20,7 @@ from adapter_registry.errors import (
 )
 from adapter_registry.settings import RegistrySettings
 from adapter_registry.sources import fetching
-from adapter_registry.sources.arrival import Arrival
+from adapter_registry.sources.arrival import Arrival, Promised
 from adapter_registry.sources.door import Door
 from adapter_registry.sources.places import Place, allowed_sources, parse
 from tests.source_servers import ToldServer
@@ -69,6 +70,7 @@ def test_a_uri_leads_to_a_place(uri, place):
         "s3://bucket/../other",
         "oci://",
         "oci://ghcr.io",
+        "oci://ghcr/support:1",
         "oci://user@ghcr.io/x",
         "oci://ghcr.io/Support",
         "oci://ghcr.io/support:",
@@ -345,7 +347,7 @@ def test_a_source_that_is_not_there(tmp_path):
         door(tmp_path, f"127.0.0.1:{port}").read(f"http://127.0.0.1:{port}/", {})
 
 
-def test_only_so_many_fetch_at_once(tmp_path, monkeypatch):
+async def test_only_so_many_fetch_at_once_and_who_waits_too_long_is_told(tmp_path, monkeypatch):
     going, free = threading.Semaphore(0), threading.Event()
 
     def slow(place, allowed, arrival):
@@ -355,20 +357,33 @@ def test_only_so_many_fetch_at_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fetching.folders, "copy", slow)
     sources = fetching.Sources(allowed_sources("", any_folder=True), 1, 0.2)
-    threads = [
-        threading.Thread(target=sources.fetch, args=("file:///x", tmp_path))
-        for _ in range(fetching.MOST_AT_ONCE)
-    ]
-    for thread in threads:
-        thread.start()
-    for _ in threads:
-        going.acquire()
-    with pytest.raises(SourceUnavailableError, match="other fetches"):
-        sources.fetch("file:///x", tmp_path)
+    fetches = [asyncio.create_task(sources.fetch("file:///x", tmp_path)) for _ in range(5)]
+    for _ in range(fetching.MOST_AT_ONCE):
+        await asyncio.to_thread(going.acquire)
+    await asyncio.sleep(0.3)
     free.set()
-    for thread in threads:
-        thread.join()
-    assert sources.fetch("file:///x", tmp_path) == "file:///x"
+    *first, last = await asyncio.gather(*fetches, return_exceptions=True)
+    assert first == ["file:///x"] * fetching.MOST_AT_ONCE
+    assert isinstance(last, SourceUnavailableError)
+    assert await sources.fetch("file:///x", tmp_path) == "file:///x"
+
+
+async def test_a_fetch_that_nobody_waits_for_ends(tmp_path, monkeypatch):
+    started, ended = threading.Event(), threading.Event()
+
+    def endless(place, allowed, arrival):
+        started.set()
+        try:
+            arrival.write("prad.json", iter(lambda: b"", None), Promised())
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(fetching.folders, "copy", endless)
+    sources = fetching.Sources(allowed_sources("", any_folder=True), 1, 300)
+    fetch = asyncio.create_task(sources.fetch("file:///x", tmp_path))
+    await asyncio.to_thread(started.wait)
+    fetch.cancel()
+    assert await asyncio.to_thread(ended.wait, 30)
 
 
 def test_a_push_that_waits_is_answered_when_it_is_ready(registry, adapter):

@@ -16,6 +16,8 @@ COMMIT = "c" * 40
 def hub(monkeypatch):
     server = ToldServer()
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+    template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     yield server
     server.close()
