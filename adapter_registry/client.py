@@ -209,7 +209,7 @@ class RegistryClient:
 
     def _push(self, task: str, ready_within: float, seconds: float, **body: Any) -> Pushed:
         path = f"/v1/tasks/{check_task(task)}/versions"
-        params = {"wait": "ready", "seconds": ready_within} if ready_within else {}
+        params: dict[str, str | float] = {"wait": "ready", "seconds": ready_within} if ready_within else {}
         patience = httpx.Timeout(self._timeout, read=seconds + ready_within)
         with _reaching(self._url):
             response = self._http.post(path, params=params, timeout=patience, **body)

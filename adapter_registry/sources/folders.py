@@ -10,6 +10,7 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from urllib.parse import quote
 
 from adapter_registry.sources.arrival import NAMES, PIECE_BYTES, Arrival, Promised
 from adapter_registry.sources.places import Place
@@ -40,7 +41,7 @@ def copy(place: Place, allowed: Place, arrival: Arrival) -> str:
                 arrival.write(name, _pieces(file), Promised(os.fstat(file).st_size))
             finally:
                 os.close(file)
-    return f"file:///{place.folder}"
+    return f"file://{quote(f'/{place.folder}')}"
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field, ValidationError
 from adapter_registry.sources.arrival import NAMES, Arrival, Promised
 from adapter_registry.sources.door import Door
 from adapter_registry.sources.places import Place
+from prad import __version__
 
 _OWN_HOSTS = ("*.hf.co", "*.huggingface.co")
 """Where huggingface.co itself keeps large files."""
@@ -54,12 +55,11 @@ def fetch(place: Place, arrival: Arrival, redirects: tuple[str, ...]) -> str:
     Raises AdapterRefusedError, SourceNotAllowedError, SourceUnavailableError, UploadTooLargeError.
     """
     from huggingface_hub import constants, hf_hub_url
-    from huggingface_hub.utils import build_hf_headers
 
     endpoint = httpx.URL(constants.ENDPOINT)
     own = _OWN_HOSTS if endpoint.host == "huggingface.co" else ()
     door = Door(arrival, (endpoint.netloc.decode(), *own, *redirects))
-    headers = build_hf_headers()
+    headers = _headers()
     name, folder = "/".join(place.path[:2]), "".join(f"{part}/" for part in place.path[2:])
     found = _list(door, arrival, f"{endpoint}/api/models/{name}", place.revision or "main", headers)
     for file in found.siblings:
@@ -69,6 +69,15 @@ def fetch(place: Place, arrival: Arrival, redirects: tuple[str, ...]) -> str:
                 _require_found(response, arrival, file.name)
                 arrival.write(file.name.removeprefix(folder), door.pieces(response), file.promised)
     return f"hf://{name}@{found.sha}" + (f"/{folder.rstrip('/')}" if folder else "")
+
+
+def _headers() -> dict[str, str]:
+    """By hand: huggingface_hub's own function for it asks the hub what it may call itself."""
+    from huggingface_hub import constants, get_token
+
+    token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
+    named = {"user-agent": f"prad-server/{__version__}"}
+    return named if token is None else named | {"authorization": f"Bearer {token}"}
 
 
 def _list(door: Door, arrival: Arrival, url: str, revision: str, headers: dict[str, str]) -> _Repository:

@@ -232,12 +232,12 @@ def test_a_body_must_name_one_place(registry):
 
 def test_a_missing_extra_is_named(data_dir, serving, monkeypatch):
     monkeypatch.setattr(fetching, "find_spec", lambda _: None)
-    settings = RegistrySettings(port=0, data_dir=data_dir, push_from="s3://b, oci://ghcr.io")
+    settings = RegistrySettings(port=0, data_dir=data_dir, push_from="s3://models, oci://ghcr.io")
     with serving(settings) as running:
-        for uri, extra in (("s3://b/x", "s3"), ("oci://ghcr.io/x:1", "oci")):
+        for uri, extra in (("s3://models/x", "s3"), ("oci://ghcr.io/x:1", "oci")):
             with pytest.raises(MissingExtraError, match=rf"pip install 'prad-server\[{extra}\]'"):
                 running.client.push_uri("support", uri)
-        response = running.http.post("/v1/tasks/support/versions", json={"uri": "s3://b/x"})
+        response = running.http.post("/v1/tasks/support/versions", json={"uri": "s3://models/x"})
         assert (response.status_code, response.json()["error"]["code"]) == (501, "missing_extra")
         nothing_is_left(running)
 

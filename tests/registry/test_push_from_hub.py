@@ -71,6 +71,7 @@ def test_a_repository_at_its_commit(hub, start, adapter):
         pushed = registry.client.push_uri("support", "hf://org/support")
         assert pushed.source == f"hf://org/support@{COMMIT}"
         assert {file.name for file in pushed.files} == {"prad.json", "adapter_model.safetensors"}
+    assert hub.asked[0][0] == "/api/models/org/support/revision/main?blobs=true"
     assert {headers["authorization"] for _, headers in hub.asked} == {"Bearer hf_secret"}
     assert not any("config.json" in path for path, _ in hub.asked)
 

@@ -43,8 +43,9 @@ def store(host, repository, tag, files, auth=None):
     """By the distribution specification; the manifest's digest."""
     with httpx.Client(base_url=f"http://{host}/v2/{repository}/", auth=auth, trust_env=False) as http:
         for content in (b"{}", *files.values()):
-            where = http.post("blobs/uploads/").headers["location"]
-            answer = http.put(where, params={"digest": sha256(content)}, content=content)
+            where = httpx.URL(http.post("blobs/uploads/").headers["location"])
+            where = where.copy_merge_params({"digest": sha256(content)})
+            answer = http.put(where, content=content)
             assert answer.status_code == 201, answer.text
         body = manifest([layer(name, content) for name, content in files.items()])
         answer = http.put(f"manifests/{tag}", content=body, headers={"content-type": MANIFEST})
