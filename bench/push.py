@@ -51,24 +51,25 @@ def run(arguments: Push) -> dict[str, Any]:
     model = load(arguments)
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        named = write_artefacts(root / "adapters", model, arguments.method, 1 + arguments.rounds, arguments.r)
+        others = int(
+            time.time()
+        )  # in each run: what a prefill service fetched before it does not fetch again
+        count = 1 + arguments.rounds
+        named = write_artefacts(root / "adapters", model, arguments.method, count, arguments.r, others)
         del model
         with _served(arguments, root) as running, httpx.Client(trust_env=False, timeout=60) as http:
             rows = [_pushed(running, http, root / "adapters" / each) for each in named][1:]  # one to warm up
-    files = sum(file["size"] for file in rows[0].pop("files"))
-    for row in rows[1:]:
-        del row["files"]
-    return {
-        "model": arguments.model,
-        "adapter_bytes": files,
-        "ms": {part: round(statistics.median(row[part] for row in rows), 1) for part in rows[0]},
-        "worst_total_ms": max(row["total"] for row in rows),
-        "rounds_ms": rows,
-    }
+    (nbytes,) = {row.pop("bytes") for row in rows}
+    summed = [
+        {"part": part, "ms": round(statistics.median(row[part] for row in rows), 1), "worst_ms": worst}
+        for part in rows[0]
+        for worst in (max(row[part] for row in rows),)
+    ]
+    return {"model": arguments.model, "adapter_bytes": nbytes, "rows": summed, "rounds_ms": rows}
 
 
 def _pushed(running: _Running, http: httpx.Client, folder: Path) -> dict[str, Any]:
-    """Milliseconds of each part of one push, and the files that it had."""
+    """Milliseconds of each part of one push, and the bytes of its files."""
     record, tensors = read_artefact(folder).record, load_file(folder / "adapter_model.safetensors")
     start = time.perf_counter()
     files = files_of(record, tensors)
@@ -87,14 +88,14 @@ def _pushed(running: _Running, http: httpx.Client, folder: Path) -> dict[str, An
     fetch, probe = _probed(running.logs, said["version"])
     answered = [_first_answer(http, api, said["version"]) for api in running.apis]
     return {
-        "total": _ms(total),
         "serialise": _ms(serialised - start),
         **{part: found[part] for part in ("receive", "check", "store")},
         "announce": round(found["ready"] - fetch - probe, 1),
         "fetch": fetch,
         "probe": probe,
-        "first_answer": max(answered),
-        "files": said["files"],
+        "until ready": _ms(total),
+        "first answer": max(answered),
+        "bytes": sum(file["size"] for file in said["files"]),
     }
 
 
@@ -146,8 +147,9 @@ def _ms(seconds: float) -> float:
 def plot(result: dict[str, Any], figure: Any) -> None:
     axes = figure.subplots()
     left = 0.0
+    widths = {row["part"]: row["ms"] for row in result["rows"]}
     for part in PARTS:
-        width = result["ms"][part]
+        width = widths[part]
         axes.barh(0, width, left=left, label=f"{part}, {width:g} ms")
         left += width
     axes.set(yticks=[], xlabel="ms of a push from memory, until all prefill services are ready for it")
