@@ -16,7 +16,6 @@ from pathlib import Path
 
 from filelock import FileLock
 
-
 _LOOK_S = 0.002
 """How often it is tried to be alone: others are so for a moment, and requests wait behind it."""
 
