@@ -152,5 +152,9 @@ def plot(result: dict[str, Any], figure: Any) -> None:
         width = widths[part]
         axes.barh(0, width, left=left, label=f"{part}, {width:g} ms")
         left += width
-    axes.set(yticks=[], xlabel="ms of a push from memory, until all prefill services are ready for it")
+    axes.set(
+        yticks=[],
+        ylim=(-0.5, 1.2),
+        xlabel="ms of a push from memory, until all prefill services are ready for it",
+    )
     axes.legend(ncols=2)
