@@ -12,7 +12,6 @@ from fastapi import APIRouter, Query, Request, Response
 
 from adapter_registry import uploads
 from adapter_registry.messages import Pushed, PushFrom
-from adapter_registry.names import check_task
 from adapter_registry.preconditions import By
 from adapter_registry.registry import Registry
 from adapter_registry.replies import described
@@ -82,7 +81,6 @@ def router(registry: Registry, settings: RegistrySettings) -> APIRouter:
                 source = await uploads.receive(
                     request, staged, limit=settings.max_upload_bytes, sources=sources
                 )
-            check_task(task)
             with times.part("check"):
                 adapter = await registry.admit(staged)
             with times.part("store"):

@@ -29,6 +29,7 @@ from adapter_registry.messages import (
     Warmed,
 )
 from adapter_registry.metrics import Metrics
+from adapter_registry.names import check_task
 from adapter_registry.planning import Move, Wanted
 from adapter_registry.replicas import Replicas
 from adapter_registry.retention import make_room
@@ -119,8 +120,9 @@ class Registry:
     ) -> Pushed:
         """Makes a version of admitted files. `by`: who asks; `source`: where they were fetched, if they were.
 
-        Raises StorageFullError.
+        Raises InvalidTaskNameError, StorageFullError.
         """
+        check_task(task)
 
         def store() -> Pushed:
             with self.files.kept([(staged, adapter.digest)]):

@@ -53,7 +53,7 @@ class Place:
 @dataclass(frozen=True, slots=True)
 class AllowedSources:
     """`places`: what they hold may be fetched; `redirects`: hosts that another may send the registry on to;
-    `text`: the list as it was written."""
+    `text`: the places as they were written."""
 
     places: tuple[Place, ...]
     redirects: tuple[str, ...]
@@ -82,18 +82,18 @@ class AllowedSources:
 def allowed_sources(text: str, *, any_folder: bool) -> AllowedSources:
     """`text`: beginnings of URIs, and https://HOST for redirects, separated by commas. `any_folder`: of the
     registry's machine as well. Raises ValueError."""
-    places, redirects = [], []
+    places, redirects, written = [], [], []
     for entry in filter(None, (part.strip() for part in text.split(","))):
         scheme, _, rest = entry.partition("://")
         if scheme == "https":
             redirects.append(_redirect_host(rest, entry))
         else:
             places.append(_parse(entry, whole=False))
-    written = ", ".join(part.strip() for part in text.split(",") if part.strip())
+            written.append(entry)
     if any_folder:
         places.append(Place("file", "", ()))
-        written = f"{written}, file:///" if written else "file:///"
-    return AllowedSources(tuple(places), tuple(redirects), written)
+        written.append("file:///")
+    return AllowedSources(tuple(places), tuple(redirects), ", ".join(written))
 
 
 def names_folders(text: str) -> bool:
