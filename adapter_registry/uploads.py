@@ -28,9 +28,9 @@ DRAINED = 4
 """A body up to so many times the limit is read to its end, so that the sender hears why it was refused."""
 
 
-async def receive(request: Request, staged: Path, *, limit: int, sources: Sources) -> str:
+async def receive(request: Request, staged: Path, *, limit: int, sources: Sources | None) -> str:
     """Fills `staged` from a multipart body, or from where {"uri": ...} or {"path": ...} leads. Where the
-    files were fetched; empty: they came with the request.
+    files were fetched; empty: they came with the request. `sources`: None where nothing is fetched.
 
     Raises InvalidRequestError, AdapterRefusedError, UploadTooLargeError, and what `Sources.fetch` raises.
     """
@@ -38,7 +38,7 @@ async def receive(request: Request, staged: Path, *, limit: int, sources: Source
     if kind == "multipart/form-data":
         await _receive_parts(request, staged, limit)
         return ""
-    if kind == "application/json":
+    if kind == "application/json" and sources is not None:
         return await sources.fetch(await _uri(request), staged)
     raise InvalidRequestError(
         'push the files as multipart/form-data, or {"uri": ...} or {"path": ...} as application/json'
