@@ -65,13 +65,13 @@ def _operator(
 
 
 def _repeatable(
-    if_match: Annotated[str | None, Header()] = None,
+    seen: Annotated[int | None, Depends(_expected)],
     idempotency_key: Annotated[
         str | None, Header(description="Not kept here: refused without If-Match")
     ] = None,
 ) -> None:
     """Whoever sends a key means to repeat: only If-Match makes that safe here. Raises InvalidRequestError."""
-    if idempotency_key is not None and if_match in (None, "*"):
+    if idempotency_key is not None and seen is None:
         raise InvalidRequestError(
             "Idempotency-Key: keys are not kept here, and this request is not safe to repeat without "
             "If-Match; send the routing's revision, as in the task's ETag",
