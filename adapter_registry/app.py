@@ -1,14 +1,14 @@
 """The registry's HTTP API: every route in one place, most of them one line of `Registry`."""
 
 import asyncio
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import FileResponse, PlainTextResponse
 from fastapi_offline import FastAPIOffline
 
-from adapter_registry import replies, uploads
+from adapter_registry import pushing, replies, uploads
 from adapter_registry.access import Guard, Secrets, keys_router, refuse_foreign_origin
 from adapter_registry.errors import HostNotAllowedError
 from adapter_registry.keys import Role
@@ -16,7 +16,6 @@ from adapter_registry.messages import (
     Aliased,
     ErrorReply,
     Probe,
-    Pushed,
     ReplicaList,
     Rerouted,
     Retire,
@@ -43,10 +42,10 @@ from adapter_registry.parameters import (
     Troubles,
 )
 from adapter_registry.planning import Move, Rollback, SetAlias, SetShadow, Split, Wanted
-from adapter_registry.preconditions import REROUTING, By, IfMatch, etag
+from adapter_registry.preconditions import REROUTING, By, IfMatch, Repeatable, etag
 from adapter_registry.registry import Follower, Registry
+from adapter_registry.replies import described
 from adapter_registry.settings import RegistrySettings
-from adapter_registry.storage import storing
 from adapter_registry.versions import Event
 from prad import __version__
 from prad.http.hosts import AllowedHosts
@@ -58,13 +57,7 @@ T = TypeVar("T")
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     "default": {"model": ErrorReply, "description": "Refused or failed, and why"}
 }
-
-
-def _described(reasons: Mapping[int, str]) -> dict[int | str, dict[str, Any]]:
-    return {status: {"model": ErrorReply, "description": why} for status, why in reasons.items()}
-
-
-_REFUSED = _described(
+_REFUSED = described(
     {
         401: "The registry asks for a token, and none that is in force is shown",
         403: "The token's role is not enough, or a page of another origin asks",
@@ -73,20 +66,12 @@ _REFUSED = _described(
 )
 _WAITING: dict[int | str, dict[str, Any]] = {
     204: {"description": "No change yet"},
-    **_described(
+    **described(
         {403: "A replica does not show the replicas' secret", 503: "Too many wait, or the store is away"}
     ),
 }
-_NO_TASK = _described({404: "No such task or version"})
-_NOT_NOW = _described({404: "No such task or version", 409: "The version's state does not allow that"})
-_NOT_PUSHED = _described(
-    {
-        400: "The files are no usable adapter, or the task's name is none",
-        403: "It is not signed as it must be, a page of another origin asks, or local paths are off",
-        413: "It is larger than max_upload_mib",
-        507: "The disk is full, or nearly",
-    }
-)
+_NO_TASK = described({404: "No such task or version"})
+_NOT_NOW = described({404: "No such task or version", 409: "The version's state does not allow that"})
 
 
 _PLACES = {"docs": "/docs", "openapi": "/openapi.json", "tasks": "/v1/tasks"} | {
@@ -106,7 +91,7 @@ def create_app(registry: Registry, settings: RegistrySettings, secrets: Secrets)
         (_reading(registry, guard), [guard.needs(Role.READ)]),
         (_following(registry, settings, guard), [guard.needs(Role.READ)]),
         (_probing(registry), [local, guard.needs(Role.REPLICA)]),
-        (_pushing(registry, settings), [local, guard.needs(Role.PUSH)]),
+        (pushing.router(registry, settings), [local, guard.needs(Role.PUSH)]),
         (_changing(registry), [local, guard.needs(Role.ROUTE)]),
         (_removing(registry), [local, guard.needs(Role.ADMIN)]),
         (keys_router(registry, guard), [local, guard.needs(Role.ADMIN)]),
@@ -151,7 +136,7 @@ def _reading(registry: Registry, guard: Guard) -> APIRouter:
     @router.get(
         VERSION + "/files/{name}",
         response_class=FileResponse,
-        responses=_described({404: "No such file, or it was deleted", 500: "The file is damaged"}),
+        responses=described({404: "No such file, or it was deleted", 500: "The file is damaged"}),
     )
     async def file(task: Task, version: Number, name: FileName) -> FileResponse:
         """One of a version's files, as it was pushed."""
@@ -203,34 +188,6 @@ def _probing(registry: Registry) -> APIRouter:
     async def probe(task: Task, version: Number, body: Probe) -> VersionRecord:
         """A replica's report: how loading and running the version went."""
         return await registry.probe(task, version, body)
-
-    return router
-
-
-def _pushing(registry: Registry, settings: RegistrySettings) -> APIRouter:
-    router = APIRouter()
-
-    @router.post(
-        "/tasks/{task}/versions",
-        status_code=201,
-        responses={200: {"model": Pushed, "description": "These files are a version already"}, **_NOT_PUSHED},
-    )
-    async def push(task: Task, request: Request, by: By, response: Response) -> Pushed:
-        """Upload an adapter's files as the next version; the same files again are the same version.
-
-        Who signed them travels as one more file, signature.json (prad adapter sign).
-        """
-        await registry.require_room()
-        with storing(), registry.files.stage() as staged:
-            await uploads.receive(
-                request,
-                staged,
-                limit=settings.max_upload_bytes,
-                local_paths=settings.local_paths_allowed,
-            )
-            pushed = await registry.push(task, staged, by=by)
-        response.status_code = 201 if pushed.created else 200
-        return pushed
 
     return router
 
@@ -290,7 +247,7 @@ def _changing(registry: Registry) -> APIRouter:
         """Let `task@alias` mean nothing any more. Answers as promote does."""
         return await rerouted(task, SetAlias(alias, None), seen, by, response)
 
-    @router.post("/tasks/{task}/rollback", responses=REROUTING)
+    @router.post("/tasks/{task}/rollback", responses=REROUTING, dependencies=[Repeatable])
     async def rollback(task: Task, seen: IfMatch, by: By, response: Response) -> Rerouted:
         """Bring the routing before back: split, aliases and shadows. Once more goes one further back.
 
@@ -346,9 +303,7 @@ def _service(registry: Registry, settings: RegistrySettings, guard: Guard) -> AP
         return {"status": "ok"}
 
     @router.head("/ready", include_in_schema=False)
-    @router.get(
-        "/ready", responses=_described({503: "Redis does not answer", 507: "The disk is nearly full"})
-    )
+    @router.get("/ready", responses=described({503: "Redis does not answer", 507: "The disk is nearly full"}))
     async def ready() -> dict[str, str | int | tuple[str, ...]]:
         """507 while the disk has less free than it should, 503 while Redis does not answer."""
         revision, warnings = await registry.ready()

@@ -10,24 +10,17 @@ whole versions and, at worst, a folder that no version needs, which `sweep` remo
 
 import os
 import shutil
-import stat
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from adapter_registry.errors import (
-    AdapterRefusedError,
-    StoredFilesDamagedError,
-    UploadTooLargeError,
-)
+from adapter_registry.errors import AdapterRefusedError, StoredFilesDamagedError
 from adapter_registry.messages import StoredFile
-from adapter_registry.storage import storing
 from adapter_registry.store import StoredAdapter
 from adapter_registry.tenants import Tenant
-from prad.artefact import FILES, Artefact, ArtefactError, files_digest, read_servable
-from prad.artefact.signatures import SIGNATURES
+from prad.artefact import Artefact, ArtefactError, files_digest, read_servable
 
 
 class ArtefactFolder:
@@ -127,33 +120,6 @@ class ArtefactFolder:
             target.rename(staged.with_name(f"{staged.name}.damaged"))
         staged.rename(target)
         _flush_entry(self._artefacts)
-
-
-def copy_local(source: Path, target: Path, limit: int) -> None:
-    """Copies the known files of a folder on this machine; others stay where they are.
-
-    Links are refused: the registry may be able to read what the person who pushes may not.
-    Raises AdapterRefusedError, UploadTooLargeError, StorageFullError.
-    """
-    if not source.is_absolute():
-        raise AdapterRefusedError(f"path must be absolute, got {str(source)!r}", param="path")
-    total = 0
-    try:
-        for path in filter(os.path.lexists, (source / name for name in (*FILES, SIGNATURES))):
-            status = path.lstat()
-            if not stat.S_ISREG(status.st_mode):
-                raise AdapterRefusedError(
-                    f"{path} is not a plain file; upload the files instead", param="path"
-                )
-            total += status.st_size
-            if total > limit:
-                raise UploadTooLargeError(
-                    f"{source} holds more than the limit of {limit} bytes", param="path"
-                )
-            with storing():
-                shutil.copyfile(path, target / path.name, follow_symlinks=False)
-    except OSError as error:
-        raise AdapterRefusedError(f"cannot read {source}: {error.strerror}", param="path") from error
 
 
 def _describe(artefact: Artefact) -> StoredAdapter:

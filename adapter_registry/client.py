@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self, TypeVar
+from typing import IO, Any, Self, TypeVar
 
 import httpx
 from pydantic import BaseModel
@@ -23,6 +23,7 @@ from adapter_registry.keys import ChangedKey, KeyRecord, NewKey
 from adapter_registry.messages import (
     Probe,
     Pushed,
+    PushFrom,
     ReplicaList,
     Rerouted,
     RoutingState,
@@ -32,12 +33,16 @@ from adapter_registry.messages import (
     Warmed,
 )
 from adapter_registry.names import check_task
-from prad.artefact import Artefact
+from adapter_registry.tensor_files import files_of
+from prad.artefact import AdapterRecord, Artefact
 
 M = TypeVar("M", bound=BaseModel)
 
 DEFAULT_WAIT = 20.0
 """Seconds that a request for changes waits at the server."""
+
+_UPLOAD_SECONDS, _FETCH_SECONDS = 120.0, 3600.0
+"""That the registry may take to check an upload, and to fetch what is named; it has bounds of its own."""
 
 _PIECE_BYTES = 1 << 20  # of a download that are written at once
 _REASON_CHARACTERS = 1000  # why a version failed: its files may be quoted, and a report has to be small
@@ -179,12 +184,36 @@ class RegistryClient:
             base_url=url, timeout=timeout, trust_env=not _on_loopback(url), headers=headers
         )
 
-    def push(self, task: str, files: Sequence[tuple[str, IO[bytes]]]) -> Pushed:
-        """Uploads (name, opened file) pairs as a version. Raises AdapterRefusedError, UploadTooLargeError."""
+    def push(self, task: str, files: Sequence[tuple[str, IO[bytes]]], *, ready_within: float = 0.0) -> Pushed:
+        """Uploads (name, opened file) pairs as a version.
+
+        `ready_within`: seconds to wait until it is verified and ready at all connected replicas; the answer's
+        `state`, `reason` and `pending` say how far that is. Raises AdapterRefusedError, UploadTooLargeError.
+        """
+        parts = [("files", (name, file)) for name, file in files]
+        return self._push(task, ready_within, _UPLOAD_SECONDS, files=parts)
+
+    def push_tensors(
+        self, task: str, record: AdapterRecord, tensors: Mapping[str, Any], *, ready_within: float = 0.0
+    ) -> Pushed:
+        """Pushes what is in memory, in one request and without files: `tensors` of torch or numpy by their
+        names in an artefact, `record` as its prad.json. As `push` otherwise."""
+        return self.push(task, files_of(record, tensors), ready_within=ready_within)
+
+    def push_uri(self, task: str, uri: str, *, ready_within: float = 0.0) -> Pushed:
+        """Has the registry fetch an adapter (file://, hf://, s3://, oci://), from where its operator allows.
+
+        As `push`; raises SourceNotAllowedError, SourceUnavailableError, MissingExtraError besides.
+        """
+        body = PushFrom(uri=uri).model_dump(mode="json", exclude_defaults=True)
+        return self._push(task, ready_within, _FETCH_SECONDS, json=body)
+
+    def _push(self, task: str, ready_within: float, seconds: float, **body: Any) -> Pushed:
         path = f"/v1/tasks/{check_task(task)}/versions"
+        params: dict[str, str | float] = {"wait": "ready", "seconds": ready_within} if ready_within else {}
+        patience = httpx.Timeout(self._timeout, read=seconds + ready_within)
         with _reaching(self._url):
-            parts = [("files", (name, file)) for name, file in files]
-            response = self._http.post(path, files=parts, timeout=httpx.Timeout(self._timeout, read=120.0))
+            response = self._http.post(path, params=params, timeout=patience, **body)
         return Call("POST", path, Pushed).read(response)
 
     def state(self) -> RoutingState:

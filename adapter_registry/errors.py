@@ -58,6 +58,12 @@ class SignatureRefusedError(ForbiddenError):
     code = "signature_refused"
 
 
+class SourceNotAllowedError(ForbiddenError):
+    """A push by URI leads, or is sent on, to where this registry fetches nothing from."""
+
+    code = "source_not_allowed"
+
+
 class NotAReplicaError(ForbiddenError):
     """Who speaks as a prefill replica does not show the secret that replicas have."""
 
@@ -152,6 +158,18 @@ class StoreUnavailableError(RegistryError):
     """The registry's Redis cannot be used now. What replicas know already goes on being served."""
 
     code = "store_unavailable"
+
+
+class SourceUnavailableError(RegistryError):
+    """What a push by URI names cannot be reached, or not in time; nothing was stored."""
+
+    code = "source_unavailable"
+
+
+class MissingExtraError(RegistryError):
+    """A push by URI needs a package that is not installed with this registry."""
+
+    code = "missing_extra"
 
 
 class SigningKeysError(RegistryError):

@@ -1,9 +1,9 @@
 """What travels over the registry's HTTP API: shared by server and client. All times are UTC, ISO 8601."""
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, computed_field, model_validator
 
 from adapter_registry.keys import StoredKey
 from adapter_registry.routing import Routing, Shares, Weights
@@ -25,11 +25,20 @@ class _Command(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
-class PushPath(_Command):
-    """Push from a folder on the registry's machine."""
+class PushFrom(_Command):
+    """Push what the registry fetches itself, from where its operator allows: one of the two."""
 
-    path: str
-    """The folder; taken if the registry allows local paths."""
+    uri: str = Field("", examples=["oci://ghcr.io/my-org/support:1"])
+    """A folder (file://), a model repository of the hub (hf://), a folder of a bucket (s3://) or an artefact
+    of an OCI registry (oci://)."""
+    path: str = ""
+    """A folder on the registry's machine."""
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if bool(self.uri) is bool(self.path):
+            raise ValueError("either uri or path must be given")
+        return self
 
 
 class Retire(_Command):
@@ -174,6 +183,13 @@ class VersionRecord(_Answer):
     def name(self) -> str:
         return f"{self.task}@{self.version}"
 
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def source(self) -> str:
+        """Where the registry fetched the files, with revision or digest; empty: they came with the push."""
+        pushes = (line.reason for line in self.history if line.event is Event.PUSH)
+        return next(pushes, "")
+
     @property
     def warmed(self) -> int:
         """See `VersionRoute.warmed`."""
@@ -181,9 +197,13 @@ class VersionRecord(_Answer):
 
 
 class Pushed(VersionRecord):
-    """The answer to a push. `created` False: these very files were a version already."""
+    """The answer to a push. `created` False: these very files were a version already.
+
+    `pending`: if it was to wait, the connected prefill replicas where the version is not ready yet.
+    """
 
     created: bool
+    pending: tuple[str, ...] = Field((), examples=[["prefill-b"]])
 
 
 class Rerouted(TaskRoute):

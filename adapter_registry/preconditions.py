@@ -64,5 +64,22 @@ def _operator(
     return named if caller is None else f"{caller} ({named})"
 
 
+def _repeatable(
+    seen: Annotated[int | None, Depends(_expected)],
+    idempotency_key: Annotated[
+        str | None, Header(description="Not kept here: refused without If-Match")
+    ] = None,
+) -> None:
+    """Whoever sends a key means to repeat: only If-Match makes that safe here. Raises InvalidRequestError."""
+    if idempotency_key is not None and seen is None:
+        raise InvalidRequestError(
+            "Idempotency-Key: keys are not kept here, and this request is not safe to repeat without "
+            "If-Match; send the routing's revision, as in the task's ETag",
+            param="idempotency-key",
+        )
+
+
 IfMatch = Annotated[int | None, Depends(_expected)]
+Repeatable = Depends(_repeatable)
+"""Of a route where a repeated request would do more than the first."""
 By = Annotated[str, Depends(_operator)]

@@ -70,7 +70,7 @@ def there(found: StoredTask | None, task: str) -> StoredTask:
 
 
 def added(
-    known: StoredTask, number: int, adapter: StoredAdapter, revision: int, at: str, by: str
+    known: StoredTask, number: int, adapter: StoredAdapter, revision: int, at: str, by: str, source: str
 ) -> tuple[StoredTask, list[HistoryLine]]:
     """The task with one more version."""
     version = StoredVersion(
@@ -84,7 +84,7 @@ def added(
     )
     change = Change(number, Event.PUSH, None, State.PUSHED)
     task = known.model_copy(update={"versions": (*known.versions, version)})
-    return task, [history_line(change, revision, at=at, by=by, reason="")]
+    return task, [history_line(change, revision, at=at, by=by, reason=source)]
 
 
 def moved(
@@ -101,8 +101,9 @@ def moved(
 
 def _after(known: StoredTask, line: HistoryLine) -> StoredTask:
     def changed(version: StoredVersion) -> StoredVersion:
-        # what is deleted goes on saying why it had failed
-        why = version.reason if line.event is Event.DELETE else line.reason
+        # what is deleted goes on saying why it had failed; that of a push is where the files were fetched
+        said = "" if line.event is Event.PUSH else line.reason
+        why = version.reason if line.event is Event.DELETE else said
         warmed = line.revision if line.event is Event.WARM else version.warmed
         update = {"state": line.after, "reason": why, "changed": line.revision, "warmed": warmed}
         return version.model_copy(update=update)

@@ -72,7 +72,7 @@ class RedisStore:
             migrate(self._redis)
         self._lock = threading.Lock()  # threads of this process need not race
 
-    def push(self, task: str, adapter: StoredAdapter, *, by: str = "") -> tuple[int, bool]:
+    def push(self, task: str, adapter: StoredAdapter, *, by: str = "", source: str = "") -> tuple[int, bool]:
         def work(
             found: StoredTask | None, revision: int, past: Past
         ) -> tuple[StoredTask, list[HistoryLine], tuple[int, bool]]:
@@ -81,9 +81,10 @@ class RedisStore:
             if same:
                 number = same[-1].version
                 changes = plan(known.view, Move(number, Event.PUSH), past)
-                return *moved(known, changes, revision, at=self._now(), by=by), (number, False)
+                after = moved(known, changes, revision, at=self._now(), by=by, reason=source)
+                return *after, (number, False)
             number = 1 + max((v.version for v in known.versions), default=0)
-            return *added(known, number, adapter, revision + 1, self._now(), by), (number, True)
+            return *added(known, number, adapter, revision + 1, self._now(), by, source), (number, True)
 
         return self._change(task, work, adapter)
 

@@ -10,7 +10,12 @@ from typing import TypeVar
 
 from adapter_registry.artefacts import ArtefactFolder
 from adapter_registry.changes import ChangeFeed
-from adapter_registry.errors import AdapterRefusedError, FileNotStoredError, StoreUnavailableError
+from adapter_registry.errors import (
+    AdapterRefusedError,
+    FileNotStoredError,
+    StoreUnavailableError,
+    TooManyWaitersError,
+)
 from adapter_registry.keys import ChangedKey, NewKey, StoredKey, hashed, new_token
 from adapter_registry.messages import (
     Probe,
@@ -97,32 +102,57 @@ class Registry:
         """Raises StorageFullError if a push would find hardly any disk left."""
         await asyncio.to_thread(require_free, self.files.folder, self._bounds.free_bytes)
 
-    async def push(self, task: str, staged: Path, *, by: str) -> Pushed:
-        """Makes a version of the files in `staged`. `by`: who asks.
+    async def admit(self, staged: Path) -> StoredAdapter:
+        """What there is to store, once nothing is wrong with the files in `staged`.
 
-        Raises InvalidTaskNameError, AdapterRefusedError, SignatureRefusedError, SigningKeysError,
-        StorageFullError.
+        Raises AdapterRefusedError, SignatureRefusedError, SigningKeysError.
         """
-        check_task(task)
         try:
             async with asyncio.timeout(CHECK_SECONDS):
-                adapter = await asyncio.to_thread(self._admit, staged)
+                return await asyncio.to_thread(self._admit, staged)
         except TimeoutError:
             raise AdapterRefusedError(
                 f"the adapter was not read and checked in {CHECK_SECONDS:.0f} s", param="files"
             ) from None
 
+    async def push(
+        self, task: str, staged: Path, adapter: StoredAdapter, *, by: str, source: str = ""
+    ) -> Pushed:
+        """Makes a version of admitted files. `by`: who asks; `source`: where they were fetched, if they were.
+
+        Raises InvalidTaskNameError, StorageFullError.
+        """
+        check_task(task)
+
         def store() -> Pushed:
             with self.files.kept([(staged, adapter.digest)]):
-                number, created = self._store.push(task, adapter, by=by)
+                number, created = self._store.push(task, adapter, by=by, source=source)
             return Pushed(**dict(self._store.version(task, number)), created=created)
 
         pushed = await self._change(store)
         self.metrics.pushed(created=pushed.created)  # nothing became idle by it: no room is to be made
         return pushed
 
+    async def settled(self, pushed: Pushed, seconds: float) -> Pushed:
+        """The version as it is once it was probed, and all connected replicas know of that; or after
+        `seconds`."""
+        loop = asyncio.get_running_loop()
+        latest = loop.time() + seconds
+        record: VersionRecord = pushed
+        with suppress(TooManyWaitersError):  # it is stored: whoever pushed can look for itself
+            changed = True
+            while changed and record.state is State.PUSHED:
+                revision = self.feed.revision
+                record = await self.version(pushed.task, pushed.version)
+                if record.state is State.PUSHED:
+                    left = latest - loop.time()
+                    changed = await self.feed.wait(revision, left, address="who pushed", known=True)
+        revision = record.history[-1].revision
+        await self.replicas.wait(revision, latest - loop.time())
+        pending = tuple(self.replicas.pending(revision))
+        return Pushed(**dict(record) | {"created": pushed.created, "pending": pending})
+
     def _admit(self, staged: Path) -> StoredAdapter:
-        """What there is to store, once nothing is wrong with it. Raises what `push` raises of the files."""
         adapter = self.files.check(staged)
         return replace(adapter, signatures=self._signers.take(staged, adapter.digest))
 

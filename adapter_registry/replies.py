@@ -5,6 +5,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from types import MappingProxyType
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -30,6 +31,8 @@ STATUS: Mapping[type[errors.RegistryError], int] = MappingProxyType(
         errors.ConflictError: 409,
         errors.RoutingChangedError: 412,
         errors.UploadTooLargeError: 413,
+        errors.MissingExtraError: 501,
+        errors.SourceUnavailableError: 502,
         errors.StoreUnavailableError: 503,
         errors.TooManyWaitersError: 503,
         errors.StorageFullError: 507,
@@ -37,6 +40,11 @@ STATUS: Mapping[type[errors.RegistryError], int] = MappingProxyType(
         errors.RegistryError: 500,
     }
 )
+
+
+def described(reasons: Mapping[int, str]) -> dict[int | str, dict[str, Any]]:
+    """For the documentation of a route: why it answers with each of these statuses."""
+    return {status: {"model": ErrorReply, "description": why} for status, why in reasons.items()}
 
 
 def status_of(error: errors.RegistryError) -> int:

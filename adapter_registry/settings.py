@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic_settings import SettingsConfigDict
 
+from adapter_registry.sources.places import AllowedSources, allowed_sources, names_folders
 from prad.settings import ServiceSettings, is_loopback
 
 MIB = 1 << 20
@@ -45,7 +46,13 @@ class RegistrySettings(ServiceSettings):
     max_upload_mib: Annotated[int, Field(ge=1)] = 512
     """Largest adapter that can be pushed."""
     allow_local_paths: bool | None = None
-    """May a push name a folder on the registry's machine? If not given: when bound to loopback."""
+    """May a push name any folder on the registry's machine? If not given: when bound to loopback, unless
+    push_from has folders."""
+    push_from: str = ""
+    """Where a push by URI may fetch from, separated by commas: beginnings of URIs (file:///srv/adapters, hf://ORG,
+    s3://BUCKET/FOLDER, oci://HOST/TEAM), and https://HOST where these may send the registry on to."""
+    fetch_seconds: Annotated[float, Field(gt=0, le=3600)] = 120.0
+    """Longest fetch of what a push names by its URI."""
     max_wait_seconds: Annotated[float, Field(gt=0)] = 30.0
     """Longest wait for changes in one request."""
     max_waiters: Annotated[int, Field(ge=1)] = 256
@@ -80,6 +87,12 @@ class RegistrySettings(ServiceSettings):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Lines of this weight and above are written to the log."""
 
+    @field_validator("push_from")
+    @classmethod
+    def _readable(cls, text: str) -> str:
+        allowed_sources(text, any_folder=False)
+        return text
+
     @property
     def folder(self) -> Path:
         return self.data_dir.expanduser().absolute()
@@ -103,4 +116,10 @@ class RegistrySettings(ServiceSettings):
 
     @property
     def local_paths_allowed(self) -> bool:
-        return self.on_loopback if self.allow_local_paths is None else self.allow_local_paths
+        if self.allow_local_paths is None:
+            return self.on_loopback and not names_folders(self.push_from)
+        return self.allow_local_paths
+
+    @property
+    def sources(self) -> AllowedSources:
+        return allowed_sources(self.push_from, any_folder=self.local_paths_allowed)

@@ -45,7 +45,7 @@ class SqliteStore:
             self.close()
             raise
 
-    def push(self, task: str, adapter: StoredAdapter, *, by: str = "") -> tuple[int, bool]:
+    def push(self, task: str, adapter: StoredAdapter, *, by: str = "", source: str = "") -> tuple[int, bool]:
         with self._transaction("IMMEDIATE") as db:
             unrouted = schema.stored(Routing())
             db.execute("INSERT OR IGNORE INTO tasks (task, routing) VALUES (?, ?)", (task, unrouted))
@@ -55,7 +55,7 @@ class SqliteStore:
             ).fetchone()[0]
             if known is not None:
                 _insert_adapter(db, adapter)
-                self._change(db, task, Move(known, Event.PUSH), by=by)
+                self._change(db, task, Move(known, Event.PUSH), by=by, reason=source)
                 return int(known), False
             number = (
                 1
@@ -68,7 +68,7 @@ class SqliteStore:
                 "INSERT INTO versions VALUES (?, ?, ?, ?, '', ?, 0)",
                 (task, number, adapter.digest, State.PUSHED, self._now()),
             )
-            self._write_line(db, task, Change(number, Event.PUSH, None, State.PUSHED), by, "")
+            self._write_line(db, task, Change(number, Event.PUSH, None, State.PUSHED), by, source)
             return int(number), True
 
     def change(
@@ -189,7 +189,8 @@ class SqliteStore:
     ) -> None:
         view = rows.view(db, task)
         for change in plan(view, wanted, lambda revision: rows.past(db, task, revision), expected=expected):
-            why = (change.event is Event.DELETE, reason)  # what is deleted goes on saying why it had failed
+            # what is deleted goes on saying why it had failed; that of a push is where the files were fetched
+            why = (change.event is Event.DELETE, "" if change.event is Event.PUSH else reason)
             db.execute(
                 "UPDATE versions SET state = ?, reason = CASE WHEN ? THEN reason ELSE ? END"
                 " WHERE task = ? AND version = ?",

@@ -78,8 +78,9 @@ class Store(Protocol):
     answer now. Whether a change that it was asked for was made is not known then.
     """
 
-    def push(self, task: str, adapter: StoredAdapter, *, by: str = "") -> tuple[int, bool]:
-        """The version number of these files, and whether it is new.
+    def push(self, task: str, adapter: StoredAdapter, *, by: str = "", source: str = "") -> tuple[int, bool]:
+        """The version number of these files, and whether it is new. `source`: where they were fetched, for
+        the history; empty: they came with the push.
 
         Files that already are a version of this task, neither retired nor deleted, get that one's number.
         Signatures are kept beside those of whoever signed the same files before.

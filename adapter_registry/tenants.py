@@ -16,6 +16,9 @@ from pathlib import Path
 
 from filelock import FileLock
 
+_LOOK_S = 0.002
+"""How often it is tried to be alone: others are so for a moment, and requests wait behind it."""
+
 
 class Tenant:
     """This process, among those that share `folder`. Raises OSError if that cannot be written."""
@@ -32,7 +35,7 @@ class Tenant:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Nobody else says or looks inside: keep it short."""
-        with self._lock:
+        with self._lock.acquire(poll_interval=_LOOK_S):
             yield
 
     def say(self, names: Iterable[str]) -> None:

@@ -12,14 +12,9 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.types import Message
 
-from adapter_registry.artefacts import copy_local
-from adapter_registry.errors import (
-    AdapterRefusedError,
-    ForbiddenError,
-    InvalidRequestError,
-    UploadTooLargeError,
-)
-from adapter_registry.messages import PushPath
+from adapter_registry.errors import AdapterRefusedError, InvalidRequestError, UploadTooLargeError
+from adapter_registry.messages import PushFrom
+from adapter_registry.sources.fetching import Sources
 from prad.artefact import FILES
 from prad.artefact.signatures import SIGNATURES
 
@@ -33,25 +28,21 @@ DRAINED = 4
 """A body up to so many times the limit is read to its end, so that the sender hears why it was refused."""
 
 
-async def receive(request: Request, staged: Path, *, limit: int, local_paths: bool) -> None:
-    """Fills `staged` from a multipart body or from {"path": ...}.
+async def receive(request: Request, staged: Path, *, limit: int, sources: Sources | None) -> str:
+    """Fills `staged` from a multipart body, or from where {"uri": ...} or {"path": ...} leads. Where the
+    files were fetched; empty: they came with the request. `sources`: None where nothing is fetched.
 
-    Raises InvalidRequestError, AdapterRefusedError, ForbiddenError, UploadTooLargeError.
+    Raises InvalidRequestError, AdapterRefusedError, UploadTooLargeError, and what `Sources.fetch` raises.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
         await _receive_parts(request, staged, limit)
-    elif kind == "application/json":
-        if not local_paths:
-            raise ForbiddenError(
-                "this registry takes uploads only, no paths (allow_local_paths is off)", param="path"
-            )
-        path = await _path(request)
-        await run_in_threadpool(copy_local, path, staged, limit)
-    else:
-        raise InvalidRequestError(
-            'push the files as multipart/form-data, or {"path": ...} as application/json'
-        )
+        return ""
+    if kind == "application/json" and sources is not None:
+        return await sources.fetch(await _uri(request), staged)
+    raise InvalidRequestError(
+        'push the files as multipart/form-data, or {"uri": ...} or {"path": ...} as application/json'
+    )
 
 
 class BoundedRoute(APIRoute):
@@ -68,14 +59,19 @@ class BoundedRoute(APIRoute):
         return bounded
 
 
-async def _path(request: Request) -> Path:
+async def _uri(request: Request) -> str:
     limited = Request(request.scope, Limited(request, MAX_JSON_BYTES).receive)
     try:
-        return Path(PushPath.model_validate_json(await limited.body()).path)
+        asked = PushFrom.model_validate_json(await limited.body())
     except ValidationError as error:
         raise InvalidRequestError(
-            f'expected {{"path": "..."}}: {error.errors()[0]["msg"]}', param="path"
+            f'expected {{"uri": "..."}} or {{"path": "..."}}: {error.errors()[0]["msg"]}', param="uri"
         ) from error
+    if asked.uri:
+        return asked.uri
+    if not Path(asked.path).is_absolute():
+        raise AdapterRefusedError(f"path must be absolute, got {asked.path!r}", param="path")
+    return Path(asked.path).as_uri()
 
 
 async def _receive_parts(request: Request, staged: Path, limit: int) -> None:

@@ -127,6 +127,15 @@ class Registry(ModelFlags):
     rounds: int = Field(15, ge=1, description="of what is asked again and again")
 
 
+class Push(ModelFlags):
+    SMOKE = {"r": 4, "replicas": 1, "rounds": 2}
+
+    method: str = Field("prad-pa", description="of the adapters")
+    r: int = Field(16, description="rank of the adapters")
+    replicas: int = Field(2, ge=1, description="prefill services")
+    rounds: int = Field(15, ge=1, description="pushes, each of a new version")
+
+
 class Peers(ShapeFlags):
     SMOKE = {"requests": 2, "prompt": 8, "output": 4, "rounds": 1, "r": 8}
 
@@ -300,6 +309,7 @@ FLAGS: dict[str, type[Flags]] = {
     "serve": Serve,
     "flood": Flood,
     "registry": Registry,
+    "push": Push,
     "decode": Decode,
     "choices": Choices,
     "step": Step,

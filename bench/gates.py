@@ -240,6 +240,14 @@ GATES = (
         lambda result: ratio(_stream_rounds(result, "OpenVINO"), _stream_rounds(result, _INT8)),
         True,
     ),
+    Gate(
+        "a push from memory, until every prefill service is ready for it, at worst",
+        1000,
+        None,
+        " ms",
+        "push",
+        lambda result: float(_row(result["rows"], part="until ready")["worst_ms"]),
+    ),
 )
 
 

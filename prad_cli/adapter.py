@@ -42,10 +42,17 @@ app = typer.Typer(
 
 @app.command(
     epilog="Examples:\n\n[bold]prad adapter push runs/support --task support[/bold]\n\n"
-    "[bold]prad adapter push runs/support --task support --promote[/bold]"
+    "[bold]prad adapter push runs/support --task support --promote[/bold]\n\n"
+    "[bold]prad adapter push oci://ghcr.io/my-org/support:1 --task support[/bold]"
 )
 def push(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder with prad.json and the weights.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="DIR|URI",
+            help="Folder with prad.json and the weights; or where the registry fetches them.",
+        ),
+    ],
     task: Annotated[str, typer.Option(help="The task that it becomes a version of.")],
     promote: Annotated[
         bool, typer.Option("--promote", help="Once verified, make it what plain TASK means.")
@@ -59,15 +66,20 @@ def push(
 ) -> None:
     """Upload an adapter as the next version of a task, and wait until it is verified.
 
+    A URI is fetched by the registry, if its operator allows that ([bold]--push-from[/bold] of prad registry):
+    file:///FOLDER on its machine, hf://ORG/REPO@REVISION, s3://BUCKET/FOLDER, oci://HOST/NAME:TAG.
+
     The same files again are the same version. A task's first version answers as soon as it is verified;
     later ones wait for [bold]promote[/bold].
     """
     if promote and not wait:
         raise typer.BadParameter("--promote needs to wait until the version is verified; drop --no-wait")
     with talking(registry) as client:
-        pushed = _upload(client, folder, task)
+        pushed = _fetched(client, source, task) if "://" in source else _upload(client, Path(source), task)
         verb = "pushed" if pushed.created else "is there already, with these files"
         print(f"{pushed.name} {verb} ({pushed.record.method}, digest {pushed.digest[:12]}, {pushed.state})")
+        if pushed.source:
+            print(f"fetched from {pushed.source}")
         if pushed.signatures:
             print(f"signed by {', '.join(each.who for each in pushed.signatures)}")
         if not wait:
@@ -160,6 +172,11 @@ app.command(
 
 for command, example in (*COMMANDS, (diff, "prad adapter diff support@1 support@2 --data test.jsonl")):
     app.command(epilog=f"Example: [bold]{example}[/bold]")(command)
+
+
+def _fetched(client: RegistryClient, uri: str, task: str) -> Pushed:
+    with _progress_console().status(f"the registry fetches {uri}"):
+        return client.push_uri(task, uri)
 
 
 def _upload(client: RegistryClient, folder: Path, task: str) -> Pushed:

@@ -91,7 +91,7 @@ def import_command(
         artefact = import_folder(source, folder, language_model, settings)
         typer.echo(_said(artefact, source, out, model, pushed=task is not None))
         if task is not None:
-            push(folder, task, wait=wait, registry=registry)
+            push(str(folder), task, wait=wait, registry=registry)
 
 
 def export_command(

@@ -197,6 +197,7 @@ def show_version(record: VersionRecord) -> None:
         "licence": record.record.licence or "-",
         "description": record.record.description or "-",
         "pushed": record.pushed_at,
+        "fetched from": record.source or "-: it was uploaded",
         "signed by": ", ".join(each.who for each in record.signatures) or "nobody",
     }
     for key, value in rows.items():

@@ -206,17 +206,21 @@ class RegistryFollower:
 
     async def _verify(self, task: str, version: VersionRoute) -> bool:
         """Loads and runs a pushed version, and reports how that went; False if its files cannot be had."""
+        clock = asyncio.get_running_loop().time
+        start = clock()
         artefact = await self._fetch(task, version)
         if artefact is None:
             return False
-        reason = ""
+        fetched, reason = clock(), ""
         try:
             if task == self._catalogue.base_name:
                 raise ValueError(f"'{task}' is the plain model's name here; push it as another task")
             await self._probe(artefact)
         except Exception as error:  # the files are anybody's: no way to fail may end the service
             reason = str(error) or type(error).__name__
-        logger.info("probed %s@%d: %s", task, version.version, reason or "ok")
+        took = (1e3 * (fetched - start), 1e3 * (clock() - fetched))
+        said = "probed %s@%d: %s (fetched in %.1f ms, loaded and run in %.1f ms)"
+        logger.info(said, task, version.version, reason or "ok", *took)
         try:
             await self._client.probe(task, version.version, ok=not reason, reason=reason)
         except (RegistryUnreachableError, StoreUnavailableError):

@@ -305,6 +305,19 @@ def test_status_says_how_far_each_replica_is(prad, registry, adapter):
     assert "support@2: no disk" in prad("status").stdout
 
 
+def test_push_of_a_uri(prad, prefill, registry, adapter):
+    prefill()
+    uri = adapter(1).as_uri()
+    pushed = prad("push", uri, "--task", "support")
+    assert pushed.exit_code == 0, pushed.output
+    assert f"fetched from {uri}" in pushed.stdout
+    assert "support@1 is verified" in pushed.stdout
+    assert f"fetched from  {uri}" in prad("show", "support@1").stdout
+    assert uri in prad("events", "support").stdout
+    failed(prad("push", "hf://org/repo", "--task", "support"), "fetches nothing from 'hf://org/repo'")
+    failed(prad("push", "ftp://x", "--task", "support"), "expected one of file:///srv")
+
+
 def test_status_waits_as_long_as_it_is_told_to(prad, registry, adapter, monkeypatch):
     registry.verified(adapter(1))
     registry.http.get("/v1/changes", params={"wait": 0, "replica": "slow", "after": 1})

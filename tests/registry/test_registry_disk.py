@@ -17,6 +17,7 @@ from adapter_registry.errors import (
 )
 from adapter_registry.retention import surplus
 from adapter_registry.settings import RegistrySettings
+from adapter_registry.sources import arrival
 from adapter_registry.sqlite_store import SqliteStore
 from adapter_registry.store import Idle
 from prad.artefact import files_digest, read_artefact
@@ -141,12 +142,12 @@ def full(*_, **__):
 
 
 @pytest.mark.parametrize(
-    ("where", "name"), [(shutil, "copyfile"), (shutil, "copyfileobj"), (artefacts, "_flush")]
+    ("where", "name"), [(arrival.Arrival, "_new"), (shutil, "copyfileobj"), (artefacts, "_flush")]
 )
 def test_a_full_disk_is_said(registry, adapter, monkeypatch, where, name):
     folder = adapter(1)
     files = [("files", (p.name, p.read_bytes())) for p in folder.iterdir()]
-    sending = {"json": {"path": str(folder)}} if name == "copyfile" else {"files": files}
+    sending = {"json": {"path": str(folder)}} if name == "_new" else {"files": files}
     with monkeypatch.context() as patch:
         patch.setattr(where, name, full)
         response = registry.http.post("/v1/tasks/support/versions", **sending)

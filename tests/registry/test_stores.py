@@ -57,6 +57,23 @@ def test_the_same_files_are_the_same_version(store, stored_adapter):
     assert store.push("a", stored_adapter(1)) == (3, True)
 
 
+def test_where_files_were_fetched_is_in_the_history_and_no_reason_of_a_failure(
+    store, new_store, stored_adapter
+):
+    store.push("a", stored_adapter(1), by="ada", source="oci://ghcr.io/a@sha256:1")
+    assert store.version("a", 1).source == "oci://ghcr.io/a@sha256:1"
+    store.change("a", Move(1, Event.PROBE_FAILED), reason="too wide")
+    assert store.push("a", stored_adapter(1), source="hf://org/a@2") == (1, False)
+    found = store.version("a", 1)
+    assert (found.state, found.reason, found.source) == ("pushed", "", "oci://ghcr.io/a@sha256:1")
+    assert [line.reason for line in found.history] == [found.source, "too wide", "hf://org/a@2"]
+    store.push("a", stored_adapter(2))
+    assert store.version("a", 2).source == ""
+    other = new_store("sqlite", "other")
+    other.load(Snapshot.model_validate_json(store.dump().model_dump_json()))
+    assert other.version("a", 1).source == found.source
+
+
 def test_a_version_tells_everything(store, stored_adapter):
     adapter = stored_adapter(1)
     verified(store, "a", adapter)
