@@ -10,9 +10,10 @@ from fastapi_offline import FastAPIOffline
 from pydantic import Field
 
 from adapter_registry import replies, uploads
-from adapter_registry.access import Guard, Secrets, keys_router
+from adapter_registry.access import Guard, Secrets, keys_router, refuse_foreign_origin
 from adapter_registry.client_calls import MOST_CHARACTERS, MOST_TROUBLES
-from adapter_registry.errors import ForbiddenError, HostNotAllowedError
+from adapter_registry.console import create_console
+from adapter_registry.errors import HostNotAllowedError
 from adapter_registry.keys import Role
 from adapter_registry.messages import (
     Aliased,
@@ -36,6 +37,7 @@ from adapter_registry.preconditions import REROUTING, By, IfMatch, etag
 from adapter_registry.registry import Follower, Registry
 from adapter_registry.settings import RegistrySettings
 from adapter_registry.storage import storing
+from adapter_registry.traffic import LiveTraffic, traffic_router
 from adapter_registry.versions import Event
 from prad import __version__
 from prad.http.hosts import AllowedHosts
@@ -93,11 +95,13 @@ def create_app(registry: Registry, settings: RegistrySettings, secrets: Secrets)
     )
     replies.install(app, registry.metrics)
     guard = Guard(registry, secrets)
-    local = Depends(_refuse_foreign_origin)
+    traffic = LiveTraffic()
+    local = Depends(refuse_foreign_origin)
     for router, needed in (
         (_reading(registry, guard), [guard.needs(Role.READ)]),
         (_following(registry, settings, guard), [guard.needs(Role.READ)]),
         (_probing(registry), [local, guard.needs(Role.REPLICA)]),
+        (traffic_router(traffic, registry), [local, guard.needs(Role.REPLICA)]),
         (_pushing(registry, settings), [local, guard.needs(Role.PUSH)]),
         (_changing(registry), [local, guard.needs(Role.ROUTE)]),
         (_removing(registry), [local, guard.needs(Role.ADMIN)]),
@@ -105,6 +109,8 @@ def create_app(registry: Registry, settings: RegistrySettings, secrets: Secrets)
     ):
         app.include_router(router, prefix="/v1", dependencies=needed, responses=_REFUSED)
     app.include_router(_service(registry, settings, guard))
+    if settings.console:
+        app.mount("/console", create_console(registry, settings, secrets, traffic))
     app.add_middleware(AllowedHosts, allowed=settings.hosts, refuse=_refuse_host)
     return app
 
@@ -351,13 +357,6 @@ def _service(registry: Registry, settings: RegistrySettings, guard: Guard) -> AP
         return ServerVersion(version=__version__, max_upload_bytes=settings.max_upload_bytes)
 
     return router
-
-
-async def _refuse_foreign_origin(request: Request) -> None:
-    """Browsers send any web page's POST to a loopback port, and say whose it is. Raises ForbiddenError."""
-    origin = request.headers.get("origin")
-    if origin is not None and origin.partition("://")[2] != request.headers.get("host"):
-        raise ForbiddenError(f"a page of {origin[:200]} may not change this registry")
 
 
 def _refuse_host(host: str) -> Response:

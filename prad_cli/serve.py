@@ -128,7 +128,7 @@ def serve_command(
     decode = ["--decode", f"127.0.0.1:{decode_port}"]
     listening = ["--host", host, "--port", str(port), *(["--unprotected"] if unprotected else [])]
     replicas, admin = data_dir / "replica-secret", data_dir / "admin-token"
-    kept += ["--replica-secret-file", str(replicas), "--admin-token-file", str(admin)]
+    kept += ["--replica-secret-file", str(replicas), "--admin-token-file", str(admin), "--api-url", at.api]
     own += ["--registry-secret-file", str(replicas)]
     if adapters is not None and not adapter_folders(adapters):
         console.print(f"[yellow]{adapters} holds no adapter folders:[/] nothing is pushed", soft_wrap=True)
@@ -224,6 +224,7 @@ def _replicas_ready(registry: "RegistryClient") -> bool:
 
 def _say_where(say: Callable[..., None], at: _Addresses, logs: Path) -> None:
     say(f"\n[bold green]ready[/]  API {at.api}   registry {at.registry}   logs {logs}", soft_wrap=True)
+    say(f"console  {at.registry}/console", soft_wrap=True)
     say(f"metrics  {at.api}/metrics  {at.registry}/metrics  {at.decode_metrics}", soft_wrap=True)
 
 
