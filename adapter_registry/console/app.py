@@ -76,14 +76,13 @@ def _signing_in(guard: Guard, renderer: Renderer) -> APIRouter:
 
     @router.get("/sign-in")
     async def form(request: Request) -> Response:
-        return await renderer.show(request, "sign_in.html")
+        return await renderer.show(request, "sign_in.html", wrong=False)
 
     @router.post("/sign-in")
     async def sign_in(request: Request, token: Annotated[str, Form()]) -> Response:
         """Keeps the token in the browser until that is closed."""
         if not await guard.knows(token):
-            said = "No operator has this token, or it was revoked."
-            return await renderer.show(request, "sign_in.html", status=HTTPStatus.UNAUTHORIZED, notice=said)
+            return await renderer.show(request, "sign_in.html", status=HTTPStatus.UNAUTHORIZED, wrong=True)
         answer = RedirectResponse(f"{BASE}/", HTTPStatus.SEE_OTHER)
         secure = request.url.scheme == "https"
         answer.set_cookie(COOKIE, token.strip(), path=BASE, httponly=True, samesite="strict", secure=secure)
@@ -117,7 +116,7 @@ def _install_refusals(app: FastAPI, registry: Registry, renderer: Renderer) -> N
     async def who(request: Request, error: UnauthorizedError) -> Response:
         if in_place(request):
             return Response(status_code=HTTPStatus.UNAUTHORIZED, headers={"hx-redirect": f"{BASE}/sign-in"})
-        return await renderer.show(request, "sign_in.html", status=HTTPStatus.UNAUTHORIZED)
+        return await renderer.show(request, "sign_in.html", status=HTTPStatus.UNAUTHORIZED, wrong=False)
 
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         problems = [f"{problem['loc'][-1]}: {problem['msg']}" for problem in error.errors()]

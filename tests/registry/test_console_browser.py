@@ -261,7 +261,7 @@ def test_signing_in_and_a_key_shown_once(serving, data_dir, tmp_path, open_conso
         console.go("/keys")
         page.get_by_label("Token").fill("prad_wrong")
         page.get_by_role("button", name="Sign in").click()
-        expect(page.locator("#notice")).to_contain_text("No operator has this token")
+        expect(page.get_by_role("alert")).to_contain_text("No operator has this token")
         page.get_by_label("Token").fill(admin)
         page.get_by_role("button", name="Sign in").click()
         assert page.evaluate("document.cookie") == ""
