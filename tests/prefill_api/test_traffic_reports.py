@@ -55,7 +55,7 @@ async def test_what_ended_is_noted_by_version(
     serving: Callable[[Any], Any], scripted: Callable[[str], ScriptedEngine], traffic: Traffic
 ) -> None:
     async with serving(scripted("yes it is")) as client:
-        for name in ("e2e", "e2e@1", "plain"):
+        for name in ("e2e@1", "e2e@1", "plain"):
             await client.post("/v1/completions", json={"model": name, "prompt": "a"})
         await client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2})
         await client.post("/v1/completions", json={"model": "nobody", "prompt": "a"})
@@ -64,7 +64,7 @@ async def test_what_ended_is_noted_by_version(
     told = found(traffic)
     assert {name: each.requests for name, each in told.items()} == {
         ("e2e", 1): 2,
-        ("plain", 1): 1,
+        ("plain", 2): 1,
         ("", 0): 1,
     }
     assert told["", 0].tokens == 2
@@ -77,7 +77,7 @@ async def test_who_is_refused_counts_as_failed(serving: Callable[[Any], Any], tr
     async with serving(Full()) as client:
         answer = await client.post("/v1/completions", json={"model": "e2e", "prompt": "a"})
         assert answer.status_code >= 429
-    told = found(traffic)["e2e", 1]
+    told = found(traffic)["e2e", 2]
     assert (told.requests, told.failed, sum(told.first_token)) == (1, 1, 0)
 
 

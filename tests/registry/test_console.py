@@ -198,7 +198,7 @@ def test_an_unknown_page_and_a_wrong_form_are_refused_in_words(registry, adapter
         ("split", {"revision": 2, "version": "1", "weight": "0"}, "a split needs a version"),
         ("split", {"revision": 2, "version": ["1", "2"], "weight": "1"}, "a value for each version"),
         ("shadow", {"revision": 2, "version": "1", "share": "101"}, "percents of the requests"),
-        ("alias", {"revision": 2, "name": "latest", "version": "1"}, "nobody sets the alias 'latest'"),
+        ("alias", {"revision": 3, "name": "latest", "version": "1"}, "nobody sets the alias 'latest'"),
     ):
         refused = registry.http.post(f"/console/tasks/support/{path}", data=form, headers=IN_PLACE)
         assert (refused.status_code, refused.headers["hx-retarget"]) == (400, "#notice"), path

@@ -23,7 +23,7 @@ PHONE = {"width": 360, "height": 780}
 PAGES = ("/", "/tasks/support", "/replicas", "/log", "/log/keys", "/push", "/playground", "/keys")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # while it is there an event loop runs, which other tests must not meet
 def browser():
     with browsing() as opened:
         yield opened
@@ -102,7 +102,7 @@ def test_every_page_fits_a_phone_and_a_desk_in_light_and_dark(support, open_cons
                 console.go(path)
                 expect(console.page.locator("h1")).to_be_visible()
                 wide = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
-                assert console.page.evaluate(wide) == 0, (path, viewport)
+                assert console.page.evaluate(wide) <= 0, (path, viewport)
             ground = console.page.evaluate("getComputedStyle(document.body).backgroundColor")
             assert (sum(map(int, ground[4:-1].split(","))) < 300) == (scheme == "dark")
 
@@ -186,7 +186,7 @@ def test_the_slower_operator_is_told_and_overwrites_nothing(support, open_consol
     expect(bob.page.locator("#notice")).to_contain_text("somebody changed it meanwhile")
     assert routing(support).aliases == {"canary": 1}
     bob.page.locator("#notice").get_by_role("link", name="Show the routing as it is now").click()
-    expect(bob.page.get_by_text("support@canary")).to_be_visible()
+    expect(bob.page.get_by_role("cell", name="support@canary")).to_be_visible()
 
 
 def test_a_change_by_others_shows_itself(support, console):
@@ -324,6 +324,16 @@ def some_api():
             thread.join()
 
 
+def ask(console):
+    """Again where an interface came up on this machine meanwhile: Chromium ends requests then."""
+    while True:
+        console.page.get_by_role("button", name="Ask both").click()
+        expect(console.page.get_by_role("button", name="Stop")).to_be_disabled()
+        if not [fault for fault in console.faults if "NETWORK_CHANGED" in fault]:
+            return
+        console.faults.clear()
+
+
 def test_two_versions_answer_side_by_side(serving, data_dir, adapter, open_console):
     with (
         some_api() as (url, questions),
@@ -336,7 +346,7 @@ def test_two_versions_answer_side_by_side(serving, data_dir, adapter, open_conso
         console.go("/playground?a=support&b=support@2")
         page.get_by_label("Prompt").fill("how was it?")
         page.get_by_label("Tokens at most").fill("7")
-        page.get_by_role("button", name="Ask both").click()
+        ask(console)
         for side, name in (("a", "support@1"), ("b", "support@2")):
             answer = page.locator(f"[data-answer={side}]")
             expect(answer.locator("[data-text]")).to_have_text("<b>very good</b> é")
@@ -345,14 +355,14 @@ def test_two_versions_answer_side_by_side(serving, data_dir, adapter, open_conso
         sent, key, cookie = questions[0]
         assert (sent["prompt"], sent["max_tokens"], sent["stream"]) == ("how was it?", 7, True)
         assert ("temperature" in sent, key, cookie) == (False, None, None)
-        page.get_by_label("Left").fill("closed")
-        page.get_by_label("Right").fill("")
-        page.get_by_role("button", name="Ask both").click()
+        page.get_by_role("combobox", name="Left").fill("closed")
+        page.get_by_role("combobox", name="Right").fill("")
+        ask(console)
         left = page.locator("[data-answer=a]")
         expect(left.locator("[data-text]")).to_have_text("an API key is needed <b>here</b>")
         expect(page.locator("[data-answer=b]")).to_be_hidden()
         page.get_by_label("API key").fill("secret")
-        page.get_by_role("button", name="Ask both").click()
+        ask(console)
         expect(left.locator("[data-text]")).to_have_text("<b>very good</b> é")
         assert questions[-1][1] == "Bearer secret"
 
