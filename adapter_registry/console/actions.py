@@ -5,7 +5,7 @@ A form says at which revision its page saw the routing, as If-Match does at the 
 overwrite each other unseen.
 """
 
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from fastapi import APIRouter, Form, Query, Request, Response
 from pydantic import ValidationError
@@ -25,6 +25,8 @@ from adapter_registry.storage import storing
 from adapter_registry.traffic import LiveTraffic
 from adapter_registry.uploads import BoundedRoute
 from adapter_registry.versions import Event
+
+T = TypeVar("T")
 
 VERSION = "/tasks/{task}/versions/{version}"
 MOST = 16
@@ -216,7 +218,7 @@ def _in_force(found: Rerouted) -> str:
     )
 
 
-def _pairs(versions: list[int], values: "list[int] | list[float]") -> list[tuple[int, "int | float"]]:
+def _pairs(versions: list[int], values: list[T]) -> list[tuple[int, T]]:
     if len(versions) != len(values):
         raise InvalidRequestError("expected a value for each version", param="version")
     return list(zip(versions, values, strict=True))

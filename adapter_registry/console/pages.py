@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 
 from adapter_registry.console import charts
 from adapter_registry.console.evidence import HOUR, gathered
-from adapter_registry.console.rendering import Renderer, shares, sliders
+from adapter_registry.console.rendering import Renderer, happened, shares, sliders
 from adapter_registry.errors import NotFoundError
 from adapter_registry.keys import Role, StoredKey
 from adapter_registry.messages import TaskRoute, VersionRoute
@@ -168,7 +168,7 @@ def reading(registry: Registry, traffic: LiveTraffic, renderer: Renderer) -> API
                 line.event,
                 line.task if line.version is None else f"{line.task}@{line.version}",
                 line.task,
-                line.reason,
+                "; ".join(filter(None, (happened(line), line.reason))),
             )
             for line in await registry.log(LOG)
         ]

@@ -162,7 +162,7 @@ function options(figure, lines, width) {
     cursor: { points: { size: 6 }, drag: { x: false, y: false } },
     scales: { x: { time: true }, y: { range: (_, low, high) => [0, unit === "%" ? 100 : Math.max(high, unit === "s" ? 0.01 : 1) * 1.1] } },
     axes: [
-      { ...axis, values: (_, times) => times.map(clock), space: 60 },
+      { ...axis, size: 28, values: (_, times) => times.map(clock), space: 60 },
       { ...axis, size: 58, values: (_, values) => values.map((value) => shown(value, unit)) },
     ],
     series: [
