@@ -46,6 +46,8 @@ PAGES = {
     "keys": "/keys",
 }
 SIZES = {"desk": (1280, 800), "phone": (390, 844)}
+SHOWN = (1280, 860)
+"""Of docs/console.png: down to the end of the first charts."""
 _START_S = 300.0
 
 
@@ -53,7 +55,7 @@ def main(
     everything: Annotated[
         Path | None, typer.Option("--all", help="Pictures of all pages, into this folder.", file_okay=False)
     ] = None,
-    seconds: Annotated[int, typer.Option(help="Of traffic before the pictures.", min=30)] = 240,
+    seconds: Annotated[int, typer.Option(help="Of traffic before the pictures.", min=30)] = 600,
 ) -> None:
     """Take pictures of the console."""
     executable = shutil.which("chromium") or shutil.which("google-chrome")
@@ -66,7 +68,7 @@ def main(
             with sync_playwright() as playwright:
                 browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
                 if everything is None:
-                    _picture(browser, f"{registry}/console/tasks/{TASK}", PICTURE, "desk", "light")
+                    _picture(browser, f"{registry}/console/tasks/{TASK}", PICTURE, SHOWN, "light")
                 else:
                     _all(browser, registry, everything)
                 browser.close()
@@ -134,16 +136,23 @@ def _all(browser: Browser, registry: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for (name, path), size, scheme in itertools.product(PAGES.items(), SIZES, ("light", "dark")):
         target = folder / f"{name}-{size}-{scheme}.png"
-        _picture(browser, f"{registry}/console{path}", target, size, scheme, whole=True)
+        _picture(browser, f"{registry}/console{path}", target, SIZES[size], scheme, whole=True)
     for size, scheme in itertools.product(SIZES, ("light", "dark")):
         target = folder / f"promote-{size}-{scheme}.png"
-        _picture(browser, f"{registry}/console/tasks/{TASK}", target, size, scheme, click="Promote …")
+        _picture(browser, f"{registry}/console/tasks/{TASK}", target, SIZES[size], scheme, click="Promote …")
 
 
 def _picture(
-    browser: Browser, url: str, target: Path, size: str, scheme: str, *, whole: bool = False, click: str = ""
+    browser: Browser,
+    url: str,
+    target: Path,
+    size: tuple[int, int],
+    scheme: str,
+    *,
+    whole: bool = False,
+    click: str = "",
 ) -> None:
-    width, height = SIZES[size]
+    width, height = size
     page = browser.new_page(
         viewport={"width": width, "height": height},
         color_scheme="dark" if scheme == "dark" else "light",

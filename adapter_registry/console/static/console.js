@@ -149,7 +149,7 @@ const clock = (at) => new Date(1000 * at).toLocaleTimeString([], { hour: "2-digi
 function shown(value, unit) {
   if (value == null) return "–";
   if (unit === "s") return value < 1 ? `${Math.round(1000 * value)} ms` : `${value.toFixed(1)} s`;
-  return `${value >= 100 ? Math.round(value) : Number(value.toFixed(1))}${unit === "%" ? " %" : ""}`;
+  return `${value >= 100 ? Math.round(value) : Number(value.toFixed(2))}${unit === "%" ? " %" : ""}`;
 }
 
 function options(figure, lines, width) {
