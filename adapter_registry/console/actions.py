@@ -8,7 +8,7 @@ overwrite each other unseen.
 from typing import Annotated, TypeVar
 
 from fastapi import APIRouter, Form, Query, Request, Response
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from adapter_registry import uploads
 from adapter_registry.access import Guard
@@ -33,7 +33,7 @@ MOST = 16
 
 Seen = Annotated[int, Form(alias="revision", ge=0, le=2**63)]
 """The routing's revision that the page shows."""
-Versions = Annotated[list[Annotated[int, Form(ge=1, le=2**31)]], Form(alias="version", max_length=MOST)]
+Versions = Annotated[list[Annotated[int, Field(ge=1, le=2**31)]], Form(alias="version", max_length=MOST)]
 Optional = Annotated[int | None, Form(ge=1, le=2**53)]
 
 
@@ -156,6 +156,10 @@ def removing(registry: Registry, traffic: LiveTraffic, renderer: Renderer) -> AP
 
 def pushing(registry: Registry, settings: RegistrySettings, renderer: Renderer) -> APIRouter:
     router = APIRouter()
+
+    @router.get("/push")
+    async def form(request: Request, task: str = "") -> Response:
+        return await renderer.show(request, "push.html", task=task[:64])
 
     @router.post("/push")
     async def push(request: Request, by: By, task: Annotated[str, Query(max_length=200)]) -> Response:

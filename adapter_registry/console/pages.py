@@ -174,10 +174,6 @@ def reading(registry: Registry, traffic: LiveTraffic, renderer: Renderer) -> API
         ]
         return await renderer.show(request, "log.html", lines=_latest_first(lines))
 
-    @router.get("/push")
-    async def push(request: Request, task: str = "") -> Response:
-        return await renderer.show(request, "push.html", task=task[:64])
-
     @router.get("/playground")
     async def playground(request: Request, a: str = "", b: str = "") -> Response:
         names = [name for task in (await registry.state()).tasks for name in _names(task)]

@@ -28,7 +28,7 @@ NEEDED = {
     "GET /replicas": Role.READ,
     "GET /replicas/now": Role.READ,
     "GET /log": Role.READ,
-    "GET /push": Role.READ,
+    "GET /push": Role.PUSH,
     "GET /playground": Role.READ,
     "POST /playground/ask": Role.READ,
     "POST /push": Role.PUSH,

@@ -15,7 +15,9 @@ document.addEventListener("htmx:afterRequest", (event) => {
   const { requestConfig, successful } = event.detail;
   if (requestConfig.verb !== "post") return;
   one("#dialog").close();
-  if (one("#notice").textContent.trim()) one("#notice").scrollIntoView({ block: "nearest" });
+  const notice = one("#notice");
+  if (notice.textContent.trim()) notice.scrollIntoView({ block: "nearest" });
+  if (document.activeElement === document.body) notice.focus({ preventScroll: true }); // what had it is gone
   if (successful && requestConfig.elt.matches("[data-push]")) chosen([]);
 });
 
@@ -248,8 +250,13 @@ async function answer(section, address, question, signal) {
     const got = await fetch(address, { method: "POST", signal, headers: { "content-type": "application/json", "hx-request": "true" }, body: JSON.stringify(question) });
     if (!got.ok) {
       const said = await got.text();
-      let message = said;
-      try { message = JSON.parse(said).error.message; } catch { /* as it is */ }
+      if (got.headers.has("hx-redirect")) location.href = got.headers.get("hx-redirect");
+      let message;
+      try {
+        message = JSON.parse(said).error.message;
+      } catch { // a refusal of the console's own
+        message = new DOMParser().parseFromString(said, "text/html").body.textContent.trim();
+      }
       figures.textContent = `refused: ${got.status}`;
       failed(message);
       return;
