@@ -74,7 +74,7 @@ def changing(registry: Registry, traffic: LiveTraffic, renderer: Renderer) -> AP
         weights: Annotated[list[int], Form(alias="weight", max_length=MOST)],
     ) -> Response:
         """A weight for each version; with none it is out."""
-        found = {number: weight for number, weight in _pairs(versions, weights) if weight}
+        found = {number: weight for number, weight in _of_each(versions, weights).items() if weight}
         try:
             wanted = Split(Weighted(weights=found).weights)
         except ValidationError as error:
@@ -94,7 +94,7 @@ def changing(registry: Registry, traffic: LiveTraffic, renderer: Renderer) -> AP
         given: Annotated[list[float], Form(alias="share", max_length=MOST)],
     ) -> Response:
         """A share for each version, in percent; 0 ends it."""
-        found = {number: share for number, share in _pairs(versions, given) if share}
+        found = {number: share for number, share in _of_each(versions, given).items() if share}
         try:
             wanted = SetShadow(Shadowed(shares=found).shares)
         except ValidationError as error:
@@ -222,7 +222,8 @@ def _in_force(found: Rerouted) -> str:
     )
 
 
-def _pairs(versions: list[int], values: list[T]) -> list[tuple[int, T]]:
+def _of_each(versions: list[int], values: list[T]) -> dict[int, T]:
+    """The last value that is given for a version: the form has those in force first."""
     if len(versions) != len(values):
         raise InvalidRequestError("expected a value for each version", param="version")
-    return list(zip(versions, values, strict=True))
+    return dict(zip(versions, values, strict=True))

@@ -59,6 +59,22 @@ class Logged:
     more: str = ""
 
 
+class _Listed:
+    """The tasks, read anew only where something changed: pages that are open ask for them again and again."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self._revision: int | None = None
+        self._tasks: tuple[TaskRoute, ...] = ()
+
+    async def tasks(self) -> tuple[TaskRoute, ...]:
+        revision = self._registry.feed.revision
+        if revision != self._revision:
+            self._tasks = (await self._registry.state()).listed().tasks
+            self._revision = revision
+        return self._tasks
+
+
 async def show_task(
     request: Request,
     registry: Registry,
@@ -94,13 +110,14 @@ async def show_task(
 
 def reading(registry: Registry, traffic: LiveTraffic, renderer: Renderer) -> APIRouter:
     router = APIRouter()
+    listed = _Listed(registry)
 
     @router.get("/")
     async def tasks(
         request: Request, q: str = "", page: Annotated[int, Query(ge=1, le=10**6)] = 1
     ) -> Response:
-        state = (await registry.state()).listed()
-        found = [task for task in state.tasks if q.strip().lower() in task.task]
+        known = await listed.tasks()
+        found = [task for task in known if q.strip().lower() in task.task]
         shown = found[(page - 1) * PAGE : page * PAGE]
         return await renderer.show(
             request,
@@ -110,14 +127,13 @@ def reading(registry: Registry, traffic: LiveTraffic, renderer: Renderer) -> API
             page=page,
             pages=-(-len(found) // PAGE) or 1,
             found=len(found),
-            **_now(registry, traffic, state.tasks),
+            **_now(registry, traffic, known),
         )
 
     @router.get("/now")
     async def now(request: Request) -> Response:
         """The figures on top, which a page asks for again and again."""
-        state = (await registry.state()).listed()
-        return await renderer.show(request, "_now.html", **_now(registry, traffic, state.tasks))
+        return await renderer.show(request, "_now.html", **_now(registry, traffic, await listed.tasks()))
 
     @router.get("/tasks/{task}")
     async def task(request: Request, task: str) -> Response:
@@ -176,7 +192,7 @@ def reading(registry: Registry, traffic: LiveTraffic, renderer: Renderer) -> API
 
     @router.get("/playground")
     async def playground(request: Request, a: str = "", b: str = "") -> Response:
-        names = [name for task in (await registry.state()).tasks for name in _names(task)]
+        names = [name for task in await listed.tasks() for name in _names(task)]
         return await renderer.show(request, "playground.html", names=names[:_NAMED], a=a[:100], b=b[:100])
 
     return router

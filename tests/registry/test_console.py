@@ -237,7 +237,7 @@ def test_routing_is_changed_as_by_the_api(registry, adapter):
     assert routing(registry).split == {1: 70, 2: 30}
     change("alias", name="canary")
     assert routing(registry).aliases == {}
-    change("shadow", version="2", share="0")
+    change("shadow", version=["2", "2"], share=["5", "0"])
     assert routing(registry).shadow == {}
     refused = registry.http.post(
         "/console/tasks/support/versions/1/retire",

@@ -139,6 +139,18 @@ def test_sliders_are_always_100_together_and_set_the_split(support, console):
     )
 
 
+def test_a_double_click_asks_once(support, console):
+    console.go("/tasks/support")
+    page = console.page
+    page.get_by_label("@2", exact=True).press("ArrowRight")
+    page.get_by_role("button", name="Set this split").dblclick()
+    expect(page.locator("#notice")).to_contain_text("support now means 1=99 2=1")
+    page.get_by_role("button", name="Roll back …").click()
+    page.get_by_role("dialog").get_by_role("button", name="Roll back", exact=True).dblclick()
+    expect(page.locator("#notice")).to_contain_text("support now means 1=100")
+    assert [line.event for line in support.client.history("support").events].count("rollback") == 1
+
+
 def test_three_sliders_share_what_is_left_as_before(support, adapter, console):
     support.verified(adapter(3))
     support.client.split("support", {1: 60, 2: 30, 3: 10})
@@ -361,6 +373,11 @@ def test_two_versions_answer_side_by_side(serving, data_dir, adapter, open_conso
         left = page.locator("[data-answer=a]")
         expect(left.locator("[data-text]")).to_have_text("an API key is needed <b>here</b>")
         expect(page.locator("[data-answer=b]")).to_be_hidden()
+        page.get_by_label("Tokens at most").evaluate("each => each.removeAttribute('max')")
+        page.get_by_label("Tokens at most").fill("5000")
+        ask(console)
+        expect(left.locator("[data-text]")).to_contain_text("max_tokens: Input should be less than")
+        page.get_by_label("Tokens at most").fill("")
         page.get_by_label("API key").fill("secret")
         ask(console)
         expect(left.locator("[data-text]")).to_have_text("<b>very good</b> é")
