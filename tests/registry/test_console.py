@@ -1,6 +1,7 @@
 """The console's pages and actions as HTTP: who may, what is shown, what is refused; texts stay texts."""
 
 import re
+from hashlib import sha256
 from html import unescape
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ from adapter_registry.access import Secrets
 from adapter_registry.app import create_app
 from adapter_registry.client import RegistryClient
 from adapter_registry.console import create_console
+from adapter_registry.console.rendering import STATIC
 from adapter_registry.keys import NewKey, Role
 from adapter_registry.messages import TIMES
 from adapter_registry.metrics import Metrics
@@ -65,6 +67,14 @@ def test_every_route_says_which_role_it_needs(monkeypatch):
     registry = SimpleNamespace(metrics=Metrics())
     create_console(registry, RegistrySettings(), Secrets(), LiveTraffic())
     assert found == set(NEEDED)
+
+
+def test_what_is_of_others_is_listed_and_as_it_came():
+    notice = (STATIC / "NOTICE.md").read_text(encoding="utf-8")
+    listed = dict(re.findall(r"^\| `([\w.]+)` .*`([0-9a-f]{64})` \|$", notice, re.MULTILINE))
+    found = {path.name for path in STATIC.iterdir()}
+    assert found == {*listed, "NOTICE.md", "console.css", "console.js", "icon.svg"}
+    assert listed == {name: sha256((STATIC / name).read_bytes()).hexdigest() for name in listed}
 
 
 def test_it_can_be_off(serving, data_dir):
