@@ -160,7 +160,7 @@ function options(figure, lines, width) {
   return {
     width,
     height: 190,
-    padding: [8, 8, 0, 0],
+    padding: [8, 20, 0, 0],
     cursor: { points: { size: 6 }, drag: { x: false, y: false } },
     scales: { x: { time: true }, y: { range: (_, low, high) => [0, unit === "%" ? 100 : Math.max(high, unit === "s" ? 0.01 : 1) * 1.1] } },
     axes: [
