@@ -44,14 +44,28 @@ class _Caller:
     role: Role
 
 
+@dataclass(frozen=True, slots=True)
+class Visitor:
+    """Who asks, as the console shows it. `name`: of the token, if one is known; `asked`: everybody is asked
+    for one."""
+
+    name: str
+    roles: frozenset[Role]
+    asked: bool = False
+
+    def may(self, role: str) -> bool:
+        return Role(role) in self.roles
+
+
 class Guard:
     """On the server's event loop. Operators' tokens are read again whenever the registry's revision changes:
     one that is revoked at any registry is refused at all of them. While the store is away those known last
-    are in force, which nothing can change then."""
+    are in force, which nothing can change then. `cookie`: in which browsers keep a token; None: in none."""
 
-    def __init__(self, registry: Registry, secrets: Secrets) -> None:
+    def __init__(self, registry: Registry, secrets: Secrets, *, cookie: str | None = None) -> None:
         self._registry = registry
         self._secrets = secrets
+        self._cookie = cookie
         known = {
             secrets.replicas: _Caller("a prefill service", Role.REPLICA),
             secrets.admin: _Caller("admin_token_file", Role.ADMIN),
@@ -77,6 +91,20 @@ class Guard:
             self._require_replica(caller)
         elif self._closed:
             _require(caller, role)
+
+    async def visitor(self, request: Request) -> Visitor:
+        """Who asks, and what that one may do."""
+        caller = await self._caller(request)
+        if not self._closed:
+            return Visitor("" if caller is None else caller.name, frozenset(OPERATORS))
+        may = (role for role in OPERATORS if caller is not None and caller.role.may(role))
+        return Visitor("" if caller is None else caller.name, frozenset(may), asked=True)
+
+    async def knows(self, token: str) -> bool:
+        """Whether it is an operator's, and in force."""
+        await self._refresh()
+        caller = self._known(token)
+        return caller is not None and caller.role in OPERATORS
 
     async def redacted(self, request: Request, state: RoutingState) -> RoutingState:
         """What this one may know of it: only prefill services need the keys."""
@@ -113,8 +141,12 @@ class Guard:
     async def _caller(self, request: Request) -> _Caller | None:
         await self._refresh()
         kind, _, token = request.headers.get("authorization", "").partition(" ")
-        if kind.lower() != "bearer":
-            return None
+        if kind.lower() == "bearer":
+            return self._known(token)
+        kept = None if self._cookie is None else request.cookies.get(self._cookie)
+        return None if kept is None else self._known(kept)
+
+    def _known(self, token: str) -> _Caller | None:
         sha256 = hashed(token.strip())
         return self._fixed.get(sha256) or self._issued.get(sha256)
 
@@ -133,6 +165,13 @@ class Guard:
         self._closed = self._secrets.closed or bool(operators)
 
 
+async def refuse_foreign_origin(request: Request) -> None:
+    """Browsers send any web page's POST to a loopback port, and say whose it is. Raises ForbiddenError."""
+    origin = request.headers.get("origin")
+    if origin is not None and origin.partition("://")[2] != request.headers.get("host"):
+        raise ForbiddenError(f"a page of {origin[:200]} may not change this registry")
+
+
 def _require(caller: _Caller | None, role: Role) -> None:
     if caller is None:
         raise UnauthorizedError(
@@ -146,13 +185,6 @@ def _require(caller: _Caller | None, role: Role) -> None:
             f"{caller.name} has role {caller.role}, and this needs {role}: use another token, or have one "
             f"made (prad keys create NAME --role {role})"
         )
-
-
-async def refuse_foreign_origin(request: Request) -> None:
-    """Browsers send any web page's POST to a loopback port, and say whose it is. Raises ForbiddenError."""
-    origin = request.headers.get("origin")
-    if origin is not None and origin.partition("://")[2] != request.headers.get("host"):
-        raise ForbiddenError(f"a page of {origin[:200]} may not change this registry")
 
 
 def keys_router(registry: Registry, guard: Guard) -> APIRouter:

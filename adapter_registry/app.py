@@ -10,6 +10,7 @@ from fastapi_offline import FastAPIOffline
 
 from adapter_registry import pushing, replies, uploads
 from adapter_registry.access import Guard, Secrets, keys_router, refuse_foreign_origin
+from adapter_registry.console import create_console
 from adapter_registry.errors import HostNotAllowedError
 from adapter_registry.keys import Role
 from adapter_registry.messages import (
@@ -46,6 +47,7 @@ from adapter_registry.preconditions import REROUTING, By, IfMatch, Repeatable, e
 from adapter_registry.registry import Follower, Registry
 from adapter_registry.replies import described
 from adapter_registry.settings import RegistrySettings
+from adapter_registry.traffic import LiveTraffic, traffic_router
 from adapter_registry.versions import Event
 from prad import __version__
 from prad.http.hosts import AllowedHosts
@@ -86,11 +88,13 @@ def create_app(registry: Registry, settings: RegistrySettings, secrets: Secrets)
     )
     replies.install(app, registry.metrics)
     guard = Guard(registry, secrets)
+    traffic = LiveTraffic()
     local = Depends(refuse_foreign_origin)
     for router, needed in (
         (_reading(registry, guard), [guard.needs(Role.READ)]),
         (_following(registry, settings, guard), [guard.needs(Role.READ)]),
         (_probing(registry), [local, guard.needs(Role.REPLICA)]),
+        (traffic_router(traffic, registry), [local, guard.needs(Role.REPLICA)]),
         (pushing.router(registry, settings), [local, guard.needs(Role.PUSH)]),
         (_changing(registry), [local, guard.needs(Role.ROUTE)]),
         (_removing(registry), [local, guard.needs(Role.ADMIN)]),
@@ -98,6 +102,8 @@ def create_app(registry: Registry, settings: RegistrySettings, secrets: Secrets)
     ):
         app.include_router(router, prefix="/v1", dependencies=needed, responses=_REFUSED)
     app.include_router(_service(registry, settings, guard))
+    if settings.console:
+        app.mount("/console", create_console(registry, settings, secrets, traffic))
     app.add_middleware(AllowedHosts, allowed=settings.hosts, refuse=_refuse_host)
     return app
 
@@ -294,7 +300,8 @@ def _service(registry: Registry, settings: RegistrySettings, guard: Guard) -> AP
     @router.get("/")
     async def where() -> dict[str, str]:
         """Where things are."""
-        return {"service": "PrAd adapter registry", "version": __version__, **_PLACES}
+        places = _PLACES | ({"console": "/console"} if settings.console else {})
+        return {"service": "PrAd adapter registry", "version": __version__, **places}
 
     @router.head("/health", include_in_schema=False)
     @router.get("/health")

@@ -27,9 +27,12 @@ from adapter_registry.messages import (
     ReplicaList,
     Rerouted,
     RoutingState,
+    ShadowTraffic,
     TaskHistory,
     TaskRoute,
+    TrafficReport,
     VersionRecord,
+    VersionTraffic,
     Warmed,
 )
 from adapter_registry.names import check_task
@@ -111,6 +114,13 @@ class AsyncRegistryClient:
         """
         report = Probe(ok=ok, reason=reason[:_REASON_CHARACTERS], replica=self._replica)
         return await self._send(client_calls.probe(task, version, report))
+
+    async def traffic(
+        self, versions: Sequence[VersionTraffic], shadows: Sequence[ShadowTraffic] = ()
+    ) -> None:
+        """Reports what was answered here, at most `MOST_SERIES` of each. Raises NotAReplicaError."""
+        report = TrafficReport(replica=self._replica, versions=tuple(versions), shadows=tuple(shadows))
+        await self._send(client_calls.traffic(report))
 
     async def fetch(self, task: str, version: int, digest: str) -> Artefact:
         """The version's files in `cache_dir/adapters/<digest>/`, downloaded unless there already.

@@ -13,6 +13,7 @@ from adapter_registry.keys import ChangedKey, KeyList, NewKey
 from adapter_registry.messages import (
     Aliased,
     ErrorReply,
+    Heard,
     Probe,
     ReplicaList,
     Rerouted,
@@ -21,6 +22,7 @@ from adapter_registry.messages import (
     Shadowed,
     TaskHistory,
     TaskRoute,
+    TrafficReport,
     VersionRecord,
     Warmed,
     Weighted,
@@ -101,6 +103,10 @@ def changes(
     params: dict[str, Any] = {"after": after, "wait": wait, "replica": replica, "in_force": in_force}
     params["trouble"] = [trouble[:MOST_CHARACTERS] for trouble in troubles[:MOST_TROUBLES]]
     return Call("GET", "/v1/changes", RoutingState, params, wait=wait)
+
+
+def traffic(report: TrafficReport) -> Call[Heard]:
+    return Call("POST", "/v1/traffic", Heard, body=report)
 
 
 def replicas(revision: int, wait: float) -> Call[ReplicaList]:

@@ -81,6 +81,70 @@ class Probe(_Command):
     """Who reports."""
 
 
+TIMES = (
+    *(0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75),
+    *(1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0, 20.0, 30.0, 60.0),
+)
+"""Seconds up to which `Times` count, each from the one before; what took longer than the last comes last."""
+
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Times = Annotated[tuple[Count, ...], Field(min_length=len(TIMES) + 1, max_length=len(TIMES) + 1)]
+TaskLabel = Annotated[str, StringConstraints(pattern=r"^[a-z0-9._-]{0,64}$")]
+MOST_SERIES = 50
+"""Versions in one report: more come in several."""
+
+
+class VersionTraffic(_Command):
+    """What a version answered since the report before."""
+
+    task: TaskLabel
+    """Empty: the plain model."""
+    version: Annotated[int, Field(ge=0, le=2**31)]
+    """0: the plain model."""
+    requests: Count
+    """That ended."""
+    failed: Count
+    """Of these, the ones that were not answered; whose client went away are none of them."""
+    tokens: Count
+    """Of outputs."""
+    first_token: Times
+    """From a request's head to its first token."""
+    duration: Times
+    """From its head to its end."""
+
+
+class ShadowTraffic(_Command):
+    """What became of requests that ran under a shadow, too, since the report before."""
+
+    task: TaskLabel
+    version: Annotated[int, Field(ge=1, le=2**31)]
+    """That answered."""
+    shadow: Annotated[int, Field(ge=1, le=2**31)]
+    """That answered nobody."""
+    compared: Count
+    """Greedy answers of both."""
+    equal: Count
+    """Of these, those with equal tokens."""
+    tokens: Count
+    """Of the answers that were compared."""
+    equal_tokens: Count
+    """Of these, equal ones up to the first difference."""
+    dropped: Count
+    """That live traffic, or something else, was in the way of."""
+    live_first: Times
+    """From the engine's start to the first token, of the version that answered."""
+    shadow_first: Times
+    """And of the shadow."""
+
+
+class TrafficReport(_Command):
+    """What a prefill replica answered since the report before."""
+
+    replica: Annotated[str, StringConstraints(max_length=256)]
+    versions: Annotated[tuple[VersionTraffic, ...], Field(max_length=MOST_SERIES)] = ()
+    shadows: Annotated[tuple[ShadowTraffic, ...], Field(max_length=MOST_SERIES)] = ()
+
+
 class StoredFile(_Answer):
     name: str
     size: int
@@ -152,6 +216,12 @@ class HistoryLine(_Answer):
     at: str
     by: str
     reason: str
+
+
+class LoggedLine(HistoryLine):
+    """The same, of one of all tasks."""
+
+    task: str
 
 
 class TaskHistory(_Answer):
@@ -262,6 +332,12 @@ class Warmed(_Answer):
     ready: tuple[str, ...] = Field(examples=[["prefill-a"]])
     failed: dict[str, str] = Field(examples=[{"prefill-b": "there was no room in memory within 4 s"}])
     pending: tuple[str, ...] = Field(examples=[["prefill-c"]])
+
+
+class Heard(_Answer):
+    """That a report has come."""
+
+    revision: int
 
 
 class ServerVersion(_Answer):

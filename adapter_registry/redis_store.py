@@ -24,7 +24,7 @@ from redis.exceptions import WatchError
 from adapter_registry import redis_server
 from adapter_registry.errors import StoreUnavailableError, VersionNotFoundError
 from adapter_registry.keys import NewKey, StoredKey, in_order, issued, of_the_api, revoked
-from adapter_registry.messages import HistoryLine, RoutingState, TaskRoute, VersionRecord
+from adapter_registry.messages import HistoryLine, LoggedLine, RoutingState, TaskRoute, VersionRecord
 from adapter_registry.planning import Move, Past, Wanted, plan
 from adapter_registry.redis_records import (
     StoredFiles,
@@ -55,6 +55,9 @@ Work = Callable[[StoredTask | None, int, Past], tuple[StoredTask, list[HistoryLi
 CHANGES = "{prad}:changes"
 KEPT_CHANGES = 10_000
 """Roughly; who was away for longer reads the whole state, as everybody does who starts."""
+
+_MORE = 16
+"""Lines that a list may get between the moment in which it is known which are wanted, and that of reading."""
 
 _READINGS = 10
 """Of a task's history: the first says which versions there are, the next is it unless one came meanwhile."""
@@ -149,6 +152,30 @@ class RedisStore:
                 lines = _in_order(lists)
                 return lines if latest is None else lines[-latest:]
         raise StoreUnavailableError(f"{task!r} gets versions faster than its history is read; ask again")
+
+    def log(self, latest: int) -> tuple[LoggedLine, ...]:
+        with answering(self.address):
+            with self._redis.pipeline() as pipe:
+                _read_head(pipe)
+                pipe.xrevrange(CHANGES, count=latest)
+                head, changes = pipe.execute()
+            redis_server.check(head, self.identity)
+            revisions: dict[tuple[str, int | None], list[int]] = {}
+            for place, change in changes:
+                if task := change.get("task"):  # not of a key
+                    of = (task, int(change["version"]) if change["version"] else None)
+                    revisions.setdefault(of, []).append(int(place.partition("-")[0]))
+            with self._redis.pipeline() as pipe:
+                for (task, version), wanted in revisions.items():
+                    pipe.lrange(history_key(task, version), -len(wanted) - _MORE, -1)
+                lists = pipe.execute()
+        found = (
+            LoggedLine(**dict(line), task=task)
+            for ((task, _), wanted), texts in zip(revisions.items(), lists, strict=True)
+            for line in map(HistoryLine.model_validate_json, texts)
+            if line.revision in wanted
+        )
+        return tuple(sorted(found, key=lambda line: line.revision))
 
     def add_key(self, new: NewKey, sha256: str, *, by: str = "") -> StoredKey:
         return self._change_key(

@@ -18,6 +18,7 @@ from adapter_registry.errors import (
 )
 from adapter_registry.keys import ChangedKey, NewKey, StoredKey, hashed, new_token
 from adapter_registry.messages import (
+    LoggedLine,
     Probe,
     Pushed,
     ReplicaList,
@@ -229,6 +230,10 @@ class Registry:
     async def history(self, task: str, latest: int) -> TaskHistory:
         """Its `latest` changes. Raises TaskNotFoundError."""
         return TaskHistory(task=task, events=await asyncio.to_thread(self._store.history, task, latest))
+
+    async def log(self, latest: int) -> tuple[LoggedLine, ...]:
+        """The `latest` changes of all tasks, in order."""
+        return await asyncio.to_thread(self._store.log, latest)
 
     async def state(self) -> RoutingState:
         return await asyncio.to_thread(self._store.state)

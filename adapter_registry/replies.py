@@ -57,8 +57,13 @@ def reply_to(error: errors.RegistryError, asked: str) -> JSONResponse:
     return _reply(asked, status_of(error), error.message, error.code, error.param)
 
 
-def _reply(asked: str, status: int, message: str, code: str, param: str | None = None) -> JSONResponse:
+def noted(asked: str, status: int, code: str, message: str) -> None:
+    """A failure's line in the log."""
     logger.warning("%s failed: status=%d code=%s: %s", logged(asked), status, code, logged(message))
+
+
+def _reply(asked: str, status: int, message: str, code: str, param: str | None = None) -> JSONResponse:
+    noted(asked, status, code, message)
     kind = "server_error" if status >= 500 else "invalid_request_error"
     named = None if param is None else _cut(param)
     body = ErrorReply(error=ErrorBody(message=_cut(message), type=kind, param=named, code=code))

@@ -76,6 +76,11 @@ class RegistrySettings(ServiceSettings):
     allowed_hosts: str = ""
     """Further names that clients may call the registry by, separated by commas: a name, *.example.com for
     those below one, * for any. Addresses, and names without a dot, are always allowed."""
+    console: bool = True
+    """Serve pages for people at /console."""
+    api_url: str | None = None
+    """URL of the completions API, such as http://127.0.0.1:8000, which the console's playground asks for
+    whoever uses it; if not given, there is no playground."""
     retired_mib: Annotated[int, Field(ge=0)] = 1024
     """Disk for files of retired and failed versions; those that are so longest are deleted beyond it."""
     min_free_mib: Annotated[int, Field(ge=0)] = 64

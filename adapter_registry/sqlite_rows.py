@@ -7,6 +7,7 @@ from adapter_registry.errors import TaskNotFoundError
 from adapter_registry.keys import StoredKey, in_order
 from adapter_registry.messages import (
     HistoryLine,
+    LoggedLine,
     SignedBy,
     StoredFile,
     TaskRoute,
@@ -83,6 +84,12 @@ def history(
     asked = f"SELECT * FROM history WHERE {where} ORDER BY revision DESC LIMIT ?"
     found = db.execute(asked, (*values, -1 if latest is None else latest)).fetchall()
     return tuple(map(_line, reversed(found)))
+
+
+def log(db: sqlite3.Connection, latest: int) -> tuple[LoggedLine, ...]:
+    """The `latest` changes of all tasks, in order."""
+    found = db.execute("SELECT * FROM history ORDER BY revision DESC LIMIT ?", (latest,)).fetchall()
+    return tuple(LoggedLine(**dict(_line(row)), task=row["task"]) for row in reversed(found))
 
 
 def _line(row: sqlite3.Row) -> HistoryLine:

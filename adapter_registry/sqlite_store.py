@@ -13,7 +13,7 @@ from adapter_registry import sqlite_rows as rows
 from adapter_registry import sqlite_schema as schema
 from adapter_registry.errors import CannotStartError
 from adapter_registry.keys import NewKey, StoredKey, issued, of_the_api, revoked
-from adapter_registry.messages import HistoryLine, RoutingState, TaskRoute, VersionRecord
+from adapter_registry.messages import HistoryLine, LoggedLine, RoutingState, TaskRoute, VersionRecord
 from adapter_registry.planning import Change, Move, TaskView, Wanted, plan
 from adapter_registry.routing import Routing
 from adapter_registry.snapshot import Snapshot, require_empty, snapshot
@@ -101,6 +101,10 @@ class SqliteStore:
         with self._transaction() as db:
             rows.view(db, task)
             return rows.history(db, "task = ?", (task,), latest)
+
+    def log(self, latest: int) -> tuple[LoggedLine, ...]:
+        with self._transaction() as db:
+            return rows.log(db, latest)
 
     def add_key(self, new: NewKey, sha256: str, *, by: str = "") -> StoredKey:
         with self._transaction("IMMEDIATE") as db:

@@ -12,6 +12,7 @@ from typing import Protocol
 from adapter_registry.keys import NewKey, StoredKey
 from adapter_registry.messages import (
     HistoryLine,
+    LoggedLine,
     RoutingState,
     SignedBy,
     StoredFile,
@@ -113,6 +114,11 @@ class Store(Protocol):
 
         Raises TaskNotFoundError.
         """
+        ...
+
+    def log(self, latest: int) -> tuple[LoggedLine, ...]:
+        """The `latest` changes of all tasks, in order, as far as they are known in one place: Redis has some
+        10,000 of them there."""
         ...
 
     def add_key(self, new: NewKey, sha256: str, *, by: str = "") -> StoredKey:

@@ -126,6 +126,7 @@ def _stack(folder: Path) -> Iterator[tuple[str, Stack]]:
         stack.start("registry", ["--port", str(registry_port), "--data-dir", str(folder / "data")])
         stack.start("decode", ["--port", str(decode_port)])
         where = ["--decode", f"127.0.0.1:{decode_port}", "--registry", registry]
+        where += ["--traffic-s", "0"]  # beside requests: it would be counted if its time came just then
         stack.start("prefill", [*where, "--port", str(api_port)])
         stack.wait_until(lambda: answers(f"{registry}/ready"), _START_S, "the registry")
         stack.wait_until(lambda: answers(f"{api}/ready"), _START_S, "prefill")

@@ -238,6 +238,7 @@ class _Here:
             "--data-dir": self.data / "registry",
             "--replica-secret-file": self.replicas_secret,
             "--admin-token-file": self.admin_token,
+            "--api-url": self.at.api,
         }
         return _given(files)
 
@@ -308,6 +309,7 @@ def _replicas_ready(registry: "RegistryClient") -> bool:
 def _say_where(say: Callable[..., None], here: _Here) -> None:
     at = here.at
     say(f"\n[bold green]ready[/]  API {at.api}   registry {at.registry}   logs {here.logs}", soft_wrap=True)
+    say(f"console  {at.registry}/console", soft_wrap=True)
     say(f"metrics  {at.api}/metrics  {at.registry}/metrics  {at.decode_metrics}", soft_wrap=True)
 
 

@@ -26,7 +26,15 @@ from prad.core.sampling import SamplingParams
 from prad.http.server import KEEP_ALIVE_S, Server, bound
 from prad.lm import LanguageModel, Tokenizer, load_served
 from prad.lm.kv import Pools, blocks_in
-from prefill_service.api import ApiAccess, ApiLimits, ModelInfo, bounded_protocol, create_app
+from prefill_service.api import (
+    ApiAccess,
+    ApiLimits,
+    ModelInfo,
+    Traffic,
+    bounded_protocol,
+    create_app,
+    report_traffic,
+)
 from prefill_service.catalogue import KeyRing, Residents, TaskCatalogue
 from prefill_service.decode_link import DecodeLink
 from prefill_service.engine import PrefillEngine
@@ -116,7 +124,8 @@ async def _serve(
             tokenising_chars=settings.tokenising_mchars * 10**6,
         )
         access = ApiAccess(settings.hosts, settings.origins, keys, log=settings.access_log)
-        app = create_app(parts.engine, catalogue, tokenizer, info, limits, metrics, access)
+        traffic = Traffic()
+        app = create_app(parts.engine, catalogue, tokenizer, info, limits, metrics, access, traffic)
         config = uvicorn.Config(
             app,
             http=bounded_protocol(settings.max_connections, settings.body_timeout_s),
@@ -127,6 +136,8 @@ async def _serve(
         )
         async with asyncio.TaskGroup() as tasks:
             background = [tasks.create_task(parts.engine.run()), tasks.create_task(follower.run())]
+            if settings.traffic_s:
+                background.append(tasks.create_task(report_traffic(registry, traffic, settings.traffic_s)))
             await tasks.create_task(Server(config).serve(sockets=[listening]))
             for task in background:
                 task.cancel()

@@ -52,6 +52,9 @@ class PrefillSettings(ServiceSettings):
     registry_secret_file: Path | None = None
     """The registry's replica_secret_file, if it has one: what it knows its prefill replicas by."""
 
+    traffic_s: Annotated[float, Field(ge=0)] = 5.0
+    """Seconds between reports to the registry of what was answered here, which its console shows; 0: none."""
+
     model: str = DEFAULT_MODEL
     """Folder, .gguf file, Hugging Face id, or the default model."""
     model_name: str | None = None

@@ -37,6 +37,7 @@ from prefill_service.api.requests import (
 )
 from prefill_service.api.responses import Responder
 from prefill_service.api.shadow import Shadows
+from prefill_service.api.traffic import Traffic
 from prefill_service.catalogue import KeyRing, TaskCatalogue, TaskVersions
 from prefill_service.errors import TaskNotAllowedError
 from prefill_service.prompt import Engine, TaskVersion
@@ -64,12 +65,15 @@ def create_app(
     limits: ApiLimits | None = None,
     registry: CollectorRegistry | None = None,
     access: ApiAccess | None = None,
+    traffic: Traffic | None = None,
 ) -> FastAPI:
-    """`registry`: shown at /metrics; the engine may hold its own metrics in the same one."""
+    """`registry`: shown at /metrics; the engine may hold its own metrics in the same one. `traffic`: what is
+    answered is noted there."""
     limits, access = limits or ApiLimits(), access or ApiAccess()
     admission = Admission(engine, catalogue, tokenizer, model, limits)
-    metrics = Metrics(registry or CollectorRegistry())
-    shadows = Shadows(engine, admission, metrics.registry)
+    traffic = traffic or Traffic()
+    metrics = Metrics(registry or CollectorRegistry(), traffic.versions)
+    shadows = Shadows(engine, admission, metrics.registry, traffic.shadows)
     responder = Responder(engine, tokenizer, model.short_fingerprint, shadows)
     metrics.registry.register(RoutingMetrics(catalogue))
     app = FastAPIOffline("/docs", None, title="PrAd server", version=_VERSION, responses=_FAILURES)

@@ -13,6 +13,7 @@ import math
 import re
 import time
 import uuid
+from bisect import bisect_left
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from adapter_registry.messages import TIMES
 from prad.http.logs import logged
 from prefill_service.errors import InternalError, InvalidRequestError, ServingError
 
@@ -119,11 +121,40 @@ def record_of(request: HTTPConnection) -> RequestRecord:
     return record
 
 
-class Metrics:
-    """Counters and histograms in `registry`, which the rest of the service may share."""
+def _no_times() -> list[int]:
+    return [0] * (len(TIMES) + 1)
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+
+@dataclass(slots=True)
+class Tally:
+    """What a version answered since somebody took it: see `VersionTraffic`."""
+
+    requests: int = 0
+    failed: int = 0
+    tokens: int = 0
+    first_token: list[int] = field(default_factory=_no_times)
+    duration: list[int] = field(default_factory=_no_times)
+
+    def note(self, record: RequestRecord, status: int) -> None:
+        self.requests += 1
+        self.failed += status >= 400 and status != CLIENT_GONE
+        self.tokens += record.completion_tokens
+        self.duration[bisect_left(TIMES, time.monotonic() - record.started)] += 1
+        if record.first_token is not None:
+            self.first_token[bisect_left(TIMES, record.first_token - record.started)] += 1
+
+
+Tallies = dict[tuple[str, int], Tally]
+"""By task and version; the plain model is version 0 of `BASE_TASK`."""
+
+
+class Metrics:
+    """Counters and histograms in `registry`, which the rest of the service may share. `tallies`: the same of
+    late, for the registry's console, with times of each version, which would be too many series here."""
+
+    def __init__(self, registry: CollectorRegistry, tallies: Tallies | None = None) -> None:
         self.registry = registry
+        self._tallies: Tallies = {} if tallies is None else tallies
         self._requests = Counter(
             "prad_http_requests",
             "HTTP requests by outcome.",
@@ -157,7 +188,11 @@ class Metrics:
     def observe(self, record: RequestRecord, route: str, status: int) -> None:
         """One finished request."""
         task = (record.task or BASE_TASK, str(record.version or ""))
-        self._requests.labels(route, str(record.status or status), *task).inc()
+        status = record.status or status
+        self._requests.labels(route, str(status), *task).inc()
+        if record.task or record.prompt_tokens:
+            name = (record.task or BASE_TASK, record.version or 0)
+            self._tallies.setdefault(name, Tally()).note(record, status)
         self._duration.labels(route).observe(time.monotonic() - record.started)
         if record.first_token is not None:
             self._first_token.labels(route).observe(record.first_token - record.started)

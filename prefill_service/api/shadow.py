@@ -10,6 +10,7 @@ the metrics tell. It counts for nobody's usage.
 import asyncio
 import logging
 import time
+from bisect import bisect_left
 from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from itertools import takewhile
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
+from adapter_registry.messages import TIMES
 from prefill_service.api.admission import TOKENS_PER_EVENT, Admission, Admitted, Target
 from prefill_service.api.requests import ChatRequest, CompletionRequest, GenerationRequest
 from prefill_service.errors import InvalidRequestError, ServingError
@@ -89,10 +91,16 @@ class Watched:
 class Shadows:
     """On the event loop; `registry` has its metrics."""
 
-    def __init__(self, engine: Engine, admission: Admission, registry: CollectorRegistry) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        admission: Admission,
+        registry: CollectorRegistry,
+        tallies: "ShadowTallies | None" = None,
+    ) -> None:
         self._engine = engine
         self._admission = admission
-        self._metrics = ShadowMetrics(registry)
+        self._metrics = ShadowMetrics(registry, {} if tallies is None else tallies)
         self._running: set[asyncio.Task[None]] = set()
 
     def watch(self, wanted: GenerationRequest, admitted: Admitted) -> Watched | None:
@@ -150,10 +158,29 @@ class Shadows:
         return replace(prompt, sampling=sampling, tokens_per_event=TOKENS_PER_EVENT, gives_way=True)
 
 
-class ShadowMetrics:
-    """What came of them, by task, live version and shadow; times by version and role."""
+@dataclass(slots=True)
+class ShadowTally:
+    """What came of them since somebody took it: see `ShadowTraffic`."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    compared: int = 0
+    equal: int = 0
+    tokens: int = 0
+    equal_tokens: int = 0
+    dropped: int = 0
+    live_first: list[int] = field(default_factory=lambda: [0] * (len(TIMES) + 1))
+    shadow_first: list[int] = field(default_factory=lambda: [0] * (len(TIMES) + 1))
+
+
+ShadowTallies = dict[tuple[str, int, int], ShadowTally]
+"""By task, version and shadow."""
+
+
+class ShadowMetrics:
+    """What came of them, by task, live version and shadow; times by version and role. `tallies`: the same of
+    late, for the registry's console."""
+
+    def __init__(self, registry: CollectorRegistry, tallies: ShadowTallies) -> None:
+        self._tallies = tallies
         by = ("task", "version", "shadow")
 
         def counter(name: str, text: str, *more: str) -> Counter:
@@ -172,6 +199,7 @@ class ShadowMetrics:
 
     def ended(self, watched: Watched, outcome: str) -> None:
         self._requests.labels(*watched.labels, outcome).inc()
+        self._tally(watched).dropped += outcome not in ("compared", "timed")
 
     def compared(self, watched: Watched, copy: Run) -> str:
         """The outcome. A live answer that was drawn differs from a greedy one by chance: only timed."""
@@ -179,9 +207,20 @@ class ShadowMetrics:
             labels = (version.task, str(version.version), role)
             self._first.labels(*labels).observe(run.first - run.started)
             self._duration.labels(*labels).observe(run.last - run.started)
+        tally = self._tally(watched)
+        tally.live_first[bisect_left(TIMES, watched.run.first - watched.run.started)] += 1
+        tally.shadow_first[bisect_left(TIMES, copy.first - copy.started)] += 1
         if not watched.prompt.sampling.greedy:
             return "timed"
+        tally.compared += 1
+        tally.equal += watched.run.ids == copy.ids
+        tally.tokens += len(watched.run.ids)
+        tally.equal_tokens += watched.run.agrees_with(copy)
         self._equal.labels(*watched.labels).inc(watched.run.ids == copy.ids)
         self._tokens.labels(*watched.labels).inc(len(watched.run.ids))
         self._equal_tokens.labels(*watched.labels).inc(watched.run.agrees_with(copy))
         return "compared"
+
+    def _tally(self, watched: Watched) -> ShadowTally:
+        name = (watched.live.task, watched.live.version, watched.shadow.version)
+        return self._tallies.setdefault(name, ShadowTally())

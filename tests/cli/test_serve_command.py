@@ -115,6 +115,12 @@ def test_ctrl_c_stops_the_last_started_first(model: Path, tmp_path: Path, ports:
         for port in (api, registry, metrics):
             assert f"http://127.0.0.1:{port}/metrics" in serve.said
             assert answers(f"http://127.0.0.1:{port}/metrics")
+        console = f"http://127.0.0.1:{registry}/console"
+        assert console in serve.said
+        question = {"model": httpx.get(f"http://127.0.0.1:{api}/v1/models").json()["data"][0]["id"]}
+        question |= {"prompt": "t1 t2", "max_tokens": 3}
+        answer = httpx.post(f"{console}/playground/ask", json=question, timeout=60)
+        assert (answer.status_code, answer.text.endswith("data: [DONE]\n\n")) == (200, True)
         running = children(tmp_path)
         assert set(running) == set(SERVICES)
         given = {name: " ".join(process.cmdline()) for name, process in running.items()}

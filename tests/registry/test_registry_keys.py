@@ -41,6 +41,7 @@ NEEDED = {
     "GET /v1/changes": Role.READ,
     "GET /v1/replicas": Role.READ,
     f"POST {VERSION}/probe": Role.REPLICA,
+    "POST /v1/traffic": Role.REPLICA,
     "POST /v1/tasks/{task}/versions": Role.PUSH,
     f"POST {VERSION}/promote": Role.ROUTE,
     f"POST {VERSION}/retire": Role.ROUTE,
@@ -113,7 +114,7 @@ def status(registry, route, token):
 
 def test_every_route_says_which_role_it_needs(monkeypatch):
     found = routes_added(monkeypatch)
-    create_app(SimpleNamespace(metrics=Metrics()), RegistrySettings(), Secrets())
+    create_app(SimpleNamespace(metrics=Metrics()), RegistrySettings(console=False), Secrets())
     assert found - {"GET /docs", "GET /docs/oauth2-redirect"} == {r.replace(" /v1/", " /") for r in NEEDED}
 
 

@@ -14,6 +14,7 @@ from adapter_registry.errors import (
     TaskNotFoundError,
     VersionNotFoundError,
 )
+from adapter_registry.keys import NewKey
 from adapter_registry.messages import HistoryLine, SignedBy
 from adapter_registry.planning import Move, Rollback, SetAlias, SetShadow, Split
 from adapter_registry.snapshot import Snapshot
@@ -356,3 +357,24 @@ def test_only_the_latest_changes_are_read_if_only_these_are_wanted(store, stored
     assert len(read) <= 3, "of each version and of the task itself one, at most"
     for latest in range(1, 12):
         assert store.history("a", latest) == everything[-latest:]
+
+
+def test_the_log_has_the_latest_changes_of_all_tasks(store, stored_adapter):
+    assert store.log(10) == ()
+    verified(store, "a", stored_adapter(1))
+    verified(store, "b", stored_adapter(1))
+    store.add_key(NewKey(name="alice"), "0" * 64, by="ada")
+    store.push("a", stored_adapter(2))
+    store.change("a", Move(2, Event.PROBE_OK), by="prefill-1")
+    store.change("a", Split({1: 50, 2: 50}), by="ada")
+    lines = store.log(100)
+    assert [line.revision for line in lines] == [1, 2, 3, 4, 5, 6, 8, 9, 10, 11]
+    told = [(line.task, line.version, line.event, line.by) for line in lines[-3:]]
+    assert told == [
+        ("a", 2, Event.PROBE_OK, "prefill-1"),
+        ("a", 2, Event.SPLIT, "ada"),
+        ("a", None, Event.SPLIT, "ada"),
+    ]
+    assert [line.revision for line in store.log(2)] == [10, 11]
+    ours = [dict(line) for line in lines if line.task == "a"]
+    assert ours == [dict(line) | {"task": "a"} for line in store.history("a")]
