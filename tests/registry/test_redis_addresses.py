@@ -214,7 +214,7 @@ def test_what_was_acknowledged_survives_a_failover(data_dir, started, adapter, s
         master.kill()
         before = dict(acknowledged)
         with at(replica_port) as client, at(sentinel_port) as sentinel:
-            until(lambda: sentinel.sentinel_master("prad")["port"] == replica_port)
+            until(lambda: sentinel.sentinel_masters()["prad"]["port"] == replica_port)
             with pytest.raises(StoreUnavailableError):  # nobody else has it, so it is not acknowledged
                 two.client.retire("support", 1)
             master.start()
