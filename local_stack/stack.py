@@ -133,14 +133,16 @@ class Stack:
         """A log that has grown too long becomes NAME.log.1; its service, which appends, goes on at its start.
         What is written in the same moment is lost."""
         for place, service in enumerate(self._services):
-            log = service.log
-            if log.stat().st_size > _LONGEST_LOG:
-                with contextlib.suppress(
-                    OSError
-                ):  # a full disk takes no copy, and needs the room all the more
-                    shutil.copyfile(log, _before(log))
-                os.truncate(log, 0)
-                self._services[place] = replace(service, log_start=0)
+            with contextlib.suppress(OSError):  # somebody else moved it away
+                if service.log.stat().st_size > _LONGEST_LOG:
+                    self._begin_again(service.log)
+                    self._services[place] = replace(service, log_start=0)
+
+    @staticmethod
+    def _begin_again(log: Path) -> None:
+        with contextlib.suppress(OSError):  # a full disk takes no copy, and needs the room all the more
+            shutil.copyfile(log, _before(log))
+        os.truncate(log, 0)
 
     @property
     def services(self) -> tuple[Service, ...]:

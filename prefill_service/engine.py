@@ -155,6 +155,7 @@ class PrefillEngine:
                 raise self._no_token() from None
             finally:
                 self._loading[request.flow] -= 1
+                self._loading += Counter()  # forgets those with none
             yield adapter
 
     def _turn_away(self, request: PromptRequest, deadline: float) -> None:
@@ -175,16 +176,16 @@ class PrefillEngine:
         wait = self._scheduler.expected_wait(request)
         if wait is not None and wait > may:
             raise OverloadedError(
-                f"this request would wait for some {wait:.0f} s behind those of its task and its turns among "
-                f"others, and may wait for {may:.0f} s; try again later",
+                f"this request would wait for some {wait:.0f} s behind those of its task and key and its turns "
+                f"among others, and may wait for {may:.0f} s; try again later",
                 retry_after=max(1.0, wait - may),
             )
         if yields is not None:
             self._loop.fail(
                 yields,
                 OverloadedError(
-                    f"{many} prompts are waiting, most of them of this task: another one's goes first; try "
-                    "again later",
+                    f"{many} prompts are waiting, most of them of this task and key: another's goes first; "
+                    "try again later",
                     retry_after=after_s,
                 ),
             )

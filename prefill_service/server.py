@@ -124,7 +124,7 @@ async def _serve(
             tokenising_chars=settings.tokenising_mchars * 10**6,
         )
         access = ApiAccess(settings.hosts, settings.origins, keys, log=settings.access_log)
-        traffic = Traffic()
+        traffic = Traffic() if settings.traffic_s else None
         app = create_app(parts.engine, catalogue, tokenizer, info, limits, metrics, access, traffic)
         config = uvicorn.Config(
             app,
@@ -136,7 +136,7 @@ async def _serve(
         )
         async with asyncio.TaskGroup() as tasks:
             background = [tasks.create_task(parts.engine.run()), tasks.create_task(follower.run())]
-            if settings.traffic_s:
+            if traffic is not None:
                 background.append(tasks.create_task(report_traffic(registry, traffic, settings.traffic_s)))
             await tasks.create_task(Server(config).serve(sockets=[listening]))
             for task in background:

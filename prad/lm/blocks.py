@@ -54,6 +54,10 @@ class Blocks:
         assert blocks is not None
         return blocks
 
+    def in_order(self, rows: NDArray[np.int64]) -> "Blocks":
+        least = None if self.least is None else self.least[rows]
+        return Blocks(self.numbers[rows], self.scale[rows], least)
+
     def unpacked(self) -> Tensor:
         """The numbers [out, in], each in a byte."""
         if self.bits == 8:
@@ -104,13 +108,23 @@ def blocks_of(reader: GGUFReader, model: Any, places: Mapping[str, str], process
         blocks = _read(tensor.data, tensor.tensor_type)
         if blocks is None or name not in parameters:
             continue
-        rows = np.arange(len(blocks.scale))[:, None]
-        order = processor.process(weights=rows, name=tensor.name).weights[:, 0]
-        parts = (getattr(blocks, part) for part in Blocks.__slots__)
-        blocks = Blocks(*(None if part is None else part[order] for part in parts))  # type: ignore[arg-type]
+        blocks = blocks.in_order(_order(processor, tensor.name, len(blocks.scale)))
         if torch.equal(blocks.widened(), parameters[name].data):
             found[name] = blocks
     return found
+
+
+def _order(processor: Any, name: str, rows: int) -> NDArray[np.int64]:
+    """Where each row of the model lies in the file; as they come if transformers does more than reorder."""
+    here = np.arange(rows)
+    try:
+        # some of its classes put what they make in there, too
+        placed = processor.process(
+            weights=here[:, None], name=name, parsed_parameters={"tensors": {}}
+        ).weights
+    except (KeyError, TypeError, ValueError):
+        return here
+    return placed[:, 0] if np.shape(placed) == (rows, 1) else here
 
 
 def _read(data: NDArray[np.uint8], kind: GGMLQuantizationType) -> Blocks | None:

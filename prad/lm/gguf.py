@@ -7,6 +7,7 @@ does not fit: what transformers leaves out it fills with random numbers, and wha
 import hashlib
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,13 @@ def convert_gguf(path: Path, cache_dir: Path) -> Path:
             try:
                 _convert(path, partial)
                 partial.rename(folder)
-                _remove_earlier(folder, name)
             except (
                 Exception
             ) as error:  # the readers have no word of their own for a file that is cut off, or odd
                 raise ModelNotFoundError(f"{path} cannot be converted: {error}") from error
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
+            _remove_earlier(folder, name)
     return folder
 
 
@@ -53,7 +54,8 @@ def _remove_earlier(folder: Path, name: str) -> None:
     for number in range(1, _FORMAT):
         earlier = folder.with_name(f"{name}-v{number}")
         shutil.rmtree(earlier, ignore_errors=True)
-        Path(f"{earlier}.lock").unlink(missing_ok=True)
+        with suppress(OSError):  # another user's
+            Path(f"{earlier}.lock").unlink(missing_ok=True)
 
 
 def _convert(path: Path, folder: Path) -> None:

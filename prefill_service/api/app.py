@@ -67,13 +67,13 @@ def create_app(
     access: ApiAccess | None = None,
     traffic: Traffic | None = None,
 ) -> FastAPI:
-    """`registry`: shown at /metrics; the engine may hold its own metrics in the same one. `traffic`: what is
-    answered is noted there."""
+    """`registry`: shown at /metrics; the engine may hold its own metrics in the same one. `traffic`: where
+    what is answered is noted, if anywhere."""
     limits, access = limits or ApiLimits(), access or ApiAccess()
     admission = Admission(engine, catalogue, tokenizer, model, limits)
-    traffic = traffic or Traffic()
-    metrics = Metrics(registry or CollectorRegistry(), traffic.versions)
-    shadows = Shadows(engine, admission, metrics.registry, traffic.shadows)
+    metrics = Metrics(registry or CollectorRegistry(), None if traffic is None else traffic.versions)
+    noted = None if traffic is None else traffic.shadows
+    shadows = Shadows(engine, admission, metrics.registry, noted)
     responder = Responder(engine, tokenizer, model.short_fingerprint, shadows)
     metrics.registry.register(RoutingMetrics(catalogue))
     app = FastAPIOffline("/docs", None, title="PrAd server", version=_VERSION, responses=_FAILURES)

@@ -154,7 +154,7 @@ class Metrics:
 
     def __init__(self, registry: CollectorRegistry, tallies: Tallies | None = None) -> None:
         self.registry = registry
-        self._tallies: Tallies = {} if tallies is None else tallies
+        self._tallies = tallies
         self._requests = Counter(
             "prad_http_requests",
             "HTTP requests by outcome.",
@@ -190,7 +190,7 @@ class Metrics:
         task = (record.task or BASE_TASK, str(record.version or ""))
         status = record.status or status
         self._requests.labels(route, str(status), *task).inc()
-        if record.task or record.prompt_tokens:
+        if self._tallies is not None and (record.task or record.prompt_tokens):
             name = (record.task or BASE_TASK, record.version or 0)
             self._tallies.setdefault(name, Tally()).note(record, status)
         self._duration.labels(route).observe(time.monotonic() - record.started)

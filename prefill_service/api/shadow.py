@@ -100,7 +100,7 @@ class Shadows:
     ) -> None:
         self._engine = engine
         self._admission = admission
-        self._metrics = ShadowMetrics(registry, {} if tallies is None else tallies)
+        self._metrics = ShadowMetrics(registry, tallies)
         self._running: set[asyncio.Task[None]] = set()
 
     def watch(self, wanted: GenerationRequest, admitted: Admitted) -> Watched | None:
@@ -179,7 +179,7 @@ class ShadowMetrics:
     """What came of them, by task, live version and shadow; times by version and role. `tallies`: the same of
     late, for the registry's console."""
 
-    def __init__(self, registry: CollectorRegistry, tallies: ShadowTallies) -> None:
+    def __init__(self, registry: CollectorRegistry, tallies: ShadowTallies | None) -> None:
         self._tallies = tallies
         by = ("task", "version", "shadow")
 
@@ -223,4 +223,4 @@ class ShadowMetrics:
 
     def _tally(self, watched: Watched) -> ShadowTally:
         name = (watched.live.task, watched.live.version, watched.shadow.version)
-        return self._tallies.setdefault(name, ShadowTally())
+        return ShadowTally() if self._tallies is None else self._tallies.setdefault(name, ShadowTally())

@@ -2,24 +2,31 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 from near import assert_near, some, wide
 from numpy.typing import NDArray
+from tiny import SIZES as SIZES_OF_TINY
+from tiny import packed_logits, save_random
 from torch import Tensor
 
 from prad.lm import DEFAULT_MODEL, LanguageModel, resolve_model
-from prad.lm.blocks import Bits, Blocks, load_blocks
+from prad.lm.blocks import Bits, Blocks, _order, load_blocks, save_blocks
 from prad.lm.kernels import Activation, Kernels, Out, PackedLinear
 from tests.conftest import CACHE
 
 SIZES = ((1, 32), (16, 64), (17, 96), (40, 32), (80, 160), (336, 576), (50, 4128))  # columns, inputs
 EDGES = (1, 2, 5, 6, 7, 11, 12, 13, 15, 16, 17, 24, 25, 59, 60, 61, 63, 64, 65)
 BITS: tuple[Bits, ...] = (4, 8)
+FOURS, EIGHTS = 3, 4
+SIZES_OF_MODEL = SIZES_OF_TINY | {"hidden_size": 64, "num_attention_heads": 4}
 
 Floats = NDArray[np.float32]
 
@@ -151,6 +158,53 @@ def test_the_default_model_keeps_its_files_blocks() -> None:
     assert {blocks.bits for name, blocks in kept.items() if "layers" in name} == {4}
     for name, weight in model.module.named_parameters():
         assert name not in kept or torch.equal(kept[name].widened(), weight), name
+
+
+def test_a_model_is_computed_from_its_files_blocks(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of it is rounded again; its logits are near, and not those of its bfloat16 weights."""
+    model = LanguageModel.load(resolve_model(DEFAULT_MODEL, CACHE))
+    (whole,) = packed_logits(model, [[1, 5, 9, 300, 7]])
+
+    def refuse(*_: object) -> Blocks:
+        raise AssertionError("rounded again")
+
+    monkeypatch.setattr(Blocks, "rounded", refuse)
+    model.accelerate(kernels, "int4")
+    (found,) = packed_logits(model, [[1, 5, 9, 300, 7]])
+    difference = (found - whole).abs()
+    assert 0 < difference.mean() < 0.03 * float(whole.max() - whole.min())
+
+
+def test_projections_of_different_kinds_become_one_of_eight_bits(tmp_path: Path, kernels: Kernels) -> None:
+    folder = save_random(transformers.LlamaConfig(**SIZES_OF_MODEL), tmp_path)
+    weights = dict(LanguageModel.load(folder).module.named_parameters())
+    layer = "model.layers.0.self_attn."
+    kept = {f"{layer}{name}.weight": bits for name, bits in (("q_proj", 8), ("k_proj", 4), ("o_proj", 8))}
+    own: dict[str, Blocks] = {}
+    for name, bits in kept.items():
+        own[name] = Blocks.rounded(weights[name], 8 if bits == 8 else 4)
+    save_blocks(own, folder)
+    model = LanguageModel.load(folder)
+    model.accelerate(kernels, "int4")
+    assert model._fused is not None
+    first, second = model._fused.layers[:2]
+    assert [linear.struct.weights for linear in (first.qkv, first.o, first.up)] == [EIGHTS, EIGHTS, FOURS]
+    assert (second.qkv.struct.weights, model._fused.head.struct.weights) == (FOURS, EIGHTS)
+
+
+def test_what_a_processor_cannot_place_stays_as_it_is() -> None:
+    class Strange:
+        def process(self, weights: NDArray[np.int64], name: str, **more: Any) -> Any:
+            if name == "listed":
+                more["parsed_parameters"]["tensors"][name] = weights
+                return SimpleNamespace(weights=weights[::-1])
+            if name == "turned":
+                return SimpleNamespace(weights=weights.T)
+            raise KeyError(name)
+
+    assert _order(Strange(), "listed", 3).tolist() == [2, 1, 0]
+    assert _order(Strange(), "turned", 3).tolist() == [0, 1, 2]
+    assert _order(Strange(), "other", 3).tolist() == [0, 1, 2]
 
 
 def test_a_folder_without_blocks_has_none(tmp_path: Path) -> None:
