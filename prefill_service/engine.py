@@ -176,8 +176,8 @@ class PrefillEngine:
         wait = self._scheduler.expected_wait(request)
         if wait is not None and wait > may:
             raise OverloadedError(
-                f"this request would wait for some {wait:.0f} s behind those of its task and key and its turns "
-                f"among others, and may wait for {may:.0f} s; try again later",
+                f"this request would wait for some {wait:.0f} s behind those of its task and key and its "
+                f"turns among others, and may wait for {may:.0f} s; try again later",
                 retry_after=max(1.0, wait - may),
             )
         if yields is not None:

@@ -103,6 +103,8 @@ def test_a_log_is_bounded_while_its_service_writes(
             pass
         assert service.log.read_bytes()[:1] != b"\0", "it goes on at the start, and leaves no hole"
         assert stack.services[0].log_start == 0, "what it said last is looked for from there"
+        service.log.rename(service.log.with_name("moved"))
+        stack.bound_logs()  # nobody's fault
 
 
 def test_two_flags_with_one_port_are_an_error() -> None:
