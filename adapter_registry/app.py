@@ -1,8 +1,6 @@
 """The registry's HTTP API: every route in one place, most of them one line of `Registry`."""
 
-import asyncio
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import FileResponse, PlainTextResponse
@@ -11,6 +9,7 @@ from fastapi_offline import FastAPIOffline
 from adapter_registry import pushing, replies, uploads
 from adapter_registry.access import Guard, Secrets, keys_router, refuse_foreign_origin
 from adapter_registry.console import create_console
+from adapter_registry.disconnects import unless_gone
 from adapter_registry.errors import HostNotAllowedError
 from adapter_registry.keys import Role
 from adapter_registry.messages import (
@@ -30,6 +29,7 @@ from adapter_registry.messages import (
     Weighted,
 )
 from adapter_registry.parameters import (
+    VERSION,
     Alias,
     Everything,
     FileName,
@@ -51,10 +51,6 @@ from adapter_registry.traffic import LiveTraffic, traffic_router
 from adapter_registry.versions import Event
 from prad import __version__
 from prad.http.hosts import AllowedHosts
-
-VERSION = "/tasks/{task}/versions/{version}"
-
-T = TypeVar("T")
 
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     "default": {"model": ErrorReply, "description": "Refused or failed, and why"}
@@ -175,7 +171,7 @@ def _following(registry: Registry, settings: RegistrySettings, guard: Guard) -> 
         address = request.client.host if request.client is not None else ""
         follower = Follower(replica, address, after if in_force is None else in_force, tuple(trouble))
         waiting = registry.changes(after, min(wait, settings.max_wait_seconds), follower)
-        state = await _unless_gone(request, waiting)
+        state = await unless_gone(request, waiting)
         return Response(status_code=204) if state is None else await guard.redacted(request, state)
 
     @router.get("/replicas")
@@ -341,21 +337,3 @@ def _refuse_host(host: str) -> Response:
         ),
         "a request for another host",
     )
-
-
-async def _unless_gone(request: Request, answer: Coroutine[Any, Any, T]) -> T | None:
-    """The answer; None if the client hangs up first, for whom nobody goes on waiting then."""
-    answering = asyncio.ensure_future(answer)
-    hung_up = asyncio.ensure_future(_hung_up(request))
-    try:
-        await asyncio.wait({answering, hung_up}, return_when=asyncio.FIRST_COMPLETED)
-        return answering.result() if answering.done() else None
-    finally:
-        answering.cancel()
-        hung_up.cancel()
-        await asyncio.gather(answering, hung_up, return_exceptions=True)
-
-
-async def _hung_up(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

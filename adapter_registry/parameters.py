@@ -8,6 +8,9 @@ from pydantic import Field
 
 from adapter_registry.client_calls import MOST_CHARACTERS, MOST_TROUBLES
 
+VERSION = "/tasks/{task}/versions/{version}"
+"""The path of one, at the API and in the console."""
+
 Task = Annotated[str, Path(description="The task's name")]
 Number = Annotated[int, Path(ge=1, le=2**31, description="The version's number")]
 Alias = Annotated[str, Path(description="The alias, without the task")]

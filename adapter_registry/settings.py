@@ -1,8 +1,10 @@
 """The registry's settings, read once at start: arguments, then PRAD_REGISTRY_* variables, then defaults."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 from pydantic_settings import SettingsConfigDict
@@ -78,7 +80,7 @@ class RegistrySettings(ServiceSettings):
     those below one, * for any. Addresses, and names without a dot, are always allowed."""
     console: bool = True
     """Serve pages for people at /console."""
-    api_url: str | None = None
+    api_url: Annotated[str | None, Field(repr=False)] = None
     """URL of the completions API, such as http://127.0.0.1:8000, which the console's playground asks for
     whoever uses it; if not given, there is no playground."""
     retired_mib: Annotated[int, Field(ge=0)] = 1024
@@ -97,6 +99,17 @@ class RegistrySettings(ServiceSettings):
     def _readable(cls, text: str) -> str:
         allowed_sources(text, any_folder=False)
         return text
+
+    @field_validator("api_url")
+    @classmethod
+    def _can_be_asked(cls, url: str | None) -> str | None:
+        if url is not None and not _is_address(url):
+            shown = "what has a user or a password" if "@" in url else repr(url[:200])
+            raise ValueError(
+                f"{shown} is no address of the completions API; expected http:// or https:// with a host, "
+                "such as http://127.0.0.1:8000, without user, password, ? and #"
+            )
+        return url
 
     @property
     def folder(self) -> Path:
@@ -128,3 +141,13 @@ class RegistrySettings(ServiceSettings):
     @property
     def sources(self) -> AllowedSources:
         return allowed_sources(self.push_from, any_folder=self.local_paths_allowed)
+
+
+def _is_address(url: str) -> bool:
+    """Whether it is one of a service over HTTP: a host and no user or password; a path may follow."""
+    try:
+        parts = urlsplit(url)
+        whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of a port, or of what stands in brackets
+        return False
+    return whole and "@" not in parts.netloc and url.isprintable() and not re.search(r"[\s?#\\]", url)

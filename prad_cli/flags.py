@@ -43,12 +43,20 @@ def read_flags(kind: type[M], context: typer.Context, text: str, epilog: str | N
         return kind(**given)
     except ValidationError as error:
         for problem in error.errors():
-            source = _source(kind, str(problem["loc"][0]), given)
-            wrong = f": {problem['msg']} (got {problem['input']!r})"
+            name = str(problem["loc"][0])
+            source = _source(kind, name, given)
+            got = f" (got {problem['input']!r})" if _may_be_shown(kind, name) else ""
+            wrong = f": {problem['msg']}{got}"
             if problem["type"] == "missing":
                 wrong = " is required"
             typer.secho(f"error: {source}{wrong}", fg="red", err=True)
         raise typer.Exit(2) from error
+
+
+def _may_be_shown(kind: type[BaseModel], name: str) -> bool:
+    """Not what may hold a password."""
+    field = kind.model_fields.get(name)
+    return field is None or field.repr
 
 
 def _source(kind: type[BaseModel], name: str, given: Mapping[str, Any]) -> str:

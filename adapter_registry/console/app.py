@@ -47,7 +47,7 @@ another place shows these in a frame."""
 
 def create_console(
     registry: Registry, settings: RegistrySettings, secrets: Secrets, traffic: LiveTraffic
-) -> FastAPI:
+) -> ASGIApp:
     """Each router says which role its routes need; signing in, style and script are for everybody."""
     guard = Guard(registry, secrets, cookie=COOKIE)
     renderer = Renderer(guard, settings)
@@ -64,14 +64,13 @@ def create_console(
         (keeping_keys(registry, guard, renderer), [local, guard.needs(Role.ADMIN)]),
     ):
         app.include_router(router, dependencies=needed)
-    app.include_router(_signing_in(guard, renderer), dependencies=[local])
+    app.include_router(_signing_in(registry, guard, renderer), dependencies=[local])
     app.mount("/static", StaticFiles(directory=STATIC))
     _install_refusals(app, registry, renderer)
-    app.add_middleware(_Headers)
-    return app
+    return _Headers(app)  # around it: middleware of the app's own sees no answer to what nobody expected
 
 
-def _signing_in(guard: Guard, renderer: Renderer) -> APIRouter:
+def _signing_in(registry: Registry, guard: Guard, renderer: Renderer) -> APIRouter:
     router = APIRouter(route_class=BoundedRoute)
 
     @router.get("/sign-in")
@@ -82,6 +81,8 @@ def _signing_in(guard: Guard, renderer: Renderer) -> APIRouter:
     async def sign_in(request: Request, token: Annotated[str, Form()]) -> Response:
         """Keeps the token in the browser until that is closed."""
         if not await guard.knows(token):
+            message, code = "no operator has the token that was typed in", UnauthorizedError.code
+            _note(registry, request, HTTPStatus.UNAUTHORIZED, message, code)
             return await renderer.show(request, "sign_in.html", status=HTTPStatus.UNAUTHORIZED, wrong=True)
         answer = RedirectResponse(f"{BASE}/", HTTPStatus.SEE_OTHER)
         secure = request.url.scheme == "https"
@@ -101,8 +102,10 @@ def _install_refusals(app: FastAPI, registry: Registry, renderer: Renderer) -> N
     """What fails is said on a page, or in the notice of the one that is open."""
 
     async def say(request: Request, status: int, message: str, code: str) -> Response:
-        registry.metrics.error(code)
-        noted(f"{request.method} {request.url.path}", status, code, message)
+        _note(registry, request, status, message, code)
+        return await told(request, status, message, code)
+
+    async def told(request: Request, status: int, message: str, code: str) -> Response:
         if not in_place(request):
             return await renderer.show(request, "refused.html", status=status, message=message, code=code)
         answer = await renderer.show(request, "_refusal.html", status=status, message=message, code=code)
@@ -114,6 +117,7 @@ def _install_refusals(app: FastAPI, registry: Registry, renderer: Renderer) -> N
         return await say(request, status_of(error), error.message, error.code)
 
     async def who(request: Request, error: UnauthorizedError) -> Response:
+        _note(registry, request, HTTPStatus.UNAUTHORIZED, error.message, error.code)
         if in_place(request):
             return Response(status_code=HTTPStatus.UNAUTHORIZED, headers={"hx-redirect": f"{BASE}/sign-in"})
         return await renderer.show(request, "sign_in.html", status=HTTPStatus.UNAUTHORIZED, wrong=False)
@@ -127,8 +131,9 @@ def _install_refusals(app: FastAPI, registry: Registry, renderer: Renderer) -> N
         code = HTTPStatus(error.status_code).name.lower()
         return await say(request, error.status_code, str(error.detail), code)
 
-    async def unexpected(request: Request, _: Exception) -> Response:  # the server logs the traceback itself
-        return await say(request, 500, "the registry failed; its log says why", "internal_error")
+    async def unexpected(request: Request, _: Exception) -> Response:
+        """The API around this app is raised the same error: it counts it and logs it."""
+        return await told(request, 500, "the registry failed; its log says why", "internal_error")
 
     handlers: dict[type[Exception], Callable[..., Awaitable[Response]]] = {
         RegistryError: ours,
@@ -139,6 +144,12 @@ def _install_refusals(app: FastAPI, registry: Registry, renderer: Renderer) -> N
     }
     for kind, handle in handlers.items():
         app.add_exception_handler(kind, handle)
+
+
+def _note(registry: Registry, request: Request, status: int, message: str, code: str) -> None:
+    """Of whatever fails a line in the log and one in the metrics; never of a token."""
+    registry.metrics.error(code)
+    noted(f"{request.method} {request.url.path}", status, code, message)
 
 
 class _Headers:

@@ -75,9 +75,9 @@ def _probe(record: VersionRecord) -> str:
 async def _card(registry: Registry, record: VersionRecord) -> str:
     try:
         path = await registry.file(record.task, record.version, CARD)
-    except (FileNotStoredError, StoredFilesDamagedError):
+        return await asyncio.to_thread(_beginning, path)
+    except (FileNotStoredError, StoredFilesDamagedError, OSError):  # it may be deleted meanwhile
         return ""
-    return await asyncio.to_thread(_beginning, path)
 
 
 def _beginning(path: Path) -> str:

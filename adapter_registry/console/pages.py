@@ -1,10 +1,11 @@
 """What is looked at: tasks, one task, replicas, the log, keys; and what is shown before a change is made."""
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Path, Query, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
 
 from adapter_registry.console import charts
@@ -13,11 +14,10 @@ from adapter_registry.console.rendering import Renderer, happened, shares, slide
 from adapter_registry.errors import NotFoundError
 from adapter_registry.keys import Role, StoredKey
 from adapter_registry.messages import TaskRoute, VersionRoute
+from adapter_registry.parameters import VERSION, Number
 from adapter_registry.registry import Registry
 from adapter_registry.traffic import Answered, LiveTraffic, Shadowed
 from adapter_registry.versions import State
-
-Number = Annotated[int, Path(ge=1, le=2**31)]
 
 PAGE = 50
 """Tasks on one."""
@@ -25,6 +25,7 @@ LOG = 200
 RECENT_S = 900
 """Over which "now" is taken in tables."""
 _HISTORY = 30
+_REASONS = 10
 _SLIDERS = 6
 """The latest versions that may get a part of a split; those that have one are among them in any case."""
 _NAMED = 500
@@ -88,7 +89,6 @@ async def show_task(
     """The page, or with another template a part of it."""
     route = await registry.task(task)
     history = await registry.history(task, _HISTORY)
-    failed = {v.version: (await registry.version(task, v.version)).reason for v in _failed(route)}
     rows = _rows(route, traffic)
     offered = [row for row in rows if row.route.state.answers]
     return await renderer.show(
@@ -101,7 +101,7 @@ async def show_task(
         offered=offered,
         slid=[row for place, row in enumerate(offered) if row.share or place < _SLIDERS],
         history=list(reversed(history.events)),
-        reasons=failed,
+        reasons=await _reasons(registry, route),
         replicas=_replicas(registry),
         revision=registry.feed.revision,
         recent=RECENT_S,
@@ -122,7 +122,7 @@ def reading(registry: Registry, traffic: LiveTraffic, renderer: Renderer) -> API
         return await renderer.show(
             request,
             "tasks.html",
-            tasks=[(task, _rows(task, traffic), _total(traffic, task.task)) for task in shown],
+            tasks=[(task, _total(traffic, task.task)) for task in shown],
             q=q[:100],
             page=page,
             pages=-(-len(found) // PAGE) or 1,
@@ -202,7 +202,7 @@ def confirming(registry: Registry, traffic: LiveTraffic, renderer: Renderer) -> 
     """What is shown in a dialogue before something is changed, with what there is to know about it."""
     router = APIRouter()
 
-    @router.get("/tasks/{task}/versions/{version}/promote")
+    @router.get(VERSION + "/promote")
     async def promote(request: Request, task: str, version: Number) -> Response:
         routing = (await registry.task(task)).routing
         evidence = await gathered(registry, traffic, task, version, routing.default)
@@ -210,7 +210,7 @@ def confirming(registry: Registry, traffic: LiveTraffic, renderer: Renderer) -> 
             request, "_promote.html", task=task, version=version, routing=routing, evidence=evidence
         )
 
-    @router.get("/tasks/{task}/versions/{version}/retire")
+    @router.get(VERSION + "/retire")
     async def retire(request: Request, task: str, version: Number) -> Response:
         route = await registry.task(task)
         names = route.routing.names(task, version)
@@ -258,7 +258,7 @@ def admin_pages(registry: Registry, renderer: Renderer) -> APIRouter:
                 lines.append(Logged(key.revoked_at, key.revoked_by, "key revoked", key.name))
         return await renderer.show(request, "log.html", lines=_latest_first(lines)[:LOG])
 
-    @router.get("/tasks/{task}/versions/{version}/delete")
+    @router.get(VERSION + "/delete")
     async def delete(request: Request, task: str, version: Number) -> Response:
         record = await registry.version(task, version)
         return await renderer.show(request, "_delete.html", task=task, version=version, record=record)
@@ -316,8 +316,13 @@ def _replicas(registry: Registry) -> tuple[Any, ...]:
     return registry.replicas.list(registry.feed.revision)
 
 
-def _failed(route: TaskRoute) -> list[VersionRoute]:
-    return [version for version in route.versions if version.state is State.FAILED]
+async def _reasons(registry: Registry, route: TaskRoute) -> dict[int, str]:
+    """Why the latest of those that failed did: each is a record to read."""
+    failed = sorted(version.version for version in route.versions if version.state is State.FAILED)[
+        -_REASONS:
+    ]
+    records = await asyncio.gather(*(registry.version(route.task, number) for number in failed))
+    return {record.version: record.reason for record in records}
 
 
 def _names(task: TaskRoute) -> list[str]:

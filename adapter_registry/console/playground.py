@@ -17,6 +17,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.types import Receive, Scope, Send
 
+from adapter_registry.disconnects import unless_gone
 from adapter_registry.settings import RegistrySettings
 from adapter_registry.uploads import BoundedRoute
 from prad.settings import is_loopback
@@ -71,15 +72,17 @@ def asking(settings: RegistrySettings) -> APIRouter:
         async with AsyncExitStack() as opened:
             await opened.enter_async_context(places)
             try:
-                answer = await _asked(opened, settings.api_url, question)
+                heard = await unless_gone(request, _heard(opened, settings.api_url, question))
             except (httpx.HTTPError, httpx.InvalidURL) as error:
                 return _refused(
                     HTTPStatus.BAD_GATEWAY, f"no answer from the API at {settings.api_url}: {error}"
                 )
+            if heard is None:
+                return Response(status_code=HTTPStatus.NO_CONTENT)  # which nobody hears
+            answer, refusal = heard
             told = {name: answer.headers[name] for name in _TOLD if name in answer.headers}
             if not answer.is_success:
-                said = await _beginning(answer)
-                return Response(said, answer.status_code, told, media_type="application/json")
+                return Response(refusal, answer.status_code, told, media_type="application/json")
             return _Relay(_pieces(answer), told, opened.pop_all().aclose)
 
     return router
@@ -103,8 +106,15 @@ class _Relay(StreamingResponse):
             await self._close()
 
 
+async def _heard(opened: AsyncExitStack, url: str, question: Question) -> tuple[httpx.Response, bytes]:
+    """The answer as soon as it begins; of a refusal, what it says as well."""
+    answer = await _asked(opened, url, question)
+    return answer, b"" if answer.is_success else await _beginning(answer)
+
+
 async def _asked(opened: AsyncExitStack, url: str, question: Question) -> httpx.Response:
     shown = {"authorization": f"Bearer {question.key}"} if question.key else {}
+    shown["accept-encoding"] = "identity"  # its bytes are passed on as they come
     client = httpx.AsyncClient(
         base_url=url.rstrip("/").removesuffix("/v1"),
         timeout=_TIMEOUT,

@@ -28,6 +28,7 @@ class Settings(ServiceSettings):
     local: bool | None = None
     threads: Annotated[int, Field(ge=1)] | None = None
     sizes: list[int] = Field([1, 8], description="of a batch")
+    pin: Annotated[int | None, Field(repr=False)] = None
 
 
 def tried(*arguments: str) -> tuple[int, str, Settings | None]:
@@ -85,6 +86,11 @@ def test_a_wrong_value_of_the_environment_is_named_as_such(monkeypatch: pytest.M
     assert flag.startswith("error: --kind: ")  # which wins over the environment, and is wrong itself
     assert variable.startswith("error: TRIED_THREADS in the environment: ")
     assert "(got 'many')" in variable
+
+
+def test_what_may_be_a_secret_is_not_said_again() -> None:
+    code, said, _ = tried("--data", "here", "--pin", "sesame")
+    assert (code, said.startswith("error: --pin: "), "sesame" in said) == (2, True, False)
 
 
 @pytest.mark.parametrize(

@@ -315,7 +315,7 @@ def test_a_push_is_taken_or_refused_in_the_registrys_words(registry, adapter):
     said = registry.http.post("/v1/tasks/support/versions", files=wrong).json()["error"]["message"]
     assert said in unescape(refused.text)
     path = {"path": str(adapter(2))}
-    assert registry.http.post("/console/push?task=support", json=path).status_code == 403
+    assert registry.http.post("/console/push?task=support", json=path).status_code == 400
     assert len(registry.client.task("support").versions) == 1
 
 
