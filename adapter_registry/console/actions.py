@@ -12,11 +12,12 @@ from pydantic import Field, ValidationError
 
 from adapter_registry import uploads
 from adapter_registry.access import Guard
-from adapter_registry.console.pages import Number, show_keys, show_task
+from adapter_registry.console.pages import show_keys, show_task
 from adapter_registry.console.rendering import Renderer, joined, routed
 from adapter_registry.errors import InvalidRequestError
 from adapter_registry.keys import KeyLimits, NewKey, Role
 from adapter_registry.messages import Rerouted, Shadowed, Weighted
+from adapter_registry.parameters import Number
 from adapter_registry.planning import Move, Rollback, SetAlias, SetShadow, Split, Wanted
 from adapter_registry.preconditions import By
 from adapter_registry.registry import Registry

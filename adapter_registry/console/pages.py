@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Path, Query, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
 
 from adapter_registry.console import charts
@@ -13,11 +13,10 @@ from adapter_registry.console.rendering import Renderer, happened, shares, slide
 from adapter_registry.errors import NotFoundError
 from adapter_registry.keys import Role, StoredKey
 from adapter_registry.messages import TaskRoute, VersionRoute
+from adapter_registry.parameters import Number
 from adapter_registry.registry import Registry
 from adapter_registry.traffic import Answered, LiveTraffic, Shadowed
 from adapter_registry.versions import State
-
-Number = Annotated[int, Path(ge=1, le=2**31)]
 
 PAGE = 50
 """Tasks on one."""
