@@ -2,7 +2,9 @@
 
 import pytest
 
+from adapter_registry.client import AsyncRegistryClient
 from adapter_registry.messages import TIMES, ShadowTraffic, TrafficReport, VersionTraffic
+from adapter_registry.settings import RegistrySettings
 from adapter_registry.traffic import FOLDED, KEPT_SLOTS, MOST_IN_A_SLOT, SLOT_S, LiveTraffic, quantile
 
 NONE = (0,) * (len(TIMES) + 1)
@@ -88,6 +90,18 @@ def test_no_replica_can_fill_the_memory(traffic, clock):
     clock[0] += SLOT_S
     (slot,) = traffic.slots(60)
     assert (len(slot.versions), slot.whole.requests) == (MOST_IN_A_SLOT, MOST_IN_A_SLOT + 20)
+
+
+@pytest.mark.parametrize("console", [True, False])
+async def test_reports_are_kept_where_somebody_looks_alone(tmp_path, serving, monkeypatch, console):
+    kept = []
+    monkeypatch.setattr(LiveTraffic, "add", lambda _, report: kept.append(report))
+    settings = RegistrySettings(port=0, data_dir=tmp_path / "registry", console=console, log_level="error")
+    with serving(settings) as registry:
+        client = AsyncRegistryClient(registry.url, cache_dir=tmp_path, replica="p")
+        await client.traffic([answered(1)])
+        await client.close()
+    assert kept == [report(answered(1))] * console
 
 
 def test_agreement_is_of_what_was_compared(traffic, clock):
