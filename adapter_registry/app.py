@@ -84,13 +84,13 @@ def create_app(registry: Registry, settings: RegistrySettings, secrets: Secrets)
     )
     replies.install(app, registry.metrics)
     guard = Guard(registry, secrets)
-    traffic = LiveTraffic()
+    traffic = LiveTraffic() if settings.console else None
     local = Depends(refuse_foreign_origin)
     for router, needed in (
         (_reading(registry, guard), [guard.needs(Role.READ)]),
         (_following(registry, settings, guard), [guard.needs(Role.READ)]),
         (_probing(registry), [local, guard.needs(Role.REPLICA)]),
-        (traffic_router(traffic, registry), [local, guard.needs(Role.REPLICA)]),
+        (traffic_router(traffic), [local, guard.needs(Role.REPLICA)]),
         (pushing.router(registry, settings), [local, guard.needs(Role.PUSH)]),
         (_changing(registry), [local, guard.needs(Role.ROUTE)]),
         (_removing(registry), [local, guard.needs(Role.ADMIN)]),
@@ -98,7 +98,7 @@ def create_app(registry: Registry, settings: RegistrySettings, secrets: Secrets)
     ):
         app.include_router(router, prefix="/v1", dependencies=needed, responses=_REFUSED)
     app.include_router(_service(registry, settings, guard))
-    if settings.console:
+    if traffic is not None:
         app.mount("/console", create_console(registry, settings, secrets, traffic))
     app.add_middleware(AllowedHosts, allowed=settings.hosts, refuse=_refuse_host)
     return app

@@ -119,8 +119,8 @@ class AsyncRegistryClient:
         self, versions: Sequence[VersionTraffic], shadows: Sequence[ShadowTraffic] = ()
     ) -> None:
         """Reports what was answered here, at most `MOST_SERIES` of each. Raises NotAReplicaError."""
-        report = TrafficReport(replica=self._replica, versions=tuple(versions), shadows=tuple(shadows))
-        await self._send(client_calls.traffic(report))
+        report = TrafficReport(versions=tuple(versions), shadows=tuple(shadows))
+        client_calls.check(await self._exchange(client_calls.traffic(report)))
 
     async def fetch(self, task: str, version: int, digest: str) -> Artefact:
         """The version's files in `cache_dir/adapters/<digest>/`, downloaded unless there already.

@@ -13,7 +13,6 @@ from adapter_registry.keys import ChangedKey, KeyList, NewKey
 from adapter_registry.messages import (
     Aliased,
     ErrorReply,
-    Heard,
     Probe,
     ReplicaList,
     Rerouted,
@@ -35,6 +34,8 @@ LONGEST_WAIT = 60.0
 """Seconds that the registry may wait for replicas before it answers a change; its settings allow no more."""
 MOST_TROUBLES, MOST_CHARACTERS = 8, 300
 """That a replica tells, of what it cannot have."""
+UNTOLD = "more did not come into memory: "
+"""How the trouble begins that stands for versions that somebody wanted in memory, beyond what is told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +106,9 @@ def changes(
     return Call("GET", "/v1/changes", RoutingState, params, wait=wait)
 
 
-def traffic(report: TrafficReport) -> Call[Heard]:
-    return Call("POST", "/v1/traffic", Heard, body=report)
+def traffic(report: TrafficReport) -> Call[TrafficReport]:
+    """Its answer is empty."""
+    return Call("POST", "/v1/traffic", TrafficReport, body=report)
 
 
 def replicas(revision: int, wait: float) -> Call[ReplicaList]:

@@ -90,6 +90,12 @@ TIMES = (
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Times = Annotated[tuple[Count, ...], Field(min_length=len(TIMES) + 1, max_length=len(TIMES) + 1)]
 TaskLabel = Annotated[str, StringConstraints(pattern=r"^[a-z0-9._-]{0,64}$")]
+
+
+def no_times() -> list[int]:
+    return [0] * (len(TIMES) + 1)
+
+
 MOST_SERIES = 50
 """Versions in one report: more come in several."""
 
@@ -140,7 +146,6 @@ class ShadowTraffic(_Command):
 class TrafficReport(_Command):
     """What a prefill replica answered since the report before."""
 
-    replica: Annotated[str, StringConstraints(max_length=256)]
     versions: Annotated[tuple[VersionTraffic, ...], Field(max_length=MOST_SERIES)] = ()
     shadows: Annotated[tuple[ShadowTraffic, ...], Field(max_length=MOST_SERIES)] = ()
 
@@ -332,12 +337,6 @@ class Warmed(_Answer):
     ready: tuple[str, ...] = Field(examples=[["prefill-a"]])
     failed: dict[str, str] = Field(examples=[{"prefill-b": "there was no room in memory within 4 s"}])
     pending: tuple[str, ...] = Field(examples=[["prefill-c"]])
-
-
-class Heard(_Answer):
-    """That a report has come."""
-
-    revision: int
 
 
 class ServerVersion(_Answer):

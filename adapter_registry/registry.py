@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from adapter_registry.artefacts import ArtefactFolder
 from adapter_registry.changes import ChangeFeed
+from adapter_registry.client_calls import UNTOLD
 from adapter_registry.errors import (
     AdapterRefusedError,
     FileNotStoredError,
@@ -189,7 +190,7 @@ class Registry:
         revision = self.feed.revision
         await self.replicas.wait(revision, self._bounds.wait_seconds)
         pending = frozenset(self.replicas.pending(revision))
-        failed = self.replicas.troubled(f"{task}@{version}: ")
+        failed = self.replicas.troubled(UNTOLD) | self.replicas.troubled(f"{task}@{version}: ")
         following = frozenset(self.replicas.in_force())
         return Warmed(
             task=task,

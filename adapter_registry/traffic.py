@@ -1,27 +1,27 @@
 """What prefill replicas say that they answer, of late: for people who look, not for counting.
 
 A replica that follows this registry reports every few seconds what it answered since the report before, by
-version. Here that is summed up in slots of some seconds, and kept for an hour; each registry knows what its
-own replicas say, and nothing of it survives a restart. Whoever wants more has the replicas' /metrics.
+version. Here that is summed up in slots of some seconds, which are minutes once they are old, and kept for an
+hour; each registry knows what its own replicas say, and nothing of it survives a restart. Whoever wants more
+has the replicas' /metrics.
 """
 
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import TypeVar
 
-from fastapi import APIRouter
+from fastapi import APIRouter, status
 
 from adapter_registry.messages import (
     TIMES,
-    Heard,
     ShadowTraffic,
     TrafficReport,
     VersionTraffic,
+    no_times,
 )
-from adapter_registry.registry import Registry
 from adapter_registry.uploads import BoundedRoute
 
 K = TypeVar("K", int, tuple[int, int])
@@ -30,6 +30,10 @@ V = TypeVar("V", "Answered", "Shadowed")
 SLOT_S = 10
 KEPT_SLOTS = 360
 """An hour."""
+FINE_SLOTS = 92
+"""A quarter of an hour, with what the finer chart reads beyond that: older ones are folded."""
+FOLDED = 6
+"""Slots of a minute that become one: nobody tells old ones apart, and they would be most of the memory."""
 MOST_IN_A_SLOT = 1000
 """Versions, and pairs of a version and its shadow, of which a slot tells; the first ones that come."""
 
@@ -49,10 +53,6 @@ def quantile(times: Iterable[int], share: float) -> float | None:
     return TIMES[-1]
 
 
-def _none() -> list[int]:
-    return [0] * (len(TIMES) + 1)
-
-
 def _add(times: list[int], more: Iterable[int]) -> None:
     times[:] = [one + other for one, other in zip(times, more, strict=True)]
 
@@ -64,8 +64,8 @@ class Answered:
     requests: int = 0
     failed: int = 0
     tokens: int = 0
-    first_token: list[int] = field(default_factory=_none)
-    duration: list[int] = field(default_factory=_none)
+    first_token: list[int] = field(default_factory=no_times)
+    duration: list[int] = field(default_factory=no_times)
 
     def add(self, more: "VersionTraffic | Answered") -> None:
         self.requests += more.requests
@@ -84,8 +84,8 @@ class Shadowed:
     tokens: int = 0
     equal_tokens: int = 0
     dropped: int = 0
-    live_first: list[int] = field(default_factory=_none)
-    shadow_first: list[int] = field(default_factory=_none)
+    live_first: list[int] = field(default_factory=no_times)
+    shadow_first: list[int] = field(default_factory=no_times)
 
     def add(self, more: "ShadowTraffic | Shadowed") -> None:
         self.compared += more.compared
@@ -128,6 +128,18 @@ class Slot:
             if both := self._of(self.shadows, shadowed.task, pair, Shadowed):
                 both.add(shadowed)
 
+    def fold(self, more: "Slot") -> None:
+        """Adds what another slot tells."""
+        self.whole.add(more.whole)
+        for task, versions in more.versions.items():
+            for version, answered in versions.items():
+                if known := self._of(self.versions, task, version, Answered):
+                    known.add(answered)
+        for task, pairs in more.shadows.items():
+            for pair, shadowed in pairs.items():
+                if both := self._of(self.shadows, task, pair, Shadowed):
+                    both.add(shadowed)
+
     def _of(self, tasks: dict[str, dict[K, V]], task: str, key: K, new: Callable[[], V]) -> V | None:
         """None if there is no room for one more."""
         known = tasks.get(task, {}).get(key)
@@ -142,18 +154,27 @@ class LiveTraffic:
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
-        self._slots: deque[Slot] = deque(maxlen=KEPT_SLOTS)
+        self._slots: deque[Slot] = deque()
+        self._folded: deque[Slot] = deque(maxlen=-(-(KEPT_SLOTS - FINE_SLOTS) // FOLDED))
 
     def add(self, report: TrafficReport) -> None:
         number = self._now()
         if not self._slots or self._slots[-1].number < number:
             self._slots.append(Slot(number))
+            while (minute := _last_of_minute(self._slots[0].number)) < number - FINE_SLOTS:
+                self._fold(minute, self._slots.popleft())
         self._slots[-1].add(report)
 
+    def _fold(self, minute: int, slot: Slot) -> None:
+        if not self._folded or self._folded[-1].number < minute:
+            self._folded.append(Slot(minute))
+        self._folded[-1].fold(slot)
+
     def slots(self, seconds: float) -> Iterator[Slot]:
-        """Those that are over, of the last `seconds`; one in which nothing came is not among them."""
-        now = self._now()
-        return (slot for slot in self._slots if now - seconds / SLOT_S <= slot.number < now)
+        """Those that are over, of the last `seconds`; one in which nothing came is not among them. Where they
+        are minutes, the first one is whole."""
+        now, kept = self._now(), chain(self._folded, self._slots)
+        return (slot for slot in kept if now - seconds / SLOT_S <= slot.number < now)
 
     def versions(self, task: str, seconds: float) -> dict[int, Answered]:
         """What each version of the task did in the last `seconds`."""
@@ -185,14 +206,18 @@ class LiveTraffic:
         return int(self._clock()) // SLOT_S
 
 
-def traffic_router(traffic: LiveTraffic, registry: Registry) -> APIRouter:
-    """What replicas report. Nobody may pass for one: it would be believed."""
+def _last_of_minute(number: int) -> int:
+    return number // FOLDED * FOLDED + FOLDED - 1
+
+
+def traffic_router(traffic: LiveTraffic | None) -> APIRouter:
+    """What replicas report; None: nobody looks. Nobody may pass for one: it would be believed."""
     router = APIRouter(route_class=BoundedRoute)
 
-    @router.post("/traffic")
-    async def heard(body: TrafficReport) -> Heard:
+    @router.post("/traffic", status_code=status.HTTP_204_NO_CONTENT)
+    async def heard(body: TrafficReport) -> None:
         """What a replica answered since its report before; the console shows it."""
-        traffic.add(body)
-        return Heard(revision=registry.feed.revision)
+        if traffic is not None:
+            traffic.add(body)
 
     return router

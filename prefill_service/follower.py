@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping, Set
 from random import uniform
 
 from adapter_registry.client import DEFAULT_WAIT, AsyncRegistryClient
+from adapter_registry.client_calls import MOST_TROUBLES, UNTOLD
 from adapter_registry.errors import RegistryError, RegistryUnreachableError, StoreUnavailableError
 from adapter_registry.messages import RoutingState, TaskRoute, VersionRoute
 from adapter_registry.routing import Routing
@@ -92,10 +93,18 @@ class RegistryFollower:
             return await self._client.state()
         after = self._state.revision
         wait = DEFAULT_WAIT if self._in_force == after else AGAIN_S
-        known = self._foreign | self._troubles | self._cold
-        told = [f"{name}: {why}" for name, why in known.items()]
+        told = self._told()
         state = await self._client.changes(after, wait, in_force=self._in_force, troubles=told)
         return state or self._state
+
+    def _told(self) -> list[str]:
+        """What could not be had. Few are told, so first what somebody waits for; and if some of that is left
+        out, that it is: what nothing is said of is taken for there."""
+        known = self._cold | self._troubles | self._foreign
+        told = [f"{name}: {why}" for name, why in known.items()]
+        if (untold := len(self._cold) - MOST_TROUBLES) > 0:
+            told[MOST_TROUBLES - 1] = f"{UNTOLD}{untold + 1} that this service's log names"
+        return told[:MOST_TROUBLES]
 
     async def _adopt(self, state: RoutingState) -> bool:
         """Serves what answers in `state`, and probes one version that is new: its report is a change, with
@@ -103,7 +112,6 @@ class RegistryFollower:
         self._troubles = {}
         known = await self._learn(state)
         tasks, routings = {}, {}
-        unserved: dict[str, str] = {}
         for route in state.tasks:
             versions, missing = {}, {}
             foreign = {v.version: why for v in route.versions if (why := self._foreign_to(v))}
@@ -116,7 +124,7 @@ class RegistryFollower:
             if route.versions:  # one without any says so to requests
                 routing = routings[route.task] = self._routing(route, versions, foreign.keys())
                 tasks[route.task] = TaskVersions.of(routing, versions, missing)
-                unserved |= _unserved(route, routing, foreign)
+        unserved = self._unserved(state, routings)
         for name in unserved.keys() - self._foreign.keys():
             logger.error("%s is not served: %s", name, unserved[name])
         self._known, self._routings, self._foreign = known, routings, unserved
@@ -144,8 +152,8 @@ class RegistryFollower:
         latest = asyncio.get_running_loop().time() + _WARM_S
         for task, version in wanted:
             name, known = f"{task}@{version.version}", self._known.get((task, version.version))
-            if known is None:  # for another model, or a trouble already
-                self._cold |= {name: why} if (why := self._foreign_to(version)) else {}
+            if known is None:
+                self._cold[name] = self._foreign_to(version) or self._troubles[name]
                 continue
             try:
                 async with asyncio.timeout_at(latest):
@@ -154,6 +162,8 @@ class RegistryFollower:
                 self._cold[name] = f"there was no room in memory within {_WARM_S:g} s"
             except Exception as error:
                 self._cold[name] = str(error) or type(error).__name__
+        for name, why in self._cold.items():
+            logger.warning("%s did not come into memory: %s", name, why)
 
     def _routing(self, route: TaskRoute, versions: Mapping[int, TaskVersion], foreign: Set[int]) -> Routing:
         """The task's, if all that it names for this model can be had here; else the one before, if that is so
@@ -204,6 +214,22 @@ class RegistryFollower:
             f"{str(self._weights)[:12]}: serve that model, or retire this version"
         )
 
+    def _unserved(self, state: RoutingState, routings: Mapping[str, Routing]) -> dict[str, str]:
+        """What operators should hear of what is for another model: that it was pushed, so that others have to
+        verify it, and that plain `task` means nothing else here. What was pushed last comes first: somebody
+        may wait for it."""
+        pushed, meant = [], {}
+        for route in state.tasks:
+            for version in route.versions:
+                if not (why := self._foreign_to(version)):
+                    continue
+                name = f"{route.task}@{version.version}"
+                if version.state is State.PUSHED:
+                    pushed.append((version.pushed_at, name, why))
+                elif version.version in routings[route.task].split:
+                    meant[name] = why
+        return {name: why for _, name, why in sorted(pushed, reverse=True)} | meant
+
     async def _verify(self, task: str, version: VersionRoute) -> bool:
         """Loads and runs a pushed version, and reports how that went; False if its files cannot be had."""
         clock = asyncio.get_running_loop().time
@@ -239,11 +265,3 @@ class RegistryFollower:
             logger.error("%s@%d cannot be had: %s", task, version.version, error)
             self._troubles[f"{task}@{version.version}"] = str(error)
             return None
-
-
-def _unserved(route: TaskRoute, routing: Routing, foreign: Mapping[int, str]) -> dict[str, str]:
-    """What operators should hear of what is for another model: that plain `task` means nothing else here, and
-    that it was pushed, so that others have to verify it."""
-    meant = routing.split.keys() & foreign.keys()
-    pushed = {v.version for v in route.versions if v.state is State.PUSHED} & foreign.keys()
-    return {f"{route.task}@{number}": foreign[number] for number in sorted(meant | pushed)}

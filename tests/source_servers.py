@@ -8,10 +8,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
+from socketserver import BaseRequestHandler, ThreadingTCPServer
 from typing import Any
 
 import httpx
@@ -91,6 +92,30 @@ def _answers(url: str) -> bool:
         return httpx.get(url, trust_env=False).status_code < 500
     except httpx.TransportError:
         return False
+
+
+@contextmanager
+def dripping(begin: bytes) -> Iterator[str]:
+    """HOST:PORT of what answers every request with `begin`, and then a byte now and then, without end."""
+    done = threading.Event()
+
+    class Handler(BaseRequestHandler):
+        def handle(self) -> None:
+            with suppress(OSError):
+                self.request.recv(65536)
+                self.request.sendall(begin)
+                while not done.wait(0.02):
+                    self.request.sendall(b"x")
+
+    with ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        try:
+            yield f"127.0.0.1:{server.server_address[1]}"
+        finally:
+            done.set()
+            server.shutdown()
+            thread.join()
 
 
 class ToldServer:

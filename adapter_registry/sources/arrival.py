@@ -2,8 +2,10 @@
 
 import hashlib
 import math
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,22 +48,42 @@ class Arrival:
         self._seconds = seconds
         self._clock = clock
         self._latest = clock() + seconds
+        self._lock = threading.Lock()
+        self._cuts: list[Callable[[], None]] = []
 
     @property
     def seconds_left(self) -> float:
         """Raises SourceUnavailableError if there are none."""
         left = self._latest - self._clock()
         if left <= 0:
-            raise SourceUnavailableError(
-                f"{self.uri} was not fetched within {self._seconds:g} s (the registry's setting "
-                "fetch_seconds); nothing was stored",
-                param="uri",
-            )
+            raise self.late()
         return left
 
     def end(self) -> None:
-        """Nobody waits for it any more: whoever still fetches is told so by `seconds_left`."""
+        """Nobody waits for it any more: whoever still fetches is told so by `seconds_left`, and cut off."""
         self._latest = -math.inf
+        with self._lock:
+            for cut in self._cuts:
+                cut()
+
+    @contextmanager
+    def cut_off_by(self, cut: Callable[[], None]) -> Iterator[None]:
+        """`cut` wakes whoever waits for the source inside, should the arrival end: from another thread."""
+        with self._lock:
+            self._cuts.append(cut)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._cuts.remove(cut)
+
+    def late(self) -> SourceUnavailableError:
+        """The error to raise for what takes too long."""
+        return SourceUnavailableError(
+            f"{self.uri} was not fetched within {self._seconds:g} s (the registry's setting "
+            "fetch_seconds); nothing was stored",
+            param="uri",
+        )
 
     def write(self, name: str, pieces: Iterable[bytes], promised: Promised) -> None:
         """Raises UploadTooLargeError, SourceUnavailableError, AdapterRefusedError, StorageFullError."""

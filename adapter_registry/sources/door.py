@@ -3,11 +3,15 @@
 Whoever pushes chooses the URI, and what answers there chooses where a redirect leads: without bounds both
 could make the registry ask services that only it can reach. So each host is looked up in the operator's list
 before anything is sent; beyond this machine it is HTTPS; credentials go to no other host than the first.
+Bodies are taken as they are sent: a packed piece can be of any size unpacked, before a bound is looked at.
 """
 
+import socket
+import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from ipaddress import ip_address
+from typing import Any
 
 import httpx
 
@@ -42,10 +46,7 @@ class Door:
                     raise self._arrival.refused(
                         f"{response.request.url} answered with more than {MAX_ANSWER_BYTES} bytes"
                     )
-            plain = {
-                k: v for k, v in response.headers.items() if k not in ("content-encoding", "content-length")
-            }
-            return httpx.Response(response.status_code, headers=plain, content=bytes(body))
+            return httpx.Response(response.status_code, headers=response.headers, content=bytes(body))
 
     @contextmanager
     def opened(
@@ -53,16 +54,27 @@ class Door:
     ) -> Iterator[httpx.Response]:
         """The answer's head; its body is to be read with `pieces`.
 
-        Raises SourceNotAllowedError, SourceUnavailableError.
+        Raises SourceNotAllowedError, SourceUnavailableError, AdapterRefusedError.
         """
+        connections = _Connections()
         with self._failing():
             at = self._checked(httpx.URL(url).copy_merge_params(params or {}))
         first = _host(at)
-        with self._failing(), httpx.Client(trust_env=not is_here(at.host)) as client:
+        with (
+            self._failing(),
+            connections,
+            self._arrival.cut_off_by(connections.cut),
+            httpx.Client(trust_env=not is_here(at.host)) as client,
+        ):
             for _ in range(1 + MAX_REDIRECTS):
                 sent = headers if _host(at) == first else _without_credentials(headers)
-                with client.stream("GET", at, headers=dict(sent), timeout=self._timeout()) as response:
+                asked = {**sent, "accept-encoding": "identity"}
+                told = {"trace": connections.note}
+                with client.stream(
+                    "GET", at, headers=asked, timeout=self._timeout(), extensions=told
+                ) as response:
                     if response.status_code not in _REDIRECTS:
+                        self._require_plain(response)
                         yield response
                         return
                     at = self._checked(at.join(response.headers.get("location", "")), at)
@@ -71,9 +83,18 @@ class Door:
     def pieces(self, response: httpx.Response) -> Iterator[bytes]:
         """Of the body. Raises SourceUnavailableError."""
         with self._failing():
-            for piece in response.iter_bytes():
+            for piece in response.iter_raw():
                 _ = self._arrival.seconds_left
                 yield piece
+
+    def _require_plain(self, response: httpx.Response) -> None:
+        """Raises AdapterRefusedError."""
+        packed = response.headers.get("content-encoding", "identity")
+        if packed.strip().lower() not in ("", "identity"):
+            raise self._arrival.refused(
+                f"{response.request.url} answered in the content encoding {packed[:100]!r}, where identity "
+                "was asked for: let that host send files as they are"
+            )
 
     def _checked(self, url: httpx.URL, before: httpx.URL | None = None) -> httpx.URL:
         """Raises SourceNotAllowedError."""
@@ -102,6 +123,39 @@ class Door:
             yield
         except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as error:
             raise self._arrival.away(f"it cannot be reached: {error or type(error).__name__}") from error
+
+
+class _Connections:
+    """Those of one client, each held by a handle of our own: closing a client wakes no thread that reads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._held: list[socket.socket] = []
+        self._over = False
+
+    def note(self, event: str, about: Mapping[str, Any]) -> None:
+        """What httpx tells of each request."""
+        if event.endswith("connect_tcp.complete"):
+            with self._lock:
+                self._held.append(about["return_value"].get_extra_info("socket").dup())
+            if self._over:
+                self.cut()
+
+    def cut(self) -> None:
+        """Whoever reads or writes there finds them ended, now and later."""
+        self._over = True
+        with self._lock:
+            for held in self._held:
+                with suppress(OSError):  # the other side was first
+                    held.shutdown(socket.SHUT_RDWR)
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, *_: object) -> None:
+        self.cut()
+        for held in self._held:
+            held.close()
 
 
 def _host(url: httpx.URL) -> str:

@@ -47,9 +47,14 @@ class Sources:
             return fetch(arrival)
 
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._pool, fetched)
+            async with asyncio.timeout(self._seconds) as bound:
+                return await asyncio.get_running_loop().run_in_executor(self._pool, fetched)
+        except TimeoutError as error:
+            if not bound.expired():
+                raise
+            raise arrival.late() from error
         finally:
-            arrival.end()
+            arrival.end()  # its thread is another's then
 
     def _fetcher(self, place: Place, allowed: Place) -> Callable[[Arrival], str]:
         redirects = self._allowed.redirects

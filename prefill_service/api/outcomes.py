@@ -29,7 +29,7 @@ from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from adapter_registry.messages import TIMES
+from adapter_registry.messages import TIMES, no_times
 from prad.http.logs import logged
 from prefill_service.errors import InternalError, InvalidRequestError, ServingError
 
@@ -121,10 +121,6 @@ def record_of(request: HTTPConnection) -> RequestRecord:
     return record
 
 
-def _no_times() -> list[int]:
-    return [0] * (len(TIMES) + 1)
-
-
 @dataclass(slots=True)
 class Tally:
     """What a version answered since somebody took it: see `VersionTraffic`."""
@@ -132,8 +128,8 @@ class Tally:
     requests: int = 0
     failed: int = 0
     tokens: int = 0
-    first_token: list[int] = field(default_factory=_no_times)
-    duration: list[int] = field(default_factory=_no_times)
+    first_token: list[int] = field(default_factory=no_times)
+    duration: list[int] = field(default_factory=no_times)
 
     def note(self, record: RequestRecord, status: int) -> None:
         self.requests += 1

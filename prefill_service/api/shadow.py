@@ -18,7 +18,7 @@ from itertools import takewhile
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
-from adapter_registry.messages import TIMES
+from adapter_registry.messages import TIMES, no_times
 from prefill_service.api.admission import TOKENS_PER_EVENT, Admission, Admitted, Target
 from prefill_service.api.requests import ChatRequest, CompletionRequest, GenerationRequest
 from prefill_service.errors import InvalidRequestError, ServingError
@@ -167,8 +167,8 @@ class ShadowTally:
     tokens: int = 0
     equal_tokens: int = 0
     dropped: int = 0
-    live_first: list[int] = field(default_factory=lambda: [0] * (len(TIMES) + 1))
-    shadow_first: list[int] = field(default_factory=lambda: [0] * (len(TIMES) + 1))
+    live_first: list[int] = field(default_factory=no_times)
+    shadow_first: list[int] = field(default_factory=no_times)
 
 
 ShadowTallies = dict[tuple[str, int, int], ShadowTally]

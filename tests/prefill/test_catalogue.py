@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from adapter_registry.client_calls import UNTOLD
 from adapter_registry.errors import RegistryUnreachableError
 from adapter_registry.keys import NewKey, StoredKey, hashed, issued, revoked
 from adapter_registry.messages import RoutingState
@@ -275,6 +276,23 @@ async def test_what_is_asked_to_be_in_memory_is_loaded_once() -> None:
     assert loaded == [digest(2), digest(1), digest(2), digest(1)]
     assert registry.in_force == [5, 6, 7, 9, 1, 2], "told once it is there"
     assert registry.troubles == []
+
+
+async def test_more_cold_versions_than_can_be_told_are_said_to_be_more(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def load(artefact: Any) -> None:
+        raise ValueError("no")
+
+    names = [f"v{number}" for number in range(1, 11)]
+    for some, told in (
+        (names[:8], [f"t@{number}: no" for number in range(1, 9)]),
+        (names, [*(f"t@{number}: no" for number in range(1, 8)), f"{UNTOLD}3 that this service's log names"]),
+    ):
+        registry = Registry(warmed(1, **dict.fromkeys(some, 0)), warmed(3, **dict.fromkeys(some, 2)))
+        await followed(registry, load=load)
+        assert registry.troubles == told
+    assert "t@10 did not come into memory: no" in caplog.text
 
 
 async def test_what_does_not_come_into_memory_is_told_and_delays_no_routing(

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from adapter_registry.client_calls import MOST_TROUBLES
 from adapter_registry.messages import RoutingState
 from adapter_registry.versions import State
 from prefill_service.catalogue import TaskCatalogue
@@ -93,6 +94,40 @@ async def test_who_warms_a_version_hears_where_it_cannot_be() -> None:
     await followed(registry, weights="old", load=load)
     assert loaded == [digest(1)]
     assert [trouble.partition(":")[0] for trouble in registry.troubles] == ["t@2"]
+
+
+async def test_versions_of_others_hide_nothing_that_somebody_waits_for() -> None:
+    async def load(artefact: Any) -> None:
+        raise ValueError("no room")
+
+    others = {f"v{number}": State.ROUTABLE for number in range(3, 13)}
+    pushed = {"v13": State.PUSHED, "v14": State.PUSHED}
+    bases = dict.fromkeys((*others, *pushed), "new")
+    split = dict.fromkeys(range(3, 13), 10)
+    ours = {"v1": State.ROUTABLE, "v2": State.ROUTABLE}
+    told = routed(2, split, {**ours, **others, **pushed}, bases)
+    (task,) = told.tasks
+    versions = tuple(
+        v.model_copy(update={"warmed": 2 if v.version == 1 else 0, "pushed_at": f"2026-01-{v.version:02}"})
+        for v in task.versions
+    )
+    told = told.model_copy(update={"tasks": (task.model_copy(update={"versions": versions}),)})
+    registry = Registry(routed(1, split, {"v1": State.ROUTABLE, **others}, bases), told)
+    registry.damaged = {2}
+    await followed(registry, weights="tiny", load=load)
+    assert [trouble.partition(":")[0] for trouble in registry.troubles[:4]] == ["t@1", "t@2", "t@14", "t@13"]
+    assert len(registry.troubles) == MOST_TROUBLES
+
+
+async def test_a_version_that_is_a_trouble_is_cold_where_it_is_wanted() -> None:
+    wanted = state(2, 1, **{f"v{number}": State.ROUTABLE for number in range(1, 13)})
+    (task,) = wanted.tasks
+    versions = tuple(v.model_copy(update={"warmed": 2 if v.version == 12 else 0}) for v in task.versions)
+    wanted = wanted.model_copy(update={"tasks": (task.model_copy(update={"versions": versions}),)})
+    registry = Registry(state(1, 1, v1=State.ROUTABLE), wanted)
+    registry.damaged = set(range(2, 13))
+    await followed(registry)
+    assert registry.troubles[0] == "t@12: damaged"
 
 
 async def test_any_weights_are_taken_where_that_is_said() -> None:

@@ -363,8 +363,8 @@ def test_live_traffic_is_drawn_and_stands_beside_a_promotion(registry, adapter, 
     answered |= {"first_token": times, "duration": times}
     shadowed = {"task": "support", "version": 1, "shadow": 2, "compared": 8, "equal": 6, "tokens": 100}
     shadowed |= {"equal_tokens": 80, "dropped": 1, "live_first": times, "shadow_first": times}
-    report = {"replica": "prefill-1", "versions": [answered], "shadows": [shadowed]}
-    assert registry.http.post("/v1/traffic", json=report).status_code == 200
+    report = {"versions": [answered], "shadows": [shadowed]}
+    assert registry.http.post("/v1/traffic", json=report).status_code == 204
     now[0] += SLOT_S
     drawn = registry.http.get("/console/data", params={"task": "support"}).json()
     assert drawn["times"][-1] == 1_000_010

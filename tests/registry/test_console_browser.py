@@ -93,7 +93,7 @@ def test_every_page_fits_a_phone_and_a_desk_in_light_and_dark(support, open_cons
     support.client.alias("support", "canary", 2)
     answered = {"task": "support", "version": 1, "requests": 3, "failed": 0, "tokens": 9}
     answered |= {"first_token": times, "duration": times}
-    support.http.post("/v1/traffic", json={"replica": "p", "versions": [answered]})
+    support.http.post("/v1/traffic", json={"versions": [answered]})
     support.http.get(
         "/v1/changes", params={"after": -1, "replica": "prefill-0123456789-0123456789-0123456789"}
     )
@@ -251,7 +251,7 @@ def test_charts_are_drawn_and_go_on(support, open_console, monkeypatch):
     times[5] = 30
     answered = {"task": "support", "version": 1, "requests": 30, "failed": 0, "tokens": 90}
     answered |= {"first_token": times, "duration": times}
-    support.http.post("/v1/traffic", json={"replica": "p", "versions": [answered]})
+    support.http.post("/v1/traffic", json={"versions": [answered]})
     now[0] += SLOT_S
     console = open_console(support.url)
     console.go("/tasks/support")

@@ -1,10 +1,12 @@
 """A push by URI: what is allowed, what is refused, folders; a refused one leaves nothing behind."""
 
 import asyncio
+import gzip
 import os
 import socket
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 from pydantic import ValidationError
@@ -23,7 +25,7 @@ from adapter_registry.sources import fetching
 from adapter_registry.sources.arrival import Arrival, Promised
 from adapter_registry.sources.door import Door
 from adapter_registry.sources.places import Place, allowed_sources, parse
-from tests.source_servers import ToldServer
+from tests.source_servers import ToldServer, dripping
 
 DIGEST = "sha256:" + "a" * 64
 
@@ -306,38 +308,32 @@ def test_beyond_this_machine_it_is_https(tmp_path):
         door(tmp_path, "ghcr.io").read("http://ghcr.io/v2/", {})
 
 
-def test_an_answer_is_bounded_also_unpacked(tmp_path, told):
-    import gzip
-
-    told.answers["/a"] = (200, {"content-encoding": "gzip"}, gzip.compress(bytes(9 << 20)))
+def test_an_answer_is_bounded(tmp_path, told):
+    told.answers["/a"] = (200, {}, bytes(9 << 20))
     with pytest.raises(AdapterRefusedError, match="more than"):
         door(tmp_path, told.host).read(f"{told.url}/a", {})
+    assert told.asked[0][1]["accept-encoding"] == "identity"
+
+
+def test_what_comes_packed_is_refused_before_it_is_unpacked(tmp_path, told):
+    told.answers["/plain"] = (200, {"content-encoding": "identity"}, b"as it is")
+    assert door(tmp_path, told.host).read(f"{told.url}/plain", {}).content == b"as it is"
+    body = gzip.compress(gzip.compress(bytes(9 << 20)))
+    assert len(body) < 1000
+    for encoding in ("gzip, gzip", "gzip", "br", "zstd", "Deflate", "nonsense"):
+        told.answers["/a"] = (200, {"content-encoding": encoding}, body)
+        with pytest.raises(
+            AdapterRefusedError, match=f"content encoding '{encoding}', where identity was asked"
+        ):
+            door(tmp_path, told.host).read(f"{told.url}/a", {})
 
 
 def test_a_source_that_drips_is_given_up(tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        port = listening.getsockname()[1]
-        done = threading.Event()
-
-        def drip():
-            connection, _ = listening.accept()
-            with connection:
-                connection.recv(65536)
-                connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 1000000\r\n\r\n")
-                while not done.wait(0.02):
-                    try:
-                        connection.sendall(b"x")
-                    except OSError:
-                        return
-
-        thread = threading.Thread(target=drip)
-        thread.start()
-        try:
-            with pytest.raises(SourceUnavailableError, match=r"within 0\.3 s .*fetch_seconds"):
-                door(tmp_path, f"127.0.0.1:{port}", seconds=0.3).read(f"http://127.0.0.1:{port}/", {})
-        finally:
-            done.set()
-            thread.join()
+    with (
+        dripping(b"HTTP/1.1 200 OK\r\ncontent-length: 1000000\r\n\r\n") as host,
+        pytest.raises(SourceUnavailableError, match=r"within 0\.3 s .*fetch_seconds"),
+    ):
+        door(tmp_path, host, seconds=0.3).read(f"http://{host}/", {})
 
 
 def test_a_source_that_is_not_there(tmp_path):
@@ -345,6 +341,25 @@ def test_a_source_that_is_not_there(tmp_path):
         port = listening.getsockname()[1]
     with pytest.raises(SourceUnavailableError, match="cannot be reached"):
         door(tmp_path, f"127.0.0.1:{port}").read(f"http://127.0.0.1:{port}/", {})
+
+
+@pytest.mark.parametrize(
+    "head", [b"", b"HTTP/1.1 200 OK\r\nx: ", b"HTTP/1.1 200 OK\r\ncontent-length: 99999\r\n\r\n"]
+)
+async def test_a_source_that_drips_its_head_holds_no_thread(tmp_path, monkeypatch, head):
+    with dripping(head) as host:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://{host}")
+        sources = fetching.Sources(allowed_sources("hf://org", any_folder=True), 1 << 20, 0.3)
+        pushes = [sources.fetch("hf://org/support", tmp_path) for _ in range(fetching.MOST_AT_ONCE)]
+        for error in await asyncio.gather(*pushes, return_exceptions=True):
+            assert isinstance(error, SourceUnavailableError)
+            assert "within 0.3 s" in error.message
+        monkeypatch.setattr(fetching.folders, "copy", lambda place, allowed, arrival: arrival.uri)
+        for _ in range(100):
+            with suppress(SourceUnavailableError):  # the threads are about to end
+                assert await sources.fetch("file:///x", tmp_path) == "file:///x"
+                return
+        pytest.fail("no thread has become free")
 
 
 async def test_only_so_many_fetch_at_once_and_who_waits_too_long_is_told(tmp_path, monkeypatch):
@@ -360,11 +375,10 @@ async def test_only_so_many_fetch_at_once_and_who_waits_too_long_is_told(tmp_pat
     fetches = [asyncio.create_task(sources.fetch("file:///x", tmp_path)) for _ in range(5)]
     for _ in range(fetching.MOST_AT_ONCE):
         await asyncio.to_thread(going.acquire)
-    await asyncio.sleep(0.3)
+    for error in await asyncio.gather(*fetches, return_exceptions=True):
+        assert isinstance(error, SourceUnavailableError), "told in time, though no thread is free"
+    assert not going.acquire(blocking=False), "the last one never began"
     free.set()
-    *first, last = await asyncio.gather(*fetches, return_exceptions=True)
-    assert first == ["file:///x"] * fetching.MOST_AT_ONCE
-    assert isinstance(last, SourceUnavailableError)
     assert await sources.fetch("file:///x", tmp_path) == "file:///x"
 
 

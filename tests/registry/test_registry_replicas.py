@@ -6,6 +6,7 @@ import httpx
 import pytest
 
 from adapter_registry.client import AsyncRegistryClient, RegistryClient
+from adapter_registry.client_calls import UNTOLD
 from adapter_registry.errors import CannotStartError, NotAReplicaError, TooManyWaitersError
 from adapter_registry.probing import NotProbedError, wait_probed
 from adapter_registry.secret import ensure_secret, read_secret
@@ -190,6 +191,16 @@ def test_one_address_has_only_so_many_places(data_dir, serving):
 def _wait(url):
     with RegistryClient(url) as client:
         assert client.changes(0, 30) is None  # sent home as the registry ends
+
+
+def test_who_warms_hears_that_a_replica_could_not_tell_of_all(registry, adapter):
+    registry.verified(adapter(1))
+    asked = {"after": 0, "wait": 0, "replica": "cut", "trouble": [f"{UNTOLD}3 more"]}
+    assert registry.http.get("/v1/changes", params=asked).status_code == 200
+    asked |= {"replica": "whole", "trouble": ["support@9: cold"]}
+    assert registry.http.get("/v1/changes", params=asked).status_code == 200
+    warmed = registry.client.warm("support", 1)
+    assert (warmed.ready, warmed.failed, warmed.pending) == ((), {"cut": "3 more"}, ("whole",))
 
 
 def test_who_waits_for_a_probe_hears_why_nobody_can_make_it(registry, adapter):
