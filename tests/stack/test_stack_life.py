@@ -4,18 +4,21 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import grpc
 import httpx
 import pytest
+from safetensors.torch import load_file, save_file
 
 from adapter_registry.client import RegistryClient
 from adapter_registry.versions import State
 from kvtransfer.proto import handoff_pb2 as pb
 from kvtransfer.proto.handoff_pb2_grpc import DecodeStub
 from local_stack.stack import answers
+from prad.artefact import WEIGHTS, Artefact
 from prad.lm import LanguageModel
 from tests.conftest import RunningStack, StackMaker, random_artefact
 
@@ -226,21 +229,40 @@ def test_a_new_version_arrives_under_traffic(
     assert "".join(during) == old["choices"][0]["text"]
 
 
+def pushed_number(registry: RegistryClient, task: str, artefact: Artefact) -> int:
+    with ExitStack() as opened:
+        files = [(f.name, opened.enter_context(f.open("rb"))) for f in artefact.files]
+        return registry.push(task, files).version
+
+
+def is_unknown(running: RunningStack, task: str) -> bool:
+    body = {"prompt": PROMPT, "raw_prompt": True, "task": task}
+    return running.api.post("/v1/completions", json=body).status_code == 404
+
+
 def test_a_bad_version_fails_its_probe_and_changes_nothing(
     running: RunningStack, load_tiny: Callable[[str], LanguageModel], tmp_path: Path
 ) -> None:
-    artefact = random_artefact(tmp_path / "gpt2", load_tiny("gpt2"), 3)  # another architecture
+    artefact = random_artefact(tmp_path / "huge", load_tiny("llama"), 3)
+    weights = load_file(artefact.folder / WEIGHTS)
+    save_file({name: 1e38 * weight for name, weight in weights.items()}, artefact.folder / WEIGHTS)
     with RegistryClient(running.registry) as registry:
-        files = [(f.name, f.open("rb")) for f in artefact.files]
-        pushed = registry.push("green", files)
-        for _, file in files:
-            file.close()
-        until(lambda: registry.version("green", pushed.version).state is State.FAILED)
-        assert "architecture" in registry.version("green", pushed.version).reason
-    response = running.api.post(
-        "/v1/completions", json={"prompt": PROMPT, "raw_prompt": True, "task": "green"}
-    )
-    assert response.status_code == 404
+        number = pushed_number(registry, "green", artefact)
+        until(lambda: registry.version("green", number).state is State.FAILED)
+        assert "not finite" in registry.version("green", number).reason
+    assert is_unknown(running, "green")
+
+
+def test_a_version_for_another_model_is_left_to_who_serves_that(
+    running: RunningStack, load_tiny: Callable[[str], LanguageModel], tmp_path: Path
+) -> None:
+    artefact = random_artefact(tmp_path / "gpt2", load_tiny("gpt2"), 3)
+    with RegistryClient(running.registry) as registry:
+        number = pushed_number(registry, "blue", artefact)
+        name = f"blue@{number}: "
+        until(lambda: any(t.startswith(name) for r in registry.replicas().replicas for t in r.troubles))
+        assert registry.version("blue", number).state is State.PUSHED
+    assert is_unknown(running, "blue")
 
 
 def test_a_killed_decode_service_ends_its_streams_and_comes_back(
