@@ -46,13 +46,24 @@ def answering(address: RedisAddress) -> Iterator[None]:
     """Raises StoreUnavailableError in place of what redis-py raises."""
     try:
         yield
-    except WatchError:  # somebody else was faster: for whoever watches
-        raise
     except RedisError as error:
+        if isinstance(error, WatchError) and _is_overtaken(error):
+            raise  # for whoever watches
         raise StoreUnavailableError(
             f"the registry's Redis at {address} cannot be used: {_said(error)}. What is served goes on being "
             "served; a change asked for now may have been made: look, then repeat"
         ) from error
+
+
+def require_overtaken(error: WatchError) -> None:
+    """Raises the error unless somebody else was faster: the connection was lost, and the watch with it.
+    Whether the change was made is not known, so it must not be made again unasked."""
+    if not _is_overtaken(error):
+        raise error
+
+
+def _is_overtaken(error: WatchError) -> bool:
+    return not isinstance(error.__context__, NotConnectedError | TimeoutError)
 
 
 def start(address: str) -> tuple[Redis, RedisAddress, str]:

@@ -262,7 +262,8 @@ class RedisStore:
             pipe.hset(REGISTRY, "revision", loaded.revision)
             try:
                 pipe.execute()
-            except WatchError:
+            except WatchError as error:
+                redis_server.require_overtaken(error)
                 return False
             return True
 
@@ -295,7 +296,8 @@ class RedisStore:
                     pipe.hset(REGISTRY, "revision", revision + len(lines))
                     try:
                         pipe.execute()
-                    except WatchError:  # another registry was faster
+                    except WatchError as error:
+                        redis_server.require_overtaken(error)
                         continue
                     break
             self._replicated()  # also what was so already: whoever made it may have had no answer
@@ -320,7 +322,8 @@ class RedisStore:
                     pipe.hset(REGISTRY, "revision", revision)
                     try:
                         pipe.execute()
-                    except WatchError:  # another registry was faster
+                    except WatchError as error:
+                        redis_server.require_overtaken(error)
                         continue
                     break
             self._replicated()

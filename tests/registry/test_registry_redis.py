@@ -340,3 +340,23 @@ def test_a_history_that_gets_versions_faster_than_it_is_read_is_refused(redis, s
     assert {line.version for line in store.history("a")} == set(range(1, 12))
     for each in (store, other):
         each.close()
+
+
+def test_a_connection_lost_while_it_watches_is_an_unavailable_store(
+    data_dir, redis, adapter, serving, monkeypatch
+):
+    """Not a race, in which it would try again: whether the change was made is not known."""
+    with serving(settings(data_dir, redis)) as running:
+        read = redis_store.read
+
+        def read_and_be_cut_off(*arguments):
+            found = read(*arguments)
+            monkeypatch.setattr(redis_store, "read", read)
+            with Redis.from_url(redis.url) as other:
+                other.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+            return found
+
+        monkeypatch.setattr(redis_store, "read", read_and_be_cut_off)
+        refused = running.http.post("/v1/tasks/support/versions", json={"path": str(adapter(1))})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "store_unavailable")
+        assert push(running.url, adapter(1))["version"] == 1
