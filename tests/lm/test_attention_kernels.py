@@ -171,3 +171,55 @@ def test_attention_with_any_number_of_threads(threads: int) -> None:
         query, key, value = (some(12, n, 32, seed=n) for n in (6, 2, 2))
         results.append(pools.step(batch).attend(0, query, key, value, 0.3, None))
     assert_near(results[1], results[0], 1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(9, 3, 64), (4, 4, 24), (2, 1, 5)])
+@pytest.mark.parametrize("window", [None, 5, 40, 300])
+def test_chunks_of_a_prompt_have_its_bits(
+    kernels: Kernels, dtype: torch.dtype, heads: int, kv_heads: int, dim: int, window: int | None
+) -> None:
+    query, key, value = (some(600, n, dim, dtype=dtype, seed=n) for n in (heads, kv_heads, kv_heads))
+    whole = kernels.prompt_attention(query, key, value, prompt_spans([600], {}), None, 0.3, window)
+    for start, end in ((1, 17), (15, 16), (31, 96), (63, 128), (250, 600)):
+        context = {0: torch.arange(start)}
+        spans = prompt_spans([end - start], context)
+        q, k, v = (x[start:end] for x in (query, key, value))
+        later = kernels.prompt_attention(q, k, v, spans, (key, value), 0.3, window)
+        assert torch.equal(later, whole[start:end])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(9, 3, 64), (4, 4, 16), (6, 2, 24)])
+@pytest.mark.parametrize("window", [None, 40, 700])
+@pytest.mark.parametrize(("block_size", "blocks"), [(16, 1), (16, 7), (16, 40), (5, 1), (5, 120)])
+def test_a_step_has_the_bits_of_each_sequence_alone(
+    kernels: Kernels,
+    dtype: torch.dtype,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    window: int | None,
+    block_size: int,
+    blocks: int,
+) -> None:
+    """Sequences of many lengths: ten share their first blocks, two others theirs, one none; in no order."""
+    numbers = iter(torch.randperm(2000, generator=torch.Generator().manual_seed(0)).tolist())
+    begins = [[next(numbers) for _ in range(blocks)] for _ in range(3)]
+    extra = (0, 1, 15, 16, 17, 40, 2, 63, 64, 300, 5, 6, 65)
+    batch: list[Any] = [
+        SimpleNamespace(
+            blocks=[*begins[begin], *(next(numbers) for _ in range(more // block_size + 1))],
+            kv_len=blocks * block_size + more,
+        )
+        for begin, more in zip((0, 1, 0, 0, 0, 2, 0, 0, 1, 0, 0, 0, 0), extra, strict=True)
+    ]
+    states = [some(len(batch), n, dim, dtype=dtype, seed=n) for n in (heads, kv_heads, kv_heads)]
+    layout = KVLayout((LayerKV(kv_heads, dim, dim),), dtype_name(dtype))
+    pools = Pools(layout, 2000, block_size, "cpu", kernels)
+    pools.keys[0].copy_(some(*pools.keys[0].shape, seed=1))
+    pools.values[0].copy_(some(*pools.values[0].shape, seed=2))
+    together = pools.step(batch).attend(0, states[0], states[1], states[2], 0.3, window)
+    for i, sequence in enumerate(batch):
+        q, k, v = (x[i : i + 1] for x in states)
+        assert torch.equal(pools.step([sequence]).attend(0, q, k, v, 0.3, window), together[i : i + 1])

@@ -131,6 +131,31 @@ def test_low_rank(
     assert_near(value, expected, DTYPES[value.dtype])
 
 
+@pytest.mark.parametrize(("dtype", "wide_value", "wide_source"), MIXED)
+@pytest.mark.parametrize(("width_in", "r", "width_out"), [(64, 108, 80), (96, 33, 21), (32, 7, 16)])
+def test_low_rank_of_any_number_of_rows(
+    kernels: Kernels,
+    dtype: torch.dtype,
+    wide_value: bool,
+    wide_source: bool,
+    width_in: int,
+    r: int,
+    width_out: int,
+) -> None:
+    """As written out, by whichever products; a row's bits are those it has alone."""
+    down, up = some(1, width_in, r, dtype=dtype, seed=1), some(1, r, width_out, dtype=dtype, seed=2)
+    for rows in (1, 5, 6, 7, 8, 9, 15, 16, 17, 63, 64, 65):
+        source = some(rows, width_in, dtype=torch.float32 if wide_source else dtype, seed=rows)
+        value = some(rows, width_out, dtype=torch.float32 if wide_value else dtype, seed=rows + 100)
+        expected = value.float() + 0.5 * (source.float() @ down[0].float()) @ up[0].float()
+        alone = value.clone()
+        for spans, into in (([(0, rows)], value), ([(i, i + 1) for i in range(rows)], alone)):
+            each = [LowRankSpan(a, b, down.data_ptr(), None, up.data_ptr(), r, 0.5) for a, b in spans]
+            kernels.low_rank(into, source, (LowRankSpan * len(each))(*each), 0, False, dtype)
+        assert_near(value, expected, DTYPES[dtype])
+        assert torch.equal(value, alone)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_low_rank_reads_what_it_writes(kernels: Kernels, dtype: torch.dtype) -> None:
     value, down, up = (

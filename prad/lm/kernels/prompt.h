@@ -151,8 +151,9 @@ class PromptAttention {
       std::fill(queries + r * depth + p.key_dim, queries + (r + 1) * depth, T{});
     }
     begin_rows<T>(rows);
-    for (int64_t t = seen; t < end; t += kPart) {
-      int64_t count = round_up(std::min(kPart, end - t), kDepth);
+    for (int64_t t = seen, next; t < end; t = next) {
+      next = (t / kPart + 1) * kPart;  // of the sequence's own tokens: a query's parts are the same in any chunk
+      int64_t count = round_up(std::min(next, end) - t, kDepth);
       multiply_side_by_side<false>(queries, depth, rows, keys + t * depth, depth * kColumns, count / kColumns, depth,
                                    scores, kScores);
       for (int r = 0; r < rows; r++) {
