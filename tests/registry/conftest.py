@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -20,6 +21,19 @@ from adapter_registry.sqlite_store import SqliteStore
 from adapter_registry.store import Store, StoredAdapter
 from prad.artefact import WEIGHTS, AdapterRecord, BaseModelRef, read_artefact, write_record
 from tests.redis_process import RedisProcess
+from tests.source_servers import s3_server
+
+BUCKET = "s3://adapters/of/prad"
+STORES = ("sqlite+folder", "redis+bucket")
+CONTRACT = ("disk", "lifecycle", "replicas", "routing", "uploads", "versions")
+"""Modules whose tests with a `registry` ask both alike."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    name = metafunc.module.__name__.rpartition("test_registry_")[2]
+    told = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    if name in CONTRACT and "registry" in metafunc.fixturenames and "registry" not in told:
+        metafunc.parametrize("registry", STORES, indirect=True)
 
 
 @dataclass(frozen=True)
@@ -29,7 +43,32 @@ class Running:
     url: str
     http: httpx.Client
     client: RegistryClient
-    data: Path
+    settings: RegistrySettings
+
+    @property
+    def data(self) -> Path:
+        """The folder of its files, or of what it keeps beside a bucket."""
+        folder = self.settings.folder
+        return next((folder / "redis").iterdir()) if self.settings.redis_url else folder
+
+    @property
+    def staged(self) -> list[Path]:
+        """What is on its way."""
+        return list((self.data / "staging").iterdir())
+
+    @property
+    def stored(self) -> set[str]:
+        """Digests of the adapters that it keeps; of a bucket also that nothing else is there."""
+        if self.settings.bucket is None:
+            return {path.name for path in (self.data / "artefacts").iterdir()}
+        return {key.split("/")[-3] for key in bucket_keys(self.settings)}
+
+    @property
+    def files(self) -> set[str]:
+        """Names of all files that it keeps."""
+        if self.settings.bucket is None:
+            return {path.name for path in (self.data / "artefacts").glob("*/*")}
+        return {key.rpartition("/")[2] for key in bucket_keys(self.settings)}
 
     def push(self, folder: Path, task: str = "support") -> Pushed:
         with ExitStack() as opened:
@@ -55,7 +94,7 @@ def _serving(settings: RegistrySettings) -> Iterator[Running]:
     thread.start()
     try:
         with httpx.Client(base_url=server.url, timeout=30) as http, RegistryClient(server.url) as client:
-            yield Running(server.url, http, client, settings.folder)
+            yield Running(server.url, http, client, settings)
     finally:
         server.stop()
         thread.join()
@@ -73,11 +112,60 @@ def serving() -> Callable[[RegistrySettings], AbstractContextManager[Running]]:
 
 
 @pytest.fixture
-def registry(data_dir: Path) -> Iterator[Running]:
-    with _serving(
-        RegistrySettings(port=0, data_dir=data_dir, max_upload_mib=1, log_level="warning")
-    ) as running:
+def registry(request: pytest.FixtureRequest, data_dir: Path) -> Iterator[Running]:
+    """By parameter, one of `STORES`."""
+    store, _, files = getattr(request, "param", STORES[0]).partition("+")
+    more = {}
+    if store == "redis":
+        more["redis_url"] = request.getfixturevalue("redis").url
+    if files == "bucket":
+        request.getfixturevalue("bucket")
+        more["files"] = BUCKET
+    settings = RegistrySettings(port=0, data_dir=data_dir, max_upload_mib=1, log_level="warning", **more)
+    with _serving(settings) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def s3_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with s3_server(tmp_path_factory.mktemp("s3")) as url:
+        yield url
+
+
+@pytest.fixture
+def s3(s3_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """A client of an S3, as whoever stores adapters has one; the environment says where that is."""
+    for name, value in {
+        "AWS_ENDPOINT_URL_S3": s3_url,
+        "AWS_ACCESS_KEY_ID": "a",
+        "AWS_SECRET_ACCESS_KEY": "b",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_CONFIG_FILE": str(tmp_path / "none"),
+        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
+    }.items():
+        monkeypatch.setenv(name, value)
+    import s3fs
+
+    return s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
+
+
+@pytest.fixture
+def bucket(s3: Any) -> Iterator[Any]:
+    """The same client; the bucket of `BUCKET` is there, and empty."""
+    s3.call_s3("create_bucket", Bucket="adapters")
+    yield s3
+    if s3.find("adapters"):
+        s3.rm("adapters", recursive=True)
+    else:
+        s3.call_s3("delete_bucket", Bucket="adapters")
+
+
+def bucket_keys(settings: RegistrySettings) -> list[str]:
+    """Of all objects in the registry's bucket."""
+    import s3fs
+
+    client = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
+    return sorted(client.find(settings.files.removeprefix("s3://")))
 
 
 @pytest.fixture
