@@ -28,6 +28,8 @@ _LEAST_BYTES_PER_S = 1 << 20
 """A file that goes slower is given up."""
 _START_S = 10.0
 """How long a start waits for a bucket whose server starts as well."""
+_SESSION_S = 60.0
+"""To read what botocore knows of S3, and the credentials: takes seconds where the machine is busy."""
 _PIECE_BYTES = 1 << 20
 _LONGEST = 200  # characters of an error that are told
 
@@ -76,6 +78,7 @@ class Bucket:
     def begin(self) -> None:
         """Waits some seconds for one that starts as well. Raises CannotStartError if it cannot be used."""
         try:
+            self._within(_SESSION_S, self._s3.set_session)
             for attempt in Retrying(
                 retry=retry_if_exception(_may_pass),
                 stop=stop_after_delay(_START_S),

@@ -25,7 +25,7 @@ from tests.source_servers import s3_server
 
 BUCKET = "s3://adapters/of/prad"
 STORES = ("sqlite+folder", "redis+bucket")
-CONTRACT = ("disk", "lifecycle", "replicas", "routing", "uploads", "versions")
+CONTRACT = ("disk", "lifecycle", "replicas", "routing")
 """Modules whose tests with a `registry` ask both alike."""
 
 
@@ -44,6 +44,7 @@ class Running:
     http: httpx.Client
     client: RegistryClient
     settings: RegistrySettings
+    s3: Any
 
     @property
     def data(self) -> Path:
@@ -61,14 +62,14 @@ class Running:
         """Digests of the adapters that it keeps; of a bucket also that nothing else is there."""
         if self.settings.bucket is None:
             return {path.name for path in (self.data / "artefacts").iterdir()}
-        return {key.split("/")[-3] for key in bucket_keys(self.settings)}
+        return {key.split("/")[-3] for key in self.s3.find(BUCKET)}
 
     @property
     def files(self) -> set[str]:
         """Names of all files that it keeps."""
         if self.settings.bucket is None:
             return {path.name for path in (self.data / "artefacts").glob("*/*")}
-        return {key.rpartition("/")[2] for key in bucket_keys(self.settings)}
+        return {key.rpartition("/")[2] for key in self.s3.find(BUCKET)}
 
     def push(self, folder: Path, task: str = "support") -> Pushed:
         with ExitStack() as opened:
@@ -88,13 +89,14 @@ class Running:
 
 
 @contextmanager
-def _serving(settings: RegistrySettings) -> Iterator[Running]:
+def _serving(settings: RegistrySettings, s3: Any = None) -> Iterator[Running]:
+    """`s3`: a client of the S3 where its bucket is, if it has one."""
     server = RegistryServer(settings)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
         with httpx.Client(base_url=server.url, timeout=30) as http, RegistryClient(server.url) as client:
-            yield Running(server.url, http, client, settings)
+            yield Running(server.url, http, client, settings, s3)
     finally:
         server.stop()
         thread.join()
@@ -115,14 +117,14 @@ def serving() -> Callable[[RegistrySettings], AbstractContextManager[Running]]:
 def registry(request: pytest.FixtureRequest, data_dir: Path) -> Iterator[Running]:
     """By parameter, one of `STORES`."""
     store, _, files = getattr(request, "param", STORES[0]).partition("+")
-    more = {}
+    more, s3 = {}, None
     if store == "redis":
         more["redis_url"] = request.getfixturevalue("redis").url
     if files == "bucket":
-        request.getfixturevalue("bucket")
+        s3 = request.getfixturevalue("bucket")
         more["files"] = BUCKET
     settings = RegistrySettings(port=0, data_dir=data_dir, max_upload_mib=1, log_level="warning", **more)
-    with _serving(settings) as running:
+    with _serving(settings, s3) as running:
         yield running
 
 
@@ -132,9 +134,17 @@ def s3_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield url
 
 
+@pytest.fixture(scope="session")
+def _s3_client(s3_url: str) -> Any:
+    import s3fs
+
+    known = {"endpoint_url": s3_url, "key": "a", "secret": "b"}
+    return s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False, **known)
+
+
 @pytest.fixture
-def s3(s3_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """A client of an S3, as whoever stores adapters has one; the environment says where that is."""
+def s3(s3_url: str, _s3_client: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """A client of an S3, as whoever stores adapters has one; the environment tells others where that is."""
     for name, value in {
         "AWS_ENDPOINT_URL_S3": s3_url,
         "AWS_ACCESS_KEY_ID": "a",
@@ -144,9 +154,7 @@ def s3(s3_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
     }.items():
         monkeypatch.setenv(name, value)
-    import s3fs
-
-    return s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
+    return _s3_client
 
 
 @pytest.fixture
@@ -158,14 +166,6 @@ def bucket(s3: Any) -> Iterator[Any]:
         s3.rm("adapters", recursive=True)
     else:
         s3.call_s3("delete_bucket", Bucket="adapters")
-
-
-def bucket_keys(settings: RegistrySettings) -> list[str]:
-    """Of all objects in the registry's bucket."""
-    import s3fs
-
-    client = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
-    return sorted(client.find(settings.files.removeprefix("s3://")))
 
 
 @pytest.fixture

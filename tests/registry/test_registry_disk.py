@@ -28,11 +28,10 @@ FOLDER = pytest.mark.parametrize("registry", ["sqlite+folder"], indirect=True)
 
 @pytest.fixture(params=["folder", "bucket"])
 def place(request):
-    """Settings of where the files lie."""
+    """Settings of where the files lie, and a client of an S3 if it is one."""
     if request.param == "folder":
-        return {}
-    request.getfixturevalue("bucket")
-    return {"files": BUCKET}
+        return {}, None
+    return {"files": BUCKET}, request.getfixturevalue("bucket")
 
 
 def settings(data_dir, **more):
@@ -97,7 +96,7 @@ def test_lists_leave_out_what_failed_unless_asked(registry, adapter):
 
 
 def test_retired_versions_are_bounded_the_longest_retired_goes_first(data_dir, serving, adapter, place):
-    with serving(settings(data_dir, retired_mib=1, **place)) as registry:
+    with serving(settings(data_dir, retired_mib=1, **place[0]), place[1]) as registry:
         sizes = 40_000  # x 16 bytes: one fits into a MiB, two do not
         for seed in (1, 2, 3):
             registry.verified(adapter(seed, values=sizes))
@@ -108,7 +107,7 @@ def test_retired_versions_are_bounded_the_longest_retired_goes_first(data_dir, s
         assert states == ["retired", "deleted", "routable"]
         assert len(registry.stored) == 2
         assert registry.client.version("support", 2).history[-1].reason == "made room for others"
-    with serving(settings(data_dir, retired_mib=0, **place)) as registry:
+    with serving(settings(data_dir, retired_mib=0, **place[0]), place[1]) as registry:
         assert [v.state for v in registry.client.task("support").versions] == [
             "deleted",
             "deleted",
