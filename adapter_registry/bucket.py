@@ -6,6 +6,7 @@ Credentials and region are those of the registry's environment; the endpoint, to
 
 import asyncio
 import errno
+import re
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -206,7 +207,8 @@ def _why(error: Exception, code: str, seconds: float) -> str:
         )
     if isinstance(error, TimeoutError) and not str(error):
         return f"it did not answer in {seconds:.0f} s"
-    return (str(error).rstrip(".") or type(error).__name__)[:_LONGEST]
+    said = re.sub(r'( from| to)?( the)? endpoint URL: ".*', "", str(error)).rstrip(".")
+    return (said or type(error).__name__)[:_LONGEST]
 
 
 def _may_pass(error: BaseException) -> bool:

@@ -113,10 +113,12 @@ class RegistrySettings(ServiceSettings):
     @field_validator("files")
     @classmethod
     def _is_bucket(cls, uri: str) -> str:
-        if uri and parse(uri).scheme != "s3":
+        if uri and not uri.startswith("s3://"):
             raise ValueError(
                 f"{uri[:200]!r} is no bucket; expected s3://BUCKET/FOLDER, or nothing for data_dir"
             )
+        if uri:
+            parse(uri)
         return uri
 
     @field_validator("api_url", "files_endpoint")

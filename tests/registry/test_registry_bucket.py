@@ -63,19 +63,19 @@ def process(data_dir, program=PROGRAM):
 
 
 @pytest.fixture
-def impatient(monkeypatch):
-    """Nobody waits long for a bucket that is away."""
-    monkeypatch.setattr(bucket_module, "_START_S", 0.1)
-    monkeypatch.setattr(bucket_module, "CALL_SECONDS", 2.0)
-
-
-@pytest.fixture
 def gate(bucket, s3_url, monkeypatch):
-    """What the registry's way to its bucket leads through."""
-    found = Gate(s3_url)
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", found.url)
-    yield found
-    found.close()
+    """gate(mode): whether the registry's way to its bucket is open; nobody waits long where it is not."""
+    leading = Gate(s3_url)
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", leading.url)
+
+    def lead(mode):
+        monkeypatch.setattr(bucket_module, "_START_S", 60.0 if mode == "open" else 0.1)
+        monkeypatch.setattr(bucket_module, "CALL_SECONDS", 60.0 if mode == "open" else 1.0)
+        leading.set(mode)
+
+    lead("open")
+    yield lead
+    leading.close()
 
 
 @pytest.fixture
@@ -217,9 +217,7 @@ def die(*_, **__):
 
 
 @pytest.mark.parametrize("mode", ["closed", "silent"])
-def test_a_bucket_that_goes_away_and_comes_back(
-    data_dir, gate, bucket, adapter, serving, impatient, mode, tmp_path
-):
+def test_a_bucket_that_goes_away_and_comes_back(data_dir, gate, bucket, adapter, serving, mode, tmp_path):
     with serving(settings(data_dir), bucket) as registry:
         registry.verified(adapter(1))
         registry.push(adapter(2))
@@ -227,7 +225,7 @@ def test_a_bucket_that_goes_away_and_comes_back(
         second = registry.client.version("support", 2).digest
         shutil.rmtree(data_dir / "copies" / second)
         revision = registry.client.state().revision
-        gate.set(mode)
+        gate(mode)
         for method, path, more in (
             ("GET", "/ready", {}),
             ("GET", "/v1/tasks/support/versions/2/files/prad.json", {}),
@@ -242,7 +240,7 @@ def test_a_bucket_that_goes_away_and_comes_back(
         with pytest.raises(StoreUnavailableError):
             registry.client.delete("support", 2)
 
-        gate.set("open")
+        gate("open")
         assert registry.http.get("/ready").status_code == 200
         assert registry.client.delete("support", 2).state == "deleted"
         assert registry.push(adapter(3)).name == "support@3"
@@ -250,13 +248,13 @@ def test_a_bucket_that_goes_away_and_comes_back(
 
 
 def test_a_bucket_that_goes_away_in_the_middle_of_a_push(
-    data_dir, gate, bucket, adapter, serving, impatient, monkeypatch
+    data_dir, gate, bucket, adapter, serving, monkeypatch
 ):
     send = Bucket.send
 
     def send_and_lose(self, file, key):
         send(self, file, key)
-        gate.set("closed")
+        gate("closed")
 
     with serving(settings(data_dir), bucket) as registry:
         with monkeypatch.context() as patch:
@@ -264,16 +262,16 @@ def test_a_bucket_that_goes_away_in_the_middle_of_a_push(
             with pytest.raises(StoreUnavailableError):
                 registry.push(adapter(1))
         assert (registry.client.state().revision, registry.staged) == (0, [])
-        gate.set("open")
+        gate("open")
         digest = registry.push(adapter(2)).digest
         assert registry.stored == {digest}, "what was left of the other is gone"
 
 
-def test_a_bucket_that_cannot_be_used_at_the_start(data_dir, gate, bucket, impatient, monkeypatch):
-    gate.set("closed")
+def test_a_bucket_that_cannot_be_used_at_the_start(data_dir, gate, bucket, monkeypatch):
+    gate("closed")
     with pytest.raises(CannotStartError, match=f"bucket {BUCKET}/.* cannot be used"):
         RegistryServer(settings(data_dir))
-    gate.set("open")
+    gate("open")
     nowhere = RegistrySettings(port=0, data_dir=data_dir, files="s3://nowhere/x")
     with pytest.raises(CannotStartError, match="there is no such bucket; create it"):
         RegistryServer(nowhere)
@@ -290,7 +288,7 @@ def test_a_bucket_that_cannot_be_used_at_the_start(data_dir, gate, bucket, impat
     server.run()
 
 
-def test_credentials_that_are_refused(data_dir):
+def test_credentials_that_are_refused(s3):
     told = ToldServer()
     try:
         body = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
@@ -313,7 +311,8 @@ def test_what_is_no_bucket(files):
 def test_the_endpoint_may_be_a_setting(data_dir, bucket, s3_url, adapter, serving, monkeypatch):
     monkeypatch.delenv("AWS_ENDPOINT_URL_S3")
     with serving(settings(data_dir, files_endpoint=s3_url), bucket) as registry:
-        assert registry.stored == {registry.push(adapter(1)).digest}
+        pushed = registry.push(adapter(1))
+        assert registry.stored == {pushed.digest}
     with pytest.raises(ValidationError, match="is no address of a service"):
         RegistrySettings(files_endpoint="127.0.0.1:9000")
 
