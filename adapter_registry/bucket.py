@@ -213,7 +213,9 @@ def _why(error: Exception, code: str, seconds: float) -> str:
 
 def _may_pass(error: BaseException) -> bool:
     """Whether its server may only be starting."""
-    if not isinstance(error, StoreUnavailableError) or error.__cause__ is None:
-        return False
+    from botocore.exceptions import ConnectionError as NotConnectedError
+    from botocore.exceptions import HTTPClientError
+
     cause = error.__cause__
-    return not isinstance(cause, FileNotFoundError | PermissionError) and not _code(cause)
+    refused = isinstance(cause, FileNotFoundError | PermissionError)
+    return isinstance(cause, OSError | HTTPClientError | NotConnectedError) and not refused
