@@ -18,6 +18,7 @@ from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
 from adapter_registry.errors import CannotStartError, StoreUnavailableError
 from adapter_registry.sources.places import Place
 from adapter_registry.storage import storing
+from prad.core.errors import PradError
 
 MOST_AT_ONCE = 16
 """Calls; others wait for their turn, within their bounds."""
@@ -47,7 +48,7 @@ class Entry:
     written: float
 
 
-class NoSuchObjectError(Exception):
+class NoSuchObjectError(PradError):
     """It was there a moment ago, perhaps."""
 
 
