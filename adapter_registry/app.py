@@ -306,9 +306,12 @@ def _service(registry: Registry, settings: RegistrySettings, guard: Guard) -> AP
         return {"status": "ok"}
 
     @router.head("/ready", include_in_schema=False)
-    @router.get("/ready", responses=described({503: "Redis does not answer", 507: "The disk is nearly full"}))
+    @router.get(
+        "/ready",
+        responses=described({503: "Redis or the bucket does not answer", 507: "The disk is nearly full"}),
+    )
     async def ready() -> dict[str, str | int | tuple[str, ...]]:
-        """507 while the disk has less free than it should, 503 while Redis does not answer."""
+        """507 while the disk has less free than it should, 503 while Redis or the bucket does not answer."""
         revision, warnings = await registry.ready()
         said = {"warnings": warnings} if warnings else {}
         return {"status": "ready", "revision": revision, **said}

@@ -1,8 +1,7 @@
-"""The files of adapters on the registry's disk: staged, checked, then moved to their digest.
+"""The files of adapters in a folder of the registry's disk: staged, checked, then moved to their digest.
 
-    <data>/staging/<process>-<random>/   being uploaded; of the dead, removed at every start
-    <data>/artefacts/<digest>/           complete, checked, flushed; a folder appears here by one rename
-    <data>/processes/                    which registries live that share this folder (`Tenant`)
+    <data>/staging/              what is on its way (`staging.py`)
+    <data>/artefacts/<digest>/   complete, checked, flushed; a folder appears here by one rename
 
 A version enters the database only after its folder is here, and leaves it before: a kill at any moment leaves
 whole versions and, at worst, a folder that no version needs, which `sweep` removes at the next start.
@@ -10,73 +9,52 @@ whole versions and, at worst, a folder that no version needs, which `sweep` remo
 
 import os
 import shutil
-import tempfile
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
-from adapter_registry.errors import AdapterRefusedError, StoredFilesDamagedError
-from adapter_registry.messages import StoredFile
-from adapter_registry.store import StoredAdapter
-from adapter_registry.tenants import Tenant
-from prad.artefact import Artefact, ArtefactError, files_digest, read_servable
+from adapter_registry.errors import StoredFilesDamagedError
+from adapter_registry.file_store import Keeping
+from adapter_registry.staging import Staging
+from adapter_registry.storage import require_free
+from prad.artefact import files_digest
 
 
 class ArtefactFolder:
-    """Raises OSError if `data` cannot be written."""
+    """A `FileStore`. Raises OSError if `data` cannot be written."""
 
     def __init__(self, data: Path) -> None:
-        self.folder = data
-        self._staging = data / "staging"
+        self._data = data
         self._artefacts = data / "artefacts"
-        self._lock = threading.Lock()
-        for folder in (self._staging, self._artefacts):
-            folder.mkdir(parents=True, exist_ok=True)
-        self._tenant = Tenant(data / "processes")
+        self._artefacts.mkdir(parents=True, exist_ok=True)
+        self._staging = Staging(data)
+
+    @property
+    def place(self) -> str:
+        return str(self._data)
+
+    def stage(self) -> AbstractContextManager[Path]:
+        return self._staging.stage()
 
     @contextmanager
-    def stage(self) -> Iterator[Path]:
-        """An empty folder that is gone afterwards, unless `keep` has moved it."""
-        folder = self._new_folder()
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
-    def check(self, staged: Path) -> StoredAdapter:
-        """Reads the staged files. Raises AdapterRefusedError."""
-        try:
-            artefact = read_servable(staged)
-        except ArtefactError as error:
-            raise AdapterRefusedError(
-                str(error).replace(str(staged), "the adapter"), param="files"
-            ) from error
-        return _describe(artefact)
-
-    @contextmanager
-    def kept(self, checked: Sequence[tuple[Path, str]]) -> Iterator[None]:
-        """Moves staged folders to the digests that they were checked to have; inside, nobody removes them:
-        time to enter the versions."""
+    def kept(self, checked: Sequence[tuple[Path, str]]) -> Iterator[Keeping]:
         for staged, _ in checked:
             _flush(staged)
-        with self._alone():
+        with self._staging.alone():
             for staged, digest in checked:
                 self._move(staged, self._artefacts / digest)
-            yield
+            yield Keeping()
 
     def remove(self, digest: str, needed: Callable[[], frozenset[str]]) -> None:
-        """Removes the files of `digest`, unless they are `needed` by a version."""
-        with self._alone():
+        with self._staging.alone():
             if digest in needed():
                 return
-            gone = self._new_folder()
+            gone = self._staging.new_folder()
             with suppress(FileNotFoundError):
                 (self._artefacts / digest).rename(gone / digest)
         shutil.rmtree(gone, ignore_errors=True)
 
     def file(self, digest: str, name: str) -> Path:
-        """Where a file lies. `name` is one of the stored names. Raises StoredFilesDamagedError."""
         path = self._artefacts / digest / name
         if not path.is_file():
             raise StoredFilesDamagedError(
@@ -85,32 +63,20 @@ class ArtefactFolder:
         return path
 
     def sweep(self, needed: Callable[[], frozenset[str]]) -> int:
-        """Removes what killed registries left: half uploads, folders that no version needs.
-
-        Says of how many `needed` adapters the files are missing.
-        """
-        with self._alone():
-            living = self._tenant.living()
-            for folder in self._staging.iterdir():
-                if folder.name.partition("-")[0] not in living:
-                    shutil.rmtree(folder, ignore_errors=True)
+        with self._staging.alone():
+            for folder in self._staging.abandoned():
+                shutil.rmtree(folder, ignore_errors=True)
             known = needed()
             found = {folder.name for folder in self._artefacts.iterdir()}
             for name in found - known:
                 shutil.rmtree(self._artefacts / name, ignore_errors=True)
         return len(known - found)
 
+    def require_room(self, nbytes: int) -> None:
+        require_free(self._data, nbytes)
+
     def close(self) -> None:
-        self._tenant.close()
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """No other thread, and no other registry that shares the folder."""
-        with self._lock, self._tenant.alone():
-            yield
-
-    def _new_folder(self) -> Path:
-        return Path(tempfile.mkdtemp(prefix=f"{self._tenant.id}-", dir=self._staging))
+        self._staging.close()
 
     def _move(self, staged: Path, target: Path) -> None:
         if target.exists():
@@ -120,14 +86,6 @@ class ArtefactFolder:
             target.rename(staged.with_name(f"{staged.name}.damaged"))
         staged.rename(target)
         _flush_entry(self._artefacts)
-
-
-def _describe(artefact: Artefact) -> StoredAdapter:
-    with artefact.weights.open("rb") as file:
-        header = int.from_bytes(file.read(8), "little")  # safetensors: length of the header, header, tensors
-    files = tuple(StoredFile(name=path.name, size=path.stat().st_size) for path in artefact.files)
-    weights = artefact.weights.stat().st_size - 8 - header
-    return StoredAdapter(artefact.digest, artefact.record, files, len(artefact.tensors), weights)
 
 
 def _flush(folder: Path) -> None:

@@ -155,7 +155,8 @@ class TooManyWaitersError(RegistryError):
 
 
 class StoreUnavailableError(RegistryError):
-    """The registry's Redis cannot be used now. What replicas know already goes on being served."""
+    """The registry's Redis, or the bucket of its files, cannot be used now. What replicas know already goes
+    on being served."""
 
     code = "store_unavailable"
 

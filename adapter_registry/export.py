@@ -16,9 +16,10 @@ from pathlib import Path, PurePosixPath
 
 from pydantic import ValidationError
 
-from adapter_registry.artefacts import ArtefactFolder
 from adapter_registry.errors import AdapterRefusedError, RegistryError
+from adapter_registry.file_store import FileStore
 from adapter_registry.snapshot import Snapshot
+from adapter_registry.staging import check
 from adapter_registry.storage import storing
 from adapter_registry.store import Store
 from adapter_registry.versions import State
@@ -36,7 +37,7 @@ class ExportError(RegistryError):
     code = "export_failed"
 
 
-def write_export(store: Store, files: ArtefactFolder, path: Path) -> Snapshot:
+def write_export(store: Store, files: FileStore, path: Path) -> Snapshot:
     """Writes `path`, whole or not at all; what it holds. Raises ExportError, StoredFilesDamagedError."""
     found = store.dump()
     try:
@@ -53,7 +54,7 @@ def write_export(store: Store, files: ArtefactFolder, path: Path) -> Snapshot:
     return found
 
 
-def read_export(store: Store, files: ArtefactFolder, path: Path) -> Snapshot:
+def read_export(store: Store, files: FileStore, path: Path) -> Snapshot:
     """Everything in `path` becomes what this registry, an empty one, holds.
 
     Raises ExportError, NotEmptyError, StorageFullError.
@@ -78,15 +79,13 @@ def read_export(store: Store, files: ArtefactFolder, path: Path) -> Snapshot:
     return found
 
 
-def _store(
-    store: Store, files: ArtefactFolder, found: Snapshot, arrived: dict[str, Path], path: Path
-) -> None:
+def _store(store: Store, files: FileStore, found: Snapshot, arrived: dict[str, Path], path: Path) -> None:
     checked: list[tuple[Path, str]] = []
     for digest in _needed(found):
         if digest not in arrived:
             raise ExportError(f"{path} lacks the files of adapter {digest}; export again")
         try:
-            adapter = files.check(arrived[digest])
+            adapter = check(arrived[digest])
         except AdapterRefusedError as error:
             raise ExportError(f"{path}: adapter {digest} is damaged: {error.message}") from error
         if adapter.digest != digest:

@@ -3,12 +3,12 @@
 import asyncio
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from adapter_registry.artefacts import ArtefactFolder
 from adapter_registry.changes import ChangeFeed
 from adapter_registry.client_calls import UNTOLD
 from adapter_registry.errors import (
@@ -17,6 +17,7 @@ from adapter_registry.errors import (
     StoreUnavailableError,
     TooManyWaitersError,
 )
+from adapter_registry.file_store import FileStore
 from adapter_registry.keys import ChangedKey, NewKey, StoredKey, hashed, new_token
 from adapter_registry.messages import (
     LoggedLine,
@@ -37,13 +38,17 @@ from adapter_registry.replicas import Replicas
 from adapter_registry.retention import make_room
 from adapter_registry.settings import Bounds
 from adapter_registry.signers import Signers
-from adapter_registry.storage import require_free, storing
+from adapter_registry.staging import check
+from adapter_registry.storage import storing
 from adapter_registry.store import Store, StoredAdapter
 from adapter_registry.versions import Event, State
 
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
+
+FILE_WORKERS = 16
+"""Threads of work with files. They may wait for a bucket, so nothing else waits behind them."""
 
 CHECK_SECONDS = 60.0
 """An upload that takes longer to check is refused: what is sent may be anything."""
@@ -66,7 +71,7 @@ class Registry:
     def __init__(
         self,
         store: Store,
-        files: ArtefactFolder,
+        files: FileStore,
         feed: ChangeFeed,
         replicas: Replicas,
         metrics: Metrics,
@@ -76,6 +81,7 @@ class Registry:
         self._store = store
         self._signers = signers
         self._bounds = bounds
+        self._file_workers = ThreadPoolExecutor(FILE_WORKERS, "files")
         self.files = files
         self.feed = feed
         self.replicas = replicas
@@ -101,8 +107,9 @@ class Registry:
         return self.metrics.page(self.feed.waiters, connected)
 
     async def require_room(self) -> None:
-        """Raises StorageFullError if a push would find hardly any disk left."""
-        await asyncio.to_thread(require_free, self.files.folder, self._bounds.free_bytes)
+        """Raises StorageFullError if a push would find hardly any disk left, StoreUnavailableError if its
+        files could not be kept."""
+        await self._with_files(lambda: self.files.require_room(self._bounds.free_bytes))
 
     async def admit(self, staged: Path) -> StoredAdapter:
         """What there is to store, once nothing is wrong with the files in `staged`.
@@ -122,16 +129,18 @@ class Registry:
     ) -> Pushed:
         """Makes a version of admitted files. `by`: who asks; `source`: where they were fetched, if they were.
 
-        Raises InvalidTaskNameError, StorageFullError.
+        Raises InvalidTaskNameError, StorageFullError, StoreUnavailableError.
         """
         check_task(task)
 
         def store() -> Pushed:
-            with self.files.kept([(staged, adapter.digest)]):
+            with self.files.kept([(staged, adapter.digest)]) as keeping:
                 number, created = self._store.push(task, adapter, by=by, source=source)
+                keeping.known = not created
             return Pushed(**dict(self._store.version(task, number)), created=created)
 
-        pushed = await self._change(store)
+        pushed = await self._with_files(lambda: _stored(store))
+        await self._publish()
         self.metrics.pushed(created=pushed.created)  # nothing became idle by it: no room is to be made
         return pushed
 
@@ -155,7 +164,7 @@ class Registry:
         return Pushed(**dict(record) | {"created": pushed.created, "pending": pending})
 
     def _admit(self, staged: Path) -> StoredAdapter:
-        adapter = self.files.check(staged)
+        adapter = check(staged)
         return replace(adapter, signatures=self._signers.take(staged, adapter.digest))
 
     async def probe(self, task: str, version: int, probe: Probe) -> VersionRecord:
@@ -206,10 +215,11 @@ class Registry:
         return await self.version(task, version)
 
     async def delete(self, task: str, version: int, *, by: str) -> VersionRecord:
-        """Removes the version's files. Raises NotFoundError, IllegalTransitionError while it answers."""
+        """Removes the version's files. Raises NotFoundError, IllegalTransitionError while it answers,
+        StoreUnavailableError, after which it may be deleted, or its record alone: once more is no mistake."""
         await self._apply(task, Move(version, Event.DELETE), by=by)
         record = await self.version(task, version)
-        await asyncio.to_thread(self.files.remove, record.digest, self._store.digests)
+        await self._with_files(lambda: self.files.remove(record.digest, self._store.digests))
         logger.info("deleted %s, digest %s, on request", record.name, record.digest)
         return record
 
@@ -273,7 +283,7 @@ class Registry:
         )
 
     async def file(self, task: str, version: int, name: str) -> Path:
-        """Raises NotFoundError, StoredFilesDamagedError."""
+        """Raises NotFoundError, StoredFilesDamagedError, StoreUnavailableError."""
         record = await self.version(task, version)
         if record.state is State.DELETED:
             raise FileNotStoredError(f"the files of {record.name} were deleted", param="version")
@@ -282,7 +292,7 @@ class Registry:
             raise FileNotStoredError(
                 f"{record.name} has no file {name!r}; its files: {', '.join(names)}", param="name"
             )
-        return await asyncio.to_thread(self.files.file, record.digest, name)
+        return await self._with_files(lambda: self.files.file(record.digest, name))
 
     async def _in_force(self, key: StoredKey, token: str | None = None) -> ChangedKey:
         await self.replicas.wait(key.revision, self._bounds.wait_seconds)
@@ -308,20 +318,24 @@ class Registry:
 
     async def _make_room(self) -> None:
         try:
-            if await asyncio.to_thread(make_room, self._store, self.files, self._bounds.retired_bytes):
+            if await self._with_files(lambda: make_room(self._store, self.files, self._bounds.retired_bytes)):
                 await self._publish()
         except StoreUnavailableError as error:  # what was asked for is done; room is made at the next change
             logger.warning("no room was made: %s", error)
 
     async def _change(self, work: Callable[[], T]) -> T:
-        def change() -> T:
-            with storing():
-                return work()
-
-        result = await asyncio.to_thread(change)
+        result = await asyncio.to_thread(_stored, work)
         await self._publish()
         return result
+
+    async def _with_files(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._file_workers, work)
 
     async def _publish(self) -> None:
         with suppress(StoreUnavailableError):  # the change is made, and is heard of when the store is back
             await self.feed.publish(await asyncio.to_thread(self._store.revision))
+
+
+def _stored(work: Callable[[], T]) -> T:
+    with storing():
+        return work()

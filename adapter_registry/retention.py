@@ -4,8 +4,8 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 
-from adapter_registry.artefacts import ArtefactFolder
-from adapter_registry.errors import IllegalTransitionError, StorageFullError
+from adapter_registry.errors import IllegalTransitionError, StorageFullError, StoreUnavailableError
+from adapter_registry.file_store import FileStore
 from adapter_registry.planning import Move
 from adapter_registry.storage import storing
 from adapter_registry.store import Idle, Store
@@ -28,7 +28,7 @@ def surplus(idle: Sequence[Idle], bound: int) -> tuple[Idle, ...]:
     return tuple(found)
 
 
-def make_room(store: Store, files: ArtefactFolder, bound: int) -> bool:
+def make_room(store: Store, files: FileStore, bound: int) -> bool:
     """Deletes idle versions beyond `bound` bytes; whether there were any. Blocks."""
     found = surplus(store.idle(), bound)
     for version in found:
@@ -38,6 +38,10 @@ def make_room(store: Store, files: ArtefactFolder, bound: int) -> bool:
         except (IllegalTransitionError, StorageFullError) as error:  # unretired meanwhile; or the next sweep
             logger.warning("%s@%d stays on disk: %s", version.task, version.version, error)
             continue
-        files.remove(version.digest, store.digests)
+        try:
+            files.remove(version.digest, store.digests)
+        except StoreUnavailableError as error:  # the sweep at the next start removes them
+            logger.warning("the files of %s@%d stay: %s", version.task, version.version, error)
+            continue
         logger.info("deleted %s@%d, digest %s, to make room", version.task, version.version, version.digest)
     return bool(found)

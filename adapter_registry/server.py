@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import socket
-from pathlib import Path
 
 import uvicorn
 
@@ -61,7 +60,7 @@ class RegistryServer:
         self._warnings = [
             *store.warnings(),
             *self._data.overlooked(settings),
-            *_missing(missing, files.folder),
+            *_missing(missing, files.place),
         ]
         config = uvicorn.Config(
             create_app(registry, settings, secrets),
@@ -147,10 +146,11 @@ def _secrets(settings: RegistrySettings, keys: tuple[StoredKey, ...]) -> Secrets
     return Secrets(replicas, admin, closed, keys)
 
 
-def _missing(count: int, folder: Path) -> list[str]:
+def _missing(count: int, place: str) -> list[str]:
     if not count:
         return []
     return [
-        f"the files of {count} adapters are not in {folder}: push them again; registries on one Redis must "
-        "share one data_dir"
+        f"the files of {count} adapters are not in {place}: push them again, or bring them along ("
+        "prad registry export FILE with the settings before, import FILE into an empty one with these); "
+        "registries on one Redis must share one data_dir, or one bucket"
     ]

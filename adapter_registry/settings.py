@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator
 from pydantic_settings import SettingsConfigDict
 
-from adapter_registry.sources.places import AllowedSources, allowed_sources, names_folders
+from adapter_registry.sources.places import AllowedSources, Place, allowed_sources, names_folders, parse
 from prad.settings import ServiceSettings, is_loopback
 
 MIB = 1 << 20
@@ -37,7 +37,17 @@ class RegistrySettings(ServiceSettings):
     port: Annotated[int, Field(ge=0, le=65535)] = 8001
     """Port that the registry listens on."""
     data_dir: Path = Path("~/.local/share/prad/registry")
-    """Where versions and their files are kept; with a Redis, the files alone."""
+    """Where versions and their files are kept; with a Redis, the files alone; with a bucket, copies of
+    them."""
+    files: str = ""
+    """Bucket of an S3, or of what speaks like one, that keeps adapters' files: s3://BUCKET/FOLDER (the extra
+    s3). Credentials and region are the environment's (AWS_ACCESS_KEY_ID and so on). If not given:
+    data_dir."""
+    files_endpoint: str | None = None
+    """URL of the server of that bucket, such as http://127.0.0.1:9000. If not given: AWS_ENDPOINT_URL_S3, or
+    AWS itself."""
+    copies_mib: Annotated[int, Field(ge=1)] = 1024
+    """Disk in data_dir for copies of files in the bucket; those used longest ago are deleted beyond it."""
     redis_url: Annotated[str | None, Field(repr=False)] = None
     """Redis that keeps versions and routing, which several registries may share: redis://, rediss:// (TLS)
     or unix://, with user and password; redis+sentinel://host:26379,host:26379/service/0, or
@@ -100,13 +110,24 @@ class RegistrySettings(ServiceSettings):
         allowed_sources(text, any_folder=False)
         return text
 
-    @field_validator("api_url")
+    @field_validator("files")
+    @classmethod
+    def _is_bucket(cls, uri: str) -> str:
+        if uri and not uri.startswith("s3://"):
+            raise ValueError(
+                f"{uri[:200]!r} is no bucket; expected s3://BUCKET/FOLDER, or nothing for data_dir"
+            )
+        if uri:
+            parse(uri)
+        return uri
+
+    @field_validator("api_url", "files_endpoint")
     @classmethod
     def _can_be_asked(cls, url: str | None) -> str | None:
         if url is not None and not _is_address(url):
             shown = "what has a user or a password" if "@" in url else repr(url[:200])
             raise ValueError(
-                f"{shown} is no address of the completions API; expected http:// or https:// with a host, "
+                f"{shown} is no address of a service; expected http:// or https:// with a host, "
                 "such as http://127.0.0.1:8000, without user, password, ? and #"
             )
         return url
@@ -114,6 +135,11 @@ class RegistrySettings(ServiceSettings):
     @property
     def folder(self) -> Path:
         return self.data_dir.expanduser().absolute()
+
+    @property
+    def bucket(self) -> Place | None:
+        """Where adapters' files lie, if not in `folder`."""
+        return parse(self.files) if self.files else None
 
     @property
     def max_upload_bytes(self) -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import ValidationError
 
 from adapter_registry.errors import CannotStartError
 from adapter_registry.export import read_export, write_export
@@ -16,7 +17,9 @@ from adapter_registry.snapshot import Snapshot
 COMMANDS = ("export", "import")
 HINT = (
     "prad registry export FILE writes all that a registry holds, its adapters' files too; "
-    "prad registry import FILE reads that into an empty one, in a folder or a Redis."
+    "prad registry import FILE reads that into an empty one, in a folder or a Redis. "
+    "Adapters' files in a bucket: prad registry --files s3://adapters/prad "
+    "--files-endpoint http://127.0.0.1:9000"
 )
 
 DataDir = Annotated[
@@ -26,6 +29,16 @@ DataDir = Annotated[
 RedisUrl = Annotated[
     str | None,
     typer.Option(help="The registry's redis_url. If left out: PRAD_REGISTRY_REDIS_URL, or no Redis."),
+]
+Files = Annotated[
+    str | None,
+    typer.Option(
+        help="The registry's files, s3://BUCKET/FOLDER. If left out: PRAD_REGISTRY_FILES, or data_dir."
+    ),
+]
+Endpoint = Annotated[
+    str | None,
+    typer.Option(help="The registry's files_endpoint. If left out: PRAD_REGISTRY_FILES_ENDPOINT, or none."),
 ]
 File = Annotated[Path, typer.Argument(metavar="FILE", help="The export, a tar file.", dir_okay=False)]
 
@@ -40,23 +53,35 @@ def run(context: typer.Context) -> None:
 
 
 @_app.command("export")
-def export_command(file: File, data_dir: DataDir = None, redis_url: RedisUrl = None) -> None:
+def export_command(
+    file: File,
+    data_dir: DataDir = None,
+    redis_url: RedisUrl = None,
+    files: Files = None,
+    files_endpoint: Endpoint = None,
+) -> None:
     """Write everything that a registry holds to FILE. One without Redis must be stopped for it."""
-    _require_registry(data_dir, redis_url)
-    with _opened(data_dir, redis_url) as data:
+    settings = _settings(data_dir, redis_url, files, files_endpoint)
+    _require_registry(settings)
+    with _opened(settings) as data:
         print(f"{_said(write_export(data.store, data.files, file))} are in {file}")
 
 
 @_app.command("import")
-def import_command(file: File, data_dir: DataDir = None, redis_url: RedisUrl = None) -> None:
+def import_command(
+    file: File,
+    data_dir: DataDir = None,
+    redis_url: RedisUrl = None,
+    files: Files = None,
+    files_endpoint: Endpoint = None,
+) -> None:
     """Read everything in FILE into an empty registry: versions, routing, history and files."""
-    with _opened(data_dir, redis_url) as data:
+    with _opened(_settings(data_dir, redis_url, files, files_endpoint)) as data:
         print(f"{_said(read_export(data.store, data.files, file))} are in {data.place}")
 
 
-def _require_registry(data_dir: Path | None, redis_url: str | None) -> None:
+def _require_registry(settings: RegistrySettings) -> None:
     """Raises CannotStartError where there is none: opening a folder would make an empty one in it."""
-    settings = _settings(data_dir, redis_url)
     folder = settings.data_dir.expanduser()
     if settings.redis_url is not None or (folder / SQLITE_FILE).is_file():
         return
@@ -65,14 +90,26 @@ def _require_registry(data_dir: Path | None, redis_url: str | None) -> None:
     raise CannotStartError(f"{folder} holds no registry: expected {SQLITE_FILE} in it{hint}")
 
 
-def _settings(data_dir: Path | None, redis_url: str | None) -> RegistrySettings:
-    given: dict[str, Any] = {"data_dir": data_dir, "redis_url": redis_url}
-    return RegistrySettings(**{name: value for name, value in given.items() if value is not None})
+def _settings(
+    data_dir: Path | None, redis_url: str | None, files: str | None, endpoint: str | None
+) -> RegistrySettings:
+    """Raises CannotStartError for what is no bucket or no endpoint."""
+    given: dict[str, Any] = {
+        "data_dir": data_dir,
+        "redis_url": redis_url,
+        "files": files,
+        "files_endpoint": endpoint,
+    }
+    try:
+        return RegistrySettings(**{name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise CannotStartError(f"{problem['loc'][0]}: {problem['msg']}") from error
 
 
 @contextmanager
-def _opened(data_dir: Path | None, redis_url: str | None) -> Iterator[OpenedData]:
-    data = open_data(_settings(data_dir, redis_url))
+def _opened(settings: RegistrySettings) -> Iterator[OpenedData]:
+    data = open_data(settings)
     try:
         yield data
     finally:

@@ -74,6 +74,20 @@ def serve_command(
             "PRAD_REGISTRY_REDIS_URL (unlike flags, no other user can read it), or a file in --data-dir."
         ),
     ] = None,
+    files: Annotated[
+        str | None,
+        typer.Option(
+            help="Bucket that keeps adapters' files, s3://BUCKET/FOLDER, with the environment's credentials "
+            "(AWS_ACCESS_KEY_ID and so on). If left out: PRAD_REGISTRY_FILES, or --data-dir."
+        ),
+    ] = None,
+    files_endpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="URL of the server of that bucket, such as http://127.0.0.1:9000. If left out: "
+            "PRAD_REGISTRY_FILES_ENDPOINT, AWS_ENDPOINT_URL_S3, or AWS."
+        ),
+    ] = None,
     cache_dir: CacheOption = DEFAULT_CACHE,
     dtype: DTypeOption = "bfloat16",
     device: DeviceOption = "cpu",
@@ -130,7 +144,12 @@ def serve_command(
     )
     shared = ["--model", model, "--cache-dir", str(cache_dir), "--dtype", dtype, "--device", device]
     shared += _given({"--threads": threads})
-    registry = {"--port": registry_port, "--redis-url": redis_url}
+    registry = {
+        "--port": registry_port,
+        "--redis-url": redis_url,
+        "--files": files,
+        "--files-endpoint": files_endpoint,
+    }
     decode = {"--port": decode_port, "--metrics-port": decode_metrics_port, "--weights": weights}
     prefill = {
         "--host": host,

@@ -118,6 +118,64 @@ def dripping(begin: bytes) -> Iterator[str]:
             thread.join()
 
 
+class Gate:
+    """A port that leads to a server's: while it is `open`; `closed`, it ends every connection, and `silent`,
+    it takes what is sent and passes nothing on."""
+
+    def __init__(self, url: str) -> None:
+        self._at = url.rpartition(":")[2]
+        self._mode = "open"
+        self._pipes: list[socket.socket] = []
+        gate = self
+
+        class Handler(BaseRequestHandler):
+            def handle(self) -> None:
+                gate._lead(self.request)
+
+        class Server(ThreadingTCPServer):
+            daemon_threads = True
+            block_on_close = False
+
+        self._server = Server(("127.0.0.1", 0), Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
+        self._thread.start()
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def set(self, mode: str) -> None:
+        self._mode = mode
+        self._end()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+        self._end()
+
+    def _end(self) -> None:
+        pipes, self._pipes = self._pipes, []
+        for each in pipes:
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+    def _lead(self, near: socket.socket) -> None:
+        if self._mode == "closed":
+            return
+        with socket.create_connection(("127.0.0.1", int(self._at))) as far, suppress(OSError):
+            self._pipes += [near, far]
+            back = threading.Thread(target=self._pump, args=(far, near), daemon=True)
+            back.start()
+            self._pump(near, far)
+            back.join()
+
+    def _pump(self, source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while piece := source.recv(65536):
+                if self._mode == "open":
+                    target.sendall(piece)
+        with suppress(OSError):
+            target.shutdown(socket.SHUT_RDWR)
+
+
 class ToldServer:
     """Answers on a port of this machine as `answers` says: by path, a status, headers and a body; else 404.
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -20,6 +21,19 @@ from adapter_registry.sqlite_store import SqliteStore
 from adapter_registry.store import Store, StoredAdapter
 from prad.artefact import WEIGHTS, AdapterRecord, BaseModelRef, read_artefact, write_record
 from tests.redis_process import RedisProcess
+from tests.source_servers import s3_server
+
+BUCKET = "s3://adapters/of/prad"
+STORES = ("sqlite+folder", "redis+bucket")
+CONTRACT = ("disk", "lifecycle", "replicas", "routing")
+"""Modules whose tests with a `registry` ask both alike."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    name = metafunc.module.__name__.rpartition("test_registry_")[2]
+    told = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    if name in CONTRACT and "registry" in metafunc.fixturenames and "registry" not in told:
+        metafunc.parametrize("registry", STORES, indirect=True)
 
 
 @dataclass(frozen=True)
@@ -29,7 +43,33 @@ class Running:
     url: str
     http: httpx.Client
     client: RegistryClient
-    data: Path
+    settings: RegistrySettings
+    s3: Any
+
+    @property
+    def data(self) -> Path:
+        """The folder of its files, or of what it keeps beside a bucket."""
+        folder = self.settings.folder
+        return next((folder / "redis").iterdir()) if self.settings.redis_url else folder
+
+    @property
+    def staged(self) -> list[Path]:
+        """What is on its way."""
+        return list((self.data / "staging").iterdir())
+
+    @property
+    def stored(self) -> set[str]:
+        """Digests of the adapters that it keeps; of a bucket also that nothing else is there."""
+        if self.settings.bucket is None:
+            return {path.name for path in (self.data / "artefacts").iterdir()}
+        return {key.split("/")[-3] for key in self.s3.find(BUCKET)}
+
+    @property
+    def files(self) -> set[str]:
+        """Names of all files that it keeps."""
+        if self.settings.bucket is None:
+            return {path.name for path in (self.data / "artefacts").glob("*/*")}
+        return {key.rpartition("/")[2] for key in self.s3.find(BUCKET)}
 
     def push(self, folder: Path, task: str = "support") -> Pushed:
         with ExitStack() as opened:
@@ -49,13 +89,14 @@ class Running:
 
 
 @contextmanager
-def _serving(settings: RegistrySettings) -> Iterator[Running]:
+def _serving(settings: RegistrySettings, s3: Any = None) -> Iterator[Running]:
+    """`s3`: a client of the S3 where its bucket is, if it has one."""
     server = RegistryServer(settings)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
         with httpx.Client(base_url=server.url, timeout=30) as http, RegistryClient(server.url) as client:
-            yield Running(server.url, http, client, settings.folder)
+            yield Running(server.url, http, client, settings, s3)
     finally:
         server.stop()
         thread.join()
@@ -73,11 +114,58 @@ def serving() -> Callable[[RegistrySettings], AbstractContextManager[Running]]:
 
 
 @pytest.fixture
-def registry(data_dir: Path) -> Iterator[Running]:
-    with _serving(
-        RegistrySettings(port=0, data_dir=data_dir, max_upload_mib=1, log_level="warning")
-    ) as running:
+def registry(request: pytest.FixtureRequest, data_dir: Path) -> Iterator[Running]:
+    """By parameter, one of `STORES`."""
+    store, _, files = getattr(request, "param", STORES[0]).partition("+")
+    more, s3 = {}, None
+    if store == "redis":
+        more["redis_url"] = request.getfixturevalue("redis").url
+    if files == "bucket":
+        s3 = request.getfixturevalue("bucket")
+        more["files"] = BUCKET
+    settings = RegistrySettings(port=0, data_dir=data_dir, max_upload_mib=1, log_level="warning", **more)
+    with _serving(settings, s3) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def s3_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with s3_server(tmp_path_factory.mktemp("s3")) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def _s3_client(s3_url: str) -> Any:
+    import s3fs
+
+    known = {"endpoint_url": s3_url, "key": "a", "secret": "b"}
+    return s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False, **known)
+
+
+@pytest.fixture
+def s3(s3_url: str, _s3_client: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """A client of an S3, as whoever stores adapters has one; the environment tells others where that is."""
+    for name, value in {
+        "AWS_ENDPOINT_URL_S3": s3_url,
+        "AWS_ACCESS_KEY_ID": "a",
+        "AWS_SECRET_ACCESS_KEY": "b",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_CONFIG_FILE": str(tmp_path / "none"),
+        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
+    }.items():
+        monkeypatch.setenv(name, value)
+    return _s3_client
+
+
+@pytest.fixture
+def bucket(s3: Any) -> Iterator[Any]:
+    """The same client; the bucket of `BUCKET` is there, and empty."""
+    s3.call_s3("create_bucket", Bucket="adapters")
+    yield s3
+    if s3.find("adapters"):
+        s3.rm("adapters", recursive=True)
+    else:
+        s3.call_s3("delete_bucket", Bucket="adapters")
 
 
 @pytest.fixture

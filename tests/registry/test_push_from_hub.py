@@ -61,8 +61,8 @@ def tell(hub, folder, where="", revision="main", repository="org/support"):
 
 def nothing_is_left(registry):
     assert registry.client.state().revision == 0
-    assert list((registry.data / "artefacts").iterdir()) == []
-    assert list((registry.data / "staging").iterdir()) == []
+    assert registry.stored == set()
+    assert registry.staged == []
 
 
 def test_a_repository_at_its_commit(hub, start, adapter):

@@ -82,8 +82,8 @@ def running(data_dir, serving):
 
 def nothing_is_left(registry):
     assert registry.client.state().revision == 0
-    assert list((registry.data / "artefacts").iterdir()) == []
-    assert list((registry.data / "staging").iterdir()) == []
+    assert registry.stored == set()
+    assert registry.staged == []
 
 
 def test_by_tag_and_by_digest(tmp_path, running, files):

@@ -14,33 +14,14 @@ from adapter_registry.errors import (
 from adapter_registry.settings import RegistrySettings
 from adapter_registry.sources import buckets
 from adapter_registry.sources.arrival import Promised
-from tests.source_servers import free_port, s3_server
-
-
-@pytest.fixture(scope="module")
-def s3_url(tmp_path_factory):
-    with s3_server(tmp_path_factory.mktemp("s3")) as url:
-        yield url
+from tests.source_servers import free_port
 
 
 @pytest.fixture
-def s3(s3_url, monkeypatch, tmp_path):
-    """A client of the same S3, as whoever stores adapters has one."""
-    for name, value in {
-        "AWS_ENDPOINT_URL_S3": s3_url,
-        "AWS_ACCESS_KEY_ID": "a",
-        "AWS_SECRET_ACCESS_KEY": "b",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_CONFIG_FILE": str(tmp_path / "none"),
-        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
-    }.items():
-        monkeypatch.setenv(name, value)
-    import s3fs
-
-    store = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
-    store.call_s3("create_bucket", Bucket="models")
-    yield store
-    store.rm("models", recursive=True)
+def s3(s3):
+    s3.call_s3("create_bucket", Bucket="models")
+    yield s3
+    s3.rm("models", recursive=True)
 
 
 @pytest.fixture
@@ -59,8 +40,8 @@ def put(s3, folder, where):
 
 def nothing_is_left(registry):
     assert registry.client.state().revision == 0
-    assert list((registry.data / "artefacts").iterdir()) == []
-    assert list((registry.data / "staging").iterdir()) == []
+    assert registry.stored == set()
+    assert registry.staged == []
 
 
 def test_a_folder_of_a_bucket(s3, registry, adapter):

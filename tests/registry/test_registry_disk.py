@@ -21,10 +21,17 @@ from adapter_registry.sources import arrival
 from adapter_registry.sqlite_store import SqliteStore
 from adapter_registry.store import Idle
 from prad.artefact import files_digest, read_artefact
+from tests.registry.conftest import BUCKET
+
+FOLDER = pytest.mark.parametrize("registry", ["sqlite+folder"], indirect=True)
 
 
-def stored(registry):
-    return {path.name for path in (registry.data / "artefacts").iterdir()}
+@pytest.fixture(params=["folder", "bucket"])
+def place(request):
+    """Settings of where the files lie, and a client of an S3 if it is one."""
+    if request.param == "folder":
+        return {}, None
+    return {"files": BUCKET}, request.getfixturevalue("bucket")
 
 
 def settings(data_dir, **more):
@@ -37,7 +44,7 @@ def test_what_is_deleted_leaves_the_disk_and_its_record_stays(registry, adapter)
         registry.client.delete("support", 1)
     registry.client.retire("support", 1)
     record = registry.client.delete("support", 1)
-    assert (record.state, stored(registry), list((registry.data / "staging").iterdir())) == (
+    assert (record.state, registry.stored, registry.staged) == (
         "deleted",
         set(),
         [],
@@ -47,23 +54,23 @@ def test_what_is_deleted_leaves_the_disk_and_its_record_stays(registry, adapter)
         registry.client.pull("support", 1, registry.data / "back")
     assert registry.client.delete("support", 1).state == "deleted", "once more is no mistake"
     again = registry.push(adapter(1))
-    assert (again.version, again.created, stored(registry)) == (2, True, {again.digest})
+    assert (again.version, again.created, registry.stored) == (2, True, {again.digest})
 
 
 def test_a_version_that_fails_its_probe_may_be_deleted_at_once(registry, adapter):
     registry.push(adapter(1))
     registry.probe("support@1", ok=False, reason="too wide")
     record = registry.client.delete("support", 1)
-    assert (record.state, record.reason, stored(registry)) == ("deleted", "too wide", set())
+    assert (record.state, record.reason, registry.stored) == ("deleted", "too wide", set())
 
 
 def test_files_that_another_version_has_stay(registry, adapter):
     digest = registry.push(adapter(1), "a").digest
     registry.push(adapter(1), "b")
     registry.client.delete("a", 1)
-    assert stored(registry) == {digest}
+    assert registry.stored == {digest}
     registry.client.delete("b", 1)
-    assert stored(registry) == set()
+    assert registry.stored == set()
 
 
 def test_a_retired_version_comes_back_through_a_probe(registry, adapter):
@@ -88,8 +95,8 @@ def test_lists_leave_out_what_failed_unless_asked(registry, adapter):
     assert len(registry.client.state().tasks) == 2, "who follows sees everything"
 
 
-def test_retired_versions_are_bounded_the_longest_retired_goes_first(data_dir, serving, adapter):
-    with serving(settings(data_dir, retired_mib=1)) as registry:
+def test_retired_versions_are_bounded_the_longest_retired_goes_first(data_dir, serving, adapter, place):
+    with serving(settings(data_dir, retired_mib=1, **place[0]), place[1]) as registry:
         sizes = 40_000  # x 16 bytes: one fits into a MiB, two do not
         for seed in (1, 2, 3):
             registry.verified(adapter(seed, values=sizes))
@@ -98,15 +105,15 @@ def test_retired_versions_are_bounded_the_longest_retired_goes_first(data_dir, s
             registry.client.retire("support", version)
         states = [v.state for v in registry.client.task("support").versions]
         assert states == ["retired", "deleted", "routable"]
-        assert len(stored(registry)) == 2
+        assert len(registry.stored) == 2
         assert registry.client.version("support", 2).history[-1].reason == "made room for others"
-    with serving(settings(data_dir, retired_mib=0)) as registry:
+    with serving(settings(data_dir, retired_mib=0, **place[0]), place[1]) as registry:
         assert [v.state for v in registry.client.task("support").versions] == [
             "deleted",
             "deleted",
             "routable",
         ]
-        assert len(stored(registry)) == 1
+        assert len(registry.stored) == 1
         registry.push(adapter(4))
         record = registry.probe("support@4", ok=False, reason="too wide").json()
         assert record["reason"] == "too wide"
@@ -130,6 +137,11 @@ def test_files_are_fetched_back(registry, adapter, tmp_path):
     assert list(back.parent.iterdir()) == [back]
     with pytest.raises(FolderInUseError, match="not an empty folder"):
         registry.client.pull("support", 1, back)
+
+
+@FOLDER
+def test_damaged_files_are_not_fetched_back(registry, adapter, tmp_path):
+    pushed = registry.push(adapter(1))
     weights = registry.data / "artefacts" / pushed.digest / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(DigestMismatchError):
@@ -141,10 +153,17 @@ def full(*_, **__):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize(
-    ("where", "name"), [(arrival.Arrival, "_new"), (shutil, "copyfileobj"), (artefacts, "_flush")]
-)
+@pytest.mark.parametrize(("where", "name"), [(arrival.Arrival, "_new"), (shutil, "copyfileobj")])
 def test_a_full_disk_is_said(registry, adapter, monkeypatch, where, name):
+    refuses_full(registry, adapter, monkeypatch, where, name)
+
+
+@FOLDER
+def test_a_full_disk_is_said_as_files_are_flushed(registry, adapter, monkeypatch):
+    refuses_full(registry, adapter, monkeypatch, artefacts, "_flush")
+
+
+def refuses_full(registry, adapter, monkeypatch, where, name):
     folder = adapter(1)
     files = [("files", (p.name, p.read_bytes())) for p in folder.iterdir()]
     sending = {"json": {"path": str(folder)}} if name == "_new" else {"files": files}
@@ -153,11 +172,12 @@ def test_a_full_disk_is_said(registry, adapter, monkeypatch, where, name):
         response = registry.http.post("/v1/tasks/support/versions", **sending)
     assert (response.status_code, response.json()["error"]["code"]) == (507, "storage_full")
     assert "disk is full" in response.json()["error"]["message"]
-    assert (stored(registry), registry.client.state().revision) == (set(), 0)
-    assert list((registry.data / "staging").iterdir()) == []
+    assert (registry.stored, registry.client.state().revision) == (set(), 0)
+    assert registry.staged == []
     assert registry.push(folder).created, "with room again it works again"
 
 
+@FOLDER
 def test_a_full_disk_is_said_by_the_database_too(registry, adapter, monkeypatch):
     def no_room(*_, **__):
         error = sqlite3.OperationalError("database or disk is full")

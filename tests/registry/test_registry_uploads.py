@@ -21,8 +21,8 @@ def refused(registry, response: httpx.Response, status: int, code: str, says: st
     assert error["code"] == code
     assert says in error["message"]
     assert registry.client.state().revision == 0
-    assert list((registry.data / "artefacts").iterdir()) == []
-    assert list((registry.data / "staging").iterdir()) == []
+    assert registry.stored == set()
+    assert registry.staged == []
 
 
 def upload(registry, parts, task="support"):
@@ -61,8 +61,7 @@ def test_other_file_names(registry, files, name):
     response = upload(registry, [*files.items(), (name, b"x")])
     assert response.status_code == 400
     assert registry.client.state().revision == 0
-    assert not (registry.data / "artefacts" / "prad.json").exists()
-    assert list((registry.data / "staging").iterdir()) == []
+    assert (registry.stored, registry.staged) == (set(), [])
 
 
 def test_a_file_twice(registry, files):
@@ -130,8 +129,8 @@ def test_from_a_local_folder(registry, adapter):
     (folder / "notes.txt").write_text("stays where it is", encoding="utf-8")
     response = registry.http.post(PUSH, json={"path": str(folder)})
     assert response.status_code == 201
-    stored = registry.data / "artefacts" / response.json()["digest"]
-    assert {path.name for path in stored.iterdir()} == {"prad.json", "adapter_model.safetensors"}
+    assert registry.stored == {response.json()["digest"]}
+    assert registry.files == {"prad.json", "adapter_model.safetensors"}
 
 
 def test_bad_local_folders(registry, adapter, tmp_path):

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from typer.testing import CliRunner
 
-from adapter_registry.artefacts import ArtefactFolder
 from adapter_registry.errors import AdapterRefusedError
+from adapter_registry.staging import check
 from prad.adapters import AdapterError, find_method, load_adapter, new_adapter, placeholders
 from prad.artefact import AdapterRecord, NotServableError, read_artefact, read_record, read_servable
 from prad.core.search import Limits
@@ -110,9 +110,8 @@ def test_what_acts_on_all_positions_is_refused_by_name(
         load_adapter(artefact, model)
     with pytest.raises(NotServableError, match=reason):
         read_servable(artefact.folder)
-    folder = ArtefactFolder(tmp_path / "registry")
     with pytest.raises(AdapterRefusedError, match=reason):
-        folder.check(artefact.folder)
+        check(artefact.folder)
     pushed = CliRunner().invoke(app, ["adapter", "push", str(artefact.folder), "--task", "x"])
     assert pushed.exit_code == 1
     assert "evaluated but not served" in pushed.stderr
