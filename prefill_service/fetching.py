@@ -2,7 +2,7 @@
 
 wanted later    the background: what the registry named when this service began to follow it
 wanted soon     what is new since then
-waited for      what a request names: before all others, in places that the background leaves free
+waited for      what a request names: before all others, in places that those leave free
 """
 
 import asyncio
@@ -19,9 +19,6 @@ from prefill_service.errors import NotReadyError, OverloadedError
 
 logger = logging.getLogger(__name__)
 
-_AT_ONCE, _IN_THE_BACKGROUND = 8, 4
-"""Adapters that are fetched at once; of them, those that nobody waits for."""
-
 Get = Callable[[str, int, str], Awaitable[Artefact]]
 
 
@@ -31,6 +28,10 @@ class Turn(IntEnum):
     WAITED_FOR = 0
     SOON = 1
     LATER = 2
+
+
+AT_ONCE = {Turn.WAITED_FOR: 8, Turn.SOON: 6, Turn.LATER: 4}
+"""How many may be fetched at once when one begins: places are left free for those before it."""
 
 
 class Fetch:
@@ -156,9 +157,8 @@ class Fetches:
     def _next(self) -> Fetch | None:
         """Who is fetched now. While the registry is away only what a request asks for is tried."""
         for turn, queue in self._queues.items():
-            waited_for = turn is Turn.WAITED_FOR
-            room = _AT_ONCE if waited_for else _IN_THE_BACKGROUND
-            if queue and len(self._running) < room and (waited_for or not self._away):
+            may = turn is Turn.WAITED_FOR or not self._away
+            if queue and may and len(self._running) < AT_ONCE[turn]:
                 return queue.popitem(last=False)[0]
         return None
 

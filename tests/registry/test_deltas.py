@@ -109,7 +109,7 @@ def test_nor_are_they_in_redis(redis: RedisProcess, stored_adapter: Adapter) -> 
     known = store.state()
     raw.flushall()
     for key, value in backup.items():
-        raw.restore(key, 0, value)
+        raw.restore(key, 0, value or b"")
     others_in_their_place(store, known.revision)
     assert store.changed(known.revision, known.mark) is None
     latest = store.state()
@@ -135,7 +135,7 @@ def test_over_http_by_the_mark_alone(registry: Running, adapter: Callable[..., P
         registry.push(adapter(ord(task)), task)
     known = client.state()
 
-    def ask(**asked: object) -> RoutingState:
+    def ask(**asked: int | str) -> RoutingState:
         reply = registry.http.get("/v1/changes", params={"wait": 0, **asked})
         return RoutingState.model_validate_json(reply.content)
 
