@@ -98,6 +98,8 @@ class RegistryFollower:
             raise RegistryError("the registry tells keys to those alone who show its replica secret")
         self._keys.replace(state.keys)  # before what takes long: a key that is revoked ends at once
         self._fetches.go_on()
+        if self._state is not None and state.revision < self._state.revision:
+            self._in_force = 0  # of a history that is gone
         await self._adopt(state, told)
         await self._verify_one(state)
         await self._warm(state)
