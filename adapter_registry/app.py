@@ -1,5 +1,6 @@
 """The registry's HTTP API: every route in one place, most of them one line of `Registry`."""
 
+import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
@@ -32,9 +33,11 @@ from adapter_registry.parameters import (
     VERSION,
     Alias,
     Everything,
+    Fetching,
     FileName,
     InForce,
     Latest,
+    Mark,
     Number,
     ReplicaName,
     Revision,
@@ -104,19 +107,25 @@ def create_app(registry: Registry, settings: RegistrySettings, secrets: Secrets)
     return app
 
 
+async def _all(state: RoutingState) -> Response:
+    """Written off the loop, where a thousand tasks would keep everybody waiting."""
+    body = await asyncio.to_thread(state.model_dump_json)
+    return Response(body, media_type="application/json")
+
+
 def _reading(registry: Registry, guard: Guard) -> APIRouter:
     router = APIRouter()
 
-    @router.get("/state")
-    async def state(request: Request) -> RoutingState:
+    @router.get("/state", response_model=RoutingState)
+    async def state(request: Request) -> Response:
         """All that routing needs: every version of every task, at one revision."""
-        return await guard.redacted(request, await registry.state())
+        return await _all(await guard.redacted(request, await registry.state()))
 
-    @router.get("/tasks")
-    async def tasks(everything: Everything = False) -> RoutingState:
+    @router.get("/tasks", response_model=RoutingState)
+    async def tasks(everything: Everything = False) -> Response:
         """Tasks and their versions, without failed and deleted ones unless `all` is asked for."""
         state = (await registry.state()).model_copy(update={"keys": None})
-        return state if everything else state.listed()
+        return await _all(state if everything else state.listed())
 
     @router.get("/tasks/{task}", responses=_NO_TASK)
     async def task(task: Task, response: Response) -> TaskRoute:
@@ -158,21 +167,27 @@ def _following(registry: Registry, settings: RegistrySettings, guard: Guard) -> 
         after: Revision,
         wait: Seconds = 20.0,
         replica: ReplicaName = "",
+        mark: Mark = "",
         in_force: InForce = None,
+        fetching: Fetching = 0,
         trouble: Troubles = (),
-    ) -> RoutingState | Response:
-        """The state as soon as its revision is not `after`.
+    ) -> Response:
+        """The state as soon as its revision is not `after`; with the `mark` that came with that one, only
+        what changed since, if the registry knows: then the answer says `since` which revision.
 
-        A `replica` says by which revision it routes new requests, `in_force` (as a rule `after`), and in each
-        `trouble` what it cannot have, and why.
+        A `replica` says by which revision it routes new requests, `in_force` (as a rule `after`), how many
+        adapters are on their way to it, and in each `trouble` what it cannot have, and why.
         """
         if replica:
             await guard.require(request, Role.REPLICA)
         address = request.client.host if request.client is not None else ""
-        follower = Follower(replica, address, after if in_force is None else in_force, tuple(trouble))
-        waiting = registry.changes(after, min(wait, settings.max_wait_seconds), follower)
+        force = after if in_force is None else in_force
+        follower = Follower(replica, address, force, tuple(trouble), fetching)
+        waiting = registry.changes(after, min(wait, settings.max_wait_seconds), follower, mark)
         state = await unless_gone(request, waiting)
-        return Response(status_code=204) if state is None else await guard.redacted(request, state)
+        return (
+            Response(status_code=204) if state is None else await _all(await guard.redacted(request, state))
+        )
 
     @router.get("/replicas")
     async def replicas(revision: Revision = 0, wait: Seconds = 0.0) -> ReplicaList:

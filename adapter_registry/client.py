@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 from adapter_registry import arrivals, client_calls
 from adapter_registry.cache import DEFAULT_CACHE_BYTES, AdapterCache
-from adapter_registry.client_calls import Call
+from adapter_registry.client_calls import Call, Progress
 from adapter_registry.errors import RegistryUnreachableError
 from adapter_registry.keys import ChangedKey, KeyRecord, NewKey
 from adapter_registry.messages import (
@@ -87,18 +87,17 @@ class AsyncRegistryClient:
         after: int,
         wait: float = DEFAULT_WAIT,
         *,
-        in_force: int | None = None,
-        troubles: Sequence[str] = (),
+        mark: str = "",
+        progress: Progress | None = None,
     ) -> RoutingState | None:
         """The state as soon as its revision is not `after`; None if it still is after `wait` seconds.
 
-        Tells operators that new requests here are routed by revision `in_force` (None: by `after`), so ask
-        only once they are; and of `troubles`, what cannot be had here and why. The server may answer sooner
-        than `wait`, also with None.
+        With the `mark` of the state at `after`, only what changed since, if the registry knows that (see
+        `RoutingState.since`). Tells operators of the `progress` here (None: new requests are routed by
+        `after`), so ask only once that is true. The server may answer sooner than `wait`, also with None.
         Raises TooManyWaitersError, NotAReplicaError.
         """
-        force = after if in_force is None else in_force
-        call = client_calls.changes(after, wait, self._replica, force, troubles)
+        call = client_calls.changes(after, wait, self._replica, progress or Progress(after), mark)
         response = await self._exchange(call)
         return None if response.status_code == httpx.codes.NO_CONTENT else call.read(response)
 
@@ -235,7 +234,7 @@ class RegistryClient:
 
     def changes(self, after: int, wait: float = DEFAULT_WAIT) -> RoutingState | None:
         """As `AsyncRegistryClient.changes`, but without being counted as a replica."""
-        call = client_calls.changes(after, wait, "", after)
+        call = client_calls.changes(after, wait, "", Progress(after))
         response = self._exchange(call)
         return None if response.status_code == httpx.codes.NO_CONTENT else call.read(response)
 

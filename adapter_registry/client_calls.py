@@ -98,11 +98,20 @@ def tasks(*, everything: bool) -> Call[RoutingState]:
     return Call("GET", "/v1/tasks", RoutingState, {"all": everything})
 
 
-def changes(
-    after: int, wait: float, replica: str, in_force: int, troubles: Sequence[str] = ()
-) -> Call[RoutingState]:
-    params: dict[str, Any] = {"after": after, "wait": wait, "replica": replica, "in_force": in_force}
-    params["trouble"] = [trouble[:MOST_CHARACTERS] for trouble in troubles[:MOST_TROUBLES]]
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a replica is: the revision by which it routes new requests, adapters that are on their way to
+    it, what it cannot have and why."""
+
+    in_force: int
+    fetching: int = 0
+    troubles: Sequence[str] = ()
+
+
+def changes(after: int, wait: float, replica: str, progress: Progress, mark: str = "") -> Call[RoutingState]:
+    params: dict[str, Any] = {"after": after, "wait": wait, "replica": replica, "mark": mark}
+    params |= {"in_force": progress.in_force, "fetching": progress.fetching}
+    params["trouble"] = [trouble[:MOST_CHARACTERS] for trouble in progress.troubles[:MOST_TROUBLES]]
     return Call("GET", "/v1/changes", RoutingState, params, wait=wait)
 
 

@@ -190,11 +190,37 @@ class TaskRoute(_Answer):
 
 class RoutingState(_Answer):
     """Everything routing needs, at one revision; `keys`: all API keys, told to prefill services alone; None:
-    not told."""
+    not told.
+
+    `mark`: of the last change, by which a replica shows that it knows that one, and is then told only what
+    changed since. `since`: the revision that this goes on from: `tasks` are those that changed since, and
+    `same_keys` says that no key did; None: this is all.
+    """
 
     revision: int
     tasks: tuple[TaskRoute, ...]
     keys: tuple[StoredKey, ...] | None = ()
+    mark: str = ""
+    since: int | None = None
+    same_keys: bool = False
+
+    def unchanged(self) -> "RoutingState":
+        """What is told of it while nothing changes."""
+        none = {"tasks": (), "keys": None, "since": self.revision, "same_keys": True}
+        return self.model_copy(update=none)
+
+    def on(self, known: "RoutingState") -> "RoutingState":
+        """All there is, where `known` is all there was at the revision that this goes on from."""
+        if self.since is None:
+            return self
+        tasks = {task.task: task for task in (*known.tasks, *self.tasks)}
+        update = {
+            "tasks": tuple(tasks[name] for name in sorted(tasks)),
+            "keys": known.keys if self.same_keys else self.keys,
+            "since": None,
+            "same_keys": False,
+        }
+        return self.model_copy(update=update)
 
     def listed(self) -> "RoutingState":
         """Without failed and deleted versions, and tasks that have no others."""
@@ -298,9 +324,9 @@ class ReplicaState(StrEnum):
     ANNOUNCED = "announced"
     """It follows, and has not been told yet."""
     LOADING = "loading"
-    """It was told, and fetches or probes what that names."""
+    """It was told, and fetches or probes what that names; or it routes by it, and adapters are under way."""
     READY = "ready"
-    """It routes new requests by it."""
+    """It routes new requests by it, and every adapter is there."""
     FAILED = "failed"
     """It cannot have something that is named: `troubles` say what, and why; it goes on with what it has."""
     AWAY = "away"
@@ -310,19 +336,22 @@ class ReplicaState(StrEnum):
 class Replica(_Answer):
     """A prefill replica that follows the changes. `connected`: it waits now, or did a moment ago.
 
-    `revision`: the one in force there; None if it has not asked for changes yet.
+    `revision`: the one in force there; None if it has not asked for changes yet. `fetching`: adapters that
+    are still on their way there; one that a request names comes first.
     """
 
     name: str
     connected: bool
     state: ReplicaState
     revision: int | None = None
+    fetching: int = 0
     troubles: tuple[str, ...] = ()
     last_seen: str
 
 
 class ReplicaList(_Answer):
-    """`pending`: the connected ones where the revision that was asked for is not in force yet."""
+    """`pending`: the connected ones where the revision that was asked for is not in force yet, or adapters
+    are still on their way."""
 
     replicas: tuple[Replica, ...]
     pending: tuple[str, ...] = ()

@@ -21,6 +21,11 @@ InForce = Annotated[
     int | None, Query(ge=-(2**63), lt=2**63, description="By which the replica routes; if absent, by `after`")
 ]
 Seconds = Annotated[float, Query(ge=0, description="To wait for it, at most; max_wait_seconds bounds it")]
+Mark = Annotated[
+    str,
+    Query(max_length=64, description="That came with this revision: what changed since is enough, then"),
+]
+Fetching = Annotated[int, Query(ge=0, lt=2**31, description="Adapters on their way to the replica")]
 ReplicaName = Annotated[str, Query(max_length=256, description="Which replica asks, if one does")]
 Troubles = Annotated[
     Sequence[Annotated[str, Field(max_length=MOST_CHARACTERS)]],

@@ -11,7 +11,8 @@ from typing import Any
 from adapter_registry.changes import ChangeFeed
 from adapter_registry.errors import StoreUnavailableError
 from adapter_registry.redis_server import REGISTRY, answering, check
-from adapter_registry.redis_store import CHANGES, RedisStore
+from adapter_registry.redis_store import RedisStore
+from adapter_registry.redis_stream import CHANGES
 
 logger = logging.getLogger(__name__)
 

@@ -21,9 +21,9 @@ from pydantic import BaseModel
 from redis.client import Pipeline
 from redis.exceptions import WatchError
 
-from adapter_registry import redis_server
+from adapter_registry import redis_server, redis_stream
 from adapter_registry.errors import StoreUnavailableError, VersionNotFoundError
-from adapter_registry.keys import NewKey, StoredKey, in_order, issued, of_the_api, revoked
+from adapter_registry.keys import NewKey, StoredKey, issued, of_the_api, revoked
 from adapter_registry.messages import HistoryLine, LoggedLine, RoutingState, TaskRoute, VersionRecord
 from adapter_registry.planning import Move, Past, Wanted, plan
 from adapter_registry.redis_records import (
@@ -39,6 +39,7 @@ from adapter_registry.redis_records import (
 )
 from adapter_registry.redis_schema import ADAPTERS, KEYS, TASKS, history_key, migrate
 from adapter_registry.redis_server import REGISTRY, answering
+from adapter_registry.redis_stream import CHANGES, add_line, read_head
 from adapter_registry.routing import Routing
 from adapter_registry.snapshot import Snapshot, require_empty, snapshot
 from adapter_registry.sqlite_rows import no_task
@@ -51,10 +52,6 @@ M = TypeVar("M", bound=BaseModel)
 
 Work = Callable[[StoredTask | None, int, Past], tuple[StoredTask, list[HistoryLine], T]]
 """Of a task, the revision and its routings: what becomes of it, its lines of history, the answer."""
-
-CHANGES = "{prad}:changes"
-KEPT_CHANGES = 10_000
-"""Roughly; who was away for longer reads the whole state, as everybody does who starts."""
 
 _MORE = 16
 """Lines that a list may get between the moment in which it is known which are wanted, and that of reading."""
@@ -109,13 +106,17 @@ class RedisStore:
             return redis_server.revision(self._redis, self.identity)
 
     def state(self) -> RoutingState:
-        revision, tasks, keys = self._tasks(TaskRoute)
-        return RoutingState(revision=revision, tasks=tuple(tasks), keys=of_the_api(keys))
+        revision, tasks, keys, mark = self._tasks(TaskRoute)
+        return RoutingState(revision=revision, tasks=tuple(tasks), keys=of_the_api(keys), mark=mark)
+
+    def changed(self, after: int, mark: str) -> RoutingState | None:
+        with answering(self.address):
+            return redis_stream.changed(self._redis, self.identity, after, mark)
 
     def task(self, task: str) -> TaskRoute:
         with answering(self.address):
             with self._redis.pipeline() as pipe:
-                _read_head(pipe)
+                read_head(pipe)
                 pipe.hget(TASKS, task)
                 head, text = pipe.execute()
             redis_server.check(head, self.identity)
@@ -126,7 +127,7 @@ class RedisStore:
     def version(self, task: str, version: int) -> VersionRecord:
         with answering(self.address):
             with self._redis.pipeline() as pipe:
-                _read_head(pipe)
+                read_head(pipe)
                 pipe.hget(TASKS, task)
                 pipe.lrange(history_key(task, version), 0, -1)
                 head, text, lines = pipe.execute()
@@ -142,7 +143,7 @@ class RedisStore:
         known: StoredTask | None = None
         for _ in range(_READINGS):
             with answering(self.address), self._redis.pipeline() as pipe:
-                _read_head(pipe)
+                read_head(pipe)
                 pipe.hget(TASKS, task)
                 _ask_lines(pipe, known, latest)
                 head, text, *lists = pipe.execute()
@@ -156,7 +157,7 @@ class RedisStore:
     def log(self, latest: int) -> tuple[LoggedLine, ...]:
         with answering(self.address):
             with self._redis.pipeline() as pipe:
-                _read_head(pipe)
+                read_head(pipe)
                 pipe.xrevrange(CHANGES, count=latest)
                 head, changes = pipe.execute()
             redis_server.check(head, self.identity)
@@ -188,18 +189,18 @@ class RedisStore:
     def keys(self) -> tuple[StoredKey, ...]:
         with answering(self.address):
             with self._redis.pipeline() as pipe:
-                _read_head(pipe)
+                read_head(pipe)
                 pipe.hvals(KEYS)
                 head, found = pipe.execute()
             redis_server.check(head, self.identity)
-        return _keys(found)
+        return redis_stream.keys(found)
 
     def digests(self) -> frozenset[str]:
-        _, tasks, _ = self._tasks(StoredTask)
+        _, tasks, _, _ = self._tasks(StoredTask)
         return frozenset(v.digest for task in tasks for v in task.versions if v.state is not State.DELETED)
 
     def idle(self) -> tuple[Idle, ...]:
-        _, tasks, _ = self._tasks(StoredTask)
+        _, tasks, _, _ = self._tasks(StoredTask)
         versions = [(task.task, version) for task in tasks for version in task.versions]
         gone = (State.RETIRED, State.FAILED, State.DELETED)
         needed = {version.digest for _, version in versions if version.state not in gone}
@@ -213,11 +214,11 @@ class RedisStore:
 
     def dump(self) -> Snapshot:
         while True:
-            revision, tasks, keys = self._tasks(StoredTask)
+            revision, tasks, keys, _ = self._tasks(StoredTask)
             versions = [(task, version) for task in tasks for version in task.versions]
             adapters = self._adapters({version.digest for _, version in versions})
             with answering(self.address), self._redis.pipeline() as pipe:
-                _read_head(pipe)
+                read_head(pipe)
                 for task, version in versions:
                     pipe.lrange(history_key(task.task, version.version), 0, -1)
                 for task in tasks:
@@ -316,9 +317,7 @@ class RedisStore:
                         break
                     pipe.multi()
                     pipe.hset(KEYS, name, after.model_dump_json())
-                    pipe.xadd(
-                        CHANGES, {"key": name}, id=f"{revision}-0", maxlen=KEPT_CHANGES, approximate=True
-                    )
+                    redis_stream.add_key(pipe, after)
                     pipe.hset(REGISTRY, "revision", revision)
                     try:
                         pipe.execute()
@@ -343,16 +342,18 @@ class RedisStore:
 
         return lambda revision: routings().get(revision)
 
-    def _tasks(self, kind: type[M]) -> tuple[int, list[M], tuple[StoredKey, ...]]:
-        """All tasks by name, and all keys, at one revision."""
+    def _tasks(self, kind: type[M]) -> tuple[int, list[M], tuple[StoredKey, ...], str]:
+        """All tasks by name, and all keys, at one revision; and the mark of its change."""
         with answering(self.address):
             with self._redis.pipeline() as pipe:
-                _read_head(pipe)
+                read_head(pipe)
                 pipe.hgetall(TASKS)
                 pipe.hvals(KEYS)
-                head, found, keys = pipe.execute()
+                pipe.xrevrange(CHANGES, count=1)
+                head, found, keys, last = pipe.execute()
             revision = redis_server.check(head, self.identity)
-        return revision, [kind.model_validate_json(found[name]) for name in sorted(found)], _keys(keys)
+        tasks = [kind.model_validate_json(found[name]) for name in sorted(found)]
+        return revision, tasks, redis_stream.keys(keys), redis_stream.mark(last, revision)
 
     def _adapters(self, digests: Iterable[str]) -> Mapping[str, StoredFiles]:
         names = sorted(digests)
@@ -372,19 +373,11 @@ def _news(pipe: Pipeline, adapter: StoredAdapter) -> dict[Any, Any]:
     return {} if text == known else {adapter.digest: text}
 
 
-def _read_head(pipe: Pipeline) -> None:
-    pipe.hmget(REGISTRY, "schema", "id", "revision")
-
-
 def _ask_lines(pipe: Pipeline, task: StoredTask | None, latest: int | None) -> None:
     """Lists of what happened to the task and to each of its versions; `latest`: the last of each only."""
     if task is not None:
         for number in (None, *(version.version for version in task.versions)):
             pipe.lrange(history_key(task.task, number), 0 if latest is None else -latest, -1)
-
-
-def _keys(found: Iterable[str]) -> tuple[StoredKey, ...]:
-    return in_order(map(StoredKey.model_validate_json, found))
 
 
 def _in_order(lists: Iterable[list[str]]) -> tuple[HistoryLine, ...]:
@@ -394,5 +387,4 @@ def _in_order(lists: Iterable[list[str]]) -> tuple[HistoryLine, ...]:
 
 def _write_line(pipe: Pipeline, task: str, line: HistoryLine) -> None:
     pipe.rpush(history_key(task, line.version), line.model_dump_json())
-    change: dict[Any, Any] = {"task": task, "version": line.version or "", "event": line.event.value}
-    pipe.xadd(CHANGES, change, id=f"{line.revision}-0", maxlen=KEPT_CHANGES, approximate=True)
+    add_line(pipe, task, line)

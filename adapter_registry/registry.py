@@ -56,13 +56,14 @@ CHECK_SECONDS = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Follower:
-    """Who asks for changes: a replica's name (empty: an operator), its address, what is in force there, and
-    what it cannot have."""
+    """Who asks for changes: a replica's name (empty: an operator), its address, what is in force there, what
+    it cannot have, and how many adapters are on their way to it."""
 
     replica: str
     address: str
     in_force: int
     troubles: tuple[str, ...] = ()
+    fetching: int = 0
 
 
 class Registry:
@@ -187,7 +188,8 @@ class Registry:
         await self.replicas.wait(revision, self._bounds.wait_seconds)
         pending = tuple(self.replicas.pending(revision))
         replicas = self.replicas.in_force()
-        await self._make_room()
+        if wanted.event is Event.RETIRE:  # nothing else makes files idle
+            await self._make_room()
         return Rerouted(**dict(route), replicas=replicas, pending=pending)
 
     async def warm(self, task: str, version: int, *, by: str) -> Warmed:
@@ -257,8 +259,11 @@ class Registry:
         """Raises TaskNotFoundError, VersionNotFoundError."""
         return await asyncio.to_thread(self._store.version, task, version)
 
-    async def changes(self, after: int, seconds: float, follower: Follower) -> RoutingState | None:
-        """The state as soon as its revision is not `after`; None if it still is.
+    async def changes(
+        self, after: int, seconds: float, follower: Follower, mark: str = ""
+    ) -> RoutingState | None:
+        """The state as soon as its revision is not `after`; None if it still is. With the `mark` of that
+        revision only what changed since, where that can be told.
 
         Raises TooManyWaitersError.
         """
@@ -267,20 +272,30 @@ class Registry:
             follower = replace(follower, address=f"replica {follower.replica}")
         # Later than ours: of a registry whose data are gone.
         in_force = follower.in_force if follower.in_force <= self.feed.revision else 0
-        async with self.replicas.following(follower.replica, in_force, follower.troubles):
-            changed = await self.feed.wait(after, seconds, address=follower.address, known=known)
+        told = (follower.replica, in_force, follower.troubles, follower.fetching)
+        async with self.replicas.following(*told):
+            changed = not await self._was(after, mark)
+            changed = changed or await self.feed.wait(after, seconds, address=follower.address, known=known)
         if not changed:
             return None
-        state = await self.state()
+        state = await asyncio.to_thread(lambda: self._store.changed(after, mark) or self._store.state())
         self.replicas.tell(follower.replica, state.revision)
         return state
 
     async def followers(self, revision: int, seconds: float) -> ReplicaList:
         """The replicas, once `revision` is in force at the connected ones, or `seconds` later."""
-        await self.replicas.wait(revision, seconds)
-        return ReplicaList(
-            replicas=self.replicas.list(self.feed.revision), pending=tuple(self.replicas.pending(revision))
-        )
+        await self.replicas.wait(revision, seconds, fetched=True)
+        pending = self.replicas.pending(revision, fetched=True)
+        return ReplicaList(replicas=self.replicas.list(self.feed.revision), pending=tuple(pending))
+
+    async def _was(self, revision: int, mark: str) -> bool:
+        """Whether the change of that revision, if it is the last one, has the mark: another one took its
+        place where data were lost. True while the store is away, or no mark is known."""
+        if not mark or revision != self.feed.revision:
+            return True
+        with suppress(StoreUnavailableError):
+            return await asyncio.to_thread(self._store.changed, revision, mark) is not None
+        return True
 
     async def file(self, task: str, version: int, name: str) -> Path:
         """Raises NotFoundError, StoredFilesDamagedError, StoreUnavailableError."""

@@ -21,13 +21,15 @@ MAX_REMEMBERED = 1024
 @dataclass(slots=True)
 class _Seen:
     """`follows`: it has asked for changes, not only reported a probe; `revision`: in force there;
-    `announced`: the latest that it was told; `troubles`: what it cannot have, and why."""
+    `announced`: the latest that it was told; `fetching`: adapters on their way to it; `troubles`: what it
+    cannot have, and why."""
 
     at: float = 0.0
     waiting: int = 0
     follows: bool = False
     revision: int = 0
     announced: int = 0
+    fetching: int = 0
     troubles: tuple[str, ...] = ()
     gone: bool = False
 
@@ -43,7 +45,7 @@ class Replicas:
 
     @asynccontextmanager
     async def following(
-        self, name: str, revision: int, troubles: tuple[str, ...] = ()
+        self, name: str, revision: int, troubles: tuple[str, ...] = (), fetching: int = 0
     ) -> AsyncIterator[None]:
         """Held while the replica `name`, where `revision` is in force, waits for changes.
 
@@ -53,7 +55,8 @@ class Replicas:
             yield
             return
         seen = self._touch(name)
-        seen.follows, seen.revision, seen.troubles = True, revision, troubles
+        seen.follows, seen.revision = True, revision
+        seen.troubles, seen.fetching = troubles, fetching
         seen.waiting += 1
         await self._tell()
         try:
@@ -93,15 +96,23 @@ class Replicas:
             if trouble.startswith(prefix)
         }
 
-    def pending(self, revision: int) -> list[str]:
-        """The connected replicas where an earlier revision is in force."""
-        return [name for name, known in self.in_force().items() if known < revision]
+    def pending(self, revision: int, *, fetched: bool = False) -> list[str]:
+        """The connected replicas where an earlier revision is in force; `fetched`: or adapters miss."""
+        return [
+            name
+            for name, known in self.in_force().items()
+            if known < revision or (fetched and self._seen[name].fetching)
+        ]
 
-    async def wait(self, revision: int, seconds: float) -> None:
+    async def wait(self, revision: int, seconds: float, *, fetched: bool = False) -> None:
         """Until `revision` is in force at all connected replicas, at most `seconds`."""
+
+        def there() -> bool:
+            return self._closed or not self.pending(revision, fetched=fetched)
+
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds), self._moved:
-                await self._moved.wait_for(lambda: self._closed or not self.pending(revision))
+                await self._moved.wait_for(there)
 
     async def close(self) -> None:
         """Nobody is waited for any more."""
@@ -117,6 +128,7 @@ class Replicas:
                 state=self._state(seen, latest),
                 troubles=seen.troubles,
                 revision=seen.revision if seen.follows else None,
+                fetching=seen.fetching,
                 last_seen=datetime.fromtimestamp(seen.at, UTC).isoformat(timespec="milliseconds"),
             )
             for name, seen in sorted(self._seen.items())
@@ -128,7 +140,7 @@ class Replicas:
         if seen.troubles:
             return ReplicaState.FAILED
         if seen.follows and seen.revision >= latest:
-            return ReplicaState.READY
+            return ReplicaState.LOADING if seen.fetching else ReplicaState.READY
         return ReplicaState.LOADING if seen.announced >= latest else ReplicaState.ANNOUNCED
 
     def _connected(self, seen: _Seen) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import sqlite3
+from itertools import groupby
 
 from adapter_registry.errors import TaskNotFoundError
 from adapter_registry.keys import StoredKey, in_order
@@ -16,7 +17,7 @@ from adapter_registry.messages import (
 )
 from adapter_registry.planning import TaskView
 from adapter_registry.routing import Routing
-from adapter_registry.store import Idle
+from adapter_registry.store import Idle, key_mark, line_mark
 from adapter_registry.versions import State
 from prad.artefact import AdapterRecord, BaseModelRef
 
@@ -49,6 +50,32 @@ def revision(db: sqlite3.Connection) -> int:
             " (SELECT coalesce(max(revision), 0) FROM keys))"
         ).fetchone()[0]
     )
+
+
+def mark(db: sqlite3.Connection, revision: int) -> str:
+    """Of the change of that revision; empty if it is not known: of a key, later ones take its place."""
+    line = db.execute("SELECT * FROM history WHERE revision = ?", (revision,)).fetchone()
+    if line is not None:
+        return line_mark(line["task"], _line(line))
+    found = db.execute("SELECT key FROM keys WHERE revision = ?", (revision,)).fetchone()
+    return "" if found is None else key_mark(StoredKey.model_validate_json(found[0]))
+
+
+def routes(db: sqlite3.Connection, after: int | None = None) -> list[sqlite3.Row]:
+    """Of all tasks, or of those that changed since a revision."""
+    if after is None:
+        return db.execute(f"{ROUTES} ORDER BY t.task, v.version").fetchall()
+    changed = "WHERE t.task IN (SELECT task FROM history WHERE revision > ?)"
+    return db.execute(f"{ROUTES} {changed} ORDER BY t.task, v.version", (after,)).fetchall()
+
+
+def task_routes(found: list[sqlite3.Row]) -> tuple[TaskRoute, ...]:
+    """By name."""
+    return tuple(task_route(list(group)) for _, group in groupby(found, key=lambda row: row["task"]))
+
+
+def keys_changed(db: sqlite3.Connection, after: int) -> bool:
+    return db.execute("SELECT 1 FROM keys WHERE revision > ?", (after,)).fetchone() is not None
 
 
 def keys(db: sqlite3.Connection) -> tuple[StoredKey, ...]:

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from itertools import groupby
 from pathlib import Path
 
 from adapter_registry import sqlite_rows as rows
@@ -17,7 +16,7 @@ from adapter_registry.messages import HistoryLine, LoggedLine, RoutingState, Tas
 from adapter_registry.planning import Change, Move, TaskView, Wanted, plan
 from adapter_registry.routing import Routing
 from adapter_registry.snapshot import Snapshot, require_empty, snapshot
-from adapter_registry.store import Idle, StoredAdapter, all_signatures, history_line
+from adapter_registry.store import MOST_CHANGES, Idle, StoredAdapter, all_signatures, history_line
 from adapter_registry.versions import Event, State
 
 
@@ -84,10 +83,25 @@ class SqliteStore:
 
     def state(self) -> RoutingState:
         with self._transaction() as db:
-            found = db.execute(f"{rows.ROUTES} ORDER BY t.task, v.version").fetchall()
-            revision, keys = rows.revision(db), rows.keys(db)
-        tasks = (rows.task_route(list(group)) for _, group in groupby(found, key=lambda row: row["task"]))
-        return RoutingState(revision=revision, tasks=tuple(tasks), keys=of_the_api(keys))
+            revision, found, keys = rows.revision(db), rows.routes(db), rows.keys(db)
+            mark = rows.mark(db, revision)
+        tasks = rows.task_routes(found)
+        return RoutingState(revision=revision, tasks=tasks, keys=of_the_api(keys), mark=mark)
+
+    def changed(self, after: int, mark: str) -> RoutingState | None:
+        with self._transaction() as db:
+            revision = rows.revision(db)
+            if not mark or not 0 <= revision - after <= MOST_CHANGES or rows.mark(db, after) != mark:
+                return None
+            same = not rows.keys_changed(db, after)
+            return RoutingState(
+                revision=revision,
+                tasks=rows.task_routes(rows.routes(db, after)),
+                keys=None if same else of_the_api(rows.keys(db)),
+                mark=rows.mark(db, revision),
+                since=after,
+                same_keys=same,
+            )
 
     def task(self, task: str) -> TaskRoute:
         with self._transaction() as db:
@@ -134,8 +148,7 @@ class SqliteStore:
 
     def dump(self) -> Snapshot:
         with self._transaction() as db:
-            found = db.execute(f"{rows.ROUTES} ORDER BY t.task, v.version").fetchall()
-            tasks = [rows.task_route(list(group)) for _, group in groupby(found, key=lambda row: row["task"])]
+            tasks = rows.task_routes(rows.routes(db))
             return snapshot(
                 rows.revision(db),
                 ((task, _versions(db, task), _without_version(db, task)) for task in tasks),

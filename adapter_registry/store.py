@@ -7,6 +7,7 @@ Every method is one transaction, is called from worker threads, and leaves the s
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Protocol
 
 from adapter_registry.keys import NewKey, StoredKey
@@ -23,6 +24,9 @@ from adapter_registry.planning import Change, Wanted
 from adapter_registry.snapshot import Snapshot
 from prad.artefact import AdapterRecord
 from prad.artefact.signatures import MAX_SIGNATURES
+
+MOST_CHANGES = 1000
+"""Who is further behind is told everything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,20 @@ def history_line(change: Change, revision: int, *, at: str, by: str, reason: str
     )
 
 
+def line_mark(task: str, line: HistoryLine) -> str:
+    """Of a change: no other that could have come in its place has the same, after data were lost."""
+    return _mark(task, line.version, line.event.value, line.at, line.by, line.reason)
+
+
+def key_mark(key: StoredKey) -> str:
+    """Likewise, of the last change of a key."""
+    return _mark(key.name, key.sha256, key.created_at, key.revoked_at)
+
+
+def _mark(*parts: object) -> str:
+    return sha256("\0".join(map(str, parts)).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
 def all_signatures(known: Iterable[SignedBy], more: Iterable[SignedBy]) -> tuple[SignedBy, ...]:
     """One by each key, at most `MAX_SIGNATURES`: those with a name first, which an earlier one may get."""
     found: dict[str, SignedBy] = {}
@@ -100,6 +118,11 @@ class Store(Protocol):
     def revision(self) -> int: ...
 
     def state(self) -> RoutingState: ...
+
+    def changed(self, after: int, mark: str) -> RoutingState | None:
+        """What changed since the revision `after`, whose change has that mark. None if there was no such
+        change, data were lost since, or it is more than `MOST_CHANGES` ago: then everything is to be told."""
+        ...
 
     def task(self, task: str) -> TaskRoute:
         """Raises TaskNotFoundError."""

@@ -2,9 +2,12 @@
 
 register   each task's only version pushed, checked, stored, reported as verified: tasks a second
 list       all tasks, as the registry tells them; all that the replica answers
-change     of one routing among them, until it is in force at the replica
+change     of one routing among them, until it is in force at the replica, and the bytes that tell it; beside
+           them those of everything, which a replica is told that is new
 start      of the registry with all of it on disk; of the replica with none of the adapters on its own disk
-           (once: the second store has the same ones), and with all of them
+           (cold; once: the second store has the same ones), and with all of them (warm): until it is ready,
+           then until it has answered for one task whose adapter no request has named, and from its start
+           until every adapter is there
 memory     of both, what they share with nobody; of Redis
 
 A replica of a registry without tasks stands beside them. How long resolving a request's task to its version
@@ -43,16 +46,18 @@ from prefill_service.prompt import TaskVersion
 
 _PUSHING = 4  # at once
 _PATIENCE_S = 600.0
+_LOOK_S = 0.05
 _MIB = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class _Child:
-    """One service of ours, ready after `start_s`."""
+    """One service of ours, ready after `start_s`; `begun`: by the clock of `time.perf_counter`."""
 
     url: str
     start_s: float
     pid: int
+    begun: float
 
     @property
     def memory_mib(self) -> float:
@@ -63,6 +68,20 @@ class _Child:
         with httpx.Client(base_url=self.url, timeout=60, trust_env=False) as http:
             took = [seconds(lambda: http.get(path).raise_for_status())() for _ in range(rounds)]
         return round(1e3 * statistics.median(took), 1)
+
+    def first_answer_ms(self, task: str) -> float:
+        """Of a completion of one token."""
+        body = {"model": task, "prompt": "one", "max_tokens": 1}
+        with httpx.Client(base_url=self.url, timeout=_PATIENCE_S, trust_env=False) as http:
+            took = seconds(lambda: http.post("/v1/completions", json=body).raise_for_status())()
+        return round(1e3 * took, 1)
+
+    def all_there_s(self) -> float:
+        """From its start until it fetches nothing any more."""
+        with httpx.Client(base_url=self.url, timeout=60, trust_env=False) as http:
+            while http.get("/ready").raise_for_status().json()["fetching"]:
+                time.sleep(_LOOK_S)
+        return round(time.perf_counter() - self.begun, 2)
 
 
 class _Fleet:
@@ -103,7 +122,7 @@ class _Fleet:
             stack.start(name, [*arguments, "--port", str(port)])
             stack.wait_until(lambda: answers(f"{url}/ready"), _PATIENCE_S, name)
             took = time.perf_counter() - begun
-            yield _Child(url, round(took, 2), stack.services[0].process.pid)
+            yield _Child(url, round(took, 2), stack.services[0].process.pid, begun)
 
     def has_adapters(self, cache: str) -> bool:
         return (self._root / "caches" / cache / "adapters").exists()
@@ -161,18 +180,41 @@ def _measured(
     with fleet.registry(data, url) as registry:
         row |= {"registry_start_s": registry.start_s, "list_ms": registry.get_ms("/v1/tasks", rounds)}
         with fleet.replica(registry, "all") as replica:
-            row["cold_start_s"] = replica.start_s if cold else None
+            row |= _start("cold", replica, arguments.tasks) if cold else {}
         with fleet.replica(registry, "all") as replica, RegistryClient(registry.url, timeout=60) as client:
+            row |= _start("warm", replica, arguments.tasks)
             row |= {
-                "warm_start_s": replica.start_s,
                 "models_ms": replica.get_ms("/v1/models", rounds),
                 "change_ms": _change_ms(client, rounds),
+                **_bytes_told(client, registry.url),
                 "replica_memory_mib": replica.memory_mib,
                 "registry_memory_mib": registry.memory_mib,
             }
     if redis is not None:
         row["redis_memory_mib"] = round(redis.info("memory")["used_memory"] / _MIB, 1)
     return row
+
+
+def _start(kind: str, replica: _Child, tasks: int) -> dict[str, Any]:
+    """The last task is the last in the background, too."""
+    return {
+        f"{kind}_start_s": replica.start_s,
+        f"{kind}_on_demand_ms": replica.first_answer_ms(_task(tasks - 1)),
+        f"{kind}_all_there_s": replica.all_there_s(),
+    }
+
+
+def _bytes_told(client: RegistryClient, url: str) -> dict[str, int]:
+    """To a replica that knows all but one change, and to one that knows nothing."""
+    known = client.state()
+    client.alias(_task(0), "told", 1)
+    with httpx.Client(base_url=url, timeout=60, trust_env=False) as http:
+
+        def told(mark: str) -> int:
+            asked: dict[str, str | int] = {"after": known.revision, "mark": mark}
+            return len(http.get("/v1/changes", params=asked).raise_for_status().content)
+
+        return {"change_bytes": told(known.mark), "whole_bytes": told("")}
 
 
 def _change_ms(client: RegistryClient, rounds: int) -> float:

@@ -215,7 +215,7 @@ def _push(stack: "Stack", here: "_Here") -> "_Found":
     failed = {} if here.adapters is None else push_all(here.adapters, here.at.registry, token)
     with RegistryClient(here.at.registry, token=token) as client:
         state, keys = client.state(), client.keys()
-        stack.wait_until(lambda: _replicas_ready(client), 60.0, "loading the adapters")
+        stack.wait_until(lambda: _replicas_ready(client, state.revision), 60.0, "loading the adapters")
     tasks = [task.task for task in state.tasks if task.routing.split]
     return _Found(tasks, failed, any(key.role == "complete" for key in keys))
 
@@ -319,10 +319,14 @@ def _given(flags: Mapping[str, Any]) -> list[str]:
     return [part for flag, value in flags.items() if value is not None for part in (flag, str(value))]
 
 
-def _replicas_ready(registry: "RegistryClient") -> bool:
-    """Whether prefill has all that the registry knows, or all that it can have."""
+def _replicas_ready(registry: "RegistryClient", revision: int) -> bool:
+    """Whether prefill has all that the registry knows, or all that it can have; or serves all of it, and
+    fetches what it does not have when that is wanted."""
     connected = [replica for replica in registry.replicas().replicas if replica.connected]
-    return bool(connected) and all(replica.state in ("ready", "failed") for replica in connected)
+    return bool(connected) and all(
+        replica.state in ("ready", "failed") or (replica.fetching and (replica.revision or 0) >= revision)
+        for replica in connected
+    )
 
 
 def _say_where(say: Callable[..., None], here: _Here) -> None:

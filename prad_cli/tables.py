@@ -110,7 +110,8 @@ def show_replicas(revision: int, found: ReplicaList) -> None:
     table = Table("replica", "state", "revision", "last seen", "trouble", box=None, header_style="bold")
     for replica in found.replicas:
         known = "-" if replica.revision is None else str(replica.revision)
-        state = f"[{REPLICA_STYLES[replica.state]}]{replica.state}[/]"
+        left = f" ({replica.fetching:,} adapters to fetch)" if replica.fetching else ""
+        state = f"[{REPLICA_STYLES[replica.state]}]{replica.state}[/]{left}"
         seen = _when(replica.last_seen)
         table.add_row(_literal(replica.name), state, known, seen, _literal("; ".join(replica.troubles)))
     _print_table(table)

@@ -1,20 +1,16 @@
-"""What the registry says, as it is in force here: which version a request gets, and who may ask, how much;
-and which adapters are in memory.
+"""What the registry says, as it is in force here: which version a request gets, and who may ask, how much.
 
-Catalogue and key ring are replaced whole at each change. A version's adapter is loaded when first wanted.
+A version whose adapter is not on this machine's disk yet is fetched before others when a request names it.
 """
 
-import asyncio
-import logging
 import time
-from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from random import random
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from limits import RateLimitItemPerMinute
 from limits.aio.storage import MemoryStorage
@@ -23,11 +19,10 @@ from limits.aio.strategies import FixedWindowRateLimiter
 from adapter_registry.keys import StoredKey
 from adapter_registry.names import PREVIOUS
 from adapter_registry.routing import WHOLE, Routing, drawn
-from prad.artefact import Artefact
 from prefill_service.errors import (
-    InternalError,
     InvalidKeyError,
     InvalidRequestError,
+    NotHereYetError,
     NotReadyError,
     RateLimitedError,
     TaskNotAllowedError,
@@ -35,23 +30,38 @@ from prefill_service.errors import (
 )
 from prefill_service.prompt import TaskVersion
 
-if TYPE_CHECKING:
-    from prad.adapters import Adapter
-
-logger = logging.getLogger(__name__)
-
 AGAIN_S = 5.0
 """After which what cannot be had is tried again."""
-_NOTHING: Mapping[int, str] = MappingProxyType({})
 _UNHEARD = "the adapter registry has not answered yet"
 _NAMED = 8  # tasks that an error message lists
+
+
+class Coming(Protocol):
+    """A version whose adapter is on its way here."""
+
+    @property
+    def number(self) -> int: ...
+
+    @property
+    def digest(self) -> str: ...
+
+    @property
+    def method(self) -> str: ...
+
+    async def here(self) -> None:
+        """Has it fetched before others; returns when it is here. Raises NotReadyError, OverloadedError."""
+        ...
+
+
+_NOTHING: Mapping[int, str] = MappingProxyType({})
+_NONE: Mapping[int, Coming] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
 class TaskVersions:
     """One task: the versions that answer, and what its names mean, of the registry's routing. `shadow`: under
     which requests also run, each with its percent; `missing`: what answers by the registry and cannot be had
-    here, and why."""
+    here, and why; `coming`: what is on its way here."""
 
     versions: Mapping[int, TaskVersion]
     split: Mapping[int, int]
@@ -60,23 +70,34 @@ class TaskVersions:
     default: int | None
     revision: int
     missing: Mapping[int, str]
+    coming: Mapping[int, Coming]
 
     @classmethod
     def of(
-        cls, routing: Routing, versions: Mapping[int, TaskVersion], missing: Mapping[int, str] = _NOTHING
+        cls,
+        routing: Routing,
+        versions: Mapping[int, TaskVersion],
+        missing: Mapping[int, str] = _NOTHING,
+        coming: Mapping[int, Coming] = _NONE,
     ) -> "TaskVersions":
         previous = {} if routing.previous is None else {PREVIOUS: routing.previous}
         aliases = {**routing.aliases, **previous}
         names = (routing.split, aliases, routing.shadow, routing.default)
-        return cls(versions, *names, routing.revision, missing)
+        return cls(versions, *names, routing.revision, missing, coming)
+
+    @property
+    def answers(self) -> Sequence[int]:
+        """The versions that requests may name, those on their way included."""
+        return sorted({*self.versions, *self.coming})
 
     @property
     def aliases_here(self) -> Mapping[str, int]:
-        return {name: meant for name, meant in self.aliases.items() if meant in self.versions}
+        answers = self.answers
+        return {name: meant for name, meant in self.aliases.items() if meant in answers}
 
     def answering(self, task: str) -> str:
         """The names, beside the task's own, by which it answers here: a few, in words."""
-        names = [*map(str, sorted(self.versions)), *sorted(self.aliases_here)]
+        names = [*map(str, self.answers), *sorted(self.aliases_here)]
         return ", ".join(f"{task}@{name}" for name in names[:_NAMED]) or "none"
 
     def meant(self, name: int | str | None, task: str, key: str | None) -> int | None:
@@ -91,7 +112,7 @@ class TaskEntry:
     """One task as `/v1/models` lists it: by its default version. `routed`: what its names mean."""
 
     name: str
-    default: TaskVersion
+    default: TaskVersion | Coming
     routed: TaskVersions
 
 
@@ -102,11 +123,23 @@ class TaskCatalogue:
     def __init__(self, base_name: str) -> None:
         self.base_name = base_name
         self.trouble: str | None = _UNHEARD
-        self._tasks: Mapping[str, TaskVersions] = {}
+        self._tasks: dict[str, TaskVersions] = {}
+
+    @property
+    def fetching(self) -> int:
+        """Versions whose adapters are on their way."""
+        return sum(len(task.coming) for task in self._tasks.values())
 
     def replace(self, tasks: Mapping[str, TaskVersions]) -> None:
         """From now on new requests see `tasks`; running ones keep what they resolved."""
         self._tasks = dict(tasks)
+
+    def update(self, task: str, routed: TaskVersions | None) -> None:
+        """Likewise, of one task; None: there is none of the name any more."""
+        if routed is None:
+            self._tasks.pop(task, None)
+        else:
+            self._tasks[task] = routed
 
     def resolve(
         self, task: str, name: int | str | None, key: str | None = None, asks: "Client | None" = None
@@ -115,11 +148,11 @@ class TaskCatalogue:
 
         `name`: a version's number, or an alias; None: what plain `task` means, for the sticky `key`, or for
         nobody in particular. Raises UnknownModelError whose message lists a few known tasks that who `asks`
-        may use; NotReadyError while the version cannot be had here.
+        may use; NotReadyError while the version cannot be had here, NotHereYetError while it is on its way.
         """
         found = self._tasks.get(task)
         if found is None:
-            names = (n for n, t in self._tasks.items() if t.versions and (asks is None or asks.may_use(n)))
+            names = (n for n, t in self._tasks.items() if t.answers and (asks is None or asks.may_use(n)))
             known = ", ".join(sorted(names)[:_NAMED]) or "none yet"
             raise UnknownModelError(
                 f"there is no task or model '{task}' (tasks: {known}; the plain model: {self.base_name})"
@@ -127,6 +160,8 @@ class TaskCatalogue:
         wanted = found.meant(name, task, key)
         if wanted is not None and wanted in found.versions:
             return found.versions[wanted], found.revision
+        if wanted is not None and (coming := found.coming.get(wanted)) is not None:
+            raise NotHereYetError(f"{task}@{wanted} is on its way here", coming.here)
         answering = f"(it answers as: {found.answering(task)})"
         if wanted is not None and wanted in found.missing:
             raise NotReadyError(
@@ -149,11 +184,12 @@ class TaskCatalogue:
         return None
 
     def tasks(self) -> Sequence[TaskEntry]:
-        return [
-            TaskEntry(name, task.versions[task.default], task)
-            for name, task in sorted(self._tasks.items())
-            if task.default is not None and task.default in task.versions
-        ]
+        found = []
+        for name, task in sorted(self._tasks.items()):
+            if task.default is not None:
+                default = task.versions.get(task.default) or task.coming.get(task.default)
+                found += [] if default is None else [TaskEntry(name, default, task)]
+        return found
 
 
 _HOW_TO_AUTHORIZE = (
@@ -269,131 +305,3 @@ class Client:
             f"too few for this request, which needs {count}",
             retry_after=max(ends - time.time(), 0.0),
         )
-
-
-@dataclass(slots=True)
-class _Resident:
-    """loaded: done once the adapter is in memory; nbytes: what it takes, its file's share until then."""
-
-    loaded: "asyncio.Future[Adapter]"
-    nbytes: int
-    pins: int = 0
-
-
-@dataclass(eq=False, slots=True)
-class _Waiting:
-    """turn: has the resident, pinned, once there is one."""
-
-    artefact: Artefact
-    turn: "asyncio.Future[_Resident]"
-
-
-class Residents:
-    """Adapters in memory: pinned while a prompt needs them, least recently used ones leave first.
-
-    Bounded by `capacity` bytes; one that is larger is alone. Keyed by digest: versions with the same files
-    share one adapter. Who finds no room waits in line, the oldest first. Nobody overtakes, or adapters in
-    steady use would keep it from its room for ever; but those in line who want the same adapter go with it.
-    `itemsize`: bytes of a matrix's number in memory.
-    """
-
-    def __init__(self, load: "Callable[[Artefact], Adapter]", capacity: int, itemsize: int) -> None:
-        self._load = load
-        self._capacity = capacity
-        self._itemsize = itemsize
-        self._residents: OrderedDict[str, _Resident] = OrderedDict()
-        self._line: list[_Waiting] = []
-
-    @property
-    def nbytes(self) -> int:
-        return sum(r.nbytes for r in self._residents.values())
-
-    def __len__(self) -> int:
-        return len(self._residents)
-
-    @asynccontextmanager
-    async def pinned(self, artefact: Artefact) -> "AsyncIterator[Adapter]":
-        """The artefact's adapter, kept in memory inside the `async with`; waits until there is room for it.
-
-        Who holds one must not wait for another. Raises InternalError if the files do not load.
-        """
-        resident = await self._in_turn(artefact)
-        try:
-            yield await asyncio.shield(resident.loaded)
-        finally:
-            self._unpin(resident)
-
-    async def _in_turn(self, artefact: Artefact) -> _Resident:
-        waiting = _Waiting(artefact, asyncio.get_running_loop().create_future())
-        self._line.append(waiting)
-        self._call_up()
-        try:
-            return await asyncio.shield(waiting.turn)
-        except asyncio.CancelledError:  # it leaves; its turn may have come in the same moment
-            if waiting.turn.done():
-                self._unpin(waiting.turn.result())
-            else:
-                self._line.remove(waiting)
-                self._call_up()
-            raise
-
-    def _call_up(self) -> None:
-        """Pins for the first in line as long as there is room, and for all who wait for the same."""
-        while self._line and self._has_room(artefact := self._line[0].artefact):
-            resident = self._residents.get(artefact.digest) or self._start_loading(artefact)
-            self._residents.move_to_end(artefact.digest)
-            line, self._line = self._line, []
-            for waiting in line:
-                if waiting.artefact.digest != artefact.digest:
-                    self._line.append(waiting)
-                else:
-                    resident.pins += 1
-                    waiting.turn.set_result(resident)
-
-    def _unpin(self, resident: _Resident) -> None:
-        resident.pins -= 1
-        self._call_up()
-
-    def _has_room(self, artefact: Artefact) -> bool:
-        """Whether it is in memory, or fits beside what is in use."""
-        if artefact.digest in self._residents:
-            return True
-        in_use = sum(resident.nbytes for resident in self._residents.values() if _in_use(resident))
-        return not in_use or in_use + artefact.nbytes(self._itemsize) <= self._capacity
-
-    def holds(self, artefact: Artefact) -> bool:
-        """Whether it is in memory, or fits there beside all others."""
-        there = artefact.digest in self._residents
-        return there or (not self._line and self.nbytes + artefact.nbytes(self._itemsize) <= self._capacity)
-
-    def _start_loading(self, artefact: Artefact) -> _Resident:
-        nbytes = artefact.nbytes(self._itemsize)
-        self._make_room(nbytes)
-        loading = asyncio.create_task(self._load_one(artefact))
-        resident = self._residents[artefact.digest] = _Resident(loading, nbytes)
-        return resident
-
-    async def _load_one(self, artefact: Artefact) -> "Adapter":
-        try:
-            adapter = await asyncio.to_thread(self._load, artefact)
-        except Exception as error:
-            logger.exception("the adapter %s does not load", artefact.digest)
-            del self._residents[artefact.digest]
-            self._call_up()
-            raise InternalError(f"the adapter {artefact.digest[:12]} does not load: {error}") from error
-        self._residents[artefact.digest].nbytes = adapter.nbytes  # a method may derive more
-        self._make_room(0)
-        asyncio.get_running_loop().call_soon(self._call_up)  # when this is done: who wanted it may have left
-        return adapter
-
-    def _make_room(self, nbytes: int) -> None:
-        """As far as what is in use leaves any."""
-        for digest, resident in list(self._residents.items()):
-            if self.nbytes + nbytes <= self._capacity:
-                return
-            if not _in_use(resident):
-                del self._residents[digest]
-
-
-def _in_use(resident: _Resident) -> bool:
-    return resident.pins > 0 or not resident.loaded.done()

@@ -1,11 +1,13 @@
-"""The engine behind the HTTP face: a request's way from its adapter to its last token.
+"""The engine behind the HTTP face: a request's way from its adapter, brought into memory if it is not there,
+to its last token.
 
 Its prompt goes through `PassLoop` to the first token; later ones come from decode.
 """
 
 import asyncio
+import logging
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import (
     AbstractAsyncContextManager,
@@ -14,13 +16,20 @@ from contextlib import (
     asynccontextmanager,
     nullcontext,
 )
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from prad.artefact import Artefact
 from prad.core.sampling import TokenEvent
 from prefill_service.beams import beam_search
-from prefill_service.catalogue import Residents
 from prefill_service.decode_link import DecodeLink, event_error
-from prefill_service.errors import DeadlineError, DecodeUnavailableError, OverloadedError, ServingError
+from prefill_service.errors import (
+    DeadlineError,
+    DecodeUnavailableError,
+    InternalError,
+    OverloadedError,
+    ServingError,
+)
 from prefill_service.pass_loop import PassLoop
 from prefill_service.prompt import Committing, Decoding, Finished, Flow, Prompt, PromptRequest
 from prefill_service.scheduler import PromptScheduler
@@ -29,6 +38,8 @@ from prefill_service.settings import PrefillSettings
 if TYPE_CHECKING:
     from prad.adapters import Adapter
     from prefill_service.passes import PassRunner
+
+logger = logging.getLogger(__name__)
 
 _ASK_EVERY_S = 2.0
 
@@ -44,7 +55,7 @@ class PrefillEngine:
         scheduler: PromptScheduler,
         passes: "PassRunner",
         link: DecodeLink,
-        residents: Residents,
+        residents: "Residents",
         settings: PrefillSettings,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -243,3 +254,131 @@ class PrefillEngine:
             if isinstance(prompt.state, Committing | Decoding):
                 lost = f"the decode service was lost in mid-stream: {trouble}"
                 self._loop.fail(prompt, DecodeUnavailableError(lost))
+
+
+@dataclass(slots=True)
+class _Resident:
+    """loaded: done once the adapter is in memory; nbytes: what it takes, its file's share until then."""
+
+    loaded: "asyncio.Future[Adapter]"
+    nbytes: int
+    pins: int = 0
+
+
+@dataclass(eq=False, slots=True)
+class _Waiting:
+    """turn: has the resident, pinned, once there is one."""
+
+    artefact: Artefact
+    turn: "asyncio.Future[_Resident]"
+
+
+class Residents:
+    """Adapters in memory: pinned while a prompt needs them, least recently used ones leave first.
+
+    Bounded by `capacity` bytes; one that is larger is alone. Keyed by digest: versions with the same files
+    share one adapter. Who finds no room waits in line, the oldest first. Nobody overtakes, or adapters in
+    steady use would keep it from its room for ever; but those in line who want the same adapter go with it.
+    `itemsize`: bytes of a matrix's number in memory.
+    """
+
+    def __init__(self, load: "Callable[[Artefact], Adapter]", capacity: int, itemsize: int) -> None:
+        self._load = load
+        self._capacity = capacity
+        self._itemsize = itemsize
+        self._residents: OrderedDict[str, _Resident] = OrderedDict()
+        self._line: list[_Waiting] = []
+
+    @property
+    def nbytes(self) -> int:
+        return sum(r.nbytes for r in self._residents.values())
+
+    def __len__(self) -> int:
+        return len(self._residents)
+
+    @asynccontextmanager
+    async def pinned(self, artefact: Artefact) -> "AsyncIterator[Adapter]":
+        """The artefact's adapter, kept in memory inside the `async with`; waits until there is room for it.
+
+        Who holds one must not wait for another. Raises InternalError if the files do not load.
+        """
+        resident = await self._in_turn(artefact)
+        try:
+            yield await asyncio.shield(resident.loaded)
+        finally:
+            self._unpin(resident)
+
+    async def _in_turn(self, artefact: Artefact) -> _Resident:
+        waiting = _Waiting(artefact, asyncio.get_running_loop().create_future())
+        self._line.append(waiting)
+        self._call_up()
+        try:
+            return await asyncio.shield(waiting.turn)
+        except asyncio.CancelledError:  # it leaves; its turn may have come in the same moment
+            if waiting.turn.done():
+                self._unpin(waiting.turn.result())
+            else:
+                self._line.remove(waiting)
+                self._call_up()
+            raise
+
+    def _call_up(self) -> None:
+        """Pins for the first in line as long as there is room, and for all who wait for the same."""
+        while self._line and self._has_room(artefact := self._line[0].artefact):
+            resident = self._residents.get(artefact.digest) or self._start_loading(artefact)
+            self._residents.move_to_end(artefact.digest)
+            line, self._line = self._line, []
+            for waiting in line:
+                if waiting.artefact.digest != artefact.digest:
+                    self._line.append(waiting)
+                else:
+                    resident.pins += 1
+                    waiting.turn.set_result(resident)
+
+    def _unpin(self, resident: _Resident) -> None:
+        resident.pins -= 1
+        self._call_up()
+
+    def _has_room(self, artefact: Artefact) -> bool:
+        """Whether it is in memory, or fits beside what is in use."""
+        if artefact.digest in self._residents:
+            return True
+        in_use = sum(resident.nbytes for resident in self._residents.values() if _in_use(resident))
+        return not in_use or in_use + artefact.nbytes(self._itemsize) <= self._capacity
+
+    def holds(self, artefact: Artefact) -> bool:
+        """Whether it is in memory, or fits there beside all others."""
+        there = artefact.digest in self._residents
+        return there or (not self._line and self.nbytes + artefact.nbytes(self._itemsize) <= self._capacity)
+
+    def _start_loading(self, artefact: Artefact) -> _Resident:
+        nbytes = artefact.nbytes(self._itemsize)
+        self._make_room(nbytes)
+        loading = asyncio.create_task(self._load_one(artefact))
+        resident = self._residents[artefact.digest] = _Resident(loading, nbytes)
+        return resident
+
+    async def _load_one(self, artefact: Artefact) -> "Adapter":
+        try:
+            adapter = await asyncio.to_thread(self._load, artefact)
+        except Exception as error:
+            logger.exception("the adapter %s does not load", artefact.digest)
+            del self._residents[artefact.digest]
+            self._call_up()
+            raise InternalError(f"the adapter {artefact.digest[:12]} does not load: {error}") from error
+        self._residents[artefact.digest].nbytes = adapter.nbytes  # a method may derive more
+        self._make_room(0)
+        asyncio.get_running_loop().call_soon(self._call_up)  # when this is done: who wanted it may have left
+        return adapter
+
+    def _make_room(self, nbytes: int) -> None:
+        """As far as what is in use leaves any."""
+        for digest, resident in list(self._residents.items()):
+            if self.nbytes + nbytes <= self._capacity:
+                return
+            if not _in_use(resident):
+                del self._residents[digest]
+
+
+def _in_use(resident: _Resident) -> bool:
+    return resident.pins > 0 or not resident.loaded.done()

@@ -14,11 +14,13 @@ ServingError
 ├── RateLimitedError            429   rate_limit_exceeded, with Retry-After
 ├── InternalError               500   internal_error; the cause is in the log, under the request's id
 ├── NotReadyError               503   not_ready, with Retry-After
+│   └── NotHereYetError               and is waited for by who can
 ├── TooManyConnectionsError     503   too_many_connections, with Retry-After
 ├── DecodeUnavailableError      503   decode_unavailable, with Retry-After
 └── DeadlineError               504   deadline_exceeded
 """
 
+from collections.abc import Awaitable, Callable
 from typing import ClassVar
 
 from prad.core.errors import PradError
@@ -140,6 +142,14 @@ class NotReadyError(ServingError):
     status = 503
     default_code = "not_ready"
     default_retry_after = 2.0
+
+
+class NotHereYetError(NotReadyError):
+    """`here`: returns when what is named is here; raises NotReadyError, OverloadedError."""
+
+    def __init__(self, message: str, here: Callable[[], Awaitable[None]]) -> None:
+        super().__init__(message)
+        self.here = here
 
 
 class TooManyConnectionsError(ServingError):

@@ -1,29 +1,32 @@
 """Following the adapter registry: what answers there is served here, what is new there is probed here.
 
-Each state that it tells becomes the catalogue and the key ring; asking for the next one says that it has, and
-names what could not be had.
+What it tells becomes the catalogue and the key ring; asking what changes next says that it has, how much is
+still on its way (`fetching.py`), and names what could not be had.
 """
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Set
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Set
 from random import uniform
 
 from adapter_registry.client import DEFAULT_WAIT, AsyncRegistryClient
-from adapter_registry.client_calls import MOST_TROUBLES, UNTOLD
+from adapter_registry.client_calls import MOST_TROUBLES, UNTOLD, Progress
 from adapter_registry.errors import RegistryError, RegistryUnreachableError, StoreUnavailableError
 from adapter_registry.messages import RoutingState, TaskRoute, VersionRoute
 from adapter_registry.routing import Routing
 from adapter_registry.versions import State
 from prad.artefact import Artefact
 from prefill_service.catalogue import AGAIN_S, KeyRing, TaskCatalogue, TaskVersions
+from prefill_service.fetching import Fetch, Fetches, Turn
 from prefill_service.prompt import TaskVersion
 
 logger = logging.getLogger(__name__)
 
 _RETRY_S = 0.5
-_FETCHES = 8
-"""Adapters that are fetched at once."""
+_FETCH_S = 4.0
+"""How long what a change names may take to come here: other changes wait for that."""
+_TELL_S = 1.0
+"""Between two reports of how much is still on its way."""
 _WARM_S = 4.0
 """How long versions may take to come into memory on request: other changes wait for that."""
 
@@ -43,99 +46,182 @@ class RegistryFollower:
         probe: Probe,
         load: Load,
         weights: str | None = None,
+        *,
+        most_waiting: int = 1024,
+        patience_s: float = 60.0,
     ) -> None:
-        """`weights`: digest of those that an adapter must have been trained on; None: of any."""
+        """`weights`: digest of those that an adapter must have been trained on; None: of any. `most_waiting`:
+        requests that may wait for adapters that are not here yet; `patience_s`: for how long each."""
         self._client = client
         self._catalogue = catalogue
         self._keys = keys
         self._probe = probe
         self._load = load
         self._weights = weights
-        self._known: dict[tuple[str, int], TaskVersion] = {}
+        self._fetches = Fetches(client.fetch, self._arrived, most_waiting=most_waiting, patience_s=patience_s)
+        self._routes: dict[str, TaskRoute] = {}
+        self._known: dict[str, dict[int, TaskVersion]] = {}  # what is here, by task
         self._routings: dict[str, Routing] = {}
-        self._troubles: dict[str, str] = {}  # what cannot be had here, and why
+        self._behind: set[str] = set()  # tasks where a routing before is in force still
+        self._troubles: dict[str, dict[int, str]] = {}  # what cannot be had here, and why
         self._foreign: dict[str, str] = {}  # what is for another model, and nothing here is in its place
         self._cold: dict[str, str] = {}  # what did not come into memory when that was asked for, and why
+        self._again_at = 0.0
+        self._tidied = False
         self._state: RoutingState | None = None
-        self._in_force = 0  # the last revision of which everything could be had
+        self._in_force = 0  # the last revision of which everything was here
 
     async def run(self) -> None:
         """Follows until cancelled. While the registry is away, the tasks known last go on being served."""
         away = False
-        while True:
-            try:
-                state = await self._next_state()
-                if state.keys is None:  # there may be some: nobody is let in as if there were none
-                    raise RegistryError("the registry tells keys to those alone who show its replica secret")
-                self._keys.replace(state.keys)  # before what takes long: a key that is revoked ends at once
-                if await self._adopt(state):
-                    self._in_force = state.revision
-                await self._warm(state)
-                if self._state is None:  # now it is known which adapters on disk are in use
-                    await self._client.tidy()
-                self._state, self._catalogue.trouble = state, None
-                away = False
-            except RegistryError as error:  # away, or it refuses what replicas ask
-                if not away:
-                    logger.warning("%s; new versions are not seen until that is mended", error)
-                away = True
-                await asyncio.sleep(_RETRY_S * uniform(0.5, 1.5))
-            except Exception:  # whatever it was: the tasks known last go on being served
-                logger.exception("following the adapter registry failed")
-                await asyncio.sleep(_RETRY_S * uniform(0.5, 1.5))
+        try:
+            while True:
+                try:
+                    await self._follow()
+                    away = False
+                except RegistryError as error:  # away, or it refuses what replicas ask
+                    if not away:
+                        logger.warning("%s; new versions are not seen until that is mended", error)
+                    away = True
+                    await asyncio.sleep(_RETRY_S * uniform(0.5, 1.5))
+                except Exception:  # whatever it was: the tasks known last go on being served
+                    logger.exception("following the adapter registry failed")
+                    await asyncio.sleep(_RETRY_S * uniform(0.5, 1.5))
+        finally:
+            self._fetches.close()
 
-    async def _next_state(self) -> RoutingState:
-        """Waits for a change; what could not be had the last time is tried again sooner.
+    async def _follow(self) -> None:
+        """From one state to the next."""
+        told = await self._next_told()
+        state = told if self._state is None else told.on(self._state)
+        if state.keys is None:  # there may be some: nobody is let in as if there were none
+            raise RegistryError("the registry tells keys to those alone who show its replica secret")
+        self._keys.replace(state.keys)  # before what takes long: a key that is revoked ends at once
+        self._fetches.go_on()
+        if self._state is not None and state.revision < self._state.revision:
+            self._in_force = 0  # of a history that is gone
+        await self._adopt(state, told)
+        await self._verify_one(state)
+        await self._warm(state)
+        if not self._tidied and not self._fetches:  # now it is known which adapters on disk are in use
+            await self._client.tidy()
+            self._tidied = True
+        self._state = state
 
-        Asking tells the registry which revision is in force here, so it comes after everything else.
+    async def _next_told(self) -> RoutingState:
+        """What changed, once something did, or it is time to try again what could not be had.
+
+        Asking tells the registry how far this service is, so it comes after everything else.
         """
-        if self._state is None:
+        known = self._state
+        if known is None:
             return await self._client.state()
-        after = self._state.revision
-        wait = DEFAULT_WAIT if self._in_force == after else AGAIN_S
-        told = self._told()
-        state = await self._client.changes(after, wait, in_force=self._in_force, troubles=told)
-        return state or self._state
+        progress = self._progress(known.revision)
+        wait = DEFAULT_WAIT if progress.in_force == known.revision else AGAIN_S
+        wait = min(wait, _TELL_S) if self._fetches else wait
+        told = await self._client.changes(known.revision, wait, mark=known.mark, progress=progress)
+        if told is None:
+            return known.unchanged()
+        if told.since not in (None, known.revision):  # it goes on from what is not known here
+            return await self._client.state()
+        return told
+
+    def _progress(self, revision: int) -> Progress:
+        """What operators may rely on. If some of what is fetched in the background cannot be had in the end,
+        it is the revision before again of which everything could."""
+        if self._troubles or self._behind:
+            return Progress(self._in_force, len(self._fetches), self._told())
+        if not self._fetches:
+            self._in_force = revision
+        return Progress(revision, len(self._fetches), self._told())
 
     def _told(self) -> list[str]:
         """What could not be had. Few are told, so first what somebody waits for; and if some of that is left
         out, that it is: what nothing is said of is taken for there."""
-        known = self._cold | self._troubles | self._foreign
-        told = [f"{name}: {why}" for name, why in known.items()]
+        troubles = {f"{t}@{number}": why for t, its in self._troubles.items() for number, why in its.items()}
+        told = [f"{name}: {why}" for name, why in (self._cold | troubles | self._foreign).items()]
         if (untold := len(self._cold) - MOST_TROUBLES) > 0:
             told[MOST_TROUBLES - 1] = f"{UNTOLD}{untold + 1} that this service's log names"
         return told[:MOST_TROUBLES]
 
-    async def _adopt(self, state: RoutingState) -> bool:
-        """Serves what answers in `state`, and probes one version that is new: its report is a change, with
-        which the next one's turn comes. Says whether everything could be had that is for this model."""
-        self._troubles = {}
-        known = await self._learn(state)
-        tasks, routings = {}, {}
-        for route in state.tasks:
-            versions, missing = {}, {}
-            foreign = {v.version: why for v in route.versions if (why := self._foreign_to(v))}
-            for version in route.versions:
-                number, name = version.version, f"{route.task}@{version.version}"
-                if (found := known.get((route.task, number))) is not None:
-                    versions[number] = found
-                elif version.state.answers:
-                    missing[number] = foreign.get(number) or self._troubles[name]
-            if route.versions:  # one without any says so to requests
-                routing = routings[route.task] = self._routing(route, versions, foreign.keys())
-                tasks[route.task] = TaskVersions.of(routing, versions, missing)
-        unserved = self._unserved(state, routings)
+    async def _adopt(self, state: RoutingState, told: RoutingState) -> None:
+        """Serves what answers in `state`, of which `told` is what changed. At the start that is at once:
+        requests wait for what is not here yet. Later what is new is waited for, some seconds at most."""
+        first = self._state is None
+        changed = {route.task: route for route in told.tasks}
+        if told.since is None:
+            self._forget(self._routes.keys() - changed.keys())
+        changed = self._to_be_tried_again(state.revision) | changed
+        self._routes |= changed
+        wanted = list[Fetch]()
+        for task, route in changed.items():
+            self._troubles.pop(task, None)
+            wanted += self._want(route, Turn.LATER if first else Turn.SOON)
+            self._put_in_force(route)
+        unserved = self._unserved(state, self._routings)
         for name in unserved.keys() - self._foreign.keys():
             logger.error("%s is not served: %s", name, unserved[name])
-        self._known, self._routings, self._foreign = known, routings, unserved
-        self._catalogue.replace(tasks)
+        self._foreign = unserved
+        self._catalogue.trouble = None
+        await self._fetches.settled(wanted, _TELL_S if first else _FETCH_S)
+
+    def _to_be_tried_again(self, revision: int) -> dict[str, TaskRoute]:
+        """Tasks of which something could not be had: at a change, or some seconds after the last time."""
+        now = asyncio.get_running_loop().time()
+        if self._state is not None and self._state.revision == revision and now < self._again_at:
+            return {}
+        self._again_at = now + AGAIN_S
+        return {task: self._routes[task] for task in self._troubles}
+
+    def _forget(self, tasks: Iterable[str]) -> None:
+        """The registry does not know them any more."""
+        for task in tasks:
+            self._fetches.want(task, (), Turn.LATER)
+            for known in (self._routes, self._known, self._routings, self._troubles):
+                known.pop(task, None)
+            self._behind.discard(task)
+            self._catalogue.update(task, None)
+
+    def _want(self, route: TaskRoute, turn: Turn) -> Sequence[Fetch]:
+        """Has fetched what answers, is for this model and not here yet; keeps nothing else of the task."""
+        answering = {v.version: v for v in route.versions if v.state.answers and not self._foreign_to(v)}
+        here = self._known.get(route.task, {})
+        known = {n: v for n, v in here.items() if n in answering and answering[n].digest == v.digest}
+        self._known[route.task] = known
+        return self._fetches.want(route.task, [v for n, v in answering.items() if n not in known], turn)
+
+    def _arrived(self, fetch: Fetch, artefact: Artefact | None, why: str) -> None:
+        task, number = fetch.task, fetch.number
+        if artefact is None:
+            self._lost(task, number, why)
+        else:
+            self._known[task][number] = TaskVersion(task, number, fetch.digest, artefact)
+        self._put_in_force(self._routes[task])
+
+    def _put_in_force(self, route: TaskRoute) -> None:
+        """What requests for the task get from now on."""
+        task, known, foreign = route.task, self._known[route.task], dict[int, str]()
+        troubles, missing = self._troubles.get(route.task, {}), dict[int, str]()
+        for version in route.versions:
+            if why := self._foreign_to(version):
+                foreign[version.version] = why
+            if version.state.answers and (why := why or troubles.get(version.version, "")):
+                missing[version.version] = why
+        routing = self._routing(route, known, foreign.keys())
+        (self._behind.discard if routing.revision == route.routing.revision else self._behind.add)(task)
+        if route.versions:  # one without any says so to requests
+            self._routings[task] = routing
+            routed = TaskVersions.of(routing, dict(known), missing, self._fetches.of(task))
+            self._catalogue.update(task, routed)
+
+    async def _verify_one(self, state: RoutingState) -> None:
+        """Probes one version that is new: its report is a change, with which the next one's turn comes."""
         for route in state.tasks:
             for version in route.versions:
                 if version.state is not State.PUSHED or self._foreign_to(version):
                     continue  # what is for another model is verified where that is served
                 if await self._verify(route.task, version):
-                    return not self._troubles
-        return not self._troubles
+                    return
 
     async def _warm(self, state: RoutingState) -> None:
         """Loads what somebody asked to since the state before. Not what was asked for before this service
@@ -151,9 +237,10 @@ class RegistryFollower:
         ]
         latest = asyncio.get_running_loop().time() + _WARM_S
         for task, version in wanted:
-            name, known = f"{task}@{version.version}", self._known.get((task, version.version))
+            name, known = f"{task}@{version.version}", self._known[task].get(version.version)
             if known is None:
-                self._cold[name] = self._foreign_to(version) or self._troubles[name]
+                trouble = self._troubles.get(task, {}).get(version.version, "it is still on its way")
+                self._cold[name] = self._foreign_to(version) or trouble
                 continue
             try:
                 async with asyncio.timeout_at(latest):
@@ -177,33 +264,6 @@ class RegistryFollower:
         if before is None or not before.named or had(now):
             return now
         return before if had(before) else now
-
-    async def _learn(self, state: RoutingState) -> dict[tuple[str, int], TaskVersion]:
-        """What answers and is for this model, with its files, fetched if these are not here yet, some at a
-        time; without what cannot be had."""
-        places = asyncio.Semaphore(_FETCHES)
-
-        async def learn(task: str, version: VersionRoute) -> TaskVersion | None:
-            async with places:
-                artefact = await self._fetch(task, version)
-            return None if artefact is None else TaskVersion(task, version.version, version.digest, artefact)
-
-        found: dict[tuple[str, int], TaskVersion] = {}
-        new = {}
-        for task, version in ((route.task, version) for route in state.tasks for version in route.versions):
-            if version.state.answers and not self._foreign_to(version):
-                name = (task, version.version)
-                known = self._known.get(name)
-                if known is not None and known.digest == version.digest:
-                    found[name] = known
-                else:
-                    new[name] = asyncio.create_task(learn(task, version))
-        try:
-            learned = await asyncio.gather(*new.values())
-        finally:  # the registry went away: all of it is for the next time
-            for fetching in new.values():
-                fetching.cancel()
-        return found | {name: each for name, each in zip(new, learned, strict=True) if each is not None}
 
     def _foreign_to(self, version: VersionRoute) -> str:
         """Why a version is not for the model that is served here, if so."""
@@ -262,6 +322,9 @@ class RegistryFollower:
         except (RegistryUnreachableError, StoreUnavailableError):
             raise
         except (RegistryError, OSError) as error:
-            logger.error("%s@%d cannot be had: %s", task, version.version, error)
-            self._troubles[f"{task}@{version.version}"] = str(error)
+            self._lost(task, version.version, str(error))
             return None
+
+    def _lost(self, task: str, number: int, why: str) -> None:
+        logger.error("%s@%d cannot be had: %s", task, number, why)
+        self._troubles.setdefault(task, {})[number] = why

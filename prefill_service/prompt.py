@@ -37,6 +37,14 @@ class TaskVersion:
     def name(self) -> str:
         return f"{self.task}@{self.version}"
 
+    @property
+    def number(self) -> int:
+        return self.version
+
+    @property
+    def method(self) -> str:
+        return self.artefact.record.method
+
 
 class RoomWanted(NamedTuple):
     """What a prompt asks of decode: tokens of KV for its whole life, sequences, the width of its request

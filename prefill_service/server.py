@@ -35,9 +35,9 @@ from prefill_service.api import (
     create_app,
     report_traffic,
 )
-from prefill_service.catalogue import KeyRing, Residents, TaskCatalogue
+from prefill_service.catalogue import KeyRing, TaskCatalogue
 from prefill_service.decode_link import DecodeLink
-from prefill_service.engine import PrefillEngine
+from prefill_service.engine import PrefillEngine, Residents
 from prefill_service.follower import RegistryFollower
 from prefill_service.passes import PassRunner, a_core_is_left
 from prefill_service.prompt import Prompt, PromptRequest
@@ -115,7 +115,16 @@ async def _serve(
         catalogue = TaskCatalogue(settings.base_name)
         keys = KeyRing(required=settings.keys_required, told=False)
         weights = None if settings.allow_other_weights else model.fingerprint.weights
-        follower = RegistryFollower(registry, catalogue, keys, probe, warm, weights)
+        follower = RegistryFollower(
+            registry,
+            catalogue,
+            keys,
+            probe,
+            warm,
+            weights,
+            most_waiting=settings.max_waiting,
+            patience_s=settings.queue_timeout_s,
+        )
         metrics = CollectorRegistry()
         metrics.register(parts)
         limits = ApiLimits(

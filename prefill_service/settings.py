@@ -100,7 +100,8 @@ class PrefillSettings(ServiceSettings):
     """Prompts in the queue, those that wait for their adapter included; further ones are refused, or the last
     ones of the task that has more of them there, but for those of answers that have begun."""
     queue_timeout_s: Annotated[float, Field(gt=0)] = 60.0
-    """Seconds that a prompt waits for room at decode; if it would take longer, it is refused on arrival."""
+    """Seconds that a prompt waits for room at decode, and before that for an adapter that is not on this disk
+    yet; if the first would take longer, it is refused on arrival."""
     request_timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """Seconds from arrival to last token; a request that takes longer ends with an error."""
 

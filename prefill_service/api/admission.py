@@ -6,24 +6,31 @@ A value is the first that is named: by the request, by the task's artefact, by t
 import secrets
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from starlette.requests import Request
 
 from adapter_registry.names import ALIAS, VERSION
 from prad.artefact import AdapterRecord, GenerationDefaults, GenerationValues
 from prad.core.sampling import SamplingParams
 from prad.lm import Tokenizer
 from prefill_service.api.intake import ApiLimits
+from prefill_service.api.outcomes import while_connected
 from prefill_service.api.requests import ChatRequest, CompletionRequest, GenerationRequest
 from prefill_service.api.text import PromptEncoder, Template, chat_template, completion_template
 from prefill_service.catalogue import Client, TaskCatalogue
 from prefill_service.errors import (
     InvalidRequestError,
+    NotHereYetError,
     NotReadyError,
     PromptTooLongError,
     UnknownModelError,
 )
 from prefill_service.prompt import Engine, PromptRequest, TaskVersion
+
+T = TypeVar("T")
 
 TOKENS_PER_EVENT = 16
 """How many tokens decode tells at once where nobody sees them one by one."""
@@ -158,7 +165,7 @@ class Admission:
     def target(self, request: GenerationRequest, key: str, client: Client | None = None) -> Target:
         """The one place where task becomes version; `key`: sticky, where the task's requests are divided.
         `client`: who shows a key, which must be for the task.
-        Raises NotReadyError, TaskNotAllowedError, UnknownModelError, InvalidRequestError."""
+        Raises NotReadyError, NotHereYetError, TaskNotAllowedError, UnknownModelError, InvalidRequestError."""
         if troubles := self.troubles:
             raise NotReadyError(f"not ready: {'; '.join(troubles)}")
         base_name = self._catalogue.base_name
@@ -309,6 +316,17 @@ def split_name(name: str, param: str) -> tuple[str, int | str | None]:
     return task, int(which) if VERSION.fullmatch(which) else which
 
 
+async def when_here(request: Request, find: Callable[[], T]) -> T:
+    """What `find` finds, once the version that it means is here: as long as the client stays connected. The
+    body must have been read."""
+    while True:
+        try:
+            return find()
+        except NotHereYetError as error:
+            async with while_connected(request.receive):
+                await error.here()
+
+
 def find_version(
     catalogue: TaskCatalogue,
     task: str,
@@ -317,7 +335,8 @@ def find_version(
     key: str | None = None,
     asks: Client | None = None,
 ) -> tuple[TaskVersion, int]:
-    """As `TaskCatalogue.resolve`. Raises UnknownModelError that names the field, NotReadyError."""
+    """As `TaskCatalogue.resolve`. Raises UnknownModelError that names the field, NotReadyError,
+    NotHereYetError."""
     try:
         return catalogue.resolve(task, name, key, asks)
     except UnknownModelError as error:

@@ -7,7 +7,7 @@ What is noted about it, and whatever goes wrong: outcomes.
 """
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -16,15 +16,21 @@ from typing import Annotated, Any
 from fastapi import APIRouter, FastAPI, Path, Request
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 from pydantic import BaseModel, ConfigDict
 from pydantic.json_schema import models_json_schema
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse, Response
 
 from prad.lm import Tokenizer
-from prefill_service.api.admission import Admission, Admitted, ModelInfo, Target, find_version, split_name
+from prefill_service.api.admission import (
+    Admission,
+    Admitted,
+    ModelInfo,
+    Target,
+    find_version,
+    split_name,
+    when_here,
+)
 from prefill_service.api.intake import ApiLimits, TurnAway, client_of, read_body
 from prefill_service.api.outcomes import JsonResponse, Metrics, Observe, add_failure_handlers, record_of
 from prefill_service.api.requests import (
@@ -36,9 +42,10 @@ from prefill_service.api.requests import (
     Json,
 )
 from prefill_service.api.responses import Responder
+from prefill_service.api.routing_metrics import RoutingMetrics
 from prefill_service.api.shadow import Shadows
 from prefill_service.api.traffic import Traffic
-from prefill_service.catalogue import KeyRing, TaskCatalogue, TaskVersions
+from prefill_service.catalogue import Coming, KeyRing, TaskCatalogue, TaskVersions
 from prefill_service.errors import TaskNotAllowedError
 from prefill_service.prompt import Engine, TaskVersion
 
@@ -80,7 +87,7 @@ def create_app(
     app.openapi = partial(_described, app)  # type: ignore[method-assign]
     app.include_router(_generation(admission, responder, limits))
     app.include_router(_models(catalogue, model))
-    app.include_router(_operations(admission, metrics, model))
+    app.include_router(_operations(admission, catalogue, metrics, model))
     add_failure_handlers(app)
     app.add_middleware(TurnAway, hosts=access.hosts, keys=access.keys)
     app.add_middleware(Observe, metrics=metrics, log=access.log)
@@ -93,37 +100,6 @@ def create_app(
             expose_headers=SHOWN_HEADERS,
         )
     return app
-
-
-class RoutingMetrics(Collector):
-    """What tasks mean here now, read whenever somebody asks for /metrics."""
-
-    def __init__(self, catalogue: TaskCatalogue) -> None:
-        self._catalogue = catalogue
-
-    def collect(self) -> Iterable[Metric]:
-        revision = GaugeMetricFamily(
-            "prad_task_routing_revision", "Revision of the routing in force here.", labels=("task",)
-        )
-        weights = GaugeMetricFamily(
-            "prad_task_version_weight",
-            "Of a version among those that a plain task means here.",
-            labels=("task", "version", "digest"),
-        )
-        shadows = GaugeMetricFamily(
-            "prad_task_shadow_percent",
-            "Of requests for a plain task, those that also run under a version.",
-            labels=("task", "version"),
-        )
-        for entry in self._catalogue.tasks():
-            revision.add_metric((entry.name,), entry.routed.revision)
-            for number, weight in entry.routed.split.items():
-                if found := entry.routed.versions.get(number):
-                    weights.add_metric((entry.name, str(number), found.digest), weight)
-            for number, share in entry.routed.shadow.items():
-                if number in entry.routed.versions:
-                    shadows.add_metric((entry.name, str(number)), share)
-        return revision, weights, shadows
 
 
 def _described(app: FastAPI) -> dict[str, Any]:
@@ -229,7 +205,7 @@ def _generation(admission: Admission, responder: Responder, limits: ApiLimits) -
     async def create_completion(request: Request) -> Response:
         """Completes each prompt `n` times, with a task's adapter on the prompt if one is named."""
         wanted = await read_body(request, CompletionRequest, limits)
-        target = _target(request, wanted, admission)
+        target = await _target(request, wanted, admission)
         admitted = await admission.completion(wanted, target)
         await _charge(request, admitted)
         return await responder.respond(request, wanted, admitted, CompletionShape())
@@ -238,7 +214,7 @@ def _generation(admission: Admission, responder: Responder, limits: ApiLimits) -
     async def create_chat_completion(request: Request) -> Response:
         """Answers the last user message `n` times, with a task's adapter on the prompt if one is named."""
         wanted = await read_body(request, ChatRequest, limits)
-        target = _target(request, wanted, admission)
+        target = await _target(request, wanted, admission)
         admitted = await admission.chat(wanted, target)
         await _charge(request, admitted)
         return await responder.respond(request, wanted, admitted, ChatShape())
@@ -246,11 +222,12 @@ def _generation(admission: Admission, responder: Responder, limits: ApiLimits) -
     return router
 
 
-def _target(request: Request, wanted: GenerationRequest, admission: Admission) -> Target:
-    """Which version answers, decided once and noted."""
+async def _target(request: Request, wanted: GenerationRequest, admission: Admission) -> Target:
+    """Which version answers, decided once and noted; its adapter is here then."""
     record = record_of(request)
     sticky = wanted.user or request.headers.get(STICKY) or record.id
-    target = admission.target(wanted, sticky, client_of(request))
+    client = client_of(request)
+    target = await when_here(request, lambda: admission.target(wanted, sticky, client))
     if target.version is not None:
         record.resolved(target.version.task, target.version.version, target.version.digest, target.routing)
     return target
@@ -284,28 +261,29 @@ def _models(catalogue: TaskCatalogue, model: ModelInfo) -> APIRouter:
             "max_model_len": model.max_context,
         }
 
-    def adapted(name: str, version: TaskVersion, routed: TaskVersions | None) -> Json:
-        record = version.artefact.record
+    def adapted(name: str, task: str, version: TaskVersion | Coming, routed: TaskVersions | None) -> Json:
+        """What its record says is null while the adapter is on its way here."""
+        record = version.artefact.record if isinstance(version, TaskVersion) else None
         return {
             **base(),
             "id": name,
             "root": version.digest,
             "parent": catalogue.base_name,
-            "max_model_len": model.max_context - record.virtual_tokens,
+            "max_model_len": record and model.max_context - record.virtual_tokens,
             "prad": {
-                "task": version.task,
-                "version": version.version,
-                "versions": sorted(routed.versions) if routed else [],
+                "task": task,
+                "version": version.number,
+                "versions": routed.answers if routed else [],
                 "split": {str(number): weight for number, weight in routed.split.items()} if routed else {},
                 "aliases": dict(routed.aliases_here) if routed else {},
                 "routing": routed.revision if routed else None,
                 "digest": version.digest,
-                "method": record.method,
-                "task_tokens": list(record.task_tokens),
-                "end_token": record.end_token,
-                "generation": record.generation.model_dump(mode="json"),
-                "description": record.description,
-                "licence": record.licence,
+                "method": version.method,
+                "task_tokens": record and list(record.task_tokens),
+                "end_token": record and record.end_token,
+                "generation": record and record.generation.model_dump(mode="json"),
+                "description": record and record.description,
+                "licence": record and record.licence,
             },
         }
 
@@ -316,7 +294,7 @@ def _models(catalogue: TaskCatalogue, model: ModelInfo) -> APIRouter:
         client = client_of(request)
         mine = client.may_use if client is not None else lambda _: True
         plain = [base()] if mine(catalogue.base_name) else []
-        tasks = [adapted(t.name, t.default, t.routed) for t in catalogue.tasks() if mine(t.name)]
+        tasks = [adapted(t.name, t.name, t.default, t.routed) for t in catalogue.tasks() if mine(t.name)]
         return {"object": "list", "data": [*plain, *tasks]}
 
     @router.head("/v1/models/{name:path}", include_in_schema=False)
@@ -332,21 +310,23 @@ def _models(catalogue: TaskCatalogue, model: ModelInfo) -> APIRouter:
         ),
     )
     async def one_model(request: Request, name: ModelName) -> Json:
-        """The plain model, a task, or one version of it as in e2e@3 or e2e@canary."""
+        """The plain model, a task, or a version of it as in e2e@3 or e2e@canary, once its files are here."""
         plain, client = name == catalogue.base_name, client_of(request)
         task, which = (name, None) if plain else split_name(name, "model")
         if client is not None:
             client.require(task)
         if plain:
             return base()
-        version, _ = find_version(catalogue, task, which, "model", asks=client)
+        found = await when_here(request, lambda: find_version(catalogue, task, which, "model", asks=client))
         routed = next((entry.routed for entry in catalogue.tasks() if entry.name == task), None)
-        return adapted(name, version, routed)
+        return adapted(name, task, found[0], routed)
 
     return router
 
 
-def _operations(admission: Admission, metrics: Metrics, model: ModelInfo) -> APIRouter:
+def _operations(
+    admission: Admission, catalogue: TaskCatalogue, metrics: Metrics, model: ModelInfo
+) -> APIRouter:
     """What operators and their machines ask: alive, ready, how busy, which build."""
     router = APIRouter(tags=["operations"])
 
@@ -365,10 +345,14 @@ def _operations(admission: Admission, metrics: Metrics, model: ModelInfo) -> API
     @router.head("/ready", include_in_schema=False, response_model=None)
     @router.get("/ready", response_model=None, responses={503: {"description": "Not ready, and why"}})
     async def ready() -> Response:
-        """200 once requests can be served, else 503 with the reasons."""
+        """200 once requests can be served, else 503 with the reasons.
+
+        `fetching`: adapters that are still on their way here. Requests that name one wait until it is here,
+        and it comes first.
+        """
         if reasons := admission.troubles:
             return JsonResponse({"status": "not ready", "reasons": reasons}, 503)
-        return JsonResponse({"status": "ready", "reasons": []})
+        return JsonResponse({"status": "ready", "reasons": [], "fetching": catalogue.fetching})
 
     refused = _refused({403: "The key is not for all tasks"})
 

@@ -1,10 +1,11 @@
 """A follower of a registry of plain data: states told one after the other."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+from adapter_registry.client_calls import Progress
 from adapter_registry.errors import IllegalTransitionError, StoredFilesDamagedError
 from adapter_registry.messages import RoutingState, TaskRoute, VersionRoute
 from adapter_registry.routing import Routing
@@ -65,11 +66,9 @@ class Registry:
     async def state(self) -> RoutingState:
         return await self._next()
 
-    async def changes(
-        self, after: int, wait: float, *, in_force: int, troubles: Sequence[str]
-    ) -> RoutingState | None:
-        self.in_force.append(in_force)
-        self.troubles = list(troubles)
+    async def changes(self, after: int, wait: float, *, mark: str, progress: Progress) -> RoutingState | None:
+        self.in_force.append(progress.in_force)
+        self.troubles = list(progress.troubles)
         return await self._next()
 
     async def tidy(self) -> None:

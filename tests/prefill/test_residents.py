@@ -10,7 +10,7 @@ import torch
 from prad.adapters import Adapter, load_adapter
 from prad.artefact import Artefact
 from prad.lm import LanguageModel
-from prefill_service.catalogue import Residents
+from prefill_service.engine import Residents
 from prefill_service.errors import InternalError
 from tests.conftest import random_artefact
 

@@ -23,6 +23,7 @@ from adapter_registry.versions import ROUTING_EVENTS, Event, State
 
 TASKS = st.sampled_from(["a", "b"])
 VERSIONS = st.integers(1, 4)
+REPLICAS = ["first", "second"]
 SEEDS = st.integers(1, 4)
 UNMOVED = {Event.PUSH, *ROUTING_EVENTS} - {Event.PROMOTE}
 WHEN = "2026-01-01T00:00:00.000+00:00"
@@ -106,6 +107,7 @@ def machine(redis, stored_adapter):
             self.folder = tempfile.TemporaryDirectory()
             self.open()
             self.model = Model()
+            self.replicas = {who: [store.state() for store in self.stores] for who in REPLICAS}
 
         def open(self):
             path = Path(self.folder.name, "registry.sqlite3")
@@ -200,6 +202,19 @@ def machine(redis, stored_adapter):
             if self.model.keys.get(name) is False:
                 self.model.keys[name] = True
                 self.model.revision += 1
+
+        @rule(who=st.sampled_from(REPLICAS))
+        def a_replica_asks(self, who):
+            """After each change, or now and then: it knows what who is told everything knows."""
+            for place, store in enumerate(self.stores):
+                known = self.replicas[who][place]
+                told = store.changed(known.revision, known.mark)
+                if told is not None:
+                    changed = {line.task for line in store.log(1000) if line.revision > known.revision}
+                    assert {task.task for task in told.tasks} == changed, "no more than that"
+                    assert told.same_keys == (told.keys is None)
+                self.replicas[who][place] = (told or store.state()).on(known)
+                assert self.replicas[who][place] == store.state()
 
         @rule()
         def start_again(self):

@@ -1,0 +1,276 @@
+"""Adapters on their way: tasks are served before all are here, and each as soon as it is."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from adapter_registry.client_calls import Progress
+from adapter_registry.errors import RegistryUnreachableError, StoredFilesDamagedError
+from adapter_registry.messages import RoutingState, TaskRoute
+from adapter_registry.routing import Routing
+from adapter_registry.versions import State
+from prefill_service import follower as module
+from prefill_service.catalogue import KeyRing, TaskCatalogue
+from prefill_service.errors import NotHereYetError, NotReadyError, OverloadedError, UnknownModelError
+from prefill_service.follower import RegistryFollower
+from prefill_service.prompt import TaskVersion
+from tests.prefill.fakes import version
+from tests.prefill.following import digest, sound, state
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_RETRY_S", "_TELL_S", "_FETCH_S", "AGAIN_S"):
+        monkeypatch.setattr(module, name, 0.01)
+
+
+def tasks(revision: int, *names: str, current: int | None = 1, **more: Any) -> RoutingState:
+    """Each with one version, which is routed, of its own files."""
+    routes = []
+    for number, name in enumerate(names):
+        (route,) = state(revision, current, **(more or {"v1": State.ROUTABLE})).tasks
+        own = tuple(v.model_copy(update={"digest": digest(100 * number + v.version)}) for v in route.versions)
+        routes.append(route.model_copy(update={"task": name, "versions": own}))
+    return RoutingState(revision=revision, tasks=tuple(routes), mark=f"mark {revision}")
+
+
+class Registry:
+    """Tells what `tell` is given; files come when `let` says so, or are what is wrong with them."""
+
+    def __init__(self, first: RoutingState) -> None:
+        self._first = first
+        self._told: asyncio.Queue[RoutingState] = asyncio.Queue()
+        self._gates: dict[str, asyncio.Event] = {}
+        self.wrong: dict[str, Exception] = {}
+        self.fetched: list[str] = []
+        self.running = self.most = 0
+        self.asked: list[tuple[int, str]] = []
+        self.progress = Progress(-1)
+        self.wholes = 0
+        self.away = False
+
+    async def state(self) -> RoutingState:
+        self.wholes += 1
+        return self._first
+
+    async def changes(self, after: int, wait: float, *, mark: str, progress: Progress) -> RoutingState | None:
+        self.asked.append((after, mark))
+        self.progress = progress
+        try:
+            async with asyncio.timeout(wait):
+                return await self._told.get()
+        except TimeoutError:
+            if self.away:
+                raise RegistryUnreachableError("no registry") from None
+            return None
+
+    def tell(self, told: RoutingState) -> None:
+        self._first = told
+        self._told.put_nowait(told)
+
+    def let(self, *names: str) -> None:
+        for name in names:
+            self._gate(name).set()
+
+    async def fetch(self, task: str, number: int, of: str) -> Any:
+        name = f"{task}@{number}"
+        self.fetched.append(name)
+        self.running += 1
+        self.most = max(self.most, self.running)
+        try:
+            await self._gate(name).wait()
+        finally:
+            self.running -= 1
+        if name in self.wrong:
+            raise self.wrong[name]
+        return version(of).artefact
+
+    async def probe(self, *told: Any, **more: Any) -> None: ...
+
+    async def tidy(self) -> None: ...
+
+    def _gate(self, name: str) -> asyncio.Event:
+        return self._gates.setdefault(name, asyncio.Event())
+
+
+@asynccontextmanager
+async def following(registry: Registry, **more: Any) -> AsyncIterator[TaskCatalogue]:
+    catalogue, client = TaskCatalogue("plain"), registry
+    follower = RegistryFollower(client, catalogue, KeyRing(), sound, sound, **more)  # type: ignore[arg-type]
+    running = asyncio.create_task(follower.run())
+    await until(lambda: catalogue.trouble is None)
+    yield catalogue
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+
+
+async def until(so: Callable[[], object]) -> None:
+    async with asyncio.timeout(20):
+        while not so():  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+
+
+async def wanted(catalogue: TaskCatalogue, task: str) -> TaskVersion:
+    """As a request waits for it."""
+    while True:
+        try:
+            return catalogue.resolve(task, None)[0]
+        except NotHereYetError as error:
+            await error.here()
+
+
+NAMES = [f"t{number:02}" for number in range(20)]
+
+
+async def test_what_a_request_names_comes_before_all_others() -> None:
+    registry = Registry(tasks(1, *NAMES))
+    async with following(registry) as catalogue:
+        assert catalogue.fetching == 20
+        assert [entry.name for entry in catalogue.tasks()] == NAMES, "listed before they are here"
+        waiting = [asyncio.create_task(wanted(catalogue, "t19")) for _ in range(50)]
+        await until(lambda: "t19@1" in registry.fetched)
+        assert registry.fetched == ["t00@1", "t01@1", "t02@1", "t03@1", "t19@1"], (
+            "in a place kept free for it"
+        )
+        registry.let("t19@1")
+        assert {found.digest for found in await asyncio.gather(*waiting)} == {digest(1901)}
+        assert registry.fetched.count("t19@1") == 1, "once for all of them"
+        await until(lambda: registry.progress == Progress(1, 19, []))  # routed by it, and how many miss
+        named = [asyncio.create_task(wanted(catalogue, name)) for name in NAMES[4:19]]
+        await until(lambda: registry.running == 8)
+        await asyncio.sleep(0.01)
+        assert registry.most == 8, "at once"
+        registry.let(*NAMES, *(f"{name}@1" for name in NAMES))
+        await asyncio.gather(*named)
+        await until(lambda: not registry.progress.fetching)
+        assert (catalogue.fetching, sorted(registry.fetched)) == (0, [f"{name}@1" for name in NAMES])
+
+
+async def test_one_that_cannot_be_had_stops_no_other_and_is_tried_again() -> None:
+    registry = Registry(tasks(1, "a", "b"))
+    registry.wrong["a@1"] = StoredFilesDamagedError("damaged")
+    registry.let("a@1", "b@1")
+    async with following(registry) as catalogue:
+        assert (await wanted(catalogue, "b")).digest == digest(101)
+        await until(lambda: registry.progress.troubles)
+        assert registry.progress == Progress(0, 0, ["a@1: damaged"])
+        with pytest.raises(NotReadyError, match=r"a@1 is not here.*damaged") as refused:
+            await wanted(catalogue, "a")
+        assert refused.value.retry_after
+        registry.wrong.clear()
+        await until(lambda: registry.progress == Progress(1, 0, []))
+        assert (await wanted(catalogue, "a")).digest == digest(1)
+
+
+async def test_who_waits_hears_why_it_cannot_be_had() -> None:
+    registry = Registry(tasks(1, "a"))
+    registry.wrong["a@1"] = ValueError("odd")
+    async with following(registry) as catalogue:
+        waiting = asyncio.create_task(wanted(catalogue, "a"))
+        await until(lambda: registry.fetched)
+        registry.let("a@1")
+        with pytest.raises(NotReadyError, match="a@1 is not here: odd"):
+            await waiting
+
+
+async def test_a_registry_that_is_away_stops_what_is_fetched_and_nothing_else(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    registry = Registry(tasks(1, *NAMES))
+    registry.let(*(f"{name}@1" for name in NAMES))
+    registry.wrong = {f"{name}@1": RegistryUnreachableError("no registry") for name in NAMES[1:]}
+    registry.away = True
+    async with following(registry) as catalogue:
+        assert (await wanted(catalogue, "t00")).digest == digest(1), "what is here is served"
+        with pytest.raises(NotReadyError, match="t07@1 is not here: no registry"):
+            await wanted(catalogue, "t07")
+        assert catalogue.fetching == 19, "they are not given up"
+        tries = len(registry.fetched)
+        await asyncio.sleep(0.05)
+        assert len(registry.fetched) < tries + 19, "nor is each tried again and again meanwhile"
+        registry.wrong.clear()
+        registry.away = False
+        await until(lambda: registry.progress == Progress(1, 0, []))
+    assert "adapters are fetched when that is mended" in caplog.text
+
+
+async def test_a_routing_is_in_force_when_what_it_names_is_here() -> None:
+    registry = Registry(tasks(1, "a", *NAMES))
+    registry.let("a@1")
+    async with following(registry) as catalogue:
+        first = await wanted(catalogue, "a")
+        both = {"v1": State.ROUTABLE, "v2": State.ROUTABLE}
+        (moved,) = tasks(2, "a", current=2, **both).tasks
+        registry.tell(RoutingState(revision=2, tasks=(moved,), mark="mark 2", since=1, same_keys=True))
+        await until(lambda: "a@2" in registry.fetched)
+        assert "t05@1" not in registry.fetched, "what is new comes before the background"
+        await until(lambda: registry.asked[-1] == (2, "mark 2"))
+        assert (await wanted(catalogue, "a"), registry.progress.in_force) == (first, 0)
+        registry.let("a@2")
+        await until(lambda: registry.progress.in_force == 2)
+        assert (await wanted(catalogue, "a")).digest == digest(2)
+        assert registry.progress.fetching == 20, "of others"
+
+
+async def test_only_what_changed_is_asked_for_and_a_gap_is_filled_with_all_there_is() -> None:
+    registry = Registry(tasks(1, "a", "b"))
+    registry.let("a@1", "b@1", "c@1")
+    async with following(registry) as catalogue:
+        await until(lambda: registry.asked == [(1, "mark 1")] or len(registry.asked) > 1)
+        (changed,) = tasks(2, "c").tasks
+        registry.tell(RoutingState(revision=2, tasks=(changed,), mark="mark 2", since=1, same_keys=True))
+        assert await until_known(catalogue, "c")
+        assert {entry.name for entry in catalogue.tasks()} == {"a", "b", "c"}
+        registry.tell(RoutingState(revision=9, tasks=(), since=7))
+        registry._first = tasks(9, "a")
+        await until(lambda: registry.wholes == 2)
+        await until(lambda: [entry.name for entry in catalogue.tasks()] == ["a"])
+        with pytest.raises(UnknownModelError):
+            catalogue.resolve("c", None)
+
+
+async def until_known(catalogue: TaskCatalogue, task: str) -> TaskVersion:
+    await until(lambda: any(entry.name == task for entry in catalogue.tasks()))
+    return await wanted(catalogue, task)
+
+
+async def test_what_is_retired_while_a_request_waits_is_not_fetched_any_more() -> None:
+    registry = Registry(tasks(1, *NAMES))
+    async with following(registry) as catalogue:
+        waiting = asyncio.create_task(wanted(catalogue, "t19"))
+        await until(lambda: "t19@1" in registry.fetched)
+        gone = TaskRoute(
+            task="t19",
+            routing=Routing(revision=2),
+            versions=tuple(
+                v.model_copy(update={"state": State.RETIRED}) for v in tasks(1, *NAMES).tasks[19].versions
+            ),
+        )
+        registry.tell(RoutingState(revision=2, tasks=(gone,), since=1, same_keys=True, mark="mark 2"))
+        with pytest.raises(UnknownModelError, match="no current version"):
+            await waiting
+        registry.let("t19@1")
+        await until(lambda: registry.running == 4)
+        assert catalogue.fetching == 19
+
+
+async def test_as_many_wait_as_may_and_as_long() -> None:
+    registry = Registry(tasks(1, *NAMES))
+    async with following(registry, most_waiting=2, patience_s=0.05) as catalogue:
+        waiting = [asyncio.create_task(wanted(catalogue, name)) for name in NAMES[:2]]
+        await asyncio.sleep(0)
+        with pytest.raises(OverloadedError, match="2 requests wait"):
+            await wanted(catalogue, "t05")
+        for refused in await asyncio.gather(*waiting, return_exceptions=True):
+            assert isinstance(refused, NotReadyError)
+            assert "did not come within 0.05 s" in refused.message
+        waiting = [asyncio.create_task(wanted(catalogue, "t07"))]
+        await asyncio.sleep(0)
+        waiting[0].cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        registry.let("t07@1")
+        await until(lambda: catalogue.fetching == 19)
+        assert (await wanted(catalogue, "t07")).digest == digest(701), "though nobody waits any more"
