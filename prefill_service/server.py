@@ -4,7 +4,7 @@ import asyncio
 import socket
 import uuid
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Self
 
 import torch
@@ -19,10 +19,9 @@ from kvtransfer.frames import Encoding, keep_freed_memory
 from kvtransfer.sender import DecodeClient
 from kvtransfer.settings import TransferSettings
 from prad.adapters import Adapter, load_adapter, require_free_names
-from prad.artefact import AdapterRecord, Artefact, task_token_id
+from prad.artefact import Artefact
 from prad.core.errors import PradError
 from prad.core.kv import BlockPool
-from prad.core.sampling import SamplingParams
 from prad.http.server import KEEP_ALIVE_S, Server, bound
 from prad.lm import LanguageModel, Tokenizer, load_served
 from prad.lm.kv import Pools, blocks_in
@@ -40,12 +39,11 @@ from prefill_service.decode_link import DecodeLink
 from prefill_service.engine import PrefillEngine
 from prefill_service.follower import RegistryFollower
 from prefill_service.passes import PassRunner, a_core_is_left
-from prefill_service.prompt import Prompt, PromptRequest
+from prefill_service.probing import Prober
 from prefill_service.scheduler import PromptScheduler
 from prefill_service.settings import PrefillSettings
 
 _DRAIN_S = 30
-_PROBE = PromptRequest("probe", None, prompt_ids=(0, 1, 2), sampling=SamplingParams(max_tokens=1))
 
 
 class CannotStartError(PradError):
@@ -104,9 +102,7 @@ async def _serve(
         residents = Residents(load, settings.adapters_mib * 2**20, model.dtype.itemsize)
         parts = Parts.build(model, residents, decode, settings)
 
-        async def probe(artefact: Artefact) -> None:
-            adapter = await asyncio.to_thread(load, artefact)
-            await parts.passes.probe(probe_prompt(artefact.record, adapter))
+        prober = Prober(model, load, allow_unmoved=settings.allow_unmoved)
 
         async def warm(artefact: Artefact) -> None:
             async with residents.pinned(artefact):
@@ -115,7 +111,7 @@ async def _serve(
         catalogue = TaskCatalogue(settings.base_name)
         keys = KeyRing(required=settings.keys_required, told=False)
         weights = None if settings.allow_other_weights else model.fingerprint.weights
-        follower = RegistryFollower(registry, catalogue, keys, probe, warm, weights)
+        follower = RegistryFollower(registry, catalogue, keys, prober.probe, warm, weights)
         metrics = CollectorRegistry()
         metrics.register(parts)
         limits = ApiLimits(
@@ -141,6 +137,7 @@ async def _serve(
             await tasks.create_task(Server(config).serve(sockets=[listening]))
             for task in background:
                 task.cancel()
+            prober.close()
 
 
 def _transfer(settings: PrefillSettings) -> TransferSettings:
@@ -206,9 +203,3 @@ class Parts(Collector):
             ("hit_tokens", "Tokens of these that were not computed again.", lookups.hit_tokens),
         ):
             yield CounterMetricFamily(f"prad_prefill_prefix_{name}", text, value=value)
-
-
-def probe_prompt(record: AdapterRecord, adapter: Adapter) -> Prompt:
-    """The prompt that a new version is tried on: each of its task tokens, then some of the vocabulary."""
-    own = (task_token_id(row) for row in range(len(record.task_tokens)))
-    return Prompt(replace(_PROBE, prompt_ids=(*own, *_PROBE.prompt_ids)), adapter)
