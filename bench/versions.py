@@ -139,4 +139,4 @@ def plot(result: dict[str, Any], figure: Any) -> None:
     at.set_xticks(counts, [str(k) for k in counts])
     at.minorticks_off()
     at.margins(y=0.15)
-    at.legend(loc="center right")
+    figure.legend(loc="outside lower center", ncols=len(engines))
