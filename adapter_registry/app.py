@@ -6,7 +6,7 @@ from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import FileResponse, PlainTextResponse
 from fastapi_offline import FastAPIOffline
 
-from adapter_registry import pushing, replies, uploads
+from adapter_registry import log, pushing, replies, uploads
 from adapter_registry.access import Guard, Secrets, keys_router, refuse_foreign_origin
 from adapter_registry.console import create_console
 from adapter_registry.disconnects import unless_gone
@@ -23,6 +23,7 @@ from adapter_registry.messages import (
     ServerVersion,
     Shadowed,
     TaskHistory,
+    TaskPage,
     TaskRoute,
     VersionRecord,
     Warmed,
@@ -30,12 +31,14 @@ from adapter_registry.messages import (
 )
 from adapter_registry.parameters import (
     VERSION,
+    AfterTask,
     Alias,
     Everything,
     FileName,
     InForce,
     Latest,
     Number,
+    PageSize,
     ReplicaName,
     Revision,
     Seconds,
@@ -88,6 +91,7 @@ def create_app(registry: Registry, settings: RegistrySettings, secrets: Secrets)
     local = Depends(refuse_foreign_origin)
     for router, needed in (
         (_reading(registry, guard), [guard.needs(Role.READ)]),
+        (log.router(registry), [guard.needs(Role.READ)]),
         (_following(registry, settings, guard), [guard.needs(Role.READ)]),
         (_probing(registry), [local, guard.needs(Role.REPLICA)]),
         (traffic_router(traffic), [local, guard.needs(Role.REPLICA)]),
@@ -113,10 +117,15 @@ def _reading(registry: Registry, guard: Guard) -> APIRouter:
         return await guard.redacted(request, await registry.state())
 
     @router.get("/tasks")
-    async def tasks(everything: Everything = False) -> RoutingState:
-        """Tasks and their versions, without failed and deleted ones unless `all` is asked for."""
-        state = (await registry.state()).model_copy(update={"keys": None})
-        return state if everything else state.listed()
+    async def tasks(
+        everything: Everything = False, after: AfterTask = "", limit: PageSize = None
+    ) -> TaskPage:
+        """Tasks and their versions, by name, without failed and deleted ones unless `all` is asked for.
+
+        With `limit` a page of them: `next` is what to ask the next one with, as `after`.
+        """
+        state = await registry.state()
+        return (state if everything else state.listed()).page(after, limit)
 
     @router.get("/tasks/{task}", responses=_NO_TASK)
     async def task(task: Task, response: Response) -> TaskRoute:

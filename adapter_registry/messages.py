@@ -204,6 +204,19 @@ class RoutingState(_Answer):
         )
         return self.model_copy(update={"tasks": tuple(task for task in tasks if task.versions)})
 
+    def page(self, after: str, limit: int | None) -> "TaskPage":
+        """So many tasks whose names come after `after`; keys are not told."""
+        tasks = sorted((task for task in self.tasks if task.task > after), key=lambda task: task.task)
+        some = tuple(tasks[:limit])
+        more = some[-1].task if len(some) < len(tasks) else ""
+        return TaskPage(revision=self.revision, tasks=some, keys=None, next=more)
+
+
+class TaskPage(RoutingState):
+    """Some of the tasks, by name. `next`: the `after` of the next page; empty: this is the last."""
+
+    next: str = ""
+
 
 class HistoryLine(_Answer):
     """One change. `version`: whose state went from `before` to `after`; None: the change was of none.
@@ -227,6 +240,12 @@ class LoggedLine(HistoryLine):
     """The same, of one of all tasks."""
 
     task: str
+
+
+class AuditLog(_Answer):
+    """The latest changes of all tasks, the latest last."""
+
+    events: tuple[LoggedLine, ...]
 
 
 class TaskHistory(_Answer):
