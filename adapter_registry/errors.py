@@ -126,6 +126,12 @@ class NoRoutingBeforeError(ConflictError):
     code = "no_routing_before"
 
 
+class QuotaExceededError(ConflictError):
+    """A task holds as much as it may; nothing was stored."""
+
+    code = "quota_exceeded"
+
+
 class KeyExistsError(ConflictError):
     """Two keys of one name could not be told apart in the history."""
 

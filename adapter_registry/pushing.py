@@ -24,6 +24,7 @@ _NOT_PUSHED = described(
     {
         400: "The files are no usable adapter, the task's name is none, or the URI leads to no adapter",
         403: "It is not signed as it must be, a page of another origin asks, or nothing is fetched there",
+        409: "The task has as many versions, or as large ones, as it may",
         413: "It is larger than max_upload_mib",
         501: "The URI's kind needs a package that is not installed with this registry",
         502: "What the URI names cannot be reached, or not in time",
