@@ -71,6 +71,8 @@ class AsyncRegistryClient:
         self._timeout = timeout
         self._replica = replica
         self._cache = AdapterCache(cache_dir, cache_bytes)
+        self.away: str | None = None
+        """Why the registry could not be reached, if that was so the last time."""
         self._http = httpx.AsyncClient(
             base_url=url,
             timeout=timeout,
@@ -159,15 +161,21 @@ class AsyncRegistryClient:
         return call.read(await self._exchange(call))
 
     async def _exchange(self, call: Call[M]) -> httpx.Response:
-        with _reaching(self._url):
-            return await self._http.request(
-                call.method,
-                call.path,
-                params=call.params,
-                json=call.json,
-                headers=call.headers,
-                timeout=self._timeout + call.wait,
-            )
+        try:
+            with _reaching(self._url):
+                response = await self._http.request(
+                    call.method,
+                    call.path,
+                    params=call.params,
+                    json=call.json,
+                    headers=call.headers,
+                    timeout=self._timeout + call.wait,
+                )
+        except RegistryUnreachableError as error:
+            self.away = error.message
+            raise
+        self.away = None
+        return response
 
     async def _download(self, path: str, target: Path) -> None:
         with _reaching(self._url):

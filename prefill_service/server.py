@@ -9,7 +9,7 @@ from typing import Self
 
 import torch
 import uvicorn
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Gauge
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -114,6 +114,8 @@ async def _serve(
         follower = RegistryFollower(registry, catalogue, keys, prober.probe, warm, weights)
         metrics = CollectorRegistry()
         metrics.register(parts)
+        reached = Gauge("prad_registry_up", "Whether the adapter registry is reached.", registry=metrics)
+        reached.set_function(lambda: float(registry.away is None))
         limits = ApiLimits(
             max_body_bytes=settings.max_body_mib << 20,
             body_timeout_s=settings.body_timeout_s,
@@ -121,7 +123,9 @@ async def _serve(
         )
         access = ApiAccess(settings.hosts, settings.origins, keys, log=settings.access_log)
         traffic = Traffic() if settings.traffic_s else None
-        app = create_app(parts.engine, catalogue, tokenizer, info, limits, metrics, access, traffic)
+        app = create_app(
+            parts.engine, catalogue, tokenizer, info, limits, metrics, access, traffic, lambda: registry.away
+        )
         config = uvicorn.Config(
             app,
             http=bounded_protocol(settings.max_connections, settings.body_timeout_s),
