@@ -43,7 +43,15 @@ _BODY = {
                     },
                 }
             },
-            "application/json": {"schema": PushFrom.model_json_schema()},
+            "application/json": {
+                "schema": PushFrom.model_json_schema(),
+                "examples": {
+                    "an OCI registry": {"value": {"uri": "oci://ghcr.io/my-org/support:1"}},
+                    "the hub": {"value": {"uri": "hf://my-org/support@v1"}},
+                    "a bucket": {"value": {"uri": "s3://my-bucket/support"}},
+                    "this machine": {"value": {"path": "/srv/adapters/support"}},
+                },
+            },
         },
     }
 }
@@ -72,6 +80,8 @@ def router(registry: Registry, settings: RegistrySettings) -> APIRouter:
     ) -> Pushed:
         """Upload an adapter's files as the next version, or name where to fetch them; the same files again
         are the same version, so that a push may be repeated.
+
+        curl -F files=@prad.json -F files=@adapter_model.safetensors URL/v1/tasks/support/versions
 
         Who signed them travels as one more file, signature.json (prad adapter sign). With `wait=ready` the
         answer's `state` says how the probe went, and `pending` which replicas are not ready yet.
