@@ -21,6 +21,7 @@ from adapter_registry.client_calls import Call
 from adapter_registry.errors import RegistryUnreachableError
 from adapter_registry.keys import ChangedKey, KeyRecord, NewKey
 from adapter_registry.messages import (
+    AuditLog,
     Probe,
     Pushed,
     PushFrom,
@@ -257,6 +258,10 @@ class RegistryClient:
     def task(self, task: str) -> TaskRoute:
         """Raises TaskNotFoundError."""
         return self._send(client_calls.task(task))
+
+    def log(self, latest: int = 100) -> AuditLog:
+        """The `latest` changes of all tasks."""
+        return self._send(client_calls.log(latest))
 
     def history(self, task: str, latest: int = 100) -> TaskHistory:
         """The task's latest changes. Raises TaskNotFoundError."""

@@ -12,6 +12,7 @@ from adapter_registry import errors
 from adapter_registry.keys import ChangedKey, KeyList, NewKey
 from adapter_registry.messages import (
     Aliased,
+    AuditLog,
     ErrorReply,
     Probe,
     ReplicaList,
@@ -118,6 +119,10 @@ def replicas(revision: int, wait: float) -> Call[ReplicaList]:
 
 def task(name: str) -> Call[TaskRoute]:
     return Call("GET", f"/v1/tasks/{check_task(name)}", TaskRoute)
+
+
+def log(latest: int) -> Call[AuditLog]:
+    return Call("GET", "/v1/events", AuditLog, {"latest": latest})
 
 
 def history(name: str, latest: int) -> Call[TaskHistory]:

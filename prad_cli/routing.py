@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from adapter_registry.client import RegistryClient
-from adapter_registry.messages import ReplicaList, Rerouted
+from adapter_registry.messages import AuditLog, ReplicaList, Rerouted, TaskHistory
 from adapter_registry.names import parse_name
 from adapter_registry.routing import WHOLE
 from prad_cli.operating import (
@@ -155,18 +155,21 @@ def retire(
 
 
 def events(
-    task: Task,
+    task: Annotated[str, typer.Argument(metavar="[TASK]", help="The task; all if none is named.")] = "",
     latest: Annotated[int, typer.Option(help="So many of the latest.", min=1, max=10_000)] = 20,
     as_json: Json = False,
     registry: Registry = DEFAULT_REGISTRY,
 ) -> None:
-    """What happened to a task: when, who, what."""
+    """What happened to a task, or to all: when, who, what."""
+    found: TaskHistory | AuditLog
     with talking(registry) as client:
-        found = client.history(task, latest)
+        found = client.history(task, latest) if task else client.log(latest)
     if as_json:
         print_json(found.model_dump(mode="json"))
+    elif isinstance(found, TaskHistory):
+        show_events((task, line) for line in found.events)
     else:
-        show_events(found)
+        show_events((line.task, line) for line in found.events)
 
 
 def status(

@@ -197,6 +197,11 @@ def test_split_alias_and_rollback(prad, registry, adapter):
     told = json.loads(prad("events", "support", "--json").stdout)["events"]
     assert (told[-1]["event"], told[-1]["routing"]["split"]) == ("rollback", {"1": 90, "2": 10})
     failed(prad("events", "nobody"), "there is no task 'nobody'")
+    registry.verified(adapter(1), task="other")
+    every = prad("events", "--latest", "6").stdout
+    assert "rollback support" in every
+    assert "push other@1" in every
+    assert json.loads(prad("events", "--latest", "1", "--json").stdout)["events"][0]["task"] == "other"
 
 
 def test_every_change_is_told_as_json_to_scripts(prad, registry, adapter):
