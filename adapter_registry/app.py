@@ -7,15 +7,14 @@ from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import FileResponse, PlainTextResponse
 from fastapi_offline import FastAPIOffline
 
-from adapter_registry import pushing, replies, uploads
+from adapter_registry import log, pushing, replies, uploads
 from adapter_registry.access import Guard, Secrets, keys_router, refuse_foreign_origin
 from adapter_registry.console import create_console
 from adapter_registry.disconnects import unless_gone
-from adapter_registry.errors import HostNotAllowedError
+from adapter_registry.errors import ErrorReply, HostNotAllowedError
 from adapter_registry.keys import Role
 from adapter_registry.messages import (
     Aliased,
-    ErrorReply,
     Probe,
     ReplicaList,
     Rerouted,
@@ -24,6 +23,7 @@ from adapter_registry.messages import (
     ServerVersion,
     Shadowed,
     TaskHistory,
+    TaskPage,
     TaskRoute,
     VersionRecord,
     Warmed,
@@ -31,6 +31,7 @@ from adapter_registry.messages import (
 )
 from adapter_registry.parameters import (
     VERSION,
+    AfterTask,
     Alias,
     Everything,
     Fetching,
@@ -39,6 +40,7 @@ from adapter_registry.parameters import (
     Latest,
     Mark,
     Number,
+    PageSize,
     ReplicaName,
     Revision,
     Seconds,
@@ -91,6 +93,7 @@ def create_app(registry: Registry, settings: RegistrySettings, secrets: Secrets)
     local = Depends(refuse_foreign_origin)
     for router, needed in (
         (_reading(registry, guard), [guard.needs(Role.READ)]),
+        (log.router(registry), [guard.needs(Role.READ)]),
         (_following(registry, settings, guard), [guard.needs(Role.READ)]),
         (_probing(registry), [local, guard.needs(Role.REPLICA)]),
         (traffic_router(traffic), [local, guard.needs(Role.REPLICA)]),
@@ -121,11 +124,16 @@ def _reading(registry: Registry, guard: Guard) -> APIRouter:
         """All that routing needs: every version of every task, at one revision."""
         return await _all(await guard.redacted(request, await registry.state()))
 
-    @router.get("/tasks", response_model=RoutingState)
-    async def tasks(everything: Everything = False) -> Response:
-        """Tasks and their versions, without failed and deleted ones unless `all` is asked for."""
-        state = (await registry.state()).model_copy(update={"keys": None})
-        return await _all(state if everything else state.listed())
+    @router.get("/tasks", response_model=TaskPage)
+    async def tasks(
+        everything: Everything = False, after: AfterTask = "", limit: PageSize = None
+    ) -> Response:
+        """Tasks and their versions, by name, without failed and deleted ones unless `all` is asked for.
+
+        With `limit` a page of them: `next` is what to ask the next one with, as `after`.
+        """
+        state = await registry.state()
+        return await _all((state if everything else state.listed()).page(after, limit))
 
     @router.get("/tasks/{task}", responses=_NO_TASK)
     async def task(task: Task, response: Response) -> TaskRoute:

@@ -24,6 +24,10 @@ class ChangeFeed:
     def waiters(self) -> int:
         return self._waiters.total()
 
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
     async def publish(self, revision: int) -> None:
         async with self._changed:
             self.revision = max(self.revision, revision)

@@ -21,6 +21,7 @@ from adapter_registry.client_calls import Call, Progress
 from adapter_registry.errors import RegistryUnreachableError
 from adapter_registry.keys import ChangedKey, KeyRecord, NewKey
 from adapter_registry.messages import (
+    AuditLog,
     Probe,
     Pushed,
     PushFrom,
@@ -71,6 +72,8 @@ class AsyncRegistryClient:
         self._timeout = timeout
         self._replica = replica
         self._cache = AdapterCache(cache_dir, cache_bytes)
+        self.away: str | None = None
+        """Why the registry could not be reached, if that was so the last time."""
         self._http = httpx.AsyncClient(
             base_url=url,
             timeout=timeout,
@@ -158,15 +161,21 @@ class AsyncRegistryClient:
         return call.read(await self._exchange(call))
 
     async def _exchange(self, call: Call[M]) -> httpx.Response:
-        with _reaching(self._url):
-            return await self._http.request(
-                call.method,
-                call.path,
-                params=call.params,
-                json=call.json,
-                headers=call.headers,
-                timeout=self._timeout + call.wait,
-            )
+        try:
+            with _reaching(self._url):
+                response = await self._http.request(
+                    call.method,
+                    call.path,
+                    params=call.params,
+                    json=call.json,
+                    headers=call.headers,
+                    timeout=self._timeout + call.wait,
+                )
+        except RegistryUnreachableError as error:
+            self.away = error.message
+            raise
+        self.away = None
+        return response
 
     async def _download(self, path: str, target: Path) -> None:
         with _reaching(self._url):
@@ -248,6 +257,10 @@ class RegistryClient:
     def task(self, task: str) -> TaskRoute:
         """Raises TaskNotFoundError."""
         return self._send(client_calls.task(task))
+
+    def log(self, latest: int = 100) -> AuditLog:
+        """The `latest` changes of all tasks."""
+        return self._send(client_calls.log(latest))
 
     def history(self, task: str, latest: int = 100) -> TaskHistory:
         """The task's latest changes. Raises TaskNotFoundError."""

@@ -9,10 +9,11 @@ import httpx
 from pydantic import BaseModel, ValidationError
 
 from adapter_registry import errors
+from adapter_registry.errors import ErrorReply
 from adapter_registry.keys import ChangedKey, KeyList, NewKey
 from adapter_registry.messages import (
     Aliased,
-    ErrorReply,
+    AuditLog,
     Probe,
     ReplicaList,
     Rerouted,
@@ -127,6 +128,10 @@ def replicas(revision: int, wait: float) -> Call[ReplicaList]:
 
 def task(name: str) -> Call[TaskRoute]:
     return Call("GET", f"/v1/tasks/{check_task(name)}", TaskRoute)
+
+
+def log(latest: int) -> Call[AuditLog]:
+    return Call("GET", "/v1/events", AuditLog, {"latest": latest})
 
 
 def history(name: str, latest: int) -> Call[TaskHistory]:

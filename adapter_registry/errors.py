@@ -6,6 +6,8 @@ in `replies.py`; the state machine raises `IllegalTransitionError`.
 
 from typing import ClassVar
 
+from pydantic import BaseModel, ConfigDict, Field
+
 from prad.core.errors import PradError
 
 
@@ -126,6 +128,12 @@ class NoRoutingBeforeError(ConflictError):
     code = "no_routing_before"
 
 
+class QuotaExceededError(ConflictError):
+    """A task holds as much as it may; nothing was stored."""
+
+    code = "quota_exceeded"
+
+
 class KeyExistsError(ConflictError):
     """Two keys of one name could not be told apart in the history."""
 
@@ -213,3 +221,20 @@ class CannotStartError(RegistryError):
     """The port or the data folder is taken, or cannot be used."""
 
     code = "cannot_start"
+
+
+class ErrorBody(BaseModel):
+    """The shape that OpenAI's API gives its errors."""
+
+    model_config = ConfigDict(frozen=True)
+
+    message: str = Field(examples=["support has no version 9; its versions: 1, 2"])
+    type: str = Field(examples=["invalid_request_error"])
+    param: str | None = Field(None, examples=["version"])
+    code: str | None = Field(None, examples=["version_not_found"])
+
+
+class ErrorReply(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    error: ErrorBody

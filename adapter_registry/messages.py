@@ -11,7 +11,12 @@ from adapter_registry.versions import Event, State
 from prad.artefact import AdapterRecord, BaseModelRef
 from prad.artefact.signatures import Signature
 
-Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+TaskName = Annotated[str, Field(examples=["support"])]
+Number = Annotated[int, Field(examples=[2])]
+Revision = Annotated[int, Field(examples=[41])]
+Time = Annotated[str, Field(examples=["2026-11-29T08:00:00.123456Z"])]
+Reason = Annotated[str, Field(examples=["with this adapter the logits are not finite"])]
+Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$"), Field(examples=["5e1c" * 16])]
 """SHA-256 in hexadecimal; also the name of a folder, so nothing else may pass."""
 
 
@@ -151,8 +156,8 @@ class TrafficReport(_Command):
 
 
 class StoredFile(_Answer):
-    name: str
-    size: int
+    name: str = Field(examples=["adapter_model.safetensors"])
+    size: int = Field(examples=[1_114_608])
 
 
 class SignedBy(Signature):
@@ -170,12 +175,12 @@ class SignedBy(Signature):
 class VersionRoute(_Answer):
     """One version, as routing needs it."""
 
-    version: int
+    version: Number
     state: State
     digest: Digest
-    method: str
+    method: str = Field(examples=["prad-pa"])
     base: BaseModelRef
-    pushed_at: str
+    pushed_at: Time
     warmed: int = 0
     """Revision of the last request to load it into memory; 0: there was none."""
 
@@ -183,7 +188,7 @@ class VersionRoute(_Answer):
 class TaskRoute(_Answer):
     """A task: what its names mean, and its versions."""
 
-    task: str
+    task: TaskName
     routing: Routing
     versions: tuple[VersionRoute, ...]
 
@@ -197,7 +202,7 @@ class RoutingState(_Answer):
     `same_keys` says that no key did; None: this is all.
     """
 
-    revision: int
+    revision: Revision
     tasks: tuple[TaskRoute, ...]
     keys: tuple[StoredKey, ...] | None = ()
     mark: str = ""
@@ -230,6 +235,19 @@ class RoutingState(_Answer):
         )
         return self.model_copy(update={"tasks": tuple(task for task in tasks if task.versions)})
 
+    def page(self, after: str, limit: int | None) -> "TaskPage":
+        """So many tasks whose names come after `after`; keys are not told."""
+        tasks = sorted((task for task in self.tasks if task.task > after), key=lambda task: task.task)
+        some = tuple(tasks[:limit])
+        more = some[-1].task if len(some) < len(tasks) else ""
+        return TaskPage(revision=self.revision, tasks=some, keys=None, next=more)
+
+
+class TaskPage(RoutingState):
+    """Some of the tasks, by name. `next`: the `after` of the next page; empty: this is the last."""
+
+    next: str = ""
+
 
 class HistoryLine(_Answer):
     """One change. `version`: whose state went from `before` to `after`; None: the change was of none.
@@ -238,27 +256,33 @@ class HistoryLine(_Answer):
     that one calls itself, or is reached at.
     """
 
-    revision: int
-    version: int | None
+    revision: Revision
+    version: Number | None
     event: Event
     before: State | None
     after: State | None
     routing: Routing | None
-    at: str
-    by: str
-    reason: str
+    at: Time
+    by: str = Field(examples=["ada@desk"])
+    reason: Reason
 
 
 class LoggedLine(HistoryLine):
     """The same, of one of all tasks."""
 
-    task: str
+    task: TaskName
+
+
+class AuditLog(_Answer):
+    """The latest changes of all tasks, the latest last."""
+
+    events: tuple[LoggedLine, ...]
 
 
 class TaskHistory(_Answer):
     """The latest changes of a task, the latest last."""
 
-    task: str
+    task: TaskName
     events: tuple[HistoryLine, ...]
 
 
@@ -266,17 +290,17 @@ class VersionRecord(_Answer):
     """Everything about one version. `reason` says why a probe failed; `current`: plain `task` means it, or is
     divided between it and others; `signatures`: of all who signed these files."""
 
-    task: str
-    version: int
+    task: TaskName
+    version: Number
     state: State
     current: bool
     digest: Digest
-    reason: str
-    pushed_at: str
+    reason: Reason
+    pushed_at: Time
     record: AdapterRecord
     files: tuple[StoredFile, ...]
-    tensors: int
-    tensor_bytes: int
+    tensors: int = Field(examples=[60])
+    tensor_bytes: int = Field(examples=[1_105_920])
     signatures: tuple[SignedBy, ...] = ()
     history: tuple[HistoryLine, ...]
 
@@ -340,13 +364,13 @@ class Replica(_Answer):
     are still on their way there; one that a request names comes first.
     """
 
-    name: str
+    name: str = Field(examples=["prefill-a"])
     connected: bool
     state: ReplicaState
-    revision: int | None = None
+    revision: Revision | None = None
     fetching: int = 0
     troubles: tuple[str, ...] = ()
-    last_seen: str
+    last_seen: Time
 
 
 class ReplicaList(_Answer):
@@ -361,27 +385,14 @@ class Warmed(_Answer):
     """Where a version is in memory now, of the connected prefill replicas. `failed`: where not, and why;
     `pending`: where it is not known yet."""
 
-    task: str
-    version: int
+    task: TaskName
+    version: Number
     ready: tuple[str, ...] = Field(examples=[["prefill-a"]])
     failed: dict[str, str] = Field(examples=[{"prefill-b": "there was no room in memory within 4 s"}])
     pending: tuple[str, ...] = Field(examples=[["prefill-c"]])
 
 
 class ServerVersion(_Answer):
-    version: str
+    version: str = Field(examples=["0.4.0"])
     api: str = "v1"
-    max_upload_bytes: int
-
-
-class ErrorBody(_Answer):
-    """The shape that OpenAI's API gives its errors."""
-
-    message: str
-    type: str
-    param: str | None = None
-    code: str | None = None
-
-
-class ErrorReply(_Answer):
-    error: ErrorBody
+    max_upload_bytes: int = Field(examples=[512 << 20])

@@ -14,6 +14,8 @@ VERSION = "/tasks/{task}/versions/{version}"
 Task = Annotated[str, Path(description="The task's name")]
 Number = Annotated[int, Path(ge=1, le=2**31, description="The version's number")]
 Alias = Annotated[str, Path(description="The alias, without the task")]
+AfterTask = Annotated[str, Query(max_length=64, description="Only tasks whose names come after this one")]
+PageSize = Annotated[int | None, Query(ge=1, le=10_000, description="So many tasks; if absent, all")]
 Everything = Annotated[bool, Query(alias="all", description="Failed and deleted ones as well")]
 FileName = Annotated[str, Path(description="One of the version's `files`")]
 Revision = Annotated[int, Query(ge=-(2**63), lt=2**63, description="A revision of all that is kept")]

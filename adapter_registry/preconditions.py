@@ -9,8 +9,7 @@ from typing import Annotated, Any
 
 from fastapi import Depends, Header, Request
 
-from adapter_registry.errors import InvalidRequestError
-from adapter_registry.messages import ErrorReply
+from adapter_registry.errors import ErrorReply, InvalidRequestError
 
 OPERATOR = "x-prad-operator"
 CALLER = "prad.caller"

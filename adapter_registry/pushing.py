@@ -24,6 +24,7 @@ _NOT_PUSHED = described(
     {
         400: "The files are no usable adapter, the task's name is none, or the URI leads to no adapter",
         403: "It is not signed as it must be, a page of another origin asks, or nothing is fetched there",
+        409: "The task has as many versions, or as large ones, as it may",
         413: "It is larger than max_upload_mib",
         501: "The URI's kind needs a package that is not installed with this registry",
         502: "What the URI names cannot be reached, or not in time",
@@ -42,7 +43,15 @@ _BODY = {
                     },
                 }
             },
-            "application/json": {"schema": PushFrom.model_json_schema()},
+            "application/json": {
+                "schema": PushFrom.model_json_schema(),
+                "examples": {
+                    "an OCI registry": {"value": {"uri": "oci://ghcr.io/my-org/support:1"}},
+                    "the hub": {"value": {"uri": "hf://my-org/support@v1"}},
+                    "a bucket": {"value": {"uri": "s3://my-bucket/support"}},
+                    "this machine": {"value": {"path": "/srv/adapters/support"}},
+                },
+            },
         },
     }
 }
@@ -71,6 +80,8 @@ def router(registry: Registry, settings: RegistrySettings) -> APIRouter:
     ) -> Pushed:
         """Upload an adapter's files as the next version, or name where to fetch them; the same files again
         are the same version, so that a push may be repeated.
+
+        curl -F files=@prad.json -F files=@adapter_model.safetensors URL/v1/tasks/support/versions
 
         Who signed them travels as one more file, signature.json (prad adapter sign). With `wait=ready` the
         answer's `state` says how the probe went, and `pending` which replicas are not ready yet.

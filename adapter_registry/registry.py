@@ -34,6 +34,7 @@ from adapter_registry.messages import (
 from adapter_registry.metrics import Metrics
 from adapter_registry.names import check_task
 from adapter_registry.planning import Move, Wanted
+from adapter_registry.quotas import require_quota
 from adapter_registry.replicas import Replicas
 from adapter_registry.retention import make_room
 from adapter_registry.settings import Bounds
@@ -130,11 +131,12 @@ class Registry:
     ) -> Pushed:
         """Makes a version of admitted files. `by`: who asks; `source`: where they were fetched, if they were.
 
-        Raises InvalidTaskNameError, StorageFullError, StoreUnavailableError.
+        Raises InvalidTaskNameError, QuotaExceededError, StorageFullError, StoreUnavailableError.
         """
         check_task(task)
 
         def store() -> Pushed:
+            require_quota(self._store, self._bounds, task, adapter)
             with self.files.kept([(staged, adapter.digest)]) as keeping:
                 number, created = self._store.push(task, adapter, by=by, source=source)
                 keeping.known = not created

@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from adapter_registry import errors
-from adapter_registry.messages import ErrorBody, ErrorReply
+from adapter_registry.errors import ErrorBody, ErrorReply
 from adapter_registry.metrics import Metrics
 from prad.http.logs import logged
 

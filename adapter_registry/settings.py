@@ -18,11 +18,14 @@ MIB = 1 << 20
 @dataclass(frozen=True, slots=True)
 class Bounds:
     """retired_bytes: files of versions that answer nothing any more; free_bytes: of disk, below which nothing
-    is pushed; wait_seconds: for replicas, until a new routing is in force there."""
+    is pushed; wait_seconds: for replicas, until a new routing is in force there; task_versions, task_bytes:
+    of a task, beside what is retired or failed."""
 
     retired_bytes: int
     free_bytes: int
     wait_seconds: float
+    task_versions: int | None
+    task_bytes: int | None
 
 
 class RegistrySettings(ServiceSettings):
@@ -93,6 +96,11 @@ class RegistrySettings(ServiceSettings):
     api_url: Annotated[str | None, Field(repr=False)] = None
     """URL of the completions API, such as http://127.0.0.1:8000, which the console's playground asks for
     whoever uses it; if not given, there is no playground."""
+    task_versions: Annotated[int, Field(ge=1)] | None = None
+    """Versions that a task may have beside retired and failed ones; a push of one more is refused. If not
+    given: any number."""
+    task_mib: Annotated[int, Field(ge=1)] | None = None
+    """Their files' size, likewise."""
     retired_mib: Annotated[int, Field(ge=0)] = 1024
     """Disk for files of retired and failed versions; those that are so longest are deleted beyond it."""
     min_free_mib: Annotated[int, Field(ge=0)] = 64
@@ -152,7 +160,13 @@ class RegistrySettings(ServiceSettings):
 
     @property
     def bounds(self) -> Bounds:
-        return Bounds(self.retired_mib * MIB, self.min_free_mib * MIB, self.replicas_wait_seconds)
+        return Bounds(
+            retired_bytes=self.retired_mib * MIB,
+            free_bytes=self.min_free_mib * MIB,
+            wait_seconds=self.replicas_wait_seconds,
+            task_versions=self.task_versions,
+            task_bytes=None if self.task_mib is None else self.task_mib * MIB,
+        )
 
     @property
     def on_loopback(self) -> bool:

@@ -40,9 +40,8 @@ async def receive(request: Request, staged: Path, *, limit: int, sources: Source
         return ""
     if kind == "application/json" and sources is not None:
         return await sources.fetch(await _uri(request), staged)
-    raise InvalidRequestError(
-        'push the files as multipart/form-data, or {"uri": ...} or {"path": ...} as application/json'
-    )
+    fetched = "" if sources is None else ', or {"uri": ...} or {"path": ...} as application/json'
+    raise InvalidRequestError(f"push the files as multipart/form-data{fetched}")
 
 
 class BoundedRoute(APIRoute):

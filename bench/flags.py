@@ -136,6 +136,15 @@ class Push(ModelFlags):
     rounds: int = Field(15, ge=1, description="pushes, each of a new version")
 
 
+class Versions(ShapeFlags):
+    SMOKE = {"versions": [1, 2], "requests": 2, "prompt": 8, "output": 8, "steps": 2, "rounds": 1, "r": 4}
+
+    versions: list[int] = Field([1, 2, 8, 64], description="of a task, in one batch")
+    requests: int = Field(64, description="sequences in a batch")
+    steps: int = Field(8, ge=1, description="of those with adapters at every token")
+    skip_peft: bool = Field(False, description="it takes minutes")
+
+
 class Peers(ShapeFlags):
     SMOKE = {"requests": 2, "prompt": 8, "output": 4, "rounds": 1, "r": 8}
 
@@ -310,6 +319,7 @@ FLAGS: dict[str, type[Flags]] = {
     "flood": Flood,
     "registry": Registry,
     "push": Push,
+    "versions": Versions,
     "decode": Decode,
     "choices": Choices,
     "step": Step,

@@ -126,6 +126,14 @@ class Served:
         if failed := push_all(folder, self._registry):
             raise StackError(f"adapters were refused: {failed}")
 
+    def push_version(self, folder: Path, task: str) -> None:
+        """An adapter folder as the task's next version, ready at prefill; raises StackError."""
+        url = f"{self._registry}/v1/tasks/{task}/versions"
+        where = {"path": str(folder)}
+        said = httpx.post(url, params={"wait": "ready"}, json=where, timeout=60, trust_env=False)
+        if said.status_code != httpx.codes.CREATED or said.json()["pending"]:
+            raise StackError(f"a push was answered {said.status_code}: {said.text}")
+
     def generate(
         self, prompts: Sequence[Sequence[int]], output: int, adapters: Sequence[str | None]
     ) -> float:

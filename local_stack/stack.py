@@ -94,7 +94,8 @@ class Stack:
                 service.process.wait()
 
     def start(self, name: str, arguments: Sequence[str]) -> None:
-        """Starts `prad NAME ARGUMENTS` in a session of its own: Ctrl-C reaches it through us, in order.
+        """Starts `prad NAME ARGUMENTS` in a process group of its own: Ctrl-C reaches it through us, in order.
+        In our session: between sessions Linux divides a core evenly, whoever of them is nice (autogroup).
         Raises StackError if its log cannot be written."""
         self._run(name, tuple(arguments), len(self._services))
 
@@ -116,7 +117,7 @@ class Stack:
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,
+                process_group=0,
             )
             self._services[place : place + 1] = [Service(name, arguments, process, log, log_start)]
 

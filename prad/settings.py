@@ -36,7 +36,7 @@ class ServiceSettings(BaseSettings):
 class _Environment(EnvSettingsSource):
     def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
         value, key, is_complex = super().get_field_value(field, field_name)
-        if field_name.endswith("port") and isinstance(value, str) and _SERVICE_LINK.match(value):
+        if field_name.endswith("port") and isinstance(value, str) and is_service_link(value):
             name = environment_name(self.settings_cls, field_name)
             logger.warning(
                 "%s=%s is passed over: Kubernetes or Docker set it for a service of that name",
@@ -45,6 +45,11 @@ class _Environment(EnvSettingsSource):
             )
             value = None
         return value, key, is_complex
+
+
+def is_service_link(value: str) -> bool:
+    """Whether it is an address that Kubernetes or Docker put into the environment, where a port is read."""
+    return _SERVICE_LINK.match(value) is not None
 
 
 def is_loopback(host: str) -> bool:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import IO, Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from adapter_registry.client import RegistryClient
@@ -24,6 +23,7 @@ from prad_cli.operating import (
     Version,
     fail,
     print_json,
+    progress_console,
     say_pending,
     talking,
     version_of,
@@ -62,6 +62,7 @@ def push(
         float, typer.Option(min=0, help="Seconds to wait for any prefill service.")
     ] = 15.0,
     timeout: Annotated[float, typer.Option(min=0, help="Seconds to wait for its verdict.")] = 120.0,
+    as_json: Json = False,
     registry: Registry = DEFAULT_REGISTRY,
 ) -> None:
     """Upload an adapter as the next version of a task, and wait until it is verified.
@@ -76,20 +77,22 @@ def push(
         raise typer.BadParameter("--promote needs to wait until the version is verified; drop --no-wait")
     with talking(registry) as client:
         pushed = _fetched(client, source, task) if "://" in source else _upload(client, Path(source), task)
-        verb = "pushed" if pushed.created else "is there already, with these files"
-        print(f"{pushed.name} {verb} ({pushed.record.method}, digest {pushed.digest[:12]}, {pushed.state})")
-        if pushed.source:
-            print(f"fetched from {pushed.source}")
-        if pushed.signatures:
-            print(f"signed by {', '.join(each.who for each in pushed.signatures)}")
-        if not wait:
-            print(f"Its state: prad adapter show {pushed.name}{_flag(registry)}")
-            return
-        record = _wait(client, pushed, connect_timeout, timeout)
+        if not as_json:
+            _say_pushed(pushed)
+        record: VersionRecord = pushed
+        if wait:
+            record = _wait(client, pushed, connect_timeout, timeout)
         if promote:
-            say_pending(client.promote(record.task, record.version))
+            promoted = client.promote(record.task, record.version)
             record = client.version(record.task, record.version)
-        _say_next(record, registry)
+            if not as_json:
+                say_pending(promoted)
+        if as_json:
+            print_json(record.model_dump(mode="json"))
+        elif wait:
+            _say_next(record, registry)
+        else:
+            print(f"Its state: prad adapter show {pushed.name}{_flag(registry)}")
 
 
 @app.command("list", epilog="Example: [bold]prad adapter list --json[/bold]")
@@ -135,19 +138,27 @@ def show(
 
 
 @app.command(epilog="Example: [bold]prad adapter unretire support@1[/bold]")
-def unretire(name: Version, registry: Registry = DEFAULT_REGISTRY) -> None:
+def unretire(name: Version, as_json: Json = False, registry: Registry = DEFAULT_REGISTRY) -> None:
     """Bring a retired version back: it is probed again, and then answers as TASK@N."""
     with talking(registry) as client:
         record = client.unretire(*version_of(client, name))
-    print(f"{record.name} is {record.state} again, and answers as soon as a prefill service has verified it")
+    if as_json:
+        print_json(record.model_dump(mode="json"))
+    else:
+        print(
+            f"{record.name} is {record.state} again, and answers as soon as a prefill service has verified it"
+        )
 
 
 @app.command(epilog="Example: [bold]prad adapter rm support@1[/bold]")
-def rm(name: Version, registry: Registry = DEFAULT_REGISTRY) -> None:
+def rm(name: Version, as_json: Json = False, registry: Registry = DEFAULT_REGISTRY) -> None:
     """Remove a version's files from the registry; its record stays. Retire it first if it answers."""
     with talking(registry) as client:
         record = client.delete(*version_of(client, name))
-    print(f"{record.name} is deleted; the same files, pushed again, are a new version")
+    if as_json:
+        print_json(record.model_dump(mode="json"))
+    else:
+        print(f"{record.name} is deleted; the same files, pushed again, are a new version")
 
 
 @app.command(epilog="Example: [bold]prad adapter pull support@2 adapters/support[/bold]")
@@ -174,8 +185,17 @@ for command, example in (*COMMANDS, (diff, "prad adapter diff support@1 support@
     app.command(epilog=f"Example: [bold]{example}[/bold]")(command)
 
 
+def _say_pushed(pushed: Pushed) -> None:
+    verb = "pushed" if pushed.created else "is there already, with these files"
+    print(f"{pushed.name} {verb} ({pushed.record.method}, digest {pushed.digest[:12]}, {pushed.state})")
+    if pushed.source:
+        print(f"fetched from {pushed.source}")
+    if pushed.signatures:
+        print(f"signed by {', '.join(each.who for each in pushed.signatures)}")
+
+
 def _fetched(client: RegistryClient, uri: str, task: str) -> Pushed:
-    with _progress_console().status(f"the registry fetches {uri}"):
+    with progress_console().status(f"the registry fetches {uri}"):
         return client.push_uri(task, uri)
 
 
@@ -188,7 +208,7 @@ def _upload(client: RegistryClient, folder: Path, task: str) -> Pushed:
         fail(f"{error}. An adapter folder is what prad train or prad adapter import writes")
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with ExitStack() as opened:
-        progress = opened.enter_context(Progress(*columns, console=_progress_console(), transient=True))
+        progress = opened.enter_context(Progress(*columns, console=progress_console(), transient=True))
         parts: list[tuple[str, IO[bytes]]] = []
         for path in files:
             file = opened.enter_context(progress.open(path, "rb", description=path.name))
@@ -196,18 +216,11 @@ def _upload(client: RegistryClient, folder: Path, task: str) -> Pushed:
         return client.push(task, parts)
 
 
-def _progress_console() -> Console:
-    """Bars and spinners go to a terminal's stderr; a pipe gets none of them."""
-    console = Console(stderr=True)
-    console.quiet = not console.is_terminal
-    return console
-
-
 def _wait(
     client: RegistryClient, pushed: Pushed, connect_seconds: float, probe_seconds: float
 ) -> VersionRecord:
     try:
-        with _progress_console().status(f"waiting until a prefill service has verified {pushed.name}"):
+        with progress_console().status(f"waiting until a prefill service has verified {pushed.name}"):
             record = wait_probed(
                 client,
                 pushed.task,

@@ -18,6 +18,7 @@ BENCHMARKS = {
     "flood": "A quiet task's time to the first token beside a neighbour's flood.",
     "registry": "Thousands of tasks: start and memory of registry and replica, lists, changes; both stores.",
     "push": "A push from a trainer's memory until it answers everywhere, part by part.",
+    "versions": "One decode batch under ever more versions of a task, beside LoRA at every token.",
     "decode": "One decode step by sequences, context and tasks, beside its floor.",
     "choices": "Choices of one prompt: what shared blocks save in memory, hand-off and step.",
     "step": "Where a decode step's time goes, with the model's weights and with rounded ones.",

@@ -16,6 +16,7 @@ from urllib.parse import quote
 import httpx
 import typer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from rich.progress import track
 
 from prad.core.errors import PradError
 from prad.core.json_text import json_lines
@@ -24,7 +25,15 @@ from prad.http.asking import DEFAULT_API, answered, api_client
 from prad_cli.extras import installing
 from prad_cli.likelihood import ModelHere, Version, log_likelihoods
 from prad_cli.model import DEFAULT_CACHE, CacheOption, DeviceOption, DTypeOption, ModelOption
-from prad_cli.operating import DEFAULT_REGISTRY, Json, Registry, credential, print_json, talking
+from prad_cli.operating import (
+    DEFAULT_REGISTRY,
+    Json,
+    Registry,
+    credential,
+    print_json,
+    progress_console,
+    talking,
+)
 from prad_cli.tables import show_comparison
 
 ANSWER_TOKENS = 64
@@ -206,7 +215,8 @@ def compare(
             raise DiffError(f"{names[0]} and {names[1]} are both {sides[0].name}: name two versions")
         asked = [pool.submit(_ask, client, side, line.prompt) for line in lines for side in sides]
         try:
-            answers = [each.result() for each in asked]
+            known = track(asked, "answers", console=progress_console(), transient=True)
+            answers = [each.result() for each in known]
         finally:
             pool.shutdown(cancel_futures=True)
     pairs = tuple(zip(answers[::2], answers[1::2], strict=True))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+from rich.console import Console
 
 from adapter_registry.client import RegistryClient
 from adapter_registry.errors import RegistryError, RegistryUnreachableError
@@ -93,6 +94,13 @@ def fail(message: str) -> NoReturn:
 
 def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def progress_console() -> Console:
+    """Bars and spinners go to a terminal's stderr; a pipe gets none of them."""
+    console = Console(stderr=True)
+    console.quiet = not console.is_terminal
+    return console
 
 
 def operator() -> str:

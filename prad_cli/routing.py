@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from adapter_registry.client import RegistryClient
-from adapter_registry.messages import ReplicaList, Rerouted
+from adapter_registry.messages import AuditLog, ReplicaList, Rerouted, TaskHistory
 from adapter_registry.names import parse_name
 from adapter_registry.routing import WHOLE
 from prad_cli.operating import (
@@ -34,13 +34,14 @@ _PERCENT = re.compile(r"([1-9][0-9]*)=([0-9]{1,3}(?:\.[0-9]{1,6})?)%?")
 _SET = re.compile(r"([^=]+)=([1-9][0-9]*)")
 
 
-def promote(name: Version, seen: Seen = None, registry: Registry = DEFAULT_REGISTRY) -> None:
+def promote(
+    name: Version, seen: Seen = None, as_json: Json = False, registry: Registry = DEFAULT_REGISTRY
+) -> None:
     """Make a verified version what plain TASK means. The earlier one still answers to its TASK@N."""
     with talking(registry) as client:
         task, version = version_of(client, name)
         rerouted = client.promote(task, version, seen=seen)
-    print(f"{task}@{version} is now what plain {task!r} means")
-    _say(rerouted)
+    _say(rerouted, as_json, f"{task}@{version} is now what plain {task!r} means")
 
 
 def split(
@@ -49,6 +50,7 @@ def split(
         list[str], typer.Argument(metavar="N=WEIGHT...", help="Versions and their weights, e.g. 1=90 2=10.")
     ],
     seen: Seen = None,
+    as_json: Json = False,
     registry: Registry = DEFAULT_REGISTRY,
 ) -> None:
     """Divide requests for plain TASK between versions. The same `user` keeps its version; a larger weight
@@ -65,7 +67,7 @@ def split(
         weights[int(found[1])] = int(found[2])
     with talking(registry) as client:
         rerouted = client.split(task, weights, seen=seen)
-    _say(rerouted)
+    _say(rerouted, as_json)
 
 
 def alias(
@@ -75,6 +77,7 @@ def alias(
     ] = None,
     remove: Annotated[str | None, typer.Option(help="Let this alias mean nothing any more.")] = None,
     seen: Seen = None,
+    as_json: Json = False,
     registry: Registry = DEFAULT_REGISTRY,
 ) -> None:
     """Let TASK@ALIAS mean a version. TASK@previous follows by itself."""
@@ -84,11 +87,8 @@ def alias(
     with talking(registry) as client:
         name, version = (found[1], int(found[2])) if found else (remove or "", None)
         rerouted = client.alias(task, name, version, seen=seen)
-    if version is None:
-        print(f"{task}@{name} means nothing any more")
-    else:
-        print(f"{task}@{name} is {task}@{version} now")
-    _say(rerouted)
+    means = "means nothing any more" if version is None else f"is {task}@{version} now"
+    _say(rerouted, as_json, f"{task}@{name} {means}")
 
 
 def shadow(
@@ -99,6 +99,7 @@ def shadow(
     ] = None,
     off: Annotated[bool, typer.Option("--off", help="Under no other version any more.")] = False,
     seen: Seen = None,
+    as_json: Json = False,
     registry: Registry = DEFAULT_REGISTRY,
 ) -> None:
     """Let a share of the requests for plain TASK also run under another version, unseen by whoever asks.
@@ -119,15 +120,16 @@ def shadow(
         raise typer.BadParameter("expected shares of up to 100% together, as in 2=5%, or --off")
     with talking(registry) as client:
         rerouted = client.shadow(task, wanted, seen=seen)
-    _say(rerouted)
+    _say(rerouted, as_json)
 
 
-def rollback(task: Task, seen: Seen = None, registry: Registry = DEFAULT_REGISTRY) -> None:
+def rollback(
+    task: Task, seen: Seen = None, as_json: Json = False, registry: Registry = DEFAULT_REGISTRY
+) -> None:
     """Bring the routing before back: split, aliases and shadows. Once more goes one further back."""
     with talking(registry) as client:
         rerouted = client.rollback(task, seen=seen)
-    print("the routing before is in force again")
-    _say(rerouted)
+    _say(rerouted, as_json, "the routing before is in force again")
 
 
 def retire(
@@ -141,6 +143,7 @@ def retire(
         ),
     ] = False,
     seen: Seen = None,
+    as_json: Json = False,
     registry: Registry = DEFAULT_REGISTRY,
 ) -> None:
     """No new requests for a version; running ones keep it. One that is routed to needs another or --force;
@@ -148,23 +151,25 @@ def retire(
     with talking(registry) as client:
         task, version = version_of(client, name)
         rerouted = client.retire(task, version, force=force, seen=seen)
-    print(f"{task}@{version} is retired; running requests keep it")
-    _say(rerouted)
+    _say(rerouted, as_json, f"{task}@{version} is retired; running requests keep it")
 
 
 def events(
-    task: Task,
+    task: Annotated[str, typer.Argument(metavar="[TASK]", help="The task; all if none is named.")] = "",
     latest: Annotated[int, typer.Option(help="So many of the latest.", min=1, max=10_000)] = 20,
     as_json: Json = False,
     registry: Registry = DEFAULT_REGISTRY,
 ) -> None:
-    """What happened to a task: when, who, what."""
+    """What happened to a task, or to all: when, who, what."""
+    found: TaskHistory | AuditLog
     with talking(registry) as client:
-        found = client.history(task, latest)
+        found = client.history(task, latest) if task else client.log(latest)
     if as_json:
         print_json(found.model_dump(mode="json"))
+    elif isinstance(found, TaskHistory):
+        show_events((task, line) for line in found.events)
     else:
-        show_events(found)
+        show_events((line.task, line) for line in found.events)
 
 
 def status(
@@ -237,6 +242,11 @@ def _waited(client: RegistryClient, revision: int, seconds: float) -> ReplicaLis
     return found
 
 
-def _say(rerouted: Rerouted) -> None:
+def _say(rerouted: Rerouted, as_json: bool, done: str = "") -> None:
+    if as_json:
+        print_json(rerouted.model_dump(mode="json"))
+        return
+    if done:
+        print(done)
     print(described(rerouted))
     say_pending(rerouted)

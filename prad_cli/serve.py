@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from prad.core.models import DEFAULT_MODEL
-from prad.settings import is_loopback
+from prad.settings import is_loopback, is_service_link
 from prad_cli.model import (
     DEFAULT_CACHE,
     CacheOption,
@@ -27,7 +27,17 @@ if TYPE_CHECKING:
     from local_stack.stack import Stack
 
 _PORTS: Any = {"min": 1, "max": 65535}
+_METRICS_PORT = 8002
 _START_S = 300.0  # the first start converts or fetches the model
+
+
+def _metrics_port(text: str) -> int:
+    """What the environment says for a service of that name in Kubernetes or Docker is no port."""
+    if is_service_link(str(text)):
+        return _METRICS_PORT
+    if not str(text).isdecimal() or not _PORTS["min"] <= int(text) <= _PORTS["max"]:
+        raise typer.BadParameter(f"{text!r} is no port: expected a number from 1 to 65535")
+    return int(text)
 
 
 def serve_command(
@@ -62,8 +72,13 @@ def serve_command(
     decode_port: Annotated[int, typer.Option(help="The decode service's port.", **_PORTS)] = 50051,
     decode_metrics_port: Annotated[
         int,
-        typer.Option(help="The port of decode's /metrics.", envvar="PRAD_DECODE_METRICS_PORT", **_PORTS),
-    ] = 8002,
+        typer.Option(
+            help="The port of decode's /metrics.",
+            envvar="PRAD_DECODE_METRICS_PORT",
+            parser=_metrics_port,
+            metavar="INTEGER",
+        ),
+    ] = _METRICS_PORT,
     data_dir: Annotated[
         Path, typer.Option(help="Where the registry keeps adapters, and the logs.", envvar="PRAD_DATA_DIR")
     ] = Path("~/.local/share/prad"),

@@ -1,6 +1,6 @@
 """What `prad adapter list`, `show`, `events`, `status` and `diff`, and `prad keys`, print."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -8,9 +8,9 @@ from rich.text import Text
 
 from adapter_registry.keys import KeyRecord, Role
 from adapter_registry.messages import (
+    HistoryLine,
     ReplicaList,
     ReplicaState,
-    TaskHistory,
     TaskRoute,
     VersionRecord,
     Warmed,
@@ -89,15 +89,16 @@ def show_task(task: TaskRoute) -> None:
     Console().print(described(task), markup=False, highlight=False)
 
 
-def show_events(history: TaskHistory) -> None:
+def show_events(events: Iterable[tuple[str, HistoryLine]]) -> None:
+    """Each with its task."""
     table = Table("when", "who", "what", "then", "revision", box=None, header_style="bold")
-    for line in history.events:
-        version = "" if line.version is None else f" {history.task}@{line.version}"
+    for task, line in events:
+        version = task if line.version is None else f"{task}@{line.version}"
         moved = "" if line.after is None or line.before is line.after else f": {line.after}"
         why = f" ({line.reason})" if line.reason else ""
-        made = "" if line.routing is None else _made(history.task, line.routing)
+        made = "" if line.routing is None else _made(task, line.routing)
         when = _when(line.at)
-        what = f"{line.event}{version}{moved}{why}"
+        what = f"{line.event} {version}{moved}{why}"
         table.add_row(when, _literal(line.by or "-"), _literal(what), made, str(line.revision))
     _print_table(table)
 

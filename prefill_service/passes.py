@@ -17,7 +17,7 @@ from torch import Tensor
 from kvtransfer.frames import Encoding
 from kvtransfer.int8 import quantise
 from kvtransfer.sender import HandOff, PassRows, send_layer
-from prad.adapters import AdapterError, PromptAdaptation, split_task_tokens
+from prad.adapters import PromptAdaptation, split_task_tokens
 from prad.core.kv import Chunk
 from prad.core.sampling import SampleKey, Token
 from prad.lm import LanguageModel, Site, SiteVectors, sample
@@ -45,6 +45,28 @@ def run_prompt_pass(
 
     `layer_done` gets every layer's keys and values [T, kv_heads, dim], chunks packed in order.
     """
+    done = [chunk.prompt for chunk in chunks if chunk.prompt.ends_with(chunk)]
+    with torch.inference_mode():
+        logits, adaptation = prompt_logits(model, pools, chunks, layer_done)
+        if adaptation is not None and state_done is not None:
+            starts = accumulate((len(chunk) for chunk in chunks[:-1]), initial=0)
+            by_start = dict(zip(starts, (chunk.prompt for chunk in chunks), strict=True))
+            for start, state in adaptation.states().items():
+                state_done(by_start[start], state)
+        sound = torch.isfinite(logits).all(dim=-1).tolist()
+        return {
+            prompt: _first_tokens(model, row, prompt.request) if ok else None
+            for row, prompt, ok in zip(logits, done, sound, strict=True)
+        }
+
+
+def prompt_logits(
+    model: LanguageModel,
+    pools: Pools,
+    chunks: Sequence[Chunk[Prompt]],
+    layer_done: LayerDone | None = None,
+) -> tuple[Tensor, PromptAdaptation | None]:
+    """Logits float32 [R, vocab] of the chunks that end their prompts, in order; and what adapted the pass."""
     prompts = [chunk.prompt for chunk in chunks]
     assert all(len(c) == c.prompt.tokens for c in chunks if c.prompt.whole), "a whole prompt was cut"
     lengths = [len(chunk) for chunk in chunks]
@@ -71,18 +93,7 @@ def run_prompt_pass(
         logit_rows=[end - 1 for end, last in zip(accumulate(lengths), ended, strict=True) if last],
         layer_done=layer_done,
     )
-    with torch.inference_mode():
-        logits = model.forward(batch, adaptation)
-        if adaptation is not None and state_done is not None:
-            by_start = dict(zip(accumulate(lengths[:-1], initial=0), prompts, strict=True))
-            for start, state in adaptation.states().items():
-                state_done(by_start[start], state)
-        sound = torch.isfinite(logits).all(dim=-1).tolist()
-        done = [prompt for prompt, last in zip(prompts, ended, strict=True) if last]
-        return {
-            prompt: _first_tokens(model, row, prompt.request) if ok else None
-            for row, prompt, ok in zip(logits, done, sound, strict=True)
-        }
+    return model.forward(batch, adaptation), adaptation
 
 
 def _first_tokens(model: LanguageModel, row: Tensor, request: PromptRequest) -> list[Token]:
@@ -189,7 +200,7 @@ class PassRunner:
         self._encoding = encoding
         self._overlap = overlap
         self._computing = ThreadPoolExecutor(
-            max_workers=1, thread_name_prefix="prompt-pass", initializer=_step_back, initargs=(nice,)
+            max_workers=1, thread_name_prefix="prompt-pass", initializer=step_back, initargs=(nice,)
         )
         self._sending: deque[PassLayers] = deque()
 
@@ -227,21 +238,15 @@ class PassRunner:
             layers.break_off()
             raise
 
-    async def probe(self, prompt: Prompt) -> None:
-        """Runs a prompt that goes nowhere. Raises AdapterError if its logits are not finite, or what the
-        forward raises."""
-        if (await self._compute([prompt.as_chunk()], None))[prompt] is None:
-            raise AdapterError("with this adapter the logits are not finite")
-
-    async def _compute(self, chunks: Sequence[Chunk[Prompt]], layers: PassLayers | None) -> FirstTokens:
+    async def _compute(self, chunks: Sequence[Chunk[Prompt]], layers: PassLayers) -> FirstTokens:
         return await asyncio.get_running_loop().run_in_executor(
             self._computing,
             run_prompt_pass,
             self._model,
             self._pools,
             chunks,
-            None if layers is None else layers.put,
-            None if layers is None else layers.put_state,
+            layers.put,
+            layers.put_state,
         )
 
     async def _send_slots(self, rows: Mapping[HandOff, PassRows], slots: Tensor) -> dict[HandOff, Exception]:
@@ -329,7 +334,7 @@ def _cut(rows: Mapping[HandOff, PassRows], start: int, end: int) -> dict[HandOff
     return pieces
 
 
-def _step_back(nice: int) -> None:
+def step_back(nice: int) -> None:
     """Lowers the calling thread's priority, and so that of the computing threads that it will start.
 
     Linux only, where niceness belongs to a thread: elsewhere it would slow down the event loop, which passes

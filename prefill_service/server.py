@@ -4,12 +4,12 @@ import asyncio
 import socket
 import uuid
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Self
 
 import torch
 import uvicorn
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Gauge
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -19,10 +19,9 @@ from kvtransfer.frames import Encoding, keep_freed_memory
 from kvtransfer.sender import DecodeClient
 from kvtransfer.settings import TransferSettings
 from prad.adapters import Adapter, load_adapter, require_free_names
-from prad.artefact import AdapterRecord, Artefact, task_token_id
+from prad.artefact import Artefact
 from prad.core.errors import PradError
 from prad.core.kv import BlockPool
-from prad.core.sampling import SamplingParams
 from prad.http.server import KEEP_ALIVE_S, Server, bound
 from prad.lm import LanguageModel, Tokenizer, load_served
 from prad.lm.kv import Pools, blocks_in
@@ -40,12 +39,11 @@ from prefill_service.decode_link import DecodeLink
 from prefill_service.engine import PrefillEngine, Residents
 from prefill_service.follower import RegistryFollower
 from prefill_service.passes import PassRunner, a_core_is_left
-from prefill_service.prompt import Prompt, PromptRequest
+from prefill_service.probing import Prober
 from prefill_service.scheduler import PromptScheduler
 from prefill_service.settings import PrefillSettings
 
 _DRAIN_S = 30
-_PROBE = PromptRequest("probe", None, prompt_ids=(0, 1, 2), sampling=SamplingParams(max_tokens=1))
 
 
 class CannotStartError(PradError):
@@ -104,9 +102,7 @@ async def _serve(
         residents = Residents(load, settings.adapters_mib * 2**20, model.dtype.itemsize)
         parts = Parts.build(model, residents, decode, settings)
 
-        async def probe(artefact: Artefact) -> None:
-            adapter = await asyncio.to_thread(load, artefact)
-            await parts.passes.probe(probe_prompt(artefact.record, adapter))
+        prober = Prober(model, load, allow_unmoved=settings.allow_unmoved)
 
         async def warm(artefact: Artefact) -> None:
             async with residents.pinned(artefact):
@@ -119,7 +115,7 @@ async def _serve(
             registry,
             catalogue,
             keys,
-            probe,
+            prober.probe,
             warm,
             weights,
             most_waiting=settings.max_waiting,
@@ -127,6 +123,8 @@ async def _serve(
         )
         metrics = CollectorRegistry()
         metrics.register(parts)
+        reached = Gauge("prad_registry_up", "Whether the adapter registry is reached.", registry=metrics)
+        reached.set_function(lambda: float(registry.away is None))
         limits = ApiLimits(
             max_body_bytes=settings.max_body_mib << 20,
             body_timeout_s=settings.body_timeout_s,
@@ -134,7 +132,9 @@ async def _serve(
         )
         access = ApiAccess(settings.hosts, settings.origins, keys, log=settings.access_log)
         traffic = Traffic() if settings.traffic_s else None
-        app = create_app(parts.engine, catalogue, tokenizer, info, limits, metrics, access, traffic)
+        app = create_app(
+            parts.engine, catalogue, tokenizer, info, limits, metrics, access, traffic, lambda: registry.away
+        )
         config = uvicorn.Config(
             app,
             http=bounded_protocol(settings.max_connections, settings.body_timeout_s),
@@ -150,6 +150,7 @@ async def _serve(
             await tasks.create_task(Server(config).serve(sockets=[listening]))
             for task in background:
                 task.cancel()
+            prober.close()
 
 
 def _transfer(settings: PrefillSettings) -> TransferSettings:
@@ -215,9 +216,3 @@ class Parts(Collector):
             ("hit_tokens", "Tokens of these that were not computed again.", lookups.hit_tokens),
         ):
             yield CounterMetricFamily(f"prad_prefill_prefix_{name}", text, value=value)
-
-
-def probe_prompt(record: AdapterRecord, adapter: Adapter) -> Prompt:
-    """The prompt that a new version is tried on: each of its task tokens, then some of the vocabulary."""
-    own = (task_token_id(row) for row in range(len(record.task_tokens)))
-    return Prompt(replace(_PROBE, prompt_ids=(*own, *_PROBE.prompt_ids)), adapter)

@@ -118,6 +118,9 @@ class PrefillSettings(ServiceSettings):
     that want others wait their turn."""
     allow_other_weights: bool = False
     """Serve adapters trained on other weights of the same architecture."""
+    allow_unmoved: bool = False
+    """Let a pushed version pass its probe whose adapter leaves the logits as they are, as one that was never
+    trained."""
 
     @property
     def hosts(self) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ Two implementations under the same oracle: the generic one here, over transforme
 family whose layers have plain K and V; the fused one (fused.py) the Llama family and GPT-2 on a CPU.
 """
 
+import copy
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -54,6 +55,7 @@ class LanguageModel:
         self._blocks = blocks or {}
         self._fused: FusedModel | None = None
         self._one_pass = threading.Lock()
+        self._one_fused_pass = self._one_pass
         settings = config_digest(self.config)
         self.fingerprint = Fingerprint(architecture(self.config), weights, settings, self._probe())
 
@@ -92,6 +94,17 @@ class LanguageModel:
                 f"not for {type(self.module).__name__} in {self.dtype} on {self.device}"
             )
         self.kernels = kernels
+
+    def beside(self, threads: int) -> "LanguageModel":
+        """The same weights, computed by so many threads of its own beside passes of this one. Itself where
+        torch computes: taps are in its modules, so that there is one pass at a time."""
+        if self._fused is None or self.kernels is None:
+            return self
+        other = copy.copy(self)
+        other.kernels = self.kernels.beside(threads)
+        other._fused = replace(self._fused, kernels=other.kernels)
+        other._one_fused_pass = threading.Lock()
+        return other
 
     @property
     def is_fused(self) -> bool:
@@ -136,7 +149,7 @@ class LanguageModel:
         if self._fused is not None and not torch.is_grad_enabled() and self._fused.computes(len(batch.ids)):
             if adaptation is not None:
                 require_sites(self.config.model_type, adaptation.sites)
-            with self._one_pass:
+            with self._one_fused_pass:
                 return self._fused.forward(batch, adaptation)
         with self._one_pass, tapped(self.module, self.config.model_type, adaptation):
             output = self.module(

@@ -7,7 +7,7 @@ What is noted about it, and whatever goes wrong: outcomes.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -73,9 +73,11 @@ def create_app(
     registry: CollectorRegistry | None = None,
     access: ApiAccess | None = None,
     traffic: Traffic | None = None,
+    away: Callable[[], str | None] = lambda: None,
 ) -> FastAPI:
     """`registry`: shown at /metrics; the engine may hold its own metrics in the same one. `traffic`: where
-    what is answered is noted, if anywhere."""
+    what is answered is noted, if anywhere. `away`: why the adapter registry is, if so; what is known goes on
+    being served."""
     limits, access = limits or ApiLimits(), access or ApiAccess()
     admission = Admission(engine, catalogue, tokenizer, model, limits)
     metrics = Metrics(registry or CollectorRegistry(), None if traffic is None else traffic.versions)
@@ -87,7 +89,7 @@ def create_app(
     app.openapi = partial(_described, app)  # type: ignore[method-assign]
     app.include_router(_generation(admission, responder, limits))
     app.include_router(_models(catalogue, model))
-    app.include_router(_operations(admission, catalogue, metrics, model))
+    app.include_router(_operations(admission, catalogue, metrics, model, away))
     add_failure_handlers(app)
     app.add_middleware(TurnAway, hosts=access.hosts, keys=access.keys)
     app.add_middleware(Observe, metrics=metrics, log=access.log)
@@ -325,7 +327,11 @@ def _models(catalogue: TaskCatalogue, model: ModelInfo) -> APIRouter:
 
 
 def _operations(
-    admission: Admission, catalogue: TaskCatalogue, metrics: Metrics, model: ModelInfo
+    admission: Admission,
+    catalogue: TaskCatalogue,
+    metrics: Metrics,
+    model: ModelInfo,
+    away: Callable[[], str | None],
 ) -> APIRouter:
     """What operators and their machines ask: alive, ready, how busy, which build."""
     router = APIRouter(tags=["operations"])
@@ -345,14 +351,16 @@ def _operations(
     @router.head("/ready", include_in_schema=False, response_model=None)
     @router.get("/ready", response_model=None, responses={503: {"description": "Not ready, and why"}})
     async def ready() -> Response:
-        """200 once requests can be served, else 503 with the reasons.
+        """200 once requests can be served, else 503 with the reasons; `warnings` of what has to be mended.
 
         `fetching`: adapters that are still on their way here. Requests that name one wait until it is here,
         and it comes first.
         """
+        warned = {} if (why := away()) is None else {"warnings": [f"{why}; tasks are served as known last"]}
         if reasons := admission.troubles:
-            return JsonResponse({"status": "not ready", "reasons": reasons}, 503)
-        return JsonResponse({"status": "ready", "reasons": [], "fetching": catalogue.fetching})
+            return JsonResponse({"status": "not ready", "reasons": reasons, **warned}, 503)
+        ready = {"status": "ready", "reasons": [], "fetching": catalogue.fetching}
+        return JsonResponse(ready | warned)
 
     refused = _refused({403: "The key is not for all tasks"})
 

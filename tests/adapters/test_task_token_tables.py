@@ -25,7 +25,7 @@ from prad.lm import LanguageModel, PackedBatch, Tokenizer
 from prad.lm.kernels import Kernels
 from prad.lm.kv import Pools
 from prefill_service.passes import run_prompt_pass
-from prefill_service.server import probe_prompt
+from prefill_service.probing import probe_prompt
 from tests.conftest import random_artefact
 
 TEMPLATE, NAMES = "<|one|> {prompt} <|two|>", ("<|one|>", "<|two|>")
@@ -146,7 +146,7 @@ def test_a_probe_reads_the_whole_table(load_tiny: Callable[[str], LanguageModel]
         if broken is not None:
             table[0, broken] = torch.inf
         tried = replace(adapter, parameters=adapter.parameters | {"input.task_tokens": table})
-        item = probe_prompt(artefact.record, tried)
+        item = probe_prompt(model.vocab_size, artefact.record, tried)
         first = run_prompt_pass(model, pools, [item.as_chunk()])[item]
         assert (first is None) == (broken is not None)
 

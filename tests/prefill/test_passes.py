@@ -11,7 +11,7 @@ import torch
 
 from kvtransfer.frames import Encoding, PlacedRows
 from kvtransfer.sender import PassRows
-from prad.core.kv import BlockPool, Chunk
+from prad.core.kv import BlockPool
 from prad.core.sampling import SamplingParams
 from prad.lm import LanguageModel
 from prad.lm.kv import Pools
@@ -282,13 +282,4 @@ async def test_a_failing_pass_raises_and_its_layers_break_off(
         await service.run(asked("r", [1, 2, 3]))
     with pytest.raises(PassBrokeError):
         await made[0].sent()
-    service.passes.close()
-
-
-async def test_a_probe_goes_nowhere(wire: Wire, load_tiny: Callable[[str], LanguageModel]) -> None:
-    service = Service(load_tiny("llama"), True)
-    prompt = asked("probe", [1, 2, 3])
-    await service.passes.probe(prompt)
-    assert wire.order == []
-    assert prompt.as_chunk() == Chunk(prompt, 0, 3)
     service.passes.close()

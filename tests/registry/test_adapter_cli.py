@@ -197,6 +197,32 @@ def test_split_alias_and_rollback(prad, registry, adapter):
     told = json.loads(prad("events", "support", "--json").stdout)["events"]
     assert (told[-1]["event"], told[-1]["routing"]["split"]) == ("rollback", {"1": 90, "2": 10})
     failed(prad("events", "nobody"), "there is no task 'nobody'")
+    registry.verified(adapter(1), task="other")
+    every = prad("events", "--latest", "6").stdout
+    assert "rollback support" in every
+    assert "push other@1" in every
+    assert json.loads(prad("events", "--latest", "1", "--json").stdout)["events"][0]["task"] == "other"
+
+
+def test_every_change_is_told_as_json_to_scripts(prad, registry, adapter):
+    pushed = json.loads(prad("push", str(adapter(1)), "--task", "support", "--no-wait", "--json").stdout)
+    assert (pushed["version"], pushed["state"]) == (1, "pushed")
+    registry.probe("support@1")
+    registry.verified(adapter(2))
+    for command, said in (
+        (["split", "support", "1=90", "2=10"], {"split": {"1": 90, "2": 10}}),
+        (["promote", "support@1"], {"split": {"1": 100}}),
+        (["alias", "support", "canary=2"], {"aliases": {"canary": 2}}),
+        (["shadow", "support", "2=5%"], {"shadow": {"2": 5.0}}),
+        (["rollback", "support"], {"shadow": {}}),
+        (["retire", "support@2", "--force"], {"aliases": {}}),
+    ):
+        told = json.loads(prad(*command, "--json").stdout)
+        assert said.items() <= told["routing"].items(), command
+        assert told["pending"] == []
+    assert json.loads(prad("unretire", "support@2", "--json").stdout)["state"] == "pushed"
+    assert prad("retire", "support@2").exit_code == 0
+    assert json.loads(prad("rm", "support@2", "--json").stdout)["state"] == "deleted"
 
 
 def test_a_shadow_is_set_shown_and_ended(prad, registry, adapter):

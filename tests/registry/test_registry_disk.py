@@ -13,6 +13,7 @@ from adapter_registry.errors import (
     FileNotStoredError,
     FolderInUseError,
     IllegalTransitionError,
+    QuotaExceededError,
     StorageFullError,
 )
 from adapter_registry.retention import surplus
@@ -206,3 +207,30 @@ def test_with_hardly_any_disk_left_it_is_not_ready(registry, adapter, monkeypatc
     assert registry.http.get("/health").status_code == 200
     monkeypatch.undo()
     assert registry.http.get("/ready").status_code == 200
+
+
+def test_a_task_has_no_more_versions_than_it_may(data_dir, serving, adapter):
+    settings = RegistrySettings(port=0, data_dir=data_dir, task_versions=2, log_level="warning")
+    with serving(settings) as registry:
+        for seed in (1, 2):
+            registry.verified(adapter(seed))
+        before = registry.client.state()
+        with pytest.raises(QuotaExceededError, match=r"'support' has 2 versions .* retire support@1"):
+            registry.push(adapter(3))
+        assert registry.client.state() == before
+        assert list((data_dir / "staging").iterdir()) == [], "nothing of it is left behind"
+        assert len(list((data_dir / "artefacts").iterdir())) == 2
+        assert registry.push(adapter(2)).version == 2, "what is there may be pushed again"
+        assert registry.push(adapter(3), task="other").version == 1
+        registry.client.promote("support", 2)
+        registry.client.retire("support", 1)
+        assert registry.push(adapter(3)).version == 3
+
+
+def test_a_tasks_versions_are_no_larger_together_than_they_may(data_dir, serving, adapter):
+    settings = RegistrySettings(port=0, data_dir=data_dir, task_mib=1, log_level="warning")
+    with serving(settings) as registry:
+        registry.push(adapter(1, values=1 << 15))  # half a MiB, and a header
+        with pytest.raises(QuotaExceededError, match=r"over 1048576, what a task may \(task_mib\)"):
+            registry.push(adapter(2, values=1 << 15))
+        assert registry.push(adapter(3)).version == 2

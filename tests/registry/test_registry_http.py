@@ -3,7 +3,9 @@
 import json
 import re
 import threading
+from itertools import islice
 
+import httpx
 import pytest
 
 from adapter_registry.client import RegistryClient
@@ -144,3 +146,63 @@ def test_waiters_are_bounded_and_sent_home_at_the_end(data_dir, serving):
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "too_many_waiters")
     waiter.join()
     assert answers == [None]
+
+
+def test_tasks_come_in_pages(registry, adapter):
+    for name in ("c", "a", "b"):
+        registry.push(adapter(1), task=name)
+    pages, after = [], ""
+    while not pages or after:
+        page = registry.http.get("/v1/tasks", params={"limit": 2, "after": after}).json()
+        pages.append([task["task"] for task in page["tasks"]])
+        after = page["next"]
+    assert pages == [["a", "b"], ["c"]]
+    every = registry.http.get("/v1/tasks").json()
+    assert ([task["task"] for task in every["tasks"]], every["next"]) == (["a", "b", "c"], "")
+    assert every["keys"] is None
+    assert registry.http.get("/v1/tasks", params={"limit": 0}).status_code == 400
+
+
+def test_the_audit_log_is_of_all_tasks(registry, adapter):
+    for name in ("a", "b"):
+        registry.push(adapter(1), task=name)
+    told = registry.http.get("/v1/events", params={"latest": 2}).json()["events"]
+    assert [(line["task"], line["event"], line["revision"]) for line in told] == [
+        ("a", "push", 1),
+        ("b", "push", 2),
+    ]
+
+
+def test_changes_are_told_as_they_are_made(registry, adapter):
+    registry.push(adapter(1), task="before")
+    with registry.http.stream("GET", "/v1/events/stream", timeout=30) as stream:
+        assert stream.headers["content-type"].startswith("text/event-stream")
+        lines = stream.iter_lines()
+        assert next(lines).startswith(":"), "now it is followed"
+        registry.push(adapter(2), task="support")
+        registry.probe("support@1")
+        found = list(islice((line for line in lines if line and not line.startswith(":")), 9))
+    assert found[:2] == ["id: 2", "event: push"]
+    assert json.loads(found[2].removeprefix("data: "))["task"] == "support"
+    assert found[4] == "event: probe_ok"
+    assert found[6:8] == ["id: 4", "event: promote"], "a first version is promoted by its probe"
+    late = registry.http.get(
+        "/v1/events/stream", params={"wait": 0}, headers={"last-event-id": "2"}
+    ).text.splitlines()
+    assert [line for line in late if line.startswith("id")] == ["id: 3", "id: 4"]
+
+
+def test_who_is_told_of_changes_is_sent_home_at_the_end(data_dir, serving):
+    told = []
+
+    def follow(url):
+        with httpx.stream("GET", f"{url}/v1/events/stream", timeout=30) as stream:
+            told.extend(line for line in stream.iter_lines() if line)
+
+    with serving(RegistrySettings(port=0, data_dir=data_dir, log_level="warning")) as registry:
+        follower = threading.Thread(target=follow, args=(registry.url,))
+        follower.start()
+        while "prad_registry_waiters 1.0" not in registry.http.get("/metrics").text:
+            pass
+    follower.join()
+    assert told == [": what is changed from now on"]

@@ -40,6 +40,8 @@ NEEDED = {
     f"GET {VERSION}/files/{{name}}": Role.READ,
     "GET /v1/changes": Role.READ,
     "GET /v1/replicas": Role.READ,
+    "GET /v1/events": Role.READ,
+    "GET /v1/events/stream": Role.READ,
     f"POST {VERSION}/probe": Role.REPLICA,
     "POST /v1/traffic": Role.REPLICA,
     "POST /v1/tasks/{task}/versions": Role.PUSH,

@@ -70,8 +70,14 @@ def test_requests_go_on_without_redis_and_nothing_is_lost(
         service.process.wait()
         assert complete(running, "red") == second
         assert complete(running, "red@1") == first
+        running.stack.wait_until(lambda: "prad_registry_up 0.0" in running.api.get("/metrics").text, 30, "it")
+        told = running.api.get("/ready")
+        assert (told.status_code, told.json()["status"]) == (200, "ready")
+        assert "tasks are served as known last" in told.json()["warnings"][0]
         running.stack.restart("registry")
         running.stack.wait_until(lambda: answers(f"{running.registry}/ready"), 60, "the registry")
         assert registry.task("red").routing.default == 2
+        running.stack.wait_until(lambda: "prad_registry_up 1.0" in running.api.get("/metrics").text, 30, "it")
+        assert "warnings" not in running.api.get("/ready").json()
         assert registry.promote("red", 1).routing.default == 1
         running.stack.wait_until(lambda: complete(running, "red") == first, 30, "the change")

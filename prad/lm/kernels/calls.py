@@ -222,6 +222,7 @@ class Kernels(Calls):
         for name, (result, arguments) in _SIGNATURES.items():
             function = getattr(self._c, name)
             function.restype, function.argtypes = result, arguments
+        self._library = library
         self.threads = threads
         self.spent: Counter[Kind] | None = None  # where to add the seconds that calls take, if anywhere
         self.multiplies_bf16 = bool(self._c.prad_multiplies_bf16())
@@ -229,6 +230,10 @@ class Kernels(Calls):
         self._c.prad_sizes(sizes)
         for struct, size in zip(_STRUCTS, sizes, strict=True):
             assert ctypes.sizeof(struct) == size, f"{struct.__name__} is declared otherwise in C"
+
+    def beside(self, threads: int) -> "Kernels":
+        """The same with threads of their own: who computes with these waits for nobody."""
+        return Kernels(self._library, threads)
 
     def supports(self, dtype: torch.dtype) -> bool:
         """Whether they are the faster way for more rows than a decode step's, which in bfloat16 want a CPU
