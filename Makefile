@@ -8,7 +8,7 @@ LOCKED := pyproject.toml locks/install $(wildcard locks/*.txt)
 TESTS := -m "not long" -n 2 --dist loadfile
 PROTO := kvtransfer/proto/handoff.proto
 
-BENCHMARKS := floor decode choices step para prefill handoff rounding greedy chunking serve flood registry push table4
+BENCHMARKS := floor decode choices step para prefill handoff chunking serve flood registry push table4
 SMOKE ?= floor decode step rounding handoff # what CI runs, in less than two minutes on two cores
 
 .PHONY: help serve test test-long test-latest test-oldest coverage check proto bench bench-smoke lock clean
@@ -58,8 +58,10 @@ check: $(VENV)/.tested ## format, lint, types, imports, generated files
 proto: $(VENV)/.tested ## generate the gRPC stubs again
 	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. $(PROTO)
 
-bench: $(VENV)/.benched ## measure, side by side, into bench/results/ (VLLM=, OPENVINO=: their interpreters)
+# VLLM=, OPENVINO=: their interpreters; DATA=: a folder of the tasks' folders, each with test.jsonl
+bench: $(VENV)/.benched ## measure, side by side, into bench/results/ (VLLM=, OPENVINO=, DATA=: see the Makefile)
 	set -e; for name in $(BENCHMARKS); do $(BIN)/prad bench $$name; done
+	set -e; for name in rounding greedy; do $(BIN)/prad bench $$name $(DATA:%=--data %); done
 	$(BIN)/prad bench peers $(VLLM:%=--vllm-python %) $(OPENVINO:%=--openvino-python %)
 	$(BIN)/python -m bench.report
 

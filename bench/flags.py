@@ -220,9 +220,11 @@ class Handoff(ModelFlags):
 
 
 class Rounding(ModelFlags):
-    SMOKE = {"tokens": 32}
+    SMOKE = {"tokens": 32, "examples": 4}
 
     tokens: int = Field(512, description="teacher-forced tokens")
+    data: Path | None = Field(None, description="folder of the tasks' folders; no scores without it")
+    examples: int = Field(330, ge=1, description="of each demo adapter's test examples, at most")
 
 
 class Greedy(ModelFlags):
