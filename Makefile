@@ -58,11 +58,11 @@ check: $(VENV)/.tested ## format, lint, types, imports, generated files
 proto: $(VENV)/.tested ## generate the gRPC stubs again
 	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. $(PROTO)
 
-# VLLM=, OPENVINO=: their interpreters; DATA=: a folder of the tasks' folders, each with test.jsonl
-bench: $(VENV)/.benched ## measure, side by side, into bench/results/ (VLLM=, OPENVINO=, DATA=: see the Makefile)
+# VLLM=, OPENVINO=, LLAMA=: their interpreters; DATA=: a folder of the tasks' folders, each with test.jsonl
+bench: $(VENV)/.benched ## measure, side by side, into bench/results/ (VLLM=, OPENVINO=, LLAMA=, DATA=: see the Makefile)
 	set -e; for name in $(BENCHMARKS); do $(BIN)/prad bench $$name; done
 	set -e; for name in rounding greedy; do $(BIN)/prad bench $$name $(DATA:%=--data %); done
-	$(BIN)/prad bench peers $(VLLM:%=--vllm-python %) $(OPENVINO:%=--openvino-python %)
+	$(BIN)/prad bench peers $(VLLM:%=--vllm-python %) $(OPENVINO:%=--openvino-python %) $(LLAMA:%=--llama-python %)
 	$(BIN)/python -m bench.report
 
 bench-smoke: $(VENV)/.benched ## the quick benchmarks, tiny: that they run, not what they say (all: SMOKE="...")

@@ -146,7 +146,12 @@ class Peers(ShapeFlags):
     openvino_python: Path | None = Field(
         None, description="interpreter of an environment with openvino-genai"
     )
-    gguf: Path | None = Field(None, description="what OpenVINO reads; the default model's own without it")
+    llama_python: Path | None = Field(
+        None, description="interpreter of an environment with llama-cpp-python, built for this CPU"
+    )
+    gguf: Path | None = Field(
+        None, description="what OpenVINO and llama.cpp read; the default model's own without it"
+    )
 
 
 class Decode(ModelFlags):
