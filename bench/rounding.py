@@ -153,7 +153,8 @@ def _texts(tokenizer: Tokenizer, count: int) -> list[list[int]]:
 
 
 def plot(result: dict[str, Any], figure: Any) -> None:
-    rows, scores = result["rows"][::-1], [row for row in result["scores"] if row["interval"]]
+    rows = result["rows"][::-1]
+    scores = [row for row in result.get("scores", ()) if row["interval"]]
     names = [row["rounded"] for row in rows]
     left, right, *behind = figure.subplots(1, 3 if scores else 2)
     left.barh(names, [100 * row["difference_max_of_range"] for row in rows])
