@@ -55,7 +55,7 @@ def run(arguments: Growth) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
 
     def tell(what: str, x: str, curve: Curve) -> None:
-        rows.append(_row(what, x, curve))
+        rows.append(curve_row(what, x, curve))
         row = rows[-1]
         Console(stderr=True).print(f"{what}: exponent {row['exponent']}, upper half {row['upper']}")
 
@@ -83,7 +83,7 @@ def exponent(points: Sequence[tuple[float, float]]) -> float:
     return statistics.linear_regression(xs, ys).slope
 
 
-def _row(what: str, x: str, curve: Curve) -> dict[str, Any]:
+def curve_row(what: str, x: str, curve: Curve) -> dict[str, Any]:
     points = sorted(curve.items())
     (first, first_ms), (last, last_ms) = points[0], points[-1]
     upper = points[min(len(points) // 2, len(points) - 2) :]
