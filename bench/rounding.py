@@ -156,15 +156,17 @@ def plot(result: dict[str, Any], figure: Any) -> None:
     rows = result["rows"][::-1]
     scores = [row for row in result.get("scores", ()) if row["interval"]]
     names = [row["rounded"] for row in rows]
+    figure.set_size_inches(11, 4.5)
     left, right, *behind = figure.subplots(1, 3 if scores else 2)
     left.barh(names, [100 * row["difference_max_of_range"] for row in rows])
-    left.set(xlabel="% of the logits' range", title="largest difference of a logit")
+    left.set(xlabel="% of the logits' range", title="a logit, at most")
     right.barh(names, [100 * row["greedy_tokens_changed"] for row in rows])
-    right.set(xlabel="%", title="greedy tokens changed", yticklabels=[])
+    right.set(xlabel="% changed", title="greedy tokens", yticklabels=[])
     for at in behind:
         tasks = [f"{row['task']}, {row['weights']}" for row in scores]
         at.barh(tasks, [row["difference"] for row in scores])
         for place, row in enumerate(scores):
             at.plot(row["between"], [place, place], color="black")
-        at.set(xlabel="points, and where 95% of resamples lie", title="score, less bf16's")
+        at.set(xlabel="points, and where 95% lie", title="score, less bf16's")
+        at.margins(x=0.1)
         at.invert_yaxis()

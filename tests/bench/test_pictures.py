@@ -24,6 +24,9 @@ def assert_readable(figure: Any) -> None:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     renderer = canvas.get_renderer()
+    headings = [text for axes in figure.axes for text in (axes.title, axes.xaxis.label) if text.get_text()]
+    for one, other in combinations([text.get_window_extent(renderer) for text in headings], 2):
+        assert not one.padded(-SLACK).overlaps(other.padded(-SLACK)), "headings meet"
     for axes in figure.axes:
         assert axes.get_window_extent(renderer).width > figure.bbox.width / 10, "a panel is squeezed"
         for axis in (axes.xaxis, axes.yaxis):
