@@ -8,7 +8,7 @@ LOCKED := pyproject.toml locks/install $(wildcard locks/*.txt)
 TESTS := -m "not long" -n 2 --dist loadfile
 PROTO := kvtransfer/proto/handoff.proto
 
-BENCHMARKS := floor decode choices step para prefill handoff rounding greedy chunking serve flood registry push versions table4
+BENCHMARKS := floor decode growth choices step para prefill handoff chunking serve flood registry push versions table4
 SMOKE ?= floor decode step rounding handoff # what CI runs, in less than two minutes on two cores
 
 .PHONY: help serve test test-long test-latest test-oldest coverage check proto bench bench-smoke lock clean
@@ -58,9 +58,11 @@ check: $(VENV)/.tested ## format, lint, types, imports, generated files
 proto: $(VENV)/.tested ## generate the gRPC stubs again
 	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. $(PROTO)
 
-bench: $(VENV)/.benched ## measure, side by side, into bench/results/ (VLLM=, OPENVINO=: their interpreters)
+# VLLM=, OPENVINO=, LLAMA=: their interpreters; DATA=: a folder of the tasks' folders, each with test.jsonl
+bench: $(VENV)/.benched ## measure, side by side, into bench/results/ (VLLM=, OPENVINO=, LLAMA=, DATA=: see the Makefile)
 	set -e; for name in $(BENCHMARKS); do $(BIN)/prad bench $$name; done
-	$(BIN)/prad bench peers $(VLLM:%=--vllm-python %) $(OPENVINO:%=--openvino-python %)
+	set -e; for name in rounding greedy; do $(BIN)/prad bench $$name $(DATA:%=--data %); done
+	$(BIN)/prad bench peers $(VLLM:%=--vllm-python %) $(OPENVINO:%=--openvino-python %) $(LLAMA:%=--llama-python %)
 	$(BIN)/python -m bench.report
 
 bench-smoke: $(VENV)/.benched ## the quick benchmarks, tiny: that they run, not what they say (all: SMOKE="...")

@@ -24,13 +24,13 @@ def run(arguments: Decode) -> dict[str, Any]:
     model = load(arguments)
     return {
         "model": arguments.model,
-        "by_batch": _by_batch(model, arguments),
-        "by_context": _by_context(model, arguments),
+        "by_batch": by_batch(model, arguments),
+        "by_context": by_context(model, arguments),
         "by_tasks": _by_tasks(model, arguments),
     }
 
 
-def _by_batch(model: LanguageModel, arguments: Decode) -> list[dict[str, Any]]:
+def by_batch(model: LanguageModel, arguments: Decode) -> list[dict[str, Any]]:
     context = arguments.batch_context
     engines = {
         batch: LoadedEngine(model, batch, context, arguments.rounds + 2) for batch in arguments.batches
@@ -45,7 +45,7 @@ def _by_batch(model: LanguageModel, arguments: Decode) -> list[dict[str, Any]]:
     ]
 
 
-def _by_context(model: LanguageModel, arguments: Decode) -> list[dict[str, Any]]:
+def by_context(model: LanguageModel, arguments: Decode) -> list[dict[str, Any]]:
     batch = arguments.context_batch
     longest = model.max_context - arguments.rounds - 2
     contexts = [min(context, longest) for context in arguments.contexts]

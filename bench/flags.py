@@ -155,7 +155,12 @@ class Peers(ShapeFlags):
     openvino_python: Path | None = Field(
         None, description="interpreter of an environment with openvino-genai"
     )
-    gguf: Path | None = Field(None, description="what OpenVINO reads; the default model's own without it")
+    llama_python: Path | None = Field(
+        None, description="interpreter of an environment with llama-cpp-python, built for this CPU"
+    )
+    gguf: Path | None = Field(
+        None, description="what OpenVINO and llama.cpp read; the default model's own without it"
+    )
 
 
 class Decode(ModelFlags):
@@ -178,6 +183,36 @@ class Decode(ModelFlags):
     r: int = Field(16, description="rank of the adapters")
     rounds: int = Field(21, ge=1)
     bandwidth_mib: int = Field(1024, description="buffer of the floor's bandwidth")
+
+
+class Growth(ModelFlags):
+    SMOKE = {
+        "sequences": [1, 4],
+        "contexts": [64, 128],
+        "prompts": [64, 128],
+        "tasks": [64, 128],
+        "resident": 64,
+        "task_prompt": 2,
+        "sizes": ["tiny"],
+        "size_sequences": [1],
+        "size_tokens": 64,
+        "rounds": 1,
+        "passes": 1,
+        "bandwidth_mib": 64,
+    }
+
+    sequences: list[int] = [1, 4, 16, 64, 128, 256, 512]
+    contexts: list[int] = [64, 256, 1024, 2048, 4096, 8192]
+    prompts: list[int] = Field([64, 256, 1024, 2048, 4096, 8192], description="tokens of a pass")
+    tasks: list[int] = Field([64, 128, 256, 512, 1024, 2048], description="multiples of 64")
+    resident: int = Field(256, ge=64, description="adapters that memory has room for")
+    task_prompt: int = Field(16, description="tokens of each of the 64 prompts by tasks")
+    sizes: list[str] = Field(["360M", "1B"], description="random Llamas beside the model, smallest first")
+    size_sequences: list[int] = [1, 64]
+    size_tokens: int = Field(1024, description="of a pass by size")
+    rounds: int = Field(5, ge=1, description="steps of each kind")
+    passes: int = Field(2, ge=1, description="prompt passes of each kind")
+    bandwidth_mib: int = Field(256, description="buffer of the floor's bandwidth")
 
 
 class Choices(ModelFlags):
@@ -229,9 +264,11 @@ class Handoff(ModelFlags):
 
 
 class Rounding(ModelFlags):
-    SMOKE = {"tokens": 32}
+    SMOKE = {"tokens": 32, "examples": 4}
 
     tokens: int = Field(512, description="teacher-forced tokens")
+    data: Path | None = Field(None, description="folder of the tasks' folders; no scores without it")
+    examples: int = Field(330, ge=1, description="of each demo adapter's test examples, at most")
 
 
 class Greedy(ModelFlags):
@@ -321,6 +358,7 @@ FLAGS: dict[str, type[Flags]] = {
     "push": Push,
     "versions": Versions,
     "decode": Decode,
+    "growth": Growth,
     "choices": Choices,
     "step": Step,
     "para": Para,

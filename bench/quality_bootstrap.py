@@ -12,8 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from sacrebleu.metrics.bleu import BLEU
 
+from prad.training.data import Example
+
 Counts = NDArray[np.float64]
-"""[seeds, examples, counts]: see bench.quality_cells."""
+"""[seeds, examples, counts]: see `each_counted`."""
 
 
 class Difference(NamedTuple):
@@ -54,6 +56,27 @@ def paired_difference(
         differences.append(mean_score(metric, ours[:, chosen]) - mean_score(metric, theirs[:, chosen]))
     low, high = np.percentile(differences, [2.5, 97.5])
     return Difference(mean_score(metric, ours) - mean_score(metric, theirs), float(low), float(high))
+
+
+def each_counted(metric: str, examples: Sequence[Example], answers: Sequence[str]) -> list[list[int]]:
+    """What the score of any choice of examples can be computed from, one list for each example.
+
+    accuracy: [right]; bleu: matching n-grams and n-grams for n = 1 to 4, lengths of answer and reference.
+    """
+    pairs = list(zip(examples, answers, strict=True))
+    if metric == "accuracy":
+        return [[int(answer == example.completion)] for example, answer in pairs]
+    bleu = BLEU(effective_order=True)  # which changes a sentence's score, not its counts
+    found = [bleu.sentence_score(answer, example.answers) for example, answer in pairs]
+    return [[*map(int, f.counts), *map(int, f.totals), int(f.sys_len), int(f.ref_len)] for f in found]
+
+
+def standard_error(metric: str, ours: Counts, *, resamples: int = 1000, seed: int = 0) -> float:
+    """Of the score, in percent points: how much it would vary with other test examples."""
+    generator = np.random.default_rng(seed)
+    examples = ours.shape[1]
+    chosen = [generator.integers(0, examples, examples) for _ in range(resamples)]
+    return float(np.std([mean_score(metric, ours[:, each]) for each in chosen]))
 
 
 def counts(cells: Sequence[Sequence[Sequence[int]]]) -> Counts:

@@ -12,15 +12,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sacrebleu.metrics.bleu import BLEU
-
+from bench.quality_bootstrap import each_counted
 from bench.quality_table import Column, Row
 from bench.record import setting
 from prad.adapters import load_adapter
 from prad.artefact import AdapterRecord, BaseModelRef, GenerationDefaults, read_artefact
 from prad.lm import LanguageModel, Tokenizer
-from prad.training.data import Example, read_examples
-from prad.training.evaluate import Evaluation, evaluate
+from prad.training.data import read_examples
+from prad.training.evaluate import evaluate
 from prad.training.settings import TrainSettings
 from prad.training.train import train
 
@@ -102,7 +101,7 @@ class Study:
             "seconds": round(time.monotonic() - started),
             "scores": result.scores,
             "training": record.training,
-            "each": _each(column.metric, read_examples(test, column.test), result),
+            "each": each_counted(column.metric, read_examples(test, column.test), result.answers),
         }
         self._keep(self.path(row, column, seed), cell)
         shutil.rmtree(out, ignore_errors=True)
@@ -133,16 +132,3 @@ class Study:
         unfinished = path.with_suffix(".unfinished")
         unfinished.write_text(json.dumps(cell, ensure_ascii=False) + "\n", encoding="utf-8")
         unfinished.rename(path)
-
-
-def _each(metric: str, examples: list[Example], result: Evaluation) -> list[list[int]]:
-    """What the score of any choice of examples can be computed from, one list for each example.
-
-    accuracy: [right]; bleu: matching n-grams and n-grams for n = 1 to 4, lengths of answer and reference.
-    """
-    pairs = list(zip(examples, result.answers, strict=True))
-    if metric == "accuracy":
-        return [[int(answer == example.completion)] for example, answer in pairs]
-    bleu = BLEU(effective_order=True)  # which changes a sentence's score, not its counts
-    found = [bleu.sentence_score(answer, example.answers) for example, answer in pairs]
-    return [[*map(int, f.counts), *map(int, f.totals), int(f.sys_len), int(f.ref_len)] for f in found]

@@ -6,6 +6,9 @@ service, or what int8 leaves of them; the tokens behind them are computed by the
 weights and rows.
 
 `schemes`: ways to round the linear layers, of prompts too, in float32 (bench/rounded_linears.py).
+
+`scores`: of the demo adapters, where --data names a folder of their tasks' folders: prompts computed exactly,
+answers by rounded weights (bench/rounded_scores.py).
 """
 
 from dataclasses import dataclass
@@ -18,6 +21,7 @@ from bench.flags import Rounding
 from bench.model import load, model_folder
 from bench.record import ROOT
 from bench.rounded_linears import SCHEMES, rounded_linears
+from bench.rounded_scores import demo_rows
 from kvtransfer.int8 import dequantise, quantise
 from prad.lm import LanguageModel, ModelError, PackedBatch, Tokenizer
 from prad.lm.attention import Ragged
@@ -57,6 +61,7 @@ def run(arguments: Rounding) -> dict[str, Any]:
         raise ModelError("rounded weights need the kernels; is there a C++ compiler?")
     eights.accelerate(eights.kernels, "int8")
     fours.accelerate(fours.kernels, "int4")
+    variants = {"bf16": model, "int8": eights, "int4": fours}
     texts = _texts(Tokenizer(model_folder(arguments)), -(-arguments.tokens // FOLLOWING))
     following = torch.arange(PROMPT + FOLLOWING, device=model.device).repeat(len(texts)) >= PROMPT
     layers: Layers = []
@@ -90,6 +95,9 @@ def run(arguments: Rounding) -> dict[str, Any]:
             {"rounded": what} | _effect(exact, other, batch, following) for what, other in changed.items()
         ],
         "schemes": _schemes(load(arguments, dtype=torch.float32, choice="torch"), texts, following),
+        "scores": []
+        if arguments.data is None
+        else demo_rows(model, variants, model_folder(arguments), arguments.data, arguments.examples),
     }
 
 
@@ -146,9 +154,19 @@ def _texts(tokenizer: Tokenizer, count: int) -> list[list[int]]:
 
 def plot(result: dict[str, Any], figure: Any) -> None:
     rows = result["rows"][::-1]
+    scores = [row for row in result.get("scores", ()) if row["interval"]]
     names = [row["rounded"] for row in rows]
-    left, right = figure.subplots(1, 2, sharey=True)
+    figure.set_size_inches(11, 4.5)
+    left, right, *behind = figure.subplots(1, 3 if scores else 2)
     left.barh(names, [100 * row["difference_max_of_range"] for row in rows])
-    left.set(xlabel="% of the logits' range", title="largest difference of a logit")
+    left.set(xlabel="% of the logits' range", title="a logit, at most")
     right.barh(names, [100 * row["greedy_tokens_changed"] for row in rows])
-    right.set(xlabel="%", title="greedy tokens changed")
+    right.set(xlabel="% changed", title="greedy tokens", yticklabels=[])
+    for at in behind:
+        tasks = [f"{row['task']}, {row['weights']}" for row in scores]
+        at.barh(tasks, [row["difference"] for row in scores])
+        for place, row in enumerate(scores):
+            at.plot(row["between"], [place, place], color="black")
+        at.set(xlabel="points, and where 95% lie", title="score, less bf16's")
+        at.margins(x=0.1)
+        at.invert_yaxis()

@@ -2,12 +2,11 @@
 
 import importlib
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 from rich.console import Console
 
-from bench.flags import Flags
+from bench import pictures
+from bench.flags import RESULTS, Flags
 from bench.record import write_result
 from local_stack.signals import stopped_by_signals
 
@@ -20,18 +19,11 @@ def run(name: str, arguments: Flags) -> Path:
     with stopped_by_signals():  # the servers that a benchmark starts end with it
         figures = module.run(arguments)
     path = write_result(name, figures, arguments, arguments.out)
-    if hasattr(module, "plot"):
-        _save_plot(module, figures, path.with_suffix(".png"), console)
+    try:
+        pictures.draw(name, figures, path.with_suffix(".png"))
+        if name == "peers" and not arguments.smoke:
+            pictures.draw_headline(RESULTS, pictures.HEADLINE)
+    except ImportError:
+        console.print("no picture: matplotlib is not installed (pip install -e '.\\[bench]')")
     console.print(f"written {path}")
     return path
-
-
-def _save_plot(module: ModuleType, figures: dict[str, Any], path: Path, console: Console) -> None:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        console.print("no plot: matplotlib is not installed (pip install -e '.\\[bench]')")
-        return
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    module.plot(figures, figure)
-    figure.savefig(path, dpi=120)

@@ -67,11 +67,12 @@ def _with_speed_ups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def plot(result: dict[str, Any], figure: Any) -> None:
     tables = result["tables"]
-    for at, table in zip(figure.subplots(1, len(tables), squeeze=False)[0], tables, strict=True):
+    axes = figure.subplots(1, len(tables), squeeze=False, sharey=True)[0]
+    for at, table in zip(axes, tables, strict=True):
         names = [row["name"] for row in table["rows"]][::-1]
         prefill = [row["prefill_s"] for row in table["rows"]][::-1]
         decode = [row["decode_s"] for row in table["rows"]][::-1]
         at.barh(names, prefill, label="prefill")
         at.barh(names, decode, left=prefill, label="decode")
         at.set(title=f"{table['tasks']} tasks", xlabel="s")
-    at.legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)

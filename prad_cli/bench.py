@@ -20,18 +20,19 @@ BENCHMARKS = {
     "push": "A push from a trainer's memory until it answers everywhere, part by part.",
     "versions": "One decode batch under ever more versions of a task, beside LoRA at every token.",
     "decode": "One decode step by sequences, context and tasks, beside its floor.",
+    "growth": "How steps and passes grow with sequences, context, prompts, tasks and the model: exponents.",
     "choices": "Choices of one prompt: what shared blocks save in memory, hand-off and step.",
     "step": "Where a decode step's time goes, with the model's weights and with rounded ones.",
     "para": "What PARA's vectors add to a decode step and a prompt pass, beside PrAd-PARA and neither.",
     "floor": "What a decode step cannot go below here: packed GEMMs, one read of the KV.",
     "handoff": "Handing the KV cache over, as part of the prompt pass.",
-    "rounding": "What rounded keys, values and weights do to the logits.",
+    "rounding": "What rounded keys, values and weights do to logits and to the demo adapters' scores.",
     "greedy": "How many greedy tokens in bf16 are float32's: ours, and transformers' own.",
     "prefill": "The prompt pass with adapters against the same pass without.",
     "chunking": "Short prompts beside a very long one, in chunks and whole.",
     "train": "Tokens per second of a training step, by method, beside its products and PEFT's step.",
     "quality": "Adapters on the prompt against adapters on all positions: trained, scored, compared.",
-    "peers": "Beside PEFT and transformers, and vLLM and OpenVINO where they are installed.",
+    "peers": "Beside PEFT and transformers, and vLLM, OpenVINO and llama.cpp where they are installed.",
 }
 
 app = typer.Typer(

@@ -121,8 +121,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     def make(family: str) -> Path:
         folder = root / family
         if not folder.is_dir():
-            random_model(family, SEEDS[family]).save_pretrained(folder)
-            _word_tokenizer().save_pretrained(folder)
+            save_model(random_model(family, SEEDS[family]), folder)
         return folder
 
     return make
@@ -145,6 +144,12 @@ def randomised(config: Any, seed: int) -> Any:
                 weight.mul_(3.0)
         model.get_output_embeddings().weight.mul_(torch.randn(VOCAB, 1).exp())
     return model
+
+
+def save_model(module: Any, folder: Path) -> None:
+    """With a tokenizer of one token per word."""
+    module.save_pretrained(folder)
+    _word_tokenizer().save_pretrained(folder)
 
 
 def _word_tokenizer() -> PreTrainedTokenizerFast:

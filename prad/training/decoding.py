@@ -26,11 +26,13 @@ _PASS_TOKENS = 4096  # of prompts that are computed together
 
 @dataclass(frozen=True, slots=True)
 class AdaptedModel:
-    """A model, and the adapter whose answers are wanted; None for the plain model."""
+    """A model, and the adapter whose answers are wanted; None for the plain model. `stepping`: the same model
+    with other weights, by which everything behind the prompt is computed."""
 
     model: LanguageModel
     adapter: Adapter | None = None
     positions: Positions = "prompt"
+    stepping: LanguageModel | None = None
 
     def for_prompts(
         self, prompts: Sequence[Sequence[int]]
@@ -147,7 +149,8 @@ class Decoding:
             kv=self._pools.step(rows),
             logit_rows=torch.arange(len(rows), device=device),
         )
-        logits = self._adapted.model.forward(batch, self._adapted.for_step(rows))
+        stepping = self._adapted.stepping or self._adapted.model
+        logits = stepping.forward(batch, self._adapted.for_step(rows))
         for row in rows:
             row.kv_len += 1
         return self._advance(running, logits)

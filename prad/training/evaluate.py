@@ -44,13 +44,15 @@ def evaluate(
     max_tokens: int | None = None,
     beams: int = 1,
     batch: int = 64,
+    stepping: LanguageModel | None = None,
 ) -> Evaluation:
     """Answers to the prompts of `data` inside the record's template; adapter None: the plain model, which
     gets the template without its task tokens.
 
     Greedy, or the best of `beams` beams. Answers are what serving gives: one leading space and what follows
     a stop string are left out. Prompts that do not fit are shortened as `prompt_ids` says. max_tokens: of an
-    answer; None: the record's, or ANSWER_TOKENS. `batch`: rows of a decode step.
+    answer; None: the record's, or ANSWER_TOKENS. `batch`: rows of a decode step. `stepping`: the model with
+    rounded weights, as a decode service has it; the prompt is computed by `model`.
     Raises DataError, or AdapterError for an answer that leaves no room for a prompt.
     """
     examples = without_end(read_examples(data, limit), record.end_token)
@@ -67,9 +69,8 @@ def evaluate(
         ids = prompt_ids(example.prompt, tokenizer, record, longest)
         own = ids if adapter is not None else [token for token in ids if token >= 0]
         prompts.append((*virtual, *own))
-    decoding = decoder(
-        AdaptedModel(model, adapter, record.positions), Limits(max_tokens, stop_ids), beams=beams, batch=batch
-    )
+    adapted = AdaptedModel(model, adapter, record.positions, stepping)
+    decoding = decoder(adapted, Limits(max_tokens, stop_ids), beams=beams, batch=batch)
     answers = [""] * len(prompts)
     for index, search in tracked(decoding.run(prompts), len(prompts), "evaluating"):
         answers[index] = _settle(tokenizer.decode(search.answer), record.generation.stop)

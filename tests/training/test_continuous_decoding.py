@@ -84,6 +84,29 @@ def test_what_has_ended_is_not_computed_again(
     assert max(computed) == 4
 
 
+def test_prompts_are_one_models_and_steps_the_others(
+    load_tiny: Callable[[str], LanguageModel],
+    tiny_model: Callable[[str], Path],
+    prompts: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As where decode has rounded weights: here they are the same, which changes no answer."""
+    exact, rounded = load_tiny("llama"), LanguageModel.load(tiny_model("llama"), dtype=torch.float32)
+    expected = {i: s.answer for i, s in decoder(AdaptedModel(exact), Limits(9, STOP_IDS)).run(prompts)}
+    rows: dict[LanguageModel, list[int]] = {exact: [], rounded: []}
+    original = LanguageModel.forward
+
+    def counted(self: LanguageModel, batch: Any, adaptation: Any = None) -> Any:
+        rows[self].append(len(batch.ids))
+        return original(self, batch, adaptation)
+
+    monkeypatch.setattr(LanguageModel, "forward", counted)
+    both = decoder(AdaptedModel(exact, stepping=rounded), Limits(9, STOP_IDS))
+    assert {i: s.answer for i, s in both.run(prompts)} == expected
+    assert rows[exact] == [sum(LENGTHS)]
+    assert max(rows[rounded]) <= len(prompts)
+
+
 def transformers_beams(
     folder: Path, prompt: list[int], width: int, max_tokens: int
 ) -> tuple[tuple[int, ...], float]:

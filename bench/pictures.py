@@ -1,0 +1,110 @@
+"""The picture of each result, drawn by its benchmark's `plot`; and the headline: 64 tasks, us beside others.
+
+python -m bench.pictures          # draws all of bench/results anew from the JSON, and the headline
+"""
+
+import importlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench.flags import FLAGS, KINDS, RESULTS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+HEADLINE = RESULTS / "headline.png"
+_OURS = "tasks, PrAd-LoRA"
+_SHOWN = ("PrAd server", "vLLM", "OpenVINO", "llama.cpp", "transformers", "PEFT")
+_CALLED = {"avx512-bf16": "AVX-512 BF16", "amx": "AMX", "avx512": "AVX-512", "avx2": "AVX2"}
+
+
+def main() -> None:
+    """Draw every picture of bench/results anew."""
+    for path in sorted(RESULTS.glob("*/*.json")):
+        if path.parent.name in KINDS and path.stem in FLAGS:
+            draw(path.stem, json.loads(path.read_text(encoding="utf-8")), path.with_suffix(".png"))
+    draw_headline(RESULTS, HEADLINE)
+
+
+def draw(name: str, figures: Mapping[str, Any], path: Path) -> bool:
+    """Whether there is something to see of this benchmark. Raises ImportError without matplotlib."""
+    figure = drawn(name, figures)
+    if figure is not None:
+        figure.savefig(path, dpi=120)
+    return figure is not None
+
+
+def drawn(name: str, figures: Mapping[str, Any]) -> "Figure | None":
+    module = importlib.import_module(f"bench.{name}")
+    if not hasattr(module, "plot"):
+        return None
+    figure = _figure(9, 4.5)
+    module.plot(figures, figure)
+    return figure
+
+
+def draw_headline(results: Path, path: Path) -> bool:
+    """Whether any kind of CPU has a result of `peers`."""
+    figure = headline(results)
+    if figure is not None:
+        figure.savefig(path, dpi=120)
+    return figure is not None
+
+
+def headline(results: Path) -> "Figure | None":
+    """A panel for each kind of CPU: seconds of everybody, and how many times ours."""
+    found = [(kind, results / kind / "peers.json") for kind in KINDS]
+    panels = {k: json.loads(file.read_text(encoding="utf-8")) for k, file in found if file.is_file()}
+    if not panels:
+        return None
+    figure = _figure(9, 1.2 + 2.6 * len(panels))
+    for at, (kind, result) in zip(
+        figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True
+    ):
+        _panel(at, result["rows"])
+        cpu = result["setting"]["cpu"].rpartition(" (")[0]
+        at.set_title(f"{_CALLED[kind]}: {cpu}", loc="left", fontsize=10)
+    figure.suptitle("64 requests at once, 64 tokens in and out: seconds until all are answered")
+    return figure
+
+
+def _panel(at: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    """The fastest first; ours and those with 64 adapters in colour."""
+    shown = sorted((row for row in rows if _is_shown(row["name"])), key=lambda row: row["total_s"])
+    bars = at.barh(
+        [row["name"] for row in shown],
+        [row["total_s"] for row in shown],
+        color=[_colour(row["name"]) for row in shown],
+    )
+    ratios = [f"{row['total_s']:.1f} s" + _times(row) for row in shown]
+    at.bar_label(bars, ratios, padding=4, fontsize=9)
+    at.margins(x=0.18)
+    at.invert_yaxis()
+    at.set_xticks([])
+    at.spines[["top", "right", "bottom"]].set_visible(False)
+
+
+def _is_shown(name: str) -> bool:
+    return name.startswith(_SHOWN) and (_OURS in name or not name.startswith("PrAd"))
+
+
+def _colour(name: str) -> str:
+    if _OURS in name:
+        return "tab:blue"
+    return "tab:orange" if "LoRAs" in name else "lightgray"
+
+
+def _times(row: Mapping[str, Any]) -> str:
+    return "" if _OURS in row["name"] else f" = {row['ours_is_faster']:.3g} × ours"
+
+
+def _figure(width: float, height: float) -> "Figure":
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""The same answer every time: in bf16 and with rounded weights, ids and log-probabilities of a request are
+equal bit for bit alone and in any mix of tasks and methods, greedy and drawn, whole and in chunks, computed
+and from the prefix cache.
+"""
+
+import random
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from transformers import LlamaConfig
+
+from prad.adapters import METHODS
+from prad.lm import LanguageModel
+from prad.lm.kernels import Kernels
+from tests.conftest import GROUPED, SIZES, StackMaker, random_artefact, randomised, save_model
+from tests.oracle.test_oracle import SETTINGS
+
+WIDE = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 2}
+LENGTHS = (1, 5, 16, 17, 31, 48, 90, 120)  # of prompts; what is longer than a pass is cut
+PASS_TOKENS = 40
+TOKENS = 8
+PATIENT = {"decode_silence_s": 60, "queue_timeout_s": 600}  # a busy machine is no fault of ours
+TASKS: tuple[str | None, ...] = (*METHODS, None)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request; its body says all but whose cache it may use."""
+
+    task: str | None
+    prompt: tuple[int, ...]
+    temperature: float
+    seed: int
+
+    def body(self, salt: str) -> dict[str, Any]:
+        drawn = {"temperature": self.temperature, "seed": self.seed, "top_p": 0.95}
+        task = {} if self.task is None else {"task": self.task, "raw_prompt": True}
+        limits = {"max_tokens": TOKENS, "ignore_eos": True, "logprobs": 3}
+        return {"prompt": list(self.prompt), "cache_salt": salt, **limits, **drawn, **task}
+
+
+def some_requests(prompts: int) -> list[Asked]:
+    """Of every task, and of the plain model; as many prompts of each, once greedy and once drawn."""
+    return [
+        Asked(task, tuple((7 * number + 13 * j + j * j) % 119 for j in range(length)), temperature, number)
+        for number, (task, length) in enumerate(
+            (task, length) for task in TASKS for length in LENGTHS[-prompts:]
+        )
+        for temperature in (0.0, 0.8)
+    ]
+
+
+def answered(api: httpx.Client, asked: Asked, salt: str) -> Any:
+    response = api.post("/v1/completions", json=asked.body(salt), timeout=600)
+    assert response.status_code == 200, response.text[:300]
+    return response.json()["choices"][0]["logprobs"]
+
+
+def together(api: httpx.Client, requests: Sequence[Asked], salt: str, at_once: int) -> list[Any]:
+    with ThreadPoolExecutor(at_once) as pool:
+        return list(pool.map(lambda asked: answered(api, asked, salt), requests))
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory, kernels: Kernels) -> Path:
+    """A model whose widths the kernels multiply in bf16, with an adapter of every method."""
+    if not kernels.multiplies_bf16:
+        pytest.skip("on this CPU torch computes long passes in bfloat16")
+    root = tmp_path_factory.mktemp("wide")
+    save_model(randomised(LlamaConfig(**SIZES | GROUPED | WIDE), 1), root / "model")
+    model = LanguageModel.load(root / "model")
+    for seed, method in enumerate(METHODS):
+        config = SETTINGS.get(method, {})
+        random_artefact(root / "adapters" / method, model, seed, method=method, config=config)
+    return root
+
+
+long = pytest.mark.long
+
+
+@pytest.mark.parametrize(
+    ("weights", "prompts", "mixes"),
+    [
+        ("full", 2, 4),
+        pytest.param("full", 8, 14, marks=long),
+        pytest.param("int8", 8, 14, marks=long),
+        pytest.param("int4", 8, 14, marks=long),
+    ],
+)
+def test_an_answer_is_the_same_to_the_bit(
+    weights: str,
+    prompts: int,
+    mixes: int,
+    wide: Path,
+    tmp_path: Path,
+    running_stack: StackMaker,
+) -> None:
+    requests = some_requests(prompts)
+    small = {"dtype": "bfloat16", "pass_tokens": PASS_TOKENS, "chunk_tokens": 32, **PATIENT}
+    shuffled = random.Random(0)
+    with running_stack(
+        wide / "model", wide / "adapters", tmp_path, prefill=small, dtype="bfloat16", weights=weights
+    ) as running:
+        alone = dict(zip(requests, together(running.api, requests, "alone", 1), strict=True))
+        for mix in range(mixes):
+            order = shuffled.sample(requests, len(requests))
+            # every other time from the cache
+            found = together(running.api, order, f"mix {mix // 2}", (32, 3, 64)[mix % 3])
+            assert found == [alone[asked] for asked in order]
