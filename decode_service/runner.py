@@ -1,6 +1,6 @@
 """The engine's hands, which touch tensors: KV bytes into the pools, a step's forward pass and sampling."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -98,30 +98,45 @@ class ModelRunner:
         return Site(site), flat.view(len(self._pools.layout.layers), -1).to(self._pools.device)
 
     @torch.inference_mode()
-    def run(self, batch: Sequence[Running]) -> list[Token | None]:
-        """One decode step: each sequence's next token, or None where its logits are not finite."""
+    def run(self, batch: Sequence[Running], drafts: Sequence[Sequence[int]]) -> list[Sequence[Token] | None]:
+        """One decode step: each sequence's next tokens, or None where its logits are not finite. Beside the
+        one that every step draws these are as many as its draft says rightly, up to one that ends it."""
+        rows = [
+            _Row(sequence, ahead, token)
+            for sequence, draft in zip(batch, drafts, strict=True)
+            for ahead, token in enumerate((sequence.token, *draft))
+        ]
         device = self._model.device
         logits = self._model.forward(
             PackedBatch(
-                ids=torch.tensor([s.token for s in batch], device=device),
-                positions=torch.tensor([s.position for s in batch], device=device),
-                kv=self._pools.step(batch),
-                logit_rows=torch.arange(len(batch), device=device),
+                ids=torch.tensor([row.token for row in rows], device=device),
+                positions=torch.tensor([row.sequence.position + row.ahead for row in rows], device=device),
+                kv=self._pools.step(rows, drafted=len(rows) > len(batch)),
+                logit_rows=torch.arange(len(rows), device=device),
             ),
-            RowScaling.of([s.state for s in batch]),
+            RowScaling.of([row.sequence.state for row in rows]),
         )
+        tokens = self._drawn(rows, logits)
+        return [_right(rows, tokens, i) for i, row in enumerate(rows) if not row.ahead]
+
+    def _drawn(self, rows: Sequence["_Row"], logits: Tensor) -> dict[int, Token]:
+        """The tokens behind rows, by their number, but for rows whose logits are not finite. What takes long
+        to draw is drawn for one row of a draft at a time, as long as it is right."""
         # NaN or infinity in a sequence's hidden state reaches all of its logits: one column shows it
         sound = torch.isfinite(logits[:, 0]).tolist()
-        rows = [i for i, ok in enumerate(sound) if ok]
-        if not rows:
-            return [None] * len(batch)
-        if len(rows) < len(batch):
-            logits = logits[rows]
-        kept = [batch[i] for i in rows]
-        drawn = iter(
-            sample(logits, [s.request.sampling for s in kept], [_key(s) for s in kept], self._model.argmax)
-        )
-        return [next(drawn) if ok else None for ok in sound]
+        due = [i for i, row in enumerate(rows) if sound[i] and (row.is_quick or not row.ahead)]
+        tokens: dict[int, Token] = {}
+        while due:
+            kept = [rows[i] for i in due]
+            drawn = sample(
+                logits if len(due) == len(rows) else logits[due],
+                [row.sequence.request.sampling for row in kept],
+                [row.key for row in kept],
+                self._model.argmax,
+            )
+            tokens.update(zip(due, drawn, strict=True))
+            due = [i + 1 for i in due if i + 1 not in tokens and _follows(rows, tokens, i) and sound[i + 1]]
+        return tokens
 
     def _dequantised(self, spec: LayerKV, planes: Sequence[memoryview]) -> tuple[memoryview, memoryview]:
         dtype = self._pools.dtype
@@ -151,7 +166,48 @@ def _spans(rows: Iterable[FrameRows]) -> Iterator[tuple[int, Tensor]]:
         yield start, torch.cat(run)
 
 
-def _key(sequence: Running) -> SampleKey:
-    """The random number of the token that this step draws."""
-    request = sequence.request
-    return SampleKey(request.sampling.seed, request.prompt_index, sequence.id.choice, sequence.index + 1)
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A token that a step feeds: a sequence's own, or one of its draft, so many tokens `ahead` of it."""
+
+    sequence: Running
+    ahead: int
+    token: int
+
+    @property
+    def blocks(self) -> Sequence[int]:
+        return self.sequence.blocks
+
+    @property
+    def kv_len(self) -> int:
+        return self.sequence.kv_len + self.ahead
+
+    @property
+    def key(self) -> SampleKey:
+        """The random number of the token behind it."""
+        request, index = self.sequence.request, self.sequence.index + self.ahead + 1
+        return SampleKey(request.sampling.seed, request.prompt_index, self.sequence.id.choice, index)
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether the token behind it takes next to no time to draw."""
+        return self.sequence.request.sampling.greedy and self.sequence.request.sampling.logprobs is None
+
+
+def _follows(rows: Sequence[_Row], tokens: Mapping[int, Token], i: int) -> bool:
+    """Whether row i + 1 is of the same sequence, and its token the one that was drawn behind row i; a token
+    that ends the sequence is followed by none."""
+    if i + 1 == len(rows) or not rows[i + 1].ahead:
+        return False
+    drawn = tokens[i].id
+    return rows[i + 1].token == drawn and drawn not in rows[i].sequence.request.sampling.stop_ids
+
+
+def _right(rows: Sequence[_Row], tokens: Mapping[int, Token], first: int) -> list[Token] | None:
+    """What the sequence whose own row is `first` has drawn; None if that row's logits are not finite."""
+    if first not in tokens:
+        return None
+    last = first
+    while _follows(rows, tokens, last) and last + 1 in tokens:
+        last += 1
+    return [tokens[i] for i in range(first, last + 1)]

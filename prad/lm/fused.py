@@ -117,7 +117,9 @@ class FusedModel:
         if key not in step.pools.recorded:
             step.pools.recorded[key] = self._record(step, room, sites)
         recorded: _RecordedStep = step.pools.recorded[key]
-        view = step.view if state is None else PagedView.of(step.table, step.lengths, state.addresses)
+        view = step.view
+        if state is not None:
+            view = PagedView.of(step.table, step.lengths, state.addresses, drafted=bool(view.drafted))
         return recorded.run(self._embed(batch.ids, batch.positions), self._angles(batch.positions), view)
 
     def _record(self, step: PagedStep, rows: int, sites: tuple[Site, ...]) -> "_RecordedStep":
