@@ -1,5 +1,6 @@
 """The engine's hands, which touch tensors: KV bytes into the pools, a step's forward pass and sampling."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -67,6 +68,7 @@ class ModelRunner:
         )
         self._model = model
         self._pools = pools
+        self._numbers = torch.arange(0, device=model.device)
 
     def room(self, reserved: Reservation) -> Slots:
         """Its slots; blocks that the prompt's KV will not fill are zeroed (see `Pools`)."""
@@ -106,13 +108,16 @@ class ModelRunner:
             for sequence, draft in zip(batch, drafts, strict=True)
             for ahead, token in enumerate((sequence.token, *draft))
         ]
-        device = self._model.device
+        device, fed = self._model.device, [(row.token, row.sequence.position + row.ahead) for row in rows]
+        ids, positions = torch.tensor(fed, device=device).T.contiguous()
+        if len(rows) > len(self._numbers):
+            self._numbers = torch.arange(len(rows), device=device)
         logits = self._model.forward(
             PackedBatch(
-                ids=torch.tensor([row.token for row in rows], device=device),
-                positions=torch.tensor([row.sequence.position + row.ahead for row in rows], device=device),
+                ids=ids,
+                positions=positions,
                 kv=self._pools.step(rows, drafted=len(rows) > len(batch)),
-                logit_rows=torch.arange(len(rows), device=device),
+                logit_rows=self._numbers[: len(rows)],
             ),
             RowScaling.of([row.sequence.state for row in rows]),
         )
@@ -123,7 +128,7 @@ class ModelRunner:
         """The tokens behind rows, by their number, but for rows whose logits are not finite. What takes long
         to draw is drawn for one row of a draft at a time, as long as it is right."""
         # NaN or infinity in a sequence's hidden state reaches all of its logits: one column shows it
-        sound = torch.isfinite(logits[:, 0]).tolist()
+        sound = list(map(math.isfinite, logits[:, 0].tolist()))
         due = [i for i, row in enumerate(rows) if sound[i] and (row.is_quick or not row.ahead)]
         tokens: dict[int, Token] = {}
         while due:

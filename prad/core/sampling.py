@@ -158,8 +158,8 @@ _GAIN = 1.05  # in tokens a second, below which a draft is not worth its risk
 @dataclass(slots=True, eq=False)
 class Written:
     """A sequence's text up to the token that its next step is fed. `answer`: where its output begins;
-    `alike`: whose recent answers may be like it, 0 for nobody's. `known`: what followed the contexts in `ids`,
-    as far as `read`."""
+    `alike`: whose recent answers may be like it, 0 for nobody's. `known`: what followed the contexts in
+    `ids`, as far as `read`."""
 
     ids: list[int]
     alike: int

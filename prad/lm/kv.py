@@ -76,7 +76,7 @@ class PackedBatch:
     """Immutable input of one pass.
 
     ids [T] and positions [T] (int64) of all new tokens, `kv` where their keys and values go and what their
-    queries see, logit_rows [R] the rows whose logits are wanted.
+    queries see, logit_rows [R] the rows whose logits are wanted; of a decode step all, in order.
     """
 
     ids: Tensor

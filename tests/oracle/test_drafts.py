@@ -1,5 +1,5 @@
-"""Drafts change how fast tokens come, and nothing else: whatever is guessed, rightly or wrongly, the tokens are
-those without. And the comparison fails where a wrong draft would be taken."""
+"""Drafts change how fast tokens come, and nothing else: whatever is guessed, rightly or wrongly, the tokens
+are those without. And the comparison fails where a wrong draft would be taken."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
