@@ -151,7 +151,7 @@ _LEAST_CHANCE = 0.05
 _TEXT = 4096  # latest tokens of a text that are looked into
 _ANSWERS = 1 << 17  # contexts that are remembered of answers, some 16 MB
 _LABELS = 1024
-_MOST_SEQUENCES, _MOST_ROWS = 16, 32
+_MOST_SEQUENCES, _MOST_ROWS = 4, 32
 _GAIN = 1.05  # in tokens a second, below which a draft is not worth its risk
 
 
