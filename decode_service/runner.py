@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from kvtransfer.errors import ProtocolError
 from kvtransfer.frames import Encoding, Incoming
 from kvtransfer.int8 import dequantise
 from prad.core.kv import LayerKV
-from prad.core.sampling import SampleKey, Token
+from prad.core.sampling import SampleKey, SamplingParams, Token
 from prad.lm import (
     LanguageModel,
     PackedBatch,
@@ -104,11 +105,11 @@ class ModelRunner:
         """One decode step: each sequence's next tokens, or None where its logits are not finite. Beside the
         one that every step draws these are as many as its draft says rightly, up to one that ends it."""
         rows = [
-            _Row(sequence, ahead, token)
+            _Row.of(sequence, ahead, token)
             for sequence, draft in zip(batch, drafts, strict=True)
             for ahead, token in enumerate((sequence.token, *draft))
         ]
-        device, fed = self._model.device, [(row.token, row.sequence.position + row.ahead) for row in rows]
+        device, fed = self._model.device, [(row.token, row.position) for row in rows]
         ids, positions = torch.tensor(fed, device=device).T.contiguous()
         if len(rows) > len(self._numbers):
             self._numbers = torch.arange(len(rows), device=device)
@@ -119,7 +120,7 @@ class ModelRunner:
                 kv=self._pools.step(rows, drafted=len(rows) > len(batch)),
                 logit_rows=self._numbers[: len(rows)],
             ),
-            RowScaling.of([row.sequence.state for row in rows]),
+            RowScaling.of([row.state for row in rows]),
         )
         tokens = self._drawn(rows, logits)
         return [_right(rows, tokens, i) for i, row in enumerate(rows) if not row.ahead]
@@ -135,7 +136,7 @@ class ModelRunner:
             kept = [rows[i] for i in due]
             drawn = sample(
                 logits if len(due) == len(rows) else logits[due],
-                [row.sequence.request.sampling for row in kept],
+                [row.sampling for row in kept],
                 [row.key for row in kept],
                 self._model.argmax,
             )
@@ -173,30 +174,36 @@ def _spans(rows: Iterable[FrameRows]) -> Iterator[tuple[int, Tensor]]:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """A token that a step feeds: a sequence's own, or one of its draft, so many tokens `ahead` of it."""
+    """A token that a step feeds: a sequence's own, or one of its draft, so many tokens `ahead` of it.
+    `key`: the random number of the token behind it."""
 
-    sequence: Running
     ahead: int
     token: int
+    position: int
+    blocks: Sequence[int]
+    kv_len: int
+    sampling: SamplingParams
+    key: SampleKey
+    state: Mapping[Any, Any] | None
 
-    @property
-    def blocks(self) -> Sequence[int]:
-        return self.sequence.blocks
-
-    @property
-    def kv_len(self) -> int:
-        return self.sequence.kv_len + self.ahead
-
-    @property
-    def key(self) -> SampleKey:
-        """The random number of the token behind it."""
-        request, index = self.sequence.request, self.sequence.index + self.ahead + 1
-        return SampleKey(request.sampling.seed, request.prompt_index, self.sequence.id.choice, index)
+    @classmethod
+    def of(cls, sequence: Running, ahead: int, token: int) -> "_Row":
+        request, index = sequence.request, sequence.index + ahead + 1
+        return cls(
+            ahead,
+            token,
+            sequence.position + ahead,
+            sequence.blocks,
+            sequence.kv_len + ahead,
+            request.sampling,
+            SampleKey(request.sampling.seed, request.prompt_index, sequence.id.choice, index),
+            sequence.state,
+        )
 
     @property
     def is_quick(self) -> bool:
         """Whether the token behind it takes next to no time to draw."""
-        return self.sequence.request.sampling.greedy and self.sequence.request.sampling.logprobs is None
+        return self.sampling.greedy and self.sampling.logprobs is None
 
 
 def _follows(rows: Sequence[_Row], tokens: Mapping[int, Token], i: int) -> bool:
@@ -205,7 +212,7 @@ def _follows(rows: Sequence[_Row], tokens: Mapping[int, Token], i: int) -> bool:
     if i + 1 == len(rows) or not rows[i + 1].ahead:
         return False
     drawn = tokens[i].id
-    return rows[i + 1].token == drawn and drawn not in rows[i].sequence.request.sampling.stop_ids
+    return rows[i + 1].token == drawn and drawn not in rows[i].sampling.stop_ids
 
 
 def _right(rows: Sequence[_Row], tokens: Mapping[int, Token], first: int) -> list[Token] | None:
