@@ -61,7 +61,7 @@ proto: $(VENV)/.tested ## generate the gRPC stubs again
 # VLLM=, OPENVINO=, LLAMA=: their interpreters; DATA=: a folder of the tasks' folders, each with test.jsonl
 bench: $(VENV)/.benched ## measure, side by side, into bench/results/ (VLLM=, OPENVINO=, LLAMA=, DATA=: see the Makefile)
 	set -e; for name in $(BENCHMARKS); do $(BIN)/prad bench $$name; done
-	set -e; for name in rounding greedy; do $(BIN)/prad bench $$name $(DATA:%=--data %); done
+	set -e; for name in rounding greedy speculation; do $(BIN)/prad bench $$name $(DATA:%=--data %); done
 	$(BIN)/prad bench peers $(VLLM:%=--vllm-python %) $(OPENVINO:%=--openvino-python %) $(LLAMA:%=--llama-python %)
 	$(BIN)/python -m bench.report
 

@@ -64,7 +64,8 @@ class LoadedEngine:
                 choices=choices,
                 state=tuple(StateSite(str(site), v.shape[1]) for site, v in state.items()),
             )
-            self._admit(request, filler if kv is None else [(k[own], v[own]) for k, v in kv], state)
+            own_kv = filler if kv is None else [(k[own], v[own]) for k, v in kv]
+            self.admitted_s += hand_over(self._engine, request, own_kv, Token(100), state)
 
     def step(self) -> None:
         with torch.inference_mode():
@@ -81,17 +82,26 @@ class LoadedEngine:
         status = self._engine.status()
         return self.kv_bytes * (status.total_blocks - status.free_blocks) // status.total_blocks
 
-    def _admit(self, request: Open, kv: LayersKV, state: SiteVectors) -> None:
-        raw = tuple((_raw(key), _raw(value)) for key, value in kv)
-        bytes_per_token = request.model.layout.bytes_per_token
-        frame = Incoming(0, (), Encoding.RAW, bytes_per_token, raw)
-        started = time.perf_counter()
-        reservation = self._engine.admit("bench", request)
-        self._engine.write(frame, [reservation.placed(0, Rows(0, 0, request.kv_len))])
-        for site, vectors in state.items():
-            self._engine.put_state(reservation, str(site), bytes(_raw(vectors)))
-        self._engine.commit(reservation, [Token(100)] * request.choices)
-        self.admitted_s += time.perf_counter() - started
+
+def hand_over(
+    engine: PagedEngine,
+    request: Open,
+    kv: LayersKV,
+    first: Token,
+    state: SiteVectors | None = None,
+    text_ids: Sequence[int] = (),
+    alike: int = 0,
+) -> float:
+    """A hand-off from the Open to the Commit; in seconds. first: every choice's first token."""
+    raw = tuple((_raw(key), _raw(value)) for key, value in kv)
+    frame = Incoming(0, (), Encoding.RAW, request.model.layout.bytes_per_token, raw)
+    started = time.perf_counter()
+    reservation = engine.admit("bench", request)
+    engine.write(frame, [reservation.placed(0, Rows(0, 0, request.kv_len))])
+    for site, vectors in (state or {}).items():
+        engine.put_state(reservation, str(site), bytes(_raw(vectors)))
+    engine.commit(reservation, [first] * request.choices, text_ids, alike)
+    return time.perf_counter() - started
 
 
 def _random_kv(model: LanguageModel, tokens: int) -> LayersKV:

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from bench.prompts import CHAT
 from bench.quality_table import COLUMNS, ROWS
-from prad.core.models import DEFAULT_MODEL
+from prad.core.models import DEFAULT_MODEL, Precision
 
 RESULTS = Path(__file__).parent / "results"
 KINDS = ("amx", "avx512-bf16", "avx512", "avx2")
@@ -292,6 +292,19 @@ class Prefill(ModelFlags):
     threads: int | None = Field(None, description="torch's own choice if left out")
 
 
+class Speculation(ModelFlags):
+    SMOKE = {"prompts": 2, "output": 8, "streams": [1, 2]}
+
+    data: Path | None = Field(None, description="folder of the tasks' folders; chats alone without it")
+    adapted: list[str] = Field(["e2e"], description="tasks with a demo adapter")
+    plain: list[str] = Field(["webnlg", "xsum", "mt"], description="tasks that the plain model is asked")
+    prompts: int = Field(48, description="of each task")
+    output: int = Field(64, description="tokens out, at most")
+    longest: int = Field(8, description="tokens of a draft, at most")
+    streams: list[int] = [1, 8]
+    weights: list[Precision] = ["full", "int4"]
+
+
 class Chunking(ModelFlags):
     SMOKE = {
         "long": 300,
@@ -368,6 +381,7 @@ FLAGS: dict[str, type[Flags]] = {
     "greedy": Greedy,
     "prefill": Prefill,
     "chunking": Chunking,
+    "speculation": Speculation,
     "peers": Peers,
     "quality": Quality,
     "train": Train,

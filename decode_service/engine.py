@@ -20,7 +20,7 @@ from decode_service.scheduler import Ended, EngineStatus, Running, Scheduler, Se
 from kvtransfer.errors import FencedError, ProtocolError, RejectedError, RejectReason
 from kvtransfer.frames import Incoming
 from kvtransfer.messages import Ask, Cancel, Open
-from prad.core.sampling import FinishReason, Token, TokenEvent
+from prad.core.sampling import Drafter, FinishReason, Token, TokenEvent, Written
 
 if TYPE_CHECKING:
     from decode_service.runner import ModelRunner
@@ -34,8 +34,8 @@ An event holds at most its request's `tokens_per_event` tokens, the one that end
 pending; a cancelled one's are dropped.
 """
 
-Observe = Callable[[float, int], None]
-"""Called with a step's seconds and its number of tokens."""
+Observe = Callable[[float, int, int, int], None]
+"""Called with a step's seconds, and how many tokens were drawn, drafted, and drawn as they were drafted."""
 
 _MISSING = "the decode service does not have this sequence"
 _STEP_BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)
@@ -56,13 +56,16 @@ class PagedEngine:
         deliver: Deliver,
         observe: Observe,
         on_failure: Callable[[str], None] = logger.error,
+        drafter: Drafter | None = None,
     ) -> None:
-        """on_failure is called with what it was, in the engine's thread, as `deliver` is."""
+        """on_failure is called with what it was, in the engine's thread, as `deliver` is. drafter: guesses
+        tokens; None: nobody does."""
         self._runner = runner
         self._scheduler = scheduler
         self._deliver = deliver
         self._observe = observe
         self._on_failure = on_failure
+        self._drafter = drafter or Drafter(0, 0)
         self._phases = itertools.count()
         self._changed = threading.Condition()  # guards the scheduler; never held during a pass
         self._stopping = False
@@ -83,16 +86,16 @@ class PagedEngine:
     def step(self) -> None:
         with self._changed:
             batch = self._scheduler.schedule(time.monotonic())
-        results: list[Token | Ended] = []
+        results: list[Sequence[Token] | Ended] = []
         if batch:
-            started = time.perf_counter()
-            results = self._run(batch)
-            self._observe(time.perf_counter() - started, len(results))
+            results = self._timed(batch)
         with self._changed:
             events = [(ended.sequence, ended.emit()) for ended in self._scheduler.take_ended()]
             for sequence, result in zip(batch, results, strict=True):
-                if self._scheduler.runs(sequence):  # else it was cancelled during the pass
+                if self._scheduler.runs(sequence):
                     events += self._book(sequence, result)
+                else:  # it was cancelled during the pass
+                    self._drafter.ended(sequence.written)
             self._send(events)  # under the lock: `missing` must not overtake the event that ends a sequence
 
     def _loop(self) -> None:
@@ -110,29 +113,48 @@ class PagedEngine:
                 self._changed.wait()
             return self._scheduler.has_work
 
-    def _run(self, batch: Sequence[Running]) -> list[Token | Ended]:
+    def _timed(self, batch: Sequence[Running]) -> list[Sequence[Token] | Ended]:
+        """A step with drafts, if any pay."""
+        drafts = self._drafter.drafts([s.written for s in batch], [s.draft_room for s in batch])
+        drafted = sum(map(len, drafts))
+        started = time.perf_counter()
+        results = self._run(batch, drafts)
+        seconds = time.perf_counter() - started
+        self._drafter.took(len(batch) + drafted, seconds)
+        drawn = [len(result) for result in results if not isinstance(result, Ended)]
+        self._observe(seconds, sum(drawn), drafted, sum(drawn) - len(drawn))
+        return results
+
+    def _run(
+        self, batch: Sequence[Running], drafts: Sequence[Sequence[int]]
+    ) -> list[Sequence[Token] | Ended]:
         try:
-            tokens = self._runner.run(batch)
+            drawn = self._runner.run(batch, drafts)
         except Exception as error:  # whatever it was: these sequences end, the service goes on
             logger.exception("a decode step of %d sequences failed", len(batch))
             return [Ended(s, FinishReason.ERROR, f"the decode step failed: {error}") for s in batch]
         return [
-            Ended(s, FinishReason.ERROR, "the logits are not finite") if token is None else token
-            for s, token in zip(batch, tokens, strict=True)
+            Ended(s, FinishReason.ERROR, "the logits are not finite") if tokens is None else tokens
+            for s, tokens in zip(batch, drawn, strict=True)
         ]
 
-    def _book(self, sequence: Running, result: Token | Ended) -> Iterator[tuple[Running, TokenEvent]]:
-        """What a step means for a sequence, and its event, if it emits one."""
+    def _book(
+        self, sequence: Running, result: Sequence[Token] | Ended
+    ) -> Iterator[tuple[Running, TokenEvent]]:
+        """What a step means for a sequence, and its events, if it emits any."""
         if isinstance(result, Ended):
             self._scheduler.finish(sequence)
             yield sequence, result.emit()
             return
-        sequence.advance(result)
-        reason = sequence.request.sampling.finish_reason(result.id, sequence.index + 1)
-        if reason is not None:
-            self._scheduler.finish(sequence)
-        if reason is not None or sequence.emits:
-            yield sequence, sequence.emit(reason)
+        self._drafter.drew(sequence.written, [token.id for token in result])
+        for token in result:
+            sequence.advance(token)
+            reason = sequence.request.sampling.finish_reason(token.id, sequence.index + 1)
+            if reason is not None:
+                self._scheduler.finish(sequence)
+                self._drafter.ended(sequence.written)
+            if reason is not None or sequence.emits:
+                yield sequence, sequence.emit(reason)
 
     def _send(self, events: Iterable[tuple[Running, TokenEvent]]) -> None:
         """One message per client."""
@@ -190,9 +212,16 @@ class PagedEngine:
         key, vectors = self._runner.state(site, data)
         reservation.state[key] = vectors
 
-    def commit(self, reservation: Reservation, first_tokens: Sequence[Token]) -> None:
+    def commit(
+        self,
+        reservation: Reservation,
+        first_tokens: Sequence[Token],
+        text_ids: Sequence[int] = (),
+        alike: int = 0,
+    ) -> None:
         """Its KV is complete: its sequences run from the next step on, but for choices that their first token
-        ends. Raises FencedError as `require_held`, ProtocolError for a first token outside the vocabulary."""
+        ends. text_ids, alike: as `Written.of` takes them. Raises FencedError as `require_held`, ProtocolError
+        for a first token outside the vocabulary."""
         self.require_held(reservation)
         outside = [t.id for t in first_tokens if t.id >= self._runner.limits.vocab_size]
         if outside:
@@ -207,6 +236,7 @@ class PagedEngine:
                 index=request.output_offset,
                 position=request.next_position,
                 kv_len=request.kv_len,
+                written=Written.of(text_ids, token.id, alike),
                 state=reservation.state,
                 phase=next(self._phases),
                 deadline=reservation.deadline,
@@ -270,6 +300,14 @@ class Metrics:
             buckets=_STEP_BUCKETS,
             registry=self.registry,
         )
+        self._drafted = Counter(
+            "prad_decode_drafted_tokens", "Tokens of drafts that were computed.", registry=self.registry
+        )
+        self._accepted = Counter(
+            "prad_decode_accepted_tokens",
+            "Of these, those that were drawn, too.",
+            registry=self.registry,
+        )
 
     def watch(self, status: Callable[[], EngineStatus]) -> None:
         """Gauges read the engine when they are scraped."""
@@ -280,6 +318,8 @@ class Metrics:
         ):
             Gauge(name, text, registry=self.registry).set_function(read)
 
-    def step(self, seconds: float, tokens: int) -> None:
+    def step(self, seconds: float, tokens: int, drafted: int, accepted: int) -> None:
         self._seconds.observe(seconds)
         self._tokens.inc(tokens)
+        self._drafted.inc(drafted)
+        self._accepted.inc(accepted)

@@ -164,7 +164,7 @@ class HandOffs:
         return self._receiving.get(number)
 
     def _commit(self, it: Reservation, commit: pb.Commit) -> pb.HandOffReply:
-        self._engine.commit(it, it.complete(commit))
+        self._engine.commit(it, it.complete(commit), commit.text_ids, commit.alike)
         return pb.HandOffReply(committed=pb.Committed())
 
     def _ended(self, number: int, end: Callable[[Reservation], pb.HandOffReply]) -> Replies:

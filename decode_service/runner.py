@@ -1,7 +1,9 @@
 """The engine's hands, which touch tensors: KV bytes into the pools, a step's forward pass and sampling."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from kvtransfer.errors import ProtocolError
 from kvtransfer.frames import Encoding, Incoming
 from kvtransfer.int8 import dequantise
 from prad.core.kv import LayerKV
-from prad.core.sampling import SampleKey, Token
+from prad.core.sampling import SampleKey, SamplingParams, Token
 from prad.lm import (
     LanguageModel,
     PackedBatch,
@@ -67,6 +69,7 @@ class ModelRunner:
         )
         self._model = model
         self._pools = pools
+        self._numbers = torch.arange(0, device=model.device)
 
     def room(self, reserved: Reservation) -> Slots:
         """Its slots; blocks that the prompt's KV will not fill are zeroed (see `Pools`)."""
@@ -98,30 +101,48 @@ class ModelRunner:
         return Site(site), flat.view(len(self._pools.layout.layers), -1).to(self._pools.device)
 
     @torch.inference_mode()
-    def run(self, batch: Sequence[Running]) -> list[Token | None]:
-        """One decode step: each sequence's next token, or None where its logits are not finite."""
-        device = self._model.device
+    def run(self, batch: Sequence[Running], drafts: Sequence[Sequence[int]]) -> list[Sequence[Token] | None]:
+        """One decode step: each sequence's next tokens, or None where its logits are not finite. Beside the
+        one that every step draws these are as many as its draft says rightly, up to one that ends it."""
+        rows = [
+            _Row.of(sequence, ahead, token)
+            for sequence, draft in zip(batch, drafts, strict=True)
+            for ahead, token in enumerate((sequence.token, *draft))
+        ]
+        device, fed = self._model.device, [(row.token, row.position) for row in rows]
+        ids, positions = torch.tensor(fed, device=device).T.contiguous()
+        if len(rows) > len(self._numbers):
+            self._numbers = torch.arange(len(rows), device=device)
         logits = self._model.forward(
             PackedBatch(
-                ids=torch.tensor([s.token for s in batch], device=device),
-                positions=torch.tensor([s.position for s in batch], device=device),
-                kv=self._pools.step(batch),
-                logit_rows=torch.arange(len(batch), device=device),
+                ids=ids,
+                positions=positions,
+                kv=self._pools.step(rows, drafted=len(rows) > len(batch)),
+                logit_rows=self._numbers[: len(rows)],
             ),
-            RowScaling.of([s.state for s in batch]),
+            RowScaling.of([row.state for row in rows]),
         )
+        tokens = self._drawn(rows, logits)
+        return [_right(rows, tokens, i) for i, row in enumerate(rows) if not row.ahead]
+
+    def _drawn(self, rows: Sequence["_Row"], logits: Tensor) -> dict[int, Token]:
+        """The tokens behind rows, by their number, but for rows whose logits are not finite. What takes long
+        to draw is drawn for one row of a draft at a time, as long as it is right."""
         # NaN or infinity in a sequence's hidden state reaches all of its logits: one column shows it
-        sound = torch.isfinite(logits[:, 0]).tolist()
-        rows = [i for i, ok in enumerate(sound) if ok]
-        if not rows:
-            return [None] * len(batch)
-        if len(rows) < len(batch):
-            logits = logits[rows]
-        kept = [batch[i] for i in rows]
-        drawn = iter(
-            sample(logits, [s.request.sampling for s in kept], [_key(s) for s in kept], self._model.argmax)
-        )
-        return [next(drawn) if ok else None for ok in sound]
+        sound = list(map(math.isfinite, logits[:, 0].tolist()))
+        due = [i for i, row in enumerate(rows) if sound[i] and (row.is_quick or not row.ahead)]
+        tokens: dict[int, Token] = {}
+        while due:
+            kept = [rows[i] for i in due]
+            drawn = sample(
+                logits if len(due) == len(rows) else logits[due],
+                [row.sampling for row in kept],
+                [row.key for row in kept],
+                self._model.argmax,
+            )
+            tokens.update(zip(due, drawn, strict=True))
+            due = [i + 1 for i in due if i + 1 not in tokens and _follows(rows, tokens, i) and sound[i + 1]]
+        return tokens
 
     def _dequantised(self, spec: LayerKV, planes: Sequence[memoryview]) -> tuple[memoryview, memoryview]:
         dtype = self._pools.dtype
@@ -151,7 +172,54 @@ def _spans(rows: Iterable[FrameRows]) -> Iterator[tuple[int, Tensor]]:
         yield start, torch.cat(run)
 
 
-def _key(sequence: Running) -> SampleKey:
-    """The random number of the token that this step draws."""
-    request = sequence.request
-    return SampleKey(request.sampling.seed, request.prompt_index, sequence.id.choice, sequence.index + 1)
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A token that a step feeds: a sequence's own, or one of its draft, so many tokens `ahead` of it.
+    `key`: the random number of the token behind it."""
+
+    ahead: int
+    token: int
+    position: int
+    blocks: Sequence[int]
+    kv_len: int
+    sampling: SamplingParams
+    key: SampleKey
+    state: Mapping[Any, Any] | None
+
+    @classmethod
+    def of(cls, sequence: Running, ahead: int, token: int) -> "_Row":
+        request, index = sequence.request, sequence.index + ahead + 1
+        return cls(
+            ahead,
+            token,
+            sequence.position + ahead,
+            sequence.blocks,
+            sequence.kv_len + ahead,
+            request.sampling,
+            SampleKey(request.sampling.seed, request.prompt_index, sequence.id.choice, index),
+            sequence.state,
+        )
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether the token behind it takes next to no time to draw."""
+        return self.sampling.greedy and self.sampling.logprobs is None
+
+
+def _follows(rows: Sequence[_Row], tokens: Mapping[int, Token], i: int) -> bool:
+    """Whether row i + 1 is of the same sequence, and its token the one that was drawn behind row i; a token
+    that ends the sequence is followed by none."""
+    if i + 1 == len(rows) or not rows[i + 1].ahead:
+        return False
+    drawn = tokens[i].id
+    return rows[i + 1].token == drawn and drawn not in rows[i].sampling.stop_ids
+
+
+def _right(rows: Sequence[_Row], tokens: Mapping[int, Token], first: int) -> list[Token] | None:
+    """What the sequence whose own row is `first` has drawn; None if that row's logits are not finite."""
+    if first not in tokens:
+        return None
+    last = first
+    while _follows(rows, tokens, last) and last + 1 in tokens:
+        last += 1
+    return [tokens[i] for i in range(first, last + 1)]

@@ -14,7 +14,7 @@ from decode_service.reservations import HandOffId, Reservation
 from kvtransfer.errors import RejectedError, RejectReason
 from kvtransfer.messages import Open
 from prad.core.kv import BlockPool
-from prad.core.sampling import FinishReason, Token, TokenEvent
+from prad.core.sampling import FinishReason, Token, TokenEvent, Written
 
 _REMEMBERED_REQUESTS = 1 << 16
 
@@ -45,7 +45,7 @@ class Running:
     The next step feeds `token` (output index `index`) at `position` and stores its keys and values as the
     `kv_len`-th token of `blocks`. Its rows are scaled by `state`, if it has any. `pending`: the latest
     tokens, which no event has carried yet; `phase` is its own, so that sequences that began together do not
-    emit in the same step.
+    emit in the same step. `written`: what drafts of it are looked up in, kept by the `Drafter`.
     """
 
     id: SequenceId
@@ -55,6 +55,7 @@ class Running:
     index: int
     position: int
     kv_len: int
+    written: Written
     state: Mapping[Any, Any] | None = None
     phase: int = 0
     deadline: float | None = None
@@ -67,6 +68,11 @@ class Running:
         self.index += 1
         self.position += 1
         self.kv_len += 1
+
+    @property
+    def draft_room(self) -> int:
+        """How many tokens of a draft a step may check: if all are right, it draws one more, its last."""
+        return self.request.sampling.max_tokens - self.index - 2
 
     @property
     def emits(self) -> bool:

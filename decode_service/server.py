@@ -25,6 +25,7 @@ from kvtransfer.settings import TransferSettings
 from prad.core.errors import PradError
 from prad.core.host_names import is_allowed
 from prad.core.kv import BlockPool
+from prad.core.sampling import Drafter
 from prad.lm import LanguageModel
 from prad.lm.kv import Pools, blocks_in
 from prad.settings import is_loopback
@@ -154,6 +155,7 @@ class DecodeServer:
             self._sessions.deliver_from_thread,
             self._metrics.step,
             self._fail_from_thread,
+            Drafter(settings.speculate, model.vocab_size),
         )
         self._metrics.watch(self.engine.status)
         self._service = DecodeService(

@@ -51,6 +51,9 @@ class DecodeSettings(ServiceSettings):
     """Tokens of one KV block."""
     max_sequences: int = Field(default=256, ge=1)
     """Sequences that decode together."""
+    speculate: int = Field(default=8, ge=0, le=31)
+    """Tokens that a step of few sequences guesses for each at most, and checks, where that pays: by its text
+    and recent answers of its task's version. The same tokens are drawn. 0: none are guessed."""
 
     request_state_mib: int = Field(default=256, ge=0)
     """Memory for vectors that requests of some methods bring along (PARA); 0 takes no such request."""

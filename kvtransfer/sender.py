@@ -149,8 +149,12 @@ class HandOff:
         )
         await asyncio.shield(self.stream.put(pb.HandOffFrame(state=state)))
 
-    async def commit(self, first_tokens: Sequence[Token]) -> None:
-        """Hands the request over: one already sampled first token per choice, in order.
+    async def commit(
+        self, first_tokens: Sequence[Token], text_ids: Sequence[int] = (), alike: int = 0
+    ) -> None:
+        """Hands the request over: one already sampled first token per choice, in order. Drafts are looked up
+        in the text in front of these, text_ids, and in recent answers of those `alike`, a number of 64 bits;
+        0: in nobody's.
 
         Afterwards decode owns it, and its tokens come on the client's token stream: they may come before
         this returns. Raises LostError, TimedOutError, CorruptError, ProtocolError or FencedError; if one of
@@ -161,6 +165,8 @@ class HandOff:
             hand_off=self.number,
             first_tokens=map(encode, first_tokens),
             total_bytes=self.sent_bytes,
+            text_ids=text_ids,
+            alike=alike,
         )
         await asyncio.shield(self.stream.put(pb.HandOffFrame(commit=commit)))
         await self._end(self.stream.settings.commit_timeout_s, "Commit")

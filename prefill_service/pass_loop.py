@@ -243,7 +243,7 @@ class PassLoop:
                 await layers.sent()
                 for site, data in layers.state(prompt).items():
                     await hand_off.send_state(site, data)
-                await hand_off.commit(tokens)
+                await hand_off.commit(tokens, prompt.text_ids, prompt.alike)
         except Exception as error:
             self._hand_off_failed(prompt, error)
         if not isinstance(prompt.state, Committing):  # over meanwhile; decode may have it all the same

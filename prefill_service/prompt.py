@@ -12,6 +12,7 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from prad.artefact import Artefact, placeholders
@@ -22,6 +23,9 @@ from prefill_service.errors import ServingError
 if TYPE_CHECKING:  # named in types only: what imports this module stays pure
     from kvtransfer.sender import HandOff
     from prad.adapters import Adapter
+
+
+_TEXT = 4096  # latest tokens that decode gets to know, which are all that it looks into for drafts
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +228,18 @@ class Prompt:
     def adapted(self) -> int:
         """How many of its tokens, from the first on, are the adapter's: virtual ones and the prompt's."""
         return 0 if self.adapter is None else self.virtual_tokens + len(self.request.prompt_ids)
+
+    @property
+    def text_ids(self) -> list[int]:
+        """The end of what stands in front of its answer, but for what no model draws."""
+        return [token for token in self.ids[-_TEXT:] if token >= 0]
+
+    @property
+    def alike(self) -> int:
+        """Whose recent answers may be like its own: those of its version, as the prefix cache keeps apart."""
+        version, salt = self.request.version, self.request.cache_salt
+        name = repr((None if version is None else version.digest, salt)).encode()
+        return int.from_bytes(blake2b(name, digest_size=8).digest(), "little")
 
     @property
     def whole(self) -> bool:

@@ -207,14 +207,18 @@ class Place(_message.Message):
     def __init__(self, offset: _Optional[int] = ..., size: _Optional[int] = ...) -> None: ...
 
 class Commit(_message.Message):
-    __slots__ = ("hand_off", "first_tokens", "total_bytes")
+    __slots__ = ("hand_off", "first_tokens", "total_bytes", "text_ids", "alike")
     HAND_OFF_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TEXT_IDS_FIELD_NUMBER: _ClassVar[int]
+    ALIKE_FIELD_NUMBER: _ClassVar[int]
     hand_off: int
     first_tokens: _containers.RepeatedCompositeFieldContainer[Token]
     total_bytes: int
-    def __init__(self, hand_off: _Optional[int] = ..., first_tokens: _Optional[_Iterable[_Union[Token, _Mapping]]] = ..., total_bytes: _Optional[int] = ...) -> None: ...
+    text_ids: _containers.RepeatedScalarFieldContainer[int]
+    alike: int
+    def __init__(self, hand_off: _Optional[int] = ..., first_tokens: _Optional[_Iterable[_Union[Token, _Mapping]]] = ..., total_bytes: _Optional[int] = ..., text_ids: _Optional[_Iterable[int]] = ..., alike: _Optional[int] = ...) -> None: ...
 
 class Abort(_message.Message):
     __slots__ = ("hand_off", "reason")

@@ -1,12 +1,20 @@
-"""How a request's tokens are drawn: its settings, the random number behind each token, and what is drawn.
+"""How a request's tokens are drawn: its settings, the random number behind each token, and what is drawn; and
+guesses of what will be.
 
 Random numbers belong to the request, not to the process: the number behind a token is a hash of (seed, prompt
 index, choice, output index), whatever else is in the batch, and again after a replay elsewhere. What a
 sequence drew goes to its owner as a `TokenEvent`.
+
+Because of that a guess can be checked: one step computes the logits behind each token of a draft, and as many
+as are what is drawn anyway are kept. A `Drafter` looks up what came behind the latest tokens before: in the
+text itself (prompt lookup) and in recent answers that are alike. It learns how often each kind of guess is
+right, whether or not it was computed, and how long steps take, and guesses where that pays.
 """
 
+import math
 import struct
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from hashlib import blake2b
@@ -131,3 +139,177 @@ class TokenEvent:
                 error=None,
                 cached_tokens=self.cached_tokens if i == 0 else 0,
             )
+
+
+_LONGEST_CONTEXT = 4  # latest tokens that a guess is looked up by; those of fewer follow
+_CONFIDENCE = 4  # how often in a row the same token came behind a context: 0 to 3
+_OWN, _ALIKE = 0, _LONGEST_CONTEXT  # kinds of guesses: by the text itself, by answers alike
+_KINDS = _LONGEST_CONTEXT * (1 + _CONFIDENCE)
+_UNKNOWN_CHANCE = 0.4
+_LEARNED_A_TIME = 1 / 16
+_LEAST_CHANCE = 0.05
+_TEXT = 4096  # latest tokens of a text that are looked into
+_ANSWERS = 1 << 17  # contexts that are remembered of answers, some 16 MB
+_LABELS = 1024
+_MOST_SEQUENCES, _MOST_ROWS = 4, 32
+_GAIN = 1.05  # in tokens a second, below which a draft is not worth its risk
+
+
+@dataclass(slots=True, eq=False)
+class Written:
+    """A sequence's text up to the token that its next step is fed. `answer`: where its output begins;
+    `alike`: whose recent answers may be like it, 0 for nobody's. `known`: what followed the contexts in
+    `ids`, as far as `read`."""
+
+    ids: list[int]
+    alike: int
+    answer: int
+    known: dict[int, int] = field(default_factory=dict)
+    read: int = 0
+
+    @classmethod
+    def of(cls, text: Sequence[int], first: int, alike: int) -> "Written":
+        """`text` stands in front of an answer's token `first`."""
+        ids = [*text[-_TEXT:], first]
+        return cls(ids, alike, len(ids) - 1)
+
+    def look_up(self) -> None:
+        """Reads on to the end."""
+        for at in range(max(1, self.read), len(self.ids)):
+            for n in range(1, min(at, _LONGEST_CONTEXT) + 1):
+                self.known[hash(tuple(self.ids[at - n : at]))] = self.ids[at]
+        self.read = len(self.ids)
+
+
+class StepSeconds:
+    """What a step takes by its rows, of the latest ones: a line through them, and as long as they all had the
+    same number of rows, one that a prior gives its slope."""
+
+    _FORGOTTEN, _SLOPE, _WEIGHT = 0.03, 0.05, 20.0
+
+    def __init__(self) -> None:
+        self._n = self._rows = self._seconds = self._squares = self._products = 0.0
+
+    def add(self, rows: int, seconds: float) -> None:
+        if self._n > 1:
+            seconds = min(seconds, 2 * self(rows))  # a neighbour's doing
+        kept = 1 - self._FORGOTTEN
+        self._n = self._n * kept + 1
+        self._rows = self._rows * kept + rows
+        self._seconds = self._seconds * kept + seconds
+        self._squares = self._squares * kept + rows * rows
+        self._products = self._products * kept + rows * seconds
+
+    def __call__(self, rows: int) -> float:
+        if not self._n:
+            return 1 + self._SLOPE * rows
+        mean, seconds = self._rows / self._n, self._seconds / self._n
+        apart = max(0.0, self._squares - self._rows * mean) + self._WEIGHT
+        prior = self._SLOPE * seconds
+        slope = (self._products - self._rows * seconds + self._WEIGHT * prior) / apart
+        return max(seconds * 0.1, seconds + min(max(slope, 0.1 * prior), seconds) * (rows - mean))
+
+
+class Drafter:
+    """Guesses the next tokens of the sequences of a small batch. Not thread-safe.
+
+    `longest`: tokens of a draft, at most; 0 guesses nothing.
+    """
+
+    def __init__(self, longest: int, vocab_size: int, seconds: StepSeconds | None = None) -> None:
+        self._longest = longest
+        self._vocab_size = vocab_size
+        self._seconds = seconds or StepSeconds()
+        self._few = False
+        self._answers: dict[int, int] = {}  # of a context and whose answers: the next token, its confidence
+        self._chances: OrderedDict[int, list[float]] = OrderedDict()  # of each kind of guess
+
+    def drafts(self, batch: Sequence[Written], room: Sequence[int]) -> list[tuple[int, ...]]:
+        """A draft for each, of as many tokens as there is room for, or none: as many as make the batch the
+        fastest."""
+        self._few = bool(self._longest) and len(batch) <= _MOST_SEQUENCES
+        if not self._few:
+            return [()] * len(batch)
+        chains = [self._chain(w, min(most, self._longest)) for w, most in zip(batch, room, strict=True)]
+        least = self._least(len(batch), sorted((p for chain in chains for _, p in chain), reverse=True))
+        return [tuple(token for token, p in chain if p >= least) for chain in chains]
+
+    def drew(self, written: Written, tokens: Sequence[int]) -> None:
+        """These were drawn next. While the batch is small, what would have been guessed is compared, too."""
+        chances = self._chances_of(written.alike) if self._few else []
+        for token in tokens:
+            if self._few:
+                written.look_up()
+                for guess, kind in self._guesses(written, tuple(written.ids[-_LONGEST_CONTEXT:])):
+                    chances[kind] += ((guess == token) - chances[kind]) * _LEARNED_A_TIME
+            written.ids.append(token)
+
+    def ended(self, written: Written) -> None:
+        """Its answer is remembered."""
+        if not self._longest or not written.alike:
+            return
+        ids, answers = written.ids, self._answers
+        for at in range(max(1, written.answer), len(ids)):
+            for n in range(1, min(at, _LONGEST_CONTEXT) + 1):
+                key = hash(tuple(ids[at - n : at])) ^ written.alike
+                token, confidence = divmod(answers.pop(key, -1), _CONFIDENCE)
+                if token == ids[at]:
+                    confidence = min(confidence + 1, _CONFIDENCE - 1)
+                elif token < 0 or not confidence:
+                    token, confidence = ids[at], 0
+                else:
+                    confidence -= 1
+                answers[key] = token * _CONFIDENCE + confidence
+        while len(answers) > _ANSWERS:
+            del answers[next(iter(answers))]
+
+    def took(self, rows: int, seconds: float) -> None:
+        """A step of so many rows."""
+        self._seconds.add(rows, seconds)
+
+    def _chain(self, written: Written, most: int) -> list[tuple[int, float]]:
+        """(token, chance that it and all before it are right)."""
+        if most > 0:
+            written.look_up()
+        chances, chance = self._chances_of(written.alike), 1.0
+        latest, chain = tuple(written.ids[-_LONGEST_CONTEXT:]), list[tuple[int, float]]()
+        while len(chain) < most:
+            guesses = [(chances[kind], guess) for guess, kind in self._guesses(written, latest)]
+            right, token = max(guesses, default=(0.0, 0))
+            chance *= right
+            if chance < _LEAST_CHANCE or token >= self._vocab_size:
+                break
+            chain.append((token, chance))
+            latest = (*latest[1 - _LONGEST_CONTEXT :], token)
+        return chain
+
+    def _guesses(self, written: Written, latest: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+        """By the longest contexts known, the text's own and that of answers alike: (token, kind)."""
+        keys = [hash(latest[-n:]) for n in range(len(latest), 0, -1)]
+        for n, key in zip(range(len(latest), 0, -1), keys, strict=True):
+            if (guess := written.known.get(key)) is not None:
+                yield guess, _OWN + n - 1
+                break
+        if written.alike:
+            for n, key in zip(range(len(latest), 0, -1), keys, strict=True):
+                if (known := self._answers.get(key ^ written.alike)) is not None:
+                    guess, confidence = divmod(known, _CONFIDENCE)
+                    yield guess, _ALIKE + (n - 1) * _CONFIDENCE + confidence
+                    break
+
+    def _least(self, sequences: int, chances: Sequence[float]) -> float:
+        """The least chance that pays to compute."""
+        tokens, least = float(sequences), math.inf
+        fastest = tokens / self._seconds(sequences) * _GAIN
+        for rows, chance in enumerate(chances[: _MOST_ROWS - sequences], sequences + 1):
+            tokens += chance
+            if (speed := tokens / self._seconds(rows)) > fastest:
+                fastest, least = speed, chance
+        return least
+
+    def _chances_of(self, alike: int) -> list[float]:
+        chances = self._chances.pop(alike, None) or [_UNKNOWN_CHANCE] * _KINDS
+        self._chances[alike] = chances
+        if len(self._chances) > _LABELS:
+            self._chances.popitem(last=False)
+        return chances

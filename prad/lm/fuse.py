@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from prad.lm.blocks import Bits, Blocks
 from prad.lm.fused import FusedModel, Layer, Norm, Shape
 from prad.lm.kernels import Activation, HugePages, Kernels, PackedLinear, Precision, can_pack
+from prad.lm.support import max_context
 
 _ACTIVATIONS = {
     "silu": Activation.SILU,
@@ -122,6 +123,7 @@ def _llama(module: Any, kernels: Kernels, packing: _Packing) -> FusedModel | Non
         packing.of([module.lm_head]),
         kernels,
         packing.precision,
+        max_context(config),
     )
 
 
@@ -157,6 +159,7 @@ def _gpt2(module: Any, kernels: Kernels, packing: _Packing) -> FusedModel | None
         packing.of([module.lm_head]),
         kernels,
         packing.precision,
+        max_context(config),
     )
 
 

@@ -6,7 +6,7 @@ residual stream and the logits stay in float32. Needs the kernels of prad.lm.ker
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from prad.lm.sites import Adaptation, RowScaling
 
 _FEW_ROWS = 64
 _LEAST_RECORDED = 16  # rows; a recording serves all batches up to its own number
+_MOST_ANGLES = 1 << 14  # positions whose angles are kept: 8 MB for heads of 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ class Shape:
     activation: Activation
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class FusedModel:
     """The whole model in packed form. Make it with `fuse`."""
 
@@ -85,6 +86,7 @@ class FusedModel:
     head: PackedLinear
     kernels: Kernels
     precision: Precision
+    max_context: int
 
     def computes(self, rows: int) -> bool:
         """Whether the kernels are the faster way for so many rows."""
@@ -95,39 +97,58 @@ class FusedModel:
     def forward(self, batch: PackedBatch, adaptation: Adaptation | None) -> Tensor:
         """Logits float32 [R, vocab] of `batch.logit_rows`."""
         if isinstance(batch.kv, PagedStep) and (adaptation is None or isinstance(adaptation, RowScaling)):
-            x = self._decode(batch, batch.kv, adaptation)
-        else:
-            x = self._embed(batch.ids, batch.positions, _tap(adaptation, 0)(Site.EMBEDDING))
-            angles = self._angles(batch.positions)
-            _Pass(self, self.kernels, batch.kv, adaptation).run(x, angles)
+            return self._decode(batch, batch.kv, adaptation)
+        x = self._embed(batch.ids, batch.positions, _tap(adaptation, 0)(Site.EMBEDDING))
+        angles = self._angles(batch.positions)
+        _Pass(self, self.kernels, batch.kv, adaptation).run(x, angles)
         wanted = x.index_select(0, batch.logit_rows)
-        last = torch.empty(wanted.shape, dtype=self.embedding.dtype)
-        self.last_norm.run(self.kernels, wanted, last)
         logits = torch.empty(len(wanted), self.head.out_features)
-        self.kernels.linear(self.head, last, logits, Out.WIDE)
+        self._finish(self.kernels, wanted, logits)
         return logits
 
+    def _finish(self, calls: Calls, x: Tensor, logits: Tensor) -> None:
+        last = calls.empty("last", len(x), x.shape[1], self.embedding.dtype)
+        self.last_norm.run(calls, x, last)
+        calls.linear(self.head, last, logits, Out.WIDE)
+
     def _decode(self, batch: PackedBatch, step: PagedStep, state: RowScaling | None) -> Tensor:
-        """All layers of a decode step in one call: recorded once per number of rows, rounded up, and per set
-        of sites at which any sequence has state."""
+        """All of a decode step in one call, the logits of all rows: recorded once per number of rows, rounded
+        up, and per set of sites at which any sequence has state."""
         rows = len(batch.ids)
+        assert len(batch.logit_rows) == rows, "a decode step has the logits of all of its rows, in order"
         room = max(_LEAST_RECORDED, 1 << (rows - 1).bit_length())
         sites = () if state is None else state.ordered
         key = (self, room, sites)
         if key not in step.pools.recorded:
             step.pools.recorded[key] = self._record(step, room, sites)
         recorded: _RecordedStep = step.pools.recorded[key]
-        view = step.view if state is None else PagedView.of(step.table, step.lengths, state.addresses)
-        return recorded.run(self._embed(batch.ids, batch.positions), self._angles(batch.positions), view)
+        view = step.view
+        if state is not None:
+            view = PagedView.of(step.table, step.lengths, state.addresses, drafted=bool(view.drafted))
+        torch.index_select(self.embedding, 0, batch.ids, out=recorded.embedded[:rows])
+        x = recorded.x[:rows]
+        x.copy_(recorded.embedded[:rows])
+        if self.position_embedding is not None:
+            x += self.position_embedding.index_select(0, batch.positions)
+        if self._angle_table is None:
+            for kept, new in zip(recorded.angles or (), self._angles(batch.positions) or (), strict=True):
+                kept[:rows] = new
+        else:
+            for kept, table in zip(recorded.angles or (), self._angle_table, strict=True):
+                torch.index_select(table, 0, batch.positions, out=kept[:rows])
+        logits = torch.empty(rows, self.head.out_features)
+        recorded.run(logits, view)
+        return logits
 
     def _record(self, step: PagedStep, rows: int, sites: tuple[Site, ...]) -> "_RecordedStep":
         recording = Recording(self.kernels)
         with torch.inference_mode(False), torch.no_grad():  # it is written to in either mode
-            x, positions = torch.zeros(rows, self.embedding.shape[1]), torch.zeros(rows, dtype=torch.long)
-            angles = self._angles(positions)
+            x = torch.zeros(rows, self.embedding.shape[1])
+            angles = self._angles(torch.zeros(rows, dtype=torch.long))
             scaling = _RecordedScaling(recording, sites, step.view, self.embedding.dtype) if sites else None
             _Pass(self, recording, replace(step, calls=recording), scaling).run(x, angles)
-        return _RecordedStep(recording, x, angles)
+            self._finish(recording, x, torch.empty(1, self.head.out_features))
+            return _RecordedStep(recording, x, torch.empty_like(x, dtype=self.embedding.dtype), angles)
 
     def _embed(self, ids: Tensor, positions: Tensor, adapt: "_Adapt | None" = None) -> Tensor:
         """The residual stream's beginning, float32 [T, hidden]."""
@@ -143,6 +164,14 @@ class FusedModel:
         cosine, sine = self.rotary(torch.empty(1, dtype=torch.float32), positions[None])
         return cosine[0].contiguous(), sine[0].contiguous()
 
+    @cached_property
+    def _angle_table(self) -> "_Angles":
+        """Of all positions, which a step looks up; None where they are too many to keep."""
+        if self.max_context > _MOST_ANGLES:
+            return None
+        with torch.inference_mode(False), torch.no_grad():
+            return self._angles(torch.arange(self.max_context))
+
 
 _Angles = tuple[Tensor, Tensor] | None
 """RoPE's cosine and sine, float32 [T, dim]."""
@@ -150,20 +179,17 @@ _Angles = tuple[Tensor, Tensor] | None
 
 @dataclass(frozen=True, slots=True)
 class _RecordedStep:
-    """x [rows, hidden] and angles: where the recording reads its input; x is also its output."""
+    """x [rows, hidden] and angles: where the recording reads its input; `embedded` is what x is made of."""
 
     recording: Recording
     x: Tensor
+    embedded: Tensor
     angles: _Angles
 
-    def run(self, x: Tensor, angles: _Angles, view: PagedView) -> Tensor:
-        """x [T, hidden] behind the last layer; the memory is the recording's."""
-        rows = len(x)
-        self.x[:rows] = x
-        for kept, new in zip(self.angles or (), angles or (), strict=True):
-            kept[:rows] = new
-        self.recording.run(rows, view)
-        return self.x[:rows]
+    def run(self, logits: Tensor, view: PagedView) -> None:
+        """To logits [T, vocab] of the first T rows."""
+        self.recording.latest.out = logits.data_ptr()
+        self.recording.run(len(logits), view)
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,7 +76,7 @@ class PackedBatch:
     """Immutable input of one pass.
 
     ids [T] and positions [T] (int64) of all new tokens, `kv` where their keys and values go and what their
-    queries see, logit_rows [R] the rows whose logits are wanted.
+    queries see, logit_rows [R] the rows whose logits are wanted; of a decode step all, in order.
     """
 
     ids: Tensor
@@ -145,10 +145,11 @@ class Pools:
         self.keys = [zeros(*shape, la.heads, la.key_dim, dtype=dtype) for la in layout.layers]
         self.values = [zeros(*shape, la.heads, la.value_dim, dtype=dtype) for la in layout.layers]
 
-    def step(self, batch: Sequence[PagedSequence]) -> KVTarget:
-        """The KV target of one decode step: one new token per sequence, in the order of the batch."""
+    def step(self, batch: Sequence[PagedSequence], *, drafted: bool = False) -> KVTarget:
+        """The KV target of one decode step: one new token per sequence, in the order of the batch. drafted:
+        some have a draft, whose tokens are in the batch as the same sequence, one token longer each."""
         if self.kernels is not None:
-            return PagedStep.of(self, self.kernels, batch)
+            return PagedStep.of(self, self.kernels, batch, drafted)
         return _TorchStep(self, batch)
 
     def clear(self, blocks: Sequence[int]) -> None:
@@ -270,14 +271,14 @@ class PagedStep:
     view: PagedView
 
     @classmethod
-    def of(cls, pools: Pools, calls: Calls, batch: Sequence[PagedSequence]) -> "PagedStep":
+    def of(cls, pools: Pools, calls: Calls, batch: Sequence[PagedSequence], drafted: bool) -> "PagedStep":
         used = [s.kv_len // pools.block_size + 1 for s in batch]
         table = np.zeros((len(batch), max(used)), dtype=np.int64)
         for row, sequence, count in zip(table, batch, used, strict=True):
             assert len(sequence.blocks) >= count, "a sequence is longer than its blocks"
             row[:count] = sequence.blocks[:count]
         tables = torch.from_numpy(table), torch.tensor([s.kv_len + 1 for s in batch])
-        return cls(pools, calls, *tables, PagedView.of(*tables))
+        return cls(pools, calls, *tables, PagedView.of(*tables, drafted=drafted))
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None

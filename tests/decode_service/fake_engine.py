@@ -53,7 +53,9 @@ class FakeEngine:
     def put_state(self, reservation: Reservation, site: str, data: bytes) -> None:
         _ours(reservation).calls.append(f"state {site}")
 
-    def commit(self, reservation: Reservation, first_tokens: Sequence[Token]) -> None:
+    def commit(
+        self, reservation: Reservation, first_tokens: Sequence[Token], text_ids: Sequence[int], alike: int
+    ) -> None:
         self.require_held(reservation)
         _ours(reservation).first_tokens = tuple(first_tokens)
         _ours(reservation).calls.append("commit")

@@ -147,7 +147,9 @@ def quick(**changes: object) -> TransferSettings:
 
 
 def decode_settings(**changes: object) -> DecodeSettings:
-    return DecodeSettings(**({"port": 0, "kv_cache_mib": 1, "drain_s": 0} | changes))  # type: ignore[arg-type]
+    """Without drafts, which have tests of their own: what is to run for a while would be over too soon."""
+    values = {"port": 0, "kv_cache_mib": 1, "drain_s": 0, "speculate": 0}
+    return DecodeSettings(**(values | changes))  # type: ignore[arg-type]
 
 
 @asynccontextmanager

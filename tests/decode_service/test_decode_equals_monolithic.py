@@ -4,11 +4,11 @@ import asyncio
 
 import pytest
 import torch
-from handing_over import Prefill, all_free, all_logits, decode_settings, prefilling, prompt
+from handing_over import Prefill, all_free, all_logits, decode_settings, prefilling, prompt, prompt_pass
 
 from decode_service.server import DecodeServer, serving
 from prad.core.kv import BlockPool
-from prad.core.sampling import SamplingParams
+from prad.core.sampling import SamplingParams, Token
 from prad.lm import LanguageModel
 
 
@@ -150,6 +150,32 @@ async def test_stop_ids_end_a_sequence(prefill: Prefill) -> None:
     events = await prefill.got.until(request.request_id)
     assert [t.id for e in events for t in e.tokens] == plain[1 : plain.index(stop) + 1]
     assert events[-1].finish_reason == "stop"
+
+
+async def test_what_is_guessed_by_the_text_changes_nothing(each_model: LanguageModel) -> None:
+    """Text and whose answers are alike come with the Commit; the same request again and again is guessed."""
+    ids, sampling = prompt(20), SamplingParams(max_tokens=30, temperature=0.3, seed=4)
+    answers = []
+    async with (
+        serving(decode_settings(speculate=8), each_model) as server,
+        prefilling(each_model, server.port) as client,
+    ):
+        for _ in range(6):
+            request = client.request(len(ids), sampling)
+            async with await client.client.open(request) as hand_off:
+                await client.send(hand_off, prompt_pass(each_model, ids))
+                await hand_off.commit([Token(5)], ids, 2**64 - 1)
+            events = await client.got.until(request.request_id)
+            answers.append([t.id for e in events for t in e.tokens])
+        drafter = server.engine._drafter
+        assert len(drafter._answers) > 0
+        await all_free(server)
+    assert answers == [answers[0]] * 6
+    async with (
+        serving(decode_settings(), each_model) as server,
+        prefilling(each_model, server.port) as client,
+    ):
+        assert (await client.generate(ids, sampling, first=[5]))[1:] == answers[0]
 
 
 async def test_a_replay_goes_on_with_the_same_random_numbers(prefill: Prefill) -> None:

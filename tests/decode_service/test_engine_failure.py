@@ -135,8 +135,8 @@ class FakeRunner:
     def room(self, reserved: object) -> Any:
         return None
 
-    def run(self, batch: Sequence[object]) -> list[Token | None]:
-        return [Token(1)] * len(batch)
+    def run(self, batch: Sequence[object], drafts: Sequence[object]) -> list[list[Token]]:
+        return [[Token(1)]] * len(batch)
 
 
 @pytest.mark.parametrize("fault", ["observe", "deliver"])

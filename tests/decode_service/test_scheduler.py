@@ -13,7 +13,7 @@ from decode_service.scheduler import Running, Scheduler, SequenceId
 from kvtransfer.errors import RejectedError, RejectReason
 from kvtransfer.messages import Open
 from prad.core.kv import BlockPool, KVLayout, LayerKV, ModelSpec
-from prad.core.sampling import FinishReason, SamplingParams
+from prad.core.sampling import FinishReason, SamplingParams, Written
 
 MODEL = ModelSpec("f", KVLayout((LayerKV(1, 2, 2),), "float32"))
 
@@ -109,7 +109,8 @@ def running(reserved: Reservation, choice: int = 0) -> Running:
     kv_len = reserved.request.kv_len
     table = reserved.blocks[choice]
     at = 1, 0, kv_len, kv_len
-    return Running(SequenceId(reserved.id, choice), reserved.request, table, *at, deadline=reserved.deadline)
+    names = SequenceId(reserved.id, choice), reserved.request, table
+    return Running(*names, *at, Written.of((), 0, 0), deadline=reserved.deadline)
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from kvtransfer.errors import CorruptError, ProtocolError, RejectedError, Reject
 from kvtransfer.messages import Open, StateSite
 from kvtransfer.proto import handoff_pb2 as pb
 from prad.core.kv import BlockPool
-from prad.core.sampling import SamplingParams, Token
+from prad.core.sampling import SamplingParams, Token, Written
 from prad.lm import LanguageModel, PackedBatch, RowScaling, Site
 
 SHORT = SamplingParams(max_tokens=8)
@@ -131,7 +131,9 @@ def test_memory_for_state_is_bounded(model: LanguageModel) -> None:
         scheduler.reserve("c", request("c", 1))
     assert (caught.value.reason, caught.value.retry_after_s) == (RejectReason.FULL, 0.5)
     scheduler.reserve("c", request("without", 0))
-    running = Running(SequenceId(first.id, 1), first.request, first.blocks[1], 1, 0, 5, 5)
+    running = Running(
+        SequenceId(first.id, 1), first.request, first.blocks[1], 1, 0, 5, 5, Written.of((), 1, 0)
+    )
     scheduler.start(first, [running])
     scheduler.release(second)
     with pytest.raises(RejectedError, match="520 free"):

@@ -101,6 +101,38 @@ def test_a_row_has_the_same_bits_alone_and_beside_adapted_ones(
     assert same == [False, True, False, True, True, True]
 
 
+@pytest.mark.parametrize("precision", ["full", "int8", "int4"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_draft_has_the_bits_of_as_many_steps(
+    family: str, precision: Precision, tmp_path: Path, kernels: Kernels
+) -> None:
+    """Over the edge of a block, beside neighbours with drafts of their own and a sequence with none."""
+    name, special = FAMILIES[family]
+    save_random(getattr(transformers, name)(**SIZES | special | WHOLE_TILES), tmp_path)
+    fused = LanguageModel.load(tmp_path, dtype=torch.bfloat16)
+    fused.accelerate(kernels, precision)
+    drafts = {0: (13, 6), 1: (0, 1), 2: (31, 9)}  # stored tokens, tokens fed
+    tokens = {i: some_ids(fed, i) for i, (_, fed) in drafts.items()}
+    stepped, drafted = (Pools(fused.layout, 12, 16, "cpu", kernels) for _ in range(2))
+    for pool, other in zip((*stepped.keys, *stepped.values), (*drafted.keys, *drafted.values), strict=True):
+        pool.normal_(generator=torch.Generator().manual_seed(1))
+        other.copy_(pool)
+
+    def logits(pools: Pools, rows: list[tuple[int, int]], together: bool) -> torch.Tensor:
+        batch: list[Any] = [
+            SimpleNamespace(blocks=[i, 3 + i, 6 + i], kv_len=drafts[i][0] + ahead) for i, ahead in rows
+        ]
+        ids, at = torch.tensor([tokens[i][a] for i, a in rows]), torch.tensor([s.kv_len for s in batch])
+        kv = pools.step(batch, drafted=together)
+        with torch.inference_mode():
+            return fused.forward(PackedBatch(ids, at, kv, torch.arange(len(rows))))
+
+    rows = [(i, ahead) for i, (_, fed) in drafts.items() for ahead in range(fed)]
+    alone = torch.cat([logits(stepped, [row], together=False) for row in rows])
+    assert torch.equal(logits(drafted, rows, together=True), alone)
+    assert all(map(torch.equal, drafted.keys, stepped.keys))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("site", Site)
 def test_adapted_prompts(family: str, site: Site, tmp_path: Path, kernels: Kernels) -> None:

@@ -13,6 +13,7 @@ struct PagedView {
   const int64_t* lengths;  // [sequences] tokens in the cache, the new one included
   int64_t width;
   const void* const* vectors;  // [sites, sequences] request state [layers, width of the site], or null
+  int64_t drafted;  // whether some of the sequences are one with a draft behind it: they see each other's new tokens
 };
 
 struct AttentionCall {
@@ -226,6 +227,11 @@ struct Heads {
   const PagedView& view;
   int64_t sequence, first, last;
 
+  // Stores the new keys and values.
+  void store() const {
+    for (int64_t head = first; head < last; head++) keep(head, view.lengths[sequence]);
+  }
+
   void run() const {
     int64_t end = view.lengths[sequence], start = p.window ? std::max<int64_t>(0, end - p.window) : 0;
     thread_local std::vector<float> memory;
@@ -237,7 +243,6 @@ struct Heads {
       answers[i] = {sum, sum + p.value_dim, sum + p.value_dim + 1};
       *answers[i].most = -INFINITY;
     }
-    for (int64_t head = first; head < last; head++) keep(head, end);
     for (int64_t at = start; at < end; at += kPart) {
       int64_t stop = std::min(end, at + kPart);
       for (int64_t head = first; head < last; head++) {
@@ -288,8 +293,12 @@ struct Heads {
 template <class T>
 void paged_attention(Pool& pool, const AttentionCall& p, int64_t sequences, const PagedView& view) {
   int64_t share = sequences < 4 * pool.threads() ? 1 : p.kv_heads, parts = p.kv_heads / share;
+  if (view.drafted)
+    pool.run(sequences, [&](int64_t sequence) { Heads<T>{p, view, sequence, 0, p.kv_heads}.store(); });
   pool.run(sequences * parts, [&](int64_t item) {
     int64_t first = item % parts * share;
-    Heads<T>{p, view, item / parts, first, first + share}.run();
+    Heads<T> heads{p, view, item / parts, first, first + share};
+    if (!view.drafted) heads.store();
+    heads.run();
   });
 }

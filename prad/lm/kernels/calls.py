@@ -282,6 +282,7 @@ class Recording(Calls):
         self._kernels = kernels
         self._memory: dict[str, Tensor] = {}
         self._calls: list[Call] = []
+        self.latest: Any = None  # the arguments of the latest call
         self._used: list[Any] = []
         self._list: Any = None
 
@@ -296,6 +297,7 @@ class Recording(Calls):
     def _take(self, call: Call, rows: int, used: tuple[Any, ...], view: PagedView | None) -> None:
         self._calls.append(call)
         self._used += used
+        self.latest = used[0]
 
     def run(self, rows: int, view: PagedView) -> None:
         """All calls in order, on the first `rows` rows of what they were recorded with."""

@@ -214,20 +214,24 @@ class Call(Structure):
 class PagedView(Structure):
     """Where a step's sequences lie: block table int64 [B, width] and lengths int64 [B] with the new token;
     and their request state, for `scale`: addresses int64 [sites, B] of vectors [layers, width of the site], 0
-    for none."""
+    for none. drafted: whether some sequences are one with a draft behind it, which see each other's new
+    tokens."""
 
     _fields_: ClassVar[list[Any]] = [
         ("table", c_void_p),
         ("lengths", c_void_p),
         ("width", c_int64),
         ("vectors", c_void_p),
+        ("drafted", c_int64),
     ]
 
     @classmethod
-    def of(cls, table: Tensor, lengths: Tensor, vectors: Tensor | None = None) -> "PagedView":
+    def of(
+        cls, table: Tensor, lengths: Tensor, vectors: Tensor | None = None, *, drafted: bool = False
+    ) -> "PagedView":
         """The tensors must outlive it."""
         state = None if vectors is None else vectors.data_ptr()
-        return cls(table.data_ptr(), lengths.data_ptr(), table.shape[1], state)
+        return cls(table.data_ptr(), lengths.data_ptr(), table.shape[1], state, drafted)
 
 
 def _struct(name: str, **fields: Any) -> Any:
