@@ -54,6 +54,8 @@ def _remove_earlier(folder: Path, name: str) -> None:
     for number in range(1, _FORMAT):
         earlier = folder.with_name(f"{name}-v{number}")
         shutil.rmtree(earlier, ignore_errors=True)
+        for packed in folder.parent.parent.glob(f"packed/{earlier.name}-*"):
+            shutil.rmtree(packed, ignore_errors=True)
         with suppress(OSError):  # another user's
             Path(f"{earlier}.lock").unlink(missing_ok=True)
 
