@@ -32,6 +32,7 @@ from prad.lm.model import LanguageModel
 
 _LINE = 64
 _AT_ONCE = 32 << 20  # bytes of one write: large ones end up in large pages
+_POPULATE_READ = 22  # Linux's MADV_POPULATE_READ, which has no name in Python
 _PAGE, _WEIGHTS = "model.json", "weights.bin"
 
 Page = dict[str, Any]
@@ -168,7 +169,7 @@ def _empty(kind: str, parameters: Mapping[str, Tensor]) -> nn.Module:
     return module
 
 
-def _kind(module: nn.Module) -> str:
+def _kind(module: Any) -> str:
     if isinstance(module, nn.Linear):
         return "Linear"
     return "Embedding" if isinstance(module, nn.Embedding) else ""
@@ -213,6 +214,7 @@ def _mapped(path: Path) -> Tensor:
         )  # torch warns of memory that cannot be written to; nothing here is
     with suppress(AttributeError, OSError):
         mapping.madvise(mmap.MADV_HUGEPAGE)
+        mapping.madvise(_POPULATE_READ)  # what is not in memory is read now, not by the first request
     return torch.frombuffer(mapping, dtype=torch.uint8)
 
 
