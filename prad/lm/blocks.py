@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from gguf import GGUFReader
+    from gguf import GGMLQuantizationType, GGUFReader
 
 INPUTS = 32
 _FILE = Path("blocks") / "model.safetensors"  # not beside the weights, of which it is no part
@@ -50,7 +50,7 @@ class Blocks:
         from gguf.quants import quantize
 
         kind = GGMLQuantizationType.Q4_1 if bits == 4 else GGMLQuantizationType.Q8_0
-        blocks = _read(quantize(weight.detach().float().numpy(), kind), kind.name)
+        blocks = _read(quantize(weight.detach().float().numpy(), kind), kind)
         assert blocks is not None
         return blocks
 
@@ -107,7 +107,7 @@ def blocks_of(
     found = {}
     for tensor in reader.tensors:
         name = places[tensor.name]
-        blocks = _read(tensor.data, tensor.tensor_type.name)
+        blocks = _read(tensor.data, tensor.tensor_type)
         if blocks is None or name not in parameters:
             continue
         blocks = blocks.in_order(_order(processor, tensor.name, len(blocks.scale)))
@@ -129,9 +129,9 @@ def _order(processor: Any, name: str, rows: int) -> NDArray[np.int64]:
     return placed[:, 0] if np.shape(placed) == (rows, 1) else here
 
 
-def _read(data: NDArray[np.uint8], kind: str) -> Blocks | None:
+def _read(data: NDArray[np.uint8], kind: "GGMLQuantizationType") -> Blocks | None:
     """data [out, bytes], as files keep it; None for what has no blocks, or blocks of another kind."""
-    halves, size = _KINDS.get(kind, (0, 0))
+    halves, size = _KINDS.get(kind.name, (0, 0))
     if not size or data.ndim != 2:
         return None
     blocks = torch.from_numpy(data.copy()).view(len(data), -1, 2 * halves + size)

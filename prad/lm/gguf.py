@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
+
 from prad.lm.blocks import blocks_of, save_blocks
 from prad.lm.errors import ModelNotFoundError
 

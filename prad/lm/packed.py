@@ -176,7 +176,7 @@ def _kind(module: Any) -> str:
 
 
 def _name_of(module: nn.Module, wanted: nn.Module) -> str:
-    return next(name for name, each in module.named_modules() if each is wanted)
+    return next(str(name) for name, each in module.named_modules() if each is wanted)
 
 
 def _stored_names(module: nn.Module, source: Path) -> dict[str, str] | None:
