@@ -60,8 +60,11 @@ def _frame(written: memoryview) -> Frame:
         at = _data_start(kv)
     except _OtherwiseError:
         return Frame(pb.HandOffFrame.FromString(written))
-    head, data = _sized(kv, at, _DATA)
-    return Frame(pb.HandOffFrame(kv=pb.KV.FromString(kv[:at])), kv[head:data])
+    start, end = _sized(kv, at, _DATA)
+    head = pb.KV.FromString(kv[:at])
+    if head.WhichOneof("payload") is not None:  # of two the last one counts
+        return Frame(pb.HandOffFrame.FromString(written))
+    return Frame(pb.HandOffFrame(kv=head), kv[start:end])
 
 
 def _data_start(kv: memoryview) -> int:

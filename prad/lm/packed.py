@@ -68,7 +68,7 @@ def write_packed(model: LanguageModel, source: Path, key: str, folder: Path) -> 
         with (partial / _WEIGHTS).open("wb", buffering=_AT_ONCE) as file:
             page = {
                 "key": key,
-                "config": model.config.to_dict(),
+                "config": _settings(model.config),
                 "fingerprint": asdict(model.fingerprint),
                 "max_context": model.max_context,
                 "state": {str(site): width for site, width in model.state_widths.items()},
@@ -76,6 +76,7 @@ def write_packed(model: LanguageModel, source: Path, key: str, folder: Path) -> 
                 "parameters": stored,
                 "embedding": _name_of(model.module, model.module.get_input_embeddings()),  # type: ignore[operator]
                 "fused": _Writer(file).written(fused),
+                "size": file.tell(),
             }
         (partial / _PAGE).write_text(json.dumps(page, default=str), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
@@ -89,7 +90,7 @@ def read_packed(folder: Path, source: Path, key: str, kernels: Kernels) -> "Pack
     """The model that `write_packed` wrote under this key; None if there is none."""
     try:
         page: Page = json.loads((folder / _PAGE).read_bytes())
-        if page["key"] != key:
+        if page["key"] != key or page["size"] != (folder / _WEIGHTS).stat().st_size:
             return None
         return PackedModel(page, _mapped(folder / _WEIGHTS), source, kernels)
     except (OSError, ValueError):
@@ -167,6 +168,12 @@ def _empty(kind: str, parameters: Mapping[str, Tensor]) -> nn.Module:
     for name, tensor in parameters.items():
         module.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
     return module
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    """A configuration's attributes: its own, and the names under which transformers' others have them."""
+    own: dict[str, Any] = config.to_dict()
+    return own | {name: getattr(config, name) for name in config.attribute_map}
 
 
 def _kind(module: Any) -> str:

@@ -50,7 +50,7 @@ def load_served(
     folder, loaded_as = resolve_model(name, cache_dir), getattr(torch, dtype)
     found = load_kernels(kernels, cache_dir, device, kept_bytes)
     if found is not None:
-        model = _accelerated(folder, cache_dir, loaded_as, found, weights)
+        model = accelerated(folder, cache_dir, loaded_as, found, weights)
         logger.info("the kernels compute %s", "all of the model" if model.is_fused else "its attention")
     elif weights != "full":
         raise UnsupportedModelError(
@@ -64,7 +64,7 @@ def load_served(
     return ServedModel(model, folder)
 
 
-def _accelerated(
+def accelerated(
     folder: Path, cache_dir: Path, dtype: torch.dtype, kernels: Kernels, precision: Precision
 ) -> LanguageModel:
     """Mapped, if it is kept in packed form; else loaded, packed, and kept where it can be. Processes that
