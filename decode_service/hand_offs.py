@@ -16,9 +16,8 @@ from kvtransfer.errors import (
     status_of,
 )
 from kvtransfer.frames import NONCE_BYTES, map_segment, unpack
-from kvtransfer.messages import Open
+from kvtransfer.messages import Frame, Open
 from kvtransfer.proto import handoff_pb2 as pb
-from kvtransfer.wire import Frame
 from prad.core.kv import ModelSpec
 
 logger = logging.getLogger(__name__)

@@ -108,7 +108,7 @@ class Outgoing:
         self.layer_count += 1
 
     def head(self) -> pb.KV:
-        """The frame without its bytes, which go behind it (wire.py)."""
+        """The frame without its bytes, which go behind it (messages.py)."""
         return self._head(self.chunks)
 
     def placed(self, memory: memoryview, offset: int) -> pb.KV:

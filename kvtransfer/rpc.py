@@ -15,10 +15,10 @@ import grpc
 
 from kvtransfer.errors import LostError, ProtocolError, TimedOutError, TransferError, error_of, status_of
 from kvtransfer.frames import Encoding, KVBytes, Outgoing, PlacedRows, Rows, SharedPayload
+from kvtransfer.messages import frames_of, with_data
 from kvtransfer.proto import handoff_pb2 as pb
 from kvtransfer.proto.handoff_pb2_grpc import DecodeServicer
 from kvtransfer.settings import TransferSettings
-from kvtransfer.wire import frames_of, with_data
 
 _HAND_OFFS = "HandOffs"
 _SERVICE = pb.DESCRIPTOR.services_by_name["Decode"].full_name
@@ -40,7 +40,7 @@ def hand_offs_call(channel: Any) -> Any:
 
 
 def add_decode(service: DecodeServicer, server: Any) -> None:
-    """The contract's calls; that of hand-offs reads lists of `wire.Frame`."""
+    """The contract's calls; that of hand-offs reads lists of `Frame`."""
     handlers = {
         "Describe": grpc.unary_unary_rpc_method_handler(
             service.Describe, pb.DescribeRequest.FromString, pb.Description.SerializeToString

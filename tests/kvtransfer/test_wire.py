@@ -7,8 +7,8 @@ from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvtransfer.messages import Frame, frames_of, with_data
 from kvtransfer.proto import handoff_pb2 as pb
-from kvtransfer.wire import Frame, frames_of, with_data
 
 HEADS = st.builds(
     pb.KV,
