@@ -132,7 +132,9 @@ def _item(path: str) -> str:
 
 def _imported(name: str, program: str, rounds: int) -> dict[str, Any]:
     told = [
-        subprocess.run([sys.executable, "-c", program + _SAYS], check=True, capture_output=True, text=True)
+        subprocess.run(
+            [sys.executable, "-c", program + _SAYS], check=True, capture_output=True, encoding="utf-8"
+        )
         for _ in range(rounds)
     ]
     figures = [tuple(map(float, each.stdout.split())) for each in told]

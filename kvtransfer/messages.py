@@ -39,6 +39,7 @@ _KV = pb.HandOffFrame.DESCRIPTOR.fields_by_name["kv"].number
 _DATA = pb.KV.DESCRIPTOR.fields_by_name["data"].number
 _VARINT, _EIGHT_BYTES, _SIZED = 0, 1, 2  # protobuf's wire types
 _MOST_VARINT_BYTES = 10
+_OTHERWISE = "written by somebody else, or no message at all: protobuf's own reader tells which"
 _SAME_EACH_TIME = {ModelSpec}  # every Open of a burst names the same model: it is written and read once
 
 
@@ -259,23 +260,19 @@ def frames_of(message: bytes) -> list[Frame]:
             start, end = _sized(whole, at, _FRAMES)
             found.append(_frame(whole[start:end]))
             at = end
-    except _OtherwiseError:
+    except ValueError:
         return [Frame(frame) for frame in pb.HandOffFrames.FromString(message).frames]
     return found
-
-
-class _OtherwiseError(Exception):
-    """Written by somebody else, or no message at all: protobuf's own reader tells which."""
 
 
 def _frame(written: memoryview) -> Frame:
     try:
         start, end = _sized(written, 0, _KV)
         if end != len(written):
-            raise _OtherwiseError
+            raise ValueError(_OTHERWISE)
         kv = written[start:end]
         at = _data_start(kv)
-    except _OtherwiseError:
+    except ValueError:
         return Frame(pb.HandOffFrame.FromString(written))
     start, end = _sized(kv, at, _DATA)
     head = pb.KV.FromString(kv[:at])
@@ -303,7 +300,7 @@ def _data_start(kv: memoryview) -> int:
             _, at = _varint(kv, after)
         else:
             break
-    raise _OtherwiseError
+    raise ValueError(_OTHERWISE)
 
 
 def _start(number: int, size: int) -> bytes:
@@ -316,7 +313,7 @@ def _sized(written: memoryview, at: int, number: int) -> tuple[int, int]:
     key, at = _varint(written, at)
     size, start = _varint(written, at)
     if key != number << 3 | _SIZED or start + size > len(written):
-        raise _OtherwiseError
+        raise ValueError(_OTHERWISE)
     return start, start + size
 
 
@@ -327,7 +324,7 @@ def _varint(written: memoryview, at: int) -> tuple[int, int]:
         value |= (byte & 0x7F) << 7 * index
         if byte < 0x80:
             return value, at + index + 1
-    raise _OtherwiseError
+    raise ValueError(_OTHERWISE)
 
 
 def _as_varint(value: int) -> list[int]:
