@@ -8,7 +8,7 @@ LOCKED := pyproject.toml locks/install $(wildcard locks/*.txt)
 TESTS := -m "not long" -n 2 --dist loadfile
 PROTO := kvtransfer/proto/handoff.proto
 
-BENCHMARKS := floor decode growth choices step para prefill handoff chunking serve flood registry push versions table4
+BENCHMARKS := floor decode growth choices step para prefill handoff chunking serve memory flood registry push versions table4
 SMOKE ?= floor decode step rounding handoff # what CI runs, in less than two minutes on two cores
 
 .PHONY: help serve test test-long test-latest test-oldest coverage check proto bench bench-smoke lock clean

@@ -127,6 +127,12 @@ class Registry(ModelFlags):
     rounds: int = Field(15, ge=1, description="of what is asked again and again")
 
 
+class Memory(ModelFlags):
+    SMOKE = {"rounds": 1}
+
+    rounds: int = Field(5, ge=1, description="starts, behind one that may have to pack the model")
+
+
 class Push(ModelFlags):
     SMOKE = {"r": 4, "replicas": 1, "rounds": 2}
 
@@ -368,6 +374,7 @@ FLAGS: dict[str, type[Flags]] = {
     "serve": Serve,
     "flood": Flood,
     "registry": Registry,
+    "memory": Memory,
     "push": Push,
     "versions": Versions,
     "decode": Decode,

@@ -37,7 +37,7 @@ from bench.rounds import interleaved, seconds
 from prad.adapters import Adapter, PromptAdaptation, load_adapter, save_parameters
 from prad.artefact import AdapterRecord, Artefact, BaseModelRef, read_artefact, write_record
 from prad.lm import LanguageModel, ModelError, PackedBatch
-from prefill_service.catalogue import Residents
+from prefill_service.engine import Residents
 
 _TOGETHER = 64  # prompts of a pass by tasks
 _CONTEXT = 100

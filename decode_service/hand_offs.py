@@ -16,7 +16,7 @@ from kvtransfer.errors import (
     status_of,
 )
 from kvtransfer.frames import NONCE_BYTES, map_segment, unpack
-from kvtransfer.messages import Open
+from kvtransfer.messages import Frame, Open
 from kvtransfer.proto import handoff_pb2 as pb
 from prad.core.kv import ModelSpec
 
@@ -50,8 +50,9 @@ class HandOffs:
         self._map: mmap.mmap | None = None
         self._segment: memoryview | None = None
 
-    def receive(self, frame: pb.HandOffFrame) -> Replies:
+    def receive(self, received: Frame) -> Replies:
         """The answers to a frame. Raises ProtocolError for what breaks the stream's own rules."""
+        frame = received.message
         kind = frame.WhichOneof("frame")
         if (kind == "begin") != (self._session is None):
             raise ProtocolError("a stream of hand-offs begins with Begin, and only once")
@@ -61,7 +62,7 @@ class HandOffs:
         if kind == "open":
             return [self._open(frame.open)]
         if kind == "kv":
-            return self._receive_kv(frame.kv)
+            return self._receive_kv(frame.kv, received.data)
         if kind == "state":
             return self._receive_state(frame.state)
         if kind == "commit":
@@ -112,14 +113,14 @@ class HandOffs:
         self._receiving[number] = reservation
         return pb.HandOffReply(hand_off=number, accepted=pb.Accepted())
 
-    def _receive_kv(self, message: pb.KV) -> Replies:
+    def _receive_kv(self, message: pb.KV, data: memoryview | None) -> Replies:
         named = {r.hand_off for r in message.rows}
         if not named or 0 in named or max(named) > self._last:
             raise ProtocolError("a KV frame names a hand-off that was never opened, or none")
         in_segment = message.WhichOneof("payload") == "place"
         replies = [pb.HandOffReply(taken=pb.Taken(frames=1))] if in_segment else []
         try:
-            frame = unpack(message, self._model, self._segment)
+            frame = unpack(message, self._model, self._segment, data)
         except (CorruptError, ProtocolError) as error:
             return replies + [self._fail(number, error) for number in named if number in self._receiving]
         start, now = 0, time.monotonic()

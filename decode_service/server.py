@@ -20,7 +20,7 @@ from decode_service.service import DecodeService, ReadableMessages, Sessions
 from decode_service.settings import DecodeSettings
 from kvtransfer.frames import keep_freed_memory
 from kvtransfer.proto import handoff_pb2 as pb
-from kvtransfer.proto.handoff_pb2_grpc import add_DecodeServicer_to_server
+from kvtransfer.rpc import add_decode
 from kvtransfer.settings import TransferSettings
 from prad.core.errors import PradError
 from prad.core.host_names import is_allowed
@@ -169,7 +169,7 @@ class DecodeServer:
         self._failing: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        add_DecodeServicer_to_server(self._service, self._server)  # type: ignore[no-untyped-call]
+        add_decode(self._service, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(
             [_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server

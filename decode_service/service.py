@@ -189,7 +189,7 @@ class DecodeService(DecodeServicer):
                         message, reading = reading.result(), None
                         if message is grpc.aio.EOF:
                             return
-                        replies += [reply for frame in message.frames for reply in hand_offs.receive(frame)]
+                        replies += [reply for frame in message for reply in hand_offs.receive(frame)]
                     if replies:
                         await context.write(pb.HandOffReplies(replies=replies))
             finally:

@@ -23,7 +23,7 @@ import re
 import secrets
 import stat
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Generic, Self, TypeVar
@@ -107,12 +107,9 @@ class Outgoing:
         self.size += sum(map(len, chunks))
         self.layer_count += 1
 
-    def inline(self) -> pb.KV:
-        """The frame with its bytes inside."""
-        data = b"".join(self.chunks)
-        frame = self._head(data)
-        frame.data = data
-        return frame
+    def head(self) -> pb.KV:
+        """The frame without its bytes, which go behind it (messages.py)."""
+        return self._head(self.chunks)
 
     def placed(self, memory: memoryview, offset: int) -> pb.KV:
         """The frame with its bytes written to memory[offset : offset + size]."""
@@ -120,17 +117,20 @@ class Outgoing:
         for chunk in self.chunks:
             memory[at : at + len(chunk)] = chunk
             at += len(chunk)
-        frame = self._head(memory[offset:at])
+        frame = self._head((memory[offset:at],))
         frame.place.offset, frame.place.size = offset, self.size
         return frame
 
-    def _head(self, payload: KVBytes) -> pb.KV:
+    def _head(self, payload: Iterable[KVBytes]) -> pb.KV:
+        checksum = xxhash.xxh3_64()
+        for part in payload:
+            checksum.update(part)
         return pb.KV(
             first_layer=self.first_layer,
             layer_count=self.layer_count,
             rows=map(encode, self.rows),
             encoding=pb.Encoding.ValueType(self.encoding),
-            checksum=xxhash.xxh3_64_intdigest(payload),
+            checksum=checksum.intdigest(),
         )
 
 
@@ -149,8 +149,10 @@ class Incoming:
     layers: tuple[tuple[memoryview, ...], ...]
 
 
-def unpack(frame: pb.KV, model: ModelSpec, segment: memoryview | None = None) -> Incoming:
-    """Checks a frame and opens it.
+def unpack(
+    frame: pb.KV, model: ModelSpec, segment: memoryview | None = None, data: memoryview | None = None
+) -> Incoming:
+    """Checks a frame and opens it. data: its bytes, if they are not in it.
 
     Raises CorruptError if the ranges are not the model's, the size does not follow from them, the place lies
     outside the segment or the checksum differs; ProtocolError for an unknown encoding, or a place where there
@@ -169,7 +171,7 @@ def unpack(frame: pb.KV, model: ModelSpec, segment: memoryview | None = None) ->
     widths = [plane_bytes(model.layout, layer, encoding) for layer in range(first, last)]
     token_bytes = sum(map(sum, widths))
     expected = tokens * token_bytes
-    payload = _payload(frame, segment)
+    payload = _payload(frame, segment) if data is None else data
     if len(payload) != expected:
         raise CorruptError(f"a KV frame has {len(payload)} bytes, its ranges make {expected}")
     if xxhash.xxh3_64_intdigest(payload) != frame.checksum:
@@ -332,10 +334,11 @@ class SharedPayload:
         logger.info("KV travels %s", "through shared memory" if self._confirmed else "in messages")
         return self._confirmed
 
-    async def place(self, frame: Outgoing) -> pb.KV:
-        """The frame, its bytes in shared memory if they may. Waits for places that come free."""
+    async def place(self, frame: Outgoing) -> pb.KV | None:
+        """The frame, its bytes in shared memory; None if they may not go there. Waits for places that come
+        free."""
         if not self._confirmed or frame.size > self._ring.largest:
-            return frame.inline()
+            return None
         while (offset := self._ring.take(frame.size)) is None:
             self._freed.clear()
             await self._freed.wait()

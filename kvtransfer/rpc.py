@@ -15,9 +15,13 @@ import grpc
 
 from kvtransfer.errors import LostError, ProtocolError, TimedOutError, TransferError, error_of, status_of
 from kvtransfer.frames import Encoding, KVBytes, Outgoing, PlacedRows, Rows, SharedPayload
+from kvtransfer.messages import frames_of, with_data
 from kvtransfer.proto import handoff_pb2 as pb
+from kvtransfer.proto.handoff_pb2_grpc import DecodeServicer
 from kvtransfer.settings import TransferSettings
 
+_HAND_OFFS = "HandOffs"
+_SERVICE = pb.DESCRIPTOR.services_by_name["Decode"].full_name
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 _AHEAD = 4  # full KV frames that wait to be written before a sender has to wait
 _TOGETHER = 64  # frames of one message
@@ -26,6 +30,29 @@ _Queued = tuple[pb.HandOffFrame | Outgoing, "asyncio.Future[None]"]
 
 StreamRows = PlacedRows[int]
 """Of a pass: those of the hand-off of this number."""
+
+
+def hand_offs_call(channel: Any) -> Any:
+    """A stream of hand-offs; messages are written to it as bytes."""
+    return channel.stream_stream(
+        f"/{_SERVICE}/{_HAND_OFFS}", response_deserializer=pb.HandOffReplies.FromString
+    )()
+
+
+def add_decode(service: DecodeServicer, server: Any) -> None:
+    """The contract's calls; that of hand-offs reads lists of `Frame`."""
+    handlers = {
+        "Describe": grpc.unary_unary_rpc_method_handler(
+            service.Describe, pb.DescribeRequest.FromString, pb.Description.SerializeToString
+        ),
+        _HAND_OFFS: grpc.stream_stream_rpc_method_handler(
+            service.HandOffs, frames_of, pb.HandOffReplies.SerializeToString
+        ),
+        "Tokens": grpc.stream_stream_rpc_method_handler(
+            service.Tokens, pb.TokenControl.FromString, pb.TokenReply.SerializeToString
+        ),
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, handlers),))
 
 
 def code_of(error: TransferError) -> Any:
@@ -181,29 +208,33 @@ class FrameQueue:
     async def _write_next(self) -> None:
         """One message: frames that are due, up to the first with KV bytes, or enough of request state."""
         message, state_bytes = pb.HandOffFrames(), 0
+        written: bytes | None = None
         async with translated(self._call, self._settings.send_timeout_s, "a message"):
             while (
                 self._queue and len(message.frames) < _TOGETHER and state_bytes < self._settings.frame_bytes
             ):
-                frame, written = self._queue.popleft()
-                self._writing.append(written)
+                frame, done = self._queue.popleft()
+                self._writing.append(done)
                 if isinstance(frame, Outgoing):
-                    message.frames.append(pb.HandOffFrame(kv=await self._kv(frame)))
+                    written = await self._with_kv(message, frame)
                     self._queued_bytes -= frame.size
                     break
                 message.frames.append(frame)
                 state_bytes += len(frame.state.data)
-            await self._call.write(message)
+            await self._call.write(message.SerializeToString() if written is None else written)
         self._taken.set()
-        for written in self._writing:
-            if not written.done():
-                written.set_result(None)
+        for done in self._writing:
+            if not done.done():
+                done.set_result(None)
         self._writing.clear()
 
-    async def _kv(self, frame: Outgoing) -> pb.KV:
-        if self._shared is None:
-            return frame.inline()
-        return await self._shared.place(frame)
+    async def _with_kv(self, message: pb.HandOffFrames, frame: Outgoing) -> bytes:
+        """The message with the frame behind what it has."""
+        placed = None if self._shared is None else await self._shared.place(frame)
+        if placed is None:
+            return with_data(message, frame.head(), frame.chunks, frame.size)
+        message.frames.append(pb.HandOffFrame(kv=placed))
+        return bytes(message.SerializeToString())
 
     def _offer(self) -> SharedPayload:
         if self._shared is None:

@@ -25,7 +25,7 @@ from kvtransfer.frames import Encoding, KVBytes, PlacedRows, plane_bytes
 from kvtransfer.messages import Description, Open, decode, encode
 from kvtransfer.proto import handoff_pb2 as pb
 from kvtransfer.proto.handoff_pb2_grpc import DecodeStub
-from kvtransfer.rpc import FrameQueue, StreamRows, error_behind, read, translated
+from kvtransfer.rpc import FrameQueue, StreamRows, error_behind, hand_offs_call, read, translated
 from kvtransfer.settings import TransferSettings
 from kvtransfer.tokens import TokenStream
 from prad.core.sampling import Token
@@ -87,7 +87,7 @@ class DecodeClient:
         if stream is not None and stream.session != self._session:
             stream.fail(LostError("this client has attached anew: its session before has ended"))
         if stream is None or stream.failure is not None:
-            stream = HandOffStream(self._stub.HandOffs(), self._session, self._settings)
+            stream = HandOffStream(hand_offs_call(self._channel), self._session, self._settings)
             self._hand_offs = stream
         return await stream.open(request)
 

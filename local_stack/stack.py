@@ -10,11 +10,12 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from http import HTTPStatus
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Self
-
-import httpx
+from urllib.parse import urlsplit
 
 from local_stack.endings import described_end
 from local_stack.signals import signals_later
@@ -199,7 +200,13 @@ def free_ports(count: int) -> list[int]:
 
 def answers(url: str) -> bool:
     """Whether a GET of `url` answers 200."""
+    where = urlsplit(url)
+    # not httpx: a client of its, with all that TLS wants, costs a poll as much as a service's whole answer
+    connection = HTTPConnection(where.hostname or "", where.port, timeout=5.0)
     try:
-        return httpx.get(url, timeout=5.0, trust_env=False).status_code == httpx.codes.OK
-    except httpx.TransportError:
+        connection.request("GET", where.path)
+        return connection.getresponse().status == HTTPStatus.OK
+    except (OSError, HTTPException):
         return False
+    finally:
+        connection.close()

@@ -17,6 +17,7 @@ BENCHMARKS = {
     "serve": "The server under load, through HTTP: closed and open loop, streaming clients, tasks.",
     "flood": "A quiet task's time to the first token beside a neighbour's flood.",
     "registry": "Thousands of tasks: start and memory of registry and replica, lists, changes; both stores.",
+    "memory": "What `prad serve` holds when it is idle, by item, and how long it takes to start.",
     "push": "A push from a trainer's memory until it answers everywhere, part by part.",
     "versions": "One decode batch under ever more versions of a task, beside LoRA at every token.",
     "decode": "One decode step by sequences, context and tasks, beside its floor.",

@@ -11,6 +11,7 @@ from dataclasses import replace
 from itertools import accumulate
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -298,7 +299,11 @@ def planes(key: Tensor, value: Tensor, encoding: Encoding) -> list[memoryview]:
 
 def raw(tensor: Tensor) -> memoryview:
     """Its bytes, contiguous, on the CPU."""
-    data: Any = tensor.cpu().contiguous().view(torch.uint8).numpy()
+    here = tensor.cpu()
+    if here.stride(-1) != 1:
+        here = here.contiguous()
+    # numpy's copy: torch's wakes its threads for it, beside those of the pass
+    data: Any = np.ascontiguousarray(here.view(torch.uint8).numpy())
     return memoryview(data).cast("B")
 
 

@@ -96,7 +96,7 @@ class FrozenModel:
 
     @property
     def _embedding(self) -> nn.Embedding:
-        module: Any = self.model.module
+        module: Any = self.model.frozen
         embedding: nn.Embedding = module.get_input_embeddings()
         return embedding
 
@@ -114,7 +114,7 @@ class FrozenModel:
 
     def projection(self, site: Site, layer: int = 0) -> tuple[Tensor, Tensor | None]:
         """Frozen weight [out, in] and bias [out]. Raises MissingSiteError."""
-        return projection(self.model.module, self.model.config.model_type, layer, site)
+        return projection(self.model.frozen, self.model.config.model_type, layer, site)
 
     def width(self, site: Site) -> tuple[int, int]:
         """(in, out) of the projection whose output is `site`. Raises MissingSiteError."""

@@ -1,8 +1,9 @@
 """Attention over packed sequences, and its registration with transformers.
 
-Every model runs with the implementation registered here. transformers builds no mask for it, so nothing
-but the sequence lengths decides who sees whom: packed prompts of different tenants cannot attend to each
-other. A prompt pass asks `causal_attention` for the kernels' or torch's, whichever is the faster way.
+Every model that transformers computes runs with the implementation registered here. transformers builds no
+mask for it, so nothing but the sequence lengths decides who sees whom: packed prompts of different tenants
+cannot attend to each other. A prompt pass asks `causal_attention` for the kernels' or torch's, whichever is
+the faster way.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
 
 from prad.lm.errors import UnsupportedModelError
 from prad.lm.kernels import Kernels, PromptSpan
@@ -320,4 +320,8 @@ def _attention(
     return out.unsqueeze(0), None
 
 
-AttentionInterface.register(NAME, _attention)
+def register() -> None:
+    """Makes transformers know the implementation; imports it, which takes seconds."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, _attention)

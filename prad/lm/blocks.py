@@ -6,25 +6,22 @@ A converted model's folder holds them beside the bfloat16 weights that were made
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFReader
-from gguf.quants import quantize
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType, GGUFReader
+
 INPUTS = 32
 _FILE = Path("blocks") / "model.safetensors"  # not beside the weights, of which it is no part
 
-_KINDS = {
-    GGMLQuantizationType.Q4_0: (1, 16),
-    GGMLQuantizationType.Q4_1: (2, 16),
-    GGMLQuantizationType.Q8_0: (1, 32),
-}
+_KINDS = {"Q4_0": (1, 16), "Q4_1": (2, 16), "Q8_0": (1, 32)}
 """A block's halves, of scale and least number, and the bytes of its numbers."""
 
 Bits = Literal[4, 8]
@@ -49,6 +46,9 @@ class Blocks:
     @classmethod
     def rounded(cls, weight: Tensor, bits: Bits) -> "Blocks":
         """weight [out, in] in that many bits, as ggml rounds to Q4_1 and Q8_0; in is a multiple of 32."""
+        from gguf import GGMLQuantizationType  # only where something is packed: its imports take their time
+        from gguf.quants import quantize
+
         kind = GGMLQuantizationType.Q4_1 if bits == 4 else GGMLQuantizationType.Q8_0
         blocks = _read(quantize(weight.detach().float().numpy(), kind), kind)
         assert blocks is not None
@@ -96,7 +96,9 @@ def load_blocks(folder: Path) -> dict[str, Blocks]:
     return {name: Blocks(*(parts.get(f"{name}.{part}") for part in Blocks.__slots__)) for name in names}  # type: ignore[arg-type]
 
 
-def blocks_of(reader: GGUFReader, model: Any, places: Mapping[str, str], processor: Any) -> dict[str, Blocks]:
+def blocks_of(
+    reader: "GGUFReader", model: Any, places: Mapping[str, str], processor: Any
+) -> dict[str, Blocks]:
     """Of a converted model, for each parameter whose blocks in the file are exactly what was converted.
 
     places: parameters by the file's names; `processor`: transformers', which puts some rows in another order.
@@ -127,9 +129,9 @@ def _order(processor: Any, name: str, rows: int) -> NDArray[np.int64]:
     return placed[:, 0] if np.shape(placed) == (rows, 1) else here
 
 
-def _read(data: NDArray[np.uint8], kind: GGMLQuantizationType) -> Blocks | None:
+def _read(data: NDArray[np.uint8], kind: "GGMLQuantizationType") -> Blocks | None:
     """data [out, bytes], as files keep it; None for what has no blocks, or blocks of another kind."""
-    halves, size = _KINDS.get(kind, (0, 0))
+    halves, size = _KINDS.get(kind.name, (0, 0))
     if not size or data.ndim != 2:
         return None
     blocks = torch.from_numpy(data.copy()).view(len(data), -1, 2 * halves + size)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from prad.lm.blocks import Bits, Blocks
-from prad.lm.fused import FusedModel, Layer, Norm, Shape
+from prad.lm.fused import FusedModel, Layer, Norm, Rotary, Shape
 from prad.lm.kernels import Activation, HugePages, Kernels, PackedLinear, Precision, can_pack
 from prad.lm.support import max_context
 
@@ -117,7 +117,7 @@ def _llama(module: Any, kernels: Kernels, packing: _Packing) -> FusedModel | Non
         ),
         model.embed_tokens.weight,
         None,
-        model.rotary_emb,
+        Rotary(model.rotary_emb.inv_freq.float(), model.rotary_emb.attention_scaling),
         tuple(map(layer, range(config.num_hidden_layers))),
         Norm.of(model.norm),
         packing.of([module.lm_head]),

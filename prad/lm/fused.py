@@ -10,7 +10,7 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from prad.lm.families import Site
 from prad.lm.kernels import (
@@ -51,6 +51,20 @@ class Norm:
 
 
 @dataclass(frozen=True, slots=True)
+class Rotary:
+    """RoPE whose frequencies, float32 [dim / 2], do not change with a pass; `scale` of cosine and sine."""
+
+    frequencies: Tensor
+    scale: float
+
+    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """positions [T] to cosine and sine, float32 [T, dim]; in transformers' order of operations."""
+        angles = positions[:, None].float() * self.frequencies
+        both = torch.cat((angles, angles), dim=-1)
+        return both.cos() * self.scale, both.sin() * self.scale
+
+
+@dataclass(frozen=True, slots=True)
 class Layer:
     attention_norm: Norm
     qkv: PackedLinear
@@ -80,7 +94,7 @@ class FusedModel:
     shape: Shape
     embedding: Tensor
     position_embedding: Tensor | None
-    rotary: nn.Module | None
+    rotary: Rotary | None
     layers: tuple[Layer, ...]
     last_norm: Norm
     head: PackedLinear
@@ -161,8 +175,7 @@ class FusedModel:
     def _angles(self, positions: Tensor) -> "_Angles":
         if self.rotary is None:
             return None
-        cosine, sine = self.rotary(torch.empty(1, dtype=torch.float32), positions[None])
-        return cosine[0].contiguous(), sine[0].contiguous()
+        return self.rotary.angles(positions)
 
     @cached_property
     def _angle_table(self) -> "_Angles":

@@ -9,14 +9,15 @@ import shutil
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
-from gguf import GGUFReader
-from tokenizers import pre_tokenizers
 
 from prad.lm.blocks import blocks_of, save_blocks
 from prad.lm.errors import ModelNotFoundError
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
 
 _FORMAT = 3  # raise it when the conversion changes, so that old folders are not used again
 
@@ -54,6 +55,8 @@ def _remove_earlier(folder: Path, name: str) -> None:
     for number in range(1, _FORMAT):
         earlier = folder.with_name(f"{name}-v{number}")
         shutil.rmtree(earlier, ignore_errors=True)
+        for packed in folder.parent.parent.glob(f"packed/{earlier.name}-*"):
+            shutil.rmtree(packed, ignore_errors=True)
         with suppress(OSError):  # another user's
             Path(f"{earlier}.lock").unlink(missing_ok=True)
 
@@ -61,6 +64,8 @@ def _remove_earlier(folder: Path, name: str) -> None:
 def _convert(path: Path, folder: Path) -> None:
     """Not by from_pretrained(gguf_file=...), for which transformers wants accelerate; serving does not."""
     import torch
+    from gguf import GGUFReader
+    from tokenizers import pre_tokenizers
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
@@ -89,7 +94,7 @@ def _convert(path: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _require_all_in_one(reader: GGUFReader) -> None:
+def _require_all_in_one(reader: "GGUFReader") -> None:
     parts = _field(reader, "split.count") or 1
     if parts > 1:
         number = (_field(reader, "split.no") or 0) + 1
@@ -99,7 +104,7 @@ def _require_all_in_one(reader: GGUFReader) -> None:
         )
 
 
-def _processor(reader: GGUFReader, model: Any) -> Any:
+def _processor(reader: "GGUFReader", model: Any) -> Any:
     """transformers', which knows the architecture's names and orders of rows."""
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
@@ -107,7 +112,7 @@ def _processor(reader: GGUFReader, model: Any) -> Any:
     return make(config=model.config.to_dict())
 
 
-def _places(reader: GGUFReader, model: Any, processor: Any) -> dict[str, str]:
+def _places(reader: "GGUFReader", model: Any, processor: Any) -> dict[str, str]:
     """The model's parameters by the file's names. Raises ValueError for a tensor of the file that the model
     has no place for: it means something."""
     from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
@@ -136,14 +141,14 @@ def _fill(model: Any, read: dict[str, Any]) -> None:
         raise ValueError(f"tensors are not the model's: {_listed(outcome.unexpected_keys)}")
 
 
-def _end_ids(reader: GGUFReader, eos: int | list[int] | None) -> list[int]:
+def _end_ids(reader: "GGUFReader", eos: int | list[int] | None) -> list[int]:
     """Every token that the file calls an end: of the text, of a turn, of a message."""
     named = (_field(reader, f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
     given = eos if isinstance(eos, list) else [eos]
     return sorted({int(token) for token in (*given, *named) if token is not None})
 
 
-def _field(reader: GGUFReader, name: str) -> Any:
+def _field(reader: "GGUFReader", name: str) -> Any:
     field = reader.get_field(name)
     return None if field is None else field.contents()
 

@@ -5,6 +5,7 @@ family whose layers have plain K and V; the fused one (fused.py) the Llama famil
 """
 
 import copy
+import json
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,8 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-from transformers.utils import logging as transformers_logging
 
 from prad.core.kv import KVLayout, LayerKV, ModelSpec
 from prad.lm import attention
@@ -38,26 +37,30 @@ from prad.lm.support import max_context, require_servable
 class LanguageModel:
     """A frozen decoder-only model.
 
-    `module` is the transformers model underneath; `fingerprint` says exactly which model this is.
+    `module` is the transformers model underneath; `fingerprint` says exactly which model this is. A packed
+    one that lies on disk is opened by prad.lm.packed.
     """
 
     def __init__(self, module: Any, weights: str, blocks: Mapping[str, Blocks] | None = None) -> None:
-        self.module: nn.Module = module.eval().requires_grad_(False)
+        self._module: nn.Module = module.eval().requires_grad_(False)
         widen_head(module)
-        self.config: Any = module.config
-        self.device: torch.device = module.device
-        self.dtype: torch.dtype = module.dtype
-        self.vocab_size: int = self.config.vocab_size
-        self.hidden_size: int = self.config.hidden_size
-        self.num_layers: int = self.config.num_hidden_layers
+        self._set_up(module.config, module.device, module.dtype)
         self.max_context = max_context(self.config)
-        self.kernels: Kernels | None = None
         self._blocks = blocks or {}
+        settings = config_digest(self.config)
+        self.fingerprint = Fingerprint(architecture(self.config), weights, settings, self._probe())
+
+    def _set_up(self, config: Any, device: torch.device, dtype: torch.dtype) -> None:
+        self.config: Any = config
+        self.device = device
+        self.dtype = dtype
+        self.vocab_size: int = config.vocab_size
+        self.hidden_size: int = config.hidden_size
+        self.num_layers: int = config.num_hidden_layers
+        self.kernels: Kernels | None = None
         self._fused: FusedModel | None = None
         self._one_pass = threading.Lock()
         self._one_fused_pass = self._one_pass
-        settings = config_digest(self.config)
-        self.fingerprint = Fingerprint(architecture(self.config), weights, settings, self._probe())
 
     @classmethod
     def load(
@@ -68,6 +71,8 @@ class LanguageModel:
         `device`: cpu, cuda or cuda:N. Raises DeviceError, ModelNotFoundError (no model there) or
         UnsupportedModelError (not plain K and V).
         """
+        from transformers import AutoConfig  # takes seconds: not for a packed model
+
         require_device(device)
         try:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -107,6 +112,21 @@ class LanguageModel:
         return other
 
     @property
+    def module(self) -> nn.Module:
+        """transformers' own."""
+        return self._module
+
+    @property
+    def frozen(self) -> nn.Module:
+        """Modules by their names in `module`, with its weights: what adapters look up, whatever computes."""
+        return self.module
+
+    @property
+    def fused(self) -> FusedModel | None:
+        """What `accelerate` made of it."""
+        return self._fused
+
+    @property
     def is_fused(self) -> bool:
         """Whether the fused forward serves it."""
         return self._fused is not None
@@ -122,7 +142,7 @@ class LanguageModel:
     @property
     def state_widths(self) -> dict[Site, int]:
         """The sites at which a decode step takes request state, with their widths."""
-        return state_widths(self.module, self.config.model_type)
+        return state_widths(self.frozen, self.config.model_type)
 
     def stop_ids(self, folder: Path) -> frozenset[int]:
         """The ids that end a sequence, as the model's generation config names them, or else its config.
@@ -130,8 +150,8 @@ class LanguageModel:
         The tokenizer may know more: `Tokenizer.end_ids`.
         """
         try:
-            eos = GenerationConfig.from_pretrained(folder).eos_token_id
-        except OSError:
+            eos = json.loads((folder / "generation_config.json").read_bytes()).get("eos_token_id")
+        except (OSError, ValueError):
             eos = None
         if eos is None:
             eos = self.config.eos_token_id
@@ -219,6 +239,9 @@ def _mapped(folder: Path, config: Any, dtype: torch.dtype) -> Any:
 
     Raises ModelNotFoundError with what does not fit: transformers would go on with random numbers.
     """
+    from transformers import AutoModelForCausalLM
+
+    attention.register()
     with _no_load_bar():
         try:
             module, report = AutoModelForCausalLM.from_pretrained(
@@ -246,6 +269,8 @@ def _mapped(folder: Path, config: Any, dtype: torch.dtype) -> Any:
 @contextmanager
 def _no_load_bar() -> Iterator[None]:
     """Mapping takes a moment; transformers' bar for it is noise in a service's log."""
+    from transformers.utils import logging as transformers_logging
+
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

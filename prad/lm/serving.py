@@ -1,17 +1,24 @@
-"""A model as it is served: found, loaded, and with own kernels where they can be had."""
+"""A model as it is served: found, loaded, and with own kernels where they can be had; packed for these once,
+then mapped by every process that serves it."""
 
+import gc
+import hashlib
 import logging
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from filelock import FileLock
 
 from prad.core.models import Choice, Precision
 from prad.lm.device import require_device
 from prad.lm.errors import UnsupportedModelError
-from prad.lm.kernels import load_kernels
+from prad.lm.kernels import Kernels, load_kernels
 from prad.lm.kernels.build import DEFAULT_KEPT_BYTES
+from prad.lm.kernels.memory import give_back_freed
+from prad.lm.kv import dtype_name
 from prad.lm.model import LanguageModel
+from prad.lm.packed import key_of, read_packed, write_packed
 from prad.lm.source import resolve_model
 
 logger = logging.getLogger(__name__)
@@ -40,15 +47,56 @@ def load_served(
     Raises ModelError if there is none, or not with these weights, or not on this machine.
     """
     require_device(device)  # before a model is fetched or converted
-    folder = resolve_model(name, cache_dir)
-    model = LanguageModel.load(folder, dtype=getattr(torch, dtype), device=device)
+    folder, loaded_as = resolve_model(name, cache_dir), getattr(torch, dtype)
     found = load_kernels(kernels, cache_dir, device, kept_bytes)
     if found is not None:
-        model.accelerate(found, weights)
+        model = accelerated(folder, cache_dir, loaded_as, found, weights)
         logger.info("the kernels compute %s", "all of the model" if model.is_fused else "its attention")
     elif weights != "full":
         raise UnsupportedModelError(
             f"{weights} weights need the kernels, and these are not in use: install a C++ compiler (g++) and "
             "use neither --kernels torch nor --device cuda, or use --weights full"
         )
+    else:
+        model = LanguageModel.load(folder, dtype=loaded_as, device=device)
+    gc.collect()
+    give_back_freed()
     return ServedModel(model, folder)
+
+
+def accelerated(
+    folder: Path, cache_dir: Path, dtype: torch.dtype, kernels: Kernels, precision: Precision
+) -> LanguageModel:
+    """Mapped, if it is kept in packed form; else loaded, packed, and kept where it can be. Processes that
+    start together wait for one packing."""
+    path = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
+    name = f"{folder.name}-{dtype_name(dtype)}-{precision}-{path}"
+    kept = cache_dir.expanduser() / "packed" / name
+    lock = FileLock(f"{kept}.lock")
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        logger.info("the packed model cannot be kept (%s): this process packs one for itself", error)
+        return _loaded(folder, dtype, kernels, precision)
+    try:
+        key = key_of(folder, dtype, precision)
+        model: LanguageModel | None = read_packed(kept, folder, key, kernels)
+        if model is None:
+            model = _loaded(folder, dtype, kernels, precision)
+            try:
+                if write_packed(model, folder, key, kept):
+                    model = read_packed(kept, folder, key, kernels) or model
+            except OSError as error:
+                logger.info("the packed model cannot be kept (%s): this process keeps one for itself", error)
+    finally:
+        lock.release()
+    if precision == "full" and not kernels.supports(dtype):
+        _ = model.module  # computes passes of many rows: not only once the first one comes
+    return model
+
+
+def _loaded(folder: Path, dtype: torch.dtype, kernels: Kernels, precision: Precision) -> LanguageModel:
+    model = LanguageModel.load(folder, dtype=dtype)
+    model.accelerate(kernels, precision)
+    return model

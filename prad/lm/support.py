@@ -6,8 +6,6 @@ layers without keys and values) is refused there.
 
 from typing import Any
 
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
 from prad.lm.errors import UnsupportedModelError
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -15,6 +13,8 @@ _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 def require_servable(config: Any) -> None:
     """Raises UnsupportedModelError with the model's name and what stands in the way."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
     kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if kind is None:
         raise UnsupportedModelError(f"a '{config.model_type}' model is not a causal language model")

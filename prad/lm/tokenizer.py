@@ -6,6 +6,7 @@ whatever is built around it.
 """
 
 import copy
+import json
 import re
 import secrets
 from collections.abc import Sequence
@@ -15,10 +16,11 @@ from typing import Any
 
 from jinja2 import TemplateError
 from tokenizers import AddedToken
-from transformers import AutoTokenizer
 
 from prad.lm.errors import UnsupportedModelError
 
+_PLAIN_CLASS, _OF_PLAIN_CLASS = "TokenizersBackend", ("llama", "gpt2", "qwen3")
+"""Transformers' class of a tokenizer.json as it is, and of which models it takes a folder's word for it."""
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _BYTE_NAME = re.compile("<0x([0-9A-F]{2})>")
 """How SentencePiece's vocabularies call a byte."""
@@ -44,7 +46,7 @@ class Tokenizer:
     """
 
     def __init__(self, folder: Path, *, special_tokens_in_text: bool = False) -> None:
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        self._tokenizer: Any = _from_folder(folder)
         self._specials = None if special_tokens_in_text else _Specials(self._tokenizer)
 
     def save(self, folder: Path) -> None:
@@ -161,6 +163,27 @@ class Tokenizer:
 
     def stream(self) -> "TextStream":
         return TextStream(self)
+
+
+def _from_folder(folder: Path) -> Any:
+    """transformers' tokenizer. Where the files say that they are all of it, nothing has to be found out by
+    its `AutoTokenizer`, which imports its code of models: more than a second."""
+    kind, of = (_said(folder / f"{name}.json") for name in ("tokenizer_config", "config"))
+    if kind.get("tokenizer_class") == _PLAIN_CLASS and of.get("model_type") in _OF_PLAIN_CLASS:
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def _said(path: Path) -> dict[str, Any]:
+    try:
+        said = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return said if isinstance(said, dict) else {}
 
 
 class _Specials:

@@ -19,7 +19,7 @@ from kvtransfer.settings import TransferSettings
 from kvtransfer.tokens import TokenStream
 from prad.core.sampling import SamplingParams, Token, TokenEvent
 from prad.lm import LanguageModel, PackedBatch
-from prad.lm.attention import NAME
+from prad.lm.attention import NAME, register
 
 VOCAB = 97
 
@@ -245,6 +245,7 @@ def llama() -> LanguageModel:
         initializer_range=0.2,
         attn_implementation=NAME,
     )
+    register()
     return LanguageModel(LlamaForCausalLM(config), "llama")
 
 
@@ -259,6 +260,7 @@ def gpt2() -> LanguageModel:
         initializer_range=0.2,
         attn_implementation=NAME,
     )
+    register()
     return LanguageModel(GPT2LMHeadModel(config), "gpt2")
 
 

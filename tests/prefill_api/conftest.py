@@ -65,6 +65,7 @@ def language_model(tokenizer: Tokenizer) -> LanguageModel:
         tie_word_embeddings=False,
         initializer_range=0.4,
     )
+    attention.register()
     module = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention.NAME)
     return LanguageModel(module, "tiny")
 

@@ -52,8 +52,13 @@ class PackedLinear:
         return int(self.struct.out_features)
 
     @property
+    def tensors(self) -> dict[str, Tensor | None]:
+        """What `struct` points into, in the order of `placed`."""
+        return {"panels": self.panels, "scales": self.scales, "offsets": self.offsets, "bias": self.bias}
+
+    @property
     def nbytes(self) -> int:
-        return sum(x.nbytes for x in (self.panels, self.scales, self.offsets, self.bias) if x is not None)
+        return sum(x.nbytes for x in self.tensors.values() if x is not None)
 
     @classmethod
     def of(
@@ -126,16 +131,23 @@ class PackedLinear:
             None if x is None else _columns(x[:, None], paired).flatten().contiguous()
             for x in (scales, offsets, None if bias is None else bias.float())
         )
-        struct = LinearStruct(
-            panels.data_ptr(),
-            None if scales is None else scales.data_ptr(),
-            None if offsets is None else offsets.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-            shape[1],
-            shape[0],
-            kind,
-            paired,
-        )
+        return cls.placed(panels, scales, offsets, bias, shape[1], shape[0], kind, paired)
+
+    @classmethod
+    def placed(
+        cls,
+        panels: Tensor,
+        scales: Tensor | None,
+        offsets: Tensor | None,
+        bias: Tensor | None,
+        in_features: int,
+        out_features: int,
+        kind: int,
+        paired: bool,
+    ) -> "PackedLinear":
+        """Of tensors as the kernels read them, where they lie."""
+        places = (None if x is None else x.data_ptr() for x in (panels, scales, offsets, bias))
+        struct = LinearStruct(*places, in_features, out_features, kind, paired)
         return cls(panels, scales, offsets, bias, struct)
 
 

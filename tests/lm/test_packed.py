@@ -1,0 +1,191 @@
+"""A packed model on disk: the same model to the bit, opened without what made it, and never a stale one."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tiny import SIZES, packed_logits, save_random, some_ids
+
+from prad.adapters.method import FrozenModel
+from prad.lm import LanguageModel, Tokenizer, UnsupportedModelError, placements, projection
+from prad.lm.errors import ModelNotFoundError
+from prad.lm.kernels import Kernels, Precision
+from prad.lm.kv import Pools
+from prad.lm.packed import PackedModel
+from prad.lm.serving import accelerated
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
+    "tied": ("LlamaConfig", {"tie_word_embeddings": True}),
+    "mistral": ("MistralConfig", {"sliding_window": 8}),
+    "qwen2": ("Qwen2Config", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}),
+    "qwen3": ("Qwen3Config", {"head_dim": 16, "num_hidden_layers": 12}),  # layer 10 is not behind layer 1
+    "gpt2": ("GPT2Config", {"n_inner": 96}),
+}
+SEQUENCES = [some_ids(length, length) for length in (5, 1, 70)]
+
+Opened = Callable[..., LanguageModel]
+
+
+@pytest.fixture
+def opened(tmp_path: Path, kernels: Kernels) -> Opened:
+    """A model of `tmp_path / "model"` as it is served."""
+
+    def served(precision: Precision = "full", dtype: torch.dtype = torch.float32) -> LanguageModel:
+        return accelerated(tmp_path / "model", tmp_path / "cache", dtype, kernels, precision)
+
+    return served
+
+
+def save(tmp_path: Path, family: str, **special: Any) -> Path:
+    name, own = FAMILIES[family]
+    return save_random(getattr(transformers, name)(**SIZES | own | special), tmp_path / "model")
+
+
+def halved(folder: Path) -> None:
+    """Its weights in bfloat16."""
+    module = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    module.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_model_to_the_bit(family: str, tmp_path: Path, opened: Opened, kernels: Kernels) -> None:
+    folder = save(tmp_path, family)
+    loaded = LanguageModel.load(folder, dtype=torch.float32)
+    loaded.accelerate(kernels)
+    for model in (opened(), opened()):
+        assert isinstance(model, PackedModel)
+        assert model.fingerprint == loaded.fingerprint
+        assert (model.max_context, model.state_widths) == (loaded.max_context, loaded.state_widths)
+        assert (model.vocab_size, model.stop_ids(folder)) == (loaded.vocab_size, loaded.stop_ids(folder))
+        for ours, expected in zip(
+            packed_logits(model, SEQUENCES), packed_logits(loaded, SEQUENCES), strict=True
+        ):
+            assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("precision", ["full", "int8", "int4"])
+def test_every_precision(precision: Precision, tmp_path: Path, opened: Opened, kernels: Kernels) -> None:
+    folder = save(tmp_path, "tied", hidden_size=64, intermediate_size=96)
+    halved(folder)
+    loaded = LanguageModel.load(folder, dtype=torch.bfloat16)
+    loaded.accelerate(kernels, precision)
+    sequences = [some_ids(length, length) for length in (5, 1, 20)]  # as many rows as any CPU's kernels take
+    expected = packed_logits(loaded, sequences)
+    for model in (opened(precision, torch.bfloat16), opened(precision, torch.bfloat16)):
+        assert isinstance(model, PackedModel)
+        assert all(map(torch.equal, packed_logits(model, sequences), expected))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_find_what_they_look_up(family: str, tmp_path: Path, opened: Opened) -> None:
+    loaded, model = LanguageModel.load(save(tmp_path, family), dtype=torch.float32), opened()
+    kind = model.config.model_type
+    there, here = (list(placements(each.frozen, kind)) for each in (loaded, model))
+    assert [place[:3] for place in here] == [place[:3] for place in there]
+    for layer, site, _, outputs in here:
+        if outputs is not None:
+            for ours, its in zip(
+                *(projection(m.frozen, kind, layer, site) for m in (model, loaded)), strict=True
+            ):
+                assert (ours is None) == (its is None)
+                assert ours is None or its is None or torch.equal(ours, its)
+    ours, its = FrozenModel(model), FrozenModel(loaded)
+    assert ours.embedding_width == its.embedding_width
+    assert torch.equal(ours.embeddings([3, 1]), its.embeddings([3, 1]))
+
+
+def test_what_made_it_is_loaded_when_somebody_asks(tmp_path: Path, opened: Opened, kernels: Kernels) -> None:
+    save(tmp_path, "llama")
+    opened()
+    model = opened()
+    with pytest.raises(UnsupportedModelError, match="bfloat16 models"):
+        model.accelerate(kernels, "int8")
+    assert model.module.get_submodule("model.layers.0.mlp").__class__.__name__ == "LlamaMLP"
+    model.accelerate(kernels)
+    assert Pools(model.layout, 1, 16, "cpu").layout == model.layout
+
+
+def test_another_models_files_are_never_served_by_it(tmp_path: Path, opened: Opened) -> None:
+    folder = save(tmp_path, "llama")
+    before, kept = opened(), opened()
+    save(tmp_path, "llama", rms_norm_eps=0.1)
+    weight = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    weight.model.norm.weight.data.add_(1)
+    weight.save_pretrained(folder)
+    after = opened()
+    assert before.fingerprint == kept.fingerprint != after.fingerprint
+    expected = packed_logits(LanguageModel.load(folder, dtype=torch.float32), SEQUENCES)
+    torch.testing.assert_close(packed_logits(after, SEQUENCES), expected)
+    with pytest.raises(ModelNotFoundError, match="has changed since"):
+        _ = kept.module
+    assert all(map(torch.equal, packed_logits(kept, SEQUENCES), packed_logits(before, SEQUENCES)))
+
+
+@pytest.mark.parametrize("damage", ["page", "weights", "neither"])
+def test_what_is_not_whole_is_packed_anew(damage: str, tmp_path: Path, opened: Opened) -> None:
+    save(tmp_path, "llama")
+    expected = packed_logits(opened(), SEQUENCES)
+    (folder,) = (path for path in (tmp_path / "cache" / "packed").iterdir() if path.is_dir())
+    if damage == "page":
+        (folder / "model.json").write_text("{", encoding="utf-8")
+    if damage == "weights":
+        os.truncate(folder / "weights.bin", 1000)
+    model = opened()
+    assert isinstance(model, PackedModel)
+    assert all(map(torch.equal, packed_logits(model, SEQUENCES), expected))
+
+
+def test_it_is_served_where_nothing_can_be_kept(tmp_path: Path, opened: Opened) -> None:
+    save(tmp_path, "llama")
+    (tmp_path / "cache").write_text("no folder", encoding="utf-8")
+    model = opened()
+    assert not isinstance(model, PackedModel)
+    assert model.is_fused
+
+
+def test_a_family_that_is_not_packed(tmp_path: Path, opened: Opened) -> None:
+    save_random(transformers.GPTNeoXConfig(**SIZES), tmp_path / "model")
+    model = opened()
+    assert not isinstance(model, PackedModel)
+    assert not model.is_fused
+    assert [path.suffix for path in (tmp_path / "cache" / "packed").iterdir()] == [".lock"]
+
+
+def test_a_start_imports_no_models_of_transformers(
+    tiny_model: Callable[[str], Path], tmp_path: Path, kernels: Kernels
+) -> None:
+    """Which is most of a start's time and a hundred MB."""
+    folder = tiny_model("llama")
+    accelerated(folder, tmp_path, torch.float32, kernels, "full")
+    program = (
+        "import sys, torch\nfrom pathlib import Path\nfrom prad.lm import Tokenizer\n"
+        "from prad.lm.kernels import load_kernels\nfrom prad.lm.serving import accelerated\n"
+        "import decode_service.server, prefill_service.server\n"
+        f"kernels = load_kernels('native', Path({str(Path.home() / '.cache' / 'prad')!r}), 'cpu')\n"
+        f"accelerated(Path({str(folder)!r}), Path({str(tmp_path)!r}), torch.float32, kernels, 'full')\n"
+        "assert not {'transformers', 'gguf', 'sympy', 'torch._dynamo'} & sys.modules.keys()\n"
+        f"Tokenizer(Path({str(folder)!r}))\n"
+        "assert not {'transformers.modeling_utils', 'sympy', 'torch._dynamo'} & sys.modules.keys()\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_tokenizer_is_the_one_that_transformers_would_find(
+    family: str, tiny_model: Callable[[str], Path]
+) -> None:
+    ours, its = (
+        Tokenizer(tiny_model(family))._tokenizer,
+        transformers.AutoTokenizer.from_pretrained(tiny_model(family)),
+    )
+    assert type(ours) is type(its)
+    assert ours.backend_tokenizer.to_str() == its.backend_tokenizer.to_str()
+    assert ours.special_tokens_map == its.special_tokens_map
+    assert (ours.chat_template, ours.model_max_length) == (its.chat_template, its.model_max_length)
