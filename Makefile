@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 UV := uv==0.13.9 # makes the locks
 LOCKED := pyproject.toml locks/install $(wildcard locks/*.txt)
 TESTS := -m "not long" -n 2 --dist loadfile
+KERNEL_TESTS := $(wildcard tests/lm/test_*kernels.py) tests/lm/test_products.py tests/lm/test_blocks.py tests/lm/test_eight_bits.py
 PROTO := kvtransfer/proto/handoff.proto
 
 BENCHMARKS := floor decode growth choices step para prefill handoff chunking serve memory flood registry push versions table4
 SMOKE ?= floor decode step rounding handoff # what CI runs, in less than two minutes on two cores
 
-.PHONY: help serve test test-long test-latest test-oldest coverage check proto bench bench-smoke lock clean
+.PHONY: help serve test test-long test-latest test-oldest coverage sanitize check proto bench bench-smoke lock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -46,6 +47,11 @@ test-oldest: ## the tests with the oldest releases that pyproject.toml admits (l
 
 coverage: $(VENV)/.tested ## the tests, and which lines they run; services in processes of their own count
 	$(BIN)/pytest $(TESTS) --cov --cov-report=term:skip-covered
+
+sanitize: $(VENV)/.tested ## the tests of the kernels under AddressSanitizer and UndefinedBehaviorSanitizer (g++)
+	CXX=g++ CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all" \
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest $(KERNEL_TESTS)
 
 check: $(VENV)/.tested ## format, lint, types, imports, generated files
 	$(BIN)/ruff format --check .

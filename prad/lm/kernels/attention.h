@@ -27,17 +27,14 @@ struct AttentionCall {
 };
 
 // Sums of lanes: after level 3 over 16 vectors, lane i is the sum over vector i.
+template <int kDistance, int... i>
+inline v16 halves(v16 a, v16 b, std::integer_sequence<int, i...>) {
+  return chosen<(i & kDistance ? 16 + i : i)...>(a, b) +
+         chosen<(i & kDistance ? 16 : 0) + (i ^ kDistance)...>(a, b);
+}
 template <int kLevel>
 inline v16 halves(v16 a, v16 b) {
-  constexpr i16x first[4] = {{0, 17, 2, 19, 4, 21, 6, 23, 8, 25, 10, 27, 12, 29, 14, 31},
-                             {0, 1, 18, 19, 4, 5, 22, 23, 8, 9, 26, 27, 12, 13, 30, 31},
-                             {0, 1, 2, 3, 20, 21, 22, 23, 8, 9, 10, 11, 28, 29, 30, 31},
-                             {0, 1, 2, 3, 4, 5, 6, 7, 24, 25, 26, 27, 28, 29, 30, 31}};
-  constexpr i16x second[4] = {{1, 16, 3, 18, 5, 20, 7, 22, 9, 24, 11, 26, 13, 28, 15, 30},
-                              {2, 3, 16, 17, 6, 7, 20, 21, 10, 11, 24, 25, 14, 15, 28, 29},
-                              {4, 5, 6, 7, 16, 17, 18, 19, 12, 13, 14, 15, 24, 25, 26, 27},
-                              {8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23}};
-  return __builtin_shuffle(a, b, first[kLevel]) + __builtin_shuffle(a, b, second[kLevel]);
+  return halves<1 << kLevel>(a, b, Lanes{});
 }
 inline v16 quarters(const v16* x) { return halves<1>(halves<0>(x[0], x[1]), halves<0>(x[2], x[3])); }
 inline v16 sum_of_quarters(const v16* x) { return halves<3>(halves<2>(x[0], x[1]), halves<2>(x[2], x[3])); }

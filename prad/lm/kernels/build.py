@@ -1,4 +1,4 @@
-"""Builds the kernels once for this machine's CPU, and keeps them; of others, what was used last.
+"""The kernels' library for this machine's CPU: as the wheel carries it, or built once and kept.
 
 Nothing here runs while serving: a model loads them before its first pass.
 """
@@ -6,18 +6,16 @@ Nothing here runs while serving: a model loads them before its first pass.
 import hashlib
 import os
 import platform
-import shutil
-import subprocess
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock
 
 from prad.lm.errors import ModelError
+from prad.lm.kernels.cpus import FLAGS, SOURCES, CompileError, carried, compile_kernels, compiler, instructions
 
-_SOURCES = Path(__file__).parent
-_FLAGS = ("-std=c++20", "-O3", "-march=native", "-fno-math-errno", "-fPIC", "-shared", "-pthread")
-_BUILD_S = 300.0
+_NATIVE = ("-march=native",)
 
 DEFAULT_KEPT_BYTES = 64 << 20
 _FRESH_S = 3600.0
@@ -29,13 +27,19 @@ class BuildError(ModelError):
 
 
 def built(cache_dir: Path, kept_bytes: int = DEFAULT_KEPT_BYTES) -> Path:
-    """The shared library, compiled now if this machine has not yet. Raises BuildError.
+    """The shared library: the one that was installed with us, else compiled now if this machine has not yet.
+    CXX names the compiler, CXXFLAGS more of its flags; either has it compiled in any case. Raises BuildError.
 
     Those of other sources, flags or processors stay beside it, `kept_bytes` of them.
     """
-    sources = sorted(p for p in _SOURCES.iterdir() if p.suffix in (".cpp", ".h"))
+    asked_for = os.environ.get("CXXFLAGS", "").split()
+    if not asked_for and "CXX" not in os.environ and (installed := carried(instructions())):
+        return installed
+    flags = (*_NATIVE, *asked_for)
+    sources = sorted(p for p in SOURCES.iterdir() if p.suffix in (".cpp", ".h"))
+    made_by = (os.environ.get("CXX", ""), *FLAGS, *flags, platform.machine(), *instructions())
     known = hashlib.sha256(
-        "\0".join((*_FLAGS, _cpu(), *(p.read_text(encoding="utf-8") for p in sources))).encode()
+        "\0".join((*made_by, *(p.read_text(encoding="utf-8") for p in sources))).encode()
     )
     library = cache_dir.expanduser() / "kernels" / f"{known.hexdigest()[:16]}.so"
     try:
@@ -44,20 +48,23 @@ def built(cache_dir: Path, kept_bytes: int = DEFAULT_KEPT_BYTES) -> Path:
         if library.exists():
             _require_own(library)
         else:
-            _built_once(library)
+            _built_once(library, flags)
         _sweep(library, kept_bytes)
         return library
     except OSError as error:
         raise BuildError(f"the kernels cannot be kept in {library.parent}: {error}") from error
 
 
-def _built_once(library: Path) -> None:
-    compiler = os.environ.get("CXX") or shutil.which("g++")
-    if compiler is None:
-        raise BuildError("no C++ compiler (g++, or what CXX names)")
-    with FileLock(library.with_suffix(".lock")):  # both services may start at once
-        if not library.exists():
-            _compile(compiler, library)
+def _built_once(library: Path, flags: Sequence[str]) -> None:
+    try:
+        found = compiler()
+        with FileLock(library.with_suffix(".lock")):  # both services may start at once
+            if not library.exists():
+                fresh = library.with_suffix(".new")
+                compile_kernels(found, flags, fresh)
+                fresh.rename(library)
+    except CompileError as error:
+        raise BuildError(str(error)) from error
 
 
 def _sweep(used: Path, kept_bytes: int) -> None:
@@ -83,24 +90,3 @@ def _require_own(path: Path) -> None:
     found = path.stat()
     if found.st_uid not in (0, os.getuid()) or found.st_mode & 0o022:
         raise BuildError(f"{path} can be written by other users of this machine")
-
-
-def _compile(compiler: str, library: Path) -> None:
-    fresh = library.with_suffix(".new")
-    command = [compiler, *_FLAGS, str(_SOURCES / "kernels.cpp"), "-o", str(fresh)]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, encoding="utf-8", errors="replace", timeout=_BUILD_S
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise BuildError(f"{compiler} did not build the kernels: {error}") from error
-    if done.returncode:
-        raise BuildError(f"{compiler} refuses the kernels:\n{done.stderr[-2000:]}")
-    fresh.rename(library)
-
-
-def _cpu() -> str:
-    """What `-march=native` depends on."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    return platform.machine() + next((line for line in lines if line.startswith("flags")), "")

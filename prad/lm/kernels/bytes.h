@@ -19,15 +19,13 @@ struct ByteRows {
 };
 
 // Sums and differences of the numbers kDistance apart.
+template <int kDistance, int... i>
+inline v16 butterfly(v16 x, std::integer_sequence<int, i...>) {
+  return chosen<(i ^ kDistance)...>(x, x) + v16{(i & kDistance ? -1.0f : 1.0f)...} * x;
+}
 template <int kDistance>
 inline v16 butterfly(v16 x) {
-  i16x from;
-  v16 sign;
-  for (int i = 0; i < 16; i++) {
-    from[i] = i ^ kDistance;
-    sign[i] = i & kDistance ? -1.0f : 1.0f;
-  }
-  return __builtin_shuffle(x, from) + sign * x;
+  return butterfly<kDistance>(x, Lanes{});
 }
 
 // 64 numbers times the Hadamard matrix of ones and minus ones.

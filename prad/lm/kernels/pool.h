@@ -67,10 +67,18 @@ class Pool {
     }
   }
 
+  static void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+  }
+
   static void wait_for_change(const std::atomic<int>& value, int old) {
     for (int spin = 0; spin < kSpins; spin++) {
       if (value.load(std::memory_order_acquire) != old) return;
-      __builtin_ia32_pause();
+      pause();
     }
     value.wait(old, std::memory_order_acquire);
   }

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
@@ -39,6 +40,17 @@ inline bf16 from_float<bf16>(float x) {  // to nearest, ties to even; NaN stays 
 }
 
 inline v16 splat(float x) { return x - v16{}; }
+
+// The lanes kFrom of a (0 to 15) and b (16 to 31).
+template <int... kFrom>
+inline v16 chosen(v16 a, v16 b) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, kFrom...);
+#else
+  return __builtin_shuffle(a, b, i16x{kFrom...});
+#endif
+}
+using Lanes = std::make_integer_sequence<int, 16>;
 
 inline v16 load(const float* p) { return *reinterpret_cast<const v16*>(p); }
 inline v16 load(const bf16* p) {

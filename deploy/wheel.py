@@ -1,0 +1,49 @@
+"""What setuptools does beyond its own for our wheel: the kernels go into it, compiled for the common kinds of CPU.
+
+An editable install compiles nothing: a source checkout builds its own, once, for the CPU at hand.
+"""
+
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
+
+_CPUS = Path("prad/lm/kernels/cpus.py")
+
+
+class BuildWithKernels(build_py):
+    """Without a compiler the wheel is one of Python alone, and says so."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        cpus = _loaded(_CPUS)
+        try:
+            cpus.compile_carried(Path(self.build_lib) / _CPUS.parent / cpus.CARRIED.name)
+        except cpus.CompileError as error:
+            print(f"a wheel without kernels: {error}", file=sys.stderr)
+
+
+class WheelOfPlatform(bdist_wheel):
+    """For any Python 3 of this machine's type, where libraries are in it."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.root_is_pure = False
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return ("py3", "none", super().get_tag()[2])
+
+
+def _loaded(path: Path) -> ModuleType:
+    """A module by itself: its package wants torch, which is not there when a wheel is built."""
+    spec = spec_from_file_location(path.stem, path.resolve())
+    assert spec and spec.loader
+    module = module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses look there for it
+    spec.loader.exec_module(module)
+    return module
