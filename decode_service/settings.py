@@ -40,7 +40,7 @@ class DecodeSettings(ServiceSettings):
     threads: int | None = Field(default=None, ge=1)
     """Computing threads; torch's default if not given."""
     kernels: Choice = "auto"
-    """Own kernels where they are installed or can be compiled (auto), these or an error (native), or torch."""
+    """Own kernels where installed or where a compiler is (auto), these or an error (native), or torch."""
     weights: Precision = "full"
     """Of linear layers. full: the model's own. Faster and not exact, with inputs in 8 bits: int8, rounded to
     8 bits; int4, the blocks of 4 and 8 bits of a .gguf file, or rounded to such."""

@@ -1,4 +1,4 @@
-"""What setuptools does beyond its own for our wheel: the kernels go into it, compiled for the common kinds of CPU.
+"""What setuptools does beyond its own for our wheel: kernels go into it, compiled for the common kinds of CPU.
 
 An editable install compiles nothing: a source checkout builds its own, once, for the CPU at hand.
 """
@@ -42,7 +42,8 @@ class WheelOfPlatform(bdist_wheel):
 def _loaded(path: Path) -> ModuleType:
     """A module by itself: its package wants torch, which is not there when a wheel is built."""
     spec = spec_from_file_location(path.stem, path.resolve())
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = module_from_spec(spec)
     sys.modules[path.stem] = module  # dataclasses look there for it
     spec.loader.exec_module(module)

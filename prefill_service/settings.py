@@ -75,7 +75,7 @@ class PrefillSettings(ServiceSettings):
     threads: Annotated[int, Field(ge=1)] | None = None
     """Computing threads; torch's default if not given."""
     kernels: Choice = "auto"
-    """Own kernels where they are installed or can be compiled (auto), these or an error (native), or torch."""
+    """Own kernels where installed or where a compiler is (auto), these or an error (native), or torch."""
     nice: Annotated[int, Field(ge=0, le=19)] = 0
     """How far prompt passes step back for whoever else computes on these cores (Linux); 0 is not at all."""
     yield_s: Annotated[float, Field(ge=0)] = 0.0

@@ -13,7 +13,15 @@ from pathlib import Path
 from filelock import FileLock
 
 from prad.lm.errors import ModelError
-from prad.lm.kernels.cpus import FLAGS, SOURCES, CompileError, carried, compile_kernels, compiler, instructions
+from prad.lm.kernels.cpus import (
+    FLAGS,
+    SOURCES,
+    CompileError,
+    carried,
+    compile_kernels,
+    compiler,
+    instructions,
+)
 
 _NATIVE = ("-march=native",)
 
@@ -38,9 +46,7 @@ def built(cache_dir: Path, kept_bytes: int = DEFAULT_KEPT_BYTES) -> Path:
     flags = (*_NATIVE, *asked_for)
     sources = sorted(p for p in SOURCES.iterdir() if p.suffix in (".cpp", ".h"))
     made_by = (os.environ.get("CXX", ""), *FLAGS, *flags, platform.machine(), *instructions())
-    known = hashlib.sha256(
-        "\0".join((*made_by, *(p.read_text(encoding="utf-8") for p in sources))).encode()
-    )
+    known = hashlib.sha256("\0".join((*made_by, *(p.read_text(encoding="utf-8") for p in sources))).encode())
     library = cache_dir.expanduser() / "kernels" / f"{known.hexdigest()[:16]}.so"
     try:
         library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The common kinds of CPU that a wheel carries the kernels for, so that nobody needs a compiler or waits for one.
+"""The common kinds of CPU that a wheel carries the kernels for: nobody needs a compiler or waits for one.
 
 Only the standard library is imported: what builds a wheel loads this file by itself.
 """
@@ -39,8 +39,8 @@ class CpuKind:
         return CARRIED / f"{self.name}.so"
 
 
-_V3 = frozenset("avx avx2 bmi1 bmi2 f16c fma abm movbe".split())
-_V4 = _V3 | frozenset("avx512f avx512bw avx512cd avx512dq avx512vl".split())
+_V3 = frozenset(["avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"])
+_V4 = _V3 | frozenset(["avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"])
 _VNNI = _V4 | {"avx512_vnni"}
 _BF16 = _VNNI | {"avx512_bf16"}
 _AMX = _BF16 | {"amx_tile", "amx_bf16", "amx_int8"}
