@@ -1,4 +1,4 @@
-"""What setuptools does beyond its own for our wheel: kernels go into it, compiled for the common kinds of CPU.
+"""What setuptools does beyond its own for our wheel: kernels go into it, for the common kinds of CPU.
 
 An editable install compiles nothing: a source checkout builds its own, once, for the CPU at hand.
 """

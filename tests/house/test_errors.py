@@ -15,7 +15,7 @@ ROOMS = (
     "bench",
 )
 NO_ERRORS = {"PradError", "ClientGoneError", "PassBrokeError", "CompileError"}
-"""The root; what ends a wait of our own: nobody is shown it; and what building a wheel, without us, may say."""
+"""The root; what ends a wait of our own: nobody is shown it; what building a wheel, without us, may say."""
 
 
 def test_every_tree_of_errors_has_the_same_root() -> None:
