@@ -4,6 +4,7 @@ An editable install compiles nothing: a source checkout builds its own, once, fo
 """
 
 import sys
+import sysconfig
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -29,14 +30,10 @@ class BuildWithKernels(build_py):
 
 
 class WheelOfPlatform(bdist_wheel):
-    """For any Python 3 of this machine's type, where libraries are in it."""
-
-    def finalize_options(self) -> None:
-        super().finalize_options()
-        self.root_is_pure = False
+    """For any Python 3 of this machine's type: the libraries in it are of that, and know no Python."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        return ("py3", "none", super().get_tag()[2])
+        return "py3", "none", sysconfig.get_platform().replace("-", "_").replace(".", "_")
 
 
 def _loaded(path: Path) -> ModuleType:

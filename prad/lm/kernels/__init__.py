@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from prad.core.models import Choice, Precision
-from prad.lm.kernels.build import DEFAULT_KEPT_BYTES, BuildError, built
+from prad.lm.kernels.build import DEFAULT_KEPT_BYTES, BuildError, built, installed
 from prad.lm.kernels.calls import Calls, Kernels, Recording
 from prad.lm.kernels.memory import HugePages
 from prad.lm.kernels.structs import (
@@ -35,12 +35,32 @@ def load_kernels(
     try:
         if device != "cpu":
             raise BuildError(f"the kernels compute on a CPU, not on {device}")
-        return Kernels(built(cache_dir, kept_bytes), torch.get_num_threads())
+        return _installed() or _built(cache_dir, kept_bytes)
     except BuildError as error:
         if choice == "native":
             raise
         logger.warning("torch computes, slower than the kernels would: %s", error)
         return None
+
+
+def _installed() -> Kernels | None:
+    """None if there are none for this CPU, or this system cannot load them (an older C++ library)."""
+    if (library := installed()) is None:
+        return None
+    try:
+        return Kernels(library, torch.get_num_threads())
+    except BuildError as error:
+        logger.warning("%s: %s", library, error)
+        return None
+
+
+def _built(cache_dir: Path, kept_bytes: int) -> Kernels:
+    library = built(cache_dir, kept_bytes)
+    try:
+        return Kernels(library, torch.get_num_threads())
+    except BuildError as error:
+        library.unlink(missing_ok=True)
+        raise BuildError(f"{error}; the next start builds them anew") from error
 
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""The kernels' library for this machine's CPU: as the wheel carries it, or built once and kept.
+"""The kernels' library for this machine's CPU: as it was installed, or built once and kept.
 
 Nothing here runs while serving: a model loads them before its first pass.
 """
@@ -34,15 +34,20 @@ class BuildError(ModelError):
     """There is no C++ compiler, or it refused the kernels."""
 
 
+def installed() -> Path | None:
+    """The shared library that was installed with us for this CPU. None if CXX or CXXFLAGS ask for another."""
+    if "CXX" in os.environ or "CXXFLAGS" in os.environ:
+        return None
+    return carried(instructions())
+
+
 def built(cache_dir: Path, kept_bytes: int = DEFAULT_KEPT_BYTES) -> Path:
-    """The shared library: the one that was installed with us, else compiled now if this machine has not yet.
-    CXX names the compiler, CXXFLAGS more of its flags; either has it compiled in any case. Raises BuildError.
+    """The shared library, compiled now if this machine has not yet; CXX names the compiler, CXXFLAGS more of
+    its flags. Raises BuildError.
 
     Those of other sources, flags or processors stay beside it, `kept_bytes` of them.
     """
     asked_for = os.environ.get("CXXFLAGS", "").split()
-    if not asked_for and "CXX" not in os.environ and (installed := carried(instructions())):
-        return installed
     flags = (*_NATIVE, *asked_for)
     sources = sorted(p for p in SOURCES.iterdir() if p.suffix in (".cpp", ".h"))
     made_by = (os.environ.get("CXX", ""), *FLAGS, *flags, platform.machine(), *instructions())

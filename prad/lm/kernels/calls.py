@@ -215,10 +215,7 @@ class Kernels(Calls):
         try:
             self._c = ctypes.CDLL(str(library))
         except OSError as error:
-            library.unlink(missing_ok=True)
-            raise BuildError(
-                f"the kernels cannot be loaded, the next start builds them anew: {error}"
-            ) from error
+            raise BuildError(f"the kernels cannot be loaded: {error}") from error
         for name, (result, arguments) in _SIGNATURES.items():
             function = getattr(self._c, name)
             function.restype, function.argtypes = result, arguments

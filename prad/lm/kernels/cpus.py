@@ -12,6 +12,7 @@ from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 SOURCES = Path(__file__).parent
 CARRIED = SOURCES / "carried"
@@ -93,18 +94,17 @@ def compile_kernels(compiler: str, flags: Sequence[str], library: Path) -> None:
         raise CompileError(f"{compiler} refuses the kernels:\n{done.stderr[-2000:]}")
 
 
-def compile_carried(folder: Path) -> list[Path]:
-    """The kernels for every kind of CPU of this machine's type, into `folder`. Raises CompileError."""
-    folder.mkdir(parents=True, exist_ok=True)
+def compile_carried(folder: Path) -> None:
+    """The kernels for every kind of CPU of this machine's type, into `folder`: all of them, or none. Raises
+    CompileError."""
     kinds = [kind for kind in KINDS if kind.machine == platform.machine()]
-    libraries = [folder / kind.library.name for kind in kinds]
     found = compiler()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = [
-            pool.submit(compile_kernels, found, kind.flags, library)
-            for kind, library in zip(kinds, libraries, strict=True)
-        ]
+    with TemporaryDirectory() as place, ThreadPoolExecutor(os.cpu_count()) as pool:
+        libraries = {kind: Path(place) / kind.library.name for kind in kinds}
+        jobs = [pool.submit(compile_kernels, found, kind.flags, at) for kind, at in libraries.items()]
         for kind, job in zip(kinds, jobs, strict=True):
             job.result()
             print(f"kernels for {kind.name}", file=sys.stderr)
-    return libraries
+        folder.mkdir(parents=True, exist_ok=True)
+        for library in libraries.values():
+            shutil.copy(library, folder)
