@@ -22,6 +22,8 @@ from prad.core.kv import ModelSpec
 
 logger = logging.getLogger(__name__)
 
+_MOST_ROWS = 1 << 14  # of a KV frame, far more than prompts that run in one pass
+
 Replies = list[pb.HandOffReply]
 
 
@@ -114,6 +116,8 @@ class HandOffs:
         return pb.HandOffReply(hand_off=number, accepted=pb.Accepted())
 
     def _receive_kv(self, message: pb.KV, data: memoryview | None) -> Replies:
+        if len(message.rows) > _MOST_ROWS:
+            raise ProtocolError(f"a KV frame names {len(message.rows)} ranges of rows, {_MOST_ROWS} at most")
         named = {r.hand_off for r in message.rows}
         if not named or 0 in named or max(named) > self._last:
             raise ProtocolError("a KV frame names a hand-off that was never opened, or none")

@@ -72,12 +72,10 @@ class ModelRunner:
         self._numbers = torch.arange(0, device=model.device)
 
     def room(self, reserved: Reservation) -> Slots:
-        """Its slots; blocks that the prompt's KV will not fill are zeroed (see `Pools`)."""
+        """Its slots."""
         kv_len, size = reserved.request.kv_len, self._pools.block_size
         shared = reserved.shared * size
         first, *others = (self._pools.slots(table, kv_len) for table in reserved.blocks)
-        if kv_len % size:
-            self._pools.clear([table[reserved.shared] for table in reserved.blocks])
         return Slots(first, shared, tuple(slots[shared:] for slots in others))
 
     def write(self, frame: Incoming, rows: Iterable[FrameRows]) -> None:

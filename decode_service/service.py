@@ -32,6 +32,8 @@ from prad.core.sampling import TokenEvent
 
 logger = logging.getLogger(__name__)
 
+_AT_ONCE = 256  # frames that are received before others have their turn
+
 
 @dataclass(slots=True)
 class _Session:
@@ -189,7 +191,10 @@ class DecodeService(DecodeServicer):
                         message, reading = reading.result(), None
                         if message is grpc.aio.EOF:
                             return
-                        replies += [reply for frame in message for reply in hand_offs.receive(frame)]
+                        for number, frame in enumerate(message, 1):
+                            replies += hand_offs.receive(frame)
+                            if number % _AT_ONCE == 0:  # one peer's message may be long
+                                await asyncio.sleep(0)
                     if replies:
                         await context.write(pb.HandOffReplies(replies=replies))
             finally:

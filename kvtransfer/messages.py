@@ -21,7 +21,7 @@ message around it, and one as it is serialised; and as many the other way. A mes
 needs none: what stands before it is serialised without, and its bytes follow.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache, lru_cache
 from types import NoneType, UnionType
@@ -39,6 +39,7 @@ _KV = pb.HandOffFrame.DESCRIPTOR.fields_by_name["kv"].number
 _DATA = pb.KV.DESCRIPTOR.fields_by_name["data"].number
 _VARINT, _EIGHT_BYTES, _SIZED = 0, 1, 2  # protobuf's wire types
 _MOST_VARINT_BYTES = 10
+_MOST_STEPS = 256  # frames of a message, and fields of a KV frame: of more, protobuf's reader costs less
 _OTHERWISE = "written by somebody else, or no message at all: protobuf's own reader tells which"
 _SAME_EACH_TIME = {ModelSpec}  # every Open of a burst names the same model: it is written and read once
 
@@ -251,17 +252,19 @@ def with_data(frames: pb.HandOffFrames, kv: pb.KV, chunks: Sequence[memoryview],
     return b"".join((frames.SerializeToString(), _start(_FRAMES, len(frame) + size), frame, *chunks))
 
 
-def frames_of(message: bytes) -> list[Frame]:
+def frames_of(message: bytes) -> Iterable[Frame]:
     """The frames of a HandOffFrames message. Raises protobuf's DecodeError if it is none."""
     whole = memoryview(message)
     found, at = list[Frame](), 0
     try:
         while at < len(whole):
+            if len(found) == _MOST_STEPS:
+                raise ValueError(_OTHERWISE)
             start, end = _sized(whole, at, _FRAMES)
             found.append(_frame(whole[start:end]))
             at = end
-    except ValueError:
-        return [Frame(frame) for frame in pb.HandOffFrames.FromString(message).frames]
+    except ValueError:  # one at a time: whoever reads them may refuse the first
+        return map(Frame, pb.HandOffFrames.FromString(message).frames)
     return found
 
 
@@ -284,7 +287,7 @@ def _frame(written: memoryview) -> Frame:
 def _data_start(kv: memoryview) -> int:
     """Where the field of the bytes begins, which is the last one."""
     at = 0
-    while at < len(kv):
+    for _ in range(_MOST_STEPS):
         key, after = _varint(kv, at)
         number, kind = key >> 3, key & 7
         if kind == _SIZED:

@@ -40,7 +40,7 @@ def hand_offs_call(channel: Any) -> Any:
 
 
 def add_decode(service: DecodeServicer, server: Any) -> None:
-    """The contract's calls; that of hand-offs reads lists of `Frame`."""
+    """The contract's calls; that of hand-offs reads messages as their `Frame`s."""
     handlers = {
         "Describe": grpc.unary_unary_rpc_method_handler(
             service.Describe, pb.DescribeRequest.FromString, pb.Description.SerializeToString

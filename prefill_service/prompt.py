@@ -232,7 +232,8 @@ class Prompt:
     @property
     def text_ids(self) -> list[int]:
         """The end of what stands in front of its answer, but for what no model draws."""
-        return [token for token in self.ids[-_TEXT:] if token >= 0]
+        start = max(self.virtual_tokens, self.tokens - _TEXT)
+        return [token for token in self.ids[start:] if token >= 0]
 
     @property
     def alike(self) -> int:

@@ -13,7 +13,7 @@ right, whether or not it was computed, and how long steps take, and guesses wher
 
 import math
 import struct
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -149,7 +149,10 @@ _UNKNOWN_CHANCE = 0.4
 _LEARNED_A_TIME = 1 / 16
 _LEAST_CHANCE = 0.05
 _TEXT = 4096  # latest tokens of a text that are looked into
-_ANSWERS = 1 << 17  # contexts that are remembered of answers, some 16 MB
+_ANSWERS = 1 << 17  # contexts that are remembered of answers
+_REMEMBERED = 4096  # latest tokens of an answer that are
+_REMEMBERED_A_STEP = 64  # twice as many as it draws, so that nobody waits long for the latest
+_TO_REMEMBER = 32  # answers at most that have yet to be
 _LABELS = 1024
 _MOST_SEQUENCES, _MOST_ROWS = 4, 32
 _GAIN = 1.05  # in tokens a second, below which a draft is not worth its risk
@@ -179,6 +182,23 @@ class Written:
             for n in range(1, min(at, _LONGEST_CONTEXT) + 1):
                 self.known[hash(tuple(self.ids[at - n : at]))] = self.ids[at]
         self.read = len(self.ids)
+
+
+@dataclass(slots=True, eq=False)
+class _Answer:
+    """The end of an answer that is over, with what stands in front of it; from `at` on it has yet to be
+    remembered, among answers `alike`."""
+
+    ids: list[int]
+    at: int
+    alike: int
+
+    @classmethod
+    def of(cls, written: Written) -> "_Answer":
+        ids = written.ids
+        first = max(1, written.answer, len(ids) - _REMEMBERED)
+        start = max(0, first - _LONGEST_CONTEXT)
+        return cls(ids[start:], first - start, written.alike)
 
 
 class StepSeconds:
@@ -221,51 +241,71 @@ class Drafter:
         self._vocab_size = vocab_size
         self._seconds = seconds or StepSeconds()
         self._few = False
-        self._answers: dict[int, int] = {}  # of a context and whose answers: the next token, its confidence
+        # of a context and whose answers: the next token, its confidence; a plain dict finds its oldest slowly
+        self._answers: OrderedDict[int, int] = OrderedDict()
+        self._to_remember: deque[_Answer] = deque(maxlen=_TO_REMEMBER)
         self._chances: OrderedDict[int, list[float]] = OrderedDict()  # of each kind of guess
 
     def drafts(self, batch: Sequence[Written], room: Sequence[int]) -> list[tuple[int, ...]]:
         """A draft for each, of as many tokens as there is room for, or none: as many as make the batch the
-        fastest."""
+        fastest. A large batch, which gets none, pays for nothing."""
         self._few = bool(self._longest) and len(batch) <= _MOST_SEQUENCES
         if not self._few:
             return [()] * len(batch)
+        self._remember()
         chains = [self._chain(w, min(most, self._longest)) for w, most in zip(batch, room, strict=True)]
         least = self._least(len(batch), sorted((p for chain in chains for _, p in chain), reverse=True))
         return [tuple(token for token, p in chain if p >= least) for chain in chains]
 
     def drew(self, written: Written, tokens: Sequence[int]) -> None:
-        """These were drawn next. While the batch is small, what would have been guessed is compared, too."""
-        chances = self._chances_of(written.alike) if self._few else []
+        """These were drawn next. If `drafts` has read the text for this step, what would have been guessed is
+        compared, too: others may wait for this call."""
+        compared = self._few and written.read == len(written.ids)
+        chances = self._chances_of(written.alike) if compared else []
         for token in tokens:
-            if self._few:
+            if compared:
                 written.look_up()
                 for guess, kind in self._guesses(written, tuple(written.ids[-_LONGEST_CONTEXT:])):
                     chances[kind] += ((guess == token) - chances[kind]) * _LEARNED_A_TIME
             written.ids.append(token)
 
     def ended(self, written: Written) -> None:
-        """Its answer is remembered."""
-        if not self._longest or not written.alike:
-            return
-        ids, answers = written.ids, self._answers
-        for at in range(max(1, written.answer), len(ids)):
-            for n in range(1, min(at, _LONGEST_CONTEXT) + 1):
-                key = hash(tuple(ids[at - n : at])) ^ written.alike
-                token, confidence = divmod(answers.pop(key, -1), _CONFIDENCE)
-                if token == ids[at]:
-                    confidence = min(confidence + 1, _CONFIDENCE - 1)
-                elif token < 0 or not confidence:
-                    token, confidence = ids[at], 0
-                else:
-                    confidence -= 1
-                answers[key] = token * _CONFIDENCE + confidence
-        while len(answers) > _ANSWERS:
-            del answers[next(iter(answers))]
+        """Its answer will be remembered, a little in each step of a small batch."""
+        if self._longest and written.alike:
+            self._to_remember.append(_Answer.of(written))
 
     def took(self, rows: int, seconds: float) -> None:
         """A step of so many rows."""
         self._seconds.add(rows, seconds)
+
+    def _remember(self) -> None:
+        """The next tokens of answers that are over."""
+        for _ in range(_REMEMBERED_A_STEP):
+            while self._to_remember and self._to_remember[0].at == len(self._to_remember[0].ids):
+                self._to_remember.popleft()
+            if not self._to_remember:
+                return
+            answer = self._to_remember[0]
+            self._followed(answer.ids[max(0, answer.at - _LONGEST_CONTEXT) : answer.at + 1], answer.alike)
+            answer.at += 1
+
+    def _followed(self, ids: Sequence[int], alike: int) -> None:
+        """The last one came behind the others, the longest context."""
+        *context, drawn = ids
+        answers = self._answers
+        for n in range(1, len(context) + 1):
+            key = hash(tuple(context[-n:])) ^ alike
+            token, confidence = divmod(answers.get(key, -1), _CONFIDENCE)
+            if token == drawn:
+                confidence = min(confidence + 1, _CONFIDENCE - 1)
+            elif token < 0 or not confidence:
+                token, confidence = drawn, 0
+            else:
+                confidence -= 1
+            answers[key] = token * _CONFIDENCE + confidence
+            answers.move_to_end(key)
+            if len(answers) > _ANSWERS:
+                answers.popitem(last=False)
 
     def _chain(self, written: Written, most: int) -> list[tuple[int, float]]:
         """(token, chance that it and all before it are right)."""

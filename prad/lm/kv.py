@@ -118,12 +118,11 @@ class PagedSequence(Protocol):
 
 
 class Pools:
-    """Per layer one pool of keys [blocks, block_size, kv_heads, key_dim] and one of values, zeroed.
+    """Per layer one pool of keys [blocks, block_size, kv_heads, key_dim] and one of values.
     A CPU's take memory as they fill, in huge pages, since each step reads every sequence's keys end to end.
 
-    Whatever a sequence's last block holds behind its end is multiplied with attention weight 0, and 0 times
-    NaN is NaN: so a block is zeroed before its first token is written, and a broken adapter's NaN stay
-    within its own request.
+    Behind a sequence's end a block holds whatever was left there, by another sequence or by a wrong draft:
+    no step may compute with it, since even with attention weight 0 a NaN stays NaN.
     """
 
     def __init__(
@@ -151,12 +150,6 @@ class Pools:
         if self.kernels is not None:
             return PagedStep.of(self, self.kernels, batch, drafted)
         return _TorchStep(self, batch)
-
-    def clear(self, blocks: Sequence[int]) -> None:
-        """Zeroes blocks, in all layers."""
-        index = torch.tensor(blocks, device=self.device)
-        for pool in (*self.keys, *self.values):
-            pool.index_fill_(0, index, 0)
 
     def slots(self, blocks: Sequence[int], tokens: int) -> Tensor:
         """Where a block table's first `tokens` tokens lie among all slots of a pool; [tokens]."""
@@ -250,11 +243,13 @@ class ChunkedKV:
 @dataclass(frozen=True, slots=True)
 class _Group:
     """Sequences of similar length, which share one padded context: rows [n] of the batch (None: all of it),
-    block table [n, blocks], context lengths [n]."""
+    block table [n, blocks], context lengths [n], and which places of the flattened context lie `behind` an
+    end."""
 
     rows: Tensor | None
     table: Tensor
     lengths: Tensor
+    behind: Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -299,8 +294,6 @@ class _TorchStep:
         size, device = pools.block_size, pools.device
         tails = [(s.blocks[s.kv_len // size], s.kv_len % size) for s in batch]
         self._slots = torch.tensor([block * size + at for block, at in tails], device=device)
-        fresh = [block for block, at in tails if at == 0]
-        self._fresh = torch.tensor(fresh, device=device) if fresh else None
         self._groups = [self._group(batch, rows) for rows in _alike([s.kv_len // size + 1 for s in batch])]
 
     def _group(self, batch: Sequence[PagedSequence], rows: Sequence[int]) -> _Group:
@@ -309,12 +302,14 @@ class _TorchStep:
         table = []
         for row in rows:
             used = list(batch[row].blocks[: batch[row].kv_len // size + 1])
-            # padded with a block of its own: a neighbour's NaN must not come in even with weight 0
             table.append(used + used[-1:] * (width - len(used)))
+        lengths = torch.tensor([batch[r].kv_len + 1 for r in rows])
+        behind = (torch.arange(width * size) >= lengths[:, None]).flatten().nonzero().flatten()
         return _Group(
             rows=None if len(rows) == len(batch) else torch.tensor(rows, device=device),
             table=torch.tensor(table, device=device),
-            lengths=torch.tensor([batch[r].kv_len + 1 for r in rows], device=device),
+            lengths=lengths.to(device),
+            behind=behind.to(device),
         )
 
     def attend(
@@ -323,8 +318,6 @@ class _TorchStep:
         """query [B, heads, key_dim], key and value [B, kv_heads, dim]; returns [B, heads, value_dim]."""
         pools = self._pools.keys[layer], self._pools.values[layer]
         for pool, new in zip(pools, (key, value), strict=True):
-            if self._fresh is not None:
-                pool.index_fill_(0, self._fresh, 0)
             pool.flatten(0, 1).index_copy_(0, self._slots, new)
         if len(self._groups) == 1 and self._groups[0].rows is None:
             return _attend(self._groups[0], query, *pools, scale, window)
@@ -340,6 +333,8 @@ def _attend(
     group: _Group, query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None
 ) -> Tensor:
     key, value = (_gather(pool, group.table) for pool in (keys, values))
+    for gathered in (key, value):  # NaN stay NaN with weight 0
+        gathered.flatten(0, 1).index_fill_(0, group.behind, 0)
     return decode_attention(query, key, value, group.lengths, scale, window)
 
 

@@ -1,6 +1,7 @@
 """Whatever is sent to the port: who sends it is told, in one line of the log, and nobody else notices."""
 
 import asyncio
+from collections import Counter
 from typing import ClassVar
 
 import pytest
@@ -10,10 +11,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from handing_over import Prefill, prompt
 
+from decode_service.hand_offs import HandOffs
 from decode_service.server import DecodeServer
 from decode_service.service import Refusals
 from kvtransfer.errors import ProtocolError
+from kvtransfer.messages import Frame, encode
 from kvtransfer.proto import handoff_pb2 as pb
+from kvtransfer.proto.handoff_pb2_grpc import DecodeStub
 from prad.core.sampling import SamplingParams
 
 
@@ -54,6 +58,47 @@ async def test_garbage_within_a_token_stream_ends_it(
             await call.read()
         assert caught.value.code() is StatusCode.INVALID_ARGUMENT
     assert "Traceback" not in caplog.text
+
+
+async def test_many_ranges_of_rows_are_refused_unread(prefill: Prefill) -> None:
+    hand_off = await prefill.client.open(prefill.request(5, SamplingParams(max_tokens=3)))
+    rows = [pb.Rows(hand_off=hand_off.number)] * 20_000
+    hand_off.stream.put(pb.HandOffFrame(kv=pb.KV(rows=rows)))
+    with pytest.raises(ProtocolError, match="names 20000 ranges of rows, 16384 at most"):
+        await asyncio.wait_for(asyncio.shield(hand_off.ended), 10)
+
+
+async def test_a_long_message_lets_others_have_their_turn(
+    prefill: Prefill, server: DecodeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns, received = 0, Counter[int]()
+    receive = HandOffs.receive
+
+    def counted(hand_offs: HandOffs, frame: Frame) -> object:
+        received[turns] += 1
+        return receive(hand_offs, frame)
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    opened = encode(prefill.request(5, SamplingParams(max_tokens=3)))
+    opened.hand_off = 1
+    begin = pb.HandOffFrame(begin=pb.Begin(session=prefill.stream.session))
+    abort = pb.HandOffFrame(abort=pb.Abort(hand_off=1))
+    message = pb.HandOffFrames(frames=[begin, pb.HandOffFrame(open=opened), *[abort] * 5_000])
+    monkeypatch.setattr(HandOffs, "receive", counted)
+    waiting = asyncio.create_task(others())
+    async with insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        call = DecodeStub(channel).HandOffs()  # type: ignore[no-untyped-call]
+        await call.write(message)
+        replies = (await call.read()).replies
+    waiting.cancel()
+    assert [reply.WhichOneof("reply") for reply in replies] == ["accepted", "aborted"]
+    assert sum(received.values()) == 5_002
+    assert max(received.values()) <= 256
 
 
 async def test_much_garbage_is_a_line_now_and_then(caplog: pytest.LogCaptureFixture) -> None:

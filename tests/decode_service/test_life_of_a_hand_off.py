@@ -218,14 +218,14 @@ async def test_a_broken_hand_off_tells_what_was_wrong(prefill: Prefill, server: 
 async def test_corruption_is_told(
     model: LanguageModel, server: DecodeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inline = Outgoing.inline
+    head = Outgoing.head
 
     def flipped(outgoing: Outgoing) -> Any:
-        frame = inline(outgoing)
-        frame.data = bytes([frame.data[0] ^ 1]) + frame.data[1:]
+        frame = head(outgoing)
+        outgoing.chunks[0] = memoryview(bytes([outgoing.chunks[0][0] ^ 1]) + outgoing.chunks[0][1:])
         return frame
 
-    monkeypatch.setattr(Outgoing, "inline", flipped)
+    monkeypatch.setattr(Outgoing, "head", flipped)
     async with prefilling(model, server.port, settings=quick(shared_bytes=0)) as client:
         hand_off = await client.client.open(client.request(5, SHORT))
         await client.send(hand_off, prompt_pass(model, prompt(5)))

@@ -60,7 +60,7 @@ async def shared(
 
     async with prefilling(model, server.port) as client:
         await (await client.client.open(client.request(5, SHORT))).abort("a first one, until all is agreed")
-        monkeypatch.delattr(Outgoing, "inline")
+        monkeypatch.delattr(Outgoing, "head")
         yield client
 
 

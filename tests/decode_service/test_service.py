@@ -15,7 +15,7 @@ from decode_service.engine import PagedEngine
 from decode_service.service import DecodeService, Sessions
 from kvtransfer.errors import FencedError, LostError, ProtocolError, RejectedError, RejectReason
 from kvtransfer.messages import Cancel, Open
-from kvtransfer.proto.handoff_pb2_grpc import add_DecodeServicer_to_server
+from kvtransfer.rpc import add_decode
 from kvtransfer.sender import DecodeClient, HandOff, send_layer
 from kvtransfer.tokens import TokenStream
 from prad.core.kv import KVLayout, LayerKV, ModelSpec
@@ -43,7 +43,7 @@ async def serving_fake(idle_s: float = 60.0) -> AsyncIterator[Served]:
     sessions = Sessions(max_frames=9, detach_s=60, on_gone=engine.cancel_session)
     service = DecodeService(engine, sessions, MODEL, idle_s=idle_s, shared_memory=False)
     server = grpc.aio.server()
-    add_DecodeServicer_to_server(service, server)  # type: ignore[no-untyped-call]
+    add_decode(service, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:

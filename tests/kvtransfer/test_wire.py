@@ -1,5 +1,6 @@
 """What is written past protobuf's objects is what protobuf reads, and the other way round."""
 
+from collections.abc import Sized
 from random import Random
 
 import pytest
@@ -7,6 +8,7 @@ from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvtransfer import messages
 from kvtransfer.messages import Frame, frames_of, with_data
 from kvtransfer.proto import handoff_pb2 as pb
 
@@ -39,7 +41,7 @@ def test_protobuf_reads_what_is_written(before: list[pb.HandOffFrame], head: pb.
     whole.data = b"".join(chunks)
     expected = [*before, pb.HandOffFrame(kv=whole)]
     assert list(pb.HandOffFrames.FromString(written).frames) == expected
-    frames = frames_of(written)
+    frames = list(frames_of(written))
     assert [frame.message for frame in frames[:-1]] == before
     assert all(frame.data is None for frame in frames[:-1])
     last = frames[-1]
@@ -67,8 +69,8 @@ def test_what_protobuf_writes_is_read_without_a_copy(head: pb.KV, data: bytes) -
     ],
 )
 def test_frames_without_bytes_are_protobufs(frame: pb.HandOffFrame) -> None:
-    assert frames_of(pb.HandOffFrames(frames=[frame]).SerializeToString()) == [Frame(frame)]
-    assert frames_of(b"") == []
+    assert list(frames_of(pb.HandOffFrames(frames=[frame]).SerializeToString())) == [Frame(frame)]
+    assert list(frames_of(b"")) == []
 
 
 def test_bytes_that_are_not_the_last_field_are_left_to_protobuf() -> None:
@@ -80,9 +82,50 @@ def test_bytes_that_are_not_the_last_field_are_left_to_protobuf() -> None:
     assert found == Frame(pb.HandOffFrame(kv=place))
     both = place.SerializeToString() + data.SerializeToString()
     frame = bytes((0x12, len(both))) + both
-    assert frames_of(bytes((0x0A, len(frame))) + frame) == [Frame(pb.HandOffFrame(kv=data))]
+    assert list(frames_of(bytes((0x0A, len(frame))) + frame)) == [Frame(pb.HandOffFrame(kv=data))]
     twice = pb.HandOffFrame(kv=pb.KV(first_layer=2)).SerializeToString() * 2
-    assert frames_of(bytes((0x0A, len(twice))) + twice) == [Frame(pb.HandOffFrame(kv=pb.KV(first_layer=2)))]
+    (found,) = frames_of(bytes((0x0A, len(twice))) + twice)
+    assert found == Frame(pb.HandOffFrame(kv=pb.KV(first_layer=2)))
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Where numbers are read that are not left to protobuf."""
+    read, known = messages._varint, list[int]()
+
+    def counted(written: memoryview, at: int) -> tuple[int, int]:
+        known.append(at)
+        return read(written, at)
+
+    monkeypatch.setattr(messages, "_varint", counted)
+    return known
+
+
+@pytest.mark.parametrize("field", [b"\x78\x00", b"\x7a\x00", b"\x79" + bytes(8), b"\x1a\x00"])
+def test_a_frame_of_many_fields_is_left_to_protobuf(steps: list[int], field: bytes) -> None:
+    """Three of them unknown, the other rows: a peer may send what it likes, but not hold up the others."""
+    head = pb.KV.FromString(20_000 * field)
+    written = with_data(pb.HandOffFrames(), head, [memoryview(b"de")], 2)
+    (found,) = frames_of(written)
+    assert [found.message] == list(pb.HandOffFrames.FromString(written).frames)
+    assert (found.data, found.message.kv.data) == (None, b"de")
+    assert len(steps) < 4 * 256 + 10
+
+
+def test_a_message_of_many_frames_is_left_to_protobuf(steps: list[int]) -> None:
+    """Which makes an object of each only as it is read."""
+    whole = pb.HandOffFrames(frames=[pb.HandOffFrame(abort=pb.Abort(hand_off=n)) for n in range(20_000)])
+    frames = frames_of(whole.SerializeToString())
+    assert not isinstance(frames, Sized)
+    assert [frame.message for frame in frames] == list(whole.frames)
+    assert len(steps) < 4 * 256 + 10
+
+
+def test_few_of_both_are_read_without_a_copy() -> None:
+    head = pb.KV(rows=[pb.Rows(hand_off=n, token_count=1) for n in range(1, 200)])
+    before = [pb.HandOffFrame(abort=pb.Abort(hand_off=n)) for n in range(200)]
+    *_, last = frames_of(with_data(pb.HandOffFrames(frames=before), head, [memoryview(b"de")], 2))
+    assert (last.message.kv, bytes(last.data or b"")) == (head, b"de")
 
 
 @given(st.binary(max_size=60))

@@ -138,8 +138,7 @@ def test_paged_attention(
         pools = Pools(layout, 200, block_size, "cpu", own)
         pools.keys[0].copy_(some(*pools.keys[0].shape, seed=1))
         pools.values[0].copy_(some(*pools.values[0].shape, seed=2))
-        if own is not None:
-            _spoil_what_is_not_written(pools, batch)
+        _spoil_what_is_not_written(pools, batch)
         step = pools.step(batch)
         query, key, value = (
             some(len(batch), n, dim, dtype=dtype, seed=seed)

@@ -193,8 +193,13 @@ def test_a_wrong_draft_that_is_taken_is_noticed(
     assert {name for name, _ in wrong} >= {"greedy", "drawn", "choices", "state", "replayed"}
 
 
+@pytest.mark.parametrize("native", [False, True])
 def test_a_draft_that_is_not_finite_ends_nothing(
-    tiny_model: Callable[[str], Path], kernels: Kernels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Callable[[str], Path],
+    kernels: Kernels,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    native: bool,
 ) -> None:
     """A token that the model breaks on may be guessed, as long as it is not drawn."""
     model = LanguageModel.load(tiny_model("llama"), dtype=torch.float32)
@@ -204,7 +209,8 @@ def test_a_draft_that_is_not_finite_ends_nothing(
     )
     with torch.no_grad():
         model.module.get_input_embeddings().weight[broken] = torch.nan  # type: ignore[operator, union-attr, index]
-    model.accelerate(kernels)
+    if native:
+        model.accelerate(kernels)
     monkeypatch.setattr(Knowing, "_draft", lambda *_: (broken, broken))
     drafting = Served(model, tmp_path, Knowing((), 0, 2))
     _assert_same(drafting.answers(ASKED[:1]), expected)
