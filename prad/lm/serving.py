@@ -91,7 +91,7 @@ def accelerated(
                 logger.info("the packed model cannot be kept (%s): this process keeps one for itself", error)
     finally:
         lock.release()
-    if precision == "full" and not kernels.supports(dtype):
+    if model.fused is not None and not model.fused.computes_any:
         _ = model.module  # computes passes of many rows: not only once the first one comes
     return model
 
