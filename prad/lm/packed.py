@@ -40,11 +40,18 @@ Page = dict[str, Any]
 
 
 def key_of(folder: Path, dtype: torch.dtype, precision: Precision) -> str:
-    """Changes with whatever a packed model depends on: the files of `folder` (as the file system tells
-    changed ones), how they are loaded, the code that packs them."""
-    said = hashlib.sha256(f"{dtype} {precision} {version('transformers')} {torch.__version__}".encode())
+    """Changes with whatever a packed model depends on: the files of `folder`, how they are loaded, the code
+    that packs them. Raises OSError."""
+    loaded = f"{dtype} {precision} {version('transformers')} {torch.__version__}"
+    said = hashlib.sha256(f"{files_of(folder)} {loaded}".encode())
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         said.update(path.read_bytes())
+    return said.hexdigest()
+
+
+def files_of(folder: Path) -> str:
+    """Changes with a model's files, as the file system tells changed ones. Raises OSError."""
+    said = hashlib.sha256()
     for path in (
         *sorted(folder.glob("*.safetensors")),
         *sorted(folder.glob("blocks/*")),
@@ -56,10 +63,14 @@ def key_of(folder: Path, dtype: torch.dtype, precision: Precision) -> str:
 
 
 def write_packed(model: LanguageModel, source: Path, key: str, folder: Path) -> bool:
-    """Writes a fused model, which was loaded from `source`, to `folder`, whole or not at all; False if its
-    files hold its weights in another form than it does, so that they cannot stand for its `module`."""
+    """Writes a fused model, which was loaded from `source` when that had this key, to `folder`, whole or not
+    at all; False if its files hold its weights in another form than it does, or are others by now, so that
+    they cannot stand for its `module`."""
     fused = model.fused
     if fused is None or (stored := _stored_names(model.module, source)) is None:
+        return False
+    files = files_of(source)
+    if key_of(source, model.dtype, fused.precision) != key:
         return False
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -68,6 +79,7 @@ def write_packed(model: LanguageModel, source: Path, key: str, folder: Path) -> 
         with (partial / _WEIGHTS).open("wb", buffering=_AT_ONCE) as file:
             page = {
                 "key": key,
+                "files": files,
                 "config": _settings(model.config),
                 "fingerprint": asdict(model.fingerprint),
                 "max_context": model.max_context,
@@ -121,7 +133,14 @@ class PackedModel(LanguageModel):
 
     @cached_property
     def frozen(self) -> nn.Module:
-        return _Frame(self._page, self.config, self._source)
+        weights = _tensors(self._source)
+        try:  # behind that: what is mapped now stays the same, whatever becomes of the folder
+            changed = files_of(self._source) != self._page["files"]
+        except OSError:
+            changed = True
+        if changed:
+            raise _changed(self._source)
+        return _Frame(self._page, self.config, weights)
 
     @property
     def state_widths(self) -> dict[Site, int]:
@@ -135,18 +154,23 @@ class PackedModel(LanguageModel):
     def _whole(self) -> LanguageModel:
         whole = LanguageModel.load(self._source, dtype=self.dtype)
         if whole.fingerprint != self.fingerprint:
-            raise ModelNotFoundError(f"{self._source} has changed since this process has started")
+            raise _changed(self._source)
         return whole
+
+
+def _changed(source: Path) -> ModelNotFoundError:
+    return ModelNotFoundError(
+        f"{source} has changed since this process has started, and is another model now: start it again"
+    )
 
 
 class _Frame(nn.Module):
     """transformers' modules by their names, with their weights, which are mapped, and nothing to compute."""
 
-    def __init__(self, page: Page, config: Any, source: Path) -> None:
+    def __init__(self, page: Page, config: Any, weights: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.config = config
         self._embedding = page["embedding"]
-        weights = _tensors(source)
         own: dict[str, dict[str, Tensor]] = {}
         for name, stored in page["parameters"].items():
             module, _, last = name.rpartition(".")

@@ -1,6 +1,7 @@
 """A packed model on disk: the same model to the bit, opened without what made it, and never a stale one."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -126,6 +127,39 @@ def test_another_models_files_are_never_served_by_it(tmp_path: Path, opened: Ope
     with pytest.raises(ModelNotFoundError, match="has changed since"):
         _ = kept.module
     assert all(map(torch.equal, packed_logits(kept, SEQUENCES), packed_logits(before, SEQUENCES)))
+
+
+@pytest.mark.parametrize("then", ["other weights", "another model", "gone"])
+def test_adapters_look_up_no_other_models_weights(then: str, tmp_path: Path, opened: Opened) -> None:
+    folder = save(tmp_path, "llama")
+    opened()
+    used, kept = opened(), opened()
+    weight = "model.layers.0.self_attn.q_proj.weight"
+    before = used.frozen.get_parameter(weight).clone()
+    shutil.rmtree(folder)
+    if then == "other weights":
+        save(tmp_path, "llama", initializer_range=0.5)
+    if then == "another model":
+        save(tmp_path, "gpt2")
+    assert torch.equal(used.frozen.get_parameter(weight), before), "they were mapped before"
+    with pytest.raises(ModelNotFoundError, match=r"has changed since .* start it again"):
+        _ = kept.frozen
+
+
+def test_what_changes_while_it_is_packed_is_not_kept(
+    tmp_path: Path, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save(tmp_path, "llama")
+    accelerate = LanguageModel.accelerate
+
+    def meanwhile(model: LanguageModel, *given: Any) -> None:
+        accelerate(model, *given)
+        (folder / "config.json").touch()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LanguageModel, "accelerate", meanwhile)
+        assert not isinstance(opened(), PackedModel)
+    assert isinstance(opened(), PackedModel)
 
 
 @pytest.mark.parametrize("damage", ["page", "weights", "neither"])
