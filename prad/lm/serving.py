@@ -69,6 +69,10 @@ def accelerated(
 ) -> LanguageModel:
     """Mapped, if it is kept in packed form; else loaded, packed, and kept where it can be. Processes that
     start together wait for one packing."""
+    try:
+        key = key_of(folder, dtype, precision)
+    except OSError:  # no config.json, a link to nothing: loading says which
+        return _loaded(folder, dtype, kernels, precision)
     path = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
     name = f"{folder.name}-{dtype_name(dtype)}-{precision}-{path}"
     kept = cache_dir.expanduser() / "packed" / name
@@ -80,7 +84,6 @@ def accelerated(
         logger.info("the packed model cannot be kept (%s): this process packs one for itself", error)
         return _loaded(folder, dtype, kernels, precision)
     try:
-        key = key_of(folder, dtype, precision)
         model: LanguageModel | None = read_packed(kept, folder, key, kernels)
         if model is None:
             model = _loaded(folder, dtype, kernels, precision)

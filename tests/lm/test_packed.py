@@ -162,6 +162,20 @@ def test_what_changes_while_it_is_packed_is_not_kept(
     assert isinstance(opened(), PackedModel)
 
 
+@pytest.mark.parametrize("lacking", ["config", "weights", "both", "a link's end"])
+def test_a_folder_without_a_model_is_called_so(lacking: str, tmp_path: Path, opened: Opened) -> None:
+    folder = save(tmp_path, "llama")
+    (weights,) = folder.glob("*.safetensors")
+    for path in {"config": [folder / "config.json"], "both": [folder / "config.json", weights]}.get(
+        lacking, [weights]
+    ):
+        path.unlink()
+    if lacking == "a link's end":
+        weights.symlink_to(tmp_path / "nothing")
+    with pytest.raises(ModelNotFoundError, match=str(folder)):
+        opened()
+
+
 @pytest.mark.parametrize("damage", ["page", "weights", "neither"])
 def test_what_is_not_whole_is_packed_anew(damage: str, tmp_path: Path, opened: Opened) -> None:
     save(tmp_path, "llama")
