@@ -27,6 +27,7 @@ from prad.lm.families import Site
 from prad.lm.fingerprint import Fingerprint
 from prad.lm.fused import FusedModel, Layer, Norm, Rotary, Shape
 from prad.lm.kernels import Activation, Kernels, PackedLinear, Precision
+from prad.lm.kernels.build import require_own
 from prad.lm.kv import dtype_name, torch_dtype
 from prad.lm.model import LanguageModel
 
@@ -74,8 +75,10 @@ def write_packed(model: LanguageModel, source: Path, key: str, folder: Path) -> 
         return False
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial.mkdir(mode=0o700)
     try:
+        for name in (_WEIGHTS, _PAGE):
+            (partial / name).touch(mode=0o600)  # whatever the umask: see `require_own`
         with (partial / _WEIGHTS).open("wb", buffering=_AT_ONCE) as file:
             page = {
                 "key": key,
@@ -99,13 +102,16 @@ def write_packed(model: LanguageModel, source: Path, key: str, folder: Path) -> 
 
 
 def read_packed(folder: Path, source: Path, key: str, kernels: Kernels) -> "PackedModel | None":
-    """The model that `write_packed` wrote under this key; None if there is none."""
+    """The model that `write_packed` wrote under this key; None if there is none, or not whole. Raises OSError
+    if it cannot be told, or somebody else may have written it."""
     try:
+        for path in (folder.parent, folder, folder / _PAGE, folder / _WEIGHTS):
+            require_own(path)
         page: Page = json.loads((folder / _PAGE).read_bytes())
         if page["key"] != key or page["size"] != (folder / _WEIGHTS).stat().st_size:
             return None
         return PackedModel(page, _mapped(folder / _WEIGHTS), source, kernels)
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError, LookupError, TypeError):
         return None
 
 
@@ -337,6 +343,8 @@ class _Reader:
         dtype, shape, offset = at
         kind: torch.dtype = getattr(torch, dtype)
         size = torch.Size(shape).numel() * kind.itemsize
+        if offset % _LINE or not 0 <= offset <= offset + size <= len(self._weights):
+            raise ValueError(f"there is no tensor {at} in {len(self._weights)} bytes")
         return self._weights[offset : offset + size].view(kind).view(shape)
 
     def _tensor(self, at: list[Any] | None) -> Tensor | None:

@@ -14,7 +14,7 @@ from prad.core.models import Choice, Precision
 from prad.lm.device import require_device
 from prad.lm.errors import UnsupportedModelError
 from prad.lm.kernels import Kernels, load_kernels
-from prad.lm.kernels.build import DEFAULT_KEPT_BYTES
+from prad.lm.kernels.build import DEFAULT_KEPT_BYTES, require_own
 from prad.lm.kernels.memory import give_back_freed
 from prad.lm.kv import dtype_name
 from prad.lm.model import LanguageModel
@@ -76,26 +76,37 @@ def accelerated(
     path = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
     name = f"{folder.name}-{dtype_name(dtype)}-{precision}-{path}"
     kept = cache_dir.expanduser() / "packed" / name
+    model: LanguageModel | None = None
     lock = FileLock(f"{kept}.lock")
     try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        model = read_packed(kept, folder, key, kernels)  # needs no lock, which a read-only cache has none of
+        if model is None:
+            kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            require_own(kept.parent)
+            lock.acquire()
+            model = read_packed(kept, folder, key, kernels)  # what the one before has written
     except OSError as error:
-        logger.info("the packed model cannot be kept (%s): this process packs one for itself", error)
-        return _loaded(folder, dtype, kernels, precision)
+        lock.release()
+        logger.warning("no packed model is kept (%s): this process packs one for itself", error)
     try:
-        model: LanguageModel | None = read_packed(kept, folder, key, kernels)
         if model is None:
             model = _loaded(folder, dtype, kernels, precision)
-            try:
-                if write_packed(model, folder, key, kept):
-                    model = read_packed(kept, folder, key, kernels) or model
-            except OSError as error:
-                logger.info("the packed model cannot be kept (%s): this process keeps one for itself", error)
+            if lock.is_locked:
+                model = _kept(model, folder, key, kept, kernels)
     finally:
         lock.release()
     if model.fused is not None and not model.fused.computes_any:
         _ = model.module  # computes passes of many rows: not only once the first one comes
+    return model
+
+
+def _kept(model: LanguageModel, folder: Path, key: str, kept: Path, kernels: Kernels) -> LanguageModel:
+    """The same mapped, or as it is."""
+    try:
+        if write_packed(model, folder, key, kept):
+            return read_packed(kept, folder, key, kernels) or model
+    except OSError as error:
+        logger.warning("the packed model cannot be kept (%s): this process keeps one for itself", error)
     return model
 
 

@@ -1,5 +1,7 @@
 """A packed model on disk: the same model to the bit, opened without what made it, and never a stale one."""
 
+import errno
+import json
 import os
 import shutil
 import subprocess
@@ -14,7 +16,7 @@ import transformers
 from tiny import SIZES, packed_logits, save_random, some_ids
 
 from prad.adapters.method import FrozenModel
-from prad.lm import LanguageModel, Tokenizer, UnsupportedModelError, placements, projection
+from prad.lm import LanguageModel, Tokenizer, UnsupportedModelError, placements, projection, serving
 from prad.lm.errors import ModelNotFoundError
 from prad.lm.kernels import Kernels, Precision
 from prad.lm.kv import Pools
@@ -47,6 +49,11 @@ def opened(tmp_path: Path, kernels: Kernels) -> Opened:
 def save(tmp_path: Path, family: str, **special: Any) -> Path:
     name, own = FAMILIES[family]
     return save_random(getattr(transformers, name)(**SIZES | own | special), tmp_path / "model")
+
+
+def kept_in(tmp_path: Path) -> Path:
+    (folder,) = (path for path in (tmp_path / "cache" / "packed").iterdir() if path.is_dir())
+    return folder
 
 
 def halved(folder: Path) -> None:
@@ -180,7 +187,7 @@ def test_a_folder_without_a_model_is_called_so(lacking: str, tmp_path: Path, ope
 def test_what_is_not_whole_is_packed_anew(damage: str, tmp_path: Path, opened: Opened) -> None:
     save(tmp_path, "llama")
     expected = packed_logits(opened(), SEQUENCES)
-    (folder,) = (path for path in (tmp_path / "cache" / "packed").iterdir() if path.is_dir())
+    folder = kept_in(tmp_path)
     if damage == "page":
         (folder / "model.json").write_text("{", encoding="utf-8")
     if damage == "weights":
@@ -188,6 +195,85 @@ def test_what_is_not_whole_is_packed_anew(damage: str, tmp_path: Path, opened: O
     model = opened()
     assert isinstance(model, PackedModel)
     assert all(map(torch.equal, packed_logits(model, SEQUENCES), expected))
+
+
+@pytest.mark.parametrize("what", ["packed", "folder", "model.json", "weights.bin"])
+@pytest.mark.parametrize("how", ["mode", "owner"])
+def test_what_others_may_have_written_is_not_served(
+    what: str, how: str, tmp_path: Path, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, "llama")
+    expected = packed_logits(opened(), SEQUENCES)
+    folder = kept_in(tmp_path)
+    path = {"packed": folder.parent, "folder": folder}.get(what, folder / what)
+    if how == "mode":
+        path.chmod(path.stat().st_mode | 0o020)
+    else:
+        found, its = Path.stat, path.stat()
+        theirs = os.stat_result((*its[:4], os.getuid() + 1, *its[5:]))
+        monkeypatch.setattr(Path, "stat", lambda self, **how: theirs if self == path else found(self, **how))
+    model = opened()
+    assert not isinstance(model, PackedModel)
+    assert all(map(torch.equal, packed_logits(model, SEQUENCES), expected))
+
+
+def test_what_is_kept_is_ours_whatever_the_umask(tmp_path: Path, opened: Opened) -> None:
+    save(tmp_path, "llama")
+    before = os.umask(0)
+    try:
+        assert isinstance(opened(), PackedModel)
+    finally:
+        os.umask(before)
+    folder = kept_in(tmp_path)
+    for path in (folder.parent, folder, *folder.iterdir()):
+        assert not path.stat().st_mode & 0o077
+
+
+@pytest.mark.parametrize("precision", ["full", "int8", "int4"])
+@pytest.mark.parametrize(("name", "factor"), [("out_features", 1 << 12), ("in_features", 2), ("weights", 0)])
+def test_sizes_that_the_weights_do_not_have_are_not_believed(
+    name: str, factor: int, precision: Precision, tmp_path: Path, opened: Opened
+) -> None:
+    folder = save(tmp_path, "llama", hidden_size=64, intermediate_size=96)
+    halved(folder)
+    opened(precision, torch.bfloat16)
+    path = kept_in(tmp_path) / "model.json"
+    whole = path.read_text(encoding="utf-8")
+    page = json.loads(whole)
+    for linear in (page["fused"]["head"], page["fused"]["layers"][1]["up"]):
+        was = linear[name]
+        linear[name] = was * factor
+        path.write_text(json.dumps(page), encoding="utf-8")
+        assert opened(precision, torch.bfloat16).is_fused
+        assert path.read_text(encoding="utf-8") == whole, "packed anew"
+        linear[name] = was
+
+
+def test_tensors_that_are_not_in_the_file_are_not_believed(tmp_path: Path, opened: Opened) -> None:
+    save(tmp_path, "llama")
+    opened()
+    path = kept_in(tmp_path) / "model.json"
+    whole = path.read_text(encoding="utf-8")
+    for offset in (-64, 32, 1 << 40):
+        page = json.loads(whole)
+        page["fused"]["embedding"][2] = offset
+        path.write_text(json.dumps(page), encoding="utf-8")
+        assert isinstance(opened(), PackedModel)
+        assert path.read_text(encoding="utf-8") == whole, "packed anew"
+
+
+def test_a_cache_that_can_only_be_read_is_used(
+    tmp_path: Path, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, "llama")
+    opened()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(serving.FileLock, "acquire", refuse)
+    monkeypatch.setattr(os, "utime", refuse)
+    assert isinstance(opened(), PackedModel)
 
 
 def test_it_is_served_where_nothing_can_be_kept(tmp_path: Path, opened: Opened) -> None:
