@@ -150,7 +150,7 @@ async def test_it_steps_back_for_nobody_whom_it_could_keep_waiting(
         return compute(*given, **named)
 
     monkeypatch.setattr(model.module, "forward", noted)
-    many = {"method": "prad-prefix", "config": {"virtual_tokens": 60}}
-    await probe(model, random_artefact(tmp_path / "a", model, 3, **many))
+    many = {"virtual_tokens": 60}
+    await probe(model, random_artefact(tmp_path / "a", model, 3, method="prad-prompt", config=many))
     assert seen
     assert set(seen) == {(True, os.getpriority(os.PRIO_PROCESS, 0))}
