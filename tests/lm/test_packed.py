@@ -1,22 +1,25 @@
 """A packed model on disk: the same model to the bit, opened without what made it, and never a stale one."""
 
 import errno
+import gc
 import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from filelock import FileLock
 from tiny import SIZES, packed_logits, save_random, some_ids
 
 from prad.adapters.method import FrozenModel
-from prad.lm import LanguageModel, Tokenizer, UnsupportedModelError, placements, projection, serving
+from prad.lm import LanguageModel, Tokenizer, UnsupportedModelError, placements, projection
 from prad.lm.errors import ModelNotFoundError
 from prad.lm.kernels import Kernels, Precision
 from prad.lm.kv import Pools
@@ -271,7 +274,7 @@ def test_a_cache_that_can_only_be_read_is_used(
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(serving.FileLock, "acquire", refuse)
+    monkeypatch.setattr(FileLock, "acquire", refuse)
     monkeypatch.setattr(os, "utime", refuse)
     assert isinstance(opened(), PackedModel)
 
@@ -289,7 +292,59 @@ def test_a_family_that_is_not_packed(tmp_path: Path, opened: Opened) -> None:
     model = opened()
     assert not isinstance(model, PackedModel)
     assert not model.is_fused
-    assert [path.suffix for path in (tmp_path / "cache" / "packed").iterdir()] == [".lock"]
+    assert (kept_in(tmp_path) / "weights.bin").stat().st_size == 0
+    with FileLock(f"{kept_in(tmp_path)}.lock"):
+        assert not opened().is_fused, "who loads it next waits for nobody"
+    shutil.rmtree(tmp_path / "model")
+    save(tmp_path, "llama")
+    assert isinstance(opened(), PackedModel), "that was another model"
+
+
+@pytest.mark.parametrize("others", ["none", "mapped", "being packed"])
+def test_packed_models_that_were_not_used_for_longest_go(
+    others: str, tmp_path: Path, opened: Opened, kernels: Kernels
+) -> None:
+    folder = save(tmp_path, "llama")
+    kept = tmp_path / "cache" / "packed"
+    size = 0
+    for name, used in (("a", 3), ("b", 1), ("c", 2)):
+        copy = tmp_path / name
+        shutil.copytree(folder, copy)
+        accelerated(copy, tmp_path / "cache", torch.float32, kernels, "full")
+        (its,) = kept.glob(f"{name}-*[!k]")
+        os.utime(its, (used, used))
+        size = (its / "weights.bin").stat().st_size
+    oldest = next(kept.glob("b-*[!k]"))
+    (kept / f"{oldest.name}.partial").mkdir()  # a killed process's
+    serves = accelerated(tmp_path / "b", tmp_path / "cache", torch.float32, kernels, "full")
+    os.utime(oldest, (1, 1))
+    if others != "mapped":
+        del serves
+        gc.collect()
+    with FileLock(f"{oldest}.lock") if others == "being packed" else nullcontext():
+        opened_with = accelerated(folder, tmp_path / "cache", torch.float32, kernels, "full", 2 * size)
+    assert isinstance(opened_with, PackedModel)
+    there = {path.name.partition("-")[0] for path in kept.iterdir() if path.is_dir()}
+    assert there == ({"a", "c", "model"} if others == "none" else {"a", "b", "model"})
+    assert (kept / f"{oldest.name}.partial").exists() == (others == "being packed")
+    accelerated(folder, tmp_path / "cache", torch.float32, kernels, "full", 0)
+    there = {path.name.partition("-")[0] for path in kept.iterdir() if path.is_dir()}
+    assert there == ({"model", "b"} if others == "mapped" else {"model"}), "the one in use stays"
+
+
+def test_weights_of_another_page_are_not_served(tmp_path: Path, opened: Opened) -> None:
+    """As if they were written between a reader's look at the page and at them, which takes no lock."""
+    save(tmp_path, "llama")
+    expected = packed_logits(opened(), SEQUENCES)
+    page = (kept_in(tmp_path) / "model.json").read_bytes()
+    key = json.loads(page)["key"].encode()
+    file = kept_in(tmp_path) / "weights.bin"
+    assert file.read_bytes()[:64] == key
+    with file.open("r+b") as other:
+        other.write(bytes(64))
+    model = opened()
+    assert all(map(torch.equal, packed_logits(model, SEQUENCES), expected))
+    assert file.read_bytes()[:64] == key, "packed anew"
 
 
 def test_a_start_imports_no_models_of_transformers(
