@@ -96,4 +96,6 @@ def require_own(path: Path) -> None:
     OSError."""
     found = path.stat()
     if found.st_uid not in (0, os.getuid()) or found.st_mode & 0o022:
-        raise PermissionError(f"{path} can be written by other users of this machine")
+        raise PermissionError(
+            f"{path} can be written by other users of this machine: chmod go-w, or remove it"
+        )
