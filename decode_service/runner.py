@@ -53,6 +53,7 @@ def load(settings: DecodeSettings) -> LanguageModel:
         kernels=settings.kernels,
         weights=settings.weights,
         kept_bytes=settings.kernel_cache_mib << 20,
+        packed_bytes=settings.packed_cache_mib << 20,
     ).model
 
 

@@ -33,6 +33,9 @@ class DecodeSettings(ServiceSettings):
     """Where converted models are kept."""
     kernel_cache_mib: Annotated[int, Field(ge=0)] = 64
     """Disk for kernels compiled for other sources or processors; least recently used ones leave first."""
+    packed_cache_mib: Annotated[int, Field(ge=0)] = 8192
+    """Disk for packed models beside the one that is served; least recently used ones leave first, those that
+    a process serves stay."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """What the model computes in; prefill must use the same."""
     device: str = "cpu"

@@ -2,8 +2,8 @@
 and not the plain model's.
 
 One version at a time, in one thread that steps back for whoever else computes on these cores (Linux), beside
-prompt passes. Where torch computes the model there is one pass at a time: the probe takes its turn among them
-with all threads, and steps back for none, since prompts would wait for it.
+prompt passes. Where torch computes the model, or its passes of many rows, there is one pass at a time: the
+probe takes its turn among them with all threads, and steps back for none, since prompts would wait for it.
 """
 
 import asyncio
@@ -41,7 +41,7 @@ class Prober:
             max_workers=1,
             thread_name_prefix="probe",
             initializer=step_back,
-            initargs=(_NICE if model.is_fused else 0,),
+            initargs=(0 if self._model is model else _NICE,),
         )
 
     def close(self) -> None:

@@ -63,6 +63,7 @@ def run(settings: PrefillSettings) -> None:
         device=settings.device,
         kernels=settings.kernels,
         kept_bytes=settings.kernel_cache_mib << 20,
+        packed_bytes=settings.packed_cache_mib << 20,
     )
     info = ModelInfo(model.fingerprint.digest, model.max_context, model.vocab_size, model.stop_ids(folder))
     asyncio.run(

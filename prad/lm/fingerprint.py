@@ -60,7 +60,7 @@ def weights_digest(folder: Path) -> str:
         try:
             with safe_open(file, framework="pt") as opened:
                 where.update(dict.fromkeys(opened.keys(), file))
-        except SafetensorError as error:
+        except (OSError, SafetensorError) as error:  # a link to nothing is none either
             raise ModelNotFoundError(f"{file} is not a whole safetensors file: {error}") from error
     digest = hashlib.sha256()
     for name in sorted(where):

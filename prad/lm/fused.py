@@ -104,9 +104,14 @@ class FusedModel:
 
     def computes(self, rows: int) -> bool:
         """Whether the kernels are the faster way for so many rows."""
+        return rows <= _FEW_ROWS or self.computes_any
+
+    @property
+    def computes_any(self) -> bool:
+        """Whether they are for any number of rows; if not, torch computes passes of many."""
         if self.precision != "full":
             return True  # the generic forward has other weights
-        return rows <= _FEW_ROWS or self.kernels.supports(self.embedding.dtype)
+        return self.kernels.supports(self.embedding.dtype)
 
     def forward(self, batch: PackedBatch, adaptation: Adaptation | None) -> Tensor:
         """Logits float32 [R, vocab] of `batch.logit_rows`."""

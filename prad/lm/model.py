@@ -60,7 +60,7 @@ class LanguageModel:
         self.kernels: Kernels | None = None
         self._fused: FusedModel | None = None
         self._one_pass = threading.Lock()
-        self._one_fused_pass = self._one_pass
+        self._one_fused_pass = threading.Lock()
 
     @classmethod
     def load(
@@ -102,8 +102,9 @@ class LanguageModel:
 
     def beside(self, threads: int) -> "LanguageModel":
         """The same weights, computed by so many threads of its own beside passes of this one. Itself where
-        torch computes: taps are in its modules, so that there is one pass at a time."""
-        if self._fused is None or self.kernels is None:
+        torch computes, be it only passes of many rows: taps are in its modules, so that there is one pass at
+        a time."""
+        if self._fused is None or self.kernels is None or not self._fused.computes_any:
             return self
         other = copy.copy(self)
         other.kernels = self.kernels.beside(threads)
@@ -162,8 +163,9 @@ class LanguageModel:
     def forward(self, batch: PackedBatch, adaptation: Adaptation | None = None) -> Tensor:
         """Logits float32 [R, vocab] of `batch.logit_rows`; keys and values go to `batch.kv`.
 
-        One pass at a time: a second thread waits, so that taps never meet another pass's rows. Raises
-        MissingSiteError if `adaptation` wants a site that the family does not have.
+        One pass of torch's at a time, and one of the kernels': a second thread waits, so that taps never meet
+        another pass's rows. Raises MissingSiteError if `adaptation` wants a site that the family does not
+        have.
         """
         batch = replace(batch, kv=TappedKV.of(batch.kv, adaptation))
         if self._fused is not None and not torch.is_grad_enabled() and self._fused.computes(len(batch.ids)):

@@ -4,6 +4,7 @@ The first process that loads a model writes them, every later one starts without
 neither the model's code nor its own weights, until somebody asks for `module`.
 """
 
+import fcntl
 import hashlib
 import json
 import mmap
@@ -27,24 +28,33 @@ from prad.lm.families import Site
 from prad.lm.fingerprint import Fingerprint
 from prad.lm.fused import FusedModel, Layer, Norm, Rotary, Shape
 from prad.lm.kernels import Activation, Kernels, PackedLinear, Precision
+from prad.lm.kernels.build import require_own
 from prad.lm.kv import dtype_name, torch_dtype
 from prad.lm.model import LanguageModel
 
 _LINE = 64
 _AT_ONCE = 32 << 20  # bytes of one write: large ones end up in large pages
 _POPULATE_READ = 22  # Linux's MADV_POPULATE_READ, which has no name in Python
-_PAGE, _WEIGHTS = "model.json", "weights.bin"
+_PAGE, WEIGHTS = "model.json", "weights.bin"
+PARTIAL = ".partial"  # behind the name of a folder that is being written
 
 Page = dict[str, Any]
 """What is known of a packed model beside its tensors; a tensor stands in it as [dtype, shape, offset]."""
 
 
 def key_of(folder: Path, dtype: torch.dtype, precision: Precision) -> str:
-    """Changes with whatever a packed model depends on: the files of `folder` (as the file system tells
-    changed ones), how they are loaded, the code that packs them."""
-    said = hashlib.sha256(f"{dtype} {precision} {version('transformers')} {torch.__version__}".encode())
+    """Changes with whatever a packed model depends on: the files of `folder`, how they are loaded, the code
+    that packs them. Raises OSError."""
+    loaded = f"{dtype} {precision} {version('transformers')} {torch.__version__}"
+    said = hashlib.sha256(f"{files_of(folder)} {loaded}".encode())
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         said.update(path.read_bytes())
+    return said.hexdigest()
+
+
+def files_of(folder: Path) -> str:
+    """Changes with a model's files, as the file system tells changed ones. Raises OSError."""
+    said = hashlib.sha256()
     for path in (
         *sorted(folder.glob("*.safetensors")),
         *sorted(folder.glob("blocks/*")),
@@ -55,45 +65,78 @@ def key_of(folder: Path, dtype: torch.dtype, precision: Precision) -> str:
     return said.hexdigest()
 
 
-def write_packed(model: LanguageModel, source: Path, key: str, folder: Path) -> bool:
-    """Writes a fused model, which was loaded from `source`, to `folder`, whole or not at all; False if its
-    files hold its weights in another form than it does, so that they cannot stand for its `module`."""
-    fused = model.fused
-    if fused is None or (stored := _stored_names(model.module, source)) is None:
-        return False
-    partial = folder.with_name(folder.name + ".partial")
+def write_packed(model: LanguageModel, source: Path, key: str, folder: Path) -> None:
+    """Writes a model, loaded from `source` when that had this key, to `folder`, whole or not at all.
+
+    Only a page if it cannot be kept: it is not fused, or its files hold its weights in another form than it
+    does, or are others by now, so that they cannot stand for its `module`.
+    """
+    partial = folder.with_name(folder.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial.mkdir(mode=0o700)
     try:
-        with (partial / _WEIGHTS).open("wb", buffering=_AT_ONCE) as file:
-            page = {
-                "key": key,
-                "config": _settings(model.config),
-                "fingerprint": asdict(model.fingerprint),
-                "max_context": model.max_context,
-                "state": {str(site): width for site, width in model.state_widths.items()},
-                "modules": {name: _kind(each) for name, each in model.module.named_modules() if name},
-                "parameters": stored,
-                "embedding": _name_of(model.module, model.module.get_input_embeddings()),  # type: ignore[operator]
-                "fused": _Writer(file).written(fused),
-                "size": file.tell(),
-            }
+        for name in (WEIGHTS, _PAGE):
+            (partial / name).touch(mode=0o600)  # whatever the umask: see `require_own`
+        page = {"key": key} | _written(model, source, key, partial / WEIGHTS)
         (partial / _PAGE).write_text(json.dumps(page, default=str), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return True
+
+
+def _written(model: LanguageModel, source: Path, key: str, weights: Path) -> Page:
+    """What the page says of a model that can be kept, whose tensors are now in the file; else nothing."""
+    fused = model.fused
+    if fused is None or (stored := _stored_names(model.module, source)) is None:
+        return {}
+    files = files_of(source)
+    if key_of(source, model.dtype, fused.precision) != key:
+        return {}
+    with weights.open("wb", buffering=_AT_ONCE) as file:
+        return {
+            "files": files,
+            "config": _settings(model.config),
+            "fingerprint": asdict(model.fingerprint),
+            "max_context": model.max_context,
+            "state": {str(site): width for site, width in model.state_widths.items()},
+            "modules": {name: _kind(each) for name, each in model.module.named_modules() if name},
+            "parameters": stored,
+            "embedding": _name_of(model.module, model.module.get_input_embeddings()),  # type: ignore[operator]
+            "fused": _Writer(file, key).written(fused),
+            "size": file.tell(),
+        }
 
 
 def read_packed(folder: Path, source: Path, key: str, kernels: Kernels) -> "PackedModel | None":
-    """The model that `write_packed` wrote under this key; None if there is none."""
+    """The model that `write_packed` wrote under this key; None if there is none, or not whole. Raises OSError
+    if it cannot be told, or somebody else may have written it."""
+    page = _page(folder, key)
     try:
-        page: Page = json.loads((folder / _PAGE).read_bytes())
-        if page["key"] != key or page["size"] != (folder / _WEIGHTS).stat().st_size:
+        if page is None or page["size"] != (folder / WEIGHTS).stat().st_size:
             return None
-        return PackedModel(page, _mapped(folder / _WEIGHTS), source, kernels)
-    except (OSError, ValueError):
+        weights = _mapped(folder / WEIGHTS)
+        if bytes(weights[:_LINE].numpy()) != key.encode():  # another page's, written between both
+            return None
+        return PackedModel(page, weights, source, kernels)
+    except (FileNotFoundError, ValueError, LookupError, TypeError):
+        return None
+
+
+def is_unkept(folder: Path, key: str) -> bool:
+    """Whether `write_packed` found, under this key, that the model cannot be kept. Raises OSError as
+    `read_packed` does."""
+    page = _page(folder, key)
+    return page is not None and "fused" not in page
+
+
+def _page(folder: Path, key: str) -> Page | None:
+    try:
+        for path in (folder.parent, folder, folder / _PAGE, folder / WEIGHTS):
+            require_own(path)
+        page = json.loads((folder / _PAGE).read_bytes())
+        return page if page["key"] == key else None
+    except (FileNotFoundError, ValueError, LookupError, TypeError):
         return None
 
 
@@ -121,7 +164,14 @@ class PackedModel(LanguageModel):
 
     @cached_property
     def frozen(self) -> nn.Module:
-        return _Frame(self._page, self.config, self._source)
+        weights = _tensors(self._source)
+        try:  # behind that: what is mapped now stays the same, whatever becomes of the folder
+            changed = files_of(self._source) != self._page["files"]
+        except OSError:
+            changed = True
+        if changed:
+            raise _changed(self._source)
+        return _Frame(self._page, self.config, weights)
 
     @property
     def state_widths(self) -> dict[Site, int]:
@@ -135,18 +185,23 @@ class PackedModel(LanguageModel):
     def _whole(self) -> LanguageModel:
         whole = LanguageModel.load(self._source, dtype=self.dtype)
         if whole.fingerprint != self.fingerprint:
-            raise ModelNotFoundError(f"{self._source} has changed since this process has started")
+            raise _changed(self._source)
         return whole
+
+
+def _changed(source: Path) -> ModelNotFoundError:
+    return ModelNotFoundError(
+        f"{source} has changed since this process has started, and is another model now: start it again"
+    )
 
 
 class _Frame(nn.Module):
     """transformers' modules by their names, with their weights, which are mapped, and nothing to compute."""
 
-    def __init__(self, page: Page, config: Any, source: Path) -> None:
+    def __init__(self, page: Page, config: Any, weights: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.config = config
         self._embedding = page["embedding"]
-        weights = _tensors(source)
         own: dict[str, dict[str, Tensor]] = {}
         for name, stored in page["parameters"].items():
             module, _, last = name.rpartition(".")
@@ -214,8 +269,10 @@ def _tensors(source: Path) -> dict[str, Tensor]:
 
 def _mapped(path: Path) -> Tensor:
     """uint8: the file's bytes, in memory that all who map it share; in huge pages where the system has them
-    for files."""
+    for files. Locked for sweeps as long as it is mapped."""
     with path.open("rb") as file:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         mapping = mmap.mmap(
             file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE
         )  # torch warns of memory that cannot be written to; nothing here is
@@ -226,9 +283,10 @@ def _mapped(path: Path) -> Tensor:
 
 
 class _Writer:
-    def __init__(self, file: Any) -> None:
+    def __init__(self, file: Any, key: str) -> None:
+        """key: the file's first line of memory, so that it is known to be its page's."""
         self._file = file
-        self._end = 0
+        self._end = file.write(key.encode())
 
     def written(self, value: Any) -> Any:
         """Tensors go to the file; what stands in their place, and everything else, as JSON has it."""
@@ -313,6 +371,8 @@ class _Reader:
         dtype, shape, offset = at
         kind: torch.dtype = getattr(torch, dtype)
         size = torch.Size(shape).numel() * kind.itemsize
+        if offset % _LINE or not 0 <= offset <= offset + size <= len(self._weights):
+            raise ValueError(f"there is no tensor {at} in {len(self._weights)} bytes")
         return self._weights[offset : offset + size].view(kind).view(shape)
 
     def _tensor(self, at: list[Any] | None) -> Tensor | None:

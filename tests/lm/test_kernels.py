@@ -221,6 +221,20 @@ def test_a_compiler_that_refuses_is_told(tmp_path: Path, monkeypatch: pytest.Mon
         load_kernels("native", tmp_path, "cpu")
 
 
+@pytest.mark.parametrize("whose", ["folder", "library"])
+def test_a_library_that_others_may_have_written_is_not_loaded(
+    whose: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = tmp_path / "cxx"
+    compiler.write_text('#!/bin/sh\nfor out; do :; done\necho library > "$out"\n', encoding="utf-8")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    kept = built(tmp_path)
+    (kept if whose == "library" else kept.parent).chmod(0o777)
+    with pytest.raises(BuildError, match="can be written by other users"):
+        built(tmp_path)
+
+
 def test_libraries_of_older_sources_go_least_recently_used_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

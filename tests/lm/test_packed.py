@@ -1,15 +1,21 @@
 """A packed model on disk: the same model to the bit, opened without what made it, and never a stale one."""
 
+import errno
+import gc
+import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from filelock import FileLock
 from tiny import SIZES, packed_logits, save_random, some_ids
 
 from prad.adapters.method import FrozenModel
@@ -46,6 +52,11 @@ def opened(tmp_path: Path, kernels: Kernels) -> Opened:
 def save(tmp_path: Path, family: str, **special: Any) -> Path:
     name, own = FAMILIES[family]
     return save_random(getattr(transformers, name)(**SIZES | own | special), tmp_path / "model")
+
+
+def kept_in(tmp_path: Path) -> Path:
+    (folder,) = (path for path in (tmp_path / "cache" / "packed").iterdir() if path.is_dir())
+    return folder
 
 
 def halved(folder: Path) -> None:
@@ -128,11 +139,58 @@ def test_another_models_files_are_never_served_by_it(tmp_path: Path, opened: Ope
     assert all(map(torch.equal, packed_logits(kept, SEQUENCES), packed_logits(before, SEQUENCES)))
 
 
+@pytest.mark.parametrize("then", ["other weights", "another model", "gone"])
+def test_adapters_look_up_no_other_models_weights(then: str, tmp_path: Path, opened: Opened) -> None:
+    folder = save(tmp_path, "llama")
+    opened()
+    used, kept = opened(), opened()
+    weight = "model.layers.0.self_attn.q_proj.weight"
+    before = used.frozen.get_parameter(weight).clone()
+    shutil.rmtree(folder)
+    if then == "other weights":
+        save(tmp_path, "llama", initializer_range=0.5)
+    if then == "another model":
+        save(tmp_path, "gpt2")
+    assert torch.equal(used.frozen.get_parameter(weight), before), "they were mapped before"
+    with pytest.raises(ModelNotFoundError, match=r"has changed since .* start it again"):
+        _ = kept.frozen
+
+
+def test_what_changes_while_it_is_packed_is_not_kept(
+    tmp_path: Path, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save(tmp_path, "llama")
+    accelerate = LanguageModel.accelerate
+
+    def meanwhile(model: LanguageModel, *given: Any) -> None:
+        accelerate(model, *given)
+        (folder / "config.json").touch()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LanguageModel, "accelerate", meanwhile)
+        assert not isinstance(opened(), PackedModel)
+    assert isinstance(opened(), PackedModel)
+
+
+@pytest.mark.parametrize("lacking", ["config", "weights", "both", "a link's end"])
+def test_a_folder_without_a_model_is_called_so(lacking: str, tmp_path: Path, opened: Opened) -> None:
+    folder = save(tmp_path, "llama")
+    (weights,) = folder.glob("*.safetensors")
+    for path in {"config": [folder / "config.json"], "both": [folder / "config.json", weights]}.get(
+        lacking, [weights]
+    ):
+        path.unlink()
+    if lacking == "a link's end":
+        weights.symlink_to(tmp_path / "nothing")
+    with pytest.raises(ModelNotFoundError, match=str(folder)):
+        opened()
+
+
 @pytest.mark.parametrize("damage", ["page", "weights", "neither"])
 def test_what_is_not_whole_is_packed_anew(damage: str, tmp_path: Path, opened: Opened) -> None:
     save(tmp_path, "llama")
     expected = packed_logits(opened(), SEQUENCES)
-    (folder,) = (path for path in (tmp_path / "cache" / "packed").iterdir() if path.is_dir())
+    folder = kept_in(tmp_path)
     if damage == "page":
         (folder / "model.json").write_text("{", encoding="utf-8")
     if damage == "weights":
@@ -140,6 +198,85 @@ def test_what_is_not_whole_is_packed_anew(damage: str, tmp_path: Path, opened: O
     model = opened()
     assert isinstance(model, PackedModel)
     assert all(map(torch.equal, packed_logits(model, SEQUENCES), expected))
+
+
+@pytest.mark.parametrize("what", ["packed", "folder", "model.json", "weights.bin"])
+@pytest.mark.parametrize("how", ["mode", "owner"])
+def test_what_others_may_have_written_is_not_served(
+    what: str, how: str, tmp_path: Path, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, "llama")
+    expected = packed_logits(opened(), SEQUENCES)
+    folder = kept_in(tmp_path)
+    path = {"packed": folder.parent, "folder": folder}.get(what, folder / what)
+    if how == "mode":
+        path.chmod(path.stat().st_mode | 0o020)
+    else:
+        found, its = Path.stat, path.stat()
+        theirs = os.stat_result((*its[:4], os.getuid() + 1, *its[5:]))
+        monkeypatch.setattr(Path, "stat", lambda self, **how: theirs if self == path else found(self, **how))
+    model = opened()
+    assert not isinstance(model, PackedModel)
+    assert all(map(torch.equal, packed_logits(model, SEQUENCES), expected))
+
+
+def test_what_is_kept_is_ours_whatever_the_umask(tmp_path: Path, opened: Opened) -> None:
+    save(tmp_path, "llama")
+    before = os.umask(0)
+    try:
+        assert isinstance(opened(), PackedModel)
+    finally:
+        os.umask(before)
+    folder = kept_in(tmp_path)
+    for path in (folder.parent, folder, *folder.iterdir()):
+        assert not path.stat().st_mode & 0o077
+
+
+@pytest.mark.parametrize("precision", ["full", "int8", "int4"])
+@pytest.mark.parametrize(("name", "factor"), [("out_features", 1 << 12), ("in_features", 2), ("weights", 0)])
+def test_sizes_that_the_weights_do_not_have_are_not_believed(
+    name: str, factor: int, precision: Precision, tmp_path: Path, opened: Opened
+) -> None:
+    folder = save(tmp_path, "llama", hidden_size=64, intermediate_size=96)
+    halved(folder)
+    opened(precision, torch.bfloat16)
+    path = kept_in(tmp_path) / "model.json"
+    whole = path.read_text(encoding="utf-8")
+    page = json.loads(whole)
+    for linear in (page["fused"]["head"], page["fused"]["layers"][1]["up"]):
+        was = linear[name]
+        linear[name] = was * factor
+        path.write_text(json.dumps(page), encoding="utf-8")
+        assert opened(precision, torch.bfloat16).is_fused
+        assert path.read_text(encoding="utf-8") == whole, "packed anew"
+        linear[name] = was
+
+
+def test_tensors_that_are_not_in_the_file_are_not_believed(tmp_path: Path, opened: Opened) -> None:
+    save(tmp_path, "llama")
+    opened()
+    path = kept_in(tmp_path) / "model.json"
+    whole = path.read_text(encoding="utf-8")
+    for offset in (-64, 32, 1 << 40):
+        page = json.loads(whole)
+        page["fused"]["embedding"][2] = offset
+        path.write_text(json.dumps(page), encoding="utf-8")
+        assert isinstance(opened(), PackedModel)
+        assert path.read_text(encoding="utf-8") == whole, "packed anew"
+
+
+def test_a_cache_that_can_only_be_read_is_used(
+    tmp_path: Path, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, "llama")
+    opened()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    monkeypatch.setattr(os, "utime", refuse)
+    assert isinstance(opened(), PackedModel)
 
 
 def test_it_is_served_where_nothing_can_be_kept(tmp_path: Path, opened: Opened) -> None:
@@ -155,7 +292,59 @@ def test_a_family_that_is_not_packed(tmp_path: Path, opened: Opened) -> None:
     model = opened()
     assert not isinstance(model, PackedModel)
     assert not model.is_fused
-    assert [path.suffix for path in (tmp_path / "cache" / "packed").iterdir()] == [".lock"]
+    assert (kept_in(tmp_path) / "weights.bin").stat().st_size == 0
+    with FileLock(f"{kept_in(tmp_path)}.lock"):
+        assert not opened().is_fused, "who loads it next waits for nobody"
+    shutil.rmtree(tmp_path / "model")
+    save(tmp_path, "llama")
+    assert isinstance(opened(), PackedModel), "that was another model"
+
+
+@pytest.mark.parametrize("others", ["none", "mapped", "being packed"])
+def test_packed_models_that_were_not_used_for_longest_go(
+    others: str, tmp_path: Path, opened: Opened, kernels: Kernels
+) -> None:
+    folder = save(tmp_path, "llama")
+    kept = tmp_path / "cache" / "packed"
+    size = 0
+    for name, used in (("a", 3), ("b", 1), ("c", 2)):
+        copy = tmp_path / name
+        shutil.copytree(folder, copy)
+        accelerated(copy, tmp_path / "cache", torch.float32, kernels, "full")
+        (its,) = kept.glob(f"{name}-*[!k]")
+        os.utime(its, (used, used))
+        size = (its / "weights.bin").stat().st_size
+    oldest = next(kept.glob("b-*[!k]"))
+    (kept / f"{oldest.name}.partial").mkdir()  # a killed process's
+    serves = accelerated(tmp_path / "b", tmp_path / "cache", torch.float32, kernels, "full")
+    os.utime(oldest, (1, 1))
+    if others != "mapped":
+        del serves
+        gc.collect()
+    with FileLock(f"{oldest}.lock") if others == "being packed" else nullcontext():
+        opened_with = accelerated(folder, tmp_path / "cache", torch.float32, kernels, "full", 2 * size)
+    assert isinstance(opened_with, PackedModel)
+    there = {path.name.partition("-")[0] for path in kept.iterdir() if path.is_dir()}
+    assert there == ({"a", "c", "model"} if others == "none" else {"a", "b", "model"})
+    assert (kept / f"{oldest.name}.partial").exists() == (others == "being packed")
+    accelerated(folder, tmp_path / "cache", torch.float32, kernels, "full", 0)
+    there = {path.name.partition("-")[0] for path in kept.iterdir() if path.is_dir()}
+    assert there == ({"model", "b"} if others == "mapped" else {"model"}), "the one in use stays"
+
+
+def test_weights_of_another_page_are_not_served(tmp_path: Path, opened: Opened) -> None:
+    """As if they were written between a reader's look at the page and at them, which takes no lock."""
+    save(tmp_path, "llama")
+    expected = packed_logits(opened(), SEQUENCES)
+    page = (kept_in(tmp_path) / "model.json").read_bytes()
+    key = json.loads(page)["key"].encode()
+    file = kept_in(tmp_path) / "weights.bin"
+    assert file.read_bytes()[:64] == key
+    with file.open("r+b") as other:
+        other.write(bytes(64))
+    model = opened()
+    assert all(map(torch.equal, packed_logits(model, SEQUENCES), expected))
+    assert file.read_bytes()[:64] == key, "packed anew"
 
 
 def test_a_start_imports_no_models_of_transformers(

@@ -130,5 +130,27 @@ async def test_it_waits_for_no_prompt_pass(
 ) -> None:
     model = LanguageModel.load(tiny_model("llama"), dtype=torch.float32)
     model.accelerate(kernels)
-    with model._one_pass:
+    with model._one_pass, model._one_fused_pass:
         await probe(model, random_artefact(tmp_path / "a", model, 3))
+
+
+async def test_it_steps_back_for_nobody_whom_it_could_keep_waiting(
+    tiny_model: Callable[[str], Path], kernels: Kernels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU where torch computes passes of many rows, which a pushed version can make of a probe."""
+    monkeypatch.setattr(Kernels, "supports", lambda *_: False)
+    model = LanguageModel.load(tiny_model("llama"), dtype=torch.float32)
+    model.accelerate(kernels)
+    seen: list[tuple[bool, int]] = []
+    compute = model.module.forward
+
+    def noted(*given: Any, **named: Any) -> Any:
+        nice = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+        seen.append((model._one_pass.locked(), nice))
+        return compute(*given, **named)
+
+    monkeypatch.setattr(model.module, "forward", noted)
+    many = {"virtual_tokens": 60}
+    await probe(model, random_artefact(tmp_path / "a", model, 3, method="prad-prompt", config=many))
+    assert seen
+    assert set(seen) == {(True, os.getpriority(os.PRIO_PROCESS, 0))}

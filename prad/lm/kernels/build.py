@@ -55,9 +55,9 @@ def built(cache_dir: Path, kept_bytes: int = DEFAULT_KEPT_BYTES) -> Path:
     library = cache_dir.expanduser() / "kernels" / f"{known.hexdigest()[:16]}.so"
     try:
         library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _require_own(library.parent)
+        require_own(library.parent)
         if library.exists():
-            _require_own(library)
+            require_own(library)
         else:
             _built_once(library, flags)
         _sweep(library, kept_bytes)
@@ -96,8 +96,11 @@ def _sweep(used: Path, kept_bytes: int) -> None:
                 left -= found.st_size
 
 
-def _require_own(path: Path) -> None:
-    """What is loaded is executed: nobody else may have written it."""
+def require_own(path: Path) -> None:
+    """What is loaded is executed, or decides what a model says: nobody else may have written it. Raises
+    OSError."""
     found = path.stat()
     if found.st_uid not in (0, os.getuid()) or found.st_mode & 0o022:
-        raise BuildError(f"{path} can be written by other users of this machine")
+        raise PermissionError(
+            f"{path} can be written by other users of this machine: chmod go-w, or remove it"
+        )

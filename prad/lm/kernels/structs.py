@@ -145,10 +145,29 @@ class PackedLinear:
         kind: int,
         paired: bool,
     ) -> "PackedLinear":
-        """Of tensors as the kernels read them, where they lie."""
+        """Of tensors as the kernels read them, where they lie. Raises ValueError if they are not as large as
+        such a layer's."""
+        columns, size = _size(in_features, out_features, kind, paired)
+        beside = [x for x in (scales, offsets, bias) if x is not None]
+        if panels.nbytes != size or any(x.nbytes != 4 * columns for x in beside):
+            raise ValueError(f"these are no weights of kind {kind} of [{out_features}, {in_features}]")
+        if (scales is not None, offsets is not None) != 2 * (kind == _KINDS[torch.int8],):
+            raise ValueError("8 bits have scales and offsets, and nothing else has")
         places = (None if x is None else x.data_ptr() for x in (panels, scales, offsets, bias))
         struct = LinearStruct(*places, in_features, out_features, kind, paired)
         return cls(panels, scales, offsets, bias, struct)
+
+
+def _size(in_features: int, out_features: int, kind: int, paired: bool) -> tuple[int, int]:
+    """The columns of a layer's panels, and the bytes of all of these."""
+    parts = 2 if paired else 1
+    columns = parts * -(-out_features // parts // COLUMNS) * COLUMNS
+    if kind == _KINDS[torch.int8]:
+        return columns, columns * -(-in_features // _TURNED) * _TURNED
+    if kind in _BLOCK_KINDS.values():  # a block of 4 bits has a scale and a least number, one of 8 a scale
+        block = INPUTS // 2 + 4 if kind == _BLOCK_KINDS[4] else INPUTS + 2
+        return columns, columns * in_features // INPUTS * block
+    return columns, columns * in_features * (4 if kind == _KINDS[torch.float32] else 2)
 
 
 def can_pack(weights: Sequence[Tensor], precision: Precision) -> bool:
