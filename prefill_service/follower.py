@@ -257,16 +257,18 @@ class RegistryFollower:
 
     def _routing(self, route: TaskRoute, versions: Mapping[int, TaskVersion], foreign: Set[int]) -> Routing:
         """The task's, if all that it names for this model can be had here; else the one before, if that is so
-        of it."""
-
-        def had(routing: Routing) -> bool:
-            of_others = bool(routing.split) and routing.split.keys() <= foreign
-            return not of_others and routing.named - foreign <= versions.keys()
-
+        of it, or the task's would take away more than it brings."""
         now, before = route.routing.where(foreign), self._routings.get(route.task)
-        if before is None or not before.named or had(now):
+        if before is None or not before.named or not (lacking := _lacking(now, versions.keys(), foreign)):
             return now
-        return before if had(before) else now
+        lacked = _lacking(before, versions.keys(), foreign)
+        if not lacked:
+            return before
+        taken = (lacking - lacked) & {None, *before.aliases}
+        brought = (lacked - lacking) & {None, *now.aliases}
+        answering = {version.version for version in route.versions if version.state.answers}
+        keeps = (None in taken or not brought) and before.named - foreign <= answering
+        return before if taken and keeps else now
 
     def _foreign_to(self, version: VersionRoute) -> str:
         """Why a version is not for the model that is served here, if so."""
@@ -292,3 +294,12 @@ class RegistryFollower:
                 elif version.version in routings[route.task].split:
                     meant[name] = why
         return {name: why for _, name, why in sorted(pushed, reverse=True)} | meant
+
+
+def _lacking(routing: Routing, here: Set[int], foreign: Set[int]) -> Set[str | None]:
+    """The names, None for plain `task`, that mean something for this model that is not here; plain `task`
+    also if it means nothing for this model."""
+    names = {name for name, number in routing.aliases.items() if number not in foreign and number not in here}
+    split = routing.split.keys()
+    plain = bool(split - foreign - here) or (bool(split) and split <= foreign)
+    return names | ({None} if plain else set[None]())

@@ -13,7 +13,7 @@ from prefill_service import follower as module
 from prefill_service.catalogue import TaskCatalogue
 from prefill_service.errors import NotReadyError, OverloadedError, UnknownModelError
 from prefill_service.prompt import TaskVersion
-from tests.prefill.following import digest
+from tests.prefill.following import digest, routed
 from tests.prefill.live_registry import LiveRegistry, following, tasks, until, wanted
 
 
@@ -175,3 +175,52 @@ async def test_as_many_wait_as_may_and_as_long() -> None:
         registry.let("t07@1")
         await until(lambda: catalogue.fetching == 19)
         assert (await wanted(catalogue, "t07")).digest == digest(701), "though nobody waits any more"
+
+
+def started(revision: int, split: int, old: int, **aliases: int) -> RoutingState:
+    """One task of four versions that answer, t@old among its names."""
+    versions = dict.fromkeys(("v1", "v2", "v3", "v4"), State.ROUTABLE)
+    return routed(revision, {split: 100}, versions, aliases={"old": old, **aliases})
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+@pytest.mark.parametrize(
+    ("promoted", "here", "name"),
+    [
+        (started(2, 2, 3), "t@1", None),
+        (started(2, 2, 1), "t@1", None),  # though it would bring t@old
+        (started(2, 1, 3, canary=2), "t@4", "canary"),
+    ],
+)
+async def test_a_promotion_during_a_start_takes_away_nothing_that_answers(
+    promoted: RoutingState, here: str, name: str | None, damaged: bool
+) -> None:
+    registry = LiveRegistry(started(1, 1, 3, canary=4))
+    if damaged:
+        registry.wrong["t@2"] = StoredFilesDamagedError("damaged")
+        registry.let("t@2")
+    registry.let(here)
+    number = int(here[2:])
+    async with following(registry) as catalogue:
+        await until(lambda: here in registry.fetched and catalogue.fetching == 3 - damaged)
+        assert catalogue.resolve("t", name)[0].version == number
+        registry.tell(promoted)
+        await until(lambda: (2, "") in registry.asked)
+        assert catalogue.resolve("t", name)[0].version == number, "nobody waits for a promotion"
+        assert registry.progress.in_force < 2
+        registry.wrong.clear()
+        registry.let("t@1", "t@2", "t@3", "t@4")
+        await until(lambda: registry.progress == Progress(2, 0, []))
+        now = catalogue.resolve("t", name)[0].version
+        assert now == (promoted.tasks[0].routing.aliases[name] if name else 2)
+
+
+async def test_a_promotion_that_brings_plain_requests_an_answer_is_in_force_at_once() -> None:
+    registry = LiveRegistry(started(1, 2, 3, canary=4))
+    registry.wrong["t@2"] = StoredFilesDamagedError("damaged")
+    registry.let("t@1", "t@2", "t@4")
+    async with following(registry) as catalogue:
+        await until(lambda: catalogue.fetching == 1)
+        registry.tell(started(2, 1, 3, canary=3))
+        await until(lambda: (2, "") in registry.asked)
+        assert catalogue.resolve("t", None)[0].version == 1, "though t@canary waits for it"
