@@ -1,7 +1,7 @@
 """Children that end are started again, each by itself, while the others go on serving."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import NoReturn
 
@@ -9,7 +9,7 @@ from local_stack.stack import Service, Stack, StackError
 
 MOST_ENDS = 5
 """So many ends of a child without having been ready in between, and the stack gives up."""
-_FIRST_DELAY_S = 1.0
+_FIRST_DELAY_S, _LONGEST_DELAY_S = 1.0, 30.0
 _POLL_S = 0.2
 
 
@@ -17,9 +17,11 @@ _POLL_S = 0.2
 class Restarts:
     """When a child that ended may start again: policy alone, times in seconds of any clock.
 
-    `ends`: since it was ready last. Between two ends the delay doubles.
+    `most`: ends without having been ready in between after which it is given up; None: never. `ends`: since
+    it was ready last. Between two ends the delay doubles, up to half a minute.
     """
 
+    most: int | None = MOST_ENDS
     ends: int = 0
     _start_at: float | None = field(default=None, init=False)
 
@@ -36,9 +38,10 @@ class Restarts:
     def ended(self, now: float) -> float | None:
         """Notes an end. The delay before the next start, or None: it is not to be started again."""
         self.ends += 1
-        if self.ends >= MOST_ENDS:
+        if self.ends == self.most:
             return None
-        delay = _FIRST_DELAY_S * 2.0 ** (self.ends - 1)
+        doubled = min(self.ends - 1, 10)  # whoever ends for ever
+        delay = min(_FIRST_DELAY_S * 2.0**doubled, _LONGEST_DELAY_S)
         self._start_at = now + delay
         return delay
 
@@ -56,18 +59,23 @@ class Supervisor:
     """Watches a stack that was ready once.
 
     `ready`: by a child's name, whether it serves; asked after it was started again. `say` tells a person.
+    `missed_by_none`: without which the others go on; such a one is never given up.
     """
 
     def __init__(
-        self, stack: Stack, ready: Mapping[str, Callable[[], bool]], say: Callable[[str], None]
+        self,
+        stack: Stack,
+        ready: Mapping[str, Callable[[], bool]],
+        say: Callable[[str], None],
+        missed_by_none: Collection[str] = (),
     ) -> None:
         self._stack = stack
         self._ready = ready
         self._say = say
-        self._restarts = {name: Restarts() for name in ready}
+        self._restarts = {name: Restarts(None if name in missed_by_none else MOST_ENDS) for name in ready}
 
     def run(self) -> NoReturn:
-        """Goes on until interrupted. Raises StackError when a child keeps ending."""
+        """Goes on until interrupted. Raises StackError when a child keeps ending that the others need."""
         while True:
             for service in self._stack.services:
                 self._look_after(service, self._restarts[service.name])

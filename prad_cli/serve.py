@@ -1,7 +1,7 @@
 """`prad serve`: registry, decode and prefill on this machine, and what to type next."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -203,7 +203,8 @@ def _run(flags: Mapping[str, list[str]], here: "_Here", console: "Console") -> N
             "decode": lambda: answers(here.at.decode_metrics),
             "prefill": lambda: answers(f"{here.at.api}/ready"),
         }
-        Supervisor(stack, ready, partial(_say_when, console)).run()
+        # replicas go on with what they have while the registry is away, whatever it waits for
+        Supervisor(stack, ready, partial(_say_when, console), missed_by_none=["registry"]).run()
 
 
 def _start(stack: "Stack", flags: Mapping[str, list[str]], here: "_Here", console: "Console") -> None:
@@ -325,7 +326,8 @@ def _said_when_stopping(console: "Console") -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         text = "stopping: answers under way may end, for up to half a minute; Ctrl-C again ends them"
-        console.print(text, soft_wrap=True)
+        with suppress(OSError):  # the terminal was closed
+            console.print(text, soft_wrap=True)
         raise
 
 

@@ -1,17 +1,17 @@
 """Following the adapter registry: what answers there is served here, what is new there is probed here.
 
 What it tells becomes the catalogue and the key ring; asking what changes next says that it has, how much is
-still on its way (`fetching.py`), and names what could not be had.
+still on its way (`fetching.py`), and names what could not be had, or not be verified (`verifying.py`).
 """
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence, Set
 from random import uniform
 
 from adapter_registry.client import DEFAULT_WAIT, AsyncRegistryClient
 from adapter_registry.client_calls import MOST_TROUBLES, UNTOLD, Progress
-from adapter_registry.errors import RegistryError, RegistryUnreachableError, StoreUnavailableError
+from adapter_registry.errors import RegistryError
 from adapter_registry.messages import RoutingState, TaskRoute, VersionRoute
 from adapter_registry.routing import Routing
 from adapter_registry.versions import State
@@ -19,6 +19,7 @@ from prad.artefact import Artefact
 from prefill_service.catalogue import AGAIN_S, KeyRing, TaskCatalogue, TaskVersions
 from prefill_service.fetching import Fetch, Fetches, Turn
 from prefill_service.prompt import TaskVersion
+from prefill_service.verifying import Probe, Verifier
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,6 @@ _TELL_S = 1.0
 _WARM_S = 4.0
 """How long versions may take to come into memory on request: other changes wait for that."""
 
-Probe = Callable[[Artefact], Awaitable[None]]
 Load = Callable[[Artefact], Awaitable[None]]
 
 
@@ -55,7 +55,7 @@ class RegistryFollower:
         self._client = client
         self._catalogue = catalogue
         self._keys = keys
-        self._probe = probe
+        self._verifier = Verifier(client, probe, catalogue.base_name)
         self._load = load
         self._weights = weights
         self._fetches = Fetches(client.fetch, self._arrived, most_waiting=most_waiting, patience_s=patience_s)
@@ -89,6 +89,7 @@ class RegistryFollower:
                     await asyncio.sleep(_RETRY_S * uniform(0.5, 1.5))
         finally:
             self._fetches.close()
+            await self._verifier.close()
 
     async def _follow(self) -> None:
         """From one state to the next."""
@@ -101,9 +102,10 @@ class RegistryFollower:
         if self._state is not None and state.revision < self._state.revision:
             self._in_force = 0  # of a history that is gone
         await self._adopt(state, told)
-        await self._verify_one(state)
+        self._verifier.follow(state, self._to_be_verified(state))
         await self._warm(state)
-        if not self._tidied and not self._fetches:  # now it is known which adapters on disk are in use
+        if not (self._tidied or self._fetches or self._verifier.busy):
+            # now it is known which adapters on disk are in use
             await self._client.tidy()
             self._tidied = True
         self._state = state
@@ -117,8 +119,9 @@ class RegistryFollower:
         if known is None:
             return await self._client.state()
         progress = self._progress(known.revision)
-        wait = DEFAULT_WAIT if progress.in_force == known.revision else AGAIN_S
-        wait = min(wait, _TELL_S) if self._fetches else wait
+        all_here = progress.in_force == known.revision and not self._verifier.troubles
+        wait = DEFAULT_WAIT if all_here else AGAIN_S
+        wait = min(wait, _TELL_S) if self._fetches or self._verifier.busy else wait
         told = await self._client.changes(known.revision, wait, mark=known.mark, progress=progress)
         if told is None:
             return known.unchanged()
@@ -139,7 +142,8 @@ class RegistryFollower:
         """What could not be had. Few are told, so first what somebody waits for; and if some of that is left
         out, that it is: what nothing is said of is taken for there."""
         troubles = {f"{t}@{number}": why for t, its in self._troubles.items() for number, why in its.items()}
-        told = [f"{name}: {why}" for name, why in (self._cold | troubles | self._foreign).items()]
+        whys = self._cold | troubles | dict(self._verifier.troubles) | self._foreign
+        told = [f"{name}: {why}" for name, why in whys.items()]
         if (untold := len(self._cold) - MOST_TROUBLES) > 0:
             told[MOST_TROUBLES - 1] = f"{UNTOLD}{untold + 1} that this service's log names"
         return told[:MOST_TROUBLES]
@@ -193,7 +197,8 @@ class RegistryFollower:
     def _arrived(self, fetch: Fetch, artefact: Artefact | None, why: str) -> None:
         task, number = fetch.task, fetch.number
         if artefact is None:
-            self._lost(task, number, why)
+            logger.error("%s@%d cannot be had: %s", task, number, why)
+            self._troubles.setdefault(task, {})[number] = why
         else:
             self._known[task][number] = TaskVersion(task, number, fetch.digest, artefact)
         self._put_in_force(self._routes[task])
@@ -214,14 +219,12 @@ class RegistryFollower:
             routed = TaskVersions.of(routing, dict(known), missing, self._fetches.of(task))
             self._catalogue.update(task, routed)
 
-    async def _verify_one(self, state: RoutingState) -> None:
-        """Probes one version that is new: its report is a change, with which the next one's turn comes."""
+    def _to_be_verified(self, state: RoutingState) -> Iterator[tuple[str, VersionRoute]]:
+        """What is for another model is verified where that is served."""
         for route in state.tasks:
             for version in route.versions:
-                if version.state is not State.PUSHED or self._foreign_to(version):
-                    continue  # what is for another model is verified where that is served
-                if await self._verify(route.task, version):
-                    return
+                if version.state is State.PUSHED and not self._foreign_to(version):
+                    yield route.task, version
 
     async def _warm(self, state: RoutingState) -> None:
         """Loads what somebody asked to since the state before. Not what was asked for before this service
@@ -254,16 +257,18 @@ class RegistryFollower:
 
     def _routing(self, route: TaskRoute, versions: Mapping[int, TaskVersion], foreign: Set[int]) -> Routing:
         """The task's, if all that it names for this model can be had here; else the one before, if that is so
-        of it."""
-
-        def had(routing: Routing) -> bool:
-            of_others = bool(routing.split) and routing.split.keys() <= foreign
-            return not of_others and routing.named - foreign <= versions.keys()
-
+        of it, or the task's would take away more than it brings."""
         now, before = route.routing.where(foreign), self._routings.get(route.task)
-        if before is None or not before.named or had(now):
+        if before is None or not before.named or not (lacking := _lacking(now, versions.keys(), foreign)):
             return now
-        return before if had(before) else now
+        lacked = _lacking(before, versions.keys(), foreign)
+        if not lacked:
+            return before
+        taken = (lacking - lacked) & {None, *before.aliases}
+        brought = (lacked - lacking) & {None, *now.aliases}
+        answering = {version.version for version in route.versions if version.state.answers}
+        keeps = (None in taken or not brought) and before.named - foreign <= answering
+        return before if taken and keeps else now
 
     def _foreign_to(self, version: VersionRoute) -> str:
         """Why a version is not for the model that is served here, if so."""
@@ -290,41 +295,11 @@ class RegistryFollower:
                     meant[name] = why
         return {name: why for _, name, why in sorted(pushed, reverse=True)} | meant
 
-    async def _verify(self, task: str, version: VersionRoute) -> bool:
-        """Loads and runs a pushed version, and reports how that went; False if its files cannot be had."""
-        clock = asyncio.get_running_loop().time
-        start = clock()
-        artefact = await self._fetch(task, version)
-        if artefact is None:
-            return False
-        fetched, reason = clock(), ""
-        try:
-            if task == self._catalogue.base_name:
-                raise ValueError(f"'{task}' is the plain model's name here; push it as another task")
-            await self._probe(artefact)
-        except Exception as error:  # the files are anybody's: no way to fail may end the service
-            reason = str(error) or type(error).__name__
-        took = (1e3 * (fetched - start), 1e3 * (clock() - fetched))
-        said = "probed %s@%d: %s (fetched in %.1f ms, loaded and run in %.1f ms)"
-        logger.info(said, task, version.version, reason or "ok", *took)
-        try:
-            await self._client.probe(task, version.version, ok=not reason, reason=reason)
-        except (RegistryUnreachableError, StoreUnavailableError):
-            raise
-        except RegistryError as error:  # retired meanwhile
-            logger.info("the probe of %s@%d is moot: %s", task, version.version, error)
-        return True
 
-    async def _fetch(self, task: str, version: VersionRoute) -> Artefact | None:
-        """None, and a line in the log, if the files of the version's digest cannot be had."""
-        try:
-            return await self._client.fetch(task, version.version, version.digest)
-        except (RegistryUnreachableError, StoreUnavailableError):
-            raise
-        except (RegistryError, OSError) as error:
-            self._lost(task, version.version, str(error))
-            return None
-
-    def _lost(self, task: str, number: int, why: str) -> None:
-        logger.error("%s@%d cannot be had: %s", task, number, why)
-        self._troubles.setdefault(task, {})[number] = why
+def _lacking(routing: Routing, here: Set[int], foreign: Set[int]) -> Set[str | None]:
+    """The names, None for plain `task`, that mean something for this model that is not here; plain `task`
+    also if it means nothing for this model."""
+    names = {name for name, number in routing.aliases.items() if number not in foreign and number not in here}
+    split = routing.split.keys()
+    plain = bool(split - foreign - here) or (bool(split) and split <= foreign)
+    return names | ({None} if plain else set[None]())

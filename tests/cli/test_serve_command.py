@@ -165,10 +165,13 @@ def test_a_redis_keeps_what_the_command_serves(
         redis.kill()
 
 
-def test_sigterm_while_it_starts(model: Path, tmp_path: Path, ports: list[int]) -> None:
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_it_starts(
+    model: Path, tmp_path: Path, ports: list[int], ending: signal.Signals
+) -> None:
     with serving(model, tmp_path, *ports) as serve:
         until(lambda: len(children(tmp_path)) == 3)
-        serve.process.send_signal(signal.SIGTERM)
+        serve.process.send_signal(ending)
         assert serve.process.wait() in INTERRUPTED
         assert "Traceback" not in serve.said
 

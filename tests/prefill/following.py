@@ -113,6 +113,8 @@ async def followed(
     assert catalogue.trouble is not None
     task = asyncio.create_task(follower.run())
     await registry.told.wait()
+    while follower._verifier.busy:  # noqa: ASYNC110
+        await asyncio.sleep(0)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     return catalogue, follower

@@ -1,9 +1,6 @@
 """Adapters on their way: tasks are served before all are here, and each as soon as it is."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from typing import Any
 
 import pytest
 
@@ -13,12 +10,11 @@ from adapter_registry.messages import RoutingState, TaskRoute
 from adapter_registry.routing import Routing
 from adapter_registry.versions import State
 from prefill_service import follower as module
-from prefill_service.catalogue import KeyRing, TaskCatalogue
-from prefill_service.errors import NotHereYetError, NotReadyError, OverloadedError, UnknownModelError
-from prefill_service.follower import RegistryFollower
+from prefill_service.catalogue import TaskCatalogue
+from prefill_service.errors import NotReadyError, OverloadedError, UnknownModelError
 from prefill_service.prompt import TaskVersion
-from tests.prefill.fakes import version
-from tests.prefill.following import digest, sound, state
+from tests.prefill.following import digest, routed
+from tests.prefill.live_registry import LiveRegistry, following, tasks, until, wanted
 
 
 @pytest.fixture(autouse=True)
@@ -27,106 +23,11 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, name, 0.01)
 
 
-def tasks(revision: int, *names: str, current: int | None = 1, **more: Any) -> RoutingState:
-    """Each with one version, which is routed, of its own files."""
-    routes = []
-    for number, name in enumerate(names):
-        (route,) = state(revision, current, **(more or {"v1": State.ROUTABLE})).tasks
-        own = tuple(v.model_copy(update={"digest": digest(100 * number + v.version)}) for v in route.versions)
-        routes.append(route.model_copy(update={"task": name, "versions": own}))
-    return RoutingState(revision=revision, tasks=tuple(routes), mark=f"mark {revision}")
-
-
-class Registry:
-    """Tells what `tell` is given; files come when `let` says so, or are what is wrong with them."""
-
-    def __init__(self, first: RoutingState) -> None:
-        self._first = first
-        self._told: asyncio.Queue[RoutingState] = asyncio.Queue()
-        self._gates: dict[str, asyncio.Event] = {}
-        self.wrong: dict[str, Exception] = {}
-        self.fetched: list[str] = []
-        self.running = self.most = 0
-        self.asked: list[tuple[int, str]] = []
-        self.progress = Progress(-1)
-        self.wholes = 0
-        self.away = False
-
-    async def state(self) -> RoutingState:
-        self.wholes += 1
-        return self._first
-
-    async def changes(self, after: int, wait: float, *, mark: str, progress: Progress) -> RoutingState | None:
-        self.asked.append((after, mark))
-        self.progress = progress
-        try:
-            async with asyncio.timeout(wait):
-                return await self._told.get()
-        except TimeoutError:
-            if self.away:
-                raise RegistryUnreachableError("no registry") from None
-            return None
-
-    def tell(self, told: RoutingState) -> None:
-        self._first = told
-        self._told.put_nowait(told)
-
-    def let(self, *names: str) -> None:
-        for name in names:
-            self._gate(name).set()
-
-    async def fetch(self, task: str, number: int, of: str) -> Any:
-        name = f"{task}@{number}"
-        self.fetched.append(name)
-        self.running += 1
-        self.most = max(self.most, self.running)
-        try:
-            await self._gate(name).wait()
-        finally:
-            self.running -= 1
-        if name in self.wrong:
-            raise self.wrong[name]
-        return version(of).artefact
-
-    async def probe(self, *told: Any, **more: Any) -> None: ...
-
-    async def tidy(self) -> None: ...
-
-    def _gate(self, name: str) -> asyncio.Event:
-        return self._gates.setdefault(name, asyncio.Event())
-
-
-@asynccontextmanager
-async def following(registry: Registry, **more: Any) -> AsyncIterator[TaskCatalogue]:
-    catalogue, client = TaskCatalogue("plain"), registry
-    follower = RegistryFollower(client, catalogue, KeyRing(), sound, sound, **more)  # type: ignore[arg-type]
-    running = asyncio.create_task(follower.run())
-    await until(lambda: catalogue.trouble is None)
-    yield catalogue
-    running.cancel()
-    await asyncio.gather(running, return_exceptions=True)
-
-
-async def until(so: Callable[[], object]) -> None:
-    async with asyncio.timeout(20):
-        while not so():  # noqa: ASYNC110
-            await asyncio.sleep(0.001)
-
-
-async def wanted(catalogue: TaskCatalogue, task: str) -> TaskVersion:
-    """As a request waits for it."""
-    while True:
-        try:
-            return catalogue.resolve(task, None)[0]
-        except NotHereYetError as error:
-            await error.here()
-
-
 NAMES = [f"t{number:02}" for number in range(20)]
 
 
 async def test_what_a_request_names_comes_before_all_others() -> None:
-    registry = Registry(tasks(1, *NAMES))
+    registry = LiveRegistry(tasks(1, *NAMES))
     async with following(registry) as catalogue:
         assert catalogue.fetching == 20
         assert [entry.name for entry in catalogue.tasks()] == NAMES, "listed before they are here"
@@ -150,7 +51,7 @@ async def test_what_a_request_names_comes_before_all_others() -> None:
 
 
 async def test_one_that_cannot_be_had_stops_no_other_and_is_tried_again() -> None:
-    registry = Registry(tasks(1, "a", "b"))
+    registry = LiveRegistry(tasks(1, "a", "b"))
     registry.wrong["a@1"] = StoredFilesDamagedError("damaged")
     registry.let("a@1", "b@1")
     async with following(registry) as catalogue:
@@ -166,7 +67,7 @@ async def test_one_that_cannot_be_had_stops_no_other_and_is_tried_again() -> Non
 
 
 async def test_who_waits_hears_why_it_cannot_be_had() -> None:
-    registry = Registry(tasks(1, "a"))
+    registry = LiveRegistry(tasks(1, "a"))
     registry.wrong["a@1"] = ValueError("odd")
     async with following(registry) as catalogue:
         waiting = asyncio.create_task(wanted(catalogue, "a"))
@@ -179,7 +80,7 @@ async def test_who_waits_hears_why_it_cannot_be_had() -> None:
 async def test_a_registry_that_is_away_stops_what_is_fetched_and_nothing_else(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    registry = Registry(tasks(1, *NAMES))
+    registry = LiveRegistry(tasks(1, *NAMES))
     registry.let(*(f"{name}@1" for name in NAMES))
     registry.wrong = {f"{name}@1": RegistryUnreachableError("no registry") for name in NAMES[1:]}
     registry.away = True
@@ -198,7 +99,7 @@ async def test_a_registry_that_is_away_stops_what_is_fetched_and_nothing_else(
 
 
 async def test_a_routing_is_in_force_when_what_it_names_is_here() -> None:
-    registry = Registry(tasks(1, "a", *NAMES))
+    registry = LiveRegistry(tasks(1, "a", *NAMES))
     registry.let("a@1")
     async with following(registry) as catalogue:
         first = await wanted(catalogue, "a")
@@ -216,7 +117,7 @@ async def test_a_routing_is_in_force_when_what_it_names_is_here() -> None:
 
 
 async def test_only_what_changed_is_asked_for_and_a_gap_is_filled_with_all_there_is() -> None:
-    registry = Registry(tasks(1, "a", "b"))
+    registry = LiveRegistry(tasks(1, "a", "b"))
     registry.let("a@1", "b@1", "c@1")
     async with following(registry) as catalogue:
         await until(lambda: registry.asked == [(1, "mark 1")] or len(registry.asked) > 1)
@@ -238,7 +139,7 @@ async def until_known(catalogue: TaskCatalogue, task: str) -> TaskVersion:
 
 
 async def test_what_is_retired_while_a_request_waits_is_not_fetched_any_more() -> None:
-    registry = Registry(tasks(1, *NAMES))
+    registry = LiveRegistry(tasks(1, *NAMES))
     async with following(registry) as catalogue:
         waiting = asyncio.create_task(wanted(catalogue, "t19"))
         await until(lambda: "t19@1" in registry.fetched)
@@ -258,7 +159,7 @@ async def test_what_is_retired_while_a_request_waits_is_not_fetched_any_more() -
 
 
 async def test_as_many_wait_as_may_and_as_long() -> None:
-    registry = Registry(tasks(1, *NAMES))
+    registry = LiveRegistry(tasks(1, *NAMES))
     async with following(registry, most_waiting=2, patience_s=0.05) as catalogue:
         waiting = [asyncio.create_task(wanted(catalogue, name)) for name in NAMES[:2]]
         await asyncio.sleep(0)
@@ -274,3 +175,52 @@ async def test_as_many_wait_as_may_and_as_long() -> None:
         registry.let("t07@1")
         await until(lambda: catalogue.fetching == 19)
         assert (await wanted(catalogue, "t07")).digest == digest(701), "though nobody waits any more"
+
+
+def started(revision: int, split: int, old: int, **aliases: int) -> RoutingState:
+    """One task of four versions that answer, t@old among its names."""
+    versions = dict.fromkeys(("v1", "v2", "v3", "v4"), State.ROUTABLE)
+    return routed(revision, {split: 100}, versions, aliases={"old": old, **aliases})
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+@pytest.mark.parametrize(
+    ("promoted", "here", "name"),
+    [
+        (started(2, 2, 3), "t@1", None),
+        (started(2, 2, 1), "t@1", None),  # though it would bring t@old
+        (started(2, 1, 3, canary=2), "t@4", "canary"),
+    ],
+)
+async def test_a_promotion_during_a_start_takes_away_nothing_that_answers(
+    promoted: RoutingState, here: str, name: str | None, damaged: bool
+) -> None:
+    registry = LiveRegistry(started(1, 1, 3, canary=4))
+    if damaged:
+        registry.wrong["t@2"] = StoredFilesDamagedError("damaged")
+        registry.let("t@2")
+    registry.let(here)
+    number = int(here[2:])
+    async with following(registry) as catalogue:
+        await until(lambda: here in registry.fetched and catalogue.fetching == 3 - damaged)
+        assert catalogue.resolve("t", name)[0].version == number
+        registry.tell(promoted)
+        await until(lambda: (2, "") in registry.asked)
+        assert catalogue.resolve("t", name)[0].version == number, "nobody waits for a promotion"
+        assert registry.progress.in_force < 2
+        registry.wrong.clear()
+        registry.let("t@1", "t@2", "t@3", "t@4")
+        await until(lambda: registry.progress == Progress(2, 0, []))
+        now = catalogue.resolve("t", name)[0].version
+        assert now == (promoted.tasks[0].routing.aliases[name] if name else 2)
+
+
+async def test_a_promotion_that_brings_plain_requests_an_answer_is_in_force_at_once() -> None:
+    registry = LiveRegistry(started(1, 2, 3, canary=4))
+    registry.wrong["t@2"] = StoredFilesDamagedError("damaged")
+    registry.let("t@1", "t@2", "t@4")
+    async with following(registry) as catalogue:
+        await until(lambda: catalogue.fetching == 1)
+        registry.tell(started(2, 1, 3, canary=3))
+        await until(lambda: (2, "") in registry.asked)
+        assert catalogue.resolve("t", None)[0].version == 1, "though t@canary waits for it"

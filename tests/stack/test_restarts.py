@@ -48,6 +48,13 @@ def test_it_gives_up_on_a_child_that_keeps_ending() -> None:
     assert None not in delays[:-1]
 
 
+def test_it_never_gives_up_on_one_that_the_others_do_not_need() -> None:
+    restarts = Restarts(most=None)
+    delays = [restarts.ended(0.0) for _ in range(2000)]
+    assert delays[:7] == [1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
+    assert set(delays[7:]) == {30.0}
+
+
 class Commands(Stack):
     """A stack whose children are bits of Python instead of services."""
 
@@ -62,6 +69,7 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Commands:
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
     monkeypatch.setattr("local_stack.supervisor._FIRST_DELAY_S", 0.01)
+    monkeypatch.setattr("local_stack.supervisor._LONGEST_DELAY_S", 0.1)
     monkeypatch.setattr("local_stack.supervisor._POLL_S", 0.01)
     return Commands(tmp_path / "logs")
 
@@ -76,6 +84,22 @@ def test_who_keeps_ending_ends_the_stack_with_the_reason(commands: Commands) -> 
     assert str(raised.value).endswith("decode ended with status 3\n  it is the model")
     assert len(said) == MOST_ENDS - 1
     assert said[0] == "decode ended with status 3; starting again in 0.01 s\n  it is the model"
+
+
+def test_who_is_missed_by_none_may_end_for_ever_and_each_time_is_said(commands: Commands) -> None:
+    said: list[str] = []
+
+    def say(text: str) -> None:
+        said.append(text.splitlines()[0])
+        if len(said) > 2 * MOST_ENDS:
+            raise KeyboardInterrupt
+
+    with commands as stack:
+        stack.run("print('the bucket is away'); raise SystemExit(1)")
+        with pytest.raises(KeyboardInterrupt):
+            Supervisor(stack, {"decode": lambda: False}, say, missed_by_none=["decode"]).run()
+    assert said[0] == "decode ended with status 1; starting again in 0.01 s"
+    assert set(said[4:]) == {"decode ended with status 1; starting again in 0.1 s"}
 
 
 def test_the_log_goes_on_at_the_next_start(commands: Commands) -> None:
