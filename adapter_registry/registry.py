@@ -250,6 +250,10 @@ class Registry:
         """The `latest` changes of all tasks, in order."""
         return await asyncio.to_thread(self._store.log, latest)
 
+    async def log_since(self, after: int, upto: int, most: int) -> tuple[tuple[LoggedLine, ...], int]:
+        """See `Store.log_since`."""
+        return await asyncio.to_thread(self._store.log_since, after, upto, most)
+
     async def state(self) -> RoutingState:
         return await asyncio.to_thread(self._store.state)
 
