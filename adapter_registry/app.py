@@ -290,7 +290,12 @@ def _changing(registry: Registry) -> APIRouter:
         """
         return await registry.warm(task, version, by=by)
 
-    @router.post(VERSION + "/unretire", responses=_NOT_NOW)
+    @router.post(
+        VERSION + "/unretire",
+        responses=described(
+            {404: "No such task or version", 409: "Its state does not allow that, or the task has all it may"}
+        ),
+    )
     async def unretire(task: Task, version: Number, by: By) -> VersionRecord:
         """Bring a retired version back: it is `pushed` again, and answers once a replica has probed it."""
         return await registry.unretire(task, version, by=by)

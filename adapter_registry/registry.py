@@ -34,7 +34,7 @@ from adapter_registry.messages import (
 from adapter_registry.metrics import Metrics
 from adapter_registry.names import check_task
 from adapter_registry.planning import Move, Wanted
-from adapter_registry.quotas import require_quota
+from adapter_registry.quotas import require_quota, require_quota_again
 from adapter_registry.replicas import Replicas
 from adapter_registry.retention import make_room
 from adapter_registry.settings import Bounds
@@ -214,8 +214,18 @@ class Registry:
         )
 
     async def unretire(self, task: str, version: int, *, by: str) -> VersionRecord:
-        """Pushed again, as it were: to be probed. Raises NotFoundError, IllegalTransitionError."""
-        await self._apply(task, Move(version, Event.UNRETIRE), by=by)
+        """Pushed again, as it were: to be probed. Raises NotFoundError, IllegalTransitionError,
+        QuotaExceededError."""
+        move = Move(version, Event.UNRETIRE)
+
+        def unretire() -> TaskRoute:
+            record = self._store.version(task, version)
+            if record.state is State.RETIRED:  # from no other it comes back
+                require_quota_again(self._store, self._bounds, record)
+            return self._store.change(task, move, by=by)
+
+        await self._change(unretire)
+        self.metrics.event(move.event)
         return await self.version(task, version)
 
     async def delete(self, task: str, version: int, *, by: str) -> VersionRecord:
