@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from adapter_registry import errors
 from adapter_registry.errors import ErrorReply
+from adapter_registry.file_store import seconds_for
 from adapter_registry.keys import ChangedKey, KeyList, NewKey
 from adapter_registry.messages import (
     Aliased,
@@ -89,6 +90,13 @@ def version_path(task: str, version: int) -> str:
 
 def file_path(task: str, version: int, name: str) -> str:
     return f"{version_path(task, version)}/files/{name}"
+
+
+def patience(seconds: float, record: VersionRecord) -> httpx.Timeout:
+    """Of who asks for one of the version's files. Before it answers the registry may have to find all of them
+    in a bucket, and to fetch them: one that is slow at that is not away. `seconds`: beyond that."""
+    fetched = seconds_for(0) + sum(seconds_for(file.size) for file in record.files)
+    return httpx.Timeout(seconds, read=seconds + fetched)
 
 
 def state() -> Call[RoutingState]:

@@ -13,7 +13,9 @@ from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from adapter_registry import bucket as bucket_module
-from adapter_registry.bucket import Bucket
+from adapter_registry import file_store
+from adapter_registry.bucket import Bucket, Entry
+from adapter_registry.bucket_files import ArtefactBucket
 from adapter_registry.errors import CannotStartError, StoredFilesDamagedError, StoreUnavailableError
 from adapter_registry.redis_store import RedisStore
 from adapter_registry.server import RegistryServer
@@ -66,7 +68,7 @@ def gate(bucket, s3_url, monkeypatch):
 
     def lead(mode):
         monkeypatch.setattr(bucket_module, "_START_S", 60.0 if mode == "open" else 0.1)
-        monkeypatch.setattr(bucket_module, "CALL_SECONDS", 60.0 if mode == "open" else 1.0)
+        monkeypatch.setattr(file_store, "CALL_SECONDS", 60.0 if mode == "open" else 1.0)
         leading.set(mode)
 
     lead("open")
@@ -252,6 +254,31 @@ def test_credentials_that_are_refused(s3):
             client.require()
     finally:
         told.close()
+
+
+def test_an_object_that_is_cut_off_says_that_the_bucket_is_away(s3, tmp_path):
+    told = ToldServer()
+    try:
+        told.answers = {"/adapters/of/prad/x/d/p/file": (200, {"content-length": "1000"}, b"x" * 100)}
+        client = Bucket(parse(BUCKET), "x", told.url)
+        with pytest.raises(StoreUnavailableError, match="cannot be used"):
+            client.fetch(Entry("d/p/file", 1000, 0.0), tmp_path / "file")
+    finally:
+        told.close()
+
+
+def test_a_store_or_bucket_that_goes_away_during_the_start_is_said(data_dir, bucket, monkeypatch):
+    def away(*_):
+        raise StoreUnavailableError("gone again")
+
+    for kind, name in ((ArtefactBucket, "sweep"), (SqliteStore, "idle"), (SqliteStore, "revision")):
+        with monkeypatch.context() as patch:
+            patch.setattr(kind, name, away)
+            with pytest.raises(CannotStartError, match="gone again; start again once it can"):
+                RegistryServer(settings(data_dir))
+    server = RegistryServer(settings(data_dir))  # the refused ones left the folder free
+    server.stop()
+    server.run()
 
 
 @pytest.mark.parametrize("files", ["folder", "oci://host/name", "s3://", "s3://B"])
