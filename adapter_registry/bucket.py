@@ -15,14 +15,15 @@ from typing import Any, TypeVar
 
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
 
+from adapter_registry.client_calls import seconds_for
 from adapter_registry.errors import CannotStartError, StoreUnavailableError
-from adapter_registry.file_store import seconds_for
 from adapter_registry.sources.places import Place
 from adapter_registry.storage import storing
 from prad.core.errors import PradError
 
-MOST_AT_ONCE = 16
-"""Calls; others wait for their turn, within their bounds."""
+MOST_AT_ONCE = 40
+"""Calls; others wait for their turn, within their bounds. No fewer than the threads of a registry that call:
+whether the bucket answers is asked beside any number of slow files."""
 MOST_BYTES = 5 << 30
 """Of an object that is sent in one request: so says S3."""
 _CONNECT_S, _SILENCE_S = 3, 8

@@ -10,7 +10,6 @@ from pydantic import BaseModel, ValidationError
 
 from adapter_registry import errors
 from adapter_registry.errors import ErrorReply
-from adapter_registry.file_store import seconds_for
 from adapter_registry.keys import ChangedKey, KeyList, NewKey
 from adapter_registry.messages import (
     Aliased,
@@ -34,6 +33,10 @@ M = TypeVar("M", bound=BaseModel)
 
 LONGEST_WAIT = 60.0
 """Seconds that the registry may wait for replicas before it answers a change; its settings allow no more."""
+BUCKET_SECONDS = 10.0
+"""That the registry's bucket, if it has one, may take to answer a call."""
+LEAST_BYTES_PER_S = 1 << 20
+"""At which it sends or takes a file: one that goes slower is given up."""
 MOST_TROUBLES, MOST_CHARACTERS = 8, 300
 """That a replica tells, of what it cannot have."""
 UNTOLD = "more did not come into memory: "
@@ -90,6 +93,11 @@ def version_path(task: str, version: int) -> str:
 
 def file_path(task: str, version: int, name: str) -> str:
     return f"{version_path(task, version)}/files/{name}"
+
+
+def seconds_for(nbytes: int) -> float:
+    """That a file of so many bytes may take from the registry's bucket, or to it."""
+    return BUCKET_SECONDS + nbytes / LEAST_BYTES_PER_S
 
 
 def patience(seconds: float, record: VersionRecord) -> httpx.Timeout:

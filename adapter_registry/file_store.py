@@ -11,16 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-CALL_SECONDS = 10.0
-"""That a service which keeps the files may take to answer a call."""
-LEAST_BYTES_PER_S = 1 << 20
-"""At which it sends or takes a file: one that goes slower is given up."""
-
-
-def seconds_for(nbytes: int) -> float:
-    """That a file of so many bytes may take."""
-    return CALL_SECONDS + nbytes / LEAST_BYTES_PER_S
-
 
 @dataclass(slots=True)
 class Keeping:

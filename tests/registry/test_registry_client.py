@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from adapter_registry.client import AsyncRegistryClient
+from adapter_registry.client_calls import seconds_for
 from adapter_registry.errors import (
     DigestMismatchError,
     IllegalTransitionError,
@@ -17,7 +18,6 @@ from adapter_registry.errors import (
     StoredFilesDamagedError,
     VersionNotFoundError,
 )
-from adapter_registry.file_store import seconds_for
 
 
 @pytest.fixture
