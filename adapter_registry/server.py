@@ -101,7 +101,8 @@ class RegistryServer:
 class _DrainingServer(Server):
     """Before uvicorn waits for open requests to end, those that wait for changes are sent home.
 
-    While it serves, what other registries change is heard, where there may be some (`changes`).
+    While it serves, files that no version needs are removed, and what other registries change is heard, where
+    there may be some (`changes`).
     """
 
     def __init__(self, config: uvicorn.Config, registry: Registry, changes: RedisChanges | None) -> None:
@@ -111,10 +112,12 @@ class _DrainingServer(Server):
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         async with asyncio.TaskGroup() as tasks:
-            following = None if self._changes is None else tasks.create_task(self._changes.follow())
+            beside = [tasks.create_task(self._registry.tidy())]
+            if self._changes is not None:
+                beside.append(tasks.create_task(self._changes.follow()))
             await super().serve(sockets)
-            if following is not None:
-                following.cancel()
+            for task in beside:
+                task.cancel()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await self._registry.close()
