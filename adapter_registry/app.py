@@ -93,7 +93,7 @@ def create_app(registry: Registry, settings: RegistrySettings, secrets: Secrets)
     local = Depends(refuse_foreign_origin)
     for router, needed in (
         (_reading(registry, guard), [guard.needs(Role.READ)]),
-        (log.router(registry), [guard.needs(Role.READ)]),
+        (log.router(registry, guard), [guard.needs(Role.READ)]),
         (_following(registry, settings, guard), [guard.needs(Role.READ)]),
         (_probing(registry), [local, guard.needs(Role.REPLICA)]),
         (traffic_router(traffic), [local, guard.needs(Role.REPLICA)]),
@@ -193,6 +193,7 @@ def _following(registry: Registry, settings: RegistrySettings, guard: Guard) -> 
         follower = Follower(replica, address, force, tuple(trouble), fetching)
         waiting = registry.changes(after, min(wait, settings.max_wait_seconds), follower, mark)
         state = await unless_gone(request, waiting)
+        await guard.require(request, Role.READ)  # the token may be what was revoked meanwhile
         return (
             Response(status_code=204) if state is None else await _all(await guard.redacted(request, state))
         )
@@ -289,7 +290,12 @@ def _changing(registry: Registry) -> APIRouter:
         """
         return await registry.warm(task, version, by=by)
 
-    @router.post(VERSION + "/unretire", responses=_NOT_NOW)
+    @router.post(
+        VERSION + "/unretire",
+        responses=described(
+            {404: "No such task or version", 409: "Its state does not allow that, or the task has all it may"}
+        ),
+    )
     async def unretire(task: Task, version: Number, by: By) -> VersionRecord:
         """Bring a retired version back: it is `pushed` again, and answers once a replica has probed it."""
         return await registry.unretire(task, version, by=by)

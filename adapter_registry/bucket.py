@@ -15,19 +15,18 @@ from typing import Any, TypeVar
 
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
 
+from adapter_registry.client_calls import seconds_for
 from adapter_registry.errors import CannotStartError, StoreUnavailableError
 from adapter_registry.sources.places import Place
 from adapter_registry.storage import storing
 from prad.core.errors import PradError
 
-MOST_AT_ONCE = 16
-"""Calls; others wait for their turn, within their bounds."""
+MOST_AT_ONCE = 40
+"""Calls; others wait for their turn, within their bounds. No fewer than the threads of a registry that call:
+whether the bucket answers is asked beside any number of slow files."""
 MOST_BYTES = 5 << 30
 """Of an object that is sent in one request: so says S3."""
-CALL_SECONDS = 10.0
 _CONNECT_S, _SILENCE_S = 3, 8
-_LEAST_BYTES_PER_S = 1 << 20
-"""A file that goes slower is given up."""
 _START_S = 10.0
 """How long a start waits for a bucket whose server starts as well."""
 _SESSION_S = 60.0
@@ -123,7 +122,7 @@ class Bucket:
             with file.open("rb") as body:
                 await self._s3._call_s3("put_object", Bucket=self._name, Key=self._root + key, Body=body)
 
-        self._within(_seconds_for(file.stat().st_size), sending)
+        self._within(seconds_for(file.stat().st_size), sending)
 
     def fetch(self, entry: Entry, target: Path) -> None:
         """Raises NoSuchObjectError, StorageFullError."""
@@ -139,7 +138,7 @@ class Bucket:
                 body.close()
 
         with storing():
-            self._within(_seconds_for(entry.size), fetching)
+            self._within(seconds_for(entry.size), fetching)
 
     def delete(self, key: str) -> None:
         """One that is not there is deleted already."""
@@ -150,7 +149,7 @@ class Bucket:
         return found
 
     def _call(self, method: str, **arguments: Any) -> Any:
-        return self._within(CALL_SECONDS, lambda: self._s3._call_s3(method, Bucket=self._name, **arguments))
+        return self._within(seconds_for(0), lambda: self._s3._call_s3(method, Bucket=self._name, **arguments))
 
     def _within(self, seconds: float, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """From a worker thread: s3fs has a loop in a thread of its own."""
@@ -164,11 +163,12 @@ class Bucket:
 
     @contextmanager
     def _answering(self, seconds: float) -> Iterator[None]:
+        from aiohttp import ClientError as HttpError  # of a body that is cut off, for one
         from botocore.exceptions import BotoCoreError, ClientError
 
         try:
             yield
-        except (OSError, BotoCoreError, ClientError) as error:
+        except (OSError, BotoCoreError, ClientError, HttpError) as error:
             code = _code(error)
             if code == "NoSuchKey":
                 raise NoSuchObjectError from error
@@ -178,10 +178,6 @@ class Bucket:
                 f"the registry's bucket {self._said} cannot be used: {_why(error, code, seconds)}. What is "
                 "served goes on being served"
             ) from error
-
-
-def _seconds_for(nbytes: int) -> float:
-    return CALL_SECONDS + nbytes / _LEAST_BYTES_PER_S
 
 
 def _code(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
     <digest>/<push>/<file>       as it was pushed
     <digest>/<push>/.pushing     while its version is being entered
+    <digest>/<push>/.unsure      once the store did not say whether the version was entered
     <digest>/<push>/.damaged     once it was fetched and had another digest
 
 A bucket has no lock between registries, and needs none so. Whoever removes a digest lists its places first
@@ -10,7 +11,8 @@ its version is known; one with it, or that came later, is left alone. So no vers
 own push. Of a push that entered nothing new the place goes again.
 
 <push> is the name of the folder in which it was staged: what a killed registry left there says which of its
-places are nobody's (`sweep`). What another machine's left goes after a day.
+places are nobody's (`sweep`). What another machine's left goes after a day. A place of which it is not known
+whether its version was entered is one of those that were, but for a `sweep`, which waits until it is known.
 """
 
 import logging
@@ -33,9 +35,11 @@ from adapter_registry.staging import Staging
 from adapter_registry.storage import require_free
 from prad.artefact import FILES, files_digest, present_files
 
-_PUSHING, _DAMAGED = ".pushing", ".damaged"
+_PUSHING, _UNSURE, _DAMAGED = ".pushing", ".unsure", ".damaged"
 _ABANDONED_S = 24 * 3600.0
 """Longer than any push takes, and than clocks differ."""
+_UNSURE_S = 600.0
+"""Longer than what was sent to a store that went away may be under way, and than clocks of servers differ."""
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +64,15 @@ class _Place:
     @property
     def abandoned(self) -> bool:
         """Its push cannot be going on."""
-        return time.time() - self.objects[_PUSHING].written > _ABANDONED_S
+        return self._older(_PUSHING, _ABANDONED_S)
+
+    @property
+    def unsure(self) -> bool:
+        """Its version may yet be entered."""
+        return _UNSURE in self.objects and not self._older(_UNSURE, _UNSURE_S)
+
+    def _older(self, mark: str, seconds: float) -> bool:
+        return time.time() - self.objects[mark].written > seconds
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -109,6 +121,8 @@ class ArtefactBucket:
         try:
             yield keeping
         except StoreUnavailableError:  # the versions may have been entered: `sweep` will know
+            for digest, push in begun:
+                self._now_or_later(partial(self._doubt, digest, push))
             raise
         except BaseException:
             self._forsake(begun)
@@ -139,6 +153,7 @@ class ArtefactBucket:
         return path
 
     def sweep(self, needed: Callable[[], frozenset[str]]) -> int:
+        self._catch_up()
         with self._staging.alone():
             left = self._staging.abandoned()
         pushes = {folder.name for folder in left}
@@ -147,10 +162,11 @@ class ArtefactBucket:
         for place in places:
             if not place.settled and place.push not in pushes and not place.abandoned:
                 continue
-            if place.digest not in known:
+            if place.digest in known:
+                for mark in place.objects.keys() & {_PUSHING, _UNSURE}:
+                    self._bucket.delete(_key(place.digest, place.push, mark))
+            elif not place.unsure:
                 self._drop(place.digest, place.push)
-            elif not place.settled:
-                self._bucket.delete(_key(place.digest, place.push, _PUSHING))
         for folder in left:
             shutil.rmtree(folder, ignore_errors=True)
         return len(known - {place.digest for place in places if place.sizes})
@@ -173,6 +189,11 @@ class ArtefactBucket:
             self._drop(digest, push)
         else:
             self._bucket.delete(_key(digest, push, _PUSHING))
+
+    def _doubt(self, digest: str, push: str) -> None:
+        """Its version may be entered: once one is, this is its place."""
+        self._bucket.put(_key(digest, push, _UNSURE), b"")
+        self._bucket.delete(_key(digest, push, _PUSHING))
 
     def _fetch(self, digest: str) -> Path:
         places = sorted(self._places(digest), key=lambda place: not place.good)
@@ -198,7 +219,7 @@ class ArtefactBucket:
     def _drop(self, digest: str, push: str) -> None:
         """Its marks last: what is left of it is known for what it is."""
         keys = [entry.key for entry in self._bucket.entries(_key(digest, push, ""))]
-        for key in sorted(keys, key=lambda key: key.endswith((_PUSHING, _DAMAGED))):
+        for key in sorted(keys, key=lambda key: key.endswith((_PUSHING, _UNSURE, _DAMAGED))):
             self._bucket.delete(key)
 
     def _now_or_later(self, work: Callable[[], None]) -> None:
@@ -207,10 +228,12 @@ class ArtefactBucket:
             work()
         except StoreUnavailableError as error:
             logger.warning("%s; what was pushed last is put in order once it can be", error)
-            self._owed.append(work)
+            with self._lock:
+                self._owed.append(work)
 
     def _catch_up(self) -> None:
-        owed, self._owed = self._owed, []
+        with self._lock:
+            owed, self._owed = self._owed, []
         for work in owed:
             self._now_or_later(work)
 

@@ -5,6 +5,8 @@ Lives on the server's event loop; whoever changes something calls `publish` afte
 
 import asyncio
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from adapter_registry.errors import TooManyWaitersError
 
@@ -43,21 +45,32 @@ class ChangeFeed:
         """Whether the revision is another than `after`, now or within `seconds`; False early on `close`.
 
         Another, not a later one: a client that knows a later revision followed a registry whose data are
-        gone, and must not wait for it to catch up. One that is `known` as a replica keeps its place,
-        however many others wait. Raises TooManyWaitersError.
+        gone, and must not wait for it to catch up. Raises what `place` raises.
         """
         if self.revision != after:
             return True
+        with self.place(address, known=known):
+            return await self.changed(after, seconds)
+
+    @contextmanager
+    def place(self, address: str, *, known: bool) -> Iterator[None]:
+        """One of the places there are for those who wait. One that is `known` as a replica gets its own,
+        however many others wait. Raises TooManyWaitersError."""
         self._require_place(address, known)
         self._waiters[address] += 1
+        try:
+            yield
+        finally:
+            self._waiters[address] -= 1
+            self._waiters += Counter()  # forgets those with none
+
+    async def changed(self, after: int, seconds: float) -> bool:
+        """As `wait`, for who has a place."""
         try:
             async with asyncio.timeout(seconds), self._changed:
                 await self._changed.wait_for(lambda: self._closed or self.revision != after)
         except TimeoutError:
             return False
-        finally:
-            self._waiters[address] -= 1
-            self._waiters += Counter()  # forgets those with none
         return self.revision != after
 
     def _require_place(self, address: str, known: bool) -> None:

@@ -135,10 +135,11 @@ class AsyncRegistryClient:
         if found is not None:
             return found
         record = await self.version(task, version)
+        patience = client_calls.patience(self._timeout, record)
         async with self._cache.stage() as staged:
             for file in record.files:
                 path = client_calls.file_path(task, version, file.name)
-                await self._download(path, arrivals.place(staged, file.name))
+                await self._download(path, arrivals.place(staged, file.name), patience)
             return await self._cache.keep(staged, digest, record.name)
 
     async def tidy(self) -> None:
@@ -177,9 +178,9 @@ class AsyncRegistryClient:
         self.away = None
         return response
 
-    async def _download(self, path: str, target: Path) -> None:
+    async def _download(self, path: str, target: Path, patience: httpx.Timeout) -> None:
         with _reaching(self._url):
-            async with self._http.stream("GET", path) as response:
+            async with self._http.stream("GET", path, timeout=patience) as response:
                 if not response.is_success:
                     await response.aread()
                     client_calls.check(response)
@@ -333,11 +334,11 @@ class RegistryClient:
         pushed, FolderInUseError, OSError.
         """
         record = self.version(task, version)
+        patience = client_calls.patience(self._timeout, record)
         with arrivals.new_folder(folder) as staged:
             for file in record.files:
-                self._download(
-                    client_calls.file_path(task, version, file.name), arrivals.place(staged, file.name)
-                )
+                path = client_calls.file_path(task, version, file.name)
+                self._download(path, arrivals.place(staged, file.name), patience)
             arrivals.read(staged, record.digest, record.name)
             arrivals.place_signatures(staged, record)
         return record
@@ -353,8 +354,8 @@ class RegistryClient:
     ) -> None:
         self.close()
 
-    def _download(self, path: str, target: Path) -> None:
-        with _reaching(self._url), self._http.stream("GET", path) as response:
+    def _download(self, path: str, target: Path, patience: httpx.Timeout) -> None:
+        with _reaching(self._url), self._http.stream("GET", path, timeout=patience) as response:
             if not response.is_success:
                 response.read()
                 client_calls.check(response)

@@ -33,6 +33,10 @@ M = TypeVar("M", bound=BaseModel)
 
 LONGEST_WAIT = 60.0
 """Seconds that the registry may wait for replicas before it answers a change; its settings allow no more."""
+BUCKET_SECONDS = 10.0
+"""That the registry's bucket, if it has one, may take to answer a call."""
+LEAST_BYTES_PER_S = 1 << 20
+"""At which it sends or takes a file: one that goes slower is given up."""
 MOST_TROUBLES, MOST_CHARACTERS = 8, 300
 """That a replica tells, of what it cannot have."""
 UNTOLD = "more did not come into memory: "
@@ -89,6 +93,18 @@ def version_path(task: str, version: int) -> str:
 
 def file_path(task: str, version: int, name: str) -> str:
     return f"{version_path(task, version)}/files/{name}"
+
+
+def seconds_for(nbytes: int) -> float:
+    """That a file of so many bytes may take from the registry's bucket, or to it."""
+    return BUCKET_SECONDS + nbytes / LEAST_BYTES_PER_S
+
+
+def patience(seconds: float, record: VersionRecord) -> httpx.Timeout:
+    """Of who asks for one of the version's files. Before it answers the registry may have to find all of them
+    in a bucket, and to fetch them: one that is slow at that is not away. `seconds`: beyond that."""
+    fetched = seconds_for(0) + sum(seconds_for(file.size) for file in record.files)
+    return httpx.Timeout(seconds, read=seconds + fetched)
 
 
 def state() -> Call[RoutingState]:

@@ -53,9 +53,6 @@ M = TypeVar("M", bound=BaseModel)
 Work = Callable[[StoredTask | None, int, Past], tuple[StoredTask, list[HistoryLine], T]]
 """Of a task, the revision and its routings: what becomes of it, its lines of history, the answer."""
 
-_MORE = 16
-"""Lines that a list may get between the moment in which it is known which are wanted, and that of reading."""
-
 _READINGS = 10
 """Of a task's history: the first says which versions there are, the next is it unless one came meanwhile."""
 
@@ -156,27 +153,11 @@ class RedisStore:
 
     def log(self, latest: int) -> tuple[LoggedLine, ...]:
         with answering(self.address):
-            with self._redis.pipeline() as pipe:
-                read_head(pipe)
-                pipe.xrevrange(CHANGES, count=latest)
-                head, changes = pipe.execute()
-            redis_server.check(head, self.identity)
-            revisions: dict[tuple[str, int | None], list[int]] = {}
-            for place, change in changes:
-                if task := change.get("task"):  # not of a key
-                    of = (task, int(change["version"]) if change["version"] else None)
-                    revisions.setdefault(of, []).append(int(place.partition("-")[0]))
-            with self._redis.pipeline() as pipe:
-                for (task, version), wanted in revisions.items():
-                    pipe.lrange(history_key(task, version), -len(wanted) - _MORE, -1)
-                lists = pipe.execute()
-        found = (
-            LoggedLine(**dict(line), task=task)
-            for ((task, _), wanted), texts in zip(revisions.items(), lists, strict=True)
-            for line in map(HistoryLine.model_validate_json, texts)
-            if line.revision in wanted
-        )
-        return tuple(sorted(found, key=lambda line: line.revision))
+            return redis_stream.log(self._redis, self.identity, latest)
+
+    def log_since(self, after: int, upto: int, most: int) -> tuple[tuple[LoggedLine, ...], int]:
+        with answering(self.address):
+            return redis_stream.log_since(self._redis, self.identity, after, upto, most)
 
     def add_key(self, new: NewKey, sha256: str, *, by: str = "") -> StoredKey:
         return self._change_key(

@@ -2,6 +2,7 @@
 was, and its mark. By it registries hear of each other's changes, and tell replicas what changed since theirs.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,8 +11,8 @@ from redis.client import Pipeline
 
 from adapter_registry import redis_server
 from adapter_registry.keys import StoredKey, in_order, of_the_api
-from adapter_registry.messages import HistoryLine, RoutingState, TaskRoute
-from adapter_registry.redis_schema import KEYS, TASKS
+from adapter_registry.messages import HistoryLine, LoggedLine, RoutingState, TaskRoute
+from adapter_registry.redis_schema import KEYS, TASKS, history_key
 from adapter_registry.redis_server import REGISTRY
 from adapter_registry.store import MOST_CHANGES, key_mark, line_mark
 
@@ -21,6 +22,9 @@ KEPT_CHANGES = 10_000
 
 _READINGS = 10
 """What changed is read once it is known of which tasks; again if another change came meanwhile."""
+
+_MORE = 16
+"""Lines that a list may get between the moment in which it is known which are wanted, and that of reading."""
 
 Entries = list[tuple[str, dict[str, str]]]
 
@@ -80,6 +84,62 @@ def changed(redis: Redis, identity: str, after: int, known: str) -> RoutingState
                 same_keys=same,
             )
     return None  # changes come faster than they are read
+
+
+def log(redis: Redis, identity: str, latest: int) -> tuple[LoggedLine, ...]:
+    """See `Store.log`."""
+    with redis.pipeline() as pipe:
+        read_head(pipe)
+        pipe.xrevrange(CHANGES, count=latest)
+        head, entries = pipe.execute()
+    redis_server.check(head, identity)
+    return _lines(redis, entries)
+
+
+def log_since(
+    redis: Redis, identity: str, after: int, upto: int, most: int
+) -> tuple[tuple[LoggedLine, ...], int]:
+    """See `Store.log_since`."""
+    with redis.pipeline() as pipe:
+        read_head(pipe)
+        pipe.xrange(CHANGES, f"{after + 1}-0", f"{upto}-0", count=most)
+        head, entries = pipe.execute()
+    redis_server.check(head, identity)
+    return _lines(redis, entries), _revision(entries[-1]) if len(entries) == most else upto
+
+
+def _lines(redis: Redis, entries: Entries) -> tuple[LoggedLine, ...]:
+    """Of the tasks' changes among the entries, in order."""
+    wanted: dict[tuple[str, int | None], list[int]] = {}
+    for entry in entries:
+        if task := entry[1].get("task"):  # not of a key
+            version = entry[1]["version"]
+            wanted.setdefault((task, int(version) if version else None), []).append(_revision(entry))
+    with redis.pipeline() as pipe:
+        for of, revisions in wanted.items():
+            pipe.lrange(history_key(*of), -len(revisions) - _MORE, -1)
+        lists = pipe.execute()
+    found = []
+    for (of, revisions), texts in zip(wanted.items(), lists, strict=True):
+        lines = list(map(HistoryLine.model_validate_json, texts))
+        if lines and lines[0].revision > min(revisions):
+            lines = _from(redis, history_key(*of), min(revisions), len(revisions))
+        found += [LoggedLine(**dict(line), task=of[0]) for line in lines if line.revision in revisions]
+    return tuple(sorted(found, key=lambda line: line.revision))
+
+
+def _from(redis: Redis, key: str, revision: int, count: int) -> list[HistoryLine]:
+    """So many lines of a list from a revision on, which may be far from its end."""
+
+    def at(place: int) -> int:
+        return HistoryLine.model_validate_json(redis.lindex(key, place) or "").revision
+
+    start = bisect_left(range(redis.llen(key)), revision, key=at)
+    return list(map(HistoryLine.model_validate_json, redis.lrange(key, start, start + count - 1)))
+
+
+def _revision(entry: tuple[str, dict[str, str]]) -> int:
+    return int(entry[0].partition("-")[0])
 
 
 def _goes_on_from(entries: Entries, after: int, known: str, revision: int) -> bool:

@@ -34,10 +34,11 @@ from adapter_registry.messages import (
 from adapter_registry.metrics import Metrics
 from adapter_registry.names import check_task
 from adapter_registry.planning import Move, Wanted
-from adapter_registry.quotas import require_quota
+from adapter_registry.quotas import require_quota, require_quota_again
 from adapter_registry.replicas import Replicas
 from adapter_registry.retention import make_room
 from adapter_registry.settings import Bounds
+from adapter_registry.sharing import Shared
 from adapter_registry.signers import Signers
 from adapter_registry.staging import check
 from adapter_registry.storage import storing
@@ -49,7 +50,11 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 FILE_WORKERS = 16
-"""Threads of work with files. They may wait for a bucket, so nothing else waits behind them."""
+"""Threads of work with files that come or go, and as many of those that are asked for. They may wait for a
+bucket, so nothing else waits behind them."""
+
+TIDY_S = 3600.0
+"""Between two looks for files that no version needs."""
 
 CHECK_SECONDS = 60.0
 """An upload that takes longer to check is refused: what is sent may be anything."""
@@ -84,6 +89,8 @@ class Registry:
         self._signers = signers
         self._bounds = bounds
         self._file_workers = ThreadPoolExecutor(FILE_WORKERS, "files")
+        self._fetches = Shared(ThreadPoolExecutor(FILE_WORKERS, "fetches"))
+        self._room = Shared(ThreadPoolExecutor(1, "room"))
         self.files = files
         self.feed = feed
         self.replicas = replicas
@@ -111,7 +118,7 @@ class Registry:
     async def require_room(self) -> None:
         """Raises StorageFullError if a push would find hardly any disk left, StoreUnavailableError if its
         files could not be kept."""
-        await self._with_files(lambda: self.files.require_room(self._bounds.free_bytes))
+        await self._room.do("room", lambda: self.files.require_room(self._bounds.free_bytes))
 
     async def admit(self, staged: Path) -> StoredAdapter:
         """What there is to store, once nothing is wrong with the files in `staged`.
@@ -136,6 +143,7 @@ class Registry:
         check_task(task)
 
         def store() -> Pushed:
+            self._store.revision()  # while it is away nothing is sent that could not be entered
             require_quota(self._store, self._bounds, task, adapter)
             with self.files.kept([(staged, adapter.digest)]) as keeping:
                 number, created = self._store.push(task, adapter, by=by, source=source)
@@ -214,8 +222,18 @@ class Registry:
         )
 
     async def unretire(self, task: str, version: int, *, by: str) -> VersionRecord:
-        """Pushed again, as it were: to be probed. Raises NotFoundError, IllegalTransitionError."""
-        await self._apply(task, Move(version, Event.UNRETIRE), by=by)
+        """Pushed again, as it were: to be probed. Raises NotFoundError, IllegalTransitionError,
+        QuotaExceededError."""
+        move = Move(version, Event.UNRETIRE)
+
+        def unretire() -> TaskRoute:
+            record = self._store.version(task, version)
+            if record.state is State.RETIRED:  # from no other it comes back
+                require_quota_again(self._store, self._bounds, record)
+            return self._store.change(task, move, by=by)
+
+        await self._change(unretire)
+        self.metrics.event(move.event)
         return await self.version(task, version)
 
     async def delete(self, task: str, version: int, *, by: str) -> VersionRecord:
@@ -249,6 +267,10 @@ class Registry:
     async def log(self, latest: int) -> tuple[LoggedLine, ...]:
         """The `latest` changes of all tasks, in order."""
         return await asyncio.to_thread(self._store.log, latest)
+
+    async def log_since(self, after: int, upto: int, most: int) -> tuple[tuple[LoggedLine, ...], int]:
+        """See `Store.log_since`."""
+        return await asyncio.to_thread(self._store.log_since, after, upto, most)
 
     async def state(self) -> RoutingState:
         return await asyncio.to_thread(self._store.state)
@@ -309,7 +331,7 @@ class Registry:
             raise FileNotStoredError(
                 f"{record.name} has no file {name!r}; its files: {', '.join(names)}", param="name"
             )
-        return await self._with_files(lambda: self.files.file(record.digest, name))
+        return await self._fetches.do((record.digest, name), lambda: self.files.file(record.digest, name))
 
     async def _in_force(self, key: StoredKey, token: str | None = None) -> ChangedKey:
         await self.replicas.wait(key.revision, self._bounds.wait_seconds)
@@ -327,6 +349,18 @@ class Registry:
         route = await self._change(apply)
         self.metrics.event(wanted.event)
         return route
+
+    async def tidy(self) -> None:
+        """Now and then removes what refused pushes and removals left, and makes room; until cancelled."""
+        while True:
+            await asyncio.sleep(TIDY_S)
+            try:
+                await self._with_files(lambda: self.files.sweep(self._store.digests))
+                await self._make_room()
+            except StoreUnavailableError as error:
+                logger.warning("what no version needs stays: %s", error)
+            except Exception:  # whatever it was: it is tried again, and nobody else should suffer
+                logger.exception("removing what no version needs failed")
 
     async def close(self) -> None:
         """Sends home whoever waits."""

@@ -3,13 +3,14 @@
 import asyncio
 import logging
 import socket
+from contextlib import ExitStack
 
 import uvicorn
 
 from adapter_registry.access import Secrets
 from adapter_registry.app import create_app
 from adapter_registry.changes import ChangeFeed
-from adapter_registry.errors import CannotStartError
+from adapter_registry.errors import CannotStartError, StoreUnavailableError
 from adapter_registry.keys import OPERATORS, Role, StoredKey
 from adapter_registry.metrics import Metrics
 from adapter_registry.opening import open_data
@@ -38,20 +39,22 @@ class RegistryServer:
 
     def __init__(self, settings: RegistrySettings) -> None:
         self._settings = settings
-        self._data = open_data(settings)
-        try:
+        with ExitStack() as opened:
+            self._data = open_data(settings)
+            opened.callback(self._data.close)
             flags = "--host and --port (PRAD_REGISTRY_PORT)"
             self._socket = bound(settings.host, settings.port, CannotStartError, flags, backlog=1024)
+            opened.callback(self._socket.close)
             try:
-                secrets = _secrets(settings, self._data.store.keys())
-                signers = Signers(settings.signing_keys)
-            except CannotStartError:
-                self._socket.close()
-                raise
-        except CannotStartError:
-            self._data.close()
-            raise
+                self._server = self._prepared(settings)
+            except StoreUnavailableError as error:
+                raise CannotStartError(f"{error.message}; start again once it can") from error
+            opened.pop_all()  # `run` closes them
+
+    def _prepared(self, settings: RegistrySettings) -> "_DrainingServer":
         store, files = self._data.store, self._data.files
+        secrets = _secrets(settings, store.keys())
+        signers = Signers(settings.signing_keys)
         missing = files.sweep(store.digests)
         make_room(store, files, settings.bounds.retired_bytes)
         feed = ChangeFeed(store.revision(), settings.max_waiters, settings.max_waiters_per_client)
@@ -72,7 +75,7 @@ class RegistryServer:
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=settings.shutdown_seconds,
         )
-        self._server = _DrainingServer(config, registry, changes)
+        return _DrainingServer(config, registry, changes)
 
     @property
     def url(self) -> str:
@@ -98,7 +101,8 @@ class RegistryServer:
 class _DrainingServer(Server):
     """Before uvicorn waits for open requests to end, those that wait for changes are sent home.
 
-    While it serves, what other registries change is heard, where there may be some (`changes`).
+    While it serves, files that no version needs are removed, and what other registries change is heard, where
+    there may be some (`changes`).
     """
 
     def __init__(self, config: uvicorn.Config, registry: Registry, changes: RedisChanges | None) -> None:
@@ -108,10 +112,12 @@ class _DrainingServer(Server):
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         async with asyncio.TaskGroup() as tasks:
-            following = None if self._changes is None else tasks.create_task(self._changes.follow())
+            beside = [tasks.create_task(self._registry.tidy())]
+            if self._changes is not None:
+                beside.append(tasks.create_task(self._changes.follow()))
             await super().serve(sockets)
-            if following is not None:
-                following.cancel()
+            for task in beside:
+                task.cancel()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await self._registry.close()

@@ -2,6 +2,7 @@
 
 import json
 import sqlite3
+from collections.abc import Iterable
 from itertools import groupby
 
 from adapter_registry.errors import TaskNotFoundError
@@ -113,10 +114,9 @@ def history(
     return tuple(map(_line, reversed(found)))
 
 
-def log(db: sqlite3.Connection, latest: int) -> tuple[LoggedLine, ...]:
-    """The `latest` changes of all tasks, in order."""
-    found = db.execute("SELECT * FROM history ORDER BY revision DESC LIMIT ?", (latest,)).fetchall()
-    return tuple(LoggedLine(**dict(_line(row)), task=row["task"]) for row in reversed(found))
+def logged(found: Iterable[sqlite3.Row]) -> tuple[LoggedLine, ...]:
+    """To be called without the lock: it takes its time."""
+    return tuple(LoggedLine(**dict(_line(row)), task=row["task"]) for row in found)
 
 
 def _line(row: sqlite3.Row) -> HistoryLine:

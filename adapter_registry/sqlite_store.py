@@ -118,7 +118,14 @@ class SqliteStore:
 
     def log(self, latest: int) -> tuple[LoggedLine, ...]:
         with self._transaction() as db:
-            return rows.log(db, latest)
+            found = db.execute("SELECT * FROM history ORDER BY revision DESC LIMIT ?", (latest,)).fetchall()
+        return rows.logged(reversed(found))
+
+    def log_since(self, after: int, upto: int, most: int) -> tuple[tuple[LoggedLine, ...], int]:
+        asked = "SELECT * FROM history WHERE revision > ? AND revision <= ? ORDER BY revision LIMIT ?"
+        with self._transaction() as db:
+            found = db.execute(asked, (after, upto, most)).fetchall()
+        return rows.logged(found), found[-1]["revision"] if len(found) == most else upto
 
     def add_key(self, new: NewKey, sha256: str, *, by: str = "") -> StoredKey:
         with self._transaction("IMMEDIATE") as db:

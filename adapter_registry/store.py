@@ -144,6 +144,11 @@ class Store(Protocol):
         10,000 of them there."""
         ...
 
+    def log_since(self, after: int, upto: int, most: int) -> tuple[tuple[LoggedLine, ...], int]:
+        """The first `most` changes of the log after a revision and up to another, in order; and the revision
+        up to which these are all: `upto`, unless there may be more."""
+        ...
+
     def add_key(self, new: NewKey, sha256: str, *, by: str = "") -> StoredKey:
         """A key of the token with that hash; `by`: who asks. Raises KeyExistsError."""
         ...

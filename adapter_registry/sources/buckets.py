@@ -82,11 +82,12 @@ def _revision(head: Mapping[str, Any]) -> str:
 
 @contextmanager
 def _failing(arrival: Arrival, name: str) -> Iterator[None]:
+    from aiohttp import ClientError as HttpError  # of a body that is cut off, for one
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:
         yield
     except PermissionError as error:
         raise arrival.refused(f"the bucket does not show {name} to this registry: {error}") from error
-    except (OSError, BotoCoreError, ClientError) as error:
+    except (OSError, BotoCoreError, ClientError, HttpError) as error:
         raise arrival.away(f"{name} cannot be read: {error}") from error

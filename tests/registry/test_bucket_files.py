@@ -9,6 +9,7 @@ import pytest
 from adapter_registry.bucket import Bucket
 from adapter_registry.bucket_files import ArtefactBucket
 from adapter_registry.copies import Copies
+from adapter_registry.errors import StoreUnavailableError
 from adapter_registry.sources.places import parse
 from adapter_registry.staging import Staging
 from prad.artefact import WEIGHTS, files_digest
@@ -105,6 +106,31 @@ def test_a_sweep_removes_what_nobody_needs(files, adapter, bucket, monkeypatch):
     one.sweep(lambda: frozenset({kept}))
     assert digests(bucket) == {kept}
     assert orphan != kept
+
+
+def test_what_may_have_been_entered_stays_until_it_is_known(files, adapter, bucket, monkeypatch):
+    one = files("one")
+
+    def keep_and_lose(seed):
+        with (
+            pytest.raises(StoreUnavailableError),
+            staged(one, adapter, seed) as (folder, digest),
+            one.kept([(folder, digest)]),
+        ):
+            raise StoreUnavailableError("whether it was entered is not known")
+        return digest
+
+    deleted = keep_and_lose(1)
+    one.remove(deleted, nobody)
+    assert names(bucket) == [], "it was entered, and can be deleted at once"
+    entered, refused = keep_and_lose(2), keep_and_lose(3)
+    one.sweep(nobody)
+    assert digests(bucket) == {entered, refused}, "it may be entered yet"
+    monkeypatch.setattr("adapter_registry.bucket_files._UNSURE_S", -5.0)  # as if some minutes went by
+    one.sweep(lambda: frozenset({entered}))
+    assert digests(bucket) == {entered}
+    assert names(bucket) == [WEIGHTS, "prad.json"], "what is known to be entered has no mark"
+    assert one.file(entered, WEIGHTS).is_file()
 
 
 def test_many_pages_of_objects(bucket, monkeypatch):

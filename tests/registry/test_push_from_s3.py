@@ -111,3 +111,16 @@ def test_an_s3_that_is_away(s3, registry, monkeypatch):
     with pytest.raises(SourceUnavailableError, match="cannot be read"):
         registry.client.push_uri("support", "s3://models/good/support")
     nothing_is_left(registry)
+
+
+def test_an_answer_that_is_cut_off(s3, registry, monkeypatch):
+    import aiohttp
+
+    def cut_off(*_, **__):
+        raise aiohttp.ClientPayloadError("not enough data")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(s3), "call_s3", cut_off)
+        with pytest.raises(SourceUnavailableError, match="cannot be read: not enough data"):
+            registry.client.push_uri("support", "s3://models/good/support")
+    nothing_is_left(registry)

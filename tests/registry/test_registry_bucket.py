@@ -13,7 +13,9 @@ from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from adapter_registry import bucket as bucket_module
-from adapter_registry.bucket import Bucket
+from adapter_registry import client_calls
+from adapter_registry.bucket import Bucket, Entry
+from adapter_registry.bucket_files import ArtefactBucket
 from adapter_registry.errors import CannotStartError, StoredFilesDamagedError, StoreUnavailableError
 from adapter_registry.redis_store import RedisStore
 from adapter_registry.server import RegistryServer
@@ -66,7 +68,7 @@ def gate(bucket, s3_url, monkeypatch):
 
     def lead(mode):
         monkeypatch.setattr(bucket_module, "_START_S", 60.0 if mode == "open" else 0.1)
-        monkeypatch.setattr(bucket_module, "CALL_SECONDS", 60.0 if mode == "open" else 1.0)
+        monkeypatch.setattr(client_calls, "BUCKET_SECONDS", 60.0 if mode == "open" else 1.0)
         leading.set(mode)
 
     lead("open")
@@ -139,6 +141,33 @@ def test_a_commit_of_unknown_outcome_keeps_its_files(
             with pytest.raises(StoreUnavailableError):
                 registry.push(adapter(1))
         registry.client.pull("support", 1, tmp_path / "pulled")
+
+
+def away(*_, **__):
+    raise StoreUnavailableError("gone again")
+
+
+def test_nothing_is_sent_that_cannot_be_entered(data_dir, bucket, adapter, serving, monkeypatch):
+    with serving(settings(data_dir), bucket) as registry:
+        monkeypatch.setattr(SqliteStore, "revision", away)
+        monkeypatch.setattr(Bucket, "send", lambda *_: pytest.fail("it was sent"))
+        with pytest.raises(StoreUnavailableError, match="gone again"):
+            registry.push(adapter(1))
+        assert (bucket.find("adapters"), registry.staged) == ([], [])
+
+
+def test_what_was_not_entered_is_removed_without_a_restart(data_dir, bucket, adapter, serving, monkeypatch):
+    monkeypatch.setattr("adapter_registry.bucket_files._UNSURE_S", -5.0)  # as if some minutes went by
+    monkeypatch.setattr("adapter_registry.registry.TIDY_S", 0.1)
+    with serving(settings(data_dir), bucket) as registry:
+        kept = registry.push(adapter(1)).digest
+        with monkeypatch.context() as patch:
+            patch.setattr(SqliteStore, "push", away)
+            with pytest.raises(StoreUnavailableError):
+                registry.push(adapter(2))
+        while registry.stored != {kept}:
+            pass
+        assert registry.files == {WEIGHTS, "prad.json"}
 
 
 @pytest.mark.parametrize("entered", [False, True])
@@ -252,6 +281,28 @@ def test_credentials_that_are_refused(s3):
             client.require()
     finally:
         told.close()
+
+
+def test_an_object_that_is_cut_off_says_that_the_bucket_is_away(s3, tmp_path):
+    told = ToldServer()
+    try:
+        told.answers = {"/adapters/of/prad/x/d/p/file": (200, {"content-length": "1000"}, b"x" * 100)}
+        client = Bucket(parse(BUCKET), "x", told.url)
+        with pytest.raises(StoreUnavailableError, match="cannot be used"):
+            client.fetch(Entry("d/p/file", 1000, 0.0), tmp_path / "file")
+    finally:
+        told.close()
+
+
+def test_a_store_or_bucket_that_goes_away_during_the_start_is_said(data_dir, bucket, monkeypatch):
+    for kind, name in ((ArtefactBucket, "sweep"), (SqliteStore, "idle"), (SqliteStore, "revision")):
+        with monkeypatch.context() as patch:
+            patch.setattr(kind, name, away)
+            with pytest.raises(CannotStartError, match="gone again; start again once it can"):
+                RegistryServer(settings(data_dir))
+    server = RegistryServer(settings(data_dir))  # the refused ones left the folder free
+    server.stop()
+    server.run()
 
 
 @pytest.mark.parametrize("files", ["folder", "oci://host/name", "s3://", "s3://B"])

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from adapter_registry.client import AsyncRegistryClient
+from adapter_registry.client_calls import seconds_for
 from adapter_registry.errors import (
     DigestMismatchError,
     IllegalTransitionError,
@@ -103,6 +104,29 @@ async def test_refusals_arrive_as_what_they_were(registry, prefill, adapter):
     registry.client.retire("support", 1)
     with pytest.raises(IllegalTransitionError, match="support@1 is retired"):
         await prefill.probe("support", 1, ok=True)
+
+
+async def test_a_registry_that_must_fetch_the_files_first_is_waited_for(
+    registry, prefill, adapter, monkeypatch, tmp_path
+):
+    """From a bucket, as slowly as one may be."""
+    registry.push(adapter(1, values=1 << 14))
+    record, asked = registry.client.version("support", 1), []
+
+    def noted(request):
+        if "/files/" in request.url.path:
+            asked.append(request.extensions["timeout"])
+
+    async def noted_too(request):
+        noted(request)
+
+    prefill._http.event_hooks = {"request": [noted_too]}
+    registry.client._http.event_hooks = {"request": [noted]}
+    await prefill.fetch("support", 1, record.digest)
+    await asyncio.to_thread(registry.client.pull, "support", 1, tmp_path / "pulled")
+    worst = seconds_for(0) + sum(seconds_for(file.size) for file in record.files)
+    assert [each["read"] > worst for each in asked] == [True] * 4
+    assert {each["connect"] for each in asked} == {10.0}
 
 
 async def test_nobody_there(tmp_path):

@@ -234,3 +234,18 @@ def test_a_tasks_versions_are_no_larger_together_than_they_may(data_dir, serving
         with pytest.raises(QuotaExceededError, match=r"over 1048576, what a task may \(task_mib\)"):
             registry.push(adapter(2, values=1 << 15))
         assert registry.push(adapter(3)).version == 2
+
+
+def test_what_comes_back_counts_as_what_is_pushed(data_dir, serving, adapter):
+    settings = RegistrySettings(port=0, data_dir=data_dir, task_versions=2, log_level="warning")
+    with serving(settings) as registry:
+        for seed in (1, 2):
+            registry.verified(adapter(seed))
+        registry.client.retire("support", 2)
+        registry.push(adapter(3))
+        with pytest.raises(QuotaExceededError, match="'support' has 2 versions"):
+            registry.client.unretire("support", 2)
+        with pytest.raises(IllegalTransitionError):
+            registry.client.unretire("support", 3)
+        registry.client.retire("support", 3)
+        assert registry.client.unretire("support", 2).state == "pushed"

@@ -378,3 +378,24 @@ def test_the_log_has_the_latest_changes_of_all_tasks(store, stored_adapter):
     assert [line.revision for line in store.log(2)] == [10, 11]
     ours = [dict(line) for line in lines if line.task == "a"]
     assert ours == [dict(line) | {"task": "a"} for line in store.history("a")]
+
+
+def test_the_log_is_read_in_pages_from_a_revision_on(store, stored_adapter):
+    verified(store, "a", stored_adapter(1))
+    verified(store, "a", stored_adapter(2))
+    for number in range(30):
+        store.change("a", Move(1 + number % 2, Event.PROMOTE))
+        if number % 10 == 0:
+            store.add_key(NewKey(name=f"key-{number}"), f"{number:064x}")
+    everything, revision = store.log(1000), store.revision()
+    for most in (1, 7, 1000):
+        after, found = 0, []
+        while after != revision:
+            lines, reached = store.log_since(after, revision, most)
+            assert len(lines) <= most
+            assert reached > after
+            found += lines
+            after = reached
+        assert tuple(found) == everything
+    assert store.log_since(5, 9, 1000)[0] == tuple(line for line in everything if 5 < line.revision <= 9)
+    assert store.log_since(revision + 1, revision, 10) == ((), revision), "data were lost"
