@@ -75,7 +75,7 @@ class HandOff:
     async def __aexit__(self, *_: object) -> None:
         await self.abort("left")
 
-    async def commit(self, tokens: list[Token]) -> None:
+    async def commit(self, tokens: list[Token], text_ids: Sequence[int] = (), alike: int = 0) -> None:
         if self.fails is not None:
             raise self.fails
         self.committed = tokens

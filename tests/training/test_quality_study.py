@@ -10,8 +10,8 @@ import pytest
 import torch
 from sacrebleu.metrics.bleu import BLEU
 
-from bench.quality_bootstrap import counts, mean_score, paired_difference, score
-from bench.quality_cells import Study, _each
+from bench.quality_bootstrap import counts, each_counted, mean_score, paired_difference, score
+from bench.quality_cells import Study
 from bench.quality_table import Column, Row
 from prad.training.data import Example
 from prad.training.evaluate import Evaluation
@@ -33,7 +33,7 @@ def sentences(seed: int, count: int, noise: float) -> tuple[list[Example], list[
 
 
 def bleu_counts(examples: list[Example], answers: list[str]) -> list[list[int]]:
-    return _each("bleu", examples, Evaluation(len(examples), {}, tuple(answers)))
+    return each_counted("bleu", examples, Evaluation(len(examples), {}, tuple(answers)))
 
 
 def test_bleu_of_summed_counts_is_sacrebleus() -> None:
