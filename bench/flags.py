@@ -321,7 +321,6 @@ class Chunking(ModelFlags):
         "undisturbed": 8,
         "only": ["chunks"],  # each variant is a service that loads the model
     }
-
     long: int = Field(4096, description="tokens of the long prompt")
     short: int = Field(32, description="tokens of the short ones")
     streams: int = Field(8, description="running streams")

@@ -51,8 +51,7 @@ class TaskVersion:
 
 
 class RoomWanted(NamedTuple):
-    """What a prompt asks of decode: tokens of KV for its whole life, sequences, the width of its request
-    state."""
+    """What a prompt asks of decode: tokens for its whole life, sequences, the width of its request state."""
 
     tokens: int
     sequences: int
@@ -232,14 +231,12 @@ class Prompt:
     @property
     def text_ids(self) -> list[int]:
         """The end of what stands in front of its answer, but for what no model draws."""
-        start = max(self.virtual_tokens, self.tokens - _TEXT)
-        return [token for token in self.ids[start:] if token >= 0]
+        return [token for token in self.ids[max(self.virtual_tokens, self.tokens - _TEXT) :] if token >= 0]
 
     @property
     def alike(self) -> int:
         """Whose recent answers may be like its own: those of its version, as the prefix cache keeps apart."""
-        version, salt = self.request.version, self.request.cache_salt
-        name = repr((None if version is None else version.digest, salt)).encode()
+        name = repr((self.request.version and self.request.version.digest, self.request.cache_salt)).encode()
         return int.from_bytes(blake2b(name, digest_size=8).digest(), "little")
 
     @property
@@ -286,8 +283,7 @@ class Prompt:
         own = max(0, min(cached - self.virtual_tokens, len(request.prompt_ids)))
         reasons = [request.sampling.finish_reason(token.id, index + 1) for token in tokens]
         for choice, (token, reason) in enumerate(zip(tokens, reasons, strict=True)):
-            told = own if choice == 0 else 0
-            name = request.request_id, self.attempt, choice, index
+            name, told = (request.request_id, self.attempt, choice, index), own if choice == 0 else 0
             self.outputs.put_nowait(TokenEvent(*name, (token,), reason, cached_tokens=told))
         self.awaited = self.running & {choice for choice, reason in enumerate(reasons) if reason is None}
         return None in reasons
