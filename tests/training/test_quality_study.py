@@ -14,7 +14,6 @@ from bench.quality_bootstrap import counts, each_counted, mean_score, paired_dif
 from bench.quality_cells import Study
 from bench.quality_table import Column, Row
 from prad.training.data import Example
-from prad.training.evaluate import Evaluation
 
 WORDS = ["the", "red", "dog", "runs", "over", "a", "green", "hill", "today", "."]
 
@@ -33,7 +32,7 @@ def sentences(seed: int, count: int, noise: float) -> tuple[list[Example], list[
 
 
 def bleu_counts(examples: list[Example], answers: list[str]) -> list[list[int]]:
-    return each_counted("bleu", examples, Evaluation(len(examples), {}, tuple(answers)))
+    return each_counted("bleu", examples, answers)
 
 
 def test_bleu_of_summed_counts_is_sacrebleus() -> None:

@@ -50,7 +50,7 @@ def built(cache_dir: Path, kept_bytes: int = DEFAULT_KEPT_BYTES) -> Path:
     asked_for = os.environ.get("CXXFLAGS", "").split()
     flags = (*_NATIVE, *asked_for)
     sources = sorted(p for p in SOURCES.iterdir() if p.suffix in (".cpp", ".h"))
-    made_by = (os.environ.get("CXX", ""), *FLAGS, *flags, platform.machine(), *instructions())
+    made_by = (*FLAGS, *flags, platform.machine(), *instructions())
     known = hashlib.sha256("\0".join((*made_by, *(p.read_text(encoding="utf-8") for p in sources))).encode())
     library = cache_dir.expanduser() / "kernels" / f"{known.hexdigest()[:16]}.so"
     try:
