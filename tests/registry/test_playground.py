@@ -48,7 +48,7 @@ class Api:
         coded = b"content-encoding: gzip\r\n" if gzipped else b""
         connection.sendall(b"HTTP/1.1 " + self.status + b"\r\nconnection: close\r\n" + coded + b"\r\n" + body)
         connection.shutdown(socket.SHUT_WR)
-        while connection.recv(65_536):  # a question's body may still come: closing on it would lose the answer
+        while connection.recv(65_536):  # a question's body may still come; closed on it the answer is lost
             pass
 
 
