@@ -4,7 +4,7 @@ A version whose adapter is not on this machine's disk yet is fetched before othe
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
@@ -118,10 +118,14 @@ class TaskEntry:
 
 class TaskCatalogue:
     """What new requests are resolved against; none of its methods waits for anything. `base_name`: the id
-    under which clients name the plain model. `trouble`: why it is not to be relied on yet; None if it is."""
+    under which clients name the plain model. `trouble`: why it is not to be relied on yet; None if it is.
+    `told` hears of each change of a task."""
 
-    def __init__(self, base_name: str) -> None:
+    def __init__(
+        self, base_name: str, told: "Callable[[str, TaskVersions | None], None] | None" = None
+    ) -> None:
         self.base_name = base_name
+        self._told = told
         self.trouble: str | None = _UNHEARD
         self._tasks: dict[str, TaskVersions] = {}
 
@@ -140,6 +144,8 @@ class TaskCatalogue:
             self._tasks.pop(task, None)
         else:
             self._tasks[task] = routed
+        if self._told is not None:
+            self._told(task, routed)
 
     def resolve(
         self, task: str, name: int | str | None, key: str | None = None, asks: "Client | None" = None

@@ -8,7 +8,7 @@ import asyncio
 import logging
 import time
 from collections import Counter, OrderedDict
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Container
 from contextlib import (
     AbstractAsyncContextManager,
     AsyncExitStack,
@@ -279,11 +279,19 @@ class Residents:
     Bounded by `capacity` bytes; one that is larger is alone. Keyed by digest: versions with the same files
     share one adapter. Who finds no room waits in line, the oldest first. Nobody overtakes, or adapters in
     steady use would keep it from its room for ever; but those in line who want the same adapter go with it.
-    `itemsize`: bytes of a matrix's number in memory.
+    `itemsize`: bytes of a matrix's number in memory. Adapters whose digests are in `stay` leave after all
+    others.
     """
 
-    def __init__(self, load: "Callable[[Artefact], Adapter]", capacity: int, itemsize: int) -> None:
+    def __init__(
+        self,
+        load: "Callable[[Artefact], Adapter]",
+        capacity: int,
+        itemsize: int,
+        stay: Container[str] = (),
+    ) -> None:
         self._load = load
+        self._stay = stay
         self._capacity = capacity
         self._itemsize = itemsize
         self._residents: OrderedDict[str, _Resident] = OrderedDict()
@@ -373,7 +381,8 @@ class Residents:
 
     def _make_room(self, nbytes: int) -> None:
         """As far as what is in use leaves any."""
-        for digest, resident in list(self._residents.items()):
+        leaving = sorted(self._residents.items(), key=lambda held: held[0] in self._stay)
+        for digest, resident in leaving:
             if self.nbytes + nbytes <= self._capacity:
                 return
             if not _in_use(resident):

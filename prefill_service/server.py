@@ -39,6 +39,7 @@ from prefill_service.decode_link import DecodeLink
 from prefill_service.engine import PrefillEngine, Residents
 from prefill_service.follower import RegistryFollower
 from prefill_service.passes import PassRunner, a_core_is_left
+from prefill_service.pinning import Pinned
 from prefill_service.probing import Prober
 from prefill_service.scheduler import PromptScheduler
 from prefill_service.settings import PrefillSettings
@@ -100,7 +101,8 @@ async def _serve(
             secret="" if secret_file is None else read_secret(secret_file),
         ) as registry,
     ):
-        residents = Residents(load, settings.adapters_mib * 2**20, model.dtype.itemsize)
+        pinned = Pinned(settings.pinned)
+        residents = Residents(load, settings.adapters_mib * 2**20, model.dtype.itemsize, pinned)
         parts = Parts.build(model, residents, decode, settings)
 
         prober = Prober(model, load, allow_unmoved=settings.allow_unmoved)
@@ -109,7 +111,7 @@ async def _serve(
             async with residents.pinned(artefact):
                 pass
 
-        catalogue = TaskCatalogue(settings.base_name)
+        catalogue = TaskCatalogue(settings.base_name, pinned.follow)
         keys = KeyRing(required=settings.keys_required, told=False)
         weights = None if settings.allow_other_weights else model.fingerprint.weights
         follower = RegistryFollower(
@@ -145,7 +147,8 @@ async def _serve(
             timeout_graceful_shutdown=_DRAIN_S,
         )
         async with asyncio.TaskGroup() as tasks:
-            background = [tasks.create_task(parts.engine.run()), tasks.create_task(follower.run())]
+            always = (parts.engine.run(), follower.run(), pinned.run(warm))
+            background = [tasks.create_task(each) for each in always]
             if traffic is not None:
                 background.append(tasks.create_task(report_traffic(registry, traffic, settings.traffic_s)))
             await tasks.create_task(Server(config).serve(sockets=[listening]))

@@ -119,6 +119,9 @@ class PrefillSettings(ServiceSettings):
     adapters_mib: Annotated[int, Field(ge=1)] = 1024
     """Memory for resident adapters; least recently used ones leave first, and while all are in use, prompts
     that want others wait their turn."""
+    pinned_tasks: str = ""
+    """Tasks whose adapters are loaded before anybody asks, and leave memory last, separated by commas; * for
+    all. They count in `adapters_mib`: what is pinned beyond it leaves as others do."""
     allow_other_weights: bool = False
     """Serve adapters trained on other weights of the same architecture."""
     allow_unmoved: bool = False
@@ -133,6 +136,10 @@ class PrefillSettings(ServiceSettings):
     @property
     def origins(self) -> tuple[str, ...]:
         return _listed(self.cors_origins)
+
+    @property
+    def pinned(self) -> tuple[str, ...]:
+        return _listed(self.pinned_tasks)
 
     @property
     def keys_required(self) -> bool:

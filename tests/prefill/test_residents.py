@@ -7,12 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from adapter_registry.routing import Routing
 from prad.adapters import Adapter, load_adapter
 from prad.artefact import Artefact
 from prad.lm import LanguageModel
+from prefill_service.catalogue import TaskVersions
 from prefill_service.engine import Residents
 from prefill_service.errors import InternalError
+from prefill_service.pinning import EVERY, Pinned
 from tests.conftest import random_artefact
+from tests.prefill.fakes import version
 
 
 class Loader:
@@ -139,3 +143,50 @@ async def test_files_that_do_not_load_are_an_error_each_time(
         with pytest.raises(InternalError, match="does not load"):
             await use(residents, red)
     assert (len(residents), residents.nbytes) == (0, 0)
+
+
+async def test_an_operators_tasks_leave_last(setting: tuple[Loader, list[Artefact]]) -> None:
+    """Even when they were used least recently; where nothing else is left, they make room as others do."""
+    loader, (red, green, blue) = setting
+    residents = Residents(loader, 2 * red.nbytes(4), 4, stay={red.digest})
+    for artefact in (red, green, blue, red, green, red):
+        await use(residents, artefact)
+    assert loader.loaded == [red.digest, green.digest, blue.digest, green.digest]
+    alone = Residents(loader, red.nbytes(4), 4, stay={red.digest})
+    for artefact in (red, green):
+        await use(alone, artefact)
+    assert alone.nbytes == green.nbytes(4)
+
+
+async def test_what_a_pinned_tasks_names_mean_is_loaded_before_anybody_asks() -> None:
+    versions = {number: version(f"v{number}") for number in (1, 2, 3)}
+    pinned, loaded, came = Pinned(["t"]), list[str](), asyncio.Event()
+
+    async def load(artefact: Artefact) -> None:
+        loaded.append(artefact.digest)
+        came.set()
+        if artefact.digest == "v1":
+            raise InternalError("the adapter v1 does not load")
+
+    async def told(task: str, routing: Routing | None) -> None:
+        came.clear()
+        pinned.follow(task, None if routing is None else TaskVersions.of(routing, versions))
+
+    running = asyncio.create_task(pinned.run(load))
+    await told("u", Routing(split={3: 100}))
+    await told("t", Routing(split={1: 100}))
+    await came.wait()
+    await told("t", Routing(split={1: 100}, aliases={"canary": 2}))
+    await came.wait()
+    assert loaded == ["v1", "v2"], "once each, also the one that does not load, and of no other task"
+    assert ("v1" in pinned, "v2" in pinned, "v3" in pinned) == (True, True, False)
+    await told("t", Routing(split={2: 100}, previous=1))
+    assert ("v1" in pinned, "v2" in pinned) == (True, True), "task@previous is a name, too"
+    await told("t", None)
+    assert "v2" not in pinned
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    assert loaded == ["v1", "v2"]
+    every = Pinned([EVERY])
+    every.follow("u", TaskVersions.of(Routing(split={3: 100}), versions))
+    assert "v3" in every

@@ -1,0 +1,54 @@
+"""Tasks whose adapters an operator wants in memory, so that no request for them waits for a load."""
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Awaitable, Callable, Collection
+
+from prad.artefact import Artefact
+from prefill_service.catalogue import TaskVersions
+
+logger = logging.getLogger(__name__)
+
+EVERY = "*"
+
+
+class Pinned:
+    """Of these `tasks` (EVERY: of all), what their routing names is loaded when it is here, and leaves memory
+    only where nothing else could make room. Follows the catalogue, which is told of each change."""
+
+    def __init__(self, tasks: Collection[str] = ()) -> None:
+        self._tasks = frozenset(tasks)
+        self._named: dict[str, dict[str, Artefact]] = {}  # by task, by digest
+        self._tasks_of = Counter[str]()  # by digest: whoever makes room asks for each adapter in memory
+        self._changed = asyncio.Event()
+
+    def __contains__(self, digest: str) -> bool:
+        return self._tasks_of[digest] > 0
+
+    def follow(self, task: str, routed: TaskVersions | None) -> None:
+        """What the task's names mean from now on; None: there is none of the name any more."""
+        if not self._tasks & {task, EVERY}:
+            return
+        self._tasks_of.subtract(self._named.pop(task, ()))
+        if routed is not None:
+            meant = {*routed.split, *routed.aliases.values()}
+            here = [version for number, version in routed.versions.items() if number in meant]
+            self._named[task] = {version.digest: version.artefact for version in here}
+            self._tasks_of.update(self._named[task].keys())
+        self._changed.set()
+
+    async def run(self, load: Callable[[Artefact], Awaitable[None]]) -> None:
+        """Loads what is pinned, one at a time, until cancelled."""
+        loaded = set[str]()
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            wanted = {d: artefact for named in self._named.values() for d, artefact in named.items()}
+            loaded &= wanted.keys()
+            for digest in wanted.keys() - loaded:
+                try:
+                    await load(wanted[digest])
+                except Exception as error:  # requests for it say the same; the others are loaded
+                    logger.warning("a pinned adapter did not come into memory: %s", error)
+                loaded.add(digest)
