@@ -30,7 +30,10 @@ class Pinned:
         """What the task's names mean from now on; None: there is none of the name any more."""
         if not self._tasks & {task, EVERY}:
             return
-        self._tasks_of.subtract(self._named.pop(task, ()))
+        for digest in self._named.pop(task, ()):
+            self._tasks_of[digest] -= 1
+            if not self._tasks_of[digest]:
+                del self._tasks_of[digest]
         if routed is not None:
             meant = {*routed.split, *routed.aliases.values()}
             here = [version for number, version in routed.versions.items() if number in meant]
