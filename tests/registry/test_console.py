@@ -73,7 +73,7 @@ def test_what_is_of_others_is_listed_and_as_it_came():
     notice = (STATIC / "NOTICE.md").read_text(encoding="utf-8")
     listed = dict(re.findall(r"^\| `([\w.]+)` .*`([0-9a-f]{64})` \|$", notice, re.MULTILINE))
     found = {path.name for path in STATIC.iterdir()}
-    assert found == {*listed, "NOTICE.md", "console.css", "console.js", "icon.svg"}
+    assert found == {*listed, "NOTICE.md", "console.css", "console.js", "playground.js", "icon.svg"}
     assert listed == {name: sha256((STATIC / name).read_bytes()).hexdigest() for name in listed}
 
 

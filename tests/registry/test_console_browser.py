@@ -312,7 +312,8 @@ class _Api(BaseHTTPRequestHandler):
         self.send_header("x-prad-task", task)
         self.send_header("x-prad-version", version or "1")
         self.end_headers()
-        for word in ("<b>very", " good", "</b> é"):
+        said = ("bad",) if version == "2" and "dull" in wanted["prompt"] else ("<b>very", " good", "</b> é")
+        for word in said:
             self._event({"choices": [{"text": word}]})
         self._event({"choices": [], "usage": {"completion_tokens": 3}})
         self.wfile.write(b"data: [DONE]\n\n")
@@ -384,6 +385,45 @@ def test_two_versions_answer_side_by_side(serving, data_dir, adapter, open_conso
         ask(console)
         expect(left.locator("[data-text]")).to_have_text("<b>very good</b> é")
         assert questions[-1][1] == "Bearer secret"
+
+
+def test_two_versions_are_compared_over_a_file(serving, data_dir, adapter, open_console, tmp_path):
+    good = {"completion": "<b>very good</b> é"}
+    lines = [{"prompt": f"film {number}", **good} for number in range(7)]
+    lines.append({"prompt": "a dull <i>film</i>", "completion": "bad"})
+    file, broken = tmp_path / "prompts.jsonl", tmp_path / "broken.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)) + "\n\n", encoding="utf-8")
+    broken.write_text('{"prompt": "one"}\n{"text": "two"}\n', encoding="utf-8")
+    with (
+        some_api() as (url, questions),
+        serving(RegistrySettings(port=0, data_dir=data_dir, api_url=url, log_level="warning")) as registry,
+    ):
+        for seed in (1, 2):
+            registry.verified(adapter(seed))
+        console = open_console(registry.url)
+        page = console.page
+        console.go("/playground?a=support&b=support@2")
+        page.locator("#prompts").set_input_files(broken)
+        ask(console)
+        expect(page.locator("#notice")).to_contain_text('Line 2: expected {"prompt": text}')
+        assert questions == []
+        page.locator("#prompts").set_input_files(file)
+        ask(console)
+        found = page.get_by_label("Comparison over a file")
+        expect(found.locator("[data-summary]")).to_have_text(
+            "8 of 8 prompts, 87.5 % answered alike; right: support 87.5 %, support@2 100 %"
+        )
+        assert [each.inner_text() for each in found.locator("tbody tr > *").all()] == [
+            "a dull <i>film</i>",
+            "<b>very good</b> é",
+            "bad",
+            "bad",
+        ]
+        assert len(questions) == 16
+        assert {wanted["temperature"] for wanted, *_ in questions} == {0}
+        page.get_by_role("combobox", name="Right").fill("closed")
+        ask(console)
+        expect(page.locator("#notice")).to_contain_text("closed: an API key is needed <b>here</b>")
 
 
 def test_without_an_api_the_playground_says_what_to_set(support, console):

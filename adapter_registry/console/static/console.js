@@ -1,4 +1,4 @@
-// The console's own script: dialogues, sliders, files to push, charts, the playground. htmx does the rest.
+// The console's own script: dialogues, sliders, files to push, charts. htmx does the rest.
 // No script is written into pages, and text of others is only ever set as text.
 "use strict";
 
@@ -228,78 +228,3 @@ addEventListener("resize", () => {
   width = innerWidth;
   again();
 });
-
-// --- playground ------------------------------------------------------------------------------------------
-
-function events(text) {
-  return text.split("\n").filter((line) => line.startsWith("data: ") && line !== "data: [DONE]").map((line) => JSON.parse(line.slice(6)));
-}
-
-async function answer(section, address, question, signal) {
-  const text = one("[data-text]", section);
-  const figures = one("[data-figures]", section);
-  one("[data-name]", section).textContent = question.model;
-  text.replaceChildren();
-  text.classList.remove("bad");
-  figures.textContent = "…";
-  const began = performance.now();
-  let first = 0;
-  let tokens = 0;
-  const failed = (message) => { text.textContent += message; text.classList.add("bad"); };
-  try {
-    const got = await fetch(address, { method: "POST", signal, headers: { "content-type": "application/json", "hx-request": "true" }, body: JSON.stringify(question) });
-    if (!got.ok) {
-      const said = await got.text();
-      if (got.headers.has("hx-redirect")) location.href = got.headers.get("hx-redirect");
-      let message;
-      try {
-        message = JSON.parse(said).error.message;
-      } catch { // a refusal of the console's own
-        message = new DOMParser().parseFromString(said, "text/html").body.textContent.trim();
-      }
-      figures.textContent = `refused: ${got.status}`;
-      failed(message);
-      return;
-    }
-    const version = got.headers.get("x-prad-version");
-    if (version) one("[data-name]", section).textContent = `${got.headers.get("x-prad-task")}@${version}`;
-    const reader = got.body.pipeThrough(new TextDecoderStream()).getReader();
-    let rest = "";
-    for (;;) {
-      const { value, done } = await reader.read();
-      if (done) break;
-      const parts = (rest + value).split("\n\n");
-      rest = parts.pop();
-      for (const event of parts.flatMap(events)) {
-        first ||= performance.now();
-        if (event.error) failed(event.error.message);
-        text.append(event.choices?.[0]?.text ?? "");
-        tokens = event.usage?.completion_tokens ?? tokens;
-      }
-    }
-    const ended = performance.now();
-    figures.textContent = `${tokens} tokens · first after ${Math.round(first - began)} ms · all after ${Math.round(ended - began)} ms`;
-  } catch (error) {
-    figures.textContent = signal.aborted ? "stopped" : "";
-    if (!signal.aborted) failed("The registry does not answer.");
-  }
-}
-
-for (const form of all("[data-ask]")) {
-  const stop = one("[data-stop]", form);
-  let running = null;
-  stop.addEventListener("click", () => running?.abort());
-  form.addEventListener("submit", async (event) => {
-    event.preventDefault();
-    running?.abort();
-    const control = running = new AbortController();
-    const given = new FormData(form);
-    const number = (name) => (given.get(name) === "" ? null : Number(given.get(name)));
-    const rest = { prompt: given.get("prompt"), max_tokens: number("max_tokens"), temperature: number("temperature"), key: given.get("key") };
-    const sides = ["a", "b"].filter((side) => given.get(side).trim());
-    for (const section of all("[data-answer]")) section.hidden = !sides.includes(section.dataset.answer);
-    stop.disabled = false;
-    await Promise.all(sides.map((side) => answer(one(`[data-answer=${side}]`), form.dataset.ask, { ...rest, model: given.get(side).trim() }, control.signal)));
-    if (running === control) stop.disabled = true;
-  });
-}
