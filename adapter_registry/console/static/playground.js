@@ -158,6 +158,7 @@ for (const form of all("[data-ask]")) {
     const sides = ["a", "b"].filter((side) => given.get(side).trim());
     for (const section of all("[data-answer]")) section.hidden = file.files.length || !sides.includes(section.dataset.answer);
     comparison.hidden = true;
+    one("#notice").replaceChildren();
     stop.disabled = false;
     if (file.files.length) {
       try {
