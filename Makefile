@@ -68,7 +68,9 @@ proto: $(VENV)/.tested ## generate the gRPC stubs again
 bench: $(VENV)/.benched ## measure, side by side, into bench/results/ (VLLM=, OPENVINO=, LLAMA=, DATA=: see the Makefile)
 	set -e; for name in $(BENCHMARKS); do $(BIN)/prad bench $$name; done
 	set -e; for name in rounding greedy speculation; do $(BIN)/prad bench $$name $(DATA:%=--data %); done
-	$(BIN)/prad bench peers $(VLLM:%=--vllm-python %) $(OPENVINO:%=--openvino-python %) $(LLAMA:%=--llama-python %)
+	for name in peers stream; do \
+	  $(BIN)/prad bench $$name $(VLLM:%=--vllm-python %) $(OPENVINO:%=--openvino-python %) $(LLAMA:%=--llama-python %) || exit 1; \
+	done
 	$(BIN)/python -m bench.report
 
 bench-smoke: $(VENV)/.benched ## the quick benchmarks, tiny: that they run, not what they say (all: SMOKE="...")

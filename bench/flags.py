@@ -169,6 +169,14 @@ class Peers(ShapeFlags):
     )
 
 
+class Stream(Peers):
+    SMOKE = {"requests": 1, "prompt": 8, "output": 4, "rounds": 1, "r": 8}
+
+    requests: int = 1
+    rounds: int = Field(7, ge=1)
+    skip_vllm_lora: bool = Field(True, description="it is not asked")
+
+
 class Decode(ModelFlags):
     SMOKE = {
         "batches": [1, 8],
@@ -389,6 +397,7 @@ FLAGS: dict[str, type[Flags]] = {
     "chunking": Chunking,
     "speculation": Speculation,
     "peers": Peers,
+    "stream": Stream,
     "quality": Quality,
     "train": Train,
 }

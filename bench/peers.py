@@ -5,13 +5,15 @@ decode's weights rounded to 8 bits, and in blocks of 4 (--weights int8, int4). O
 LoRA at every token and without. transformers' generate, alone and with PEFT's mixed-adapter batch: always.
 vLLM, with as many LoRAs (r on q and v) and without, OpenVINO GenAI and llama.cpp (both: the 4-bit .gguf):
 where --vllm-python, --openvino-python and --llama-python name an interpreter that has them. All compute on
-all cores, are alive at once (some 20 GiB) and asked in turn, same prompts. Then 8 requests, then one alone.
+all cores, are alive at once (some 20 GiB) and asked in turn, same prompts. Then 8 requests; one alone is
+asked by `stream`. Our decode services make no drafts: what a model makes of random ids repeats itself, and is
+guessed more often than any text that somebody would ask for.
 """
 
 import importlib.util
 import tempfile
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +28,29 @@ from prad.lm import LanguageModel
 
 _METHODS = {"PrAd-PA": "prad-pa", "PrAd-LoRA": "prad-lora"}
 _ROUNDED = ("int8", "int4")
+_NO_DRAFTS = ("--speculate", "0")
+Versions = Mapping[str, Mapping[str, str]]
 
 
 def run(arguments: Peers) -> dict[str, Any]:
     model = load(arguments)
-    with tempfile.TemporaryDirectory() as name, ExitStack() as running:
-        others = _Others(arguments, Path(name), running)
-        others.start_all(write_peft_lora(Path(name) / "lora", model, arguments.requests, arguments.r))
-        everybody = _ours(arguments, model, running) | others.contestants
-        versions = others.wait_ready()
+    with running(arguments, model) as (everybody, versions):
         return {
             "model": arguments.model,
             "peers": versions,
             "rows": _compared(contest(everybody, arguments, model, "peers")),
-            "eight": _few(everybody, arguments, model, min(8, arguments.requests)),
-            "one": _few(everybody, arguments, model, 1),
+            "eight": few(everybody, arguments, model, min(8, arguments.requests)),
         }
+
+
+@contextmanager
+def running(arguments: Peers, model: LanguageModel) -> Iterator[tuple[Mapping[str, Contestant], Versions]]:
+    """Everybody, ready to be asked, and their packages' versions."""
+    with tempfile.TemporaryDirectory() as name, ExitStack() as started:
+        others = _Others(arguments, Path(name), started)
+        others.start_all(write_peft_lora(Path(name) / "lora", model, arguments.requests, arguments.r))
+        everybody = _ours(arguments, model, started) | others.contestants
+        yield everybody, others.wait_ready()
 
 
 class _Others:
@@ -95,16 +104,16 @@ class _Others:
 def _ours(arguments: Peers, model: LanguageModel, running: ExitStack) -> dict[str, Contestant]:
     number = arguments.requests
     plain = [None] * number
-    server = running.enter_context(served(arguments, model, dict.fromkeys(_METHODS.values(), number)))
+    tasks = dict.fromkeys(_METHODS.values(), number)
+    server = running.enter_context(served(arguments, model, tasks, decode=_NO_DRAFTS))
     ours = {
         f"PrAd server, {number} tasks, {name}": Contestant(server.generate, server.tasks[method])
         for name, method in _METHODS.items()
     }
     ours["PrAd server, no adapters"] = Contestant(server.generate, plain)
     for weights in _ROUNDED:
-        rounded = running.enter_context(
-            served(arguments, model, {"prad-pa": number}, decode=["--weights", weights])
-        )
+        how = [*_NO_DRAFTS, "--weights", weights]
+        rounded = running.enter_context(served(arguments, model, {"prad-pa": number}, decode=how))
         name = f"PrAd server, {number} tasks, PrAd-PA, {weights} decode weights"
         ours[name] = Contestant(rounded.generate, rounded.tasks["prad-pa"])
     own = OwnEngine(model, ready_adapters(model, "prad-lora", number, arguments.r))
@@ -121,17 +130,17 @@ def _compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _few(
+def few(
     everybody: Mapping[str, Contestant], arguments: Peers, model: LanguageModel, number: int
 ) -> list[dict[str, Any]]:
     """So many requests at once, without whoever has LoRAs; how much faster than each our 4 bits are."""
     tasks = "one task" if number == 1 else f"{number} tasks"
-    few = {
+    asked = {
         name.replace(f"{arguments.requests} tasks", tasks): Contestant(each.generate, each.adapters[:number])
         for name, each in everybody.items()
         if "LoRAs" not in name
     }
-    rows = contest(few, arguments, model, tasks)
+    rows = contest(asked, arguments, model, tasks)
     (ours,) = (row for row in rows if "int4" in row["name"])
     for row in rows:
         step_ms = row["step_ms"]  # of a few tokens on a busy machine it may be none

@@ -35,6 +35,7 @@ BENCHMARKS = {
     "train": "Tokens per second of a training step, by method, beside its products and PEFT's step.",
     "quality": "Adapters on the prompt against adapters on all positions: trained, scored, compared.",
     "peers": "Beside PEFT and transformers, and vLLM, OpenVINO and llama.cpp where they are installed.",
+    "stream": "The same of one request alone, without drafts.",
 }
 
 app = typer.Typer(
