@@ -9,7 +9,9 @@ streaming  N streaming clients at once against the engine's own tokens/s: as the
            in the same seconds, and alone in this process. The client's own CPU time is subtracted.
 """
 
+import os
 import statistics
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -107,11 +109,14 @@ def _tasks(server: Served, model: LanguageModel, prompts: _Prompts, arguments: S
 
 @contextmanager
 def _new_adapters(model: LanguageModel, first: int, arguments: Serve) -> Iterator[Iterator[Path]]:
-    """Folders of adapters that the server does not know, numbered from `first` on; one for every round."""
+    """Folders of adapters that the server does not know, numbered from `first` on; one for every round, in
+    which each adapter lies in a folder of its own."""
     with tempfile.TemporaryDirectory() as name:
         folders = [Path(name) / str(number) for number in range(arguments.rounds + 1)]
-        for number, folder in enumerate(folders):
-            write_artefacts(folder, model, "prad-pa", _PUSHED, arguments.r, first + number * _PUSHED)
+        numbers = count(first)
+        for folder in folders:
+            for at in range(_PUSHED):
+                write_artefacts(folder / str(at), model, "prad-pa", 1, arguments.r, next(numbers))
         yield iter(folders)
 
 
@@ -126,7 +131,8 @@ class Pushes:
 @contextmanager
 def _pushing(server: Served, folder: Path) -> Iterator[Pushes]:
     """Pushes the adapters of a folder one after the other, each probed and made ready by prefill, from the
-    start of what is inside until no more are wanted."""
+    start of what is inside until no more are wanted. Who pushes steps back: operators have machines of their
+    own, and it is the server's doing that is measured."""
     pushes = Pushes()
 
     def push() -> None:
@@ -136,10 +142,15 @@ def _pushing(server: Served, folder: Path) -> Iterator[Pushes]:
             server.push(adapter)
             pushes.done += pushes.wanted
 
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1, initializer=_wait_for_idle_cores) as pool:
         pushed = pool.submit(push)
         yield pushes
         pushed.result()
+
+
+def _wait_for_idle_cores() -> None:
+    if sys.platform == "linux":
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 def _closed(server: Served, prompts: _Prompts, clients: int, arguments: Serve) -> dict[str, Any]:

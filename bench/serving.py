@@ -20,7 +20,7 @@ from bench.adapters import write_artefacts
 from bench.flags import ShapeFlags
 from bench.model import model_flags
 from bench.record import ROOT
-from local_stack.pushing import push_all
+from local_stack.pushing import adapter_folders, push_all
 from local_stack.stack import Stack, StackError, answers, free_ports
 from prad.lm import LanguageModel
 
@@ -123,6 +123,8 @@ class Served:
 
     def push(self, folder: Path) -> None:
         """Every adapter folder below, one after the other; raises StackError."""
+        if not adapter_folders(folder):
+            raise StackError(f"there is no adapter below {folder}")
         if failed := push_all(folder, self._registry):
             raise StackError(f"adapters were refused: {failed}")
 
