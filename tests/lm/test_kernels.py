@@ -221,6 +221,21 @@ def test_a_compiler_that_refuses_is_told(tmp_path: Path, monkeypatch: pytest.Mon
         load_kernels("native", tmp_path, "cpu")
 
 
+def test_what_is_compiled_is_only_ours_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where new files are the group's: the next start would refuse it."""
+    compiler = tmp_path / "cxx"
+    compiler.write_text('#!/bin/sh\nfor out; do :; done\necho library > "$out"\n', encoding="utf-8")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    before = os.umask(0o002)
+    try:
+        kept = built(tmp_path)
+        assert not kept.stat().st_mode & 0o022
+        assert built(tmp_path) == kept
+    finally:
+        os.umask(before)
+
+
 @pytest.mark.parametrize("whose", ["folder", "library"])
 def test_a_library_that_others_may_have_written_is_not_loaded(
     whose: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
