@@ -18,7 +18,16 @@ SOURCES = Path(__file__).parent
 CARRIED = SOURCES / "carried"
 """Where a wheel has them; a source checkout has no such folder."""
 
-FLAGS = ("-std=c++20", "-O3", "-fno-math-errno", "-Wno-psabi", "-fPIC", "-shared", "-pthread")
+FLAGS = (
+    "-std=c++20",
+    "-O3",
+    "-fno-math-errno",
+    "-Wno-psabi",
+    "-Werror=switch",
+    "-fPIC",
+    "-shared",
+    "-pthread",
+)
 _BUILD_S = 300.0
 
 
