@@ -1,4 +1,4 @@
-// The kernels' C interface, as structs.py declares it: lists of calls, each a kind and a struct of arguments.
+// The kernels' C interface: lists of calls, each an operation and a struct of its arguments (operations.h).
 #include <chrono>
 
 #include "affine.h"
