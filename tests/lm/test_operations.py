@@ -12,7 +12,7 @@ from near import some
 from deploy.kernel_header import check
 from prad.lm.kernels import Kernels, Kind, operations
 from prad.lm.kernels.build import built
-from prad.lm.kernels.declared import Operation, Struct, digest, struct
+from prad.lm.kernels.declared import Struct, digest, struct
 from tests.conftest import CACHE
 
 
@@ -22,7 +22,11 @@ def test_the_header_is_that_of_the_declarations() -> None:
 
 def test_every_kind_has_its_arguments() -> None:
     kinds = [each for each in vars(operations).values() if isinstance(each, type)]
-    declared = [each.kind for each in kinds if issubclass(each, Operation) and each is not Operation]
+    declared = [
+        each.kind
+        for each in kinds
+        if issubclass(each, operations.Operation) and each is not operations.Operation
+    ]
     assert declared == list(Kind)
 
 

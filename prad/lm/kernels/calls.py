@@ -16,7 +16,7 @@ from torch import Tensor
 
 from prad.lm.kernels import operations
 from prad.lm.kernels.build import BuildError
-from prad.lm.kernels.declared import Operation, digest
+from prad.lm.kernels.declared import digest
 from prad.lm.kernels.operations import (
     ActivateCall,
     Activation,
@@ -29,6 +29,7 @@ from prad.lm.kernels.operations import (
     LowRankCall,
     MeanCall,
     NormCall,
+    Operation,
     Out,
     PagedView,
     PromptCall,

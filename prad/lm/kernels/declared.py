@@ -35,12 +35,6 @@ class Struct(Structure):
         super().__init__(*map(_address, values))
 
 
-class Operation(Struct):
-    """The arguments of one of the kernels' operations."""
-
-    kind: ClassVar[IntEnum]
-
-
 S = TypeVar("S", bound=Struct)
 
 
@@ -79,23 +73,19 @@ def header(module: ModuleType) -> str:
 
 
 def _declarations(module: ModuleType) -> list[str]:
-    kinds = [kind for kind in vars(module).values() if isinstance(kind, type)]
-    own = [kind for kind in kinds if kind.__module__ == module.__name__]
     lines, calls = list[str](), list[str]()
-    for kind in own:
-        lines += _comment(kind)
+    for kind in vars(module).values():
+        if not isinstance(kind, type) or kind.__module__ != module.__name__:
+            continue
         if issubclass(kind, IntEnum):
-            members = ", ".join(f"{name.lower()} = {value.value}" for name, value in kind.__members__.items())
-            lines.append(f"enum class {kind.__name__} : int32_t {{ {members} }};")
-        elif issubclass(kind, Struct):
-            fields = [f"  {_field(name, of)};" for name, of in get_annotations(kind).items()]
-            lines += [f"struct {kind.__name__} {{", *fields, "};"]
-            lines.append(f"static_assert(sizeof({kind.__name__}) == {sizeof(kind)});")
-        if issubclass(kind, Operation):
-            calls.append(f"    case Kind::{kind.kind.name.lower()}:")
-            calls.append(f"      return body(*static_cast<const {kind.__name__}*>(arguments));")
-        lines.append("")
-    dispatch = [
+            lines += [*_comment(kind), _enumeration(kind), ""]
+        elif "_names" in vars(kind):
+            lines += [*_comment(kind), *_structure(kind), ""]
+            if isinstance(operation := vars(kind).get("kind"), IntEnum):
+                calls.append(f"    case {type(operation).__name__}::{operation.name.lower()}:")
+                calls.append(f"      return body(*static_cast<const {kind.__name__}*>(arguments));")
+    return [
+        *lines,
         "// Calls body with an operation's arguments, as what they are.",
         "template <class Body>",
         "void with_arguments(Kind kind, const void* arguments, const Body& body) {",
@@ -105,7 +95,17 @@ def _declarations(module: ModuleType) -> list[str]:
         "}",
         "",
     ]
-    return lines + dispatch
+
+
+def _enumeration(kind: type[IntEnum]) -> str:
+    members = ", ".join(f"{each.name.lower()} = {each.value}" for each in kind)
+    return f"enum class {kind.__name__} : int32_t {{ {members} }};"
+
+
+def _structure(kind: type) -> list[str]:
+    fields = [f"  {_type(of)[0]} {name};" for name, of in get_annotations(kind).items()]
+    size = f"static_assert(sizeof({kind.__name__}) == {sizeof(kind)});"
+    return [f"struct {kind.__name__} {{", *fields, "};", size]
 
 
 def _comment(kind: type) -> list[str]:
@@ -116,11 +116,6 @@ def _comment(kind: type) -> list[str]:
             lines.append("")
         lines[-1] += f" {word}"
     return [f"//{line}" for line in lines if line]
-
-
-def _field(name: str, kind: Any) -> str:
-    written, _ = _type(kind)
-    return f"{written} {name}"
 
 
 def _type(kind: Any) -> tuple[str, Any]:

@@ -5,11 +5,11 @@ class with its arguments, a line in `kernels.cpp` with what computes it, and a m
 """
 
 from enum import IntEnum
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from torch import Tensor
 
-from prad.lm.kernels.declared import Memory, Operation, Struct, struct
+from prad.lm.kernels.declared import Memory, Struct, struct
 
 Given = Annotated[Memory, "const void*"]
 Result = Annotated[Memory, "void*"]
@@ -134,6 +134,12 @@ class Linear(Struct):
     out_features: Size
     weights: Weights
     paired: Flag
+
+
+class Operation(Struct):
+    """The arguments of one."""
+
+    kind: ClassVar[Kind]
 
 
 @struct
