@@ -102,7 +102,7 @@ def _enumeration(kind: type[IntEnum]) -> str:
     return f"enum class {kind.__name__} : int32_t {{ {members} }};"
 
 
-def _structure(kind: type) -> list[str]:
+def _structure(kind: Any) -> list[str]:
     fields = [f"  {_type(of)[0]} {name};" for name, of in get_annotations(kind).items()]
     size = f"static_assert(sizeof({kind.__name__}) == {sizeof(kind)});"
     return [f"struct {kind.__name__} {{", *fields, "};", size]
