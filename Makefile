@@ -60,6 +60,7 @@ check: $(VENV)/.tested ## format, lint, types, imports, generated files
 	$(BIN)/lint-imports
 	$(BIN)/python -m deploy.check_proto $(PROTO)
 	$(BIN)/python -m deploy.settings_reference --check
+	$(BIN)/python -m deploy.kernel_header --check
 
 proto: $(VENV)/.tested ## generate the gRPC stubs again
 	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. $(PROTO)

@@ -7,16 +7,16 @@ What is computed of them lies in their blocks. One that must run whole is never 
 Flows, a task's prompts under one API key, take turns (`VirtualCounters`). The oldest prompt of the flow whose
 turn it is goes first, with half of that share if it is long: none starves. Then go, by turns, those with the
 fewest tokens left of each flow. Who decode has no room for may be passed by who wants less, within bounds
-(`DecodeRoom`).
+(`DecodeRoom`). Who begins like a prompt before it may be better off behind that (`better_later`).
 """
 
 import math
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from heapq import heapify, heappop, heappush
 
-from prad.core.kv import BlockPool, Chunk
+from prad.core.kv import BlockPool, Chunk, PrefixLookups, better_later
 from prefill_service.prompt import DecodeRoom, DecodeSize, Flow, Prefilling, Prompt, PromptRequest, Queued
 
 _DRAWN_WEIGHT = 2.0  # of a drawn token, where one of a prompt counts 1: the paper's
@@ -96,22 +96,6 @@ class QueueRate:
         """None if too little is known."""
         known = self._seconds >= _KNOWN_AFTER_S and self._tokens > 0
         return tokens * self._seconds / self._tokens if known else None
-
-
-@dataclass(slots=True)
-class PrefixLookups:
-    """Since the start: prompts looked up, their tokens, and what of both was found."""
-
-    prompts: int = 0
-    tokens: int = 0
-    hits: int = 0
-    hit_tokens: int = 0
-
-    def count(self, tokens: int, cached: int) -> None:
-        self.prompts += 1
-        self.tokens += tokens
-        self.hits += cached > 0
-        self.hit_tokens += cached
 
 
 class PromptScheduler:
@@ -254,12 +238,21 @@ class PromptScheduler:
             known = prompt.state if isinstance(prompt.state, Prefilling) else None
             if (state := known or self._begin(prompt, counts[prompt])) is None:
                 # the blocks that it waits for must not go to later ones; whoever holds some goes on
-                begun = [chunk for chunk in chunks if chunk.prompt in self._begun]
-                for chunk in begun:
-                    self._unbegin(chunk)
-                return self._chunks(runnable, {chunk.prompt for chunk in begun})
+                return self._chunks(runnable, self._unbegin_all(chunks))
             chunks.append(self._chunk(prompt, state, counts[prompt]))
+        waiting = [prompt for prompt in runnable if isinstance(prompt.state, Queued)]
+        later = better_later(chunks, self._begun, waiting, self.blocks, self._chunk_tokens)
+        if later:
+            self._unbegin_all(chunks)
+            return self._chunks([prompt for prompt in runnable if prompt not in later], parts)
         return chunks
+
+    def _unbegin_all(self, chunks: Iterable[Chunk[Prompt]]) -> set[Prompt]:
+        """Those that these would have begun."""
+        begun = [chunk for chunk in chunks if chunk.prompt in self._begun]
+        for chunk in begun:
+            self._unbegin(chunk)
+        return {chunk.prompt for chunk in begun}
 
     def put_back(self, chunk: Chunk[Prompt], not_before: float = 0.0) -> None:
         """The chunk does not run. A prompt that it would have begun waits again, in its place; one that was

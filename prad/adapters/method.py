@@ -240,7 +240,16 @@ class Group:
             for first, last, i in self._cut:
                 adapter = self.spans[i].adapter
                 config, (down, bias, up) = self.configs[adapter], of_adapters[adapter]
-                pieces.append(LowRankSpan(first, last, down, bias, up, config.r, config.factor))
+                piece = LowRankSpan(
+                    start=first,
+                    stop=last,
+                    down=down,
+                    bias=bias,
+                    up=up,
+                    r=config.r,
+                    factor=config.factor,
+                )
+                pieces.append(piece)
             self._known[names] = (LowRankSpan * len(pieces))(*pieces)
         return self._known[names]
 

@@ -12,9 +12,10 @@ share its full blocks; a block that is still written to belongs to one holder (c
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from itertools import takewhile
+from typing import Generic, Protocol, TypeVar
 
 P = TypeVar("P")
 
@@ -102,6 +103,22 @@ class Chunk(Generic[P]):
         return self.end - self.start
 
 
+@dataclass(slots=True)
+class PrefixLookups:
+    """Since the start: prompts looked up, their tokens, and what of both was found."""
+
+    prompts: int = 0
+    tokens: int = 0
+    hits: int = 0
+    hit_tokens: int = 0
+
+    def count(self, tokens: int, cached: int) -> None:
+        self.prompts += 1
+        self.tokens += tokens
+        self.hits += cached > 0
+        self.hit_tokens += cached
+
+
 class BlockPool:
     """`total` blocks of `block_size` tokens. At most `keep` of them stay behind with a key when nobody uses
     them; those used longest ago make room first."""
@@ -109,7 +126,7 @@ class BlockPool:
     def __init__(self, total: int, block_size: int, keep: int = 0) -> None:
         self.total = total
         self.block_size = block_size
-        self._keep = keep
+        self.keep = keep
         self._free = list(range(total - 1, -1, -1))
         self._users = [0] * total
         self._key_of: dict[int, bytes] = {}
@@ -118,7 +135,7 @@ class BlockPool:
 
     @property
     def caching(self) -> bool:
-        return self._keep > 0
+        return self.keep > 0
 
     @property
     def free_count(self) -> int:
@@ -213,7 +230,7 @@ class BlockPool:
                     self._kept[block] = None
                 else:
                     self._free.append(block)
-        while len(self._kept) > self._keep:
+        while len(self._kept) > self.keep:
             self._evict()
 
     def publish(self, block: int, key: bytes) -> None:
@@ -226,6 +243,59 @@ class BlockPool:
         block, _ = self._kept.popitem(last=False)
         del self._found[self._key_of.pop(block)]
         self._free.append(block)
+
+
+class Keyed(Protocol):
+    """A prompt as its blocks are concerned: its `block_keys`, and how many tokens it has."""
+
+    @property
+    def keys(self) -> Sequence[bytes]: ...
+    @property
+    def tokens(self) -> int: ...
+
+
+K = TypeVar("K", bound=Keyed)
+
+_WORTH_WAITING = 32
+"""Tokens that take about as long as a pass takes beyond its tokens."""
+
+
+def better_later(
+    chunks: Sequence[Chunk[K]],
+    begun: Collection[K],
+    waiting: Iterable[K],
+    blocks: BlockPool,
+    chunk_tokens: int,
+) -> set[K]:
+    """Who of those that these chunks begin, and of those that wait, had better wait for the blocks that the
+    chunks before theirs leave, and begin with them, than compute the same.
+
+    A prompt of no more than a chunk waits for one pass, a longer one also for a prompt that is computed in
+    several, if it is not done later than both would be side by side. Nobody waits for what may not be kept.
+    """
+    if sum(len(chunk.table) for chunk in chunks) > blocks.keep:
+        return set()
+    size = blocks.block_size
+    left_by: dict[bytes, int] = {}  # blocks that are left, and how many tokens behind this pass
+
+    def waits(prompt: K, found: int) -> bool:
+        its = prompt.keys[found : (prompt.tokens - 1) // size]  # the last token is computed always
+        shared = list(takewhile(left_by.__contains__, its))
+        saved, left = len(shared) * size, prompt.tokens - found * size
+        longest = 0 if left <= chunk_tokens else left + saved
+        return saved >= _WORTH_WAITING and left_by[shared[-1]] <= longest
+
+    later = set[K]()
+    for chunk in chunks:
+        prompt = chunk.prompt
+        if prompt in begun and waits(prompt, chunk.start // size):
+            later.add(prompt)
+            continue
+        ends = chunk.end == prompt.tokens
+        keys = prompt.keys[: (chunk.start + chunk.stored) // size] if ends else prompt.keys
+        behind = 0 if ends else prompt.tokens - chunk.start
+        left_by |= {key: min(behind, left_by.get(key, behind)) for key in keys}
+    return later | {prompt for prompt in waiting if waits(prompt, len(blocks.find(prompt.keys)))}
 
 
 def block_keys(

@@ -259,7 +259,7 @@ def prompt_spans(lengths: Sequence[int], contexts: Mapping[int, Tensor]) -> Any:
     starts = accumulate(lengths[:-1], initial=0)
     slots = [contexts.get(i) for i in range(len(lengths))]
     spans = [
-        PromptSpan(start, rows, None if s is None else s.data_ptr(), 0 if s is None else len(s))
+        PromptSpan(start=start, rows=rows, slots=s, stored=0 if s is None else len(s))
         for start, rows, s in zip(starts, lengths, slots, strict=True)
     ]
     return (PromptSpan * len(spans))(*spans)

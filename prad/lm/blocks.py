@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from prad.lm.errors import ModelNotFoundError
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFReader
@@ -87,13 +89,25 @@ def save_blocks(blocks: Mapping[str, Blocks], folder: Path) -> None:
 
 
 def load_blocks(folder: Path) -> dict[str, Blocks]:
-    """By the names of parameters; none if the folder was not converted from blocks."""
-    if not (folder / _FILE).exists():
+    """By the names of parameters; none if the folder was not converted from blocks. Raises ModelNotFoundError
+    if they cannot be read."""
+    path = folder / _FILE
+    if not path.exists():
         return {}
-    with safe_open(folder / _FILE, framework="pt") as file:
-        parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-    names = {name.rpartition(".")[0] for name in parts}
-    return {name: Blocks(*(parts.get(f"{name}.{part}") for part in Blocks.__slots__)) for name in names}  # type: ignore[arg-type]
+    try:
+        with safe_open(path, framework="pt") as file:
+            parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+        names = {name.rpartition(".")[0] for name in parts}
+        return {
+            name: Blocks(parts[f"{name}.numbers"], parts[f"{name}.scale"], parts.get(f"{name}.least"))
+            for name in names
+        }
+    except (OSError, SafetensorError, KeyError) as error:
+        raise ModelNotFoundError(
+            f"{path} cannot be read as a model's blocks of 4 and 8 bits ({error}): it is "
+            f"damaged; if a .gguf file was converted into it, remove the folder "
+            f"{folder}, and the next start converts it again"
+        ) from error
 
 
 def blocks_of(

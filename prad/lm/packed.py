@@ -27,7 +27,7 @@ from prad.lm.errors import ModelNotFoundError
 from prad.lm.families import Site
 from prad.lm.fingerprint import Fingerprint
 from prad.lm.fused import FusedModel, Layer, Norm, Rotary, Shape
-from prad.lm.kernels import Activation, Kernels, PackedLinear, Precision
+from prad.lm.kernels import Activation, Kernels, PackedLinear, Precision, Weights
 from prad.lm.kernels.build import require_own
 from prad.lm.kv import dtype_name, torch_dtype
 from prad.lm.model import LanguageModel
@@ -363,7 +363,7 @@ class _Reader:
             bias,
             page["in_features"],
             page["out_features"],
-            page["weights"],
+            Weights(page["weights"]),
             page["paired"],
         )
 

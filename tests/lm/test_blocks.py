@@ -13,11 +13,12 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 from near import assert_near, some, wide
 from numpy.typing import NDArray
+from safetensors.torch import save_file
 from tiny import SIZES as SIZES_OF_TINY
 from tiny import packed_logits, save_random
 from torch import Tensor
 
-from prad.lm import DEFAULT_MODEL, LanguageModel, resolve_model
+from prad.lm import DEFAULT_MODEL, LanguageModel, ModelNotFoundError, resolve_model
 from prad.lm.blocks import Bits, Blocks, _order, load_blocks, save_blocks
 from prad.lm.kernels import Activation, Kernels, Out, PackedLinear
 from tests.conftest import CACHE
@@ -209,3 +210,15 @@ def test_what_a_processor_cannot_place_stays_as_it_is() -> None:
 
 def test_a_folder_without_blocks_has_none(tmp_path: Path) -> None:
     assert load_blocks(tmp_path) == {}
+
+
+@pytest.mark.parametrize("damage", ["cut", "noise", "a part"])
+def test_damaged_blocks_are_named(damage: str, tmp_path: Path) -> None:
+    save_blocks({"layer.weight": Blocks.rounded(some(8, 64), 4)}, tmp_path)
+    (file,) = (tmp_path / "blocks").iterdir()
+    if damage == "a part":
+        save_file({"layer.weight.numbers": torch.zeros(8, 32, dtype=torch.uint8)}, file)
+    else:
+        file.write_bytes(file.read_bytes()[:100] if damage == "cut" else bytes(range(256)))
+    with pytest.raises(ModelNotFoundError, match=f"{file} cannot be read .* remove the folder {tmp_path}"):
+        load_blocks(tmp_path)

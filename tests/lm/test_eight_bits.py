@@ -29,7 +29,7 @@ def turned(x: Floats) -> Floats:
 
 
 def products(x: Tensor, weight: Tensor) -> Tensor:
-    """What bytes.h and structs.py say, written out: rounded rows by rounded weights, in whole numbers."""
+    """What bytes.h and weights.py say, written out: rounded rows by rounded weights, in whole numbers."""
     rows, columns = turned(x.float().numpy()), turned(weight.float().numpy() / np.float32(64))
     largest = np.maximum(np.abs(rows).max(axis=1, keepdims=True), np.float32(2.0**-100))
     steps = np.rint(rows * (np.float32(127) / largest)).astype(np.int64)

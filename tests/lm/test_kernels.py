@@ -121,8 +121,7 @@ def test_low_rank(
         down, up = (some(layers, *shape, dtype=dtype, seed=seed) for shape in ((width_in, r), (r, width_out)))
         bias = some(layers, r, dtype=torch.float32, seed=9) if seed else None
         kept += [down, up, bias]
-        pointers = (down.data_ptr(), None if bias is None else bias.data_ptr(), up.data_ptr())
-        spans.append(LowRankSpan(start, stop, *pointers, r, factor))
+        spans.append(LowRankSpan(start=start, stop=stop, down=down, bias=bias, up=up, r=r, factor=factor))
         hidden = source[start:stop].float() @ down[layer].float()
         if bias is not None:
             hidden = hidden + bias[layer]
@@ -150,7 +149,9 @@ def test_low_rank_of_any_number_of_rows(
         expected = value.float() + 0.5 * (source.float() @ down[0].float()) @ up[0].float()
         alone = value.clone()
         for spans, into in (([(0, rows)], value), ([(i, i + 1) for i in range(rows)], alone)):
-            each = [LowRankSpan(a, b, down.data_ptr(), None, up.data_ptr(), r, 0.5) for a, b in spans]
+            each = [
+                LowRankSpan(start=a, stop=b, down=down, bias=None, up=up, r=r, factor=0.5) for a, b in spans
+            ]
             kernels.low_rank(into, source, (LowRankSpan * len(each))(*each), 0, False, dtype)
         assert_near(value, expected, DTYPES[dtype])
         assert torch.equal(value, alone)
@@ -164,7 +165,7 @@ def test_low_rank_reads_what_it_writes(kernels: Kernels, dtype: torch.dtype) -> 
         some(1, 8, 48, dtype=dtype, seed=2),
     )
     expected = value.float() + (value.float() @ down[0].float()) @ up[0].float()
-    span = LowRankSpan(0, 21, down.data_ptr(), None, up.data_ptr(), 8, 1.0)
+    span = LowRankSpan(start=0, stop=21, down=down, bias=None, up=up, r=8, factor=1.0)
     kernels.low_rank(value, value, (LowRankSpan * 1)(span), 0, False, dtype)
     assert_near(value, expected, DTYPES[dtype])
 
@@ -219,6 +220,21 @@ def test_a_compiler_that_refuses_is_told(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("CXX", str(refusing))
     with pytest.raises(BuildError, match="no such standard"):
         load_kernels("native", tmp_path, "cpu")
+
+
+def test_what_is_compiled_is_only_ours_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where new files are the group's: the next start would refuse it."""
+    compiler = tmp_path / "cxx"
+    compiler.write_text('#!/bin/sh\nfor out; do :; done\necho library > "$out"\n', encoding="utf-8")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    before = os.umask(0o002)
+    try:
+        kept = built(tmp_path)
+        assert not kept.stat().st_mode & 0o022
+        assert built(tmp_path) == kept
+    finally:
+        os.umask(before)
 
 
 @pytest.mark.parametrize("whose", ["folder", "library"])

@@ -122,6 +122,16 @@ def test_a_repeated_prompt_equals_the_reference(side: PromptSide, length: int, p
     side.check(side.item("red", [*TEXT[:length], 5, 6]), side.item("red", [*TEXT[:length], 7]))
 
 
+@pytest.mark.parametrize("pass_tokens", [24, 100, 4096])
+def test_prompts_that_begin_alike_equal_the_reference(side: PromptSide, pass_tokens: int) -> None:
+    """Those of a task compute what they share once, wherever they fork, and beside those of others."""
+    side.restart(pass_tokens=pass_tokens, kept=60)
+    ends = ([5, 6], [7], [8] * 20, [])
+    side.check(*(side.item(task, [*TEXT[:80], *end]) for end in ends for task in ("red", None)))
+    assert side.computed_tokens <= 2 * (82 + 1 + 20 + 16), "of 2 * (82 + 81 + 100 + 80)"
+    assert side.scheduler.blocks.in_use == 0
+
+
 @pytest.mark.parametrize("pass_tokens", [24, 4096])
 def test_the_same_text_of_other_tasks_shares_nothing(side: PromptSide, pass_tokens: int) -> None:
     side.restart(pass_tokens=pass_tokens)

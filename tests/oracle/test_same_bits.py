@@ -55,6 +55,23 @@ def some_requests(prompts: int) -> list[Asked]:
     ]
 
 
+def that_begin_alike() -> list[Asked]:
+    """Of two tasks and the plain model, four prompts each that share four blocks."""
+    tasks = ("pa", "lora", None)
+    assert set(tasks) <= set(TASKS)
+    return [
+        Asked(task, (*((5 * j + j * j) % 119 for j in range(64)), *range(3, 3 + end)), 0.8, end)
+        for task in tasks
+        for end in (1, 9, 17, 30)
+    ]
+
+
+def found_tokens(api: httpx.Client) -> float:
+    lines = api.get("/metrics").text.splitlines()
+    name = "prad_prefill_prefix_hit_tokens_total "
+    return float(next(line for line in lines if line.startswith(name)).removeprefix(name))
+
+
 def answered(api: httpx.Client, asked: Asked, salt: str) -> Any:
     response = api.post("/v1/completions", json=asked.body(salt), timeout=600)
     assert response.status_code == 200, response.text[:300]
@@ -112,3 +129,9 @@ def test_an_answer_is_the_same_to_the_bit(
             # every other time from the cache
             found = together(running.api, order, f"mix {mix // 2}", (32, 3, 64)[mix % 3])
             assert found == [alone[asked] for asked in order]
+        alike = that_begin_alike()
+        cold = [answered(running.api, asked, f"cold {number}") for number, asked in enumerate(alike)]
+        before = found_tokens(running.api)
+        assert together(running.api, alike, "shared", len(alike)) == cold
+        assert found_tokens(running.api) >= before + 64, "nobody began behind another"
+        assert together(running.api, alike, "shared", len(alike)) == cold

@@ -9,16 +9,16 @@ from prad.core.models import Choice, Precision
 from prad.lm.kernels.build import DEFAULT_KEPT_BYTES, BuildError, built, installed
 from prad.lm.kernels.calls import Calls, Kernels, Recording
 from prad.lm.kernels.memory import HugePages
-from prad.lm.kernels.structs import (
+from prad.lm.kernels.operations import (
     Activation,
     Kind,
     LowRankSpan,
     Out,
-    PackedLinear,
     PagedView,
     PromptSpan,
-    can_pack,
+    Weights,
 )
+from prad.lm.kernels.weights import PackedLinear, can_pack
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +78,7 @@ __all__ = [
     "Precision",
     "PromptSpan",
     "Recording",
+    "Weights",
     "can_pack",
     "load_kernels",
 ]

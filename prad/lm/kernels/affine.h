@@ -5,14 +5,6 @@
 #include "pool.h"
 #include "vec.h"
 
-// x = x ⊙ gain + shift in the rows of each piece, with vectors of its own.
-struct AffineCall {
-  void* x;                // [rows, width]
-  const int64_t* bounds;  // [count][start, stop)
-  const float *const *gains, *const *shifts;  // [count] of [layers, width]; either may be missing
-  int64_t count, stride, width, layer;
-};
-
 template <class T>
 void affine(Pool& pool, const AffineCall& call) {
   const int64_t width = call.width, whole = width / 16 * 16;
@@ -38,14 +30,6 @@ void affine(Pool& pool, const AffineCall& call) {
     }
   });
 }
-
-// out[i] = the mean of the rows of span i, summed in float.
-struct MeanCall {
-  const void* x;          // [rows, width]
-  void* out;              // [count, width]
-  const int64_t* bounds;  // [count][start, stop), none empty
-  int64_t count, stride, width;
-};
 
 template <class T>
 void mean(Pool& pool, const MeanCall& call) {

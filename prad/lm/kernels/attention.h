@@ -7,25 +7,6 @@
 #include "pool.h"
 #include "vec.h"
 
-// Where a step's sequences lie; all layers share it.
-struct PagedView {
-  const int64_t* table;    // [sequences, width] block numbers
-  const int64_t* lengths;  // [sequences] tokens in the cache, the new one included
-  int64_t width;
-  const void* const* vectors;  // [sites, sequences] request state [layers, width of the site], or null
-  int64_t drafted;  // whether some of the sequences are one with a draft behind it: they see each other's new tokens
-};
-
-struct AttentionCall {
-  const void *query, *key, *value;  // [sequences, heads, dim] with a stride per sequence, in elements
-  int64_t query_stride, key_stride, value_stride;
-  void *keys, *values;  // [blocks, block_size, kv_heads, dim]
-  void* out;            // [sequences, heads, value_dim]
-  int64_t heads, kv_heads, key_dim, value_dim, block_size;
-  int64_t window;  // latest tokens seen, 0: all
-  float scale;
-};
-
 // Sums of lanes: after level 3 over 16 vectors, lane i is the sum over vector i.
 template <int kDistance, int... i>
 inline v16 halves(v16 a, v16 b, std::integer_sequence<int, i...>) {

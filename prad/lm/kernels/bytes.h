@@ -1,7 +1,7 @@
 // Rows rounded to 8 bits, to be multiplied with 8-bit weights: value = (byte - 128) * scale, a scale for each row.
 //
 // A few inputs of a model are many times as large as the others, and would leave them a handful of steps. So every 64
-// inputs are turned by a Hadamard matrix first, which spreads each over all 64, and so are the weights (structs.py);
+// inputs are turned by a Hadamard matrix first, which spreads each over all 64, and so are the weights (weights.py);
 // the matrix is orthogonal, so that their product is what it was.
 #pragma once
 #include <algorithm>

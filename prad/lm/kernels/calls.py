@@ -1,12 +1,12 @@
 """The kernels' operations on tensors: run at once by `Kernels`, or kept by a `Recording` to be run again.
 
-Each is a call of the built library: a kind, a struct of arguments (structs.py), a number of rows.
+Each is a call of the built library: a struct of arguments (operations.py) and a number of rows.
 """
 
 import ctypes
 from abc import ABC, abstractmethod
 from collections import Counter
-from ctypes import POINTER, c_double, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_char_p, c_double, c_int32, c_int64, c_void_p
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,19 +14,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prad.lm.kernels import operations
 from prad.lm.kernels.build import BuildError
-from prad.lm.kernels.structs import (
-    ARGUMENTS,
+from prad.lm.kernels.declared import digest
+from prad.lm.kernels.operations import (
+    ActivateCall,
     Activation,
+    AffineCall,
+    ArgmaxCall,
+    AttentionCall,
     Call,
     Kind,
-    LinearStruct,
-    LowRankSpan,
+    LinearCall,
+    LowRankCall,
+    MeanCall,
+    NormCall,
+    Operation,
     Out,
-    PackedLinear,
     PagedView,
-    PromptSpan,
+    PromptCall,
+    RotateCall,
+    ScaleCall,
 )
+from prad.lm.kernels.weights import PackedLinear
 
 
 class Calls(ABC):
@@ -40,34 +50,44 @@ class Calls(ABC):
         """Memory for a result [rows, width] that is used up before the next one of that name is made."""
 
     @abstractmethod
-    def _take(self, call: Call, rows: int, used: tuple[Any, ...], view: PagedView | None) -> None:
-        """One call on `rows` rows; `used`: what it points into. `view` is for attention, which needs one."""
+    def _take(self, call: Call, arguments: Operation, rows: int, view: PagedView | None) -> None:
+        """One call on `rows` rows. `view` is for attention, which needs one."""
 
     def _do(
         self,
-        kind: Kind,
+        arguments: Operation,
         like: Tensor,
-        *arguments: Any,
+        *,
         view: PagedView | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """One call on as many rows as `like` has, in its dtype or the one given; tensors and structs go as
-        their addresses."""
-        struct = ARGUMENTS[kind](*map(_address, arguments))
-        call = Call(kind, (dtype or like.dtype) is torch.bfloat16, ctypes.addressof(struct))
-        self._take(call, len(like), (struct, *arguments), view)
+        """One call on as many rows as `like` has, in its dtype or the one given."""
+        half = (dtype or like.dtype) is torch.bfloat16
+        self._take(Call(kind=arguments.kind, half=half, arguments=arguments), arguments, len(like), view)
 
     def linear(
         self, weights: PackedLinear, x: Tensor, out: Tensor, mode: Out, act: Activation = Activation.NONE
     ) -> None:
         """x [rows, in] to out [rows, out] as `mode` says."""
-        self._do(Kind.LINEAR, x, weights, x, out, x.stride(0), out.stride(0), mode, act)
+        arguments = LinearCall(
+            weights=weights.struct,
+            x=x,
+            out=out,
+            x_stride=x.stride(0),
+            out_stride=out.stride(0),
+            mode=mode,
+            act=act,
+        )
+        self._do(arguments, x)
 
     def norm(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, center: bool, eps: float, out: Tensor
     ) -> None:
         """x float32 [rows, width], RMSNorm or (`center`) LayerNorm, to out."""
-        self._do(Kind.NORM, out, x, weight, bias, out, x.shape[1], center, eps)
+        arguments = NormCall(
+            x=x, weight=weight, bias=bias, out=out, width=x.shape[1], center=center, epsilon=eps
+        )
+        self._do(arguments, out)
 
     def rotate(
         self,
@@ -84,8 +104,20 @@ class Calls(ABC):
 
         `norms`: RMSNorm weights [dim] of the first `queries` heads and of the others, applied before.
         """
-        normed = norms or (None, None)
-        self._do(Kind.ROTATE, x, x, cosine, sine, *normed, x.stride(0), heads, queries, dim, eps)
+        q_norm, k_norm = norms or (None, None)
+        arguments = RotateCall(
+            x=x,
+            cosine=cosine,
+            sine=sine,
+            q_norm=q_norm,
+            k_norm=k_norm,
+            stride=x.stride(0),
+            heads=heads,
+            queries=queries,
+            dim=dim,
+            epsilon=eps,
+        )
+        self._do(arguments, x)
 
     def paged_attention(
         self,
@@ -105,10 +137,25 @@ class Calls(ABC):
         heads, dim = query.shape[1], value.shape[2]
         query, key, value = (_whole_rows(x) for x in (query, key, value))
         out = self.empty("attended", len(query), heads * dim, query.dtype)
-        strides = query.stride(0), key.stride(0), value.stride(0)
-        sizes = heads, key.shape[1], key.shape[2], dim, pools[0].shape[1], window or 0
-        states = query, key, value
-        self._do(Kind.ATTENTION, query, *states, *strides, *pools, out, *sizes, scale, view=view)
+        arguments = AttentionCall(
+            query=query,
+            key=key,
+            value=value,
+            query_stride=query.stride(0),
+            key_stride=key.stride(0),
+            value_stride=value.stride(0),
+            keys=pools[0],
+            values=pools[1],
+            out=out,
+            heads=heads,
+            kv_heads=key.shape[1],
+            key_dim=key.shape[2],
+            value_dim=dim,
+            block_size=pools[0].shape[1],
+            window=window or 0,
+            scale=scale,
+        )
+        self._do(arguments, query, view=view)
         return out.view(len(query), heads, dim)
 
     def prompt_attention(
@@ -130,10 +177,27 @@ class Calls(ABC):
         heads, dim = query.shape[1], value.shape[2]
         query, key, value = (_whole_rows(x) for x in (query, key, value))
         out = self.empty("attended", len(query), heads * dim, query.dtype)
-        strides = query.stride(0), key.stride(0), value.stride(0)
-        sizes = heads, key.shape[1], key.shape[2], dim, window or 0
-        states = query, key, value, *(pools or (None, None))
-        self._do(Kind.PROMPT, query, *states, out, spans, len(spans), *strides, *sizes, scale)
+        keys, values = pools or (None, None)
+        arguments = PromptCall(
+            query=query,
+            key=key,
+            value=value,
+            keys=keys,
+            values=values,
+            out=out,
+            spans=spans,
+            count=len(spans),
+            query_stride=query.stride(0),
+            key_stride=key.stride(0),
+            value_stride=value.stride(0),
+            heads=heads,
+            kv_heads=key.shape[1],
+            key_dim=key.shape[2],
+            value_dim=dim,
+            window=window or 0,
+            scale=scale,
+        )
+        self._do(arguments, query)
         return out.view(len(query), heads, dim)
 
     def low_rank(
@@ -144,10 +208,21 @@ class Calls(ABC):
         spans: an array of `LowRankSpan` with matrices of `dtype`, no two of which share a row; f is ReLU or
         nothing. value alone, or value and source, may be float32 beside bfloat16 matrices.
         """
-        strides, widths = (value.stride(0), source.stride(0)), (source.shape[1], value.shape[1])
-        wide = value.dtype is torch.float32, source.dtype is torch.float32
-        arguments = value, source, spans, len(spans), *strides, *widths, layer, relu, *wide
-        self._do(Kind.LOW_RANK, value, *arguments, dtype=dtype)
+        arguments = LowRankCall(
+            value=value,
+            source=source,
+            spans=spans,
+            count=len(spans),
+            value_stride=value.stride(0),
+            source_stride=source.stride(0),
+            width_in=source.shape[1],
+            width_out=value.shape[1],
+            layer=layer,
+            relu=relu,
+            wide_value=value.dtype is torch.float32,
+            wide_source=source.dtype is torch.float32,
+        )
+        self._do(arguments, value, dtype=dtype)
 
     def affine(
         self, x: Tensor, bounds: Tensor, gains: Tensor | None, shifts: Tensor | None, layer: int
@@ -157,19 +232,33 @@ class Calls(ABC):
         bounds int64 [n, 2]: their rows, [start, stop), no two of which overlap; gains and shifts int64 [n]:
         where the vectors float32 [layers, width] lie.
         """
-        self._do(Kind.AFFINE, x, x, bounds, gains, shifts, len(bounds), x.stride(0), x.shape[1], layer)
+        arguments = AffineCall(
+            x=x,
+            bounds=bounds,
+            gains=gains,
+            shifts=shifts,
+            count=len(bounds),
+            stride=x.stride(0),
+            width=x.shape[1],
+            layer=layer,
+        )
+        self._do(arguments, x)
 
     def mean(self, x: Tensor, bounds: Tensor, out: Tensor) -> None:
         """x [T, width] to out [n, width]: the means of rows [start, stop) of bounds int64 [n, 2]."""
-        self._do(Kind.MEAN, x, x, out, bounds, len(bounds), x.stride(0), x.shape[1])
+        arguments = MeanCall(
+            x=x, out=out, bounds=bounds, count=len(bounds), stride=x.stride(0), width=x.shape[1]
+        )
+        self._do(arguments, x)
 
     def scale(self, x: Tensor, site: int, layer: int, view: PagedView, dtype: torch.dtype) -> None:
         """x [B, width] *= 1 + the vector of each row's sequence at the view's site `site`, if it has one.
 
         dtype: the vectors'; x may be float32 whatever they are.
         """
-        arguments = x, x.stride(0), x.shape[1], site, layer, x.dtype is torch.float32
-        self._do(Kind.SCALE, x, *arguments, view=view, dtype=dtype)
+        wide = x.dtype is torch.float32
+        arguments = ScaleCall(x=x, stride=x.stride(0), width=x.shape[1], site=site, layer=layer, wide=wide)
+        self._do(arguments, x, view=view, dtype=dtype)
 
     def activate(self, x: Tensor, out: Tensor, act: Activation) -> None:
         """x [rows, width] to out = act(x), or x [rows, 2 width] to act(first half) * second half.
@@ -177,16 +266,8 @@ class Calls(ABC):
         x may be float32 whatever out is.
         """
         gated, wide = x.shape[1] != out.shape[1], x.dtype is torch.float32
-        self._do(Kind.ACTIVATE, out, x, out, out.shape[1], act, gated, wide)
-
-
-def _address(argument: Any) -> Any:
-    """As a struct's field takes it; numbers and None are what they are."""
-    if isinstance(argument, Tensor):
-        return argument.data_ptr()
-    if isinstance(argument, PackedLinear):
-        return ctypes.addressof(argument.struct)
-    return ctypes.addressof(argument) if isinstance(argument, ctypes.Array) else argument
+        arguments = ActivateCall(x=x, out=out, width=out.shape[1], act=act, gated=gated, wide=wide)
+        self._do(arguments, out)
 
 
 def _whole_rows(x: Tensor) -> Tensor:
@@ -198,14 +279,12 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "prad_pool": (c_void_p, [c_int32]),
     "prad_pool_free": (None, [c_void_p]),
     "prad_multiplies_bf16": (c_int32, []),
-    "prad_sizes": (None, [POINTER(c_int64)]),
+    "prad_declared": (c_char_p, []),
     "prad_run": (
         None,
         [c_void_p, POINTER(Call), c_int64, c_int64, POINTER(PagedView), POINTER(c_double)],
     ),
 }
-
-_STRUCTS = (Call, PagedView, LowRankSpan, PromptSpan, LinearStruct, *ARGUMENTS.values())
 
 
 class Kernels(Calls):
@@ -223,10 +302,8 @@ class Kernels(Calls):
         self.threads = threads
         self.spent: Counter[Kind] | None = None  # where to add the seconds that calls take, if anywhere
         self.multiplies_bf16 = bool(self._c.prad_multiplies_bf16())
-        sizes = (c_int64 * len(_STRUCTS))()
-        self._c.prad_sizes(sizes)
-        for struct, size in zip(_STRUCTS, sizes, strict=True):
-            assert ctypes.sizeof(struct) == size, f"{struct.__name__} is declared otherwise in C"
+        declared = self._c.prad_declared().decode()
+        assert declared == digest(operations), "other operations are compiled: python -m deploy.kernel_header"
 
     def beside(self, threads: int) -> "Kernels":
         """The same with threads of their own: who computes with these waits for nobody."""
@@ -249,7 +326,7 @@ class Kernels(Calls):
     def empty(self, name: str, rows: int, width: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(rows, width, dtype=dtype)
 
-    def _take(self, call: Call, rows: int, used: tuple[Any, ...], view: PagedView | None) -> None:
+    def _take(self, call: Call, arguments: Operation, rows: int, view: PagedView | None) -> None:
         self.run((Call * 1)(call), rows, view)
 
     def run(self, calls: Any, rows: int, view: PagedView | None = None) -> None:
@@ -265,7 +342,7 @@ class Kernels(Calls):
     def argmax(self, logits: Tensor) -> list[int]:
         """The lowest id of each row's largest logit."""
         out = torch.empty(len(logits), dtype=torch.long)
-        self._do(Kind.ARGMAX, logits, logits, out, logits.shape[1])
+        self._do(ArgmaxCall(x=logits, out=out, width=logits.shape[1]), logits)
         return out.tolist()
 
 
@@ -280,7 +357,6 @@ class Recording(Calls):
         self._memory: dict[str, Tensor] = {}
         self._calls: list[Call] = []
         self.latest: Any = None  # the arguments of the latest call
-        self._used: list[Any] = []
         self._list: Any = None
 
     def empty(self, name: str, rows: int, width: int, dtype: torch.dtype) -> Tensor:
@@ -291,10 +367,9 @@ class Recording(Calls):
         assert kept.shape == (rows, width), f"{name} changed its shape from {tuple(kept.shape)}"
         return kept
 
-    def _take(self, call: Call, rows: int, used: tuple[Any, ...], view: PagedView | None) -> None:
+    def _take(self, call: Call, arguments: Operation, rows: int, view: PagedView | None) -> None:
         self._calls.append(call)
-        self._used += used
-        self.latest = used[0]
+        self.latest = arguments
 
     def run(self, rows: int, view: PagedView) -> None:
         """All calls in order, on the first `rows` rows of what they were recorded with."""

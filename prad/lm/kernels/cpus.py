@@ -18,7 +18,16 @@ SOURCES = Path(__file__).parent
 CARRIED = SOURCES / "carried"
 """Where a wheel has them; a source checkout has no such folder."""
 
-FLAGS = ("-std=c++20", "-O3", "-fno-math-errno", "-Wno-psabi", "-fPIC", "-shared", "-pthread")
+FLAGS = (
+    "-std=c++20",
+    "-O3",
+    "-fno-math-errno",
+    "-Wno-psabi",
+    "-Werror=switch",
+    "-fPIC",
+    "-shared",
+    "-pthread",
+)
 _BUILD_S = 300.0
 
 
@@ -82,11 +91,18 @@ def compiler() -> str:
 
 
 def compile_kernels(compiler: str, flags: Sequence[str], library: Path) -> None:
-    """Builds `library`. Raises CompileError."""
+    """Builds `library`, which only we can write to, whatever this process lets others do: it is executed.
+    Raises CompileError."""
     command = [compiler, *FLAGS, *flags, str(SOURCES / "kernels.cpp"), "-o", str(library)]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, encoding="utf-8", errors="replace", timeout=_BUILD_S
+            command,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=_BUILD_S,
+            umask=0o022,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise CompileError(f"{compiler} did not build the kernels: {error}") from error

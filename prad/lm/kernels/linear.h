@@ -14,35 +14,10 @@
 #include "products.h"
 #include "vec.h"
 
-enum class Weights : int32_t { f32 = 0, bf16 = 1, int8 = 2, fours = 3, eights = 4 };
-enum class Out : int32_t {
-  store = 0,  // out[row][column] = act(y), in the activations' type
-  add = 1,    // out[row][column] += y, float
-  gated = 2,  // panels alternate between gate and up: out[row][column] = act(gate) * up
-  wide = 3,   // out[row][column] = y, float whatever the activations are
-};
-
-struct Linear {
-  const void* panels;
-  const float* scales;     // int8 only: of the columns
-  const int32_t* offsets;  // int8 only: what the columns' sums are too large by
-  const float* bias;       // or null; all in the order of the panels' columns
-  int64_t in, out;         // out: valid columns
-  int32_t weights, paired;
-};
-
-struct LinearCall {
-  const Linear* weights;
-  const void* x;  // [rows, in]
-  void* out;
-  int64_t x_stride, out_stride;
-  int32_t mode, act;
-};
-
 constexpr int kDepth = 32, kRows = 64;
 
 inline int64_t panels_of(const Linear& w) {
-  return w.paired ? (w.out / 2 + kColumns - 1) / kColumns * 2 : (w.out + kColumns - 1) / kColumns;
+  return w.paired ? (w.out_features / 2 + kColumns - 1) / kColumns * 2 : (w.out_features + kColumns - 1) / kColumns;
 }
 
 // The panels of a layer's weights.
@@ -93,7 +68,7 @@ struct Sink {
   };
 
   Columns columns_of(int64_t panel) const {
-    int64_t first = (w.paired ? panel / 2 : panel) * kColumns, limit = w.paired ? w.out / 2 : w.out;
+    int64_t first = (w.paired ? panel / 2 : panel) * kColumns, limit = w.paired ? w.out_features / 2 : w.out_features;
     int valid = static_cast<int>(std::min<int64_t>(kColumns, limit - first));
     if (w.paired && mode != Out::gated && panel % 2) first += limit;  // the second half of the result
     return {first, valid, w.scales ? load(w.scales + panel * kColumns) : splat(1),
@@ -237,21 +212,21 @@ template <class T>
 void linear(Pool& pool, const LinearCall& call, int64_t rows) {
   const Linear& w = *call.weights;
   const T* x = static_cast<const T*>(call.x);
-  Sink<T> sink{w, static_cast<Out>(call.mode), static_cast<Activation>(call.act), call.out, call.out_stride, {}};
+  Sink<T> sink{w, call.mode, call.act, call.out, call.out_stride, {}};
   if constexpr (sizeof(T) == 2) {
-    const auto kind = static_cast<Weights>(w.weights);
+    const Weights kind = w.weights;
     if (kind == Weights::fours || kind == Weights::eights) {
-      const auto rounded = blocks::round_rows(pool, x, call.x_stride, rows, w.in);
+      const auto rounded = blocks::round_rows(pool, x, call.x_stride, rows, w.in_features);
       const char* panels = static_cast<const char*>(w.panels);
       if (kind == Weights::fours)
-        return blocks::linear<blocks::Fours>(pool, panels, panels_of(w), w.in, rounded, rows, sink);
-      return blocks::linear<blocks::Eights>(pool, panels, panels_of(w), w.in, rounded, rows, sink);
+        return blocks::linear<blocks::Fours>(pool, panels, panels_of(w), w.in_features, rounded, rows, sink);
+      return blocks::linear<blocks::Eights>(pool, panels, panels_of(w), w.in_features, rounded, rows, sink);
     }
     if (kind == Weights::int8) {
-      const int64_t depth = (w.in + kTurned - 1) / kTurned * kTurned;
-      sink.rounded = round_rows(pool, x, call.x_stride, rows, w.in, depth);
+      const int64_t depth = (w.in_features + kTurned - 1) / kTurned * kTurned;
+      sink.rounded = round_rows(pool, x, call.x_stride, rows, w.in_features, depth);
       return linear(pool, Panels<int8_t>(w, depth), sink.rounded.x, rows, depth, sink);
     }
   }
-  linear(pool, Panels<T>(w, w.in), x, rows, call.x_stride, sink);
+  linear(pool, Panels<T>(w, w.in_features), x, rows, call.x_stride, sink);
 }

@@ -9,23 +9,6 @@
 #include "pool.h"
 #include "vec.h"
 
-struct LowRankSpan {
-  int64_t start, stop;  // rows
-  const void* down;   // [layers, in, r]
-  const float* bias;  // [layers, r] or null
-  const void* up;     // [layers, r, out]
-  int64_t r;
-  float factor;
-};
-
-struct LowRankCall {
-  void* value;         // [rows, out]
-  const void* source;  // [rows, in]; may be value
-  const LowRankSpan* spans;
-  int64_t count, value_stride, source_stride, in, out, layer;
-  int32_t relu, wide_value, wide_source;  // wide: float
-};
-
 template <class V, class S, class T>
 struct LowRank {
   static constexpr int kTogether = 8;  // rows that share what is loaded of an adapter
@@ -38,15 +21,15 @@ struct LowRank {
   LowRank(const LowRankCall& call, const LowRankSpan& span)
       : call(call),
         span(span),
-        down(static_cast<const T*>(span.down) + call.layer * call.in * span.r),
-        up(static_cast<const T*>(span.up) + call.layer * span.r * call.out),
+        down(static_cast<const T*>(span.down) + call.layer * call.width_in * span.r),
+        up(static_cast<const T*>(span.up) + call.layer * span.r * call.width_out),
         bias(span.bias ? span.bias + call.layer * span.r : nullptr) {}
 
   void run() const {
     thread_local std::vector<float> memory;
     const int64_t rows = span.stop - span.start, together = round_to(rows, kTogether);
-    const bool by_dots = kDots && call.in % 32 == 0;
-    memory.resize(together * span.r + (by_dots ? 0 : kTogether * call.in));
+    const bool by_dots = kDots && call.width_in % 32 == 0;
+    memory.resize(together * span.r + (by_dots ? 0 : kTogether * call.width_in));
     float *hidden = memory.data(), *x = hidden + together * span.r;  // [rows / 8][r][8], and [in][8] of one group
 #ifdef __AVX512BF16__
     if constexpr (kDots)
@@ -57,11 +40,11 @@ struct LowRank {
       if (!by_dots) {
         for (int i = 0; i < kTogether; i++) {  // rows too many repeat the last one; they are not written
           const S* from = source(row + std::min(i, count - 1));
-          for (int64_t k = 0; k < call.in; k++) x[k * kTogether + i] = to_float(from[k]);
+          for (int64_t k = 0; k < call.width_in; k++) x[k * kTogether + i] = to_float(from[k]);
         }
         for (int64_t column = 0; column < span.r; column += 16) narrow(x, column, hidden);
       }
-      for (int64_t column = 0; column < call.out; column += 16) widen(hidden, column, span.start + row, count);
+      for (int64_t column = 0; column < call.width_out; column += 16) widen(hidden, column, span.start + row, count);
     }
   }
 
@@ -91,7 +74,7 @@ struct LowRank {
   void narrow(const float* x, int64_t column, float* hidden) const {
     int64_t lanes = std::min<int64_t>(16, span.r - column);
     v16 acc[kTogether];
-    multiply(x, down + column, call.in, span.r, lanes, acc);
+    multiply(x, down + column, call.width_in, span.r, lanes, acc);
     for (int row = 0; row < kTogether; row++) {
       v16 h = activated(acc[row], column, lanes);
       for (int64_t i = 0; i < lanes; i++) hidden[(column + i) * kTogether + row] = h[i];
@@ -108,13 +91,13 @@ struct LowRank {
   void narrow_by_dots(int64_t rows, float* hidden) const {
     thread_local std::vector<bf16> packed;
     thread_local std::vector<float> sums;
-    const int64_t size = call.in * 16;
+    const int64_t size = call.width_in * 16;
     packed.resize(dots::kPanels * size);
     sums.resize(dots::kPanels * rows * 16);
     for (int64_t first = 0; first < span.r; first += dots::kPanels * 16) {
       const int panels = static_cast<int>(std::min<int64_t>(dots::kPanels, (span.r - first + 15) / 16));
       for (int p = 0; p < panels; p++) pack(first + p * 16, packed.data() + p * size);
-      dots::multiply(panels, rows, source(0), call.source_stride, packed.data(), size, call.in, false, sums.data(),
+      dots::multiply(panels, rows, source(0), call.source_stride, packed.data(), size, call.width_in, false, sums.data(),
                      rows * 16, 16);
       for (int p = 0; p < panels; p++) {
         const int64_t column = first + p * 16, lanes = std::min<int64_t>(16, span.r - column);
@@ -131,7 +114,7 @@ struct LowRank {
   void pack(int64_t column, bf16* to) const {
     const __mmask16 some = static_cast<__mmask16>((1u << std::min<int64_t>(16, span.r - column)) - 1);
     const T* from = down + column;
-    for (int64_t k = 0; k < call.in; k += 2, from += 2 * span.r, to += 32) {
+    for (int64_t k = 0; k < call.width_in; k += 2, from += 2 * span.r, to += 32) {
       __m512i even = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, from));
       __m512i odd = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, from + span.r));
       _mm512_storeu_si512(to, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
@@ -140,9 +123,9 @@ struct LowRank {
 #endif
 
   void widen(const float* hidden, int64_t column, int64_t first, int rows) const {
-    int64_t lanes = std::min<int64_t>(16, call.out - column);
+    int64_t lanes = std::min<int64_t>(16, call.width_out - column);
     v16 acc[kTogether];
-    multiply(hidden, up + column, span.r, call.out, lanes, acc);
+    multiply(hidden, up + column, span.r, call.width_out, lanes, acc);
     V* to = static_cast<V*>(call.value) + first * call.value_stride + column;
     for (int row = 0; row < rows; row++, to += call.value_stride) {
       if (lanes == 16) store(to, load(to) + acc[row]);

@@ -10,22 +10,6 @@
 #include "pool.h"
 #include "vec.h"
 
-struct PromptSpan {
-  int64_t start, rows;   // of the pass
-  const int64_t* slots;  // [stored] where the tokens before lie in the pools
-  int64_t stored;
-};
-
-struct PromptCall {
-  const void *query, *key, *value;  // [rows, heads, dim] with a stride per row, in elements
-  const void *keys, *values;        // pools [slots, kv_heads, dim]; null if nothing was stored
-  void* out;                        // [rows, heads, value_dim]
-  const PromptSpan* spans;
-  int64_t count, query_stride, key_stride, value_stride, heads, kv_heads, key_dim, value_dim;
-  int64_t window;  // latest tokens seen, 0: all
-  float scale;     // positive
-};
-
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // Rows of a panel whose columns lie side by side.

@@ -15,15 +15,6 @@ void each_row(Pool& pool, int64_t rows, const Body& body) {
   });
 }
 
-// RMSNorm without `center`, LayerNorm with it (then with bias). x float [rows, width] -> out [rows, width].
-struct NormCall {
-  const float *x, *weight, *bias;
-  void* out;
-  int64_t width;
-  int32_t center;
-  float epsilon;
-};
-
 template <class T>
 void norm(Pool& pool, const NormCall& call, int64_t rows) {
   const int64_t width = call.width;
@@ -57,15 +48,6 @@ void norm(Pool& pool, const NormCall& call, int64_t rows) {
   });
 }
 
-// Rotates `heads` heads of `dim` at the start of each row in place, halves against halves; cosine and sine
-// float [rows, dim]. q_norm and k_norm [dim], if given, are RMSNorms of the first `queries` heads and the rest.
-struct RotateCall {
-  void* x;
-  const float *cosine, *sine, *q_norm, *k_norm;
-  int64_t stride, heads, queries, dim;
-  float epsilon;
-};
-
 template <class T>
 void rotate(Pool& pool, const RotateCall& call, int64_t rows) {
   const int64_t dim = call.dim;
@@ -89,13 +71,6 @@ void rotate(Pool& pool, const RotateCall& call, int64_t rows) {
     }
   });
 }
-
-// The first place of each row's largest value.
-struct ArgmaxCall {
-  const void* x;  // [rows, width]
-  int64_t* out;
-  int64_t width;
-};
 
 template <class T>
 void argmax(Pool& pool, const ArgmaxCall& call, int64_t rows) {

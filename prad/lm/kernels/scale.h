@@ -3,13 +3,6 @@
 #include "attention.h"
 #include "rows.h"
 
-// x = x ⊙ (1 + v) for rows whose sequence has a vector v at this site; the others stay as they are.
-struct ScaleCall {
-  void* x;  // [rows, width]
-  int64_t stride, width, site, layer;
-  int32_t wide;  // x is float, whatever the vectors are
-};
-
 template <class X, class T>
 void scale(Pool& pool, const ScaleCall& call, int64_t rows, const PagedView& view) {
   const int64_t width = call.width, whole = width / 16 * 16;
@@ -28,14 +21,6 @@ void scale(Pool& pool, const ScaleCall& call, int64_t rows, const PagedView& vie
   if (call.wide) scale<float, T>(pool, call, rows, view);
   else scale<T, T>(pool, call, rows, view);
 }
-
-// out = act(x), or act(gate) * up of x = [gate, up]. x [rows, width or 2 width] -> out [rows, width].
-struct ActivateCall {
-  const void* x;
-  void* out;
-  int64_t width;
-  int32_t act, gated, wide;  // wide: x is float, whatever out is
-};
 
 template <class X, class T, Activation kAct>
 void activate_rows(Pool& pool, const ActivateCall& call, int64_t rows) {
@@ -57,7 +42,7 @@ void activate_rows(Pool& pool, const ActivateCall& call, int64_t rows) {
 
 template <class X, class T>
 void activate_rows(Pool& pool, const ActivateCall& call, int64_t rows) {
-  switch (static_cast<Activation>(call.act)) {
+  switch (call.act) {
     case Activation::none:
       return activate_rows<X, T, Activation::none>(pool, call, rows);
     case Activation::silu:

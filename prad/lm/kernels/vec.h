@@ -8,6 +8,8 @@
 #include <immintrin.h>
 #endif
 
+#include "operations.h"
+
 typedef float v16 __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int32_t i16x __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint32_t u16x __attribute__((vector_size(64), aligned(4), may_alias));
@@ -127,8 +129,6 @@ inline v16 power_of_two(v16 x) {
 
 constexpr float kLog2E = 1.44269504088896341f;
 inline v16 exponential(v16 x) { return power_of_two(x * kLog2E); }
-
-enum class Activation : int32_t { none = 0, silu = 1, gelu_tanh = 2, relu = 3 };
 
 inline v16 sigmoid(v16 x) {
   v16 bounded = x > 80.0f ? splat(80) : (x < -80.0f ? splat(-80) : x);

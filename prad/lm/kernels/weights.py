@@ -1,14 +1,7 @@
-"""What the kernels are given, as C declares it: weights in their order, the arguments of each call.
-
-Weights lie in panels of 16 output columns (linear.h); a call is a kind and a struct of its arguments
-(kernels.cpp).
-"""
+"""Weights in the order in which the kernels read them: panels of 16 output columns (linear.h)."""
 
 from collections.abc import Sequence
-from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
-from enum import IntEnum
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,24 +10,12 @@ from torch.nn.functional import pad
 from prad.core.models import Precision
 from prad.lm.blocks import INPUTS, Blocks
 from prad.lm.kernels.memory import HugePages
+from prad.lm.kernels.operations import Linear, Weights
 
 COLUMNS, DEPTH = 16, 32
 _TURNED, _ROW_OFFSET, _MOST_IN_BYTES = 64, 128, 65_536
-_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-_BLOCK_KINDS = {4: 3, 8: 4}
-
-
-class LinearStruct(Structure):
-    _fields_: ClassVar[list[Any]] = [
-        ("panels", c_void_p),
-        ("scales", c_void_p),
-        ("offsets", c_void_p),
-        ("bias", c_void_p),
-        ("in_features", c_int64),
-        ("out_features", c_int64),
-        ("weights", c_int32),
-        ("paired", c_int32),
-    ]
+_KINDS = {torch.float32: Weights.F32, torch.bfloat16: Weights.BF16, torch.int8: Weights.INT8}
+_BLOCK_KINDS = {4: Weights.FOURS, 8: Weights.EIGHTS}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,11 +26,11 @@ class PackedLinear:
     scales: Tensor | None
     offsets: Tensor | None
     bias: Tensor | None
-    struct: LinearStruct
+    struct: Linear
 
     @property
     def out_features(self) -> int:
-        return int(self.struct.out_features)
+        return self.struct.out_features
 
     @property
     def tensors(self) -> dict[str, Tensor | None]:
@@ -120,7 +101,7 @@ class PackedLinear:
         offsets: Tensor | None,
         bias: Tensor | None,
         shape: torch.Size,
-        kind: int,
+        kind: Weights,
         *,
         paired: bool,
         memory: HugePages | None,
@@ -142,7 +123,7 @@ class PackedLinear:
         bias: Tensor | None,
         in_features: int,
         out_features: int,
-        kind: int,
+        kind: Weights,
         paired: bool,
     ) -> "PackedLinear":
         """Of tensors as the kernels read them, where they lie. Raises ValueError if they are not as large as
@@ -151,23 +132,31 @@ class PackedLinear:
         beside = [x for x in (scales, offsets, bias) if x is not None]
         if panels.nbytes != size or any(x.nbytes != 4 * columns for x in beside):
             raise ValueError(f"these are no weights of kind {kind} of [{out_features}, {in_features}]")
-        if (scales is not None, offsets is not None) != 2 * (kind == _KINDS[torch.int8],):
+        if (scales is not None, offsets is not None) != 2 * (kind is Weights.INT8,):
             raise ValueError("8 bits have scales and offsets, and nothing else has")
-        places = (None if x is None else x.data_ptr() for x in (panels, scales, offsets, bias))
-        struct = LinearStruct(*places, in_features, out_features, kind, paired)
+        struct = Linear(
+            panels=panels,
+            scales=scales,
+            offsets=offsets,
+            bias=bias,
+            in_features=in_features,
+            out_features=out_features,
+            weights=kind,
+            paired=paired,
+        )
         return cls(panels, scales, offsets, bias, struct)
 
 
-def _size(in_features: int, out_features: int, kind: int, paired: bool) -> tuple[int, int]:
+def _size(in_features: int, out_features: int, kind: Weights, paired: bool) -> tuple[int, int]:
     """The columns of a layer's panels, and the bytes of all of these."""
     parts = 2 if paired else 1
     columns = parts * -(-out_features // parts // COLUMNS) * COLUMNS
-    if kind == _KINDS[torch.int8]:
+    if kind is Weights.INT8:
         return columns, columns * -(-in_features // _TURNED) * _TURNED
     if kind in _BLOCK_KINDS.values():  # a block of 4 bits has a scale and a least number, one of 8 a scale
-        block = INPUTS // 2 + 4 if kind == _BLOCK_KINDS[4] else INPUTS + 2
+        block = INPUTS // 2 + 4 if kind is Weights.FOURS else INPUTS + 2
         return columns, columns * in_features // INPUTS * block
-    return columns, columns * in_features * (4 if kind == _KINDS[torch.float32] else 2)
+    return columns, columns * in_features * (4 if kind is Weights.F32 else 2)
 
 
 def can_pack(weights: Sequence[Tensor], precision: Precision) -> bool:
@@ -202,151 +191,3 @@ def _columns(rows: Tensor, paired: bool) -> Tensor:
         return torch.stack((gate, up), dim=1).flatten(0, 1)
     padded = pad(rows, (0, 0, 0, -len(rows) % COLUMNS))
     return padded.view(-1, COLUMNS, rows.shape[1])
-
-
-class Out(IntEnum):
-    """What becomes of a linear layer's result."""
-
-    STORE = 0
-    """Written in the activations' dtype."""
-    ADD = 1
-    """Added to float32 rows."""
-    GATED = 2
-    """Columns in pairs: act(first half) * second half."""
-    WIDE = 3
-    """Written in float32, as it was summed, without an activation."""
-
-
-class Activation(IntEnum):
-    NONE = 0
-    SILU = 1
-    GELU_TANH = 2
-    RELU = 3
-
-
-class Kind(IntEnum):
-    LINEAR = 0
-    NORM = 1
-    ROTATE = 2
-    ATTENTION = 3
-    ARGMAX = 4
-    LOW_RANK = 5
-    SCALE = 6
-    ACTIVATE = 7
-    PROMPT = 8
-    AFFINE = 9
-    MEAN = 10
-
-
-class Call(Structure):
-    _fields_: ClassVar[list[Any]] = [("kind", c_int32), ("half", c_int32), ("arguments", c_void_p)]
-
-
-class PagedView(Structure):
-    """Where a step's sequences lie: block table int64 [B, width] and lengths int64 [B] with the new token;
-    and their request state, for `scale`: addresses int64 [sites, B] of vectors [layers, width of the site], 0
-    for none. drafted: whether some sequences are one with a draft behind it, which see each other's new
-    tokens."""
-
-    _fields_: ClassVar[list[Any]] = [
-        ("table", c_void_p),
-        ("lengths", c_void_p),
-        ("width", c_int64),
-        ("vectors", c_void_p),
-        ("drafted", c_int64),
-    ]
-
-    @classmethod
-    def of(
-        cls, table: Tensor, lengths: Tensor, vectors: Tensor | None = None, *, drafted: bool = False
-    ) -> "PagedView":
-        """The tensors must outlive it."""
-        state = None if vectors is None else vectors.data_ptr()
-        return cls(table.data_ptr(), lengths.data_ptr(), table.shape[1], state, drafted)
-
-
-def _struct(name: str, **fields: Any) -> Any:
-    return type(name, (Structure,), {"_fields_": list(fields.items())})
-
-
-def _fields(names: str, kind: Any) -> dict[str, Any]:
-    return dict.fromkeys(names.split(), kind)
-
-
-ARGUMENTS: dict[Kind, Any] = {
-    Kind.LINEAR: _struct(
-        "LinearCall",
-        **_fields("weights x out", c_void_p),
-        **_fields("x_stride out_stride", c_int64),
-        **_fields("mode act", c_int32),
-    ),
-    Kind.NORM: _struct(
-        "NormCall",
-        **_fields("x weight bias out", c_void_p),
-        width=c_int64,
-        center=c_int32,
-        epsilon=c_float,
-    ),
-    Kind.ROTATE: _struct(
-        "RotateCall",
-        **_fields("x cosine sine q_norm k_norm", c_void_p),
-        **_fields("stride heads queries dim", c_int64),
-        epsilon=c_float,
-    ),
-    Kind.ATTENTION: _struct(
-        "AttentionCall",
-        **_fields("query key value", c_void_p),
-        **_fields("query_stride key_stride value_stride", c_int64),
-        **_fields("keys values out", c_void_p),
-        **_fields("heads kv_heads key_dim value_dim block_size window", c_int64),
-        scale=c_float,
-    ),
-    Kind.ARGMAX: _struct("ArgmaxCall", **_fields("x out", c_void_p), width=c_int64),
-    Kind.LOW_RANK: _struct(
-        "LowRankCall",
-        **_fields("value source spans", c_void_p),
-        **_fields("count value_stride source_stride width_in width_out layer", c_int64),
-        **_fields("relu wide_value wide_source", c_int32),
-    ),
-    Kind.SCALE: _struct("ScaleCall", x=c_void_p, **_fields("stride width site layer", c_int64), wide=c_int32),
-    Kind.ACTIVATE: _struct(
-        "ActivateCall", **_fields("x out", c_void_p), width=c_int64, **_fields("act gated wide", c_int32)
-    ),
-    Kind.PROMPT: _struct(
-        "PromptCall",
-        **_fields("query key value keys values out spans", c_void_p),
-        **_fields("count query_stride key_stride value_stride heads kv_heads", c_int64),
-        **_fields("key_dim value_dim window", c_int64),
-        scale=c_float,
-    ),
-    Kind.AFFINE: _struct(
-        "AffineCall",
-        **_fields("x bounds gains shifts", c_void_p),
-        **_fields("count stride width layer", c_int64),
-    ),
-    Kind.MEAN: _struct(
-        "MeanCall", **_fields("x out bounds", c_void_p), **_fields("count stride width", c_int64)
-    ),
-}
-
-
-class LowRankSpan(Structure):
-    """Rows [start, stop); down [layers, in, r], bias float32 [layers, r] or none, up [layers, r, out]."""
-
-    _fields_: ClassVar[list[Any]] = [
-        *((name, c_int64) for name in ("start", "stop")),
-        *((name, c_void_p) for name in ("down", "bias", "up")),
-        ("r", c_int64),
-        ("factor", c_float),
-    ]
-
-
-class PromptSpan(Structure):
-    """A sequence: rows [start, start + rows) of a pass, behind tokens that lie at slots int64 [stored]."""
-
-    _fields_: ClassVar[list[Any]] = [
-        ("start", c_int64),
-        ("rows", c_int64),
-        ("slots", c_void_p),
-        ("stored", c_int64),
-    ]
