@@ -27,14 +27,15 @@ if TYPE_CHECKING:
     from local_stack.stack import Stack
 
 _PORTS: Any = {"min": 1, "max": 65535}
-_METRICS_PORT = 8002
+METRICS_PORT = 8002
+DEFAULT_DATA = Path("~/.local/share/prad")
 _START_S = 300.0  # the first start converts or fetches the model
 
 
 def _metrics_port(text: str) -> int:
     """What the environment says for a service of that name in Kubernetes or Docker is no port."""
     if is_service_link(str(text)):
-        return _METRICS_PORT
+        return METRICS_PORT
     if not str(text).isdecimal() or not _PORTS["min"] <= int(text) <= _PORTS["max"]:
         raise typer.BadParameter(f"{text!r} is no port: expected a number from 1 to 65535")
     return int(text)
@@ -74,14 +75,14 @@ def serve_command(
         int,
         typer.Option(
             help="The port of decode's /metrics.",
-            envvar="PRAD_DECODE_METRICS_PORT",
+            envvar="PRAD_DECODEMETRICS_PORT",
             parser=_metrics_port,
             metavar="INTEGER",
         ),
-    ] = _METRICS_PORT,
+    ] = METRICS_PORT,
     data_dir: Annotated[
         Path, typer.Option(help="Where the registry keeps adapters, and the logs.", envvar="PRAD_DATA_DIR")
-    ] = Path("~/.local/share/prad"),
+    ] = DEFAULT_DATA,
     redis_url: Annotated[
         str | None,
         typer.Option(
