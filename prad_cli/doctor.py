@@ -4,11 +4,13 @@ import email.utils
 import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import httpx
 import typer
+from pydantic import ValidationError
 
 from prad import __version__
 from prad.core.models import DEFAULT_MODEL
@@ -66,7 +68,7 @@ def doctor_command(
         found += fault_from("Redis", lambda: redis(redis_url))
     for name, at in services.items():
         if at is not None:
-            found += fault_from(name, lambda name=name, at=at: service(name, at))  # type: ignore[misc]
+            found += fault_from(name, partial(service, name, at))
     if as_json:
         print_json({"version": __version__, "serves": not _faults(found), "findings": _plain(found)})
     else:
@@ -87,7 +89,12 @@ def _machine(model: str, cache_dir: Path, data_dir: Path, *, ports: bool) -> lis
         found += told
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         found.append(Finding("model", Level.FAULT, f"{model}: {error}", "mend --model"))
-    prefill, decode = PrefillSettings(), DecodeSettings()
+    try:
+        prefill, decode = PrefillSettings(), DecodeSettings()
+    except ValidationError as error:
+        first = error.errors()[0]
+        said = f"{error.title}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        return [*found, Finding("settings", Level.FAULT, said, "mend or unset it in the environment")]
     room = decode.kv_cache_mib + prefill.prefix_cache_mib + prefill.chunked_kv_mib + prefill.adapters_mib
     found += fault_from("memory", lambda: findings.memory(folder, room))
     found += fault_from("limits", lambda: findings.limits(prefill.kv_shared_mib))
