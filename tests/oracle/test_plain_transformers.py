@@ -1,4 +1,4 @@
-"""`from prad import PromptAdapter`: under transformers' own `generate` an adapter says what the server says."""
+"""`from prad import PromptAdapter`: an adapter under transformers' `generate` says what the server says."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
