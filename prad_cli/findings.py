@@ -192,8 +192,17 @@ def free_memory() -> int | None:
         return None
     lines = (line.partition(":") for line in info.read_text(encoding="utf-8").splitlines())
     free = next(int(value.split()[0]) << 10 for name, _, value in lines if name == "MemAvailable")
-    most, used = (_number(Path("/sys/fs/cgroup") / name) for name in ("memory.max", "memory.current"))
-    return free if most is None or used is None else min(free, max(most - used, 0))
+    group = Path("/sys/fs/cgroup")
+    most, used = (_number(group / name) for name in ("memory.max", "memory.current"))
+    if most is None or used is None:
+        return free
+    return min(free, max(most - used + _given_back(group / "memory.stat"), 0))
+
+
+def _given_back(path: Path) -> int:
+    """What a group has of files, and gives back when it is needed."""
+    pairs = (line.split() for line in path.read_text(encoding="utf-8").splitlines())
+    return sum(int(value) for name, value in pairs if name in ("active_file", "inactive_file"))
 
 
 def _number(path: Path) -> int | None:

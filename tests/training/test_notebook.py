@@ -28,6 +28,8 @@ def test_its_cells_are_python_and_keep_no_output() -> None:
 def test_it_trains_evaluates_pushes_and_asks(tmp_path: Path) -> None:
     script = tmp_path / "notebook.py"
     script.write_text("\n\n".join(cells()), encoding="utf-8")
-    ended = subprocess.run([sys.executable, script], cwd=ROOT, capture_output=True, encoding="utf-8", check=False)
+    ended = subprocess.run(
+        [sys.executable, script], cwd=ROOT, capture_output=True, encoding="utf-8", check=False
+    )
     assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-4000:]
     assert "['question']" in ended.stdout
