@@ -100,6 +100,17 @@ def test_a_package_out_of_range_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> N
     assert python == ">=3.11"
 
 
+def test_what_is_installed_tells_the_ranges_where_there_is_no_checkout(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(findings, "__file__", str(tmp_path / "prad_cli" / "findings.py"))
+    python, needed, extras = findings.project()
+    assert python == ">=3.11"
+    assert any(line.startswith("typer") for line in needed)
+    assert any(line.startswith("accelerate") for line in extras["train"])
+    assert not [line for line in needed if "extra" in line]
+
+
 def test_memory_by_what_is_free(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(bytes(1000))
     levels = []
