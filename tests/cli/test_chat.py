@@ -50,14 +50,14 @@ class Terminal:
     def until(self, wanted: str) -> str:
         """What was shown up to what must come, which is then behind us; the test's own time-out ends a wait
         in vain."""
-        while wanted not in self.shown:
+        while wanted not in (shown := re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", self.shown)):
             try:
                 piece = os.read(self._at, 4096)
             except OSError:  # Linux: the child has closed it
                 piece = b""
-            assert piece, f"it ended: {self.shown}"
-            self.shown += re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", piece.decode("utf-8", errors="replace"))
-        before, found, self.shown = self.shown.partition(wanted)
+            assert piece, f"it ended: {shown}"
+            self.shown += piece.decode("utf-8", errors="replace")
+        before, found, self.shown = shown.partition(wanted)
         return before + found
 
     def type(self, text: str) -> None:
