@@ -28,6 +28,8 @@ _EVENTS = {
 _LONGEST_MARK = 32
 """Bytes of what is looked for, at most: it may lie across two reads."""
 _USAGE = re.compile(rb'"completion_tokens":\s*(\d+)')
+_DONE, _END = b"[DONE]", 100
+"""What ends a stream, in so many of its last bytes: of a server that tells no usage each event is a token."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +79,15 @@ async def _exchange(place: _Place, body: dict[str, Any], began: float) -> dict[s
         said = received[-300:].decode(errors="replace")
     except (OSError, TimeoutError) as error:
         said = str(error) or f"no answer within {place.timeout_s} s"
-    tokens = _USAGE.findall(received)
+    counted = _USAGE.findall(received)
+    whole = len(events) if _DONE in received[-_END:] else 0
+    tokens = int(counted[-1]) if counted else whole
     return {
         "status": int(received.split(b" ", 2)[1]) if received.startswith(b"HTTP/") else 0,
         "sent_s": sent - began,
         "done_s": time.perf_counter() - began,
         "events_s": events,
-        "tokens": int(tokens[-1]) if tokens else 0,
+        "tokens": tokens,
         "said": "" if tokens else said,
     }
 
