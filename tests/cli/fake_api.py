@@ -28,6 +28,7 @@ class FakeApi:
     ahead_s: float = 0.0
     key: str = ""
     ready: bool = True
+    usage: bool = True
     spaced: bool = False
     """JSON with spaces, as some servers write it."""
 
@@ -80,7 +81,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._event({"choices": [choice]})
             if words[0] == "hold" and not self.api.hold.wait(60):
                 return
-        self._event({"choices": [], "usage": {"completion_tokens": len(words)}})
+        if self.api.usage:
+            self._event({"choices": [], "usage": {"completion_tokens": len(words)}})
         self.wfile.write(b"data: [DONE]\n\n")
 
     def _event(self, told: dict[str, Any]) -> None:

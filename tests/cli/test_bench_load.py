@@ -96,6 +96,14 @@ def test_nobody_there_and_too_late_are_errors_of_their_requests(api: FakeApi) ->
     api.hold.set()
 
 
+def test_a_server_that_tells_no_usage_is_counted_by_its_events(api: FakeApi) -> None:
+    api.usage = False
+    with LoadClient(api.url) as client:
+        (answer,) = client.run([{"prompt": "a b c"}]).answers
+    api.usage = True
+    assert (answer.error, answer.tokens, len(answer.events_s)) == ("", 3, 3)
+
+
 def test_goodput_counts_whole_answers_within_both_limits() -> None:
     run = Run(
         (answer(0.1, 0.2, 0.3), answer(0.4, 0.5), answer(0.1, 0.6), answer(0.1, error="gone")), 2.0, 0.1
