@@ -19,7 +19,7 @@ from prad_cli import findings
 from prad_cli.findings import Finding, Level, fault_from
 from prad_cli.model import DEFAULT_CACHE, CacheOption, ModelOption
 from prad_cli.operating import DEFAULT_REGISTRY, Json, print_json
-from prad_cli.serve import DEFAULT_DATA, METRICS_PORT
+from prad_cli.serve import API_PORT, DECODE_PORT, DEFAULT_DATA, METRICS_PORT, REGISTRY_PORT
 
 EXAMPLES = (
     "Examples:\n\nprad doctor\n\nprad doctor --redis-url redis://127.0.0.1:6379/0 --json\n\n"
@@ -29,6 +29,9 @@ _ANSWER_S = 5.0
 _SKEW_S, _WRONG_S = 5.0, 300.0
 """Between two clocks: what is told, and what keeps signed requests (S3) and certificates from working."""
 _STYLES = {Level.OK: "green", Level.NOTE: "yellow", Level.FAULT: "bold red"}
+
+
+Port = Annotated[int, typer.Option(help="As of prad serve: is it free?", min=1, max=65535)]
 
 
 def doctor_command(
@@ -45,6 +48,10 @@ def doctor_command(
             envvar="PRAD_REGISTRY_REDIS_URL",
         ),
     ] = None,
+    port: Port = API_PORT,
+    registry_port: Port = REGISTRY_PORT,
+    decode_port: Port = DECODE_PORT,
+    decode_metrics_port: Port = METRICS_PORT,
     running: Annotated[
         bool, typer.Option("--running", help="Look at the server that runs here, instead of for free ports.")
     ] = False,
@@ -63,7 +70,15 @@ def doctor_command(
     if running:
         here = (DEFAULT_API, DEFAULT_REGISTRY, f"http://127.0.0.1:{METRICS_PORT}/metrics")
         services = {name: said or at for (name, said), at in zip(services.items(), here, strict=True)}
-    found = _machine(model, cache_dir.expanduser(), data_dir.expanduser(), ports=not running)
+    found = _machine(model, cache_dir.expanduser(), data_dir.expanduser())
+    if not running:
+        ports = {
+            "--port": port,
+            "--registry-port": registry_port,
+            "--decode-port": decode_port,
+            "--decode-metrics-port": decode_metrics_port,
+        }
+        found += fault_from("ports", lambda: findings.ports(ports))
     if redis_url:
         found += fault_from("Redis", lambda: redis(redis_url))
     for name, at in services.items():
@@ -77,7 +92,7 @@ def doctor_command(
         raise typer.Exit(1)
 
 
-def _machine(model: str, cache_dir: Path, data_dir: Path, *, ports: bool) -> list[Finding]:
+def _machine(model: str, cache_dir: Path, data_dir: Path) -> list[Finding]:
     from decode_service.settings import DecodeSettings
     from prefill_service.settings import PrefillSettings
 
@@ -98,14 +113,6 @@ def _machine(model: str, cache_dir: Path, data_dir: Path, *, ports: bool) -> lis
     room = decode.kv_cache_mib + prefill.prefix_cache_mib + prefill.chunked_kv_mib + prefill.adapters_mib
     found += fault_from("memory", lambda: findings.memory(folder, room))
     found += fault_from("limits", lambda: findings.limits(prefill.kv_shared_mib))
-    if ports:
-        wanted = {
-            "--port": prefill.port,
-            "--registry-port": int(DEFAULT_REGISTRY.rpartition(":")[2]),
-            "--decode-metrics-port": METRICS_PORT,
-            "--decode-port": decode.port,
-        }
-        found += fault_from("ports", lambda: findings.ports(wanted))
     return found + fault_from(
         "folders", lambda: findings.folders({"--cache-dir": cache_dir, "--data-dir": data_dir})
     )

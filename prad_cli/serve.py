@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from local_stack.stack import Stack
 
 _PORTS: Any = {"min": 1, "max": 65535}
-METRICS_PORT = 8002
+API_PORT, REGISTRY_PORT, DECODE_PORT, METRICS_PORT = 8000, 8001, 50051, 8002
 DEFAULT_DATA = Path("~/.local/share/prad")
 _START_S = 300.0  # the first start converts or fetches the model
 
@@ -69,9 +69,11 @@ def serve_command(
             "can use every task until then.",
         ),
     ] = False,
-    port: Annotated[int, typer.Option(help="The API's port.", **_PORTS)] = 8000,
-    registry_port: Annotated[int, typer.Option(help="The adapter registry's port.", **_PORTS)] = 8001,
-    decode_port: Annotated[int, typer.Option(help="The decode service's port.", **_PORTS)] = 50051,
+    port: Annotated[int, typer.Option(help="The API's port.", **_PORTS)] = API_PORT,
+    registry_port: Annotated[
+        int, typer.Option(help="The adapter registry's port.", **_PORTS)
+    ] = REGISTRY_PORT,
+    decode_port: Annotated[int, typer.Option(help="The decode service's port.", **_PORTS)] = DECODE_PORT,
     decode_metrics_port: Annotated[
         int,
         typer.Option(

@@ -63,8 +63,9 @@ def test_what_keeps_it_from_serving_is_a_status_and_says_what_to_do(api: FakeApi
     (tmp_path / "data").write_text("no folder", encoding="utf-8")
     api.ready = False
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        environment = {"PRAD_PREFILL_PORT": str(taken.getsockname()[1]), "COLUMNS": "250"}
-        ended = prad_doctor(tmp_path, "--model", "/nowhere.gguf", "--url", api.url, **environment)
+        port = str(taken.getsockname()[1])
+        asked = ["--model", "/nowhere.gguf", "--url", api.url, "--port", port]
+        ended = prad_doctor(tmp_path, *asked, COLUMNS="250")
     assert (ended.returncode, ended.stderr) == (1, "")
     lines = [line.strip() for line in ended.stdout.splitlines()]
     for said, fix in (
