@@ -78,7 +78,7 @@ def serve_command(
         int,
         typer.Option(
             help="The port of decode's /metrics.",
-            envvar="PRAD_DECODEMETRICS_PORT",
+            envvar="PRAD_DECODE_METRICS_PORT",
             parser=_metrics_port,
             metavar="INTEGER",
         ),

@@ -69,10 +69,7 @@ def test_what_keeps_it_from_serving_is_a_status_and_says_what_to_do(api: FakeApi
     assert (ended.returncode, ended.stderr) == (1, "")
     lines = [line.strip() for line in ended.stdout.splitlines()]
     for said, fix in (
-        (
-            f"port {environment['PRAD_PREFILL_PORT']} is taken",
-            "→ stop what uses it, or choose another --port",
-        ),
+        (f"port {port} is taken", "→ stop what uses it, or choose another --port"),
         ("there is no /nowhere.gguf", "→ mend --model"),
         (f"{tmp_path / 'data'} is no folder", "→ move it away, or choose another --data-dir"),
         (f"{api.url} is not ready: no decode service", "→ its log says more"),
