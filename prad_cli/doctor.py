@@ -153,11 +153,12 @@ def redis(url: str) -> Iterator[Finding]:
 def service(name: str, url: str) -> Iterator[Finding]:
     """Whether it answers, is ready, and has our version and our clock."""
     base = url.rstrip("/").removesuffix("/v1")
-    metrics = base.endswith("/metrics")
+    metrics = name == "decode"  # which has no other page
+    page = f"{base.removesuffix('/metrics')}/metrics" if metrics else f"{base}/ready"
     try:
         with httpx.Client(timeout=_ANSWER_S, trust_env=False) as client:
             sent = time.time()
-            answer = client.get(base if metrics else f"{base}/ready")
+            answer = client.get(page)
             got = time.time()
             told = {} if metrics else _json(client.get(f"{base}/"))
     except (httpx.HTTPError, httpx.InvalidURL) as error:

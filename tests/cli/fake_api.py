@@ -48,7 +48,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/ready":
             told = {"reasons": [] if self.api.ready else ["no decode service"]}
             return self._json(told, 200 if self.api.ready else 503)
-        if self.path == "/":
+        if self.path in ("/", "/metrics"):
             return self._json({"service": "a fake"})
         if self._refused():
             return None

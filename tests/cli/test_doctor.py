@@ -47,7 +47,7 @@ def test_a_machine_that_serves(
     unused_tcp_port_factory: Callable[[], int],
 ) -> None:
     """With a server that runs elsewhere, so that ports of this machine do not matter."""
-    other = ["--url", api.url, "--registry", api.url, "--decode-metrics", f"{api.url}/ready"]
+    other = ["--url", api.url, "--registry", api.url, "--decode-metrics", api.url]
     ended = prad_doctor(tmp_path, "--running", "--model", str(tiny_model("llama")), "--json", *other)
     assert ended.returncode == 0, ended.stdout
     told = found(ended.stdout)

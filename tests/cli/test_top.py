@@ -128,5 +128,5 @@ def test_nothing_runs() -> None:
 def test_what_is_no_metrics_page_is_said() -> None:
     with fake_api() as api:
         seen = Watch([api.url], [f"{api.url}/metrics"], "http://127.0.0.1:1").look()
-    assert "it answers 404" in seen.prefills[0].away
+    assert "this is no metrics page" in seen.prefills[0].away
     assert not seen.any_answers
