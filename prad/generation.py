@@ -31,8 +31,9 @@ from torch import Tensor
 
 from prad.adapters import AdaptedSpan, Adapter, AdapterError, PromptAdaptation, load_adapter, placeholders
 from prad.adapters.adaptation import TaskRows
-from prad.artefact import AdapterRecord, read_artefact
+from prad.artefact import AdapterRecord, GenerationValues, read_artefact
 from prad.core.models import DEFAULT_MODEL
+from prad.core.sampling import SamplingParams
 from prad.lm import Adaptation, LanguageModel, RowScaling, Site, SiteVectors, Tokenizer, resolve_model
 from prad.lm.sites import tapped
 from prad.training.data import prompt_ids
@@ -107,11 +108,11 @@ class PromptAdapter:
         defaults where `options` of `generate` say nothing else."""
         encoded = self.encode(prompts, options.get("max_new_tokens"))
         with self.on(model, encoded):
-            outputs = model.generate(**encoded, **self._defaults(options))
+            outputs = model.generate(**encoded, **self._defaults(model, options))
         return self.decode(encoded, outputs)
 
-    def _defaults(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        values = self.record.generation
+    def _defaults(self, model: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+        values, neutral = self.record.generation, SamplingParams(max_tokens=1)
         temperature = 1.0 if values.temperature is None else values.temperature
         chosen: dict[str, Any] = {
             "max_new_tokens": values.max_tokens or ANSWER_TOKENS,
@@ -121,9 +122,14 @@ class PromptAdapter:
             **options,
         }
         if chosen["do_sample"]:
-            filters = {"top_p": values.top_p, "top_k": values.top_k or 0, "min_p": values.min_p}
-            given = {name: value for name, value in filters.items() if value is not None}
-            chosen = {"temperature": temperature or 1.0, **given, **chosen}
+            drawn = {"temperature": temperature or 1.0}
+            for name in GenerationValues.model_fields.keys() - {"temperature", "max_tokens"}:
+                value = getattr(values, name)
+                if value is not None:
+                    drawn[name] = value
+                elif hasattr(model.generation_config, name):  # whose own default may be another
+                    drawn[name] = getattr(neutral, name)
+            chosen = drawn | chosen
         return chosen
 
     def encode(self, prompts: Sequence[str], max_new_tokens: int | None = None) -> Prompts:

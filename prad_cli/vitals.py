@@ -171,7 +171,8 @@ class Vitals:
 
     @property
     def any_answers(self) -> bool:
-        return not self.registry_away or any(not each.away for each in (*self.prefills, *self.decodes))
+        away = [*(each.away for each in self.prefills), *(each.away for each in self.decodes)]
+        return not self.registry_away or "" in away
 
     def plain(self) -> dict[str, Any]:
         """For JSON."""
