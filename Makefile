@@ -12,7 +12,7 @@ PROTO := kvtransfer/proto/handoff.proto
 BENCHMARKS := floor decode growth choices step para prefill handoff chunking serve memory flood registry push versions table4
 SMOKE ?= floor decode step rounding handoff # what CI runs, in less than two minutes on two cores
 
-.PHONY: help serve test test-long test-latest test-oldest coverage sanitize check proto bench bench-smoke lock clean
+.PHONY: help serve test test-long test-latest test-oldest coverage sanitize check proto bench bench-smoke docs lock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -61,6 +61,7 @@ check: $(VENV)/.tested ## format, lint, types, imports, generated files
 	$(BIN)/python -m deploy.check_proto $(PROTO)
 	$(BIN)/python -m deploy.settings_reference --check
 	$(BIN)/python -m deploy.kernel_header --check
+	$(BIN)/python -m deploy.api_reference --check
 
 proto: $(VENV)/.tested ## generate the gRPC stubs again
 	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. $(PROTO)
@@ -73,6 +74,15 @@ bench: $(VENV)/.benched ## measure, side by side, into bench/results/ (VLLM=, OP
 	  $(BIN)/prad bench $$name $(VLLM:%=--vllm-python %) $(OPENVINO:%=--openvino-python %) $(LLAMA:%=--llama-python %) || exit 1; \
 	done
 	$(BIN)/python -m bench.report
+
+docs: ## build the site of docs/ into build/site, strictly (installs mkdocs-material into .venv-docs, once)
+	@test -x .venv-docs/bin/mkdocs || { echo "installing mkdocs-material into .venv-docs ..." && $(PYTHON) -m venv .venv-docs \
+		&& .venv-docs/bin/pip install --quiet --quiet $$($(PYTHON) -c $(DOCS_EXTRA)); }
+	$(PYTHON) -m deploy.site
+	.venv-docs/bin/mkdocs build --strict --quiet
+	@echo "the site: build/site/index.html"
+
+DOCS_EXTRA := 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])'
 
 bench-smoke: $(VENV)/.benched ## the quick benchmarks, tiny: that they run, not what they say (all: SMOKE="...")
 	set -e; for name in $(SMOKE); do $(BIN)/prad bench $$name --smoke; done

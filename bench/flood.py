@@ -14,12 +14,12 @@ from itertools import count
 from typing import Any
 
 from bench.flags import Flood
-from bench.latency import latencies
 from bench.model import load
 from bench.prompts import random_prompts
 from bench.rounds import interleaved, ratio
-from bench.serving import Run, Served, bodies, served
+from bench.serving import Served, bodies, served
 from local_stack.stack import StackError
+from prad.http.load import Run, latencies
 from prad.lm import LanguageModel
 
 _PATIENCE = ["--queue-timeout-s", "600", "--request-timeout-s", "900"]  # a flood's own waiting is its affair
@@ -66,7 +66,7 @@ def _beside(server: Served, model: LanguageModel, at_once: int, seed: int, argum
         request["max_tokens"] = lengths.randint(1, 2 * arguments.output - 1)
     first, every = arguments.after_s, arguments.every_s
     at_s = [None] * loud + [first + every * number for number in range(arguments.quiet)]
-    done = server.client.run(requests, at_s=at_s, at_once=at_once)
+    done = server.run(requests, at_s=at_s, at_once=at_once)
     last = max(answer.sent_s for answer in done.answers[:loud])
     heard = tuple(answer for answer in done.answers[loud:] if answer.sent_s < last)
     if not heard:

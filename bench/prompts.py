@@ -1,11 +1,10 @@
-"""What is asked and when: random ids, the prompts of a folder of tasks, fifty short chats; arrivals.
+"""What is asked: random ids, the prompts of a folder of tasks, fifty short chats.
 
 A larger count of prompts begins with those of a smaller one.
 """
 
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 from prad.core.json_text import json_lines
@@ -82,12 +81,3 @@ def task_prompts(folder: Path, count: int) -> list[str]:
     if len(lines) < count:
         raise ValueError(f"{folder} has {len(lines)} prompts in */test.jsonl, not {count}")
     return [json.loads(line)["prompt"] for line in lines[:count]]
-
-
-def poisson_arrivals(rate: float, seconds: float, seed: int) -> Iterator[float]:
-    """Offsets of independent arrivals, `rate` per second on average, within `seconds`."""
-    chosen = random.Random(seed)
-    at = chosen.expovariate(rate)
-    while at < seconds:
-        yield at
-        at += chosen.expovariate(rate)

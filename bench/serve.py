@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import count, cycle, islice
+from itertools import count, cycle, islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,12 @@ import psutil
 from bench.adapters import write_artefacts
 from bench.engine import LoadedEngine
 from bench.flags import Serve
-from bench.latency import latencies, steady_tokens_per_s
+from bench.latency import steady_tokens_per_s
 from bench.model import load
-from bench.prompts import poisson_arrivals, random_prompts
+from bench.prompts import random_prompts
 from bench.rounds import interleaved, ratio, seconds
 from bench.serving import Served, Steps, bodies, served
+from prad.http.load import latencies, poisson_arrivals
 from prad.lm import LanguageModel
 
 _PUSHED = 192  # adapters for a round at most
@@ -157,16 +158,21 @@ def _closed(server: Served, prompts: _Prompts, clients: int, arguments: Serve) -
     number = max(2 * clients, 16)
     tasks = list(islice(cycle(server.tasks["prad-pa"]), number))
     asked = bodies(prompts.take(number), arguments.output, tasks, stream=True)
-    done = server.client.run(asked, at_once=clients)
+    done = server.run(asked, at_once=clients)
     return {"clients": clients, "requests": number, **latencies(done), "memory_mib": server.memory_mib()}
 
 
 def _open(server: Served, prompts: _Prompts, rate: float, arguments: Serve) -> dict[str, Any]:
-    arrivals = list(poisson_arrivals(rate, arguments.open_seconds, seed=1)) or [0.0]
+    arrivals = _arrivals(rate, arguments.open_seconds)
     tasks = list(islice(cycle(server.tasks["prad-pa"]), len(arrivals)))
     asked = bodies(prompts.take(len(arrivals)), arguments.output, tasks, stream=True)
-    done = server.client.run(asked, at_s=arrivals)
+    done = server.run(asked, at_s=arrivals)
     return {"rate": rate, "requests": len(arrivals), **latencies(done)}
+
+
+def _arrivals(rate: float, within_s: float) -> list[float]:
+    """Within so many seconds; one at least."""
+    return list(takewhile(lambda at: at < within_s, poisson_arrivals(rate, seed=1))) or [0.0]
 
 
 def _streaming(server: Served, model: LanguageModel, prompts: _Prompts, arguments: Serve) -> dict[str, Any]:
@@ -177,7 +183,7 @@ def _streaming(server: Served, model: LanguageModel, prompts: _Prompts, argument
     def through_http() -> float:
         before = server.steps()
         asked = bodies(prompts.take(number), arguments.output, tasks, stream=True)
-        done = server.client.run(asked)
+        done = server.run(asked)
         steps = server.steps() - before
         per_engine.append(steps.tokens / steps.seconds)
         client_cpu.append(done.cpu_s / done.wall_s)

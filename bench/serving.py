@@ -1,15 +1,12 @@
-"""Our server as its users meet it: the real processes, asked through HTTP by the light client."""
+"""Our server as its users meet it: the real processes, asked through HTTP (`prad.http.load`)."""
 
-import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import httpx
 import psutil
@@ -19,29 +16,10 @@ from rich.console import Console
 from bench.adapters import write_artefacts
 from bench.flags import ShapeFlags
 from bench.model import model_flags
-from bench.record import ROOT
 from local_stack.pushing import adapter_folders, push_all
 from local_stack.stack import Stack, StackError, answers, free_ports
+from prad.http.load import LoadClient, Run
 from prad.lm import LanguageModel
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """One request; times in seconds since its run began. `events_s`: when each streamed event arrived."""
-
-    sent_s: float
-    done_s: float
-    events_s: tuple[float, ...]
-    tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """All answers of one run, in the order of the requests; `cpu_s` is the client's own CPU time."""
-
-    answers: tuple[Answer, ...]
-    wall_s: float
-    cpu_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,67 +34,13 @@ class Steps:
         return Steps(self.count - earlier.count, self.seconds - earlier.seconds, self.tokens - earlier.tokens)
 
 
-class Client:
-    """The light client's process. Use it in a `with`."""
-
-    def __init__(self, port: int) -> None:
-        self._port = port
-
-    def __enter__(self) -> Self:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "bench.client"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            encoding="utf-8",
-        )
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-
-    def run(
-        self,
-        bodies: Sequence[dict[str, Any]],
-        *,
-        at_s: Sequence[float | None] | None = None,
-        at_once: int = 1 << 20,
-    ) -> Run:
-        """`at_s`: when each is sent; those without a time as soon as fewer than `at_once` of them run.
-
-        Raises StackError if a request was not answered.
-        """
-        offsets = at_s or [None] * len(bodies)
-        requests = [{"at_s": at, "body": body} for at, body in zip(offsets, bodies, strict=True)]
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        asked = {"port": self._port, "requests": requests, "at_once": at_once}
-        self._process.stdin.write(json.dumps(asked) + "\n")
-        self._process.stdin.flush()
-        answered = json.loads(self._process.stdout.readline())
-        for answer in answered["answers"]:
-            if answer["status"] != httpx.codes.OK or not answer["tokens"]:
-                raise StackError(f"a request was answered {answer['status']}: {answer['said']}")
-        return Run(
-            tuple(
-                Answer(a["sent_s"], a["done_s"], tuple(a["events_s"]), a["tokens"])
-                for a in answered["answers"]
-            ),
-            answered["wall_s"],
-            answered["cpu_s"],
-        )
-
-
 class Served:
     """A running stack; `tasks` by method."""
 
     def __init__(
-        self, client: Client, metrics: str, tasks: Mapping[str, Sequence[str]], registry: str
+        self, client: LoadClient, metrics: str, tasks: Mapping[str, Sequence[str]], registry: str
     ) -> None:
-        self.client = client
+        self._client = client
         self.tasks = tasks
         self._metrics = metrics
         self._registry = registry
@@ -136,11 +60,24 @@ class Served:
         if said.status_code != httpx.codes.CREATED or said.json()["pending"]:
             raise StackError(f"a push was answered {said.status_code}: {said.text}")
 
+    def run(
+        self,
+        asked: Sequence[Mapping[str, Any]],
+        *,
+        at_s: Sequence[float | None] | None = None,
+        at_once: int = 1 << 20,
+    ) -> Run:
+        """As `LoadClient.run`. Raises StackError if a request was not answered."""
+        done = self._client.run(asked, at_s=at_s, at_once=at_once)
+        if wrong := next((answer.error for answer in done.answers if answer.error), None):
+            raise StackError(f"a request was {wrong}")
+        return done
+
     def generate(
         self, prompts: Sequence[Sequence[int]], output: int, adapters: Sequence[str | None]
     ) -> float:
         """Seconds until every prompt has `output` tokens; each is a request of its own, all at once."""
-        return self.client.run(bodies(prompts, output, adapters)).wall_s
+        return self.run(bodies(prompts, output, adapters)).wall_s
 
     def memory_mib(self) -> dict[str, float]:
         """Each service's own memory: what it shares with others, such as the mapped weights, left out."""
@@ -208,5 +145,5 @@ def served(
                 listed = f"http://127.0.0.1:{api}/v1/models/{task}"
                 stack.wait_until(partial(answers, listed), 60, task)
             status.stop()
-            with Client(api) as client:
+            with LoadClient(f"http://127.0.0.1:{api}") as client:
                 yield Served(client, f"http://127.0.0.1:{metrics}/metrics", tasks, registry)

@@ -80,7 +80,9 @@ class Stack:
         try:
             self._logs.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise StackError(f"logs cannot be kept in {self._logs}: {error}") from error
+            raise StackError(
+                f"logs cannot be kept in {self._logs}: {error}; choose another --data-dir"
+            ) from error
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -110,7 +112,7 @@ class Stack:
         try:
             opened = _goes_on(log)
         except OSError as error:
-            raise StackError(f"the log of {name} cannot be kept: {error}") from error
+            raise StackError(f"the log of {name} cannot be kept: {error}; move it away") from error
         with opened as file, signals_later():
             log_start = file.seek(0, os.SEEK_END)
             process = subprocess.Popen(
@@ -128,7 +130,10 @@ class Stack:
         while not ready():
             self.check()
             if time.monotonic() > deadline:
-                raise StackError(f"{what} took longer than {timeout_s:g} s; the logs are in {self._logs}")
+                raise StackError(
+                    f"{what} took longer than {timeout_s:g} s; the logs are in {self._logs}, and prad doctor "
+                    "looks for causes"
+                )
             time.sleep(_POLL_S)
 
     def bound_logs(self) -> None:
@@ -186,7 +191,9 @@ def require_free(port: int, flag: str, host: str = "127.0.0.1") -> None:
                 raise StackError(
                     f"port {port} is taken; stop what uses it, or choose another {flag}"
                 ) from error
-            raise StackError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+            raise StackError(
+                f"cannot listen on {host}:{port}: {error.strerror}; choose another {flag} or --host"
+            ) from error
 
 
 def free_ports(count: int) -> list[int]:

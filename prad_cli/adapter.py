@@ -37,6 +37,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Push adapter versions, look at them, route requests to them, while traffic runs; and exchange "
     "adapters with PEFT.",
+    epilog="Examples:\n\n[bold]prad adapter push runs/support --task support[/bold]\n\n"
+    "[bold]prad adapter promote support@2[/bold]",
 )
 
 

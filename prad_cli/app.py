@@ -8,7 +8,21 @@ import typer
 
 from prad import __version__
 from prad.core.errors import PradError
-from prad_cli import adapter, bench, evaluate, exchange, keys, model, serve, services, train
+from prad_cli import (
+    adapter,
+    bench,
+    chat,
+    doctor,
+    evaluate,
+    exchange,
+    keys,
+    load,
+    model,
+    serve,
+    services,
+    top,
+    train,
+)
 from prad_cli.flags import PASS_ARGUMENTS
 
 app = typer.Typer(
@@ -17,21 +31,26 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Examples:\n\nprad serve --adapters examples/adapters\n\nprad chat sentiment\n\nprad doctor",
 )
 app.command("serve")(serve.serve_command)
 for name, command in services.COMMANDS.items():
     app.command(name, context_settings=PASS_ARGUMENTS, add_help_option=False)(command)
 adapter.app.command("import", epilog=exchange.IMPORT_EXAMPLES)(exchange.import_command)
 adapter.app.command("export", epilog=exchange.EXPORT_EXAMPLES)(exchange.export_command)
+bench.app.command("load", epilog=load.EXAMPLES)(load.load_command)
 app.add_typer(adapter.app, name="adapter")
 app.add_typer(keys.app, name="keys")
 app.add_typer(bench.app, name="bench")
 app.add_typer(model.app, name="model")
 app.command("train")(train.train_command)
 app.command("eval")(evaluate.eval_command)
+app.command("chat", epilog=chat.EXAMPLES)(chat.chat_command)
+app.command("top", epilog=top.EXAMPLES)(top.top_command)
+app.command("doctor", epilog=doctor.EXAMPLES)(doctor.doctor_command)
 
 
-@app.command("version")
+@app.command("version", epilog="Example: prad version")
 def version_command() -> None:
     """Print the version."""
     typer.echo(__version__)

@@ -194,7 +194,7 @@ def read_lines(path: Path, limit: int | None = None) -> tuple[Line, ...]:
     except OSError as error:
         raise DiffError(f"cannot read {path}: {error.strerror}") from error
     if not lines:
-        raise DiffError(f"{path} holds no prompts")
+        raise DiffError(f'{path} holds no prompts: expected lines of {{"prompt"}}')
     return tuple(lines)
 
 

@@ -17,6 +17,7 @@ app = typer.Typer(
     "From the first API key on, the API asks everyone for one; from the first operator's token on, the "
     "registry does. These and other commands show the registry what PRAD_TOKEN says, or the file that "
     "PRAD_TOKEN_FILE names, and the API what PRAD_API_KEY or PRAD_API_KEY_FILE say.",
+    epilog="Example: [bold]prad keys create alice --task sentiment[/bold]",
 )
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Whose key it is, or what for.")]

@@ -24,10 +24,14 @@ DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N
 DEFAULT_CACHE = Path("~/.cache/prad")
 
 
-app = typer.Typer(no_args_is_help=True, help="The frozen model.")
+app = typer.Typer(
+    no_args_is_help=True,
+    help="The frozen model.",
+    epilog="Example: prad model path Qwen/Qwen3-0.6B",
+)
 
 
-@app.command("path")
+@app.command("path", epilog="Example: prad model path smollm2-135m")
 def path_command(
     name: Annotated[
         str,

@@ -16,6 +16,7 @@ from adapter_registry.snapshot import Snapshot
 
 COMMANDS = ("export", "import")
 HINT = (
+    "Example: prad registry --port 8001 --data-dir ~/registry\n\n"
     "prad registry export FILE writes all that a registry holds, its adapters' files too; "
     "prad registry import FILE reads that into an empty one, in a folder or a Redis. "
     "Adapters' files in a bucket: prad registry --files s3://adapters/prad "
@@ -52,7 +53,7 @@ def run(context: typer.Context) -> None:
         command.invoke(inner)
 
 
-@_app.command("export")
+@_app.command("export", epilog="Example: prad registry export registry.tar --data-dir ~/registry")
 def export_command(
     file: File,
     data_dir: DataDir = None,
@@ -67,7 +68,9 @@ def export_command(
         print(f"{_said(write_export(data.store, data.files, file))} are in {file}")
 
 
-@_app.command("import")
+@_app.command(
+    "import", epilog="Example: prad registry import registry.tar --redis-url redis://127.0.0.1:6379/0"
+)
 def import_command(
     file: File,
     data_dir: DataDir = None,

@@ -1,6 +1,6 @@
 """`prad serve`: registry, decode and prefill on this machine, and what to type next."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from prad.core.models import DEFAULT_MODEL
+from prad.core.models import DEFAULT_MODEL, served_name
 from prad.settings import is_loopback, is_service_link
 from prad_cli.model import (
     DEFAULT_CACHE,
@@ -19,6 +19,7 @@ from prad_cli.model import (
     DTypeOption,
     ModelOption,
 )
+from prad_cli.ready import Addresses, Ready, model_said, threads_said
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,14 +28,15 @@ if TYPE_CHECKING:
     from local_stack.stack import Stack
 
 _PORTS: Any = {"min": 1, "max": 65535}
-_METRICS_PORT = 8002
+API_PORT, REGISTRY_PORT, DECODE_PORT, METRICS_PORT = 8000, 8001, 50051, 8002
+DEFAULT_DATA = Path("~/.local/share/prad")
 _START_S = 300.0  # the first start converts or fetches the model
 
 
 def _metrics_port(text: str) -> int:
     """What the environment says for a service of that name in Kubernetes or Docker is no port."""
     if is_service_link(str(text)):
-        return _METRICS_PORT
+        return METRICS_PORT
     if not str(text).isdecimal() or not _PORTS["min"] <= int(text) <= _PORTS["max"]:
         raise typer.BadParameter(f"{text!r} is no port: expected a number from 1 to 65535")
     return int(text)
@@ -67,9 +69,11 @@ def serve_command(
             "can use every task until then.",
         ),
     ] = False,
-    port: Annotated[int, typer.Option(help="The API's port.", **_PORTS)] = 8000,
-    registry_port: Annotated[int, typer.Option(help="The adapter registry's port.", **_PORTS)] = 8001,
-    decode_port: Annotated[int, typer.Option(help="The decode service's port.", **_PORTS)] = 50051,
+    port: Annotated[int, typer.Option(help="The API's port.", **_PORTS)] = API_PORT,
+    registry_port: Annotated[
+        int, typer.Option(help="The adapter registry's port.", **_PORTS)
+    ] = REGISTRY_PORT,
+    decode_port: Annotated[int, typer.Option(help="The decode service's port.", **_PORTS)] = DECODE_PORT,
     decode_metrics_port: Annotated[
         int,
         typer.Option(
@@ -78,10 +82,10 @@ def serve_command(
             parser=_metrics_port,
             metavar="INTEGER",
         ),
-    ] = _METRICS_PORT,
+    ] = METRICS_PORT,
     data_dir: Annotated[
         Path, typer.Option(help="Where the registry keeps adapters, and the logs.", envvar="PRAD_DATA_DIR")
-    ] = Path("~/.local/share/prad"),
+    ] = DEFAULT_DATA,
     redis_url: Annotated[
         str | None,
         typer.Option(
@@ -152,7 +156,7 @@ def serve_command(
         require_free(number, flag, host if flag == "--port" else "127.0.0.1")
     here = _Here(
         data_dir.expanduser(),
-        _Addresses.of(host, port, registry_port, decode_metrics_port),
+        Addresses.of(host, port, registry_port, decode_metrics_port),
         adapters,
         host,
         unprotected,
@@ -178,10 +182,11 @@ def serve_command(
         "decode": [*shared, *_given(decode)],
         "prefill": [*shared, *_given(prefill), *here.prefill_flags()],
     }
-    _run(flags, here, Console(stderr=True))
+    about = {"model": model_said(model_name or served_name(model), dtype, weights)}
+    _run(flags, here, Console(stderr=True), about | {"threads": threads_said(threads)})
 
 
-def _run(flags: Mapping[str, list[str]], here: "_Here", console: "Console") -> None:
+def _run(flags: Mapping[str, list[str]], here: "_Here", console: "Console", about: Mapping[str, str]) -> None:
     """Starts every service with its flags, pushes, says what to type next, and supervises until Ctrl-C."""
     from local_stack.signals import stopped_by_signals
     from local_stack.stack import Stack, answers
@@ -195,9 +200,9 @@ def _run(flags: Mapping[str, list[str]], here: "_Here", console: "Console") -> N
         for name, reason in found.failed.items():
             console.print(f"[red]{name} cannot be served:[/] {reason}")
         asked = found.keys or not (here.unprotected or is_loopback(here.host))
-        _say_where(console.print, here)
-        _say_access(console.print, here, asked=asked)
-        _say_what_next(console.print, here.at.api, found.tasks, asked=asked)
+        pids = {service.name: service.process.pid for service in stack.services}
+        welcome = Ready(here.at, here.host, found.tasks, asked, here.logs, here.admin_token, about, pids)
+        welcome.say(console.print)
         ready = {
             "registry": lambda: answers(f"{here.at.registry}/ready"),
             "decode": lambda: answers(here.at.decode_metrics),
@@ -251,7 +256,7 @@ class _Here:
     """This machine's part of it: files, addresses, and who may come."""
 
     data: Path
-    at: "_Addresses"
+    at: "Addresses"
     adapters: Path | None
     host: str
     unprotected: bool
@@ -287,25 +292,6 @@ class _Here:
         if self.adapters is not None and not adapter_folders(self.adapters):
             text = f"[yellow]{self.adapters} holds no adapter folders:[/] nothing is pushed"
             console.print(text, soft_wrap=True)
-
-
-@dataclass(frozen=True)
-class _Addresses:
-    """URLs under which this machine reaches the services."""
-
-    api: str
-    registry: str
-    decode_metrics: str
-
-    @classmethod
-    def of(cls, host: str, port: int, registry_port: int, decode_metrics_port: int) -> "_Addresses":
-        here = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-        here = f"[{here}]" if ":" in here else here
-        return cls(
-            f"http://{here}:{port}",
-            f"http://127.0.0.1:{registry_port}",
-            f"http://127.0.0.1:{decode_metrics_port}/metrics",
-        )
 
 
 def _doing(console: "Console", what: str) -> AbstractContextManager[object]:
@@ -344,48 +330,3 @@ def _replicas_ready(registry: "RegistryClient", revision: int) -> bool:
         replica.state in ("ready", "failed") or (replica.fetching and (replica.revision or 0) >= revision)
         for replica in connected
     )
-
-
-def _say_where(say: Callable[..., None], here: _Here) -> None:
-    at = here.at
-    say(f"\n[bold green]ready[/]  API {at.api}   registry {at.registry}   logs {here.logs}", soft_wrap=True)
-    say(f"console  {at.registry}/console", soft_wrap=True)
-    say(f"metrics  {at.api}/metrics  {at.registry}/metrics  {at.decode_metrics}", soft_wrap=True)
-
-
-def _say_access(say: Callable[..., None], here: _Here, *, asked: bool) -> None:
-    if asked:
-        say(
-            "keys     the API asks everyone for one: prad keys create NAME (with PRAD_TOKEN_FILE="
-            f"{here.admin_token}, once there are tokens of operators)",
-            soft_wrap=True,
-        )
-    elif not is_loopback(here.host):
-        say(
-            f"[yellow]the API listens on {here.host}:[/] whoever reaches it can use every task and read "
-            "/metrics, nobody is asked for a key",
-            soft_wrap=True,
-        )
-
-
-def _say_what_next(say: Callable[..., None], api: str, tasks: list[str], *, asked: bool) -> None:
-    shown = ", ".join(tasks) or "none yet: prad adapter push DIR --task NAME"
-    say(f"tasks  {shown}\n\n[bold]try[/]")
-    key = '-H "authorization: Bearer $PRAD_API_KEY" ' if asked else ""
-    for task, prompt in _EXAMPLES.items():
-        if task in tasks:
-            say(_curl(api, f'{{"task":"{task}","prompt":"{prompt}"}}', key), markup=False, soft_wrap=True)
-    streamed = '{"prompt":"The capital of France is","stream":true}'
-    say(_curl(api, streamed, f"-N {key}"), markup=False, soft_wrap=True)
-    say("\nCtrl-C stops everything")
-
-
-_EXAMPLES = {
-    "e2e": "name[The Eagle], eatType[coffee shop], food[Japanese], "
-    "priceRange[less than £20], near[Burger King]",
-    "sentiment": "a gripping , beautifully acted film",
-}
-
-
-def _curl(api: str, body: str, flags: str) -> str:
-    return f"  curl {flags}{api}/v1/completions -H 'content-type: application/json' -d '{body}'"

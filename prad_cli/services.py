@@ -17,7 +17,9 @@ def prefill_command(context: typer.Context) -> None:
     from prefill_service.settings import PrefillSettings
 
     _log("prefill")
-    settings = _settings(PrefillSettings, context)
+    settings = _settings(
+        PrefillSettings, context, "prad prefill --decode 10.0.0.2:50051 --registry http://10.0.0.3:8001"
+    )
     from prefill_service.server import run
 
     run(settings)
@@ -28,7 +30,7 @@ def decode_command(context: typer.Context) -> None:
     from decode_service.settings import DecodeSettings
 
     _log("decode")
-    settings = _settings(DecodeSettings, context)
+    settings = _settings(DecodeSettings, context, "prad decode --metrics-port 8002 --kv-cache-mib 2048")
     from decode_service.server import run
 
     run(settings)
@@ -53,9 +55,9 @@ def registry_command(context: typer.Context) -> None:
 COMMANDS = {"prefill": prefill_command, "decode": decode_command, "registry": registry_command}
 
 
-def _settings(kind: type[S], context: typer.Context) -> S:
+def _settings(kind: type[S], context: typer.Context, example: str) -> S:
     """Flags win over environment variables, those over defaults."""
-    return read_flags(kind, context, kind.__doc__ or "")
+    return read_flags(kind, context, kind.__doc__ or "", f"Example: {example}")
 
 
 def _log(service: str) -> None:

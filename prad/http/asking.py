@@ -1,6 +1,7 @@
 """Asking a running server's API, as commands do: what is wrong with address or answer, for people."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import httpx
@@ -42,13 +43,38 @@ def answered(
     try:
         response = client.request(method, path, json=body)
     except httpx.HTTPError as failure:
-        raise error(
-            f"no answer from {client.base_url}: {failure}. Start a server with: prad serve; or name another "
-            "with --url"
-        ) from failure
+        raise error(_silence(client, failure)) from failure
     if response.is_error:
         raise error(f"{client.base_url} answers {response.status_code}: {_reason(response)}")
     return response.json()
+
+
+def streamed(
+    client: httpx.Client, error: type[PradError], path: str, body: Mapping[str, Any]
+) -> Generator[dict[str, Any], None, None]:
+    """The events of a streamed answer, as they come. Raises `error`, also for one that the server tells in
+    the stream."""
+    try:
+        with client.stream("POST", path, json=body) as response:
+            if response.is_error:
+                response.read()
+                raise error(f"{client.base_url} answers {response.status_code}: {_reason(response)}")
+            for line in response.iter_lines():
+                if not line.startswith("data:") or (told := line.removeprefix("data:").strip()) == "[DONE]":
+                    continue
+                event = json.loads(told)
+                if failed := event.get("error"):
+                    raise error(f"the answer broke off: {failed.get('message', failed)}")
+                yield event
+    except httpx.HTTPError as failure:
+        raise error(_silence(client, failure)) from failure
+
+
+def _silence(client: httpx.Client, failure: httpx.HTTPError) -> str:
+    return (
+        f"no answer from {client.base_url}: {failure}. Start a server with: prad serve; or name another "
+        "with --url"
+    )
 
 
 def _reason(response: httpx.Response) -> str:

@@ -63,7 +63,7 @@ def read_examples(path: Path, limit: int | None = None) -> list[Example]:
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
     if not examples:
-        raise DataError(f"{path} holds no examples")
+        raise DataError(f'{path} holds no examples: expected lines of {{"prompt", "completion"}}')
     return examples
 
 

@@ -73,7 +73,7 @@ def evaluate(
     decoding = decoder(adapted, Limits(max_tokens, stop_ids), beams=beams, batch=batch)
     answers = [""] * len(prompts)
     for index, search in tracked(decoding.run(prompts), len(prompts), "evaluating"):
-        answers[index] = _settle(tokenizer.decode(search.answer), record.generation.stop)
+        answers[index] = settled(tokenizer.decode(search.answer), record.generation.stop)
     return Evaluation.of(examples, answers)
 
 
@@ -99,7 +99,8 @@ def decoder(adapted: AdaptedModel, limits: Limits, *, beams: int = 1, batch: int
     )
 
 
-def _settle(text: str, stop: Sequence[str]) -> str:
+def settled(text: str, stop: Sequence[str]) -> str:
+    """An answer as serving gives it: up to a stop text, without one leading space."""
     for string in stop:
         text = text.split(string, 1)[0]
     return text.removeprefix(" ")

@@ -281,6 +281,7 @@ def _models(catalogue: TaskCatalogue, model: ModelInfo) -> APIRouter:
                 "routing": routed.revision if routed else None,
                 "digest": version.digest,
                 "method": version.method,
+                "chat_template": record and record.chat_template,
                 "task_tokens": record and list(record.task_tokens),
                 "end_token": record and record.end_token,
                 "generation": record and record.generation.model_dump(mode="json"),

@@ -17,12 +17,13 @@ from bisect import bisect_left
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
 import orjson
 from fastapi import FastAPI, Request
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram, Summary
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection
@@ -180,6 +181,11 @@ class Metrics:
         self._completion_tokens = Counter(
             "prad_completion_tokens", "Output tokens.", ("task", "version"), registry=registry
         )
+        by_task = partial(Summary, labelnames=("task",), registry=registry)
+        self._task_first = by_task("prad_task_first_token_seconds", "Until the first output token.")
+        self._task_interval = by_task(
+            "prad_task_token_interval_seconds", "Of each output token behind a request's first, on average."
+        )
 
     def observe(self, record: RequestRecord, route: str, status: int) -> None:
         """One finished request."""
@@ -192,6 +198,10 @@ class Metrics:
         self._duration.labels(route).observe(time.monotonic() - record.started)
         if record.first_token is not None:
             self._first_token.labels(route).observe(record.first_token - record.started)
+            self._task_first.labels(task[0]).observe(record.first_token - record.started)
+            if record.completion_tokens > 1:
+                took = time.monotonic() - record.first_token
+                self._task_interval.labels(task[0]).observe(took / (record.completion_tokens - 1))
         if record.prompt_tokens:
             self._prompt_tokens.labels(*task).inc(record.prompt_tokens)
             self._completion_tokens.labels(*task).inc(record.completion_tokens)

@@ -46,6 +46,8 @@ async def test_metrics_count_by_task_and_not_by_what_clients_write(client: httpx
     assert f'prad_prompt_tokens_total{{task="e2e",version="2"}} {usage["prompt_tokens"]}.0' in text
     assert 'prad_http_requests_total{route="/v1/completions",status="404",task="",version=""} 1.0' in text
     assert 'prad_time_to_first_token_seconds_count{route="/v1/completions"} 1.0' in text
+    assert 'prad_task_first_token_seconds_count{task="e2e"} 1.0' in text
+    assert 'prad_task_token_interval_seconds_count{task="e2e"} 1.0' in text
     assert "made-up" not in text
     assert 'prad_task_routing_revision{task="e2e"} 41.0' in text
     assert 'prad_task_version_weight{digest="e2e-2-digest",task="e2e",version="2"} 100.0' in text

@@ -47,23 +47,30 @@ def built(cache_dir: Path, kept_bytes: int = DEFAULT_KEPT_BYTES) -> Path:
 
     Those of other sources, flags or processors stay beside it, `kept_bytes` of them.
     """
-    asked_for = os.environ.get("CXXFLAGS", "").split()
-    flags = (*_NATIVE, *asked_for)
-    sources = sorted(p for p in SOURCES.iterdir() if p.suffix in (".cpp", ".h"))
-    made_by = (*FLAGS, *flags, platform.machine(), *instructions())
-    known = hashlib.sha256("\0".join((*made_by, *(p.read_text(encoding="utf-8") for p in sources))).encode())
-    library = cache_dir.expanduser() / "kernels" / f"{known.hexdigest()[:16]}.so"
+    library = place(cache_dir)
     try:
         library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         require_own(library.parent)
         if library.exists():
             require_own(library)
         else:
-            _built_once(library, flags)
+            _built_once(library, _flags())
         _sweep(library, kept_bytes)
         return library
     except OSError as error:
         raise BuildError(f"the kernels cannot be kept in {library.parent}: {error}") from error
+
+
+def place(cache_dir: Path) -> Path:
+    """Where the library for this CPU, of these sources and flags, is once it is compiled."""
+    sources = sorted(p for p in SOURCES.iterdir() if p.suffix in (".cpp", ".h"))
+    made_by = (*FLAGS, *_flags(), platform.machine(), *instructions())
+    known = hashlib.sha256("\0".join((*made_by, *(p.read_text(encoding="utf-8") for p in sources))).encode())
+    return cache_dir.expanduser() / "kernels" / f"{known.hexdigest()[:16]}.so"
+
+
+def _flags() -> tuple[str, ...]:
+    return (*_NATIVE, *os.environ.get("CXXFLAGS", "").split())
 
 
 def _built_once(library: Path, flags: Sequence[str]) -> None:

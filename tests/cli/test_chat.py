@@ -1,0 +1,180 @@
+"""`prad chat`, through pipes and at a terminal, against an API that turns words round."""
+
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from prad_cli.lines import Lines
+from tests.cli.fake_api import FakeApi, fake_api
+from tests.cli.test_command_line import ENVIRONMENT
+
+
+@pytest.fixture
+def api() -> Iterator[FakeApi]:
+    with fake_api() as api:
+        yield api
+
+
+def piped(
+    api: FakeApi, lines: str, *arguments: str, **environment: str
+) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "prad_cli", "chat", *arguments, "--url", f"{api.url}/v1"],
+        input=lines,
+        capture_output=True,
+        encoding="utf-8",
+        env=ENVIRONMENT | environment,
+        check=False,
+    )
+
+
+class Terminal:
+    """A child at a terminal of its own; what it has shown, and what a person types."""
+
+    def __init__(self, *command: str) -> None:
+        self._at, theirs = pty.openpty()
+        at_it: dict[str, Any] = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
+        environment = ENVIRONMENT | {"TERM": "xterm"}
+        self.process = subprocess.Popen(command, env=environment, start_new_session=True, **at_it)
+        os.close(theirs)
+        self.shown = ""
+
+    def until(self, wanted: str) -> str:
+        """What was shown up to what must come, which is then behind us; the test's own time-out ends a wait
+        in vain."""
+        while wanted not in (shown := re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", self.shown)):
+            try:
+                piece = os.read(self._at, 4096)
+            except OSError:  # Linux: the child has closed it
+                piece = b""
+            assert piece, f"it ended: {shown}"
+            self.shown += piece.decode("utf-8", errors="replace")
+        before, found, self.shown = shown.partition(wanted)
+        return before + found
+
+    def type(self, text: str) -> None:
+        os.write(self._at, text.encode())
+
+    def interrupt(self) -> None:
+        """Ctrl-C."""
+        self.process.send_signal(signal.SIGINT)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._at)
+
+
+@contextmanager
+def typing_to(api: FakeApi, *arguments: str) -> Iterator[Terminal]:
+    command = [sys.executable, "-m", "prad_cli", "chat", *arguments, "--url", api.url]
+    terminal = Terminal(*command)
+    try:
+        yield terminal
+    finally:
+        terminal.close()
+
+
+def test_lines_of_a_pipe_are_answered_with_history(api: FakeApi) -> None:
+    ended = piped(api, "one two\n\n/system be brief\nthree\n//slash\n", "--temperature", "0")
+    assert (ended.returncode, ended.stdout) == (0, "two one\nthree\n/slash\n")
+    assert "system: be brief" in ended.stderr
+    messages = [[(m["role"], m["content"]) for m in body["messages"]] for _, body in api.asked]
+    assert messages[0] == [("user", "one two")]
+    assert messages[2] == [
+        ("system", "be brief"),
+        ("user", "one two"),
+        ("assistant", "two one"),
+        ("user", "three"),
+        ("assistant", "three"),
+        ("user", "/slash"),
+    ]
+    assert {(body["model"], body["temperature"]) for _, body in api.asked} == {("small", 0)}
+
+
+def test_a_task_that_takes_single_messages_gets_them(api: FakeApi) -> None:
+    ended = piped(api, "a b\nc d\n/task story\ne\nf\n/reset\ng\n", "sort")
+    assert ended.stdout == "b a\nd c\ne\nf\ng\n"
+    asked = [(body["model"], len(body["messages"])) for _, body in api.asked]
+    assert asked == [("sort", 1), ("sort", 1), ("story", 1), ("story", 3), ("story", 1)]
+
+
+def test_prompts_alone_for_models_without_a_chat_template(api: FakeApi) -> None:
+    ended = piped(api, "a b\nc\n", "--completions", "--timings", "--max-tokens", "5")
+    assert ended.stdout == "b a\nc\n"
+    assert [(path, body["prompt"]) for path, body in api.asked] == [
+        ("/v1/completions", "a b"),
+        ("/v1/completions", "c"),
+    ]
+    assert re.search(
+        r"TTFT \d+ ms · ITL [\d.]+ ms \(longest \d+\) · [\d.]+ tokens/s · 2 tokens", ended.stderr
+    )
+
+
+def test_what_is_refused_is_said_and_the_rest_goes_on(api: FakeApi) -> None:
+    ended = piped(api, "fail\n/task nobody\n/nothing\na b\n")
+    assert (ended.returncode, ended.stdout) == (1, "b a\n")
+    refused, nobody, nothing = ended.stderr.splitlines()
+    assert refused.endswith("answers 400: that is refused: ask for something else")
+    assert "no model 'nobody'; GET /v1/models lists them" in nobody
+    assert "there is no /nothing: /task, " in nothing
+    assert [len(body["messages"]) for _, body in api.asked] == [1, 1], "what was refused is forgotten"
+
+
+def test_keys_and_addresses(api: FakeApi) -> None:
+    api.key = "a-key"
+    refused = piped(api, "a\n")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "an API key is needed: prad keys create NAME" in refused.stderr
+    assert piped(api, "a b\n", PRAD_API_KEY="a-key").stdout == "b a\n"
+    assert piped(api, "a b\n", "--api-key", "a-key").stdout == "b a\n"
+    away = FakeApi("http://127.0.0.1:1")
+    ended = piped(away, "a\n")
+    assert ended.returncode == 1
+    assert "Start a server with: prad serve" in ended.stderr
+
+
+def test_at_a_terminal(api: FakeApi) -> None:
+    with typing_to(api, "--timings") as terminal:
+        terminal.until("small, the plain model")
+        terminal.until("small> ")
+        terminal.type("one two\r")
+        terminal.until("two one")
+        terminal.until("2 tokens")
+        terminal.until("small> ")
+        terminal.type("/task so\t\r")
+        terminal.until("sort: it answers each message by itself")
+        terminal.until("sort> ")
+        terminal.type("\x1b[A\x1b[A\r")  # the first line again, from the history
+        terminal.until("two one")
+        terminal.until("sort> ")
+        terminal.type("a hold\r")
+        terminal.until("hold")
+        terminal.until("hold")  # the answer's first word: it waits for the second
+        terminal.interrupt()
+        terminal.until("(stopped)")
+        terminal.until("sort> ")
+        terminal.type("begun \\\r")
+        terminal.until("... ")
+        terminal.interrupt()
+        terminal.until("sort> ")
+        terminal.type("/quit\r")
+        assert terminal.process.wait() == 0
+    assert [body["model"] for _, body in api.asked] == ["small", "sort", "sort"]
+
+
+def test_completion_of_commands_and_names() -> None:
+    lines = Lines(["story", "sort", "small"], ["/task", "/system", "/timings"])
+    assert lines.completions("/t") == ["/task ", "/timings"]
+    assert lines.completions("/task s") == ["/task small", "/task sort", "/task story"]
+    assert lines.completions("/task st") == ["/task story"]
+    assert lines.completions("hello") == []
+    assert [lines.completion("/t", number) for number in range(3)] == ["/task ", "/timings", None]

@@ -1,0 +1,45 @@
+"""Every command's --help shows how it is typed."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from prad_cli.app import app
+from prad_cli.registry_files import COMMANDS
+
+OF_REGISTRY = [("registry", name) for name in COMMANDS]
+"""Behind a command that reads its own arguments."""
+
+
+def paths(command: Any, at: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    yield at
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from paths(inner, (*at, name))
+
+
+ALL = [*paths(typer.main.get_command(app)), *OF_REGISTRY]
+
+
+def test_all_are_walked() -> None:
+    assert {("chat",), ("top",), ("doctor",), ("bench", "load"), ("adapter", "push"), ("serve",)} <= set(ALL)
+    assert len(ALL) > 50
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: " ".join(("prad", *path)))
+def test_help_has_an_example(path: tuple[str, ...]) -> None:
+    ended = CliRunner().invoke(app, [*path, "--help"], prog_name="prad", terminal_width=200)
+    assert ended.exit_code == 0, ended.output
+    text = " ".join(ended.output.split())
+    assert "Example" in text
+    example = text.partition("Example")[2]
+    assert " ".join(("prad", *path)) in example, "the command itself is shown"
+
+
+def test_a_shell_can_complete() -> None:
+    ended = CliRunner().invoke(app, ["--help"], prog_name="prad", terminal_width=200)
+    assert "--install-completion" in ended.output
+    script = CliRunner().invoke(app, ["--show-completion", "bash"], prog_name="prad")
+    assert (script.exit_code, "_PRAD_COMPLETE=complete_bash" in script.output) == (0, True)
