@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar
 
 import orjson
 from pydantic import FailFast, Field, PlainValidator, WithJsonSchema
+from pydantic_core import PydanticCustomError
 
 from prad.core.rules import Rules, Word
 from prad.lm import CompiledRules, Grammar, GrammarError, Grammars, Tokenizer
@@ -53,7 +54,7 @@ def _constraint(kind: Kind, value: Any, path: str) -> Constraint:
             raise _unexpected(path, "a non-empty text", value)
         size = len(value.encode())
     if size > LONGEST_SOURCE:
-        raise refused(path, f"'{path}' has {size} bytes: expected up to {LONGEST_SOURCE}")
+        raise _wrong(path, f"expected up to {LONGEST_SOURCE} bytes, got {size}")
     return Constraint(kind, value, path)
 
 
@@ -63,16 +64,24 @@ def _schema(value: Any, path: str) -> Any:
         try:
             value = orjson.loads(value)
         except orjson.JSONDecodeError as error:
-            raise refused(path, f"'{path}' is a text, but not of JSON: {error}") from error
+            raise _wrong(path, f"expected a text of JSON: {error}") from error
     if not isinstance(value, dict):
         raise _unexpected(path, "a JSON schema, an object", value)
     if "x-guidance" in value:
-        raise refused(path, f"'{path}' holds 'x-guidance', which is not taken: leave it out")
+        raise _wrong(path, "it holds 'x-guidance', which is not taken: leave it out")
     return value
 
 
-def _unexpected(path: str, what: str, value: object) -> Any:
-    return refused(path, f"'{path}': expected {what}, got {shown(value)}")
+def _unexpected(path: str, what: str, value: object) -> PydanticCustomError:
+    return _wrong(path, f"expected {what}, got {shown(value)}")
+
+
+def _wrong(path: str, why: str) -> PydanticCustomError:
+    """At a path whose first part is the field, which pydantic names itself."""
+    inner = path.partition(".")[2]
+    if inner:
+        return refused(inner, f"'{path}': {why}")
+    return PydanticCustomError("expected", "{what}", {"what": why})
 
 
 def _response_format(value: Any) -> Constraint | None:
@@ -83,7 +92,7 @@ def _response_format(value: Any) -> Constraint | None:
             return Constraint("json", {"type": "object"}, "response_format")
         case {"type": "json_schema", "json_schema": dict(named), **more} if not more:
             if unknown := sorted(named.keys() - {"name", "description", "schema", "strict"}):
-                raise refused("response_format", f"unknown field 'response_format.json_schema.{unknown[0]}'")
+                raise refused(f"json_schema.{unknown[0]}", f"unknown field {unknown[0]!r} in 'json_schema'")
             return _constraint("json", named.get("schema"), "response_format.json_schema.schema")
     raise expected(
         'one of {"type": "text"}, {"type": "json_object"} and {"type": "json_schema", "json_schema": '
@@ -171,7 +180,7 @@ class RuleFields(StrictModel):
     allowed_token_ids: Annotated[list[Id], FailFast(), Field(min_length=1)] | None = None
     """No other tokens are drawn: if none of them ends the answer, it is as long as it may be. Absent: all."""
     stop_token_ids: Annotated[list[Id], FailFast(), Field(max_length=MOST_WORDS)] | None = None
-    """Up to 256 tokens that end the answer as an end token does: they count, and have no text. Absent: none."""
+    """Up to 256 tokens that end the answer like an end token: they count, and have no text. Absent: none."""
     response_format: Annotated[Constraint | None, PlainValidator(_response_format), _OBJECT] = None
     """`{"type": "json_object"}`: the answer is a JSON object. `{"type": "json_schema", "json_schema":
     {"name": ..., "schema": {...}}}`: it is JSON of that schema, whatever `strict` says, its properties in the
