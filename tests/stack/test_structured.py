@@ -1,5 +1,5 @@
-"""Structured output and penalties through the real processes, adapted and plain, beside free answers; and again
-after decode was killed amid one."""
+"""Structured output and penalties through the real processes, adapted and plain, beside free answers; and
+again after decode was killed amid one."""
 
 import json
 import time
