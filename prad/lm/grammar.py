@@ -11,7 +11,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -105,6 +104,7 @@ class Grammars:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._loading, self._lock = threading.Lock(), threading.Lock()
+        self._vocabulary: _Vocabulary | str | None = None  # a text: why there is none
         self._compiled: OrderedDict[str, Grammar] = OrderedDict()
         self._compiling = ThreadPoolExecutor(_THREADS, "grammars")
         self._masking = ThreadPoolExecutor(1, "grammar-masks")
@@ -222,11 +222,14 @@ class Grammars:
     @property
     def _loaded(self) -> "_Vocabulary":
         with self._loading:  # whoever comes first loads it, others wait
-            return self._vocabulary
-
-    @cached_property
-    def _vocabulary(self) -> "_Vocabulary":
-        return _Vocabulary(self._tokenizer(), self._vocab_size)
+            if self._vocabulary is None:
+                try:
+                    self._vocabulary = _Vocabulary(self._tokenizer(), self._vocab_size)
+                except GrammarError as error:
+                    self._vocabulary = str(error)
+        if isinstance(self._vocabulary, str):
+            raise GrammarError(self._vocabulary)
+        return self._vocabulary
 
 
 class _Vocabulary:

@@ -40,8 +40,11 @@ class Shaping:
         self._counts: dict[int, int] = {}
         self._allowed = torch.tensor(sorted(rules.allowed_ids), dtype=torch.long)
         self._alone = [word.ids[0] for word in rules.bad_words if len(word.ids) == 1]
-        self._longer = [word.ids for word in rules.bad_words if len(word.ids) > 1]
-        self._longest = max(map(len, self._longer), default=1)
+        self._longer: dict[int, list[tuple[int, ...]]] = {}  # by the last id but one
+        for word in rules.bad_words:
+            if len(word.ids) > 1:
+                self._longer.setdefault(word.ids[-2], []).append(word.ids)
+        self._longest = max((len(word.ids) for word in rules.bad_words), default=1)
         self._masks: tuple[Future[Tensor], int] | None = None
         for token in before.output_ids:
             self._note(token)
@@ -120,8 +123,8 @@ class Shaping:
     def _banned(self) -> list[int]:
         """The last ids of bad words whose others stand at the output's end."""
         output = tuple(self._output)
-        ended = [ids[-1] for ids in self._longer if output[len(output) - len(ids) + 1 :] == ids[:-1]]
-        return [*self._alone, *ended]
+        begun = self._longer.get(output[-1], ()) if output else ()
+        return [*self._alone, *(ids[-1] for ids in begun if output[1 - len(ids) :] == ids[:-1])]
 
 
 def begin_masks(shapings: Iterable[Shaping]) -> None:

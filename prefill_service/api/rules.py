@@ -91,6 +91,8 @@ def _response_format(value: Any) -> Constraint | None:
         case {"type": "json_object"} if len(value) == 1:
             return Constraint("json", {"type": "object"}, "response_format")
         case {"type": "json_schema", "json_schema": dict(named), **more} if not more:
+            if named.get("strict") not in (None, True, False):
+                raise refused("json_schema.strict", "'json_schema.strict': expected true or false")
             if unknown := sorted(named.keys() - {"name", "description", "schema", "strict"}):
                 raise refused(f"json_schema.{unknown[0]}", f"unknown field {unknown[0]!r} in 'json_schema'")
             return _constraint("json", named.get("schema"), "response_format.json_schema.schema")
@@ -238,7 +240,7 @@ async def rules_of(
         frequency_penalty=fields.frequency_penalty or 0.0,
         repetition_penalty=fields.repetition_penalty or 1.0,
         logit_bias=tuple(sorted((fields.logit_bias or {}).items())),
-        bad_words=_words(fields.bad_words or (), tokenizer),
+        bad_words=await asyncio.to_thread(_words, fields.bad_words, tokenizer) if fields.bad_words else (),
         allowed_ids=frozenset(fields.allowed_token_ids or ()),
     )
     constraint = fields.constraint
