@@ -65,8 +65,8 @@ async def test_any_json_object_is_one(client: httpx.AsyncClient) -> None:
         {"response_format": {"type": "json_object"}},
         {"structured_outputs": {"json_object": True}},
     ):
-        answer = await text(client, max_tokens=8, **said)
-        assert answer.startswith("{")
+        answer = await complete(client, max_tokens=8, **said)
+        assert answer["choices"][0]["text"].startswith("{")
 
 
 async def test_all_choices_and_prompts_keep_to_it_in_a_stream_too(client: httpx.AsyncClient) -> None:
@@ -100,16 +100,13 @@ async def test_nothing_is_asked_of_requests_that_say_nothing(client: httpx.Async
 async def test_what_is_said_of_tokens_is_done(
     client: httpx.AsyncClient, engine: Any, tokenizer: Tokenizer
 ) -> None:
-    ends = {"ignore_eos": True, "max_tokens": 12, "logprobs": 0}
-    plain = (await complete(client, **ends))["choices"][0]
-    first = tokenizer.encode_continuation(plain["logprobs"]["tokens"][0])[0]
-    biased = (await complete(client, logit_bias={str(first): -100}, **ends))["choices"][0]
-    assert biased["logprobs"]["tokens"][0] != plain["logprobs"]["tokens"][0]
-    others = [t for t in range(300) if t != first]
-    allowed = (await complete(client, allowed_token_ids=others, **ends))["choices"][0]
-    assert allowed["logprobs"]["tokens"][0] == biased["logprobs"]["tokens"][0]
-    ended = await complete(client, stop_token_ids=[first], ignore_eos=True)
-    assert (ended["choices"][0]["finish_reason"], ended["choices"][0]["text"]) == ("stop", "")
+    likely = {"70": 100}
+    said = await text(client, logit_bias=likely, ignore_eos=True, max_tokens=3)
+    assert said == 3 * tokenizer.token_text(70)
+    assert await text(client, allowed_token_ids=[70], max_tokens=3) == said
+    assert await text(client, logit_bias=likely, stop_token_ids=[70], ignore_eos=True) == ""
+    said = await text(client, logit_bias=likely, frequency_penalty=2, ignore_eos=True, max_tokens=90)
+    assert said.count(tokenizer.token_text(70)) in range(30, 70), "until it has cost as much"
     await complete(client, presence_penalty=1, frequency_penalty=-1, repetition_penalty=2, max_tokens=3)
     rules = engine.requests[-1].sampling.rules
     assert (rules.presence_penalty, rules.frequency_penalty, rules.repetition_penalty) == (1, -1, 2)
