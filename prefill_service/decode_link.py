@@ -196,6 +196,7 @@ def open_message(prompt: Prompt, model: ModelSpec, left_s: float) -> Open:
         timeout_ms=max(0, round(1000 * left_s)),
         state=tuple(StateSite(str(site), width) for site, width in widths.items()),
         tokens_per_event=request.tokens_per_event,
-        before=rules
-        and Before.of(rules, request.prompt_ids, request.continuation_ids, request.output_offset),
+        before=None
+        if rules is None
+        else Before.of(rules, request.prompt_ids, request.continuation_ids, request.output_offset),
     )

@@ -25,7 +25,9 @@ Kind = Literal["json", "regex", "choice", "grammar"]
 """What a grammar is written as: a JSON schema, a regular expression, a list of texts, or a grammar in the
 notation of Lark or GBNF."""
 
-_LIMITS = {  # of llguidance: some tens of milliseconds to compile, a few for a mask, and tens of MB
+_LIMITS: dict[
+    str, Any
+] = {  # of llguidance: some tens of milliseconds to compile, a few for a mask, and tens of MB
     "initial_lexer_fuel": 1_000_000,
     "step_lexer_fuel": 100_000,
     "step_max_items": 50_000,
@@ -212,8 +214,8 @@ class Grammars:
         )  # of one or many, without the interpreter's lock
         end = vocabulary.end_id
         may_end = (bits[:, end >> 5] >> (end & 31) & 1).tolist()
-        banned = np.unpackbits(np.invert(bits).view(np.uint8), axis=1, bitorder="little")
-        banned = banned[:, : self._vocab_size].view(np.bool_)
+        forbidden = np.unpackbits(np.invert(bits).view(np.uint8), axis=1, bitorder="little")
+        banned = forbidden[:, : self._vocab_size].view(np.bool_)
         for row, walk in enumerate(walks):
             if may_end[row]:
                 banned[row, walk.end_ids] = False
