@@ -12,7 +12,7 @@ from dataclasses import fields as dataclass_fields
 from typing import Annotated, Any, ClassVar
 
 import orjson
-from pydantic import FailFast, Field, PlainValidator, WithJsonSchema
+from pydantic import Field, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from prad.core.rules import Rules, Word
@@ -143,6 +143,32 @@ def _logit_bias(value: Any) -> dict[int, float] | None:
     return biases
 
 
+def _ids(value: Any) -> list[int] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list) or not value:
+        raise expected("a list of token ids", value)
+    if (wrong := next((each for each in value if type(each) is not int or each < 0), None)) is not None:
+        raise expected("token ids", wrong)
+    return value
+
+
+def _few_ids(value: Any) -> list[int] | None:
+    if isinstance(value, list) and len(value) > MOST_WORDS:
+        raise expected(f"up to {MOST_WORDS} token ids", len(value))
+    return [] if value == [] else _ids(value)
+
+
+def _bad_words(value: Any) -> list[str] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list) or len(value) > MOST_WORDS:
+        raise expected(f"a list of up to {MOST_WORDS} texts", value)
+    if not all(isinstance(word, str) and 0 < len(word) <= LONGEST_WORD for word in value):
+        raise expected(f"texts of 1 to {LONGEST_WORD} characters", value)
+    return value
+
+
 _OBJECT = WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "null"}]})
 _TEXT = WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "null"}]})
 _SCHEMA = WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "string"}, {"type": "null"}]})
@@ -151,8 +177,7 @@ _NUMBERS = WithJsonSchema(
     {"anyOf": [{"type": "object", "additionalProperties": {"type": "number"}}, {"type": "null"}]}
 )
 
-Id = Annotated[int, Field(ge=0)]
-BadWord = Annotated[str, Field(min_length=1, max_length=LONGEST_WORD)]
+_IDS = WithJsonSchema({"anyOf": [{"type": "array", "items": {"type": "integer"}}, {"type": "null"}]})
 
 
 class RuleFields(StrictModel):
@@ -176,12 +201,12 @@ class RuleFields(StrictModel):
     """Divides positive logits of tokens in prompt or answer, and multiplies negative ones. Absent: 1."""
     logit_bias: Annotated[dict[int, float] | None, PlainValidator(_logit_bias), _NUMBERS] = None
     """Added to the logits of tokens, by their ids as texts: -100 to 100, up to 1024. Absent: none."""
-    bad_words: Annotated[list[BadWord], FailFast(), Field(max_length=MOST_WORDS)] | None = None
+    bad_words: Annotated[list[str] | None, PlainValidator(_bad_words), _TEXTS] = None
     """Up to 256 texts that the answer does not hold, with a space before them or without: the last token of
     each is not drawn behind its others. Absent: none."""
-    allowed_token_ids: Annotated[list[Id], FailFast(), Field(min_length=1)] | None = None
+    allowed_token_ids: Annotated[list[int] | None, PlainValidator(_ids), _IDS] = None
     """No other tokens are drawn: if none of them ends the answer, it is as long as it may be. Absent: all."""
-    stop_token_ids: Annotated[list[Id], FailFast(), Field(max_length=MOST_WORDS)] | None = None
+    stop_token_ids: Annotated[list[int] | None, PlainValidator(_few_ids), _IDS] = None
     """Up to 256 tokens that end the answer like an end token: they count, and have no text. Absent: none."""
     response_format: Annotated[Constraint | None, PlainValidator(_response_format), _OBJECT] = None
     """`{"type": "json_object"}`: the answer is a JSON object. `{"type": "json_schema", "json_schema":
