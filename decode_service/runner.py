@@ -146,6 +146,7 @@ class ModelRunner:
             RowScaling.of([row.state for row in rows]),
         )
         tokens = self._drawn(rows, logits, [row.shaping for row in rows] if shaped else [])
+        drawn: list[Sequence[Token] | None]
         drawn = [_right(rows, tokens, i) for i, row in enumerate(rows) if not row.ahead]
         if shaped:
             _push(batch, drawn)

@@ -132,7 +132,8 @@ def _logit_bias(value: Any) -> dict[int, float] | None:
     if value is None:
         return None
     if not isinstance(value, dict) or len(value) > MOST_BIASES:
-        raise expected(f"an object of up to {MOST_BIASES} token ids", value)
+        got = len(value) if isinstance(value, dict) else type(value).__name__
+        raise expected(f"an object of up to {MOST_BIASES} token ids", got)
     biases = {}
     for name, bias in value.items():
         if not (name.isascii() and name.isdecimal() and len(name) < 10):
