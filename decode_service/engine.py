@@ -38,6 +38,7 @@ Observe = Callable[[float, int, int, int], None]
 """Called with a step's seconds, and how many tokens were drawn, drafted, and drawn as they were drafted."""
 
 _MISSING = "the decode service does not have this sequence"
+_UNREADY_S = 0.005
 _STEP_BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)
 
 
@@ -85,7 +86,10 @@ class PagedEngine:
 
     def step(self) -> None:
         with self._changed:
-            batch = self._scheduler.schedule(time.monotonic())
+            scheduled = self._scheduler.schedule(time.monotonic())
+            batch = [s for s in scheduled if s.shaping is None or s.shaping.ready]
+            if scheduled and not batch:  # all wait for their grammars, which compile in other threads
+                self._changed.wait(_UNREADY_S)
         results: list[Sequence[Token] | Ended] = []
         if batch:
             results = self._timed(batch)
@@ -134,7 +138,7 @@ class PagedEngine:
             logger.exception("a decode step of %d sequences failed", len(batch))
             return [Ended(s, FinishReason.ERROR, f"the decode step failed: {error}") for s in batch]
         return [
-            Ended(s, FinishReason.ERROR, "the logits are not finite") if tokens is None else tokens
+            Ended(s, FinishReason.ERROR, _why_none(s)) if tokens is None else tokens
             for s, tokens in zip(batch, drawn, strict=True)
         ]
 
@@ -189,7 +193,9 @@ class PagedEngine:
             reservation = self._scheduler.reserve(session, request, deadline)
         try:
             reservation.room = self._runner.room(reservation)
-        except BaseException:  # a device without memory
+            if request.sampling.rules is not None:
+                reservation.grammar = self._runner.begin_grammar(request.sampling.rules)
+        except BaseException:  # a device without memory, a grammar where none is taken
             self.release(reservation)
             raise
         return reservation
@@ -226,7 +232,7 @@ class PagedEngine:
         outside = [t.id for t in first_tokens if t.id >= self._runner.limits.vocab_size]
         if outside:
             raise ProtocolError(f"first tokens {outside} are outside the vocabulary")
-        request = reservation.request
+        request, ruled = reservation.request, reservation.request.sampling.rules is not None
         sequences = [
             Running(
                 id=SequenceId(reservation.id, choice),
@@ -238,6 +244,7 @@ class PagedEngine:
                 kv_len=request.kv_len,
                 written=Written.of(text_ids, token.id, alike),
                 state=reservation.state,
+                shaping=self._runner.shaping(reservation, token.id) if ruled else None,
                 phase=next(self._phases),
                 deadline=reservation.deadline,
             )
@@ -286,6 +293,12 @@ class PagedEngine:
         with self._changed:
             yield
             self._changed.notify()
+
+
+def _why_none(sequence: Running) -> str:
+    """Why a step drew nothing for it."""
+    trouble = None if sequence.shaping is None else sequence.shaping.trouble
+    return trouble or "the logits are not finite"
 
 
 class Metrics:

@@ -66,6 +66,7 @@ class Limits:
         self._check_state(request)
         sampling = request.sampling
         self._check_sampling(sampling)
+        self._check_rules(request)
         remaining = sampling.max_tokens - request.output_offset - 1
         last = request.next_position + remaining - 1
         for wrong, message in (
@@ -119,6 +120,18 @@ class Limits:
             if wrong:
                 raise RejectedError(RejectReason.INVALID, message or "")
 
+    def _check_rules(self, request: Open) -> None:
+        rules = request.sampling.rules
+        if (rules is None) != (request.before is None):
+            raise RejectedError(RejectReason.INVALID, "rules come with what stands before, and only then")
+        if rules is None or request.before is None:
+            return
+        fault, before = rules.fault(self.vocab_size), request.before
+        if any(token >= self.vocab_size for token in (*before.prompt_ids, *before.output_ids)):
+            fault = "what stands before has an id outside the vocabulary"
+        if fault is not None:
+            raise RejectedError(RejectReason.INVALID, fault)
+
     def _all_stop(self, sampling: SamplingParams) -> bool:
         return sampling.min_tokens > 0 and len(sampling.stop_ids) >= self.vocab_size
 
@@ -144,7 +157,8 @@ class Reservation:
     blocks[choice] is that choice's block table. All tables begin with the same `shared` blocks, those that
     the prompt's KV fills; behind them each choice has its own, because it goes on writing there. deadline: in
     the time of the engine's monotonic clock, as `last_frame_at`. `room` is where its KV goes and `state` its
-    request state, as the engine's hands hold them: they are carried here, never looked into.
+    request state, as the engine's hands hold them: they are carried here, never looked into; as is `grammar`,
+    which its rules want compiled.
     """
 
     session: str
@@ -154,6 +168,7 @@ class Reservation:
     deadline: float | None = None
     room: Any = None
     state: dict[Any, Any] = field(default_factory=dict)
+    grammar: Any = None
     last_frame_at: float = 0.0
     _arrived: list[int] = field(init=False)  # tokens of each layer, always a prefix
     _bytes: int = field(init=False, default=0)

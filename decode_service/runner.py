@@ -11,16 +11,20 @@ from torch import Tensor
 from decode_service.reservations import FrameRows, Limits, Reservation
 from decode_service.scheduler import Running
 from decode_service.settings import DecodeSettings
-from kvtransfer.errors import ProtocolError
+from kvtransfer.errors import ProtocolError, RejectedError, RejectReason
 from kvtransfer.frames import Encoding, Incoming
 from kvtransfer.int8 import dequantise
 from prad.core.kv import LayerKV
+from prad.core.rules import Rules
 from prad.core.sampling import SampleKey, SamplingParams, Token
 from prad.lm import (
+    Grammars,
     LanguageModel,
     PackedBatch,
     RowScaling,
+    Shaping,
     Site,
+    begin_masks,
     load_served,
     sample,
 )
@@ -64,12 +68,14 @@ class ModelRunner:
     too, but for the end of all when the engine has failed, and then nothing is admitted any more.
     """
 
-    def __init__(self, model: LanguageModel, pools: Pools) -> None:
+    def __init__(self, model: LanguageModel, pools: Pools, grammars: Grammars | None = None) -> None:
+        """grammars: None takes no request that has one."""
         self.limits = Limits(
             model.max_context, model.vocab_size, {str(s): w for s, w in model.state_widths.items()}
         )
         self._model = model
         self._pools = pools
+        self._grammars = grammars
         self._numbers = torch.arange(0, device=model.device)
 
     def room(self, reserved: Reservation) -> Slots:
@@ -99,6 +105,21 @@ class ModelRunner:
             raise ProtocolError(f"request state at {site} holds numbers that are not finite")
         return Site(site), flat.view(len(self._pools.layout.layers), -1).to(self._pools.device)
 
+    def begin_grammar(self, rules: Rules) -> Any:
+        """Compiles what the rules of an Open name, while its KV is under way. Raises RejectedError."""
+        if not rules.grammar:
+            return None
+        if self._grammars is None:
+            raise RejectedError(RejectReason.UNSUPPORTED, "no grammars are taken here: there is no tokenizer")
+        return self._grammars.begin(rules.grammar)
+
+    def shaping(self, reserved: Reservation, first: int) -> Shaping:
+        """The rules of a choice that begins with this token."""
+        assert reserved.request.before is not None
+        shaping = Shaping.of(reserved.request.sampling, reserved.request.before, reserved.grammar)
+        shaping.push(first)
+        return shaping
+
     @torch.inference_mode()
     def run(self, batch: Sequence[Running], drafts: Sequence[Sequence[int]]) -> list[Sequence[Token] | None]:
         """One decode step: each sequence's next tokens, or None where its logits are not finite. Beside the
@@ -108,6 +129,9 @@ class ModelRunner:
             for sequence, draft in zip(batch, drafts, strict=True)
             for ahead, token in enumerate((sequence.token, *draft))
         ]
+        shaped = [s for s in batch if s.shaping is not None]
+        if shaped:
+            begin_masks(s.shaping for s in shaped)
         device, fed = self._model.device, [(row.token, row.position) for row in rows]
         ids, positions = torch.tensor(fed, device=device).T.contiguous()
         if len(rows) > len(self._numbers):
@@ -121,14 +145,23 @@ class ModelRunner:
             ),
             RowScaling.of([row.state for row in rows]),
         )
-        tokens = self._drawn(rows, logits)
-        return [_right(rows, tokens, i) for i, row in enumerate(rows) if not row.ahead]
+        tokens = self._drawn(rows, logits, [row.shaping for row in rows] if shaped else [])
+        drawn: list[Sequence[Token] | None]
+        drawn = [_right(rows, tokens, i) for i, row in enumerate(rows) if not row.ahead]
+        if shaped:
+            _push(batch, drawn)
+        return drawn
 
-    def _drawn(self, rows: Sequence["_Row"], logits: Tensor) -> dict[int, Token]:
+    def _drawn(
+        self, rows: Sequence["_Row"], logits: Tensor, shapings: Sequence[Shaping | None]
+    ) -> dict[int, Token]:
         """The tokens behind rows, by their number, but for rows whose logits are not finite. What takes long
-        to draw is drawn for one row of a draft at a time, as long as it is right."""
+        to draw is drawn for one row of a draft at a time, as long as it is right. shapings: of each row, if
+        any has rules; one that is in trouble draws nothing."""
         # NaN or infinity in a sequence's hidden state reaches all of its logits: one column shows it
         sound = list(map(math.isfinite, logits[:, 0].tolist()))
+        for i, shaping in enumerate(shapings):
+            sound[i] &= shaping is None or shaping.trouble is None
         due = [i for i, row in enumerate(rows) if sound[i] and (row.is_quick or not row.ahead)]
         tokens: dict[int, Token] = {}
         while due:
@@ -138,6 +171,7 @@ class ModelRunner:
                 [row.sampling for row in kept],
                 [row.key for row in kept],
                 self._model.argmax,
+                [shapings[i] for i in due] if shapings else (),
             )
             tokens.update(zip(due, drawn, strict=True))
             due = [i + 1 for i in due if i + 1 not in tokens and _follows(rows, tokens, i) and sound[i + 1]]
@@ -184,6 +218,7 @@ class _Row:
     sampling: SamplingParams
     key: SampleKey
     state: Mapping[Any, Any] | None
+    shaping: Shaping | None
 
     @classmethod
     def of(cls, sequence: Running, ahead: int, token: int) -> "_Row":
@@ -197,12 +232,20 @@ class _Row:
             request.sampling,
             SampleKey(request.sampling.seed, request.prompt_index, sequence.id.choice, index),
             sequence.state,
+            sequence.shaping,
         )
 
     @property
     def is_quick(self) -> bool:
         """Whether the token behind it takes next to no time to draw."""
         return self.sampling.greedy and self.sampling.logprobs is None
+
+
+def _push(batch: Sequence[Running], drawn: Sequence[Sequence[Token] | None]) -> None:
+    """Tells rules what was drawn: of sequences with rules one token a step."""
+    for sequence, tokens in zip(batch, drawn, strict=True):
+        if sequence.shaping is not None and tokens:
+            sequence.shaping.push(tokens[0].id)
 
 
 def _follows(rows: Sequence[_Row], tokens: Mapping[int, Token], i: int) -> bool:

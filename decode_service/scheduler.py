@@ -45,7 +45,8 @@ class Running:
     The next step feeds `token` (output index `index`) at `position` and stores its keys and values as the
     `kv_len`-th token of `blocks`. Its rows are scaled by `state`, if it has any. `pending`: the latest
     tokens, which no event has carried yet; `phase` is its own, so that sequences that began together do not
-    emit in the same step. `written`: what drafts of it are looked up in, kept by the `Drafter`.
+    emit in the same step. `written`: what drafts of it are looked up in, kept by the `Drafter`. `shaping`:
+    its rules at work, if it has any; of the engine's hands, as `state`.
     """
 
     id: SequenceId
@@ -57,6 +58,7 @@ class Running:
     kv_len: int
     written: Written
     state: Mapping[Any, Any] | None = None
+    shaping: Any = None
     phase: int = 0
     deadline: float | None = None
     pending: list[Token] = field(default_factory=list)
@@ -71,7 +73,10 @@ class Running:
 
     @property
     def draft_room(self) -> int:
-        """How many tokens of a draft a step may check: if all are right, it draws one more, its last."""
+        """How many tokens of a draft a step may check: if all are right, it draws one more, its last. None
+        where rules look at each token."""
+        if self.shaping is not None:
+            return 0
         return self.request.sampling.max_tokens - self.index - 2
 
     @property

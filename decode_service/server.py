@@ -26,7 +26,7 @@ from prad.core.errors import PradError
 from prad.core.host_names import is_allowed
 from prad.core.kv import BlockPool
 from prad.core.sampling import Drafter
-from prad.lm import LanguageModel
+from prad.lm import Grammars, LanguageModel, Tokenizer, resolve_model
 from prad.lm.kv import Pools, blocks_in
 from prad.settings import is_loopback
 
@@ -144,13 +144,16 @@ class DecodeServer:
             settings.request_state_mib << 20,
         )
         pools = Pools(model.layout, num_blocks, settings.block_size, settings.device, model.kernels)
+        self._grammars = Grammars(
+            lambda: Tokenizer(resolve_model(settings.model, settings.cache_dir)), model.vocab_size
+        )
         self._metrics = Metrics()
         self._metrics_server = ExitStack()
         self._sessions = Sessions(
             settings.outbox_frames, settings.detach_s, lambda c: self.engine.cancel_session(c)
         )
         self.engine = PagedEngine(
-            ModelRunner(model, pools),
+            ModelRunner(model, pools, self._grammars),
             scheduler,
             self._sessions.deliver_from_thread,
             self._metrics.step,
@@ -199,6 +202,7 @@ class DecodeServer:
         await _until(lambda: self._sessions.flushed, _FLUSH_S)
         await self._server.stop(_GRACE_S)
         self._metrics_server.close()
+        self._grammars.close()
 
     def _fail_from_thread(self, message: str) -> None:
         self._loop.call_soon_threadsafe(self._fail, message)

@@ -24,6 +24,7 @@ BENCHMARKS = {
     "growth": "How steps and passes grow with sequences, context, prompts, tasks and the model: exponents.",
     "choices": "Choices of one prompt: what shared blocks save in memory, hand-off and step.",
     "step": "Where a decode step's time goes, with the model's weights and with rounded ones.",
+    "structured": "What penalties and grammars cost: a decode step with them beside the same without.",
     "speculation": "What drafts bring: tokens a second with them and without, by task.",
     "para": "What PARA's vectors add to a decode step and a prompt pass, beside PrAd-PARA and neither.",
     "floor": "What a decode step cannot go below here: packed GEMMs, one read of the KV.",

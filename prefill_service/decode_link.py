@@ -13,6 +13,7 @@ from kvtransfer.messages import Ask, Open, StateSite
 from kvtransfer.sender import DecodeClient, HandOff
 from kvtransfer.tokens import TokenStream
 from prad.core.kv import ModelSpec
+from prad.core.rules import Before
 from prad.core.sampling import FinishReason, TokenEvent
 from prefill_service.errors import (
     DeadlineError,
@@ -180,7 +181,7 @@ def event_error(event: TokenEvent) -> ServingError:
 def open_message(prompt: Prompt, model: ModelSpec, left_s: float) -> Open:
     """Asks for room for a prompt whose deadline is in `left_s` seconds."""
     request = prompt.request
-    widths = {} if prompt.adapter is None else prompt.adapter.state_widths
+    rules, widths = request.sampling.rules, {} if prompt.adapter is None else prompt.adapter.state_widths
     return Open(
         request_id=request.request_id,
         attempt=prompt.attempt,
@@ -195,4 +196,7 @@ def open_message(prompt: Prompt, model: ModelSpec, left_s: float) -> Open:
         timeout_ms=max(0, round(1000 * left_s)),
         state=tuple(StateSite(str(site), width) for site, width in widths.items()),
         tokens_per_event=request.tokens_per_event,
+        before=None
+        if rules is None
+        else Before.of(rules, request.prompt_ids, request.continuation_ids, request.output_offset),
     )

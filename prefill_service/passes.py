@@ -20,8 +20,9 @@ from kvtransfer.int8 import quantise
 from kvtransfer.sender import HandOff, PassRows, send_layer
 from prad.adapters import PromptAdaptation, split_task_tokens
 from prad.core.kv import Chunk
+from prad.core.rules import Before, Rules
 from prad.core.sampling import SampleKey, Token
-from prad.lm import LanguageModel, Site, SiteVectors, sample
+from prad.lm import LanguageModel, Shaping, Site, SiteVectors, begin_masks, sample
 from prad.lm.kv import LayerDone, Pools, chunked_batch
 from prefill_service.prompt import Prefilling, Prompt, PromptRequest
 
@@ -47,6 +48,9 @@ def run_prompt_pass(
     `layer_done` gets every layer's keys and values [T, kv_heads, dim], chunks packed in order.
     """
     done = [chunk.prompt for chunk in chunks if chunk.prompt.ends_with(chunk)]
+    shapings = {p: _shaping(p.request, rules) for p in done if (rules := p.request.sampling.rules)}
+    if shapings:
+        begin_masks(shapings.values())
     with torch.inference_mode():
         logits, adaptation = prompt_logits(model, pools, chunks, layer_done)
         if adaptation is not None and state_done is not None:
@@ -56,7 +60,7 @@ def run_prompt_pass(
                 state_done(by_start[start], state)
         sound = torch.isfinite(logits).all(dim=-1).tolist()
         return {
-            prompt: _first_tokens(model, row, prompt.request) if ok else None
+            prompt: _first_tokens(model, row, prompt.request, shapings.get(prompt)) if ok else None
             for row, prompt, ok in zip(logits, done, sound, strict=True)
         }
 
@@ -97,13 +101,26 @@ def prompt_logits(
     return model.forward(batch, adaptation), adaptation
 
 
-def _first_tokens(model: LanguageModel, row: Tensor, request: PromptRequest) -> list[Token]:
-    """row [vocab]: every choice draws from it, under its own key."""
+def _shaping(request: PromptRequest, rules: Rules) -> Shaping:
+    """For its first tokens: the same for all choices."""
+    before = Before.of(rules, request.prompt_ids, request.continuation_ids, request.output_offset)
+    return Shaping.of(request.sampling, before)
+
+
+def _first_tokens(
+    model: LanguageModel, row: Tensor, request: PromptRequest, shaping: Shaping | None = None
+) -> list[Token] | None:
+    """row [vocab]: every choice draws from it, under its own key. None if rules leave nothing to draw."""
     keys = [
         SampleKey(request.sampling.seed, request.prompt_index, choice, request.output_offset)
         for choice in range(request.choices)
     ]
-    return sample(row.expand(len(keys), -1), [request.sampling] * len(keys), keys, model.argmax)
+    rows, params = row.expand(len(keys), -1), [request.sampling] * len(keys)
+    if shaping is None:
+        return sample(rows, params, keys, model.argmax)
+    if shaping.trouble is not None:
+        return None
+    return sample(rows.clone(), params, keys, model.argmax, [shaping] * len(keys))
 
 
 class PassBrokeError(Exception):

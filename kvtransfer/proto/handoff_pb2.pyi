@@ -97,7 +97,7 @@ class Segment(_message.Message):
     def __init__(self, name: _Optional[str] = ..., size: _Optional[int] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("request_id", "attempt", "model", "kv_len", "prompt_len", "next_position", "choices", "prompt_index", "output_offset", "sampling", "timeout_ms", "state", "hand_off", "tokens_per_event")
+    __slots__ = ("request_id", "attempt", "model", "kv_len", "prompt_len", "next_position", "choices", "prompt_index", "output_offset", "sampling", "timeout_ms", "state", "hand_off", "tokens_per_event", "before")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -112,6 +112,7 @@ class Open(_message.Message):
     STATE_FIELD_NUMBER: _ClassVar[int]
     HAND_OFF_FIELD_NUMBER: _ClassVar[int]
     TOKENS_PER_EVENT_FIELD_NUMBER: _ClassVar[int]
+    BEFORE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     model: ModelSpec
@@ -126,10 +127,11 @@ class Open(_message.Message):
     state: _containers.RepeatedCompositeFieldContainer[StateSite]
     hand_off: int
     tokens_per_event: int
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., model: _Optional[_Union[ModelSpec, _Mapping]] = ..., kv_len: _Optional[int] = ..., prompt_len: _Optional[int] = ..., next_position: _Optional[int] = ..., choices: _Optional[int] = ..., prompt_index: _Optional[int] = ..., output_offset: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., timeout_ms: _Optional[int] = ..., state: _Optional[_Iterable[_Union[StateSite, _Mapping]]] = ..., hand_off: _Optional[int] = ..., tokens_per_event: _Optional[int] = ...) -> None: ...
+    before: Before
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., model: _Optional[_Union[ModelSpec, _Mapping]] = ..., kv_len: _Optional[int] = ..., prompt_len: _Optional[int] = ..., next_position: _Optional[int] = ..., choices: _Optional[int] = ..., prompt_index: _Optional[int] = ..., output_offset: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., timeout_ms: _Optional[int] = ..., state: _Optional[_Iterable[_Union[StateSite, _Mapping]]] = ..., hand_off: _Optional[int] = ..., tokens_per_event: _Optional[int] = ..., before: _Optional[_Union[Before, _Mapping]] = ...) -> None: ...
 
 class SamplingParams(_message.Message):
-    __slots__ = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "min_tokens", "stop_ids", "logprobs")
+    __slots__ = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "min_tokens", "stop_ids", "logprobs", "rules")
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     TOP_P_FIELD_NUMBER: _ClassVar[int]
@@ -139,6 +141,7 @@ class SamplingParams(_message.Message):
     MIN_TOKENS_FIELD_NUMBER: _ClassVar[int]
     STOP_IDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    RULES_FIELD_NUMBER: _ClassVar[int]
     max_tokens: int
     temperature: float
     top_p: float
@@ -148,7 +151,48 @@ class SamplingParams(_message.Message):
     min_tokens: int
     stop_ids: _containers.RepeatedScalarFieldContainer[int]
     logprobs: int
-    def __init__(self, max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., min_tokens: _Optional[int] = ..., stop_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[int] = ...) -> None: ...
+    rules: Rules
+    def __init__(self, max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., min_tokens: _Optional[int] = ..., stop_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[int] = ..., rules: _Optional[_Union[Rules, _Mapping]] = ...) -> None: ...
+
+class Rules(_message.Message):
+    __slots__ = ("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "bad_words", "allowed_ids", "grammar")
+    PRESENCE_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    FREQUENCY_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    REPETITION_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    LOGIT_BIAS_FIELD_NUMBER: _ClassVar[int]
+    BAD_WORDS_FIELD_NUMBER: _ClassVar[int]
+    ALLOWED_IDS_FIELD_NUMBER: _ClassVar[int]
+    GRAMMAR_FIELD_NUMBER: _ClassVar[int]
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    logit_bias: LogitBias
+    bad_words: _containers.RepeatedCompositeFieldContainer[Word]
+    allowed_ids: _containers.RepeatedScalarFieldContainer[int]
+    grammar: str
+    def __init__(self, presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., logit_bias: _Optional[_Union[LogitBias, _Mapping]] = ..., bad_words: _Optional[_Iterable[_Union[Word, _Mapping]]] = ..., allowed_ids: _Optional[_Iterable[int]] = ..., grammar: _Optional[str] = ...) -> None: ...
+
+class LogitBias(_message.Message):
+    __slots__ = ("id", "bias")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    BIAS_FIELD_NUMBER: _ClassVar[int]
+    id: _containers.RepeatedScalarFieldContainer[int]
+    bias: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, id: _Optional[_Iterable[int]] = ..., bias: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class Word(_message.Message):
+    __slots__ = ("ids",)
+    IDS_FIELD_NUMBER: _ClassVar[int]
+    ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Before(_message.Message):
+    __slots__ = ("prompt_ids", "output_ids")
+    PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_IDS_FIELD_NUMBER: _ClassVar[int]
+    prompt_ids: _containers.RepeatedScalarFieldContainer[int]
+    output_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, prompt_ids: _Optional[_Iterable[int]] = ..., output_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class StateSite(_message.Message):
     __slots__ = ("site", "width")

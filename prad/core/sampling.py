@@ -20,6 +20,8 @@ from enum import StrEnum
 from hashlib import blake2b
 from typing import NamedTuple
 
+from prad.core.rules import Rules
+
 
 class FinishReason(StrEnum):
     """Why a sequence ends: with its last token, or (an early end) after it."""
@@ -41,7 +43,8 @@ class SamplingParams:
     temperature 0 is greedy (ties go to the lowest id). The filters apply to the distribution after
     temperature, in the order min_p, top_k, top_p; top_k 0, top_p 1 and min_p 0 switch them off.
     `stop_ids` end a sequence and are drawn only once `min_tokens` came before them. `logprobs`: how many
-    alternatives to report with each token (0: the token alone), None for no log-probabilities.
+    alternatives to report with each token (0: the token alone), None for no log-probabilities. `rules`: what
+    else is said about the tokens; None: nothing.
     """
 
     max_tokens: int
@@ -53,6 +56,7 @@ class SamplingParams:
     min_tokens: int = 0
     stop_ids: frozenset[int] = field(default_factory=frozenset)
     logprobs: int | None = None
+    rules: Rules | None = None
 
     @property
     def fault(self) -> str | None:

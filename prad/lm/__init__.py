@@ -5,6 +5,7 @@ from prad.lm.attention import Ragged
 from prad.lm.device import require_device
 from prad.lm.errors import (
     DeviceError,
+    GrammarError,
     MissingSiteError,
     ModelError,
     ModelNotFoundError,
@@ -12,10 +13,12 @@ from prad.lm.errors import (
 )
 from prad.lm.families import Site
 from prad.lm.fingerprint import Fingerprint, weights_digest
+from prad.lm.grammar import Grammar, Grammars
 from prad.lm.kv import KVTarget, PackedBatch, PromptKV, dtype_name, torch_dtype
 from prad.lm.model import LanguageModel
 from prad.lm.sampling import sample
 from prad.lm.serving import ServedModel, load_served
+from prad.lm.shaping import CompiledRules, Shaping, begin_masks
 from prad.lm.sites import (
     Adaptation,
     Placement,
@@ -32,8 +35,12 @@ __all__ = [
     "DEFAULT_MODEL",
     "DEFAULT_MODEL_ID",
     "Adaptation",
+    "CompiledRules",
     "DeviceError",
     "Fingerprint",
+    "Grammar",
+    "GrammarError",
+    "Grammars",
     "KVTarget",
     "LanguageModel",
     "MissingSiteError",
@@ -45,11 +52,13 @@ __all__ = [
     "Ragged",
     "RowScaling",
     "ServedModel",
+    "Shaping",
     "Site",
     "SiteVectors",
     "TextStream",
     "Tokenizer",
     "UnsupportedModelError",
+    "begin_masks",
     "dtype_name",
     "load_served",
     "placements",

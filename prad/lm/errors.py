@@ -21,3 +21,7 @@ class UnsupportedModelError(ModelError):
 
 class MissingSiteError(ModelError):
     """An adapter wants a site that this model family does not have."""
+
+
+class GrammarError(ModelError):
+    """A grammar does not compile, or takes more than it may; the message is the library's."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from prad.core.sampling import SampleKey, SamplingParams, Token
+from prad.lm.shaping import Shaping, shape
 
 
 def lowest_argmax(logits: Tensor) -> list[int]:
@@ -23,9 +24,13 @@ def sample(
     params: Sequence[SamplingParams],
     keys: Sequence[SampleKey],
     argmax: Callable[[Tensor], list[int]] = lowest_argmax,
+    shapings: Sequence[Shaping | None] = (),
 ) -> list[Token]:
-    """Draws one token per row of logits float32 [B, vocab]; row i under params[i] and keys[i]."""
+    """Draws one token per row of logits float32 [B, vocab]; row i under params[i] and keys[i], and under
+    shapings[i] if rows have rules: those may be changed in place."""
     allowed = _without_early_stops(logits, params, keys)
+    if shapings:
+        allowed = shape(logits, allowed, params, shapings)
     tokens = argmax(allowed)
     drawn = [i for i, p in enumerate(params) if not p.greedy]
     if drawn:

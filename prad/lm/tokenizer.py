@@ -53,6 +53,13 @@ class Tokenizer:
         """Writes its files, for a model that is saved there."""
         self._tokenizer.save_pretrained(folder)
 
+    def written(self) -> str:
+        """All of it, as in a tokenizer.json."""
+        backend = copy.deepcopy(self._tokenizer.backend_tokenizer)
+        backend.no_truncation()
+        backend.no_padding()
+        return str(backend.to_str())
+
     @property
     def eos_id(self) -> int:
         """Raises UnsupportedModelError if there is none."""

@@ -8,17 +8,20 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 from starlette.requests import Request
 
 from adapter_registry.names import ALIAS, VERSION
 from prad.artefact import AdapterRecord, GenerationDefaults, GenerationValues
+from prad.core.rules import Rules
 from prad.core.sampling import SamplingParams
-from prad.lm import Tokenizer
+from prad.lm import Grammars, Tokenizer
 from prefill_service.api.intake import ApiLimits
 from prefill_service.api.outcomes import while_connected
 from prefill_service.api.requests import ChatRequest, CompletionRequest, GenerationRequest
+from prefill_service.api.rules import RULE_FIELDS, rules_of
 from prefill_service.api.text import PromptEncoder, Template, chat_template, completion_template
 from prefill_service.catalogue import Client, TaskCatalogue
 from prefill_service.errors import (
@@ -155,6 +158,10 @@ class Admission:
         self._encoder = PromptEncoder(tokenizer, model.vocab_size, model.max_context, limits)
         self._max_context = model.max_context
         self._stop_ids = model.stop_ids | tokenizer.end_ids
+        grammars = Grammars(lambda: tokenizer, model.vocab_size)
+        self._rules_of = partial(
+            rules_of, tokenizer=tokenizer, grammars=grammars, vocab_size=model.vocab_size
+        )
         self._limits = limits
 
     @property
@@ -199,13 +206,22 @@ class Admission:
         )
         cut = request.truncate_prompt_tokens is not None
         prompts = await self._encoder.completion(target.record, request.prompt, template, cut=cut)
-        return self._admitted("cmpl", request, target, template, prompts)
+        rules = await self._rules(request, target)
+        return self._admitted("cmpl", request, target, template, prompts, rules)
 
     async def chat(self, request: ChatRequest, target: Target) -> Admitted:
         template = chat_template(target.record, raw=request.raw)
         cut = request.truncate_prompt_tokens is not None
         ids = await self._encoder.chat(target.record, request.messages, template, cut=cut)
-        return self._admitted("chatcmpl", request, target, template, [ids])
+        rules = await self._rules(request, target)
+        return self._admitted("chatcmpl", request, target, template, [ids], rules)
+
+    async def _rules(self, request: GenerationRequest, target: Target) -> Rules | None:
+        """None without touching any for most requests: who names no field of theirs."""
+        if request.model_fields_set.isdisjoint(RULE_FIELDS):
+            return None
+        beams, spaced = request.beams is not None, target.version is not None
+        return await self._rules_of(request, beams=beams, ignore_eos=bool(request.ignore_eos), spaced=spaced)
 
     def _admitted(
         self,
@@ -214,12 +230,14 @@ class Admission:
         target: Target,
         template: Template,
         prompts: Sequence[tuple[int, ...]],
+        rules: Rules | None,
     ) -> Admitted:
         record = target.record
         chat = isinstance(request, ChatRequest)
         default_tokens = self._limits.chat_tokens if chat else self._limits.completion_tokens
         params, stop = resolve(request, record.generation if record else GenerationDefaults(), default_tokens)
-        params = replace(params, stop_ids=frozenset() if request.ignore_eos else self._stop_ids)
+        stop_ids = frozenset() if request.ignore_eos else self._stop_ids
+        params = replace(params, stop_ids=stop_ids.union(request.stop_token_ids or ()), rules=rules)
         name = f"{prefix}-{uuid.uuid4().hex}"
         fitted = [
             fit(

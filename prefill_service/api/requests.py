@@ -27,6 +27,7 @@ from prefill_service.api.intake import (
     Truncation,
     refused,
 )
+from prefill_service.api.rules import RuleFields
 from prefill_service.api.text import Delta, TokenName, TokenScore
 
 MAX_MESSAGES = 4096
@@ -35,24 +36,11 @@ MAX_SALT_CHARACTERS = 256
 Json = dict[str, object]
 
 _SAMPLING: Neutral = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
     "length_penalty": (1,),
-    "logit_bias": ({},),
-    "bad_words": ([],),
-    "allowed_token_ids": (),
-    "stop_token_ids": ([],),
     "include_stop_str_in_output": (False,),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "prompt_logprobs": (),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
     "service_tier": ("auto", "default"),
     "store": (False,),
 }
@@ -69,7 +57,7 @@ class StreamOptions(StrictModel):
     """With `include_usage`: every chunk says how many tokens were used so far."""
 
 
-class GenerationRequest(GenerationValues, StrictModel):
+class GenerationRequest(GenerationValues, RuleFields):
     """The fields that both endpoints share. Those of `SamplingParams` have their names there, too:
     `admission.resolve`."""
 

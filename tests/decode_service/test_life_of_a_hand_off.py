@@ -12,6 +12,7 @@ from kvtransfer.errors import CorruptError, FencedError, LostError, ProtocolErro
 from kvtransfer.frames import Outgoing
 from kvtransfer.messages import Open
 from kvtransfer.sender import DecodeClient, send_layer
+from prad.core.rules import Before, Rules
 from prad.core.sampling import SamplingParams, Token
 from prad.lm import LanguageModel
 
@@ -155,12 +156,27 @@ async def test_another_model_is_refused(prefill: Prefill) -> None:
         ({"sampling": replace(SHORT, min_p=1.5)}, "min_p"),
         ({"sampling": replace(SHORT, logprobs=65)}, "logprobs 65"),
         ({"sampling": SamplingParams(max_tokens=2**32 - 1)}, "absurd"),
+        ({"sampling": replace(SHORT, rules=Rules())}, "what stands before"),
+        ({"before": Before()}, "what stands before"),
+        ({"sampling": replace(SHORT, rules=Rules(repetition_penalty=0)), "before": Before()}, "repetition"),
+        ({"sampling": replace(SHORT, rules=Rules()), "before": Before(output_ids=(97,))}, "outside the"),
     ],
 )
 async def test_nonsense_is_refused(prefill: Prefill, wrong: dict[str, object], message: str) -> None:
     with pytest.raises(RejectedError, match=message) as caught:
         await prefill.client.open(prefill.request(**({"kv_len": 5, "sampling": SHORT} | wrong)))  # type: ignore[arg-type]
     assert caught.value.reason is RejectReason.INVALID
+
+
+async def test_a_grammar_that_does_not_compile_ends_its_sequence_alone(prefill: Prefill) -> None:
+    """Prefill compiles it first; another client may not."""
+    ruled = replace(SHORT, rules=Rules(grammar="start: nowhere"))
+    request, _ = await prefill.hand_over(prompt(9), ruled, before=Before())
+    beside = prefill.generate(prompt(12), SHORT)
+    (event,) = await prefill.got.until(request.request_id)
+    assert event.finish_reason == "error"
+    assert "the grammar does not compile" in (event.error or "")
+    assert len(await beside) == 8
 
 
 async def test_who_is_not_attached_is_refused(server: DecodeServer, model: LanguageModel) -> None:

@@ -12,6 +12,7 @@ from kvtransfer.frames import Encoding, Outgoing, Rows, plane_bytes, unpack
 from kvtransfer.messages import Cancel, Description, Open, StateSite, TokenFrame, decode, encode
 from kvtransfer.proto import handoff_pb2 as pb
 from prad.core.kv import KVLayout, LayerKV, ModelSpec
+from prad.core.rules import Before, Rules, Word
 from prad.core.sampling import SamplingParams, Token, TokenEvent
 
 MODEL = ModelSpec("abc", KVLayout((LayerKV(2, 4, 4), LayerKV(1, 8, 2), LayerKV(2, 4, 4)), "bfloat16"))
@@ -19,6 +20,16 @@ U32 = st.integers(0, 2**32 - 1)
 TOKENS = st.builds(
     Token, U32, st.floats(width=32, allow_nan=False), st.lists(st.tuples(U32, st.just(-1.5))).map(tuple)
 ) | st.builds(Token, U32)
+FLOATS = st.floats(allow_nan=False)
+RULES = st.builds(
+    Rules,
+    presence_penalty=FLOATS,
+    repetition_penalty=FLOATS,
+    logit_bias=st.lists(st.tuples(U32, FLOATS)).map(tuple),
+    bad_words=st.lists(st.builds(Word, st.lists(U32).map(tuple))).map(tuple),
+    allowed_ids=st.frozensets(U32),
+    grammar=st.text(),
+)
 SAMPLINGS = st.builds(
     SamplingParams,
     max_tokens=U32,
@@ -26,6 +37,7 @@ SAMPLINGS = st.builds(
     seed=st.integers(0, 2**64 - 1),
     stop_ids=st.frozensets(U32),
     logprobs=st.none() | U32,
+    rules=st.none() | RULES,
 )
 
 
@@ -40,7 +52,8 @@ def there_and_back(value: object) -> object:
 @given(SAMPLINGS, st.none() | st.integers(0, 2**40))
 def test_open(sampling: SamplingParams, timeout_ms: int | None) -> None:
     state = (StateSite("q", 8), StateSite("up", 30))
-    request = Open("r", MODEL, 20, 17, 18, sampling, 3, 2, 1, 4, timeout_ms, state, 16)
+    before = None if sampling.rules is None else Before(frozenset({1, 5}), (7, 7, 2))
+    request = Open("r", MODEL, 20, 17, 18, sampling, 3, 2, 1, 4, timeout_ms, state, 16, before)
     assert [request.site_bytes("up"), request.state_bytes] == [3 * 30 * 2, 3 * 38 * 2]
     assert there_and_back(request) == request
 

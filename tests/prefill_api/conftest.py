@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 from adapter_registry.routing import Routing
 from prad.artefact import AdapterRecord, Artefact, BaseModelRef, GenerationDefaults
+from prad.core.rules import Before
 from prad.core.sampling import SampleKey, Token, TokenEvent
-from prad.lm import LanguageModel, PackedBatch, Tokenizer, attention, sample
+from prad.lm import LanguageModel, PackedBatch, Shaping, Tokenizer, attention, begin_masks, sample
 from prefill_service.api import ApiLimits, ModelInfo, create_app
 from prefill_service.beams import beam_search
 from prefill_service.catalogue import TaskCatalogue, TaskVersions
@@ -148,7 +149,16 @@ class ModelEngine(WatchedEngine):
             logits = self.model.forward(batch)
             if self.likeliest is not None:
                 logits[:, self.likeliest] = logits.max() + 1
-            return sample(logits, [request.sampling] * request.choices, keys)
+            shapings = [shaping(request, output) for output in outputs] if request.sampling.rules else []
+            begin_masks(shapings)
+            return sample(logits, [request.sampling] * request.choices, keys, shapings=shapings)
+
+
+def shaping(request: PromptRequest, output: Sequence[int]) -> Shaping:
+    """Made anew for each token."""
+    rules = request.sampling.rules
+    assert rules is not None
+    return Shaping.of(request.sampling, Before.of(rules, request.prompt_ids, output, len(output)))
 
 
 @dataclass

@@ -2,9 +2,10 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import openai
+import pydantic
 import pytest
 import uvicorn
 
@@ -60,8 +61,26 @@ async def test_completions_chat_streams_and_errors(official: openai.AsyncOpenAI)
         await official.completions.create(model="nope", prompt="x")
     assert missing.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError) as refused:
-        await official.completions.create(model="e2e", prompt="x", frequency_penalty=1)
-    assert refused.value.param == "frequency_penalty"
+        await official.completions.create(model="e2e", prompt="x", suffix="y")
+    assert refused.value.param == "suffix"
+
+
+class Review(pydantic.BaseModel):
+    good: bool
+    stars: Literal[1, 2, 3]
+    words: Annotated[list[Literal["food", "text"]], pydantic.Field(max_length=2)]
+
+
+async def test_a_pydantic_model_comes_back(official: openai.AsyncOpenAI) -> None:
+    """As the client asks for it: a strict schema with definitions, parsed as it comes back."""
+    messages: Any = [{"role": "user", "content": "hello"}]
+    for model in ("tiny/model", "talk"):
+        answer = await official.chat.completions.parse(
+            model=model, messages=messages, response_format=Review, max_tokens=100, temperature=1, seed=3,
+            presence_penalty=0.5, logit_bias={"5": -1},
+        )  # fmt: skip
+        assert isinstance(answer.choices[0].message.parsed, Review)
+        assert answer.choices[0].finish_reason == "stop"
 
 
 async def test_a_stream_that_breaks_raises(official: openai.AsyncOpenAI, engine: Any) -> None:

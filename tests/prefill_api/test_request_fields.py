@@ -14,6 +14,7 @@ from prefill_service.errors import InvalidRequestError, PromptTooLongError
 
 USER = [{"role": "user", "content": "hi"}]
 BEAMS = {"use_beam_search": True, "best_of": 2}
+FORMAT = {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}
 
 Model = TypeVar("Model", bound=StrictModel)
 
@@ -34,7 +35,8 @@ def validate(model: type[Model], data: object) -> Model:
         {"best_of": 3, "n": 3},
         {"user": "me", "metadata": {"a": "b"}, "store": False},
         {"temperature": None, "n": None, "stop": None, "stream": None, "max_tokens": None},
-        {"response_format": {"type": "text"}},
+        {"response_format": {"type": "text"}, "guided_json": None, "structured_outputs": None},
+        {"repetition_penalty": 1, "bad_words": [], "stop_token_ids": [], "allowed_token_ids": None},
         {"top_k": -1},
         {"cache_salt": None},
         {"cache_salt": "tenant-7"},
@@ -49,8 +51,16 @@ def test_neutral_values_of_missing_features_are_taken(fields: dict[str, Any]) ->
 @pytest.mark.parametrize(
     ("fields", "param", "message"),
     [
-        ({"frequency_penalty": 0.5}, "frequency_penalty", "'frequency_penalty' is not supported yet"),
-        ({"frequency_penalty": False}, "frequency_penalty", "not supported yet"),
+        ({"frequency_penalty": 2.5}, "frequency_penalty", "less than or equal to 2, got 2.5"),
+        ({"frequency_penalty": False}, "frequency_penalty", "valid number, got false"),
+        ({"presence_penalty": -3}, "presence_penalty", "greater than or equal to -2"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "greater than 0, got 0"),
+        ({"bad_words": ["x", ""]}, "bad_words", "texts of 1 to 256 characters"),
+        ({"bad_words": "x"}, "bad_words", "a list of up to 256 texts"),
+        ({"allowed_token_ids": []}, "allowed_token_ids", "a list of token ids, got []"),
+        ({"allowed_token_ids": [1, -1]}, "allowed_token_ids", "token ids, got -1"),
+        ({"stop_token_ids": [True]}, "stop_token_ids", "token ids, got true"),
+        ({"stop_token_ids": list(range(300))}, "stop_token_ids", "up to 256 token ids, got 300"),
         ({"best_of": 3, "n": 2}, "best_of", "'best_of' beyond 'n' is supported with 'use_beam_search' only"),
         ({**BEAMS, "n": 3}, "best_of", "'best_of' must be at least 'n', 3: got 2"),
         ({"use_beam_search": True}, "use_beam_search", "needs 'best_of' or 'n' of at least 2"),
@@ -61,7 +71,10 @@ def test_neutral_values_of_missing_features_are_taken(fields: dict[str, Any]) ->
         ({**BEAMS, "length_penalty": 2}, "length_penalty", "not supported yet"),
         ({"echo": True}, "echo", "'echo' is not supported yet (only false is accepted)"),
         ({"suffix": "end"}, "suffix", "'suffix' is not supported yet"),
-        ({"logit_bias": {"5": 1}}, "logit_bias", "not supported yet"),
+        ({"logit_bias": {"5": 101}}, "logit_bias", "a number from -100 to 100 for token 5, got 101"),
+        ({"logit_bias": {"5": "1"}}, "logit_bias", 'got "1"'),
+        ({"logit_bias": {"-5": 1}}, "logit_bias", 'token ids as names, got "-5"'),
+        ({"logit_bias": {str(i): 1 for i in range(2000)}}, "logit_bias", "up to 1024 token ids"),
         ({"store": True}, "store", "'store' is not supported yet"),
         ({"foo": 1}, "foo", "unknown field 'foo'"),
         ({"n": "5"}, "n", 'got "5"'),
@@ -87,7 +100,19 @@ def test_neutral_values_of_missing_features_are_taken(fields: dict[str, Any]) ->
         ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x", "unknown field"),
         ({f"f{i}": 1 for i in range(200)}, None, "the body: expected up to 100 fields, got 201"),
         ({"x" * 5000: 1}, "x" * 5000, f"unknown field '{'x' * 200}…'"),
-        ({"logit_bias": 10**5000}, "logit_bias", "not supported yet"),
+        ({"logit_bias": 10**5000}, "logit_bias", "up to 1024 token ids"),
+        ({"response_format": {"type": "xml"}}, "response_format", 'got {"type": "xml"}'),
+        ({"response_format": {"type": "json_schema"}}, "response_format", "expected one of"),
+        (FORMAT, "response_format.json_schema.schema", "expected a JSON schema, an object, got null"),
+        ({"guided_json": "{"}, "guided_json", "expected a text of JSON"),
+        ({"guided_json": {"x-guidance": {}}}, "guided_json", "leave it out"),
+        ({"guided_regex": ""}, "guided_regex", "a non-empty text"),
+        ({"guided_choice": ["a", 1]}, "guided_choice", "non-empty texts"),
+        ({"guided_grammar": "x" * 70_000}, "guided_grammar", "expected up to 65536 bytes, got 70000"),
+        ({"structured_outputs": {}}, "structured_outputs", "an object with one of json, regex"),
+        ({"structured_outputs": {"json": {}, "regex": "x"}}, "structured_outputs", "with one of"),
+        ({"structured_outputs": {"choice": "a"}}, "structured_outputs.choice", "a list of up to 1024"),
+        ({"structured_outputs": {"json_object": 1}}, "structured_outputs.json_object", "true"),
         ({"n": [[[0] * 10**6]]}, "n", f"got [[[{', '.join('0' * 19)}"),
         ({"prompt": []}, "prompt", "expected a text"),
         ({"prompt": ["a", 1]}, "prompt", "all texts"),
@@ -107,11 +132,6 @@ def test_refusals_name_the_field(fields: dict[str, Any], param: str | None, mess
     [
         ({"tools": [{"type": "function"}]}, "tools", "'tools' is not supported yet"),
         ({"functions": [{}]}, "functions", "not supported yet"),
-        (
-            {"response_format": {"type": "json_object"}},
-            "response_format",
-            'only {"type": "text"} is accepted',
-        ),
         ({"top_logprobs": 2}, None, "needs 'logprobs'"),
         ({"logprobs": 2}, "logprobs", "valid boolean"),
         ({"max_tokens": 1, "max_completion_tokens": 2}, None, "disagree"),

@@ -73,7 +73,7 @@ def all_free(running: RunningStack) -> bool:
         ({"prompt": []}, 400, ["prompt"]),
         ({"prompt": ""}, 400, ["prompt"]),
         ({"prompt": [5, 120]}, 400, ["120", "119"]),
-        ({"prompt": PROMPT, "frequency_penalty": 1}, 400, ["frequency_penalty", "not supported"]),
+        ({"prompt": PROMPT, "suffix": "x"}, 400, ["suffix", "not supported"]),
         ({"prompt": PROMPT, "wings": 2}, 400, ["wings"]),
         ({"prompt": PROMPT, "temperature": "hot"}, 400, ["temperature"]),
     ],

@@ -1,0 +1,272 @@
+"""Grammars that answers keep to, through `llguidance`: compiled once, walked by each sequence for itself.
+
+The library is imported, and a model's vocabulary laid out for it, when the first request brings a grammar:
+that takes a second for a large one. Compiling and masks run without the interpreter's lock, in threads, and
+within bounds: a grammar that needs more is refused, a sequence that does later ends.
+"""
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prad.core.rules import MOST_GRAMMAR
+from prad.lm.errors import GrammarError
+from prad.lm.tokenizer import Tokenizer
+
+Kind = Literal["json", "regex", "choice", "grammar"]
+"""What a grammar is written as: a JSON schema, a regular expression, a list of texts, or a grammar in the
+notation of Lark or GBNF."""
+
+_LIMITS: dict[
+    str, Any
+] = {  # of llguidance: some tens of milliseconds to compile, a few for a mask, and tens of MB
+    "initial_lexer_fuel": 1_000_000,
+    "step_lexer_fuel": 100_000,
+    "step_max_items": 50_000,
+    "max_lexer_states": 20_000,
+    "max_grammar_size": 100_000,
+    "verbose_errors": False,
+}
+_COMPILED = 64
+"""Grammars that are remembered."""
+_THREADS = 2
+"""That compile: others wait, so that the rest of a service does not."""
+_MOST_PARTS = 64
+"""Of a schema that does not compile, so many are looked at for the one that is to blame."""
+_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,20}"
+"""Between parts of JSON: some models never stop."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Grammar:
+    """A compiled one. `first`: a matcher at its beginning, which nobody moves."""
+
+    of: "Grammars"
+    text: str
+    first: Any
+
+
+class Walk:
+    """One sequence's way through a grammar. Only `Grammars.masks` moves it, in its thread.
+
+    `end_ids`: what ends the sequence, where the grammar may end. `output`: tokens that it has already.
+    """
+
+    def __init__(self, grammar: "Future[Grammar]", end_ids: Collection[int], output: Sequence[int]) -> None:
+        self.end_ids = list(end_ids)
+        self._grammar = grammar
+        self._due = list(output)
+        self._matcher: Any = None
+
+    def push(self, token: int) -> None:
+        """Its next one."""
+        self._due.append(token)
+
+    @property
+    def ready(self) -> bool:
+        """Whether its grammar is compiled, or never will be."""
+        return self._grammar.done()
+
+    @property
+    def grammars(self) -> "Grammars | None":
+        """None if its grammar does not compile."""
+        return None if self._grammar.exception() else self._grammar.result().of
+
+    @property
+    def trouble(self) -> str | None:
+        """Why it cannot go on, if so."""
+        if error := self._grammar.exception():
+            return f"the grammar does not compile: {error}"
+        if self._matcher is not None and self._matcher.is_error():
+            return f"the grammar cannot be followed: {self._matcher.get_error()}"
+        return None
+
+    def caught_up(self) -> Any:
+        """Its matcher, behind all tokens."""
+        if self._matcher is None:
+            self._matcher = self._grammar.result().first.deep_copy()
+        if self._due:
+            self._matcher.consume_tokens(self._due)
+            self._due = []
+        return self._matcher
+
+
+class Grammars:
+    """Of one vocabulary. `tokenizer` is called with the first grammar; `vocab_size`: of logits."""
+
+    def __init__(self, tokenizer: Callable[[], Tokenizer], vocab_size: int) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._loading, self._lock = threading.Lock(), threading.Lock()
+        self._vocabulary: _Vocabulary | str | None = None  # a text: why there is none
+        self._compiled: OrderedDict[str, Grammar] = OrderedDict()
+        self._compiling = ThreadPoolExecutor(_THREADS, "grammars")
+        self._masking = ThreadPoolExecutor(1, "grammar-masks")
+
+    def close(self) -> None:
+        self._compiling.shutdown(wait=False, cancel_futures=True)
+        self._masking.shutdown(wait=False, cancel_futures=True)
+
+    # ---- compiling
+
+    def begin(self, text: str) -> "Future[Grammar]":
+        """Compiles a grammar in llguidance's notation, in a thread. Ends with GrammarError if it can't be."""
+        return self._compiling.submit(self.compiled, text)
+
+    def begin_written(self, kind: Kind, source: Any, *, spaced: bool) -> "Future[Grammar]":
+        """The same of what a request brings: see `written`."""
+        return self._compiling.submit(lambda: self.compiled(self.written(kind, source, spaced=spaced)))
+
+    def begin_blaming(self, schema: Mapping[str, Any]) -> "Future[str]":
+        """Which part of a schema is to blame that does not compile, in a thread: its path, as in
+        `.properties.age`, "" for all of it."""
+        return self._compiling.submit(self._blamed, schema)
+
+    def compiled(self, text: str) -> Grammar:
+        """See `begin`."""
+        with self._lock:
+            if (known := self._compiled.get(text)) is not None:
+                self._compiled.move_to_end(text)
+                return known
+        vocabulary = self._loaded
+        matcher = vocabulary.library.LLMatcher(
+            vocabulary.tokenizer, text, log_level=0, limits=vocabulary.limits
+        )
+        if not matcher.is_error():
+            matcher.compute_bitmask()  # what the first mask needs is built now, and within the bounds
+        if matcher.is_error():
+            raise GrammarError(_first_line(matcher.get_error()))
+        grammar = Grammar(self, text, matcher)
+        with self._lock:
+            self._compiled[text] = grammar
+            if len(self._compiled) > _COMPILED:
+                self._compiled.popitem(last=False)
+        return grammar
+
+    def written(self, kind: Kind, source: Any, *, spaced: bool) -> str:
+        """In llguidance's notation, which travels. spaced: a space may stand in front, as adapters learn to
+        begin. Raises GrammarError if it is too long, or in neither notation."""
+        inner: dict[str, Any]
+        if kind == "json":
+            guidance = {"whitespace_pattern": _WHITESPACE, "lenient": False}
+            inner = {"json_schema": {**source, "x-guidance": guidance}}
+        elif kind == "regex":
+            lark = self._loaded.library.regex_to_lark(source, "")
+            inner = {"lark_grammar": f"start: /{lark}/"}
+        elif kind == "choice":
+            inner = {"lark_grammar": f"start: {' | '.join(map(json.dumps, source))}"}
+        else:
+            inner = {"lark_grammar": self._as_lark(source)}
+        grammars = [inner]
+        if spaced:
+            grammars = [{"lark_grammar": 'start: " "? @answer'}, {"name": "answer", **inner}]
+        text = json.dumps({"grammars": grammars})
+        if len(text) > MOST_GRAMMAR:
+            raise GrammarError(f"it takes more than {MOST_GRAMMAR} characters")
+        return text
+
+    def _as_lark(self, source: str) -> str:
+        from llguidance.gbnf_to_lark import any_to_lark
+
+        try:
+            return str(any_to_lark(source))
+        except Exception as error:  # it raises what it likes for a text in neither notation
+            raise GrammarError(f"neither Lark nor GBNF: {_first_line(str(error))}") from error
+
+    def _blamed(self, schema: Mapping[str, Any]) -> str:
+        path, part, looked = "", schema, 0
+        shared = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
+        while True:
+            for step, child in _parts(part):
+                looked += 1
+                if looked > _MOST_PARTS:
+                    return path
+                try:
+                    self.compiled(self.written("json", {**shared, **child}, spaced=False))
+                except GrammarError:
+                    path, part = path + step, child
+                    break
+            else:
+                return path
+
+    # ---- masks
+
+    def begin_masks(self, walks: Sequence[Walk]) -> "Future[Tensor]":
+        """`masks` in a thread, beside the caller's own work."""
+        return self._masking.submit(self.masks, walks)
+
+    def masks(self, walks: Sequence[Walk]) -> Tensor:
+        """bool [walks, vocab]: which tokens may not come next. Where the grammar may end, what ends the
+        sequence may. Of one that is in trouble it means nothing."""
+        vocabulary = self._loaded
+        bits = np.zeros((len(walks), vocabulary.words), np.int32)
+        asked = [(walk.caught_up(), i) for i, walk in enumerate(walks)]
+        vocabulary.executor.unsafe_compute_mask_ptr(
+            asked, bits.ctypes.data, bits.strides[0], len(walks)
+        )  # of one or many, without the interpreter's lock
+        end = vocabulary.end_id
+        may_end = (bits[:, end >> 5] >> (end & 31) & 1).tolist()
+        forbidden = np.unpackbits(np.invert(bits).view(np.uint8), axis=1, bitorder="little")
+        banned = forbidden[:, : self._vocab_size].view(np.bool_)
+        for row, walk in enumerate(walks):
+            if may_end[row]:
+                banned[row, walk.end_ids] = False
+        return torch.from_numpy(banned)
+
+    @property
+    def _loaded(self) -> "_Vocabulary":
+        with self._loading:  # whoever comes first loads it, others wait
+            if self._vocabulary is None:
+                try:
+                    self._vocabulary = _Vocabulary(self._tokenizer(), self._vocab_size)
+                except GrammarError as error:
+                    self._vocabulary = str(error)
+        if isinstance(self._vocabulary, str):
+            raise GrammarError(self._vocabulary)
+        return self._vocabulary
+
+
+class _Vocabulary:
+    """The library, and a tokenizer as it needs it. Raises GrammarError if it can't be used so."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+        import llguidance
+
+        self.library: Any = llguidance
+        self.end_id = tokenizer.eos_id
+        try:
+            self.tokenizer = llguidance.LLTokenizer(
+                tokenizer.written(), n_vocab=max(vocab_size, len(tokenizer)), eos_token=self.end_id
+            )
+        except ValueError as error:
+            raise GrammarError(f"this model's tokenizer has no place for grammars: {error}") from error
+        self.words = -(-self.tokenizer.vocab_size // 32)
+        self.limits = llguidance.LLParserLimits(**_LIMITS)
+        self.executor = llguidance.LLExecutor(max(1, torch.get_num_threads()))
+
+
+def _parts(schema: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The schemas inside one, by their paths; those that others refer to come first."""
+    for name in ("$defs", "definitions", "properties", "patternProperties"):
+        found = schema.get(name)
+        if isinstance(found, dict):
+            yield from ((f".{name}.{key}", child) for key, child in found.items() if isinstance(child, dict))
+    for name in ("anyOf", "oneOf", "allOf", "prefixItems"):
+        found = schema.get(name)
+        if isinstance(found, list):
+            yield from ((f".{name}.{i}", child) for i, child in enumerate(found) if isinstance(child, dict))
+    for name in ("items", "additionalProperties"):
+        if isinstance(schema.get(name), dict):
+            yield f".{name}", schema[name]
+
+
+def _first_line(text: str) -> str:
+    return text.strip().partition("\n")[0]
