@@ -103,6 +103,21 @@ class Token:
     top: tuple[tuple[int, float], ...] = ()
 
 
+class Scoring(NamedTuple):
+    """Which given tokens get log-probabilities, counted through prompt and continuation: those from `first`
+    on, but for the very first; each with so many alternatives."""
+
+    first: int
+    alternatives: int
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredToken(Token):
+    """A given token, not a drawn one; `rank` 1: no other was likelier."""
+
+    rank: int = 1
+
+
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
     """What one sequence drew since its last event. `index` is the output index of the first of `tokens`, or
@@ -110,7 +125,8 @@ class TokenEvent:
 
     finish_reason, a `FinishReason`, ends the sequence.
     cached_tokens: of the prompt's tokens, how many were not computed but taken from the prefix cache; told
-    with its very first token only.
+    with its very first token only, or with its end if it has none. scores: of the given tokens that were to
+    be scored, None for one that no model draws; they come alone, before the first token.
     """
 
     request_id: str
@@ -121,6 +137,7 @@ class TokenEvent:
     finish_reason: str | None = None
     error: str | None = None
     cached_tokens: int = 0
+    scores: tuple[ScoredToken | None, ...] = ()
 
     @property
     def is_early_end(self) -> bool:
