@@ -29,7 +29,7 @@ from prefill_service.api.outcomes import (
 )
 from prefill_service.api.requests import GenerationRequest, Json, Shape, StreamOptions
 from prefill_service.api.shadow import Shadows, Watched
-from prefill_service.api.showing import Shown
+from prefill_service.api.showing import Shown, stands_in_template
 from prefill_service.api.text import ChoiceText, Delta, TokenScore, TokenScorer
 from prefill_service.errors import InternalError
 from prefill_service.prompt import Engine, PromptRequest
@@ -57,7 +57,8 @@ class Responder:
         watched = None if admitted.target.shadow is None else self._shadows.watch(wanted, admitted)
         shown = None
         if wanted.shows_given:
-            shown = Shown(wanted, admitted.template, self._tokenizer, self._scorer)
+            inside = stands_in_template(admitted.target.record, admitted.template)
+            shown = Shown(wanted, self._tokenizer, self._scorer, inside=inside)
         deltas = self._deltas(admitted, record, watched, shown)
         shared: Json = {
             "id": admitted.id,

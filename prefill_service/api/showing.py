@@ -18,7 +18,6 @@ from prad.core.sampling import ScoredToken, Scoring, Token
 from prad.lm import TextStream, Tokenizer
 from prefill_service.api.given import Given
 from prefill_service.api.intake import PromptInput
-from prefill_service.api.outcomes import shown
 from prefill_service.api.requests import CompletionRequest, GenerationRequest, Json
 from prefill_service.api.text import ChoiceText, Delta, PromptEncoder, Template, TokenScore, TokenScorer
 from prefill_service.errors import InvalidRequestError
@@ -85,27 +84,35 @@ def require_shown(
             "ask for fewer alternatives, choices or prompts at once",
             param="prompt",
         )
-    if record is None or template == "none" or (record.template == PROMPT_FIELD and not record.chat_template):
+    if not stands_in_template(record, template):
         return
     if isinstance(request, CompletionRequest) and request.echo and request.logprobs is not None:
         raise InvalidRequestError(
-            f"the prompt stands in this task's template, {shown(record.template)}: its tokens are not those of "
-            "the text that is echoed. Instead of 'echo' with 'logprobs' use 'prompt_logprobs' or "
-            "'continuation_logprobs', or send the whole prompt with 'raw_prompt': true",
+            "the prompt stands in this task's template: its tokens are not those of the text that is echoed. "
+            "Instead of 'echo' with 'logprobs' use 'prompt_logprobs' or 'continuation_logprobs', or send "
+            "the whole prompt with 'raw_prompt': true",
             param="echo",
             code="template_not_echoed",
         )
+
+
+def stands_in_template(record: AdapterRecord | None, template: Template) -> bool:
+    """Whether there is more in the prompt than what was sent; a template may be no more than its prompt."""
+    if record is None or template == "none":
+        return False
+    return record.chat_template or record.template != PROMPT_FIELD
 
 
 class Shown:
     """What the answer to one request says of what that gives, prompt by prompt."""
 
     def __init__(
-        self, request: GenerationRequest, template: Template, tokenizer: Tokenizer, scorer: TokenScorer
+        self, request: GenerationRequest, tokenizer: Tokenizer, scorer: TokenScorer, *, inside: bool
     ) -> None:
+        """inside: whether its prompts stand in a template."""
         self._request = request
         self._echoing = request if isinstance(request, CompletionRequest) and request.echo else None
-        self._template = template
+        self._inside = inside
         self._tokenizer = tokenizer
         self._scorer = scorer
         self._told: dict[int, Json] = {}
@@ -172,7 +179,7 @@ class Shown:
     ) -> tuple[tuple[str, list[int]], tuple[str, list[int]]]:
         """What is echoed of the prompt, and of the continuation; each with where its tokens begin."""
         given = request.prompt[prompt.prompt_index]
-        if self._template != "none":
+        if self._inside:
             own = given if isinstance(given, str) else self._tokenizer.decode(given)
             before = [0] * len(prompt.prompt_ids)
             stream = self._tokenizer.stream()
