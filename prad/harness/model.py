@@ -56,7 +56,7 @@ class PradModel(LM):  # type: ignore[misc]  # lm-eval is not installed where thi
         self._timeout = float(timeout)
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
-        """Of each continuation behind its context: the sum over its tokens, and whether all were likeliest."""
+        """Of each continuation behind its context: its sum, and whether each token was the likeliest."""
         bodies = [
             self._body
             | {

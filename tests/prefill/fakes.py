@@ -154,7 +154,7 @@ class Passes:
         if self.fails is not None:
             raise self.fails
         drawn = {c.prompt: [self.drawn] * c.prompt.request.choices for c in chunks if c.prompt.ends_with(c)}
-        return SimpleNamespace(first_tokens=drawn, layers=Layers())
+        return SimpleNamespace(first_tokens=drawn, layers=Layers(), scores={})
 
     def close(self) -> None:
         self.closed = True
