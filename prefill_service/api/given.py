@@ -53,7 +53,7 @@ def require_sense(sent: Sent, prompts: int) -> None:
     if sent.use_beam_search and shows:
         raise refused(shows[0], f"'use_beam_search' takes no '{shows[0]}': leave it out")
     if sent.stream and listed:
-        raise refused(listed[0], f"'{listed[0]}' is not told in a stream: leave out 'stream', or use 'echo'")
+        raise refused(listed[0], f"'{listed[0]}' is not told in a stream: leave out 'stream'")
     if sent.output_limit == 0 and not listed and "echo" not in shows:
         raise refused(
             "max_tokens",
