@@ -130,7 +130,8 @@ class Layers:
 
 @dataclass
 class Passes:
-    """Every choice draws `drawn`, and every given token to be scored is `scored`; `hold` keeps a pass from ending, `fails` breaks it off; `sending` holds up
+    """Every choice draws `drawn`, and every given token that is to be scored is `scored`; `hold` keeps a pass
+    from ending, `fails` breaks it off; `sending` holds up
     what is sent before it, `unsent` says whose is not."""
 
     ran: list[list[tuple[str, int, int]]] = field(default_factory=list)

@@ -1,5 +1,5 @@
-"""Scores of given tokens come first and once, from all chunks of a prompt; a prompt without output asks for no
-room at decode; and what a client gives as a continuation is no answer under way."""
+"""Scores of given tokens come first and once, from all chunks of a prompt; a prompt without output asks for
+no room at decode; and what a client gives as a continuation is no answer under way."""
 
 import math
 
