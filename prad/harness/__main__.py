@@ -2,9 +2,7 @@
 
 from lm_eval.__main__ import cli_evaluate
 
-import prad.harness.model
-
-__all__ = ["prad"]
+import prad.harness.model  # noqa: F401 - it registers itself
 
 if __name__ == "__main__":
     cli_evaluate()
