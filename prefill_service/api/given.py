@@ -48,7 +48,8 @@ class Sent(Protocol):
 
 def require_sense(sent: Sent, prompts: int) -> None:
     """Raises what pydantic makes an error of."""
-    shows = [name for name in Given.model_fields if getattr(sent, name, None) not in (None, False)]
+    values = {name: getattr(sent, name, None) for name in Given.model_fields}
+    shows = [name for name, value in values.items() if value is not None and value is not False]
     listed = [name for name in shows if name.endswith("_logprobs")]
     if sent.use_beam_search and shows:
         raise refused(shows[0], f"'use_beam_search' takes no '{shows[0]}': leave it out")
