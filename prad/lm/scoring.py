@@ -31,7 +31,7 @@ class GivenTokens:
     def score(self, hidden: Tensor, head: Callable[[Tensor], Tensor], vocab_size: int) -> None:
         """hidden [N, width] of the rows; `head` makes logits float32 [n, vocab] of any n of them."""
         at_once = max(_LEAST_ROWS, _PIECE_BYTES // (4 * vocab_size))
-        for piece in hidden.split(at_once):
+        for piece in torch.split(hidden, at_once):
             self._take(head(piece))
 
     def _take(self, logits: Tensor) -> None:
