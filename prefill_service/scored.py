@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from prad.core.kv import Chunk
-from prad.core.sampling import FinishReason, ScoredToken, TokenEvent
+from prad.core.sampling import FinishReason, ScoredToken, ScoresEvent, TokenEvent
 from prefill_service.prompt import Prompt
 
 
@@ -38,7 +38,7 @@ def deliver_scores(prompt: Prompt, cached: int) -> None:
     request, attempt = prompt.request, prompt.attempt
     if request.scoring is not None:
         name = (request.request_id, attempt, 0, request.output_offset)
-        prompt.outputs.put_nowait(TokenEvent(*name, scores=tuple(prompt.scores)))
+        prompt.outputs.put_nowait(ScoresEvent(*name, scores=tuple(prompt.scores)))
     if request.sampling.max_tokens > request.output_offset:
         return
     own = max(0, min(cached - prompt.virtual_tokens, len(request.prompt_ids)))

@@ -125,8 +125,7 @@ class TokenEvent:
 
     finish_reason, a `FinishReason`, ends the sequence.
     cached_tokens: of the prompt's tokens, how many were not computed but taken from the prefix cache; told
-    with its very first token only, or with its end if it has none. scores: of the given tokens that were to
-    be scored, None for one that no model draws; they come alone, before the first token.
+    with its very first token only, or with its end if it has none.
     """
 
     request_id: str
@@ -137,7 +136,6 @@ class TokenEvent:
     finish_reason: str | None = None
     error: str | None = None
     cached_tokens: int = 0
-    scores: tuple[ScoredToken | None, ...] = ()
 
     @property
     def is_early_end(self) -> bool:
@@ -156,6 +154,14 @@ class TokenEvent:
                 error=None,
                 cached_tokens=self.cached_tokens if i == 0 else 0,
             )
+
+
+@dataclass(frozen=True, slots=True)
+class ScoresEvent(TokenEvent):
+    """Before a prompt's first token, inside prefill alone: `scores` of the given tokens that were to have some,
+    None for one that no model draws."""
+
+    scores: tuple[ScoredToken | None, ...] = ()
 
 
 _LONGEST_CONTEXT = 4  # latest tokens that a guess is looked up by; those of fewer follow

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from prad.core.sampling import TokenEvent
+from prad.core.sampling import ScoresEvent, TokenEvent
 from prad.lm import Tokenizer
 from prefill_service.api.admission import Admitted
 from prefill_service.api.outcomes import (
@@ -110,11 +110,12 @@ class Responder:
                 if text is None:
                     continue  # was under way when its choice was cancelled
                 if unopened is not None:
-                    for delta in await unopened.opening(request, out.scores, running):
+                    scores = out.scores if isinstance(out, ScoresEvent) else ()
+                    for delta in await unopened.opening(request, scores, running):
                         yield delta
                     unopened = None
-                    if not out.tokens and out.finish_reason is None:
-                        continue  # it told no more than scores
+                    if isinstance(out, ScoresEvent):
+                        continue
                 if out.tokens:
                     record.count_token(out.cached_tokens)
                 else:  # nothing is drawn

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from prad.core.sampling import ScoredToken, Scoring
+from prad.core.sampling import ScoredToken, ScoresEvent, Scoring, TokenEvent
 from prefill_service.errors import InternalError, OverloadedError
 from prefill_service.prompt import Prompt
 from tests.prefill.fakes import Setting, request
@@ -19,10 +19,11 @@ async def test_scores_of_all_chunks_come_before_the_first_token() -> None:
         events = setting.engine.generate(request("r", range(25), max_tokens=2, scoring=ALL))
         first = await anext(events)
         assert (first.tokens, first.finish_reason, first.choice) == ((), None, 0)
+        assert isinstance(first, ScoresEvent)
         assert first.scores == (setting.passes.scored,) * 25
         assert len(setting.passes.ran) == 3
         second = await anext(events)
-        assert (second.tokens, second.scores) == ((setting.passes.drawn,), ())
+        assert (type(second), second.tokens) == (TokenEvent, (setting.passes.drawn,))
         await setting.until(lambda: setting.link.opened[0].committed)
         setting.tell(1, "length")
         assert [event.finish_reason async for event in events] == ["length"]

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 from adapter_registry.routing import Routing
 from prad.artefact import AdapterRecord, Artefact, BaseModelRef, GenerationDefaults
-from prad.core.sampling import SampleKey, ScoredToken, Scoring, Token, TokenEvent
+from prad.core.sampling import SampleKey, ScoredToken, ScoresEvent, Scoring, Token, TokenEvent
 from prad.lm import LanguageModel, PackedBatch, Tokenizer, attention, sample
 from prefill_service.api import ApiLimits, ModelInfo, create_app
 from prefill_service.beams import beam_search
@@ -103,7 +103,7 @@ class WatchedEngine:
         self.open.add(request.request_id)
         try:
             if request.scoring is not None:
-                yield TokenEvent(request.request_id, 1, 0, 0, scores=self.scores(request, request.scoring))
+                yield ScoresEvent(request.request_id, 1, 0, 0, scores=self.scores(request, request.scoring))
             if not request.sampling.max_tokens:
                 for choice in range(request.choices):
                     yield TokenEvent(request.request_id, 1, choice, 0, finish_reason="length")
