@@ -158,8 +158,8 @@ class TokenEvent:
 
 @dataclass(frozen=True, slots=True)
 class ScoresEvent(TokenEvent):
-    """Before a prompt's first token, inside prefill alone: `scores` of the given tokens that were to have some,
-    None for one that no model draws."""
+    """Before a prompt's first token, inside prefill alone: `scores` of the given tokens that were to have
+    some, None for one that no model draws."""
 
     scores: tuple[ScoredToken | None, ...] = ()
 
