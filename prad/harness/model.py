@@ -19,6 +19,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
+from prad.core.errors import PradError
+
 _AT_ONCE = 32
 """Prompts of one request."""
 _MAX_TOKENS = 256
@@ -27,7 +29,7 @@ _MAX_TOKENS = 256
 Json = dict[str, Any]
 
 
-class AskingError(Exception):
+class AskingError(PradError):
     """The server cannot be reached, or refuses; the message says what it said."""
 
 
