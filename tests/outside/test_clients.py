@@ -112,7 +112,7 @@ def test_lm_eval_scores_given_answers_as_this_process_does(
 ) -> None:
     """A task through our model of lm-eval; the plain model through its own as well, and a task that the whole
     text is a prompt of, which is another number."""
-    command("lm-eval")
+    program = [command("lm-eval")]
     prompts = PROMPTS.read_text(encoding="utf-8").splitlines()
     expected = _likelihoods(load_reading, reading_model, tmp_path / "red", prompts, adapted=task is not None)
     right = [max(range(len(ANSWERS)), key=totals.__getitem__) for totals in expected]
@@ -128,8 +128,18 @@ def test_lm_eval_scores_given_answers_as_this_process_does(
         base = outside.stack.api.get("/v1/models").json()["data"][0]["id"]
         model = f"model={task or base},base_url={url}/v1/completions,tokenizer={reading_model}"
         model += f",tokenizer_backend=huggingface,tokenized_requests={task is None},max_length=512"
-    program = [str(folder("lm-eval") / "bin" / "python"), "-m", "prad.harness", "--model", kind]
-    arguments = ["--model_args", model, "--tasks", "answers_of_ours", "--include_path", str(tmp_path)]
+    if kind == "prad":
+        program = [str(folder("lm-eval") / "bin" / "python"), "-m", "prad.harness"]
+    arguments = [
+        "--model",
+        kind,
+        "--model_args",
+        model,
+        "--tasks",
+        "answers_of_ours",
+        "--include_path",
+        str(tmp_path),
+    ]
     arguments += ["--batch_size", "8" if kind == "prad" else "1", "--output_path", "out", "--log_samples"]
     if (kind, task) == ("local-completions", "red"):
         with pytest.raises(AssertionError, match="stands in this task's template"):
