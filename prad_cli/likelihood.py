@@ -1,7 +1,8 @@
 """`prad adapter diff --likelihood`: how likely two versions make the right answers, computed here.
 
-The API tells no log-probabilities of given tokens. So the versions' files are fetched from the registry, and
-the model that the server has is loaded here; that it is the same is checked.
+Right answers count with the end token behind them, which no text of a client can hold. So the versions' files
+are fetched from the registry, and the model that the server has is loaded here; that it is the same is
+checked.
 """
 
 from collections.abc import Sequence

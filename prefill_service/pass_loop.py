@@ -19,6 +19,7 @@ from prefill_service.decode_link import DecodeLink, NoRoom, Opened
 from prefill_service.errors import DecodeUnavailableError, InternalError, OverloadedError, ServingError
 from prefill_service.prompt import Committing, Decoding, Finished, Prefilling, Prompt, Queued
 from prefill_service.scheduler import PromptScheduler
+from prefill_service.scored import broken, deliver_scores
 from prefill_service.settings import PrefillSettings
 
 if TYPE_CHECKING:
@@ -207,6 +208,8 @@ class PassLoop:
         except Exception:
             self._pass_failed(chunks)
             return None
+        for prompt, scores in result.scores.items():
+            prompt.scores += scores
         self._scheduler.computed({p for p, tokens in result.first_tokens.items() if tokens is None})
         return result
 
@@ -222,6 +225,10 @@ class PassLoop:
             state, tokens = prompt.state, result.first_tokens[prompt]
             if not isinstance(state, Prefilling):  # the client left meanwhile
                 continue
+            if prompt.scores and broken(prompt.scores):
+                tokens = None
+            if tokens is not None and (prompt.request.scoring is not None or not tokens):
+                deliver_scores(prompt, state.cached)
             if tokens is None:
                 reason = "the adapter or the model gave numbers that are not finite"
                 self.fail(prompt, InternalError(reason))

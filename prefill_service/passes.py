@@ -21,10 +21,12 @@ from kvtransfer.sender import HandOff, PassRows, send_layer
 from prad.adapters import PromptAdaptation, split_task_tokens
 from prad.core.kv import Chunk
 from prad.core.rules import Before, Rules
-from prad.core.sampling import SampleKey, Token
+from prad.core.sampling import SampleKey, ScoredToken, Token
 from prad.lm import LanguageModel, Shaping, Site, SiteVectors, begin_masks, sample
 from prad.lm.kv import LayerDone, Pools, chunked_batch
+from prad.lm.scoring import GivenTokens
 from prefill_service.prompt import Prefilling, Prompt, PromptRequest
+from prefill_service.scored import given_in
 
 _GATHERED_BYTES = 8 * 2**20  # of cached KV that is read at once
 
@@ -35,6 +37,9 @@ finite: a broken adapter spoils its own request only."""
 StateDone = Callable[[Prompt, SiteVectors], None]
 """Gets the request state of every prompt whose adapter makes some."""
 
+ScoresDone = Callable[[Prompt, list[ScoredToken | None]], None]
+"""Gets, of every prompt that is to be scored, what this pass's rows say of its tokens."""
+
 
 def run_prompt_pass(
     model: LanguageModel,
@@ -42,17 +47,23 @@ def run_prompt_pass(
     chunks: Sequence[Chunk[Prompt]],
     layer_done: LayerDone | None = None,
     state_done: StateDone | None = None,
+    scores_done: ScoresDone | None = None,
 ) -> FirstTokens:
     """Runs all chunks in one forward: adapters on prompt rows, the plain model everywhere else.
 
-    `layer_done` gets every layer's keys and values [T, kv_heads, dim], chunks packed in order.
-    """
+    `layer_done` gets every layer's keys and values [T, kv_heads, dim], chunks packed in order. `scores_done`:
+    without it nothing is scored."""
     done = [chunk.prompt for chunk in chunks if chunk.prompt.ends_with(chunk)]
     shapings = {p: _shaping(p.request, rules) for p in done if (rules := p.request.sampling.rules)}
     if shapings:
         begin_masks(shapings.values())
     with torch.inference_mode():
-        logits, adaptation = prompt_logits(model, pools, chunks, layer_done)
+        given = _given(chunks, model.device) if scores_done is not None else None
+        logits, adaptation = prompt_logits(model, pools, chunks, layer_done, given)
+        if given is not None and scores_done is not None:
+            scores = iter(given.scores)
+            for chunk in chunks:
+                scores_done(chunk.prompt, [next(scores) for _ in given_in(chunk)])
         if adaptation is not None and state_done is not None:
             starts = accumulate((len(chunk) for chunk in chunks[:-1]), initial=0)
             by_start = dict(zip(starts, (chunk.prompt for chunk in chunks), strict=True))
@@ -70,6 +81,7 @@ def prompt_logits(
     pools: Pools,
     chunks: Sequence[Chunk[Prompt]],
     layer_done: LayerDone | None = None,
+    given: GivenTokens | None = None,
 ) -> tuple[Tensor, PromptAdaptation | None]:
     """Logits float32 [R, vocab] of the chunks that end their prompts, in order; and what adapted the pass."""
     prompts = [chunk.prompt for chunk in chunks]
@@ -98,7 +110,22 @@ def prompt_logits(
         logit_rows=[end - 1 for end, last in zip(accumulate(lengths), ended, strict=True) if last],
         layer_done=layer_done,
     )
+    if given is not None:
+        batch = replace(batch, given=given)
     return model.forward(batch, adaptation), adaptation
+
+
+def _given(chunks: Sequence[Chunk[Prompt]], device: torch.device) -> GivenTokens | None:
+    """The tokens of the pass that are to be scored; None if there are none."""
+    rows, tokens, alternatives = list[int](), list[int](), list[int]()
+    starts = accumulate((len(chunk) for chunk in chunks[:-1]), initial=0)
+    for chunk, start in zip(chunks, starts, strict=True):
+        if (scoring := chunk.prompt.request.scoring) is not None:
+            for row, token in given_in(chunk):
+                rows.append(start + row)
+                tokens.append(token)
+                alternatives.append(scoring.alternatives)
+    return GivenTokens(torch.tensor(rows, device=device), tokens, alternatives) if rows else None
 
 
 def _shaping(request: PromptRequest, rules: Rules) -> Shaping:
@@ -110,7 +137,9 @@ def _shaping(request: PromptRequest, rules: Rules) -> Shaping:
 def _first_tokens(
     model: LanguageModel, row: Tensor, request: PromptRequest, shaping: Shaping | None = None
 ) -> list[Token] | None:
-    """row [vocab]: every choice draws from it, under its own key. None if rules leave nothing to draw."""
+    """row [vocab]: every choice draws, under its own key; none without output. None: rules leave nothing."""
+    if request.sampling.max_tokens <= request.output_offset:
+        return []
     keys = [
         SampleKey(request.sampling.seed, request.prompt_index, choice, request.output_offset)
         for choice in range(request.choices)
@@ -200,10 +229,11 @@ class PassLayers:
 
 
 class PassResult(NamedTuple):
-    """What a pass drew, and its layers, which may still be on their way."""
+    """What a pass drew, its layers, which may still be on their way, and what it says of given tokens."""
 
     first_tokens: FirstTokens
     layers: PassLayers
+    scores: Mapping[Prompt, list[ScoredToken | None]]
 
 
 class PassRunner:
@@ -251,12 +281,15 @@ class PassRunner:
         )
         self._sending.append(layers)
         try:
-            return PassResult(await self._compute(chunks, layers), layers)
+            scores: dict[Prompt, list[ScoredToken | None]] = {}
+            return PassResult(await self._compute(chunks, layers, scores.__setitem__), layers, scores)
         except BaseException:
             layers.break_off()
             raise
 
-    async def _compute(self, chunks: Sequence[Chunk[Prompt]], layers: PassLayers) -> FirstTokens:
+    async def _compute(
+        self, chunks: Sequence[Chunk[Prompt]], layers: PassLayers, scores_done: ScoresDone
+    ) -> FirstTokens:
         return await asyncio.get_running_loop().run_in_executor(
             self._computing,
             run_prompt_pass,
@@ -265,6 +298,7 @@ class PassRunner:
             chunks,
             layers.put,
             layers.put_state,
+            scores_done,
         )
 
     async def _send_slots(self, rows: Mapping[HandOff, PassRows], slots: Tensor) -> dict[HandOff, Exception]:

@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from prad.artefact import Artefact, placeholders
 from prad.core.kv import Chunk, block_keys
-from prad.core.sampling import SamplingParams, Token, TokenEvent
+from prad.core.sampling import SamplingParams, ScoredToken, Scoring, Token, TokenEvent
 from prefill_service.errors import ServingError
 
 if TYPE_CHECKING:  # named in types only: what imports this module stays pure
     from kvtransfer.sender import HandOff
     from prad.adapters import Adapter
-
 
 _TEXT = 4096  # latest tokens that decode gets to know, which are all that it looks into for drafts
 
@@ -78,10 +77,10 @@ class PromptRequest:
     next one draws under that index, and `sampling.max_tokens` counts them. prompt_ids: of the vocabulary, or
     `task_token_id`s of the version; these stay on the prompt side. tokens_per_event: how many tokens decode
     tells at once, at most; 1 if somebody waits for each. beams: how many hypotheses a beam search keeps, of
-    which the `choices` best are the answers; None: tokens are drawn. cache_salt: only requests with the same
-    one find each other's prompts in the prefix cache. key: the name of the API key that was shown. answer:
-    the id of the HTTP request, which had `prompts` of them. gives_way: nobody waits for it, so it ends
-    (OverloadedError) where others would.
+    which the `choices` best are the answers; None: tokens are drawn. scoring: which tokens of prompt and
+    continuation get log-probabilities; None: none. cache_salt: only requests with the same one find each
+    other's prompts in the prefix cache. key: the name of the API key that was shown. answer: the id of the
+    HTTP request, which had `prompts` of them. gives_way: nobody waits for it: it ends where others would.
     """
 
     request_id: str
@@ -94,6 +93,7 @@ class PromptRequest:
     output_offset: int = 0
     tokens_per_event: int = 1
     beams: int | None = None
+    scoring: Scoring | None = None
     cache_salt: str | None = None
     key: str | None = None
     answer: str = ""
@@ -188,11 +188,12 @@ class Prompt:
 
     `ids` of its rows, in order: placeholders for the adapter's virtual tokens, prompt, continuation; task
     tokens are negative ids among the prompt's. `keys` of its blocks that may be shared, once it is queued.
-    `wanted`: the room at decode that it asks for, if it needs any. `outputs` carries its tokens, or the error
-    that ends it, to the HTTP side; `running` are the choices that have neither finished nor been cancelled,
-    `awaited` those that decode has yet to say the end of. `attempt` counts the hand-offs: one that was given
-    up is never opened again. `hand_off`: its room at decode while it is prefilled; None if it needs none, or
-    has none yet. `enqueued` and `deadline` are in the time of the engine's clock.
+    `wanted`: the room at decode that it asks for, if it needs any. `scores` of those tokens that are to have
+    some, as far as they are computed. `outputs` carries its tokens, or the error that ends it, to the HTTP
+    side; `running` are the choices that have neither finished nor been cancelled, `awaited` those that decode
+    has yet to say the end of. `attempt` counts the hand-offs: one that was given up is never opened again.
+    `hand_off`: its room at decode while it is prefilled; None if it needs none, or has none yet. `enqueued`
+    and `deadline` are in the time of the engine's clock.
     """
 
     request: PromptRequest
@@ -203,6 +204,7 @@ class Prompt:
     attempt: int = 1
     hand_off: "HandOff | None" = None
     keys: tuple[bytes, ...] = ()
+    scores: list[ScoredToken | None] = field(default_factory=list)
     outputs: "asyncio.Queue[TokenEvent | ServingError]" = field(default_factory=asyncio.Queue)
     ids: tuple[int, ...] = field(init=False)
     running: set[int] = field(init=False)
@@ -290,9 +292,7 @@ class Prompt:
 
 
 _LEFT_FREE = 16  # a flow leaves one in so many of what it holds at decode
-
-_Room = tuple[int, int]
-"""Blocks, sequences."""
+_Room = tuple[int, int]  # blocks, sequences
 
 
 class DecodeSize(NamedTuple):

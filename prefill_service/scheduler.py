@@ -18,6 +18,7 @@ from heapq import heapify, heappop, heappush
 
 from prad.core.kv import BlockPool, Chunk, PrefixLookups, better_later
 from prefill_service.prompt import DecodeRoom, DecodeSize, Flow, Prefilling, Prompt, PromptRequest, Queued
+from prefill_service.scored import first_row
 
 _DRAWN_WEIGHT = 2.0  # of a drawn token, where one of a prompt counts 1: the paper's
 _LATELY_S = 30.0  # over how long the queue's rate is measured
@@ -141,7 +142,7 @@ class PromptScheduler:
         """Who leaves a full queue for one more prompt of `flow`: the last that came of the flow with the most
         there, those that are about to come included, if it then still has no fewer; None if nobody. No prompt
         of an answer that has begun: all of it would end, in mid-stream."""
-        begins = [p for p in self._prompts if isinstance(p.state, Queued) and not p.request.continuation_ids]
+        begins = [p for p in self._prompts if isinstance(p.state, Queued) and not p.request.output_offset]
         there = Counter(arriving)
         there.update(prompt.request.flow for prompt in begins)
         queued = Counter(prompt.request.answer for prompt in begins)
@@ -341,8 +342,9 @@ class PromptScheduler:
         return shares
 
     def _found(self, prompt: Prompt) -> tuple[int, ...]:
-        """Its cached blocks; the last token is computed always, because its logits are wanted."""
-        return self.blocks.find(prompt.keys[: (prompt.tokens - 1) // self.blocks.block_size])
+        """Its cached blocks; a token whose logits are wanted is computed, as the last one's always are."""
+        most = prompt.tokens - 1 if prompt.request.scoring is None else first_row(prompt)
+        return self.blocks.find(prompt.keys[: most // self.blocks.block_size])
 
     def _left(self, prompt: Prompt) -> int:
         if isinstance(prompt.state, Prefilling):
@@ -373,8 +375,7 @@ class PromptScheduler:
             table = self.blocks.extend(found, len(prompt.keys) - len(found)) or self.blocks.extend(found, 0)
         if table is None:
             return None
-        state = Prefilling(table, cached, cached)
-        prompt.state = state
+        prompt.state = state = Prefilling(table, cached, cached)
         self._begun.add(prompt)
         return state
 

@@ -107,6 +107,21 @@ class Token:
     top: tuple[tuple[int, float], ...] = ()
 
 
+class Scoring(NamedTuple):
+    """Which given tokens get log-probabilities, counted through prompt and continuation: those from `first`
+    on, but for the very first; each with so many alternatives."""
+
+    first: int
+    alternatives: int
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredToken(Token):
+    """A given token, not a drawn one; `rank` 1: no other was likelier."""
+
+    rank: int = 1
+
+
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
     """What one sequence drew since its last event. `index` is the output index of the first of `tokens`, or
@@ -114,7 +129,7 @@ class TokenEvent:
 
     finish_reason, a `FinishReason`, ends the sequence.
     cached_tokens: of the prompt's tokens, how many were not computed but taken from the prefix cache; told
-    with its very first token only.
+    with its very first token only, or with its end if it has none.
     """
 
     request_id: str
@@ -143,6 +158,14 @@ class TokenEvent:
                 error=None,
                 cached_tokens=self.cached_tokens if i == 0 else 0,
             )
+
+
+@dataclass(frozen=True, slots=True)
+class ScoresEvent(TokenEvent):
+    """Before a prompt's first token, inside prefill alone: `scores` of the given tokens that were to have
+    some, None for one that no model draws."""
+
+    scores: tuple[ScoredToken | None, ...] = ()
 
 
 _LONGEST_CONTEXT = 4  # latest tokens that a guess is looked up by; those of fewer follow

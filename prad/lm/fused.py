@@ -120,9 +120,13 @@ class FusedModel:
         x = self._embed(batch.ids, batch.positions, _tap(adaptation, 0)(Site.EMBEDDING))
         angles = self._angles(batch.positions)
         _Pass(self, self.kernels, batch.kv, adaptation).run(x, angles)
-        wanted = x.index_select(0, batch.logit_rows)
-        logits = torch.empty(len(wanted), self.head.out_features)
-        self._finish(self.kernels, wanted, logits)
+        if (given := batch.given) is not None:
+            given.score(x.index_select(0, given.rows), self._logits, self.head.out_features)
+        return self._logits(x.index_select(0, batch.logit_rows))
+
+    def _logits(self, x: Tensor) -> Tensor:
+        logits = torch.empty(len(x), self.head.out_features)
+        self._finish(self.kernels, x, logits)
         return logits
 
     def _finish(self, calls: Calls, x: Tensor, logits: Tensor) -> None:

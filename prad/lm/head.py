@@ -4,6 +4,8 @@ A model in bfloat16 would round them to 8 bits of mantissa: between 16 and 32 th
 two tokens of a row often tie exactly, and the lower id wins whatever the model thinks.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -55,3 +57,18 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
         part = slice(start, start + rows)
         torch.mm(x, weight[part].float().T, out=logits[:, part])
     return logits
+
+
+@contextmanager
+def entering_head(module: Any, changed: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Inside the `with`, the head of the causal LM `module` gets what `changed` makes of its input
+    [1, R, hidden]: what the family does to logits behind it stays the family's."""
+
+    def enter(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (changed(args[0]), *args[1:])
+
+    handle = module.get_output_embeddings().register_forward_pre_hook(enter)
+    try:
+        yield
+    finally:
+        handle.remove()

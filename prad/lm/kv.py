@@ -21,6 +21,7 @@ from torch import Tensor
 from prad.core.kv import Chunk, KVLayout
 from prad.lm.attention import CausalAttention, causal_attention, decode_attention
 from prad.lm.kernels import Calls, HugePages, Kernels, PagedView
+from prad.lm.scoring import GivenTokens
 
 
 def torch_dtype(layout: KVLayout) -> torch.dtype:
@@ -77,12 +78,14 @@ class PackedBatch:
 
     ids [T] and positions [T] (int64) of all new tokens, `kv` where their keys and values go and what their
     queries see, logit_rows [R] the rows whose logits are wanted; of a decode step all, in order.
+    given: further rows, whose next tokens are to be scored.
     """
 
     ids: Tensor
     positions: Tensor
     kv: KVTarget
     logit_rows: Tensor
+    given: GivenTokens | None = None
 
     @classmethod
     def of_sequences(

@@ -26,9 +26,9 @@ from prad.lm.families import Site
 from prad.lm.fingerprint import Fingerprint, config_digest, weights_digest
 from prad.lm.fuse import fuse
 from prad.lm.fused import FusedModel
-from prad.lm.head import widen_head
+from prad.lm.head import entering_head, widen_head
 from prad.lm.kernels import Kernels, Precision
-from prad.lm.kv import PackedBatch, PromptKV, dtype_name
+from prad.lm.kv import KVTarget, PackedBatch, PromptKV, dtype_name
 from prad.lm.sampling import lowest_argmax
 from prad.lm.sites import Adaptation, TappedKV, require_sites, state_widths, tapped
 from prad.lm.support import max_context, require_servable
@@ -173,16 +173,38 @@ class LanguageModel:
                 require_sites(self.config.model_type, adaptation.sites)
             with self._one_fused_pass:
                 return self._fused.forward(batch, adaptation)
-        with self._one_pass, tapped(self.module, self.config.model_type, adaptation):
-            output = self.module(
-                input_ids=batch.ids.unsqueeze(0),
-                position_ids=batch.positions.unsqueeze(0),
-                use_cache=False,
-                logits_to_keep=batch.logit_rows,
-                kv_target=batch.kv,
-            )
+        with self._one_pass:
+            with tapped(self.module, self.config.model_type, adaptation):
+                if (given := batch.given) is None:
+                    return self._generic(batch, batch.logit_rows)
+                hidden: list[Tensor] = []
+
+                def apart(states: Tensor) -> Tensor:
+                    hidden.append(states[0, len(batch.logit_rows) :])
+                    return states[:, : len(batch.logit_rows)]
+
+                with entering_head(self.module, apart):
+                    logits = self._generic(batch, torch.cat((batch.logit_rows, given.rows)))
+            given.score(hidden[0], self._head, self.vocab_size)
+        return logits
+
+    def _generic(self, batch: PackedBatch, logit_rows: Tensor) -> Tensor:
+        output = self.module(
+            input_ids=batch.ids.unsqueeze(0),
+            position_ids=batch.positions.unsqueeze(0),
+            use_cache=False,
+            logits_to_keep=logit_rows,
+            kv_target=batch.kv,
+        )
         logits: Tensor = output.logits.squeeze(0)
         return logits.float()  # as they are, but for a head that `widen_head` does not know
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        """Logits float32 [R, vocab] of hidden states [R, width]: the generic forward of a token that finds
+        them at its head."""
+        batch = _one_token(self.device)
+        with entering_head(self.module, lambda _: hidden[None]):
+            return self._generic(batch, batch.logit_rows)
 
     def argmax(self, logits: Tensor) -> list[int]:
         """The lowest id of each row's largest logit; logits [R, vocab] as `forward` returns them."""
@@ -193,20 +215,19 @@ class LanguageModel:
     def _probe(self) -> KVLayout:
         """Runs one token to learn what each layer stores, and that each does store it."""
         recorder = _Recorder()
-        batch = PackedBatch(
-            ids=torch.zeros(1, dtype=torch.long, device=self.device),
-            positions=torch.zeros(1, dtype=torch.long, device=self.device),
-            kv=recorder,
-            logit_rows=torch.zeros(1, dtype=torch.long, device=self.device),
-        )
         with torch.inference_mode():
-            self.forward(batch)
+            self.forward(_one_token(self.device, recorder))
         if sorted(recorder.layers) != list(range(self.num_layers)):
             raise UnsupportedModelError(
                 f"{type(self.module).__name__} has {self.num_layers} layers, but plain K and V in "
                 f"{len(recorder.layers)}: latent, state-space and linear attention cannot be handed over"
             )
         return KVLayout(tuple(recorder.layers[i] for i in range(self.num_layers)), dtype_name(self.dtype))
+
+
+def _one_token(device: torch.device, kv: KVTarget | None = None) -> PackedBatch:
+    zero = torch.zeros(1, dtype=torch.long, device=device)
+    return PackedBatch(zero, zero, kv or PromptKV(Ragged.of((1,), device)), logit_rows=zero)
 
 
 class _Recorder:

@@ -38,10 +38,15 @@ def log_likelihoods(
 ) -> list[Likelihood]:
     """Of each example's completion, behind its prompt in the record's template. Prompts that do not fit
     beside it are shortened as `prompt_ids` says. Raises DataError."""
-    tokenised = tokenise(examples, tokenizer, record, context=model.max_context)
+    return scored(model, adapter, tokenise(examples, tokenizer, record, context=model.max_context))
+
+
+def scored(model: LanguageModel, adapter: Adapter, examples: Sequence[TokenisedExample]) -> list[Likelihood]:
+    """Of each completion, all of its tokens: the numbers that a server tells of a continuation, to the bit
+    where the same kernels compute."""
     scoring = _Scoring(model, adapter)
     found: list[Likelihood] = []
-    packs = list(_packed(tokenised))
+    packs = list(_packed(examples))
     with torch.inference_mode():
         for pack in tracked(packs, len(packs), "scoring"):
             batch = {name: part.to(model.device) for name, part in collate(pack).items()}

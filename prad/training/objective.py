@@ -12,6 +12,8 @@ from torch.nn.functional import cross_entropy
 
 from prad.adapters import Adapter, PromptAdaptation, prepared, split_task_tokens
 from prad.lm import KVTarget, LanguageModel, PackedBatch, PromptKV, Ragged
+from prad.lm.attention import causal_attention
+from prad.lm.kernels import Kernels
 from prad.training.attention import TrainingKV
 
 Positions = Literal["prompt", "all"]
@@ -71,9 +73,11 @@ class CompletionLoss(nn.Module, ABC):
         """[N]; the LM head is computed for label_rows [N] only."""
         parts, prompts = lengths.tolist(), prompt_lengths.tolist()
         positions = torch.cat([torch.arange(n, device=ids.device) for n in parts])
-        ragged = Ragged.of(parts, ids.device)
-        on_cpu = ids.device.type == "cpu" and torch.is_grad_enabled()
-        kv: KVTarget = TrainingKV(ragged) if on_cpu else PromptKV(ragged)
+        kv: KVTarget
+        if ids.device.type == "cpu" and torch.is_grad_enabled():
+            kv = TrainingKV(Ragged.of(parts, ids.device))
+        else:
+            kv = PromptKV(causal_attention(parts, device=ids.device, kernels=_kernels(*self._model)))
         batch = PackedBatch(ids, positions, kv, label_rows)
         logits = self.logits(batch, parts, prompts)
         return cross_entropy(logits, labels, reduction="none")
@@ -88,9 +92,14 @@ def adapted_logits(
         (ids,), task_rows = split_task_tokens([table], [batch.ids.tolist()], device)
         batch = replace(batch, ids=torch.tensor(ids, device=device))
     adaptation = PromptAdaptation.of_prompts(
-        [adapter] * len(lengths), lengths, adapted, device, task_rows=task_rows
+        [adapter] * len(lengths), lengths, adapted, device, _kernels(model), task_rows=task_rows
     )
     return model.forward(batch, adaptation)
+
+
+def _kernels(model: LanguageModel) -> Kernels | None:
+    """Those that serving computes with, where no gradient is wanted."""
+    return None if torch.is_grad_enabled() else model.kernels
 
 
 class AdapterTuning(CompletionLoss):

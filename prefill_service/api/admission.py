@@ -22,7 +22,8 @@ from prefill_service.api.intake import ApiLimits
 from prefill_service.api.outcomes import while_connected
 from prefill_service.api.requests import ChatRequest, CompletionRequest, GenerationRequest
 from prefill_service.api.rules import RULE_FIELDS, rules_of
-from prefill_service.api.text import PromptEncoder, Template, chat_template, completion_template
+from prefill_service.api.showing import GivenEncoder, require_shown, scoring_of
+from prefill_service.api.text import Template, chat_template, completion_template
 from prefill_service.catalogue import Client, TaskCatalogue
 from prefill_service.errors import (
     InvalidRequestError,
@@ -107,7 +108,9 @@ class Admitted:
     def most_tokens(self) -> int:
         """That it may take, of prompts and of outputs as long as they may get."""
         return sum(
-            len(prompt.prompt_ids) + prompt.sampling.max_tokens * (prompt.beams or prompt.choices)
+            len(prompt.prompt_ids)
+            + len(prompt.continuation_ids)
+            + prompt.sampling.max_tokens * (prompt.beams or prompt.choices)
             for prompt in self.prompts
         )
 
@@ -155,7 +158,7 @@ class Admission:
     ) -> None:
         self._engine = engine
         self._catalogue = catalogue
-        self._encoder = PromptEncoder(tokenizer, model.vocab_size, model.max_context, limits)
+        self._encoder = GivenEncoder(tokenizer, model.vocab_size, model.max_context, limits)
         self._max_context = model.max_context
         self._stop_ids = model.stop_ids | tokenizer.end_ids
         grammars = Grammars(lambda: tokenizer, model.vocab_size)
@@ -206,15 +209,17 @@ class Admission:
         )
         cut = request.truncate_prompt_tokens is not None
         prompts = await self._encoder.completion(target.record, request.prompt, template, cut=cut)
+        given = request.continuation
+        behind = [()] * len(prompts) if given is None else await self._encoder.continuations(given)
         rules = await self._rules(request, target)
-        return self._admitted("cmpl", request, target, template, prompts, rules)
+        return self._admitted("cmpl", request, target, template, prompts, behind, rules)
 
     async def chat(self, request: ChatRequest, target: Target) -> Admitted:
         template = chat_template(target.record, raw=request.raw)
         cut = request.truncate_prompt_tokens is not None
         ids = await self._encoder.chat(target.record, request.messages, template, cut=cut)
         rules = await self._rules(request, target)
-        return self._admitted("chatcmpl", request, target, template, [ids], rules)
+        return self._admitted("chatcmpl", request, target, template, [ids], [()], rules)
 
     async def _rules(self, request: GenerationRequest, target: Target) -> Rules | None:
         """None without touching any for most requests: who names no field of theirs."""
@@ -230,6 +235,7 @@ class Admission:
         target: Target,
         template: Template,
         prompts: Sequence[tuple[int, ...]],
+        behind: Sequence[tuple[int, ...]],
         rules: Rules | None,
     ) -> Admitted:
         record = target.record
@@ -244,12 +250,13 @@ class Admission:
                 ids,
                 context=self._max_context,
                 virtual=record.virtual_tokens if record else 0,
+                behind=len(more),
                 requested=request.output_limit,
                 default=params.max_tokens,
                 min_tokens=params.min_tokens,
                 truncate=request.truncate_prompt_tokens,
             )
-            for ids in prompts
+            for ids, more in zip(prompts, behind, strict=True)
         ]
         requests = tuple(
             PromptRequest(
@@ -260,14 +267,18 @@ class Admission:
                 prompt_index=index,
                 choices=request.choices,
                 beams=request.beams,
+                continuation_ids=more,
+                scoring=scoring_of(request, len(ids)) if request.shows_given else None,
                 tokens_per_event=1 if request.stream or stop else TOKENS_PER_EVENT,
                 cache_salt=request.cache_salt,
                 key=target.key,
                 answer=name,
                 prompts=len(fitted),
             )
-            for index, (ids, max_tokens) in enumerate(fitted)
+            for index, ((ids, max_tokens), more) in enumerate(zip(fitted, behind, strict=True))
         )
+        if request.shows_given:
+            require_shown(request, record, template, requests)
         return Admitted(name, int(time.time()), target, template, stop, requests)
 
 
@@ -276,6 +287,7 @@ def fit(
     *,
     context: int,
     virtual: int = 0,
+    behind: int = 0,
     requested: int | None,
     default: int,
     min_tokens: int,
@@ -283,28 +295,31 @@ def fit(
 ) -> tuple[tuple[int, ...], int]:
     """The prompt as it will be computed, and how many tokens may follow it.
 
-    `context`: positions for both and the adapter's `virtual` tokens; `requested`: max_tokens if the request
-    names it (kept to the letter), else `default` is clipped to what fits. `truncate`: keep only that many of
-    the prompt's last tokens.
+    `context`: positions for both, the adapter's `virtual` tokens and a continuation's, `behind` it;
+    `requested`: max_tokens if the request names it (kept to the letter), else `default` is clipped to what
+    fits. `truncate`: keep only that many of the prompt's last tokens.
     Raises PromptTooLongError with the numbers, InvalidRequestError for an empty prompt or min_tokens that
     cannot be reached.
     """
-    capacity = context - virtual
+    capacity = context - virtual - behind
     if truncate is not None:
         kept = _room(capacity, requested, default) if truncate == FIT else truncate
         ids = ids[-kept:] if kept > 0 else ids
     if not ids:
         raise InvalidRequestError("the prompt is empty: expected at least one token", param="prompt")
-    room = capacity - len(ids)
-    if room < (requested or 1):
+    room, least = capacity - len(ids), 1 if requested is None else requested
+    if room < least:
         if room > 0:
             advice, param = f"max_tokens is at most {room} with this prompt", "max_tokens"
         else:
             advice, param = "shorten the prompt or send 'truncate_prompt_tokens'", "prompt"
-        beside = f" beside the adapter's {virtual} virtual ones" if virtual else ""
+        taken = [f"the adapter's {virtual} virtual ones"] if virtual else []
+        taken += [f"{behind} of the continuation"] if behind else []
+        beside = f" beside {' and '.join(taken)}" if taken else ""
         raise PromptTooLongError(
-            f"the context holds {capacity} tokens{beside}, but {len(ids) + (requested or 1)} were asked for: "
-            f"{len(ids)} in the prompt and {requested or 'at least 1'} for the output; {advice}",
+            f"the context holds {capacity} tokens{beside}, but {len(ids) + least} were asked for: "
+            f"{len(ids)} in the prompt and {'at least 1' if requested is None else least} for the output; "
+            f"{advice}",
             param=param,
         )
     max_tokens = min(default, room) if requested is None else requested

@@ -355,7 +355,7 @@ _FROM_MINUS_1 = WithJsonSchema({"anyOf": [{"type": "integer", "minimum": -1}, {"
 TopK = Annotated[int | None, PlainValidator(_top_k), _FROM_MINUS_1]
 Truncation = Annotated[int | None, PlainValidator(_truncate), _FROM_MINUS_1]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-TokenCount = Annotated[int, Field(ge=1)]
+OutputLimit = Annotated[int, Field(ge=0)]
 Logprobs = Annotated[int, Field(ge=0, le=20)]
 Choices = Annotated[int, Field(ge=1, le=16)]
 

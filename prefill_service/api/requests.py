@@ -13,16 +13,17 @@ from pydantic import FailFast, Field, model_validator
 
 from prad.artefact import GenerationValues
 from prad.core.sampling import SamplingParams
+from prefill_service.api.given import Given, PromptScores, require_sense
 from prefill_service.api.intake import (
     Choices,
     Logprobs,
     Message,
     Neutral,
+    OutputLimit,
     Prompts,
     Seed,
     Stops,
     StrictModel,
-    TokenCount,
     TopK,
     Truncation,
     refused,
@@ -40,7 +41,6 @@ _SAMPLING: Neutral = {
     "include_stop_str_in_output": (False,),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
-    "prompt_logprobs": (),
     "service_tier": ("auto", "default"),
     "store": (False,),
 }
@@ -57,7 +57,7 @@ class StreamOptions(StrictModel):
     """With `include_usage`: every chunk says how many tokens were used so far."""
 
 
-class GenerationRequest(GenerationValues, RuleFields):
+class GenerationRequest(GenerationValues, RuleFields, PromptScores):
     """The fields that both endpoints share. Those of `SamplingParams` have their names there, too:
     `admission.resolve`."""
 
@@ -71,8 +71,9 @@ class GenerationRequest(GenerationValues, RuleFields):
     user: str | None = None
     """Who asks, in words of the client's own. Where requests for a task are divided between versions, the
     same user gets the same one. Absent: the header x-prad-sticky-key, else each request for itself."""
-    max_tokens: TokenCount | None = None
-    """The longest output. Absent: the task's own, else 16, or 1024 for chats, or what fits."""
+    max_tokens: OutputLimit | None = None
+    """The longest output; 0: none, where only the given is asked about. Absent: the task's own, else 16, or
+    1024 for chats, or what fits."""
     top_k: TopK = None
     """Draw among so many of the likeliest tokens; 0 or -1: all. Absent: the task's own, else all."""
     seed: Seed | None = None
@@ -157,6 +158,17 @@ class GenerationRequest(GenerationValues, RuleFields):
                 raise refused(name, f"'use_beam_search' takes no '{name}': leave it out, got {sent}")
         return self
 
+    @property
+    def shows_given(self) -> bool:
+        """Whether its answer says something of what it gives, or goes on behind a given beginning."""
+        return self.prompt_logprobs is not None or self.output_limit == 0
+
+    @model_validator(mode="after")
+    def _given_goes_with_the_rest(self) -> "GenerationRequest":
+        if self.shows_given:
+            require_sense(self, len(getattr(self, "prompt", ())))
+        return self
+
     @model_validator(mode="after")
     def _one_word_on_the_template(self) -> "GenerationRequest":
         if self.add_template is not None and self.add_template is self.raw_prompt:
@@ -170,10 +182,9 @@ class GenerationRequest(GenerationValues, RuleFields):
         return self
 
 
-class CompletionRequest(GenerationRequest):
+class CompletionRequest(GenerationRequest, Given):
     unsupported: ClassVar[Neutral] = {
         **_SAMPLING,
-        "echo": (False,),
         "suffix": ("",),
         "add_special_tokens": (True,),
     }
@@ -187,6 +198,11 @@ class CompletionRequest(GenerationRequest):
     @property
     def alternatives(self) -> int | None:
         return self.logprobs
+
+    @property
+    def shows_given(self) -> bool:
+        scored = self.continuation_logprobs is not None
+        return super().shows_given or bool(self.echo) or scored or self.continuation is not None
 
 
 class ChatRequest(GenerationRequest):
@@ -214,7 +230,7 @@ class ChatRequest(GenerationRequest):
     messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=MAX_MESSAGES)]
     """The conversation, up to 4096 messages; the user speaks last. Of a task that was not trained on the chat
     template: one user message."""
-    max_completion_tokens: TokenCount | None = None
+    max_completion_tokens: OutputLimit | None = None
     """OpenAI's newer name of `max_tokens`: send one of them."""
     logprobs: bool | None = None
     """Report each token's log-probability. Absent: no."""
@@ -223,7 +239,8 @@ class ChatRequest(GenerationRequest):
 
     @property
     def output_limit(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
+        newer = self.max_completion_tokens
+        return self.max_tokens if newer is None else newer
 
     @property
     def alternatives(self) -> int | None:
@@ -326,13 +343,15 @@ def _chat_logprobs(scores: Sequence[TokenScore]) -> dict[str, object]:
     }
 
 
-def _alternatives(score: TokenScore) -> dict[str, float]:
-    """Two ids may share a text: the likelier one stays."""
+def _alternatives(score: TokenScore) -> dict[str, float] | None:
+    """Two ids may share a text: the likelier one stays. None for a token that nothing predicts."""
+    if score.logprob is None:
+        return None
     named = {score.token.text: score.logprob}
     for token, logprob in score.top:
         named[token.text] = max(logprob, named.get(token.text, logprob))
     return named
 
 
-def _entry(token: TokenName, logprob: float) -> dict[str, object]:
+def _entry(token: TokenName, logprob: float | None) -> dict[str, object]:
     return {"token": token.text, "logprob": logprob, "bytes": list(token.raw)}

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from prad.core.sampling import TokenEvent
+from prad.core.sampling import ScoresEvent, TokenEvent
 from prad.lm import Tokenizer
 from prefill_service.api.admission import Admitted
 from prefill_service.api.outcomes import (
@@ -29,6 +29,7 @@ from prefill_service.api.outcomes import (
 )
 from prefill_service.api.requests import GenerationRequest, Json, Shape, StreamOptions
 from prefill_service.api.shadow import Shadows, Watched
+from prefill_service.api.showing import Shown, stands_in_template
 from prefill_service.api.text import ChoiceText, Delta, TokenScore, TokenScorer
 from prefill_service.errors import InternalError
 from prefill_service.prompt import Engine, PromptRequest
@@ -52,9 +53,13 @@ class Responder:
     ) -> Response:
         """Raises what the engine raises before its first token (streaming) or at all (in one piece)."""
         record = record_of(request)
-        record.prompt_tokens = sum(len(prompt.prompt_ids) for prompt in admitted.prompts)
+        record.prompt_tokens = sum(len(p.prompt_ids) + len(p.continuation_ids) for p in admitted.prompts)
         watched = None if admitted.target.shadow is None else self._shadows.watch(wanted, admitted)
-        deltas = self._deltas(admitted, record, watched)
+        shown = None
+        if wanted.shows_given:
+            inside = stands_in_template(admitted.target.record, admitted.template)
+            shown = Shown(wanted, self._tokenizer, self._scorer, inside=inside)
+        deltas = self._deltas(admitted, record, watched, shown)
         shared: Json = {
             "id": admitted.id,
             "object": shape.chunk_object if wanted.stream else shape.whole_object,
@@ -73,31 +78,48 @@ class Responder:
             for i, c in enumerate(choices)
         ]
         body = {**shared, "choices": whole, "usage": record.usage(), "prad": admitted.report()}
+        if shown is not None:
+            shown.add_to(body, whole)
         return JsonResponse(body, headers=_headers(admitted))
 
     def _deltas(
-        self, admitted: Admitted, record: RequestRecord, watched: Watched | None
+        self, admitted: Admitted, record: RequestRecord, watched: Watched | None, shown: Shown | None
     ) -> AsyncGenerator[Delta, None]:
         """Settled text of every choice, in the order it happens; its tokens are noted in `record`, those of
         the first choice in `watched`. Closing it closes the engine's generators. Raises what they raise."""
-        first, *more = admitted.prompts
-        sources = [self._of_prompt(first, admitted.stop, record, watched)]
-        return _merged(sources + [self._of_prompt(prompt, admitted.stop, record) for prompt in more])
+        return _merged(
+            [
+                self._of_prompt(prompt, admitted.stop, record, watched if number == 0 else None, shown)
+                for number, prompt in enumerate(admitted.prompts)
+            ]
+        )
 
     async def _of_prompt(
         self,
         request: PromptRequest,
         stop: tuple[str, ...],
         record: RequestRecord,
-        watched: Watched | None = None,
+        watched: Watched | None,
+        shown: Shown | None,
     ) -> AsyncGenerator[Delta, None]:
-        running = {choice: self._choice_text(request, stop) for choice in range(request.choices)}
+        running = {choice: self._choice_text(request, stop, shown) for choice in range(request.choices)}
+        unopened = shown
         async with aclosing(self._engine.generate(request)) as tokens:
             async for out in tokens:
                 text = running.get(out.choice)
                 if text is None:
                     continue  # was under way when its choice was cancelled
-                record.count_token(out.cached_tokens)
+                if unopened is not None:
+                    scores = out.scores if isinstance(out, ScoresEvent) else ()
+                    for delta in await unopened.opening(request, scores, running):
+                        yield delta
+                    unopened = None
+                    if isinstance(out, ScoresEvent):
+                        continue
+                if out.tokens:
+                    record.count_token(out.cached_tokens)
+                else:  # nothing is drawn
+                    record.cached_tokens += out.cached_tokens
                 delta = self._delta(request, out, text)
                 if watched is not None and out.choice == 0:
                     watched.note(out.tokens[0].id, last=delta.finish_reason is not None)
@@ -112,19 +134,23 @@ class Responder:
         if running:
             raise InternalError("the engine ended before the output did")
 
-    def _choice_text(self, request: PromptRequest, stop: tuple[str, ...]) -> ChoiceText:
+    def _choice_text(self, request: PromptRequest, stop: tuple[str, ...], shown: Shown | None) -> ChoiceText:
+        behind = None if shown is None else shown.stream_behind(request)
         return ChoiceText(
-            self._tokenizer.stream(),
+            behind or self._tokenizer.stream(),
             stop,
-            strip_space=request.version is not None,
+            strip_space=request.version is not None and behind is None,
             min_tokens=request.sampling.min_tokens,
         )
 
     def _delta(self, request: PromptRequest, out: TokenEvent, text: ChoiceText) -> Delta:
+        index = request.prompt_index * request.choices + out.choice
+        if not out.tokens:
+            return Delta(index, "", (), out.finish_reason)
         scored = request.sampling.logprobs is not None
         scores = (self._scorer.score(out.tokens[0], text.length),) if scored else ()
         settled, finish_reason = text.settle(out)
-        return Delta(request.prompt_index * request.choices + out.choice, settled, scores, finish_reason)
+        return Delta(index, settled, scores, finish_reason)
 
 
 @dataclass(frozen=True, slots=True)

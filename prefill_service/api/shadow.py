@@ -38,6 +38,9 @@ _ONE_GREEDY: dict[str, object] = {
     "best_of": None,
     "logprobs": None,
     "top_logprobs": None,
+    "prompt_logprobs": None,
+    "continuation_logprobs": None,
+    "echo": None,
     "stream": None,
     "stream_options": None,
 }
@@ -104,10 +107,10 @@ class Shadows:
         self._running: set[asyncio.Task[None]] = set()
 
     def watch(self, wanted: GenerationRequest, admitted: Admitted) -> Watched | None:
-        """None for a beam search, of which there is no cheap copy, and for very long prompts, also cut ones:
-        the copy would be tokenised whole."""
+        """None for a beam search, of which there is no cheap copy, for an answer without tokens, and for very
+        long prompts, also cut ones: the copy would be tokenised whole."""
         live, shadow, first = admitted.target.version, admitted.target.shadow, admitted.prompts[0]
-        if live is None or shadow is None or first.beams is not None:
+        if live is None or shadow is None or first.beams is not None or not first.sampling.max_tokens:
             return None
         if len(first.prompt_ids) > MOST_TOKENS or wanted.truncate_prompt_tokens is not None:
             return None
@@ -147,7 +150,11 @@ class Shadows:
         target = Target(watched.shadow.name, watched.shadow)
         update = {name: value for name, value in _ONE_GREEDY.items() if name in type(wanted).model_fields}
         if isinstance(wanted, CompletionRequest):
-            one = wanted.model_copy(update=update | {"prompt": wanted.prompt[:1]})
+            firsts = {
+                "prompt": wanted.prompt[:1],
+                "continuation": wanted.continuation and wanted.continuation[:1],
+            }
+            one = wanted.model_copy(update=update | firsts)
             admitted = await self._admission.completion(one, target)
         else:
             assert isinstance(wanted, ChatRequest)

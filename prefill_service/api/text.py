@@ -116,11 +116,7 @@ class PromptEncoder:
             return await self._encoded(
                 _weight(prompt), lambda: self._wrapped(wrapping, self._tokenizer.as_text(prompt), "prompt")
             )
-        if prompt and not (min(prompt) >= 0 and max(prompt) < self._vocab_size):
-            wrong = next(token for token in prompt if not 0 <= token < self._vocab_size)
-            raise InvalidRequestError(
-                f"token id {wrong} is out of range: expected 0 to {self._vocab_size - 1}", param="prompt"
-            )
+        self._require_known(prompt, "prompt")
         if wrapping is None:
             return prompt
         return await self._encoded(_weight(prompt), lambda: self._around(wrapping, prompt))
@@ -162,20 +158,24 @@ class PromptEncoder:
             ) from error
 
     def _require_some(self, prompt: PromptInput, template: Template, cut: bool) -> None:
+        if not prompt and (isinstance(prompt, str) or template == "task"):
+            raise InvalidRequestError("the prompt is empty: expected at least one token", param="prompt")
         if isinstance(prompt, str):
-            if not prompt:
-                raise InvalidRequestError("the prompt is empty: expected at least one token", param="prompt")
             if not cut:
                 self._require_short(len(prompt), "prompt")
-        elif template == "task":
-            if not prompt:
-                raise InvalidRequestError("the prompt is empty: expected at least one token", param="prompt")
-            if len(prompt) > self._context and not cut:
-                raise PromptTooLongError(
-                    f"the context holds {self._context} tokens, but the prompt has {len(prompt)}: shorten "
-                    "it, or send truncate_prompt_tokens",
-                    param="prompt",
-                )
+        elif template == "task" and len(prompt) > self._context and not cut:
+            raise PromptTooLongError(
+                f"the context holds {self._context} tokens, but the prompt has {len(prompt)}: shorten it, or "
+                "send truncate_prompt_tokens",
+                param="prompt",
+            )
+
+    def _require_known(self, ids: Sequence[int], param: str) -> None:
+        if ids and not (min(ids) >= 0 and max(ids) < self._vocab_size):
+            wrong = next(token for token in ids if not 0 <= token < self._vocab_size)
+            raise InvalidRequestError(
+                f"token id {wrong} is out of range: expected 0 to {self._vocab_size - 1}", param=param
+            )
 
     def _require_short(self, chars: int, param: str) -> None:
         """Before it is tokenised, which takes some 200 bytes, and some microseconds, for each character."""
@@ -368,10 +368,10 @@ class TokenName(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TokenScore:
-    """One output token. `top`: the likeliest alternatives, best first; `offset`: characters before it."""
+    """One token. `top`: the likeliest alternatives, best first; `offset`: characters before it."""
 
     token: TokenName
-    logprob: float
+    logprob: float | None
     top: tuple[tuple[TokenName, float], ...]
     offset: int
 

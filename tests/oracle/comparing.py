@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 from torch import Tensor
@@ -69,3 +70,19 @@ def check(answer: Served, reference: Tensor) -> int:
             if token != int(logits.argmax()):
                 raise OracleMismatchError(f"step {step}: token {token}, expected {int(logits.argmax())}")
     return clear
+
+
+def check_given(listed: Sequence[dict[str, Any] | None], tokens: Sequence[int], reference: Tensor) -> None:
+    """Compares `prompt_logprobs` of these tokens. Raises OracleMismatchError.
+
+    reference [len(tokens) - 1, vocab] are the logits that predict each but the first.
+    """
+    first, *others = listed
+    assert first is None
+    for step, (told, token, logits) in enumerate(zip(others, tokens[1:], reference, strict=True)):
+        assert told is not None
+        assert int(next(iter(told))) == token
+        scale, expected = float(logits.max() - logits.min()), logits.log_softmax(-1)
+        worst = max(abs(float(expected[int(i)]) - each["logprob"]) for i, each in told.items())
+        if worst > TOLERANCE * scale:
+            raise OracleMismatchError(f"token {step + 1}: off by {worst:.2e} of a range of {scale:.2e}")

@@ -106,6 +106,13 @@ class Reference:
             every = self._forward(ids, positions, front)
         return every[len(prompt) - 1 :]
 
+    def given(self, prompt: Sequence[int | str], behind: Sequence[int], adapter: Path | None) -> Tensor:
+        """Logits [len(prompt) + len(behind) - 1, vocab] that predict each of these tokens but the first."""
+        front, ids = Front.of(adapter), [*prompt, *behind]
+        positions = torch.arange(front.tokens, front.tokens + len(ids))
+        with torch.no_grad(), self._adapted(adapter, len(prompt)):
+            return self._forward(ids, positions, front)[:-1]
+
     def _forward(
         self, ids: Sequence[int | str], positions: Tensor, front: Front, cache: DynamicCache | None = None
     ) -> Tensor:

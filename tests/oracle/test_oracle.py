@@ -16,7 +16,7 @@ import pytest
 from prad.adapters import METHODS
 from prad.lm import LanguageModel
 from tests.conftest import StackMaker, random_artefact
-from tests.oracle.comparing import OracleMismatchError, Served, body, check, served
+from tests.oracle.comparing import OracleMismatchError, Served, body, check, check_given, served
 from tests.oracle.formulas import PLACES
 from tests.oracle.reference import Fault, Reference
 
@@ -128,6 +128,23 @@ def test_prompts_of_one_request_equal_the_reference(case: Case) -> None:
     response = case.client.post("/v1/completions", json=request)
     for choice, prompt in enumerate(prompts):
         case.check(served(response, choice), prompt, "prad-pa")
+
+
+def test_given_tokens_at_once_equal_the_reference(case: Case) -> None:
+    """Of prompts, and of what follows them; nothing is drawn."""
+    behind = [3, 14, 15, 92]
+
+    def ask(given: tuple[str | None, list[int]]) -> Any:
+        asked = body(given[1], given[0], 0, logprobs=None, prompt_logprobs=5, continuation=behind)
+        response = case.client.post("/v1/completions", json=asked)
+        assert response.status_code == 200, response.text
+        return response.json()["choices"][0]["prompt_logprobs"]
+
+    with ThreadPoolExecutor(len(case.prompts())) as pool:
+        answers = list(pool.map(ask, case.prompts()))
+    for listed, (task, prompt) in zip(answers, case.prompts(), strict=True):
+        adapter = None if task is None else case.adapters / task
+        check_given(listed, [*prompt, *behind], case.reference.given(prompt, behind, adapter))
 
 
 @pytest.mark.parametrize(("task", "fault"), FAULTS)

@@ -1,6 +1,6 @@
-"""The same answer every time: in bf16 and with rounded weights, ids and log-probabilities of a request are
-equal bit for bit alone and in any mix of tasks and methods, greedy and drawn, whole and in chunks, computed
-and from the prefix cache.
+"""The same answer every time: in bf16 and with rounded weights, ids and log-probabilities of a request, and
+of every other request those of its prompt, are equal bit for bit alone and in any mix of tasks and methods,
+greedy and drawn, whole and in chunks, computed and from the prefix cache.
 """
 
 import random
@@ -40,7 +40,7 @@ class Asked:
     def body(self, salt: str) -> dict[str, Any]:
         drawn = {"temperature": self.temperature, "seed": self.seed, "top_p": 0.95}
         task = {} if self.task is None else {"task": self.task, "raw_prompt": True}
-        limits = {"max_tokens": TOKENS, "ignore_eos": True, "logprobs": 3}
+        limits = {"max_tokens": TOKENS, "ignore_eos": True, "logprobs": 3, "echo": self.seed % 2 == 1}
         return {"prompt": list(self.prompt), "cache_salt": salt, **limits, **drawn, **task}
 
 

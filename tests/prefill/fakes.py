@@ -11,7 +11,7 @@ from typing import Any
 
 from prad.artefact import AdapterRecord, Artefact, BaseModelRef
 from prad.core.kv import BlockPool
-from prad.core.sampling import SamplingParams, Token, TokenEvent
+from prad.core.sampling import SamplingParams, ScoredToken, Token, TokenEvent
 from prefill_service.decode_link import NoRoom
 from prefill_service.engine import PrefillEngine
 from prefill_service.errors import ServingError
@@ -130,7 +130,8 @@ class Layers:
 
 @dataclass
 class Passes:
-    """Every choice draws `drawn`; `hold` keeps a pass from ending, `fails` breaks it off; `sending` holds up
+    """Every choice draws `drawn`, and every given token that is to be scored is `scored`; `hold` keeps a pass
+    from ending, `fails` breaks it off; `sending` holds up
     what is sent before it, `unsent` says whose is not."""
 
     ran: list[list[tuple[str, int, int]]] = field(default_factory=list)
@@ -138,6 +139,7 @@ class Passes:
     fails: Exception | None = None
     sending: asyncio.Event | None = None
     drawn: Token = field(default_factory=lambda: Token(40))
+    scored: ScoredToken = field(default_factory=lambda: ScoredToken(41, -1.0))
     unsent: dict[str, Exception] = field(default_factory=dict)
     closed: bool = False
 
@@ -153,8 +155,10 @@ class Passes:
             await self.hold.wait()
         if self.fails is not None:
             raise self.fails
-        drawn = {c.prompt: [self.drawn] * c.prompt.request.choices for c in chunks if c.prompt.ends_with(c)}
-        return SimpleNamespace(first_tokens=drawn, layers=Layers())
+        done = [c.prompt for c in chunks if c.prompt.ends_with(c)]
+        drawn = {p: [self.drawn] * (p.request.choices if p.request.sampling.max_tokens else 0) for p in done}
+        scores = {c.prompt: [self.scored] * len(c) for c in chunks if c.prompt.request.scoring}
+        return SimpleNamespace(first_tokens=drawn, layers=Layers(), scores=scores)
 
     def close(self) -> None:
         self.closed = True

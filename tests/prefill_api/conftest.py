@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from adapter_registry.routing import Routing
 from prad.artefact import AdapterRecord, Artefact, BaseModelRef, GenerationDefaults
 from prad.core.rules import Before
-from prad.core.sampling import SampleKey, Token, TokenEvent
+from prad.core.sampling import SampleKey, ScoredToken, ScoresEvent, Scoring, Token, TokenEvent
 from prad.lm import LanguageModel, PackedBatch, Shaping, Tokenizer, attention, begin_masks, sample
 from prefill_service.api import ApiLimits, ModelInfo, create_app
 from prefill_service.beams import beam_search
@@ -92,6 +92,10 @@ class WatchedEngine:
     def next_tokens(self, request: PromptRequest, outputs: Sequence[list[int]], step: int) -> list[Token]:
         raise NotImplementedError
 
+    def scores(self, request: PromptRequest, scoring: Scoring) -> tuple[ScoredToken | None, ...]:
+        ids = (*request.prompt_ids, *request.continuation_ids)[max(1, scoring.first) :]
+        return tuple(ScoredToken(token, -0.5, ((token, -0.5),)[: scoring.alternatives]) for token in ids)
+
     def generate(self, request: PromptRequest) -> AsyncGenerator[TokenEvent, None]:
         return self.tokens(request) if request.beams is None else beam_search(self.tokens, request)
 
@@ -99,6 +103,12 @@ class WatchedEngine:
         self.requests.append(request)
         self.open.add(request.request_id)
         try:
+            if request.scoring is not None:
+                yield ScoresEvent(request.request_id, 1, 0, 0, scores=self.scores(request, request.scoring))
+            if not request.sampling.max_tokens:
+                for choice in range(request.choices):
+                    yield TokenEvent(request.request_id, 1, choice, 0, finish_reason="length")
+                return
             outputs: list[list[int]] = [[] for _ in range(request.choices)]
             running = set(range(request.choices))
             step = 0
@@ -152,6 +162,20 @@ class ModelEngine(WatchedEngine):
             shapings = [shaping(request, output) for output in outputs] if request.sampling.rules else []
             begin_masks(shapings)
             return sample(logits, [request.sampling] * request.choices, keys, shapings=shapings)
+
+    def scores(self, request: PromptRequest, scoring: Scoring) -> tuple[ScoredToken | None, ...]:
+        assert self.model is not None
+        ids = [*request.prompt_ids, *request.continuation_ids]
+        rows = range(max(1, scoring.first) - 1, len(ids) - 1)
+        with torch.inference_mode():
+            logits = self.model.forward(PackedBatch.of_sequences([ids], logit_rows=list(rows)))
+        found = []
+        for row, numbers in zip(rows, logits.log_softmax(-1), strict=True):
+            token, best = ids[row + 1], numbers.topk(scoring.alternatives)
+            top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+            rank = 1 + int((numbers > numbers[token]).sum())
+            found.append(ScoredToken(token, float(numbers[token]), top, rank))
+        return tuple(found)
 
 
 def shaping(request: PromptRequest, output: Sequence[int]) -> Shaping:

@@ -118,3 +118,18 @@ async def test_closing_the_connection_ends_the_request(
         asking.cancel()
     await engine.all_closed.wait()
     assert not engine.open
+
+
+async def test_echo_and_no_output_at_all(official: openai.AsyncOpenAI) -> None:
+    scored = await official.completions.create(
+        model="plain", prompt="the food", echo=True, logprobs=1, max_tokens=0,
+        extra_body={"continuation": " is good", "continuation_logprobs": 0},
+    )  # fmt: skip
+    (choice,) = scored.choices
+    assert (choice.text, choice.finish_reason) == ("the food is good", "length")
+    assert choice.logprobs is not None
+    assert "".join(choice.logprobs.tokens or ()) == choice.text
+    assert choice.model_extra is not None
+    start = choice.model_extra["continuation"]["token"]
+    told = [next(iter(token.values()))["logprob"] for token in choice.model_extra["continuation_logprobs"]]
+    assert (choice.logprobs.token_logprobs or [])[start:] == told

@@ -1,0 +1,1 @@
+"""Tasks of a running server under lm-eval, which is installed by who uses this."""
