@@ -25,12 +25,18 @@ async def beam_search(generate: Generate, request: PromptRequest) -> AsyncGenera
     limits = Limits(request.sampling.max_tokens, request.sampling.stop_ids)
     search = BeamSearch(limits, request.beams)
     alternatives = BeamSearch.candidates(request.beams, limits.stop_ids)
-    step = replace(request, beams=None, choices=1, sampling=SamplingParams(1, logprobs=alternatives))
+    step = replace(request, beams=None, choices=1)
     rows: list[tuple[int, ...]] = [()]
     cached = 0
     while rows:
         asked = [
-            replace(step, request_id=f"{request.request_id}-{len(row)}-{i}", continuation_ids=row)
+            replace(
+                step,
+                request_id=f"{request.request_id}-{len(row)}-{i}",
+                continuation_ids=row,
+                output_offset=len(row),
+                sampling=SamplingParams(len(row) + 1, logprobs=alternatives),
+            )
             for i, row in enumerate(rows)
         ]
         outs = await _all(generate, asked)

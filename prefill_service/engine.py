@@ -152,7 +152,7 @@ class PrefillEngine:
     async def _adapter_of(self, request: PromptRequest, deadline: float) -> "AsyncIterator[Adapter | None]":
         """The request's adapter, pinned. Waiting for room for it, and loading it, count against the queue's
         bound and the deadline."""
-        if not request.continuation_ids:  # what is under way goes on
+        if not request.output_offset:  # what is under way goes on
             self._turn_away(request, deadline)
         async with AsyncExitStack() as held:
             adapter: Adapter | None = None

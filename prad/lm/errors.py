@@ -21,3 +21,7 @@ class UnsupportedModelError(ModelError):
 
 class MissingSiteError(ModelError):
     """An adapter wants a site that this model family does not have."""
+
+
+class ChatTemplateError(ModelError):
+    """The model's chat template refuses a conversation, or stumbles over it; the message is its own."""

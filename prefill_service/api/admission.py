@@ -16,10 +16,12 @@ from adapter_registry.names import ALIAS, VERSION
 from prad.artefact import AdapterRecord, GenerationDefaults, GenerationValues
 from prad.core.sampling import SamplingParams
 from prad.lm import Tokenizer
+from prefill_service.api.conversation import ChatEncoder
 from prefill_service.api.intake import ApiLimits
+from prefill_service.api.messages import Addressed
 from prefill_service.api.outcomes import while_connected
 from prefill_service.api.requests import ChatRequest, CompletionRequest, GenerationRequest
-from prefill_service.api.text import PromptEncoder, Template, chat_template, completion_template
+from prefill_service.api.text import Template, chat_template, completion_template
 from prefill_service.catalogue import Client, TaskCatalogue
 from prefill_service.errors import (
     InvalidRequestError,
@@ -76,12 +78,24 @@ class Target:
     def record(self) -> AdapterRecord | None:
         return self.version.artefact.record if self.version else None
 
+    def named(self) -> dict[str, object]:
+        """For an answer."""
+        version = self.version
+        return {
+            "task": version.task if version else None,
+            "version": version.version if version else None,
+            "digest": version.digest if version else None,
+            "routing": self.routing,
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
     """A request that the engine can start: one `PromptRequest` per prompt, `choices` sequences each.
 
-    The choice that clients know as `index` is prompt index * choices + choice.
+    The choice that clients know as `index` is prompt index * choices + choice. `keep_stop`: what ends an
+    output stays in it; `shown`: special tokens that are text of it; `goes_on`: it stands behind a text that
+    the client gave; `tells_ids`: the answer names the tokens.
     """
 
     id: str
@@ -90,6 +104,10 @@ class Admitted:
     template: Template
     stop: tuple[str, ...]
     prompts: tuple[PromptRequest, ...]
+    keep_stop: bool = False
+    shown: frozenset[int] = frozenset()
+    goes_on: bool = False
+    tells_ids: bool = False
 
     @property
     def choices(self) -> int:
@@ -104,20 +122,19 @@ class Admitted:
     def most_tokens(self) -> int:
         """That it may take, of prompts and of outputs as long as they may get."""
         return sum(
-            len(prompt.prompt_ids) + prompt.sampling.max_tokens * (prompt.beams or prompt.choices)
+            len(prompt.prompt_ids)
+            + len(prompt.continuation_ids)
+            + prompt.sampling.max_tokens * (prompt.beams or prompt.choices)
             for prompt in self.prompts
         )
 
     def report(self) -> dict[str, object]:
         """The response's `prad` object: which adapter answered, in which template, and how it was sampled."""
-        version, sampling, beams = self.target.version, self.sampling, self.prompts[0].beams
+        sampling, beams = self.sampling, self.prompts[0].beams
         values = {name: getattr(sampling, name) for name in GenerationValues.model_fields}
         values |= {"stop": list(self.stop)} | ({} if beams is None else {"beams": beams})
         return {
-            "task": version.task if version else None,
-            "version": version.version if version else None,
-            "digest": version.digest if version else None,
-            "routing": self.target.routing,
+            **self.target.named(),
             "template": self.template,
             "seed": sampling.seed,
             "sampling": values,
@@ -152,7 +169,8 @@ class Admission:
     ) -> None:
         self._engine = engine
         self._catalogue = catalogue
-        self._encoder = PromptEncoder(tokenizer, model.vocab_size, model.max_context, limits)
+        self.encoder = ChatEncoder(tokenizer, model.vocab_size, model.max_context, limits)
+        self._tokenizer = tokenizer
         self._max_context = model.max_context
         self._stop_ids = model.stop_ids | tokenizer.end_ids
         self._limits = limits
@@ -162,7 +180,7 @@ class Admission:
         """Why no request can be served now; empty once they can."""
         return [t for t in (self._engine.trouble, self._catalogue.trouble) if t is not None]
 
-    def target(self, request: GenerationRequest, key: str, client: Client | None = None) -> Target:
+    def target(self, request: Addressed, key: str, client: Client | None = None) -> Target:
         """The one place where task becomes version; `key`: sticky, where the task's requests are divided.
         `client`: who shows a key, which must be for the task.
         Raises NotReadyError, NotHereYetError, TaskNotAllowedError, UnknownModelError, InvalidRequestError."""
@@ -198,14 +216,18 @@ class Admission:
             target.record, request.prompt[0], raw=request.raw, add=bool(request.add_template)
         )
         cut = request.truncate_prompt_tokens is not None
-        prompts = await self._encoder.completion(target.record, request.prompt, template, cut=cut)
-        return self._admitted("cmpl", request, target, template, prompts)
+        prompts = await self.encoder.completion(
+            target.record, request.prompt, template, cut=cut, specials=request.add_special_tokens
+        )
+        return self._admitted("cmpl", request, target, template, prompts, [()] * len(prompts))
 
     async def chat(self, request: ChatRequest, target: Target) -> Admitted:
         template = chat_template(target.record, raw=request.raw)
         cut = request.truncate_prompt_tokens is not None
-        ids = await self._encoder.chat(target.record, request.messages, template, cut=cut)
-        return self._admitted("chatcmpl", request, target, template, [ids])
+        ids = await self.encoder.chat(target.record, request, template, cut=cut)
+        admitted = self._admitted("chatcmpl", request, target, template, [ids.prompt], [ids.continuation])
+        shown = admitted.shown | self.encoder.shown_in_calls(request)
+        return replace(admitted, shown=shown, goes_on=bool(request.continue_final_message))
 
     def _admitted(
         self,
@@ -214,6 +236,7 @@ class Admission:
         target: Target,
         template: Template,
         prompts: Sequence[tuple[int, ...]],
+        behind: Sequence[tuple[int, ...]],
     ) -> Admitted:
         record = target.record
         chat = isinstance(request, ChatRequest)
@@ -226,12 +249,13 @@ class Admission:
                 ids,
                 context=self._max_context,
                 virtual=record.virtual_tokens if record else 0,
+                behind=len(more),
                 requested=request.output_limit,
                 default=params.max_tokens,
                 min_tokens=params.min_tokens,
                 truncate=request.truncate_prompt_tokens,
             )
-            for ids in prompts
+            for ids, more in zip(prompts, behind, strict=True)
         ]
         requests = tuple(
             PromptRequest(
@@ -242,15 +266,26 @@ class Admission:
                 prompt_index=index,
                 choices=request.choices,
                 beams=request.beams,
+                continuation_ids=more,
                 tokens_per_event=1 if request.stream or stop else TOKENS_PER_EVENT,
                 cache_salt=request.cache_salt,
                 key=target.key,
                 answer=name,
                 prompts=len(fitted),
             )
-            for index, (ids, max_tokens) in enumerate(fitted)
+            for index, ((ids, max_tokens), more) in enumerate(zip(fitted, behind, strict=True))
         )
-        return Admitted(name, int(time.time()), target, template, stop, requests)
+        return Admitted(
+            name,
+            int(time.time()),
+            target,
+            template,
+            stop,
+            requests,
+            keep_stop=bool(request.include_stop_str_in_output),
+            shown=self._tokenizer.special_ids if request.skip_special_tokens is False else frozenset(),
+            tells_ids=bool(request.return_token_ids),
+        )
 
 
 def fit(
@@ -258,6 +293,7 @@ def fit(
     *,
     context: int,
     virtual: int = 0,
+    behind: int = 0,
     requested: int | None,
     default: int,
     min_tokens: int,
@@ -265,13 +301,13 @@ def fit(
 ) -> tuple[tuple[int, ...], int]:
     """The prompt as it will be computed, and how many tokens may follow it.
 
-    `context`: positions for both and the adapter's `virtual` tokens; `requested`: max_tokens if the request
-    names it (kept to the letter), else `default` is clipped to what fits. `truncate`: keep only that many of
-    the prompt's last tokens.
+    `context`: positions for both, the adapter's `virtual` tokens and a continuation's, `behind` it;
+    `requested`: max_tokens if the request names it (kept to the letter), else `default` is clipped to what
+    fits. `truncate`: keep only that many of the prompt's last tokens.
     Raises PromptTooLongError with the numbers, InvalidRequestError for an empty prompt or min_tokens that
     cannot be reached.
     """
-    capacity = context - virtual
+    capacity = context - virtual - behind
     if truncate is not None:
         kept = _room(capacity, requested, default) if truncate == FIT else truncate
         ids = ids[-kept:] if kept > 0 else ids
@@ -283,7 +319,9 @@ def fit(
             advice, param = f"max_tokens is at most {room} with this prompt", "max_tokens"
         else:
             advice, param = "shorten the prompt or send 'truncate_prompt_tokens'", "prompt"
-        beside = f" beside the adapter's {virtual} virtual ones" if virtual else ""
+        taken = [f"the adapter's {virtual} virtual ones"] if virtual else []
+        taken += [f"{behind} of the continuation"] if behind else []
+        beside = f" beside {' and '.join(taken)}" if taken else ""
         raise PromptTooLongError(
             f"the context holds {capacity} tokens{beside}, but {len(ids) + (requested or 1)} were asked for: "
             f"{len(ids)} in the prompt and {requested or 'at least 1'} for the output; {advice}",
@@ -343,7 +381,7 @@ def find_version(
         raise UnknownModelError(error.message, param=error.param or param, code=error.code) from error
 
 
-def _wanted(request: GenerationRequest, base_name: str) -> tuple[str | None, str]:
+def _wanted(request: Addressed, base_name: str) -> tuple[str | None, str]:
     """The task's name and the field it came in; None for the plain model."""
     model = None if request.model == base_name else request.model
     if request.task is None or model is None:

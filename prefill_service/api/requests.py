@@ -1,7 +1,7 @@
-"""The two generating endpoints' own words: what a client may send to each, and what its answers look like.
+"""The two generating endpoints' own words: what a client may send to each, and what answers look like.
 
 Absent and null mean the same in everything that is sent. Answers are a whole choice, its first and its later
-chunks, with log-probabilities in two forms.
+chunks: of completions here, of chats in `chat_answers`.
 """
 
 from abc import abstractmethod
@@ -9,14 +9,13 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Annotated, Any, ClassVar, Protocol
 
-from pydantic import FailFast, Field, model_validator
+from pydantic import Field, model_validator
 
 from prad.artefact import GenerationValues
 from prad.core.sampling import SamplingParams
 from prefill_service.api.intake import (
     Choices,
     Logprobs,
-    Message,
     Neutral,
     Prompts,
     Seed,
@@ -27,12 +26,10 @@ from prefill_service.api.intake import (
     Truncation,
     refused,
 )
-from prefill_service.api.text import Delta, TokenName, TokenScore
+from prefill_service.api.messages import Conversation, Json
+from prefill_service.api.text import Delta, TokenScore
 
-MAX_MESSAGES = 4096
 MAX_SALT_CHARACTERS = 256
-
-Json = dict[str, object]
 
 _SAMPLING: Neutral = {
     "frequency_penalty": (0,),
@@ -43,9 +40,6 @@ _SAMPLING: Neutral = {
     "bad_words": ([],),
     "allowed_token_ids": (),
     "stop_token_ids": ([],),
-    "include_stop_str_in_output": (False,),
-    "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True,),
     "prompt_logprobs": (),
     "response_format": ({"type": "text"},),
     "structured_outputs": (),
@@ -61,6 +55,7 @@ _FILTERS = SamplingParams(max_tokens=1)
 
 
 class StreamOptions(StrictModel):
+    place: ClassVar[str] = "stream_options."
     unsupported: ClassVar[Neutral] = {"include_obfuscation": (False,)}
 
     include_usage: bool | None = None
@@ -73,7 +68,9 @@ class GenerationRequest(GenerationValues, StrictModel):
     """The fields that both endpoints share. Those of `SamplingParams` have their names there, too:
     `admission.resolve`."""
 
-    ignored: ClassVar[frozenset[str]] = frozenset({"metadata", "safety_identifier", "prompt_cache_key"})
+    ignored: ClassVar[frozenset[str]] = frozenset(
+        {"metadata", "safety_identifier", "prompt_cache_key", "spaces_between_special_tokens"}
+    )
 
     model: str | None = None
     """The plain model's id, or a task, which may name a version as in `e2e@3`, or an alias, `e2e@canary`; the
@@ -98,6 +95,16 @@ class GenerationRequest(GenerationValues, StrictModel):
     """Send the answer as server-sent events while it is made. Absent: no."""
     stream_options: StreamOptions | None = None
     """Of a stream, so it needs `stream`. Absent: no usage is told."""
+    include_stop_str_in_output: bool | None = None
+    """Leave in the output what ends it: a text of `stop`, or an end token's where special tokens are shown.
+    Absent: no."""
+    skip_special_tokens: bool | None = None
+    """False: special tokens that are drawn are text of the output, but for the one that ends it. Absent: they
+    are left out."""
+    return_token_ids: bool | None = None
+    """Name the tokens: `prompt_token_ids` as they were computed, with the template and what the answer goes
+    on with, and `token_ids` of each choice, with the one that ended it. Task tokens of an adapter are -1 for
+    the first, -2 for the second. Absent: no."""
     ignore_eos: bool | None = None
     """Go on behind an end token, up to the longest output. Absent: no."""
     min_tokens: Annotated[int, Field(ge=0)] | None = None
@@ -187,7 +194,6 @@ class CompletionRequest(GenerationRequest):
         **_SAMPLING,
         "echo": (False,),
         "suffix": ("",),
-        "add_special_tokens": (True,),
     }
 
     prompt: Prompts
@@ -201,12 +207,9 @@ class CompletionRequest(GenerationRequest):
         return self.logprobs
 
 
-class ChatRequest(GenerationRequest):
+class ChatRequest(GenerationRequest, Conversation):
     unsupported: ClassVar[Neutral] = {
         **_SAMPLING,
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),
-        "parallel_tool_calls": (True, False),
         "functions": ([],),
         "function_call": ("none", "auto"),
         "modalities": (["text"],),
@@ -217,15 +220,8 @@ class ChatRequest(GenerationRequest):
         "web_search_options": (),
         "echo": (False,),
         "chat_template": (),
-        "chat_template_kwargs": ({},),
-        "add_generation_prompt": (True,),
-        "continue_final_message": (False,),
-        "add_special_tokens": (False,),
     }
 
-    messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=MAX_MESSAGES)]
-    """The conversation, up to 4096 messages; the user speaks last. Of a task that was not trained on the chat
-    template: one user message."""
     max_completion_tokens: TokenCount | None = None
     """OpenAI's newer name of `max_tokens`: send one of them."""
     logprobs: bool | None = None
@@ -252,10 +248,12 @@ class ChatRequest(GenerationRequest):
 
 
 class Shape(Protocol):
-    """`whole_object` and `chunk_object` are OpenAI's names of a complete answer and of one chunk."""
+    """`whole_object` and `chunk_object` are OpenAI's names of a complete answer and of one chunk;
+    `many_prompts`: its choices may be of several."""
 
     whole_object: str
     chunk_object: str
+    many_prompts: bool
 
     def whole(self, index: int, text: str, scores: Sequence[TokenScore] | None, finish_reason: str) -> Json:
         """A finished choice; `scores` None: log-probabilities were not asked for."""
@@ -265,11 +263,14 @@ class Shape(Protocol):
         """What goes before a choice's first delta in a stream."""
         ...
 
-    def chunk(self, delta: Delta) -> Json: ...
+    def chunk(self, delta: Delta) -> Json | None:
+        """None while there is nothing to tell of it yet."""
+        ...
 
 
 class CompletionShape:
     whole_object = chunk_object = "text_completion"
+    many_prompts = True
 
     def whole(self, index: int, text: str, scores: Sequence[TokenScore] | None, finish_reason: str) -> Json:
         logprobs = None if scores is None else _completion_logprobs(scores)
@@ -278,40 +279,13 @@ class CompletionShape:
     def opening(self, index: int) -> Json | None:
         return None
 
-    def chunk(self, delta: Delta) -> Json:
+    def chunk(self, delta: Delta) -> Json | None:
         return {
             "index": delta.index,
             "text": delta.text,
             "logprobs": _completion_logprobs(delta.scores) if delta.scores else None,
             "finish_reason": delta.finish_reason,
         }
-
-
-class ChatShape:
-    whole_object = "chat.completion"
-    chunk_object = "chat.completion.chunk"
-
-    def whole(self, index: int, text: str, scores: Sequence[TokenScore] | None, finish_reason: str) -> Json:
-        return {
-            "index": index,
-            "message": {"role": "assistant", "content": text, "refusal": None},
-            "logprobs": None if scores is None else _chat_logprobs(scores),
-            "finish_reason": finish_reason,
-        }
-
-    def opening(self, index: int) -> Json | None:
-        return _chat_chunk(index, {"role": "assistant", "content": ""})
-
-    def chunk(self, delta: Delta) -> Json:
-        content: Json = {"content": delta.text} if delta.text or delta.scores else {}
-        logprobs = _chat_logprobs(delta.scores) if delta.scores else None
-        return _chat_chunk(delta.index, content, logprobs, delta.finish_reason)
-
-
-def _chat_chunk(
-    index: int, delta: Json, logprobs: Json | None = None, finish_reason: str | None = None
-) -> Json:
-    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
 def _completion_logprobs(scores: Sequence[TokenScore]) -> dict[str, object]:
@@ -324,27 +298,9 @@ def _completion_logprobs(scores: Sequence[TokenScore]) -> dict[str, object]:
     }
 
 
-def _chat_logprobs(scores: Sequence[TokenScore]) -> dict[str, object]:
-    """Of /v1/chat/completions."""
-    return {
-        "content": [
-            {
-                **_entry(score.token, score.logprob),
-                "top_logprobs": [_entry(token, logprob) for token, logprob in score.top],
-            }
-            for score in scores
-        ],
-        "refusal": None,
-    }
-
-
 def _alternatives(score: TokenScore) -> dict[str, float]:
     """Two ids may share a text: the likelier one stays."""
     named = {score.token.text: score.logprob}
     for token, logprob in score.top:
         named[token.text] = max(logprob, named.get(token.text, logprob))
     return named
-
-
-def _entry(token: TokenName, logprob: float) -> dict[str, object]:
-    return {"token": token.text, "logprob": logprob, "bytes": list(token.raw)}
