@@ -244,6 +244,9 @@ class ChatRequest(GenerationRequest, Conversation):
         limits = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(limits) > 1:
             raise ValueError("'max_tokens' and 'max_completion_tokens' disagree; send one of them")
+        if self.use_beam_search and self.continue_final_message:
+            why = "'use_beam_search' takes no 'continue_final_message': leave one of them out"
+            raise refused("continue_final_message", why)
         return self
 
 

@@ -36,19 +36,24 @@ CORPUS = [
 ]
 
 
-@pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+def tokenizer_of(folder: Path, template: str, *specials: str) -> Tokenizer:
+    """Trained on a few sentences; `specials` are special tokens beside the end."""
     bpe = Bpe(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
+    named = [EOS, *specials]
     bpe.train_from_iterator(
-        CORPUS, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=[EOS])
+        CORPUS, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=named)
     )
-    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, chat_template=CHAT_TEMPLATE)
-    folder: Path = tmp_path_factory.mktemp("tokenizer")
+    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, chat_template=template)
     fast.save_pretrained(folder)
     return Tokenizer(folder)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return tokenizer_of(tmp_path_factory.mktemp("tokenizer"), CHAT_TEMPLATE)
 
 
 @pytest.fixture(scope="session")
@@ -241,6 +246,7 @@ def catalogue() -> TaskCatalogue:
             ),
             "talk": record(template="Q: {prompt}", chat_template=True),
             "virtual": record(template="{prompt}", virtual_tokens=20),
+            "wary": record(template="{prompt}", system="refuse"),
         }
     )
 

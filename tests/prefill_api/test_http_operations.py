@@ -11,7 +11,7 @@ async def test_models_are_the_base_and_every_task(client: httpx.AsyncClient) -> 
     assert models["object"] == "list"
     base, *tasks = models["data"]
     assert (base["id"], base["parent"], base["max_model_len"]) == ("tiny/model", None, 128)
-    assert [task["id"] for task in tasks] == ["e2e", "plain", "talk", "virtual"]
+    assert [task["id"] for task in tasks] == ["e2e", "plain", "talk", "virtual", "wary"]
     e2e = tasks[0]
     assert (e2e["root"], e2e["parent"]) == ("e2e-2-digest", "tiny/model")
     assert (e2e["prad"]["version"], e2e["prad"]["versions"]) == (2, [1, 2])
