@@ -255,6 +255,10 @@ class StrictModel(BaseModel):
             return data
         if len(data) > MAX_FIELDS:
             raise expected(f"up to {MAX_FIELDS} fields", len(data))
+        if info.context is not None:
+            known = {*cls.model_fields, *cls.unsupported, *cls.ignored}
+            info.context.update(cls.place + name for name in data.keys() - known)
+            data = {name: value for name, value in data.items() if name in known}
         for name, neutral in cls.unsupported.items():
             value = data.get(name)
             if value is not None and not any(_same(value, n) for n in neutral):
@@ -263,11 +267,7 @@ class StrictModel(BaseModel):
                     f"'{name}' is not supported yet"
                     + (f" (only {shown(neutral[0])} is accepted)" if neutral else ""),
                 )
-        own = {k: v for k, v in data.items() if k not in cls.unsupported and k not in cls.ignored}
-        if info.context is None:
-            return own
-        info.context.update(cls.place + name for name in own if name not in cls.model_fields)
-        return {name: value for name, value in own.items() if name in cls.model_fields}
+        return {k: v for k, v in data.items() if k not in cls.unsupported and k not in cls.ignored}
 
 
 def refused(field: str, why: str) -> PydanticCustomError:

@@ -29,6 +29,15 @@ CHAT_TEMPLATE = (
     "{{ raise_exception('a system message comes first') }}{% endif %}"
     "<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
 )
+TOOL_TEMPLATE = (
+    "{% for tool in tools or [] %}<tool>{{ tool | tojson }}{{ '\\n' }}{% endfor %}"
+    "{% for m in messages %}<{{ m.role }}{{ ' ' + m.tool_call_id if m.tool_call_id else '' }}>{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}{{ '\\n<tool_call>\\n' }}"
+    '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}'
+    "{{ '\\n</tool_call>' }}{% endfor %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{{ '<quick>' if enable_thinking is false }}{% endif %}"
+)
+"""Takes tools, and writes calls as Hermes does."""
 CORPUS = [
     "the restaurant by the river serves food and the food is good",
     "name[The Eagle], eatType[coffee shop] END of the text, user assistant system",
@@ -54,6 +63,11 @@ def tokenizer_of(folder: Path, template: str, *specials: str) -> Tokenizer:
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return tokenizer_of(tmp_path_factory.mktemp("tokenizer"), CHAT_TEMPLATE)
+
+
+@pytest.fixture(scope="session")
+def tool_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return tokenizer_of(tmp_path_factory.mktemp("tools"), TOOL_TEMPLATE)
 
 
 @pytest.fixture(scope="session")

@@ -144,7 +144,7 @@ async def test_an_answer_names_its_tokens_where_vllm_does(client: httpx.AsyncCli
         first, *rest = [piece for piece in pieces if piece["index"] == choice["index"]]
         assert first["prompt_token_ids"] == choice["prompt_token_ids"]
         assert not any("prompt_token_ids" in piece for piece in rest)
-        assert sum((piece["token_ids"] for piece in (first, *rest)), []) == choice["token_ids"]
+        assert [token for piece in (first, *rest) for token in piece["token_ids"]] == choice["token_ids"]
 
     asked = {"messages": [USER], **body}
     whole = await post(client, "/v1/chat/completions", **asked)
@@ -154,7 +154,7 @@ async def test_an_answer_names_its_tokens_where_vllm_does(client: httpx.AsyncCli
     assert not any("prompt_token_ids" in chunk for chunk in found[1:])
     for choice in whole["choices"]:
         mine = [piece for piece in pieces if piece["index"] == choice["index"]]
-        assert sum((piece.get("token_ids", []) for piece in mine), []) == choice["token_ids"]
+        assert [token for piece in mine for token in piece.get("token_ids", [])] == choice["token_ids"]
     plain = await post(client, "/v1/chat/completions", messages=[USER], max_tokens=1)
     assert "prompt_token_ids" not in plain
     assert "token_ids" not in plain["choices"][0]

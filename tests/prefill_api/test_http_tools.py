@@ -11,18 +11,10 @@ import pytest
 
 from prad.lm import Tokenizer
 from prefill_service.api import ApiLimits, ModelInfo, create_app
-from tests.prefill_api.conftest import ScriptedEngine, catalogue_of, record, tokenizer_of
+from tests.prefill_api.conftest import TOOL_TEMPLATE, ScriptedEngine, catalogue_of, record, tokenizer_of
 
-HERMES = (
-    "{% for tool in tools or [] %}<tool>{{ tool | tojson }}{{ '\\n' }}{% endfor %}"
-    "{% for m in messages %}<{{ m.role }}{{ ' ' + m.tool_call_id if m.tool_call_id else '' }}>{{ m.content }}"
-    "{% for call in m.tool_calls or [] %}{{ '\\n<tool_call>\\n' }}"
-    '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}'
-    "{{ '\\n</tool_call>' }}{% endfor %}{{ '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{{ '<quick>' if enable_thinking is false }}{% endif %}"
-)
-MISTRAL = HERMES.replace("<tool_call>", "[TOOL_CALLS] [").replace("</tool_call>", "]")
-UNKNOWN = HERMES.replace("<tool_call>", "<call>").replace("</tool_call>", "</call>")
+MISTRAL = TOOL_TEMPLATE.replace("<tool_call>", "[TOOL_CALLS] [").replace("</tool_call>", "]")
+UNKNOWN = TOOL_TEMPLATE.replace("<tool_call>", "<call>").replace("</tool_call>", "</call>")
 MARK = "[TOOL_CALLS]"
 
 USER = {"role": "user", "content": "the weather"}
@@ -33,11 +25,6 @@ TOOL = {
 }
 CLOCK = {"type": "function", "function": {"name": "clock"}}
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
-
-
-@pytest.fixture(scope="module")
-def hermes(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return tokenizer_of(tmp_path_factory.mktemp("hermes"), HERMES)
 
 
 @asynccontextmanager
@@ -63,7 +50,7 @@ def chunks(response: httpx.Response) -> list[dict[str, Any]]:
     return [json.loads(line.removeprefix("data: ")) for line in lines]
 
 
-async def test_tools_and_their_turns_stand_in_the_prompt(hermes: Tokenizer) -> None:
+async def test_tools_and_their_turns_stand_in_the_prompt(tool_tokenizer: Tokenizer) -> None:
     called = {
         "id": "c1",
         "type": "function",
@@ -74,12 +61,12 @@ async def test_tools_and_their_turns_stand_in_the_prompt(hermes: Tokenizer) -> N
         {"role": "assistant", "content": None, "tool_calls": [called]},
         {"role": "tool", "tool_call_id": "c1", "content": "<|end|>rain"},
     ]
-    async with serving(hermes) as (client, engine):
+    async with serving(tool_tokenizer) as (client, engine):
         for task in (None, "talk"):
             answer = await chat(client, *turns, task=task, tools=[TOOL, CLOCK], max_tokens=1)
             assert answer.status_code == 200, answer.text
-        plain, adapted = (hermes.decode(request.prompt_ids) for request in engine.requests)
-        assert all(hermes.eos_id not in request.prompt_ids for request in engine.requests)
+        plain, adapted = (tool_tokenizer.decode(request.prompt_ids) for request in engine.requests)
+        assert all(tool_tokenizer.eos_id not in request.prompt_ids for request in engine.requests)
     listed = "".join(f"<tool>{json.dumps(tool)}\n" for tool in (TOOL, CLOCK))
     called_text = '<tool_call>\n{"name": "weather", "arguments": {"city": "O<|end|>slo"}}\n</tool_call>'
     assert plain == (
@@ -88,20 +75,20 @@ async def test_tools_and_their_turns_stand_in_the_prompt(hermes: Tokenizer) -> N
     assert adapted == plain.replace("<user>the weather", "<user>Q: the weather")
 
 
-async def test_a_model_that_is_told_of_none_sees_none(hermes: Tokenizer) -> None:
-    async with serving(hermes, CALL) as (client, engine):
+async def test_a_model_that_is_told_of_none_sees_none(tool_tokenizer: Tokenizer) -> None:
+    async with serving(tool_tokenizer, CALL) as (client, engine):
         for body in ({"tools": [TOOL], "tool_choice": "none"}, {"tools": [], "tool_choice": "auto"}, {}):
             (choice,) = (await chat(client, **body)).json()["choices"]
             assert choice["message"] == {"role": "assistant", "content": CALL, "refusal": None}
             assert choice["finish_reason"] == "stop"
         assert {request.prompt_ids for request in engine.requests} == {
-            tuple(hermes.encode_chat([USER])),
+            tuple(tool_tokenizer.encode_chat([USER])),
         }
 
 
-async def test_calls_are_found_in_the_answer(hermes: Tokenizer) -> None:
+async def test_calls_are_found_in_the_answer(tool_tokenizer: Tokenizer) -> None:
     said = f"I look.\n{CALL}\n{CALL}"
-    async with serving(hermes, said) as (client, _):
+    async with serving(tool_tokenizer, said) as (client, _):
         (choice,) = (await chat(client, tools=[TOOL])).json()["choices"]
         first, second = choice["message"]["tool_calls"]
         assert (choice["message"]["content"], choice["finish_reason"]) == ("I look.", "tool_calls")
@@ -115,8 +102,8 @@ async def test_calls_are_found_in_the_answer(hermes: Tokenizer) -> None:
         assert (choice["finish_reason"], "tool_calls" in choice["message"]) == ("length", False)
 
 
-async def test_a_stream_has_the_same_in_pieces(hermes: Tokenizer) -> None:
-    async with serving(hermes, f"I look.\n{CALL}\n{CALL}") as (client, _):
+async def test_a_stream_has_the_same_in_pieces(tool_tokenizer: Tokenizer) -> None:
+    async with serving(tool_tokenizer, f"I look.\n{CALL}\n{CALL}") as (client, _):
         streamed = chunks(await chat(client, tools=[TOOL], n=2, stream=True, logprobs=True))
         for index in (0, 1):
             opening, *news = [c for chunk in streamed for c in chunk["choices"] if c["index"] == index]
@@ -151,7 +138,7 @@ async def test_a_special_token_that_opens_calls_is_seen(tmp_path: Path) -> None:
 
 
 async def test_what_has_no_place_for_tools_refuses_them(
-    hermes: Tokenizer, tokenizer: Tokenizer, tmp_path: Path
+    tool_tokenizer: Tokenizer, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     unknown = tokenizer_of(tmp_path, UNKNOWN)
     result = {"role": "tool", "content": "rain"}
@@ -159,7 +146,13 @@ async def test_what_has_no_place_for_tools_refuses_them(
         (tokenizer, [USER], {"tools": [TOOL]}, "tools", "takes no tools"),
         (tokenizer, [USER, result], {}, "messages", "takes no tools"),
         (unknown, [USER], {"tools": [TOOL]}, "tools", "is not known here"),
-        (hermes, [USER], {"tools": [TOOL], "task": "e2e"}, "tools", "not trained on the chat template"),
+        (
+            tool_tokenizer,
+            [USER],
+            {"tools": [TOOL], "task": "e2e"},
+            "tools",
+            "not trained on the chat template",
+        ),
     ]
     for its, messages, body, param, message in cases:
         async with serving(its) as (client, engine):
@@ -223,9 +216,9 @@ def nested(depth: int) -> dict[str, Any]:
     ],
 )
 async def test_bad_tools_are_refused_by_name(
-    hermes: Tokenizer, body: dict[str, Any], param: str, message: str
+    tool_tokenizer: Tokenizer, body: dict[str, Any], param: str, message: str
 ) -> None:
-    async with serving(hermes) as (client, _):
+    async with serving(tool_tokenizer) as (client, _):
         response = await chat(client, **body)
     error = response.json()["error"]
     assert (response.status_code, error["param"]) == (400, param), response.text
@@ -261,28 +254,31 @@ async def test_bad_tools_are_refused_by_name(
     ],
 )
 async def test_bad_turns_about_tools_are_refused_by_name(
-    hermes: Tokenizer, message: dict[str, Any], param: str, expected: str
+    tool_tokenizer: Tokenizer, message: dict[str, Any], param: str, expected: str
 ) -> None:
-    async with serving(hermes) as (client, _):
+    async with serving(tool_tokenizer) as (client, _):
         error = (await chat(client, message, USER)).json()["error"]
     assert error["param"] == param
     assert expected in error["message"]
 
 
-async def test_variables_of_the_template(hermes: Tokenizer) -> None:
-    async with serving(hermes) as (client, engine):
+async def test_variables_of_the_template(tool_tokenizer: Tokenizer) -> None:
+    async with serving(tool_tokenizer) as (client, engine):
         for values in (None, {"enable_thinking": True}, {"enable_thinking": False}):
             assert (await chat(client, chat_template_kwargs=values)).status_code == 200
-        ends = [hermes.decode(request.prompt_ids).rpartition("<assistant>")[2] for request in engine.requests]
+        ends = [
+            tool_tokenizer.decode(request.prompt_ids).rpartition("<assistant>")[2]
+            for request in engine.requests
+        ]
         assert ends == ["", "", "<quick>"]
         refused = await chat(client, task="e2e", chat_template_kwargs={"enable_thinking": False})
         assert refused.json()["error"]["param"] == "chat_template_kwargs"
 
 
-async def test_a_generation_prompt_can_be_left_out(hermes: Tokenizer) -> None:
-    async with serving(hermes) as (client, engine):
+async def test_a_generation_prompt_can_be_left_out(tool_tokenizer: Tokenizer) -> None:
+    async with serving(tool_tokenizer) as (client, engine):
         assert (await chat(client, add_generation_prompt=False)).status_code == 200
-        assert hermes.decode(engine.requests[-1].prompt_ids) == "<user>the weather\n"
+        assert tool_tokenizer.decode(engine.requests[-1].prompt_ids) == "<user>the weather\n"
         refused = await chat(client, task="e2e", add_generation_prompt=False)
         assert refused.json()["error"]["param"] == "add_generation_prompt"
 
@@ -290,9 +286,9 @@ async def test_a_generation_prompt_can_be_left_out(hermes: Tokenizer) -> None:
 ANSWER = {"role": "assistant", "content": "So it"}
 
 
-async def test_an_answer_goes_on(hermes: Tokenizer, scripted: Callable[[str], Any]) -> None:
+async def test_an_answer_goes_on(tool_tokenizer: Tokenizer, scripted: Callable[[str], Any]) -> None:
     """The plain model's turn is left open; a task's answer follows its prompt without the adapter."""
-    async with serving(hermes, " rains<|end|>") as (client, engine):
+    async with serving(tool_tokenizer, " rains<|end|>") as (client, engine):
         for task in (None, "talk", "e2e"):
             body = {"task": task, "continue_final_message": True, "add_generation_prompt": False}
             answer = await chat(client, USER, ANSWER, **body)
@@ -302,11 +298,11 @@ async def test_an_answer_goes_on(hermes: Tokenizer, scripted: Callable[[str], An
             given = len(request.prompt_ids) + len(request.continuation_ids)
             assert answer.json()["usage"]["prompt_tokens"] == given
         plain, talk, e2e = engine.requests
-    assert hermes.decode(plain.prompt_ids) == "<user>the weather\n<assistant>So it"
+    assert tool_tokenizer.decode(plain.prompt_ids) == "<user>the weather\n<assistant>So it"
     assert (plain.continuation_ids, talk.continuation_ids) == ((), e2e.continuation_ids)
-    assert list(e2e.continuation_ids) == hermes.encode_continuation(" So it")
-    assert hermes.decode(talk.prompt_ids) == "<user>Q: the weather\n<assistant>"
-    assert hermes.decode(e2e.prompt_ids) == "I the weather O:"
+    assert list(e2e.continuation_ids) == tool_tokenizer.encode_continuation(" So it")
+    assert tool_tokenizer.decode(talk.prompt_ids) == "<user>Q: the weather\n<assistant>"
+    assert tool_tokenizer.decode(e2e.prompt_ids) == "I the weather O:"
 
 
 @pytest.mark.parametrize(
@@ -321,18 +317,18 @@ async def test_an_answer_goes_on(hermes: Tokenizer, scripted: Callable[[str], An
     ],
 )
 async def test_what_cannot_go_on_is_refused(
-    hermes: Tokenizer, messages: list[Any], body: dict[str, Any], param: str, message: str
+    tool_tokenizer: Tokenizer, messages: list[Any], body: dict[str, Any], param: str, message: str
 ) -> None:
-    async with serving(hermes) as (client, _):
+    async with serving(tool_tokenizer) as (client, _):
         response = await chat(client, *messages, continue_final_message=True, **body)
     error = response.json()["error"]
     assert (response.status_code, error["param"]) == (400, param), response.text
     assert message in error["message"]
 
 
-async def test_what_goes_on_shares_the_context(hermes: Tokenizer) -> None:
+async def test_what_goes_on_shares_the_context(tool_tokenizer: Tokenizer) -> None:
     long = {"role": "assistant", "content": "x " * 1100}
-    async with serving(hermes) as (client, _):
+    async with serving(tool_tokenizer) as (client, _):
         body = {"task": "e2e", "continue_final_message": True, "max_tokens": 1}
         error = (await chat(client, USER, long, **body)).json()["error"]
     assert error["code"] == "context_length_exceeded"

@@ -1,4 +1,4 @@
-"""Fields that nobody knows: refused, or named in a header of the answer, as a setting says; never just dropped."""
+"""Fields that nobody knows: refused, or named in a header of the answer, as a setting says."""
 
 from collections.abc import AsyncIterator
 from typing import Any
@@ -8,6 +8,7 @@ import pytest
 
 from prad.lm import Tokenizer
 from prefill_service.api import ApiLimits, ModelInfo, create_app
+from prefill_service.api.app import SHOWN_HEADERS
 from prefill_service.settings import PrefillSettings
 
 HEADER = "x-prad-ignored-fields"
@@ -63,9 +64,5 @@ async def test_names_in_the_header_are_names_and_few(warned: httpx.AsyncClient) 
     assert response.status_code == 400, "however they are taken, a hundred fields are enough"
 
 
-async def test_pages_of_other_origins_see_the_header(
-    engine: Any, catalogue: Any, tokenizer: Tokenizer
-) -> None:
-    from prefill_service.api.app import SHOWN_HEADERS
-
+def test_pages_of_other_origins_see_the_header() -> None:
     assert HEADER in SHOWN_HEADERS
