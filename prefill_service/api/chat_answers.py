@@ -66,8 +66,7 @@ class ToolShape(ChatShape):
         said = parser.feed(text)
         if finish_reason is None:
             return said
-        rest = parser.close()
-        return Said(said.content + rest.content, [*said.calls, *rest.calls])
+        return Said(said.content + parser.close(), said.calls)
 
     def _reason(self, index: int, finish_reason: str | None) -> str | None:
         return "tool_calls" if finish_reason == "stop" and self._parsers[index].calls else finish_reason

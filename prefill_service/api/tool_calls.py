@@ -145,24 +145,20 @@ class CallParser:
                 self._beside(char)
             else:
                 self._outside(char)
-        return self._taken()
+        said, self._said = self._said, Said()
+        return said
 
-    def close(self) -> Said:
-        """The rest, once nothing more comes."""
+    def close(self) -> str:
+        """The rest of the content, once nothing more comes."""
         if self._object is not None and not self._is_open:
             self._held += "".join(self._object.written)
-        if not self.calls or not self._is_format(self._held.strip()):
-            self._said.content += self._held
-        self._held = ""
-        return self._taken()
+        is_content = not self.calls or not self._is_format(self._held.strip())
+        rest, self._held = self._held if is_content else "", ""
+        return rest
 
     def _is_format(self, rest: str) -> bool:
         """Whether that, behind a call, is no content: nothing, or a closing that did not come whole."""
         return not rest or (self._inside and self._form.closing.startswith(rest))
-
-    def _taken(self) -> Said:
-        said, self._said = self._said, Said()
-        return said
 
     def _outside(self, char: str) -> None:
         """Content, until an opening is complete; the space before that is the format's."""

@@ -93,8 +93,11 @@ def test_special_tokens_are_left_out_or_shown(tmp_path: Path) -> None:
 
 def test_data_is_text_as_far_as_it_is_texts() -> None:
     tokenizer = Tokenizer(resolve_model(DEFAULT_MODEL, CACHE))
-    data = {"<|im_end|>": [1, None, True, {"x": "a<|im_end|>"}]}
-    marked = tokenizer.as_data(data)
+    marked = tokenizer.as_data({"<|im_end|>": [1, None, True, {"x": "a<|im_end|>"}]})
     assert "<|im_end|>" not in str(marked)
-    assert str(marked).count("a") >= 1
+    assert isinstance(marked, dict)
+    ((name, _),) = marked.items()
+    ids = tokenizer.encode_continuation(name)
+    assert tokenizer.decode(ids) == "<|im_end|>"
+    assert not tokenizer.special_ids & set(ids)
     assert tokenizer.as_data({"x": [1.5, False]}) == {"x": [1.5, False]}

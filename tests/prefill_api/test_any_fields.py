@@ -108,5 +108,9 @@ async def test_no_tool_is_a_fault_of_ours(
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         sent = {"messages": [*messages, {"role": "user", "content": "hi"}], "tools": tools, "max_tokens": 50}
         for more in ({}, {"chat_template_kwargs": {"enable_thinking": values}}):
-            response = await client.post("/v1/chat/completions", json={**sent, **more})
+            body = {
+                "content": orjson.dumps({**sent, **more}),
+                "headers": {"content-type": "application/json"},
+            }
+            response = await client.post("/v1/chat/completions", **body)
             assert response.status_code in (200, 400), response.text

@@ -26,7 +26,7 @@ def read(
     """The content, and each call's name and arguments, put together as a client does."""
     parser = CallParser(form, NAMES, only_first=only_first)
     content, calls, ids = "", list[tuple[str | None, str]](), set[str]()
-    for said in [*map(parser.feed, pieces), parser.close()]:
+    for said in map(parser.feed, pieces):
         content += said.content
         for news in said.calls:
             if news.name is not None:
@@ -39,7 +39,7 @@ def read(
                 name, arguments = calls[news.index]
                 calls[news.index] = name, arguments + news.arguments
     assert parser.calls == len(calls)
-    return content, calls
+    return content + parser.close(), calls
 
 
 CALL = ("get_weather", PARIS)
