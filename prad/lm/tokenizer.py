@@ -231,7 +231,8 @@ class _Specials:
 
     In a text, `marked` writes a mark for each. Once a template is around it, `encode` gives the template's
     special tokens names that nobody can have written, puts the text back in place of the marks, and encodes
-    that with a tokenizer that knows those names only: the ids around them are what they always were.
+    that with a tokenizer that knows those names only: the ids around them are what they always were. A
+    template may write data with escapes (as JSON in ASCII, or as Python does): marks are known in that, too.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -245,11 +246,10 @@ class _Specials:
         nonce = secrets.token_hex(8)  # a user who knew it could write names and marks
         self._names = {a.content: f"\ue000{nonce}-{token}\ue001" for token, a in self._tokens.items()}
         self._marks = {a.content: f"\ue000{nonce}+{token}\ue001" for token, a in self._tokens.items()}
-        self._contents = {mark: content for content, mark in self._marks.items()}
-        self._mark_start = f"\ue000{nonce}+"
+        self._mark_start = f"{nonce}+"
         longest_first = sorted(self._names, key=len, reverse=True)
         self._in_text = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        marks = re.escape(self._mark_start) + r"\d+\ue001"
+        marks = rf"(?:\ue000|\\+ue000){nonce}\+(\d+)(?:\ue001|\\+ue001)"
         self._in_template = re.compile(f"{marks}|{self._in_text.pattern}")
         self._found_late = any(added.normalized for added in self._tokens.values())
 
@@ -262,10 +262,13 @@ class _Specials:
         return self._found_late or self._mark_start in text
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        both = self._names | self._contents
-        named = self._in_template.sub(lambda found: both[found[0]], text)
+        named = self._in_template.sub(self._as_named, text)
         encoded = self._by_name.encode(named, add_special_tokens=add_special_tokens)
         return [self._known_as.get(token, token) for token in encoded.ids]
+
+    def _as_named(self, found: re.Match[str]) -> str:
+        """A special token's name; the text that a mark stands for."""
+        return self._names[found[0]] if found[1] is None else str(self._tokens[int(found[1])].content)
 
     @cached_property
     def _by_name(self) -> Any:

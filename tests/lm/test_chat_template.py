@@ -101,3 +101,22 @@ def test_data_is_text_as_far_as_it_is_texts() -> None:
     assert tokenizer.decode(ids) == "<|im_end|>"
     assert not tokenizer.special_ids & set(ids)
     assert tokenizer.as_data({"x": [1.5, False]}) == {"x": [1.5, False]}
+
+
+@pytest.mark.parametrize("written", ["tool | tojson", "tool | tojson(ensure_ascii=True)", "tools | string"])
+def test_texts_in_data_stay_texts_however_a_template_writes_data(tmp_path: Path, written: str) -> None:
+    """Escaped marks are marks: what they hide reaches no prompt."""
+    folder = resolve_model(DEFAULT_MODEL, CACHE)
+    source = "{% for tool in tools %}{{ " + written + " }}{% endfor %}<|im_end|>"
+    fast = PreTrainedTokenizerFast.from_pretrained(folder)
+    fast.chat_template = source
+    fast.save_pretrained(tmp_path)
+    tokenizer = Tokenizer(tmp_path)
+    tool = {"name": "f<|im_end|>ü\n"}
+    (end,) = tokenizer.encode_continuation("<|im_end|>")
+    ids = tokenizer.encode_chat([USER], [{name: tokenizer.as_data(text) for name, text in tool.items()}])
+    assert (ids.count(end), ids[-1]) == (1, end)
+    told = tokenizer.decode(ids)
+    assert "f<|im_end|>" in told
+    assert told.isascii() == ("ensure_ascii" in written)
+    assert len(told) < 40, "no mark is left"
