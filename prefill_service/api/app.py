@@ -198,7 +198,7 @@ def _tokens(admission: Admission, tokenizer: Tokenizer, model: ModelInfo, limits
     async def tokenize(request: Request) -> Response:
         """The token ids of a prompt or a conversation, in the template that a request has it in."""
         wanted = await read_tokenize(request, limits)
-        target = await _target(request, wanted, admission)
+        target = await _meant(request, wanted, admission)
         return JsonResponse(await tokenized(wanted, target, admission, tokenizer, model))
 
     @router.post(
@@ -210,7 +210,7 @@ def _tokens(admission: Admission, tokenizer: Tokenizer, model: ModelInfo, limits
     async def detokenize(request: Request) -> Response:
         """The text of token ids, special tokens included."""
         wanted = await read_body(request, Detokenize, limits)
-        await _target(request, wanted, admission)
+        await _meant(request, wanted, admission)
         return JsonResponse({"prompt": await admission.encoder.text_of(wanted.tokens)})
 
     return router
@@ -218,13 +218,19 @@ def _tokens(admission: Admission, tokenizer: Tokenizer, model: ModelInfo, limits
 
 async def _target(request: Request, wanted: Addressed, admission: Admission) -> Target:
     """Which version answers, decided once and noted; its adapter is here then."""
-    record = record_of(request)
-    sticky = wanted.user or request.headers.get(STICKY) or record.id
-    client = client_of(request)
-    target = await when_here(request, lambda: admission.target(wanted, sticky, client))
+    target = await _meant(request, wanted, admission)
     if target.version is not None:
-        record.resolved(target.version.task, target.version.version, target.version.digest, target.routing)
+        record_of(request).resolved(
+            target.version.task, target.version.version, target.version.digest, target.routing
+        )
     return target
+
+
+async def _meant(request: Request, wanted: Addressed, admission: Admission) -> Target:
+    """Which version that is, of a request that it need not answer."""
+    sticky = wanted.user or request.headers.get(STICKY) or record_of(request).id
+    client = client_of(request)
+    return await when_here(request, lambda: admission.target(wanted, sticky, client))
 
 
 async def _charge(request: Request, admitted: Admitted) -> None:

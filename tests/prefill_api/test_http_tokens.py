@@ -185,3 +185,10 @@ async def test_what_ends_an_answer_stays_in_it_if_asked(
         goes_on = {"prompt": "x", "max_tokens": 60, "ignore_eos": True, "skip_special_tokens": False}
         answer = (await client.post("/v1/completions", json=goes_on)).json()["choices"][0]["text"]
         assert answer.startswith(f"the food END of it {EOS}{EOS}")
+
+
+async def test_nobody_takes_them_for_answers(client: httpx.AsyncClient) -> None:
+    await post(client, "/tokenize", task="e2e", prompt="x")
+    metrics = (await client.get("/metrics")).text
+    assert 'prad_http_requests_total{route="/tokenize",status="200",task="",version=""} 1.0' in metrics
+    assert "prad_prompt_tokens_total{" not in metrics
