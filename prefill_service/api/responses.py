@@ -135,11 +135,12 @@ class Responder:
         )
 
     def _delta(self, request: PromptRequest, out: TokenEvent, text: ChoiceText, *, told: bool) -> Delta:
+        index = request.prompt_index * request.choices + out.choice
         scored = request.sampling.logprobs is not None
         scores = (self._scorer.score(out.tokens[0], text.length),) if scored else ()
         settled, finish_reason = text.settle(out)
-        index = request.prompt_index * request.choices + out.choice
-        return Delta(index, settled, scores, finish_reason, (out.tokens[0].id,) if told else ())
+        ids = tuple(token.id for token in out.tokens) if told else ()
+        return Delta(index, settled, scores, finish_reason, ids)
 
 
 @dataclass(frozen=True, slots=True)

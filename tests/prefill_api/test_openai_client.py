@@ -3,39 +3,24 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import openai
 import pytest
-import uvicorn
-from fastapi import FastAPI
 
 from prad.lm import Tokenizer
 from prefill_service.api import ApiLimits, ModelInfo, create_app
 from prefill_service.errors import DecodeUnavailableError
 from tests.prefill_api.conftest import ScriptedEngine, catalogue_of
-
-
-@asynccontextmanager
-async def served(app: FastAPI) -> AsyncIterator[openai.AsyncOpenAI]:
-    config = uvicorn.Config(app, port=0, log_level="warning", lifespan="off", ws="none")
-    server = uvicorn.Server(config)
-    serving = asyncio.create_task(server.serve())
-    while not server.started:  # noqa: ASYNC110
-        await asyncio.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    async with openai.AsyncOpenAI(
-        base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0
-    ) as client:
-        yield client
-    server.should_exit = True
-    await serving
+from tests.prefill_api.serving import listening
 
 
 @pytest.fixture
 async def official(app_of: Any, engine: Any) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with served(app_of(engine)) as client:
+    async with (
+        listening(app_of(engine)) as url,
+        openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
         yield client
 
 
@@ -94,7 +79,10 @@ async def test_tools_are_called_and_answered(tool_tokenizer: Tokenizer) -> None:
     info = ModelInfo("0123456789abcdef", 2048, len(tool_tokenizer), frozenset())
     app = create_app(engine, catalogue_of({}), tool_tokenizer, info, ApiLimits())
     messages: list[Any] = [{"role": "user", "content": "the weather"}]
-    async with served(app) as client:
+    async with (
+        listening(app) as url,
+        openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
         asked: Any = {"model": "tiny/model", "messages": messages, "tools": [WEATHER], "tool_choice": "auto"}
         answer = (await client.chat.completions.create(**asked)).choices[0]
         assert answer.finish_reason == "tool_calls"
