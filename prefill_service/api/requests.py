@@ -26,7 +26,8 @@ from prefill_service.api.intake import (
     Truncation,
     refused,
 )
-from prefill_service.api.messages import Conversation, Json
+from prefill_service.api.messages import Conversation
+from prefill_service.api.messages import Json as Json
 from prefill_service.api.text import Delta, TokenScore
 
 MAX_SALT_CHARACTERS = 256
@@ -201,6 +202,9 @@ class CompletionRequest(GenerationRequest):
     logprobs: Logprobs | None = None
     """Report each token's log-probability, and those of up to 20 of the likeliest. Absent: none. A part of a
     character is named by its bytes, as in `bytes:\\xe2\\x98`."""
+    add_special_tokens: bool | None = None
+    """Put the tokenizer's special tokens in front of texts; token ids are taken as they are. Absent: as the
+    model and the task were trained, which for most is yes."""
 
     @property
     def alternatives(self) -> int | None:
