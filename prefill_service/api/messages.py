@@ -141,7 +141,7 @@ class Message(StrictModel):
     """`developer` is a newer name of `system`; `tool` says what a called tool answered."""
     content: Content
     """A text, or text parts, which are joined as they stand; null for an assistant's empty turn."""
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOL_CALLS)] | None = None
+    tool_calls: Annotated[list[ToolCall] | None, FailFast(), Field(max_length=MAX_TOOL_CALLS)] = None
     """Of an assistant's turn: the calls that it was, up to 128."""
     tool_call_id: CallId | None = None
     """Of a tool's turn: the call that it answers."""
@@ -220,7 +220,7 @@ class Conversation(StrictModel):
     goes on (`continue_final_message`). Of a task that was not trained on the chat template: one user message,
     and system messages before it, whose texts are put in front of it, an empty line between, unless the task
     takes none."""
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[Tool] | None, FailFast(), Field(max_length=MAX_TOOLS)] = None
     """Up to 128 functions that the model may call, if its chat template takes tools."""
     tool_choice: ToolChoice = None
     """`auto`: the model may call tools. `none`: it is told of none. `required`, or a function's name: not
