@@ -86,9 +86,14 @@ def call_grammar(
     return f"{start}\n{call}\n"
 
 
+_SPACING: Json = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""As templates write calls, in llguidance's words: a model that may put spaces anywhere may never stop."""
+
+
 def _any_call(form: ToolFormat, tools: Sequence[Tool]) -> Json:
     schemas = list(_calls(form, tools))
-    return schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
+    any_of = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
+    return {"x-guidance": _SPACING, **any_of}
 
 
 def _calls(form: ToolFormat, tools: Sequence[Tool]) -> Iterator[Json]:

@@ -141,6 +141,7 @@ TOOLS = [
 
 def schemas(grammar: str) -> Iterator[dict[str, object]]:
     schema = json.loads(grammar.partition("call: %json ")[2].partition("\n")[0])
+    assert schema.pop("x-guidance")["whitespace_flexible"] is False
     yield from schema.get("anyOf", [schema])
 
 
