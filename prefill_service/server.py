@@ -132,6 +132,7 @@ async def _serve(
             max_body_bytes=settings.max_body_mib << 20,
             body_timeout_s=settings.body_timeout_s,
             tokenising_chars=settings.tokenising_mchars * 10**6,
+            unknown_fields=settings.unknown_fields,
         )
         access = ApiAccess(settings.hosts, settings.origins, keys, log=settings.access_log)
         traffic = Traffic() if settings.traffic_s else None

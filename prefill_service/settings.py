@@ -29,6 +29,10 @@ class PrefillSettings(ServiceSettings):
     """Largest body of a request; a larger one is refused with 413."""
     tokenising_mchars: Annotated[int, Field(ge=1)] = 8
     """Millions of characters of long prompts that are tokenised or wait for it at once; more get 429."""
+    unknown_fields: Literal["strict", "warn"] = "strict"
+    """What becomes of fields of a request that are not known: strict, it is refused; warn, it is answered
+    without them, and the header x-prad-ignored-fields names them. What is known and not supported is refused
+    in both."""
     allowed_hosts: str = ""
     """Further names that clients may call the API by, separated by commas: a name, *.example.com for those
     below one, * for any. Addresses, and names without a dot, are always allowed."""

@@ -90,6 +90,9 @@ class AdapterRecord(_Record):
     base: BaseModelRef
     template: str = DEFAULT_TEMPLATE
     chat_template: bool = False
+    system: Literal["take", "refuse"] = "take"
+    """Whether a chat's system messages are taken: into the model's chat template where the adapter was
+    trained on that, else in front of the prompt, an empty line between."""
     task_tokens: Annotated[tuple[str, ...], Field(max_length=MAX_TASK_TOKENS)] = ()
     end_token: str | None = None
     positions: Literal["prompt", "all"] = "prompt"

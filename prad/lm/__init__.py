@@ -4,6 +4,7 @@ from prad.core.models import DEFAULT_MODEL, DEFAULT_MODEL_ID, served_name
 from prad.lm.attention import Ragged
 from prad.lm.device import require_device
 from prad.lm.errors import (
+    ChatTemplateError,
     DeviceError,
     GrammarError,
     MissingSiteError,
@@ -35,6 +36,7 @@ __all__ = [
     "DEFAULT_MODEL",
     "DEFAULT_MODEL_ID",
     "Adaptation",
+    "ChatTemplateError",
     "CompiledRules",
     "DeviceError",
     "Fingerprint",

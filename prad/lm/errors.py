@@ -25,3 +25,7 @@ class MissingSiteError(ModelError):
 
 class GrammarError(ModelError):
     """A grammar does not compile, or takes more than it may; the message is the library's."""
+
+
+class ChatTemplateError(ModelError):
+    """The model's chat template refuses a conversation, or stumbles over it; the message is its own."""

@@ -9,14 +9,14 @@ import copy
 import json
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from tokenizers import AddedToken
 
+from prad.lm.chat_template import ChatTemplate
 from prad.lm.errors import UnsupportedModelError
 
 _PLAIN_CLASS, _OF_PLAIN_CLASS = "TokenizersBackend", ("llama", "gpt2", "qwen3")
@@ -76,28 +76,34 @@ class Tokenizer:
     def _turn_end(self) -> tuple[int, ...]:
         if not self.has_chat_template:
             return ()
-        said = "\N{WHITE MEDIUM STAR}"
-        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}]
-        try:
-            text = self._tokenizer.apply_chat_template(turns, tokenize=False)
-        except (TemplateError, TypeError, ValueError):  # of other tasks than plain conversations
-            return ()
-        if said not in text:
-            return ()
-        ids = self._tokenizer(text.rpartition(said)[2].lstrip(), add_special_tokens=False).input_ids
-        added = self._tokenizer.added_tokens_decoder
-        return tuple(ids[:1]) if ids and ids[0] in added and added[ids[0]].special else ()
+        ids = self._tokenizer(self.chat_template.behind_answer().lstrip(), add_special_tokens=False).input_ids
+        return tuple(ids[:1]) if ids and ids[0] in self.special_ids else ()
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Those that `decode` leaves out."""
+        return frozenset(token for token, a in self._tokenizer.added_tokens_decoder.items() if a.special)
 
     @property
     def has_chat_template(self) -> bool:
         return bool(self._tokenizer.chat_template)
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate:
+        """Of a model that has one."""
+        return ChatTemplate(self._tokenizer)
 
     def __len__(self) -> int:
         return len(self._tokenizer)
 
     def knows(self, token: str) -> bool:
         """Whether the vocabulary has it, special tokens included."""
-        return self._tokenizer.backend_tokenizer.token_to_id(token) is not None
+        return self.token_id(token) is not None
+
+    def token_id(self, token: str) -> int | None:
+        """None of what the vocabulary does not have."""
+        found: int | None = self._tokenizer.backend_tokenizer.token_to_id(token)
+        return found
 
     def as_text(self, text: str) -> str:
         """A user's text on its way into a template: what it says like special tokens will be text.
@@ -106,12 +112,22 @@ class Tokenizer:
         """
         return text if self._specials is None else self._specials.marked(text)
 
-    def encode_prompt(self, text: str, *more: str | int) -> list[int]:
-        """Ids of a prompt, with the special tokens that the model expects in front.
+    def as_data(self, value: object) -> object:
+        """The same with all texts of JSON data, names included, whose depth is bounded."""
+        if isinstance(value, str):
+            return self.as_text(value)
+        if isinstance(value, list):
+            return [self.as_data(each) for each in value]
+        if isinstance(value, dict):
+            return {self.as_text(name): self.as_data(each) for name, each in value.items()}
+        return value
+
+    def encode_prompt(self, text: str, *more: str | int, add_special_tokens: bool = True) -> list[int]:
+        """Ids of a prompt, with the special tokens that the model expects in front unless they are unwanted.
 
         more: further parts, texts that are tokenised alone, and ids.
         """
-        ids = self._ids(text, add_special_tokens=True)
+        ids = self._ids(text, add_special_tokens=add_special_tokens)
         for part in more:
             ids += [part] if isinstance(part, int) else self.encode_continuation(part)
         return ids
@@ -124,19 +140,43 @@ class Tokenizer:
         """Ids of a training target: " " + text + EOS; special tokens in the text are text."""
         return [*self.encode_continuation(" " + self.as_text(text)), self.eos_id]
 
-    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Ids of a conversation under the model's chat template, ready for the assistant's turn."""
-        text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        return self._ids(text, add_special_tokens=False)
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        tools: Sequence[Mapping[str, object]] = (),
+        *,
+        add_generation_prompt: bool = True,
+        continued: bool = False,
+        variables: Mapping[str, object] | None = None,
+        add_special_tokens: bool = False,
+    ) -> list[int]:
+        """Ids of a conversation under the model's chat template, ready for the assistant's turn unless that
+        is unwanted; the rest as `ChatTemplate.render` has it."""
+        text = self.chat_template.render(
+            messages,
+            tools,
+            add_generation_prompt=add_generation_prompt,
+            continued=continued,
+            variables=variables,
+        )
+        return self._ids(text, add_special_tokens=add_special_tokens)
 
     def _ids(self, text: str, *, add_special_tokens: bool) -> list[int]:
         if self._specials is not None and self._specials.concern(text):
             return self._specials.encode(text, add_special_tokens)
         return list(self._tokenizer(text, add_special_tokens=add_special_tokens).input_ids)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids, special tokens left out."""
-        return str(self._tokenizer.backend_tokenizer.decode(list(ids), skip_special_tokens=True))
+    def decode(self, ids: Sequence[int], shown: frozenset[int] = frozenset()) -> str:
+        """Text of ids, special tokens left out but for those `shown`."""
+        backend = self._tokenizer.backend_tokenizer
+        if not shown:
+            return str(backend.decode(list(ids), skip_special_tokens=True))
+        kept = [token for token in ids if token in shown or token not in self.special_ids]
+        return str(backend.decode(kept, skip_special_tokens=False))
+
+    def names(self, ids: Sequence[int]) -> list[str]:
+        """What the vocabulary calls them; one that it does not have has no name."""
+        return [name or "" for name in self._tokenizer.convert_ids_to_tokens(list(ids))]
 
     @cached_property
     def longest_token(self) -> int:
@@ -168,8 +208,8 @@ class Tokenizer:
         values = [_BYTES_BY_NAME.get(character) for character in name]
         return text.encode() if None in values else bytes(value for value in values if value is not None)
 
-    def stream(self) -> "TextStream":
-        return TextStream(self)
+    def stream(self, shown: frozenset[int] = frozenset()) -> "TextStream":
+        return TextStream(self, shown)
 
 
 def _from_folder(folder: Path) -> Any:
@@ -198,7 +238,8 @@ class _Specials:
 
     In a text, `marked` writes a mark for each. Once a template is around it, `encode` gives the template's
     special tokens names that nobody can have written, puts the text back in place of the marks, and encodes
-    that with a tokenizer that knows those names only: the ids around them are what they always were.
+    that with a tokenizer that knows those names only: the ids around them are what they always were. A
+    template may write data with escapes (as JSON in ASCII, or as Python does): marks are known in that, too.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -212,11 +253,10 @@ class _Specials:
         nonce = secrets.token_hex(8)  # a user who knew it could write names and marks
         self._names = {a.content: f"\ue000{nonce}-{token}\ue001" for token, a in self._tokens.items()}
         self._marks = {a.content: f"\ue000{nonce}+{token}\ue001" for token, a in self._tokens.items()}
-        self._contents = {mark: content for content, mark in self._marks.items()}
-        self._mark_start = f"\ue000{nonce}+"
+        self._mark_start = f"{nonce}+"
         longest_first = sorted(self._names, key=len, reverse=True)
         self._in_text = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        marks = re.escape(self._mark_start) + r"\d+\ue001"
+        marks = rf"(?:\ue000|\\+ue000){nonce}\+(\d+)(?:\ue001|\\+ue001)"
         self._in_template = re.compile(f"{marks}|{self._in_text.pattern}")
         self._found_late = any(added.normalized for added in self._tokens.values())
 
@@ -229,10 +269,13 @@ class _Specials:
         return self._found_late or self._mark_start in text
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        both = self._names | self._contents
-        named = self._in_template.sub(lambda found: both[found[0]], text)
+        named = self._in_template.sub(self._as_named, text)
         encoded = self._by_name.encode(named, add_special_tokens=add_special_tokens)
         return [self._known_as.get(token, token) for token in encoded.ids]
+
+    def _as_named(self, found: re.Match[str]) -> str:
+        """A special token's name; the text that a mark stands for."""
+        return self._names[found[0]] if found[1] is None else str(self._tokens[int(found[1])].content)
 
     @cached_property
     def _by_name(self) -> Any:
@@ -273,8 +316,9 @@ class TextStream:
     ended in a whole character, with one finished group before them for context.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, shown: frozenset[int] = frozenset()) -> None:
         self._tokenizer = tokenizer
+        self._shown = shown
         self._context: list[int] = []
         self._context_text = ""
         self._pending: list[int] = []
@@ -282,18 +326,18 @@ class TextStream:
     def push(self, token: int) -> str:
         """The text that `token` completes; empty while a character is incomplete."""
         self._pending.append(token)
-        text = self._tokenizer.decode(self._context + self._pending)
+        text = self._tokenizer.decode(self._context + self._pending, self._shown)
         if text.endswith(_REPLACEMENT) and len(self._pending) < _MOST_PENDING:
             return ""
         return self._settle(text)
 
     def flush(self) -> str:
         """What is left at the end, replacement characters included."""
-        return self._settle(self._tokenizer.decode(self._context + self._pending))
+        return self._settle(self._tokenizer.decode(self._context + self._pending, self._shown))
 
     def _settle(self, text: str) -> str:
         fresh = text[len(self._context_text) :]
         if self._pending:
             self._context, self._pending = self._pending, []
-            self._context_text = self._tokenizer.decode(self._context)
+            self._context_text = self._tokenizer.decode(self._context, self._shown)
         return fresh

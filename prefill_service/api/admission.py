@@ -13,14 +13,21 @@ from typing import TypeVar
 
 from starlette.requests import Request
 
-from adapter_registry.names import ALIAS, VERSION
 from prad.artefact import AdapterRecord, GenerationDefaults, GenerationValues
 from prad.core.rules import Rules
 from prad.core.sampling import SamplingParams
 from prad.lm import Grammars, Tokenizer
+from prefill_service.api.conversation import ChatEncoder
 from prefill_service.api.intake import ApiLimits
+from prefill_service.api.messages import Addressed
 from prefill_service.api.outcomes import while_connected
-from prefill_service.api.requests import ChatRequest, CompletionRequest, GenerationRequest
+from prefill_service.api.requests import (
+    ChatRequest,
+    CompletionRequest,
+    GenerationRequest,
+    addressed,
+    split_name,
+)
 from prefill_service.api.rules import RULE_FIELDS, rules_of
 from prefill_service.api.showing import GivenEncoder, require_shown, scoring_of
 from prefill_service.api.text import Template, chat_template, completion_template
@@ -80,12 +87,24 @@ class Target:
     def record(self) -> AdapterRecord | None:
         return self.version.artefact.record if self.version else None
 
+    def named(self) -> dict[str, object]:
+        """For an answer."""
+        version = self.version
+        return {
+            "task": version.task if version else None,
+            "version": version.version if version else None,
+            "digest": version.digest if version else None,
+            "routing": self.routing,
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
     """A request that the engine can start: one `PromptRequest` per prompt, `choices` sequences each.
 
-    The choice that clients know as `index` is prompt index * choices + choice.
+    The choice that clients know as `index` is prompt index * choices + choice. `keep_stop`: what ends an
+    output stays in it; `shown`: special tokens that are text of it; `goes_on`: it stands behind a text that
+    the client gave; `tells_ids`: the answer names the tokens.
     """
 
     id: str
@@ -94,6 +113,10 @@ class Admitted:
     template: Template
     stop: tuple[str, ...]
     prompts: tuple[PromptRequest, ...]
+    keep_stop: bool = False
+    shown: frozenset[int] = frozenset()
+    goes_on: bool = False
+    tells_ids: bool = False
 
     @property
     def choices(self) -> int:
@@ -116,14 +139,11 @@ class Admitted:
 
     def report(self) -> dict[str, object]:
         """The response's `prad` object: which adapter answered, in which template, and how it was sampled."""
-        version, sampling, beams = self.target.version, self.sampling, self.prompts[0].beams
+        sampling, beams = self.sampling, self.prompts[0].beams
         values = {name: getattr(sampling, name) for name in GenerationValues.model_fields}
         values |= {"stop": list(self.stop)} | ({} if beams is None else {"beams": beams})
         return {
-            "task": version.task if version else None,
-            "version": version.version if version else None,
-            "digest": version.digest if version else None,
-            "routing": self.target.routing,
+            **self.target.named(),
             "template": self.template,
             "seed": sampling.seed,
             "sampling": values,
@@ -145,6 +165,10 @@ def resolve(
     return params, artefact.stop if request.stop is None else request.stop
 
 
+class Encoder(ChatEncoder, GivenEncoder):
+    """Tokenises all that requests may hold."""
+
+
 class Admission:
     """Turns requests into admitted ones, or raises what the client did wrong."""
 
@@ -158,7 +182,8 @@ class Admission:
     ) -> None:
         self._engine = engine
         self._catalogue = catalogue
-        self._encoder = GivenEncoder(tokenizer, model.vocab_size, model.max_context, limits)
+        self.encoder = Encoder(tokenizer, model.vocab_size, model.max_context, limits)
+        self._tokenizer = tokenizer
         self._max_context = model.max_context
         self._stop_ids = model.stop_ids | tokenizer.end_ids
         grammars = Grammars(lambda: tokenizer, model.vocab_size)
@@ -172,14 +197,14 @@ class Admission:
         """Why no request can be served now; empty once they can."""
         return [t for t in (self._engine.trouble, self._catalogue.trouble) if t is not None]
 
-    def target(self, request: GenerationRequest, key: str, client: Client | None = None) -> Target:
+    def target(self, request: Addressed, key: str, client: Client | None = None) -> Target:
         """The one place where task becomes version; `key`: sticky, where the task's requests are divided.
         `client`: who shows a key, which must be for the task.
         Raises NotReadyError, NotHereYetError, TaskNotAllowedError, UnknownModelError, InvalidRequestError."""
         if troubles := self.troubles:
             raise NotReadyError(f"not ready: {'; '.join(troubles)}")
         base_name = self._catalogue.base_name
-        name, param = _wanted(request, base_name)
+        name, param = addressed(request, base_name)
         task, which = (base_name, None) if name is None else split_name(name, param)
         shown = None if client is None else client.name
         if client is not None:
@@ -208,18 +233,23 @@ class Admission:
             target.record, request.prompt[0], raw=request.raw, add=bool(request.add_template)
         )
         cut = request.truncate_prompt_tokens is not None
-        prompts = await self._encoder.completion(target.record, request.prompt, template, cut=cut)
+        prompts = await self.encoder.completion(
+            target.record, request.prompt, template, cut=cut, specials=request.add_special_tokens
+        )
         given = request.continuation
-        behind = [()] * len(prompts) if given is None else await self._encoder.continuations(given)
+        behind = [()] * len(prompts) if given is None else await self.encoder.continuations(given)
         rules = await self._rules(request, target)
         return self._admitted("cmpl", request, target, template, prompts, behind, rules)
 
     async def chat(self, request: ChatRequest, target: Target) -> Admitted:
         template = chat_template(target.record, raw=request.raw)
         cut = request.truncate_prompt_tokens is not None
-        ids = await self._encoder.chat(target.record, request.messages, template, cut=cut)
+        ids = await self.encoder.chat(target.record, request, template, cut=cut)
         rules = await self._rules(request, target)
-        return self._admitted("chatcmpl", request, target, template, [ids], [()], rules)
+        behind = [ids.continuation]
+        admitted = self._admitted("chatcmpl", request, target, template, [ids.prompt], behind, rules)
+        shown = admitted.shown | self.encoder.shown_in_calls(request)
+        return replace(admitted, shown=shown, goes_on=bool(request.continue_final_message))
 
     async def _rules(self, request: GenerationRequest, target: Target) -> Rules | None:
         """None without touching any for most requests: who names no field of theirs."""
@@ -279,7 +309,17 @@ class Admission:
         )
         if request.shows_given:
             require_shown(request, record, template, requests)
-        return Admitted(name, int(time.time()), target, template, stop, requests)
+        return Admitted(
+            name,
+            int(time.time()),
+            target,
+            template,
+            stop,
+            requests,
+            keep_stop=bool(request.include_stop_str_in_output),
+            shown=self._tokenizer.special_ids if request.skip_special_tokens is False else frozenset(),
+            tells_ids=bool(request.return_token_ids),
+        )
 
 
 def fit(
@@ -336,19 +376,6 @@ def _room(capacity: int, requested: int | None, default: int) -> int:
     return capacity - (min(default, capacity // 2) if requested is None else requested)
 
 
-def split_name(name: str, param: str) -> tuple[str, int | str | None]:
-    """`task`, `task@3` or `task@alias` taken apart."""
-    task, at, which = name.partition("@")
-    if not task or (at and not VERSION.fullmatch(which) and not ALIAS.fullmatch(which)):
-        raise InvalidRequestError(
-            f"{name!r}: expected a task, or a task and a version or alias, as in e2e@3 or e2e@canary",
-            param=param,
-        )
-    if not at:
-        return task, None
-    return task, int(which) if VERSION.fullmatch(which) else which
-
-
 async def when_here(request: Request, find: Callable[[], T]) -> T:
     """What `find` finds, once the version that it means is here: as long as the client stays connected. The
     body must have been read."""
@@ -374,19 +401,3 @@ def find_version(
         return catalogue.resolve(task, name, key, asks)
     except UnknownModelError as error:
         raise UnknownModelError(error.message, param=error.param or param, code=error.code) from error
-
-
-def _wanted(request: GenerationRequest, base_name: str) -> tuple[str | None, str]:
-    """The task's name and the field it came in; None for the plain model."""
-    model = None if request.model == base_name else request.model
-    if request.task is None or model is None:
-        return (request.task, "task") if request.task is not None else (model, "model")
-    by_model, by_task = split_name(model, "model"), split_name(request.task, "task")
-    versions = {by_model[1], by_task[1]} - {None}
-    if by_model[0] != by_task[0] or len(versions) > 1:
-        raise InvalidRequestError(
-            f"'model' is {model!r} and 'task' is {request.task!r}: send one of them, "
-            f"or {base_name!r} as 'model'",
-            param="task",
-        )
-    return (model, "model") if by_task[1] is None else (request.task, "task")

@@ -7,7 +7,7 @@ What is noted about it, and whatever goes wrong: outcomes.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -16,7 +16,6 @@ from typing import Annotated, Any
 from fastapi import APIRouter, FastAPI, Path, Request
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
-from pydantic import BaseModel, ConfigDict
 from pydantic.json_schema import models_json_schema
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse, Response
@@ -28,22 +27,38 @@ from prefill_service.api.admission import (
     ModelInfo,
     Target,
     find_version,
-    split_name,
     when_here,
 )
+from prefill_service.api.chat_answers import chat_shape
+from prefill_service.api.described import ANSWER, FAILURES, REFUSALS, SCHEMA, body_schema, refusals
 from prefill_service.api.intake import ApiLimits, TurnAway, client_of, read_body
-from prefill_service.api.outcomes import JsonResponse, Metrics, Observe, add_failure_handlers, record_of
+from prefill_service.api.messages import Addressed
+from prefill_service.api.outcomes import (
+    PASSED_OVER,
+    JsonResponse,
+    Metrics,
+    Observe,
+    add_failure_handlers,
+    record_of,
+)
 from prefill_service.api.requests import (
     ChatRequest,
-    ChatShape,
     CompletionRequest,
     CompletionShape,
-    GenerationRequest,
     Json,
+    split_name,
 )
 from prefill_service.api.responses import Responder
 from prefill_service.api.routing_metrics import RoutingMetrics
 from prefill_service.api.shadow import Shadows
+from prefill_service.api.tokens import (
+    Detokenize,
+    DetokenizeAnswer,
+    TokenizeAnswer,
+    TokenizeBody,
+    read_tokenize,
+    tokenized,
+)
 from prefill_service.api.traffic import Traffic
 from prefill_service.catalogue import Coming, KeyRing, TaskCatalogue, TaskVersions
 from prefill_service.errors import TaskNotAllowedError
@@ -85,9 +100,10 @@ def create_app(
     shadows = Shadows(engine, admission, metrics.registry, noted)
     responder = Responder(engine, tokenizer, model.short_fingerprint, shadows)
     metrics.registry.register(RoutingMetrics(catalogue))
-    app = FastAPIOffline("/docs", None, title="PrAd server", version=_VERSION, responses=_FAILURES)
+    app = FastAPIOffline("/docs", None, title="PrAd server", version=_VERSION, responses=FAILURES)
     app.openapi = partial(_described, app)  # type: ignore[method-assign]
     app.include_router(_generation(admission, responder, limits))
+    app.include_router(_tokens(admission, tokenizer, model, limits))
     app.include_router(_models(catalogue, model))
     app.include_router(_operations(admission, catalogue, metrics, model, away))
     add_failure_handlers(app)
@@ -107,36 +123,12 @@ def create_app(
 def _described(app: FastAPI) -> dict[str, Any]:
     """FastAPI's description, and the bodies that endpoints read themselves, which it cannot know."""
     described = FastAPI.openapi(app)
-    _, bodies = models_json_schema(
-        [(CompletionRequest, "validation"), (ChatRequest, "validation")], ref_template=_SCHEMA
-    )
+    _, bodies = models_json_schema([(kind, "validation") for kind in _BODIES], ref_template=SCHEMA)
     described["components"]["schemas"] |= bodies["$defs"]
     return described
 
 
-class Failure(BaseModel):
-    """OpenAI's error object."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
-
-    message: str
-    """What was wrong, what was expected, and how to mend it."""
-    type: str
-    """invalid_request_error, rate_limit_error or server_error."""
-    param: str | None
-    """The field that it is about."""
-    code: str | None
-    """One word for programs."""
-
-
-class FailureBody(BaseModel):
-    """Every answer that is no 2xx."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
-
-    error: Failure
-    """What went wrong."""
-
+_BODIES = (CompletionRequest, ChatRequest, TokenizeBody, Detokenize)
 
 SHOWN_HEADERS = (
     "x-request-id",
@@ -144,6 +136,7 @@ SHOWN_HEADERS = (
     "x-prad-version",
     "x-prad-digest",
     "x-prad-routing",
+    PASSED_OVER,
     "retry-after",
 )
 """Of an answer, to the pages of other origins."""
@@ -160,50 +153,18 @@ _PLACES = {
     "models": "/v1/models",
     "completions": "/v1/completions",
     "chat": "/v1/chat/completions",
+    "tokenize": "/tokenize",
+    "detokenize": "/detokenize",
     "health": "/health",
     "ready": "/ready",
     "metrics": "/metrics",
 }
 
-_SCHEMA = "#/components/schemas/{model}"
-_FAILURES: dict[int | str, dict[str, Any]] = {
-    "default": {"model": FailureBody, "description": "Not served, and why"}
-}
-
-
-def _refused(reasons: Mapping[int, str]) -> dict[int | str, dict[str, Any]]:
-    return {status: {"model": FailureBody, "description": why} for status, why in reasons.items()}
-
-
-_REFUSALS = _refused(
-    {
-        400: "A field is unknown, unsupported or wrong, the body is no JSON, or the prompt does not fit",
-        401: "An API key is needed, and none that is in force is shown",
-        403: "The key is not for this task, or the request's Host is none of the server's names",
-        404: "No such task, version or model",
-        408: "The body did not come in time",
-        413: "The body is too large",
-        415: "The body is not application/json",
-        429: "Too much is waiting, or the key has used what it may; Retry-After says when to come again",
-        503: "Not ready, or the decode service is away; Retry-After says when to come again",
-        504: "It took longer than a request may",
-    }
-)
-_ANSWER: dict[int | str, dict[str, Any]] = {
-    200: {
-        "description": "OpenAI's object with `prad` beside it; events of chunks if `stream` is true",
-        "content": {
-            "application/json": {"schema": {"type": "object"}},
-            "text/event-stream": {"schema": {"type": "string"}},
-        },
-    }
-}
-
 
 def _generation(admission: Admission, responder: Responder, limits: ApiLimits) -> APIRouter:
-    router = APIRouter(tags=["generation"], responses=_ANSWER | _REFUSALS)
+    router = APIRouter(tags=["generation"], responses=ANSWER | REFUSALS)
 
-    @router.post("/v1/completions", response_model=None, openapi_extra=_body_schema(CompletionRequest))
+    @router.post("/v1/completions", response_model=None, openapi_extra=body_schema(CompletionRequest))
     async def create_completion(request: Request) -> Response:
         """Completes each prompt `n` times, with a task's adapter on the prompt if one is named."""
         wanted = await read_body(request, CompletionRequest, limits)
@@ -212,39 +173,70 @@ def _generation(admission: Admission, responder: Responder, limits: ApiLimits) -
         await _charge(request, admitted)
         return await responder.respond(request, wanted, admitted, CompletionShape())
 
-    @router.post("/v1/chat/completions", response_model=None, openapi_extra=_body_schema(ChatRequest))
+    @router.post("/v1/chat/completions", response_model=None, openapi_extra=body_schema(ChatRequest))
     async def create_chat_completion(request: Request) -> Response:
         """Answers the last user message `n` times, with a task's adapter on the prompt if one is named."""
         wanted = await read_body(request, ChatRequest, limits)
         target = await _target(request, wanted, admission)
         admitted = await admission.chat(wanted, target)
         await _charge(request, admitted)
-        return await responder.respond(request, wanted, admitted, ChatShape())
+        shape = chat_shape(wanted, admission.encoder.tool_format)
+        return await responder.respond(request, wanted, admitted, shape)
 
     return router
 
 
-async def _target(request: Request, wanted: GenerationRequest, admission: Admission) -> Target:
+def _tokens(admission: Admission, tokenizer: Tokenizer, model: ModelInfo, limits: ApiLimits) -> APIRouter:
+    router = APIRouter(tags=["tokens"], responses=REFUSALS)
+
+    @router.post(
+        "/tokenize",
+        response_model=None,
+        responses={200: {"model": TokenizeAnswer}},
+        openapi_extra=body_schema(TokenizeBody),
+    )
+    async def tokenize(request: Request) -> Response:
+        """The token ids of a prompt or a conversation, in the template that a request has it in."""
+        wanted = await read_tokenize(request, limits)
+        target = await _meant(request, wanted, admission)
+        return JsonResponse(await tokenized(wanted, target, admission, tokenizer, model))
+
+    @router.post(
+        "/detokenize",
+        response_model=None,
+        responses={200: {"model": DetokenizeAnswer}},
+        openapi_extra=body_schema(Detokenize),
+    )
+    async def detokenize(request: Request) -> Response:
+        """The text of token ids, special tokens included."""
+        wanted = await read_body(request, Detokenize, limits)
+        await _meant(request, wanted, admission)
+        return JsonResponse({"prompt": await admission.encoder.text_of(wanted.tokens)})
+
+    return router
+
+
+async def _target(request: Request, wanted: Addressed, admission: Admission) -> Target:
     """Which version answers, decided once and noted; its adapter is here then."""
-    record = record_of(request)
-    sticky = wanted.user or request.headers.get(STICKY) or record.id
-    client = client_of(request)
-    target = await when_here(request, lambda: admission.target(wanted, sticky, client))
+    target = await _meant(request, wanted, admission)
     if target.version is not None:
-        record.resolved(target.version.task, target.version.version, target.version.digest, target.routing)
+        record_of(request).resolved(
+            target.version.task, target.version.version, target.version.digest, target.routing
+        )
     return target
+
+
+async def _meant(request: Request, wanted: Addressed, admission: Admission) -> Target:
+    """Which version that is, of a request that it need not answer."""
+    sticky = wanted.user or request.headers.get(STICKY) or record_of(request).id
+    client = client_of(request)
+    return await when_here(request, lambda: admission.target(wanted, sticky, client))
 
 
 async def _charge(request: Request, admitted: Admitted) -> None:
     """Against the limits of the key that it shows, if it shows one."""
     if (client := client_of(request)) is not None:
         await client.count_tokens(admitted.most_tokens)
-
-
-def _body_schema(kind: type[BaseModel]) -> dict[str, Any]:
-    """An operation's body, as the API describes it."""
-    schema = {"$ref": _SCHEMA.format(model=kind.__name__)}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 def _models(catalogue: TaskCatalogue, model: ModelInfo) -> APIRouter:
@@ -303,7 +295,7 @@ def _models(catalogue: TaskCatalogue, model: ModelInfo) -> APIRouter:
     @router.head("/v1/models/{name:path}", include_in_schema=False)
     @router.get(
         "/v1/models/{name:path}",
-        responses=_refused(
+        responses=refusals(
             {
                 400: "No name of a model",
                 403: "The key is not for it",
@@ -363,7 +355,7 @@ def _operations(
         ready = {"status": "ready", "reasons": [], "fetching": catalogue.fetching}
         return JsonResponse(ready | warned)
 
-    refused = _refused({403: "The key is not for all tasks"})
+    refused = refusals({403: "The key is not for all tasks"})
 
     @router.get("/metrics", response_class=PlainTextResponse, responses=refused)
     async def show_metrics(request: Request) -> Response:

@@ -19,6 +19,7 @@ from pydantic import (
     Field,
     PlainValidator,
     ValidationError,
+    ValidationInfo,
     WithJsonSchema,
     model_validator,
 )
@@ -72,7 +73,8 @@ class ApiLimits:
     """Bounds on one HTTP request, and the output lengths of requests that name none.
 
     body_timeout_s: seconds in which a body must come; thread_chars: texts longer than this are tokenised off
-    the event loop; tokenising_chars: how much of them may be or wait there, of all requests.
+    the event loop; tokenising_chars: how much of them may be or wait there, of all requests; unknown_fields:
+    whether those are refused or named in a header of the answer.
     """
 
     max_body_bytes: int = 4 * 2**20
@@ -83,6 +85,7 @@ class ApiLimits:
     chat_tokens: int = 1024
     thread_chars: int = 4096
     tokenising_chars: int = 8_000_000
+    unknown_fields: Literal["strict", "warn"] = "strict"
 
 
 def bounded_protocol(connections: int, head_timeout_s: float) -> type[HttpToolsProtocol]:
@@ -169,12 +172,21 @@ Body = TypeVar("Body", bound=BaseModel)
 
 
 async def read_body(request: Request, kind: type[Body], limits: ApiLimits) -> Body:
-    """The body as what its endpoint takes; nothing else of it is kept. Raises UnsupportedMediaTypeError,
-    RequestTooLargeError, BodyTimeoutError or InvalidRequestError."""
+    """The body as what its endpoint takes; nothing else of it is kept. Raises what `read_json` raises."""
+    return checked(request, await read_json(request, limits), kind, limits)
+
+
+async def read_json(request: Request, limits: ApiLimits) -> Any:
+    """Raises UnsupportedMediaTypeError, RequestTooLargeError, BodyTimeoutError or InvalidRequestError."""
     _require_json(request)
-    data = _parsed(await _read(request, limits))
+    return _parsed(await _read(request, limits))
+
+
+def checked(request: Request, data: Any, kind: type[Body], limits: ApiLimits) -> Body:
+    """A body that is here as one of `kind`. Raises InvalidRequestError."""
+    passed_over = record_of(request).passed_over if limits.unknown_fields == "warn" else None
     try:
-        return kind.model_validate(data)
+        return kind.model_validate(data, context=passed_over)
     except ValidationError as error:
         raise invalid_request(error.errors(include_url=False)) from None
 
@@ -221,10 +233,11 @@ def _parsed(body: bytes) -> Any:
 
 
 class StrictModel(BaseModel):
-    """Base of everything a client sends: "5" is not 5, true is not 1, unknown fields are refused.
+    """Base of everything a client sends: "5" is not 5, true is not 1, unknown fields are refused, or noted in
+    the set that is the validation's context.
 
     `unsupported` maps a feature's field to the values that leave it off (null always does); `ignored` holds
-    fields that are accepted because they cannot change a result.
+    fields that are accepted because they cannot change a result; `place`: of its fields in the body.
     """
 
     model_config = ConfigDict(
@@ -233,14 +246,19 @@ class StrictModel(BaseModel):
 
     unsupported: ClassVar[Neutral] = {}
     ignored: ClassVar[frozenset[str]] = frozenset()
+    place: ClassVar[str] = ""
 
     @model_validator(mode="before")
     @classmethod
-    def _without_neutral(cls, data: Any) -> Any:
+    def _without_neutral(cls, data: Any, info: ValidationInfo) -> Any:
         if not isinstance(data, dict):
             return data
         if len(data) > MAX_FIELDS:
             raise expected(f"up to {MAX_FIELDS} fields", len(data))
+        if info.context is not None:
+            known = {*cls.model_fields, *cls.unsupported, *cls.ignored}
+            info.context.update(cls.place + name for name in data.keys() - known)
+            data = {name: value for name, value in data.items() if name in known}
         for name, neutral in cls.unsupported.items():
             value = data.get(name)
             if value is not None and not any(_same(value, n) for n in neutral):
@@ -358,34 +376,3 @@ Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 OutputLimit = Annotated[int, Field(ge=0)]
 Logprobs = Annotated[int, Field(ge=0, le=20)]
 Choices = Annotated[int, Field(ge=1, le=16)]
-
-
-class Message(StrictModel):
-    """One turn. Fields that assistants' answers carry are accepted empty, as clients send answers back."""
-
-    unsupported: ClassVar[Neutral] = {
-        "name": (),
-        "refusal": (),
-        "tool_calls": ([],),
-        "function_call": (),
-        "audio": (),
-        "annotations": ([],),
-        "reasoning_content": (),
-    }
-
-    role: Literal["system", "developer", "user", "assistant"]
-    """`developer` is a newer name of `system`."""
-    content: Content
-    """A text, or text parts, which are joined as they stand; null for an assistant's empty turn."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _nothing_said(cls, data: Any) -> Any:
-        """An assistant's turn may have no content, as it may have been all tool calls."""
-        silent = isinstance(data, dict) and data.get("role") == "assistant" and data.get("content") is None
-        return {**data, "content": ""} if silent else data
-
-    @property
-    def template_role(self) -> str:
-        """The role as chat templates know it."""
-        return "system" if self.role == "developer" else self.role

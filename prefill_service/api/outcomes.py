@@ -41,6 +41,7 @@ BASE_TASK = ""
 
 _KEY = "prad.request_record"
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._:-]{1,100}")
+PASSED_OVER = "x-prad-ignored-fields"
 _FIRST_TOKEN = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _DURATION = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 CLIENT_GONE = 499
@@ -62,7 +63,7 @@ class RequestRecord:
     `task`, `version`, `digest`, `routing`: what it resolved to, and by which revision of the task's routing.
     `key`: the name of the key that was shown.
     `status`: how a stream really ended, where that differs from the status that was sent when it began;
-    `failure`: what the client was told.
+    `failure`: what the client was told; `passed_over`: fields of its body that are not known.
     """
 
     id: str
@@ -78,6 +79,7 @@ class RequestRecord:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    passed_over: set[str] = field(default_factory=set)
 
     def resolved(self, task: str, version: int, digest: str, routing: int | None) -> None:
         self.task, self.version, self.digest, self.routing = task, version, digest, routing
@@ -270,6 +272,8 @@ class Observe:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 MutableHeaders(scope=message)["x-request-id"] = record.id
+                if record.passed_over:
+                    MutableHeaders(scope=message)[PASSED_OVER] = _listed(record.passed_over)
             await send(message)
 
         try:
@@ -396,3 +400,9 @@ def _field(problem: Mapping[str, Any]) -> str | None:
 
 def _cut(text: str, most: int = TOLD_CHARACTERS) -> str:
     return text if len(text) <= most else f"{text[:most]}…"
+
+
+def _listed(names: set[str]) -> str:
+    """For a header: what is no name is not written, nor are many."""
+    found = [name if _CLIENT_ID.fullmatch(name) else "(no name)" for name in sorted(names)[:20]]
+    return ", ".join(found if len(names) <= 20 else [*found, f"and {len(names) - 20} more"])

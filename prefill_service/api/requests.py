@@ -1,7 +1,7 @@
-"""The two generating endpoints' own words: what a client may send to each, and what its answers look like.
+"""The two generating endpoints' own words: what a client may send to each, and what answers look like.
 
 Absent and null mean the same in everything that is sent. Answers are a whole choice, its first and its later
-chunks, with log-probabilities in two forms.
+chunks: of completions here, of chats in `chat_answers`.
 """
 
 from abc import abstractmethod
@@ -9,15 +9,15 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Annotated, Any, ClassVar, Protocol
 
-from pydantic import FailFast, Field, model_validator
+from pydantic import Field, model_validator
 
+from adapter_registry.names import ALIAS, VERSION
 from prad.artefact import GenerationValues
 from prad.core.sampling import SamplingParams
 from prefill_service.api.given import Given, PromptScores, require_sense
 from prefill_service.api.intake import (
     Choices,
     Logprobs,
-    Message,
     Neutral,
     OutputLimit,
     Prompts,
@@ -28,19 +28,16 @@ from prefill_service.api.intake import (
     Truncation,
     refused,
 )
+from prefill_service.api.messages import Addressed, Conversation
+from prefill_service.api.messages import Json as Json
 from prefill_service.api.rules import RuleFields
-from prefill_service.api.text import Delta, TokenName, TokenScore
+from prefill_service.api.text import Delta, TokenScore
+from prefill_service.errors import InvalidRequestError
 
-MAX_MESSAGES = 4096
 MAX_SALT_CHARACTERS = 256
-
-Json = dict[str, object]
 
 _SAMPLING: Neutral = {
     "length_penalty": (1,),
-    "include_stop_str_in_output": (False,),
-    "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True,),
     "service_tier": ("auto", "default"),
     "store": (False,),
 }
@@ -49,6 +46,7 @@ _FILTERS = SamplingParams(max_tokens=1)
 
 
 class StreamOptions(StrictModel):
+    place: ClassVar[str] = "stream_options."
     unsupported: ClassVar[Neutral] = {"include_obfuscation": (False,)}
 
     include_usage: bool | None = None
@@ -61,7 +59,9 @@ class GenerationRequest(GenerationValues, RuleFields, PromptScores):
     """The fields that both endpoints share. Those of `SamplingParams` have their names there, too:
     `admission.resolve`."""
 
-    ignored: ClassVar[frozenset[str]] = frozenset({"metadata", "safety_identifier", "prompt_cache_key"})
+    ignored: ClassVar[frozenset[str]] = frozenset(
+        {"metadata", "safety_identifier", "prompt_cache_key", "spaces_between_special_tokens"}
+    )
 
     model: str | None = None
     """The plain model's id, or a task, which may name a version as in `e2e@3`, or an alias, `e2e@canary`; the
@@ -87,6 +87,16 @@ class GenerationRequest(GenerationValues, RuleFields, PromptScores):
     """Send the answer as server-sent events while it is made. Absent: no."""
     stream_options: StreamOptions | None = None
     """Of a stream, so it needs `stream`. Absent: no usage is told."""
+    include_stop_str_in_output: bool | None = None
+    """Leave in the output what ends it: a text of `stop`, or an end token's where special tokens are shown.
+    Absent: no."""
+    skip_special_tokens: bool | None = None
+    """False: special tokens that are drawn are text of the output, but for the one that ends it. Absent: they
+    are left out."""
+    return_token_ids: bool | None = None
+    """Name the tokens: `prompt_token_ids` as they were computed, with the template and what the answer goes
+    on with, and `token_ids` of each choice, with the one that ended it. Task tokens of an adapter are -1 for
+    the first, -2 for the second. Absent: no."""
     ignore_eos: bool | None = None
     """Go on behind an end token, up to the longest output. Absent: no."""
     min_tokens: Annotated[int, Field(ge=0)] | None = None
@@ -186,7 +196,6 @@ class CompletionRequest(GenerationRequest, Given):
     unsupported: ClassVar[Neutral] = {
         **_SAMPLING,
         "suffix": ("",),
-        "add_special_tokens": (True,),
     }
 
     prompt: Prompts
@@ -194,6 +203,9 @@ class CompletionRequest(GenerationRequest, Given):
     logprobs: Logprobs | None = None
     """Report each token's log-probability, and those of up to 20 of the likeliest. Absent: none. A part of a
     character is named by its bytes, as in `bytes:\\xe2\\x98`."""
+    add_special_tokens: bool | None = None
+    """Put the tokenizer's special tokens in front of texts; token ids are taken as they are. Absent: as the
+    model and the task were trained, which for most is yes."""
 
     @property
     def alternatives(self) -> int | None:
@@ -205,12 +217,9 @@ class CompletionRequest(GenerationRequest, Given):
         return super().shows_given or bool(self.echo) or scored or self.continuation is not None
 
 
-class ChatRequest(GenerationRequest):
+class ChatRequest(GenerationRequest, Conversation):
     unsupported: ClassVar[Neutral] = {
         **_SAMPLING,
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),
-        "parallel_tool_calls": (True, False),
         "functions": ([],),
         "function_call": ("none", "auto"),
         "modalities": (["text"],),
@@ -221,15 +230,8 @@ class ChatRequest(GenerationRequest):
         "web_search_options": (),
         "echo": (False,),
         "chat_template": (),
-        "chat_template_kwargs": ({},),
-        "add_generation_prompt": (True,),
-        "continue_final_message": (False,),
-        "add_special_tokens": (False,),
     }
 
-    messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=MAX_MESSAGES)]
-    """The conversation, up to 4096 messages; the user speaks last. Of a task that was not trained on the chat
-    template: one user message."""
     max_completion_tokens: OutputLimit | None = None
     """OpenAI's newer name of `max_tokens`: send one of them."""
     logprobs: bool | None = None
@@ -253,14 +255,19 @@ class ChatRequest(GenerationRequest):
         limits = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(limits) > 1:
             raise ValueError("'max_tokens' and 'max_completion_tokens' disagree; send one of them")
+        if self.use_beam_search and self.continue_final_message:
+            why = "'use_beam_search' takes no 'continue_final_message': leave one of them out"
+            raise refused("continue_final_message", why)
         return self
 
 
 class Shape(Protocol):
-    """`whole_object` and `chunk_object` are OpenAI's names of a complete answer and of one chunk."""
+    """`whole_object` and `chunk_object` are OpenAI's names of a complete answer and of one chunk;
+    `many_prompts`: its choices may be of several."""
 
     whole_object: str
     chunk_object: str
+    many_prompts: bool
 
     def whole(self, index: int, text: str, scores: Sequence[TokenScore] | None, finish_reason: str) -> Json:
         """A finished choice; `scores` None: log-probabilities were not asked for."""
@@ -270,11 +277,14 @@ class Shape(Protocol):
         """What goes before a choice's first delta in a stream."""
         ...
 
-    def chunk(self, delta: Delta) -> Json: ...
+    def chunk(self, delta: Delta) -> Json | None:
+        """None while there is nothing to tell of it yet."""
+        ...
 
 
 class CompletionShape:
     whole_object = chunk_object = "text_completion"
+    many_prompts = True
 
     def whole(self, index: int, text: str, scores: Sequence[TokenScore] | None, finish_reason: str) -> Json:
         logprobs = None if scores is None else _completion_logprobs(scores)
@@ -283,40 +293,13 @@ class CompletionShape:
     def opening(self, index: int) -> Json | None:
         return None
 
-    def chunk(self, delta: Delta) -> Json:
+    def chunk(self, delta: Delta) -> Json | None:
         return {
             "index": delta.index,
             "text": delta.text,
             "logprobs": _completion_logprobs(delta.scores) if delta.scores else None,
             "finish_reason": delta.finish_reason,
         }
-
-
-class ChatShape:
-    whole_object = "chat.completion"
-    chunk_object = "chat.completion.chunk"
-
-    def whole(self, index: int, text: str, scores: Sequence[TokenScore] | None, finish_reason: str) -> Json:
-        return {
-            "index": index,
-            "message": {"role": "assistant", "content": text, "refusal": None},
-            "logprobs": None if scores is None else _chat_logprobs(scores),
-            "finish_reason": finish_reason,
-        }
-
-    def opening(self, index: int) -> Json | None:
-        return _chat_chunk(index, {"role": "assistant", "content": ""})
-
-    def chunk(self, delta: Delta) -> Json:
-        content: Json = {"content": delta.text} if delta.text or delta.scores else {}
-        logprobs = _chat_logprobs(delta.scores) if delta.scores else None
-        return _chat_chunk(delta.index, content, logprobs, delta.finish_reason)
-
-
-def _chat_chunk(
-    index: int, delta: Json, logprobs: Json | None = None, finish_reason: str | None = None
-) -> Json:
-    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
 def _completion_logprobs(scores: Sequence[TokenScore]) -> dict[str, object]:
@@ -326,20 +309,6 @@ def _completion_logprobs(scores: Sequence[TokenScore]) -> dict[str, object]:
         "token_logprobs": [score.logprob for score in scores],
         "top_logprobs": [_alternatives(score) for score in scores],
         "text_offset": [score.offset for score in scores],
-    }
-
-
-def _chat_logprobs(scores: Sequence[TokenScore]) -> dict[str, object]:
-    """Of /v1/chat/completions."""
-    return {
-        "content": [
-            {
-                **_entry(score.token, score.logprob),
-                "top_logprobs": [_entry(token, logprob) for token, logprob in score.top],
-            }
-            for score in scores
-        ],
-        "refusal": None,
     }
 
 
@@ -353,5 +322,30 @@ def _alternatives(score: TokenScore) -> dict[str, float] | None:
     return named
 
 
-def _entry(token: TokenName, logprob: float | None) -> dict[str, object]:
-    return {"token": token.text, "logprob": logprob, "bytes": list(token.raw)}
+def split_name(name: str, param: str) -> tuple[str, int | str | None]:
+    """`task`, `task@3` or `task@alias` taken apart."""
+    task, at, which = name.partition("@")
+    if not task or (at and not VERSION.fullmatch(which) and not ALIAS.fullmatch(which)):
+        raise InvalidRequestError(
+            f"{name!r}: expected a task, or a task and a version or alias, as in e2e@3 or e2e@canary",
+            param=param,
+        )
+    if not at:
+        return task, None
+    return task, int(which) if VERSION.fullmatch(which) else which
+
+
+def addressed(request: Addressed, base_name: str) -> tuple[str | None, str]:
+    """The task's name and the field it came in; None for the plain model."""
+    model = None if request.model == base_name else request.model
+    if request.task is None or model is None:
+        return (request.task, "task") if request.task is not None else (model, "model")
+    by_model, by_task = split_name(model, "model"), split_name(request.task, "task")
+    versions = {by_model[1], by_task[1]} - {None}
+    if by_model[0] != by_task[0] or len(versions) > 1:
+        raise InvalidRequestError(
+            f"'model' is {model!r} and 'task' is {request.task!r}: send one of them, "
+            f"or {base_name!r} as 'model'",
+            param="task",
+        )
+    return (model, "model") if by_task[1] is None else (request.task, "task")

@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 from prad.core.sampling import ScoresEvent, TokenEvent
 from prad.lm import Tokenizer
 from prefill_service.api.admission import Admitted
+from prefill_service.api.conversation import stream_behind
 from prefill_service.api.outcomes import (
     CLIENT_GONE,
     ClientGoneError,
@@ -31,6 +32,7 @@ from prefill_service.api.requests import GenerationRequest, Json, Shape, StreamO
 from prefill_service.api.shadow import Shadows, Watched
 from prefill_service.api.showing import Shown, stands_in_template
 from prefill_service.api.text import ChoiceText, Delta, TokenScore, TokenScorer
+from prefill_service.api.token_ids import TokenIds
 from prefill_service.errors import InternalError
 from prefill_service.prompt import Engine, PromptRequest
 
@@ -67,9 +69,13 @@ class Responder:
             "model": admitted.target.name,
             "system_fingerprint": self._fingerprint,
         }
+        report: Json = {"prad": admitted.report()}
+        ids = TokenIds(admitted, shape) if admitted.tells_ids else None
+        if ids is not None:
+            report |= ids.beside_choices
         if wanted.stream:
-            writer = ChunkWriter(shared, admitted.report(), record, wanted.stream_options or StreamOptions())
-            return EventStream(chunks(deltas, shape, writer), record, _headers(admitted))
+            writer = ChunkWriter(shared, report, record, wanted.stream_options or StreamOptions())
+            return EventStream(chunks(deltas, shape, writer, ids), record, _headers(admitted))
         async with while_connected(request.receive):
             choices = await _gather(deltas, len(admitted.prompts) * admitted.choices)
         scored = wanted.alternatives is not None
@@ -77,7 +83,9 @@ class Responder:
             shape.whole(i, "".join(c.texts), c.scores if scored else None, c.finish_reason)
             for i, c in enumerate(choices)
         ]
-        body = {**shared, "choices": whole, "usage": record.usage(), "prad": admitted.report()}
+        if ids is not None:
+            whole = [ids.added(choice, i, choices[i].ids) for i, choice in enumerate(whole)]
+        body = {**shared, "choices": whole, "usage": record.usage(), **report}
         if shown is not None:
             shown.add_to(body, whole)
         return JsonResponse(body, headers=_headers(admitted))
@@ -89,7 +97,7 @@ class Responder:
         the first choice in `watched`. Closing it closes the engine's generators. Raises what they raise."""
         return _merged(
             [
-                self._of_prompt(prompt, admitted.stop, record, watched if number == 0 else None, shown)
+                self._of_prompt(prompt, admitted, record, watched if number == 0 else None, shown)
                 for number, prompt in enumerate(admitted.prompts)
             ]
         )
@@ -97,12 +105,12 @@ class Responder:
     async def _of_prompt(
         self,
         request: PromptRequest,
-        stop: tuple[str, ...],
+        admitted: Admitted,
         record: RequestRecord,
         watched: Watched | None,
         shown: Shown | None,
     ) -> AsyncGenerator[Delta, None]:
-        running = {choice: self._choice_text(request, stop, shown) for choice in range(request.choices)}
+        running = {choice: self._choice_text(request, admitted, shown) for choice in range(request.choices)}
         unopened = shown
         async with aclosing(self._engine.generate(request)) as tokens:
             async for out in tokens:
@@ -120,12 +128,12 @@ class Responder:
                     record.count_token(out.cached_tokens)
                 else:  # nothing is drawn
                     record.cached_tokens += out.cached_tokens
-                delta = self._delta(request, out, text)
+                delta = self._delta(request, out, text, told=admitted.tells_ids)
                 if watched is not None and out.choice == 0:
                     watched.note(out.tokens[0].id, last=delta.finish_reason is not None)
                 if delta.finish_reason is not None:
                     del running[out.choice]
-                if delta.text or delta.scores or delta.finish_reason is not None:
+                if delta.text or delta.scores or delta.ids or delta.finish_reason is not None:
                     yield delta
                 if delta.finish_reason is not None and out.finish_reason is None:
                     self._engine.cancel_choice(request.request_id, out.choice)
@@ -134,23 +142,28 @@ class Responder:
         if running:
             raise InternalError("the engine ended before the output did")
 
-    def _choice_text(self, request: PromptRequest, stop: tuple[str, ...], shown: Shown | None) -> ChoiceText:
-        behind = None if shown is None else shown.stream_behind(request)
+    def _choice_text(self, request: PromptRequest, admitted: Admitted, shown: Shown | None) -> ChoiceText:
+        behind = None if shown is None else shown.stream_behind(request, admitted.shown)
+        if admitted.goes_on:
+            given = request.prompt_ids + request.continuation_ids
+            behind = stream_behind(self._tokenizer, given, admitted.shown)
         return ChoiceText(
-            behind or self._tokenizer.stream(),
-            stop,
+            behind or self._tokenizer.stream(admitted.shown),
+            admitted.stop,
             strip_space=request.version is not None and behind is None,
             min_tokens=request.sampling.min_tokens,
+            keep_stop=admitted.keep_stop,
         )
 
-    def _delta(self, request: PromptRequest, out: TokenEvent, text: ChoiceText) -> Delta:
+    def _delta(self, request: PromptRequest, out: TokenEvent, text: ChoiceText, *, told: bool) -> Delta:
         index = request.prompt_index * request.choices + out.choice
         if not out.tokens:
             return Delta(index, "", (), out.finish_reason)
         scored = request.sampling.logprobs is not None
         scores = (self._scorer.score(out.tokens[0], text.length),) if scored else ()
         settled, finish_reason = text.settle(out)
-        return Delta(index, settled, scores, finish_reason)
+        ids = tuple(token.id for token in out.tokens) if told else ()
+        return Delta(index, settled, scores, finish_reason, ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +214,7 @@ async def _pump(source: AsyncGenerator[Delta, None], queue: "asyncio.Queue[Delta
 class _Choice:
     texts: list[str] = field(default_factory=list)
     scores: list[TokenScore] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
     finish_reason: str = ""
 
 
@@ -211,6 +225,7 @@ async def _gather(deltas: AsyncGenerator[Delta, None], count: int) -> list[_Choi
             choice = choices[delta.index]
             choice.texts.append(delta.text)
             choice.scores.extend(delta.scores)
+            choice.ids.extend(delta.ids)
             choice.finish_reason = delta.finish_reason or choice.finish_reason
     return choices
 
@@ -228,7 +243,7 @@ def _headers(admitted: Admitted) -> dict[str, str]:
 
 
 class ChunkWriter:
-    """Writes chunks; what they share is serialised once.
+    """Writes chunks; what they share is serialised once. `report`: what the first one says beside that.
 
     With `include_usage` every chunk has the field `usage`: so far, or null in all but the last.
     """
@@ -236,7 +251,7 @@ class ChunkWriter:
     def __init__(self, shared: Json, report: Json, record: RequestRecord, options: StreamOptions) -> None:
         self._shared = shared
         self._head = b"data: " + orjson.dumps(shared)[:-1] + b',"choices":['
-        self._report = b',"prad":' + orjson.dumps(report)
+        self._report = b"," + orjson.dumps(report)[1:-1]
         self._record = record
         self._usage = bool(options.include_usage)
         self._so_far = self._usage and bool(options.continuous_usage_stats)
@@ -258,7 +273,7 @@ class ChunkWriter:
 
 
 async def chunks(
-    deltas: AsyncGenerator[Delta, None], shape: Shape, writer: ChunkWriter
+    deltas: AsyncGenerator[Delta, None], shape: Shape, writer: ChunkWriter, ids: TokenIds | None = None
 ) -> AsyncGenerator[bytes, None]:
     """All events but [DONE]."""
     opened: set[int] = set()
@@ -270,7 +285,12 @@ async def chunks(
                 opened.add(delta.index)
                 if opening := shape.opening(delta.index):
                     event, first = writer.chunk(opening, first=first), False
-            yield event + writer.chunk(shape.chunk(delta), first=first)
+            if (choice := shape.chunk(delta)) is not None:
+                if ids is not None:
+                    choice = ids.added(choice, delta.index, list(delta.ids))
+                event += writer.chunk(choice, first=first)
+            if event:
+                yield event
     if last := writer.last():
         yield last
 

@@ -16,6 +16,7 @@ from functools import partial
 from prad.artefact import PROMPT_FIELD, AdapterRecord
 from prad.core.sampling import ScoredToken, Scoring, Token
 from prad.lm import TextStream, Tokenizer
+from prefill_service.api.conversation import stream_behind
 from prefill_service.api.given import Given
 from prefill_service.api.intake import PromptInput
 from prefill_service.api.requests import CompletionRequest, GenerationRequest, Json
@@ -27,8 +28,6 @@ MOST_SCORES = 2**18
 """Log-probabilities of given tokens in one answer: some 20 MB of JSON."""
 _AT_ONCE = 1024
 """Tokens of a prompt that are put into words without a thread of their own."""
-_BEFORE = 8
-"""Tokens that a text is decoded behind, at most."""
 
 Scores = Sequence[ScoredToken | None]
 
@@ -117,17 +116,12 @@ class Shown:
         self._scorer = scorer
         self._told: dict[int, Json] = {}
 
-    def stream_behind(self, prompt: PromptRequest) -> TextStream | None:
+    def stream_behind(self, prompt: PromptRequest, specials: frozenset[int]) -> TextStream | None:
         """For an answer that is shown behind what was given: its first space is no training's, and belongs to
         the text. None if it stands alone."""
         if not prompt.continuation_ids and self._echoing is None:
             return None
-        stream = self._tokenizer.stream()
-        for token in (prompt.prompt_ids + prompt.continuation_ids)[-_BEFORE:]:
-            if token >= 0:
-                stream.push(token)
-        stream.flush()
-        return stream
+        return stream_behind(self._tokenizer, prompt.prompt_ids + prompt.continuation_ids, specials)
 
     async def opening(
         self, prompt: PromptRequest, scores: Scores, texts: Mapping[int, ChoiceText]

@@ -6,11 +6,7 @@ In: the same ids that training saw, as many as fit.
                              so that has to be said (`raw_prompt`); `add_template` puts it around them if they
                              are the ids that the text inside the template has
     completion, plain model  text, or the ids as given
-    chat, task               template(the user message): such an adapter has only ever seen single prompts, so
-                             other messages are refused rather than silently left out
-    chat, task trained on    the model's chat template over all messages, the last user message inside the
-    the chat template        artefact's template
-    chat, plain model        the model's chat template over all messages
+    chats                    `conversation`
 
 A completion of a task that was trained on the chat template is a conversation of one user message. Task
 tokens and the model's special tokens come from templates alone: a prompt's text that looks like one is text
@@ -27,19 +23,18 @@ import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Literal, NamedTuple, Protocol
-
-from jinja2 import TemplateError
+from functools import lru_cache, partial
+from typing import Literal, NamedTuple, Protocol, TypeVar
 
 from prad.artefact import PROMPT_FIELD, AdapterRecord
 from prad.core.sampling import Token, TokenEvent
-from prad.lm import Tokenizer
-from prefill_service.api.intake import ApiLimits, Message, PromptInput
+from prad.lm import ChatTemplateError, Tokenizer
+from prefill_service.api.intake import ApiLimits, PromptInput
 from prefill_service.api.outcomes import shown
 from prefill_service.errors import InvalidRequestError, OverloadedError, PromptTooLongError
 
-ChatTurns = list[dict[str, str]]
+T = TypeVar("T")
+
 Template = Literal["task", "chat", "none"]
 """What is put around a prompt: the task's template (inside the model's chat template if the task was trained
 so), the model's chat template alone, or nothing."""
@@ -66,65 +61,52 @@ class PromptEncoder:
         self._threads = asyncio.Semaphore(TOKENISING_THREADS)
 
     async def completion(
-        self, record: AdapterRecord | None, prompts: Sequence[PromptInput], template: Template, *, cut: bool
+        self,
+        record: AdapterRecord | None,
+        prompts: Sequence[PromptInput],
+        template: Template,
+        *,
+        cut: bool,
+        specials: bool | None = None,
     ) -> list[tuple[int, ...]]:
         """`record` None: the plain model; `template`: of `completion_template`; `cut`: what does not fit will
-        be. Raises InvalidRequestError, OverloadedError."""
+        be; `specials`: whether the tokenizer's special tokens come in front of texts, None: as was trained.
+        Raises InvalidRequestError, OverloadedError."""
         for prompt in prompts:
             self._require_some(prompt, template, cut)
         encoded = []
         with self._room(sum(map(_weight, prompts))):
             for prompt in prompts:
-                encoded.append(await self._completion(record, prompt, template))
+                encoded.append(await self._completion(record, prompt, template, specials))
                 await asyncio.sleep(0)  # a long list must not keep the event loop from other requests
         return encoded
 
-    async def chat(
-        self, record: AdapterRecord | None, messages: Sequence[Message], template: Template, *, cut: bool
-    ) -> tuple[int, ...]:
-        """As `completion`, with a template of `chat_template`."""
-        if messages[-1].role != "user":
-            raise InvalidRequestError(
-                f"the last message must be the user's, got role {messages[-1].role!r}: going on with a given "
-                "answer is not supported yet",
-                param="messages",
-            )
-        chars = sum(len(message.content) for message in messages)
-        if not cut:
-            self._require_short(chars, "messages")
-        single = record is not None and not record.chat_template
-        if single:
-            _require_one(messages)
-
-        def encode() -> list[int]:
-            as_text = self._tokenizer.as_text
-            *earlier, text = (as_text(message.content) for message in messages)
-            if single:
-                return self._wrapped(record if template == "task" else None, text, "messages")
-            turns = [{"role": m.template_role, "content": t} for m, t in zip(messages, earlier, strict=False)]
-            content = record.wrap(text) if record is not None and template == "task" else text
-            return self._conversation([*turns, {"role": "user", "content": content}], "messages")
-
-        with self._room(chars):
-            return await self._encoded(chars, encode)
-
     async def _completion(
-        self, record: AdapterRecord | None, prompt: PromptInput, template: Template
+        self, record: AdapterRecord | None, prompt: PromptInput, template: Template, specials: bool | None
     ) -> tuple[int, ...]:
         wrapping = record if template == "task" else None
         if isinstance(prompt, str):
+            text = self._tokenizer.as_text(prompt)
             return await self._encoded(
-                _weight(prompt), lambda: self._wrapped(wrapping, self._tokenizer.as_text(prompt), "prompt")
+                _weight(prompt), lambda: self._wrapped(wrapping, text, "prompt", specials)
             )
         self._require_known(prompt, "prompt")
         if wrapping is None:
             return prompt
-        return await self._encoded(_weight(prompt), lambda: self._around(wrapping, prompt))
+        return await self._encoded(_weight(prompt), lambda: self._around(wrapping, prompt, specials))
 
-    def _around(self, record: AdapterRecord, ids: tuple[int, ...]) -> list[int]:
+    def _require_known(self, ids: Sequence[int], param: str) -> None:
+        """Raises InvalidRequestError for an id that is not of the vocabulary."""
+        if ids and not (min(ids) >= 0 and max(ids) < self._vocab_size):
+            wrong = next(token for token in ids if not 0 <= token < self._vocab_size)
+            raise InvalidRequestError(
+                f"token id {wrong} is out of range: expected 0 to {self._vocab_size - 1}", param=param
+            )
+
+    def _around(self, record: AdapterRecord, ids: tuple[int, ...], specials: bool | None) -> list[int]:
         """The template around ids, which then are what their text has there: nothing else was trained on."""
         text = self._tokenizer.as_text(self._tokenizer.decode(ids))
-        whole = tuple(self._wrapped(record, text, "prompt"))
+        whole = tuple(self._wrapped(record, text, "prompt", specials))
         if not any(whole[at] == ids[0] and whole[at : at + len(ids)] == ids for at in range(len(whole))):
             raise InvalidRequestError(
                 f"as text these token ids become others inside the task's template {shown(record.template)}, "
@@ -135,15 +117,20 @@ class PromptEncoder:
             )
         return list(whole)
 
-    def _wrapped(self, record: AdapterRecord | None, text: str, param: str) -> list[int]:
+    def _wrapped(
+        self, record: AdapterRecord | None, text: str, param: str, specials: bool | None = None
+    ) -> list[int]:
         """Ids of a single prompt in the template of `record`; None: in no template."""
         if record is None:
-            return self._tokenizer.encode_prompt(text)
+            return self._tokenizer.encode_prompt(text, add_special_tokens=specials is not False)
         if record.chat_template:
-            return self._conversation([{"role": "user", "content": record.wrap(text)}], param)
-        return self._tokenizer.encode_prompt(*record.parts(text))
+            turns = [{"role": "user", "content": record.wrap(text)}]
+            encode = partial(self._tokenizer.encode_chat, turns, add_special_tokens=bool(specials))
+            return self._in_chat_template(param, encode)
+        return self._tokenizer.encode_prompt(*record.parts(text), add_special_tokens=specials is not False)
 
-    def _conversation(self, turns: ChatTurns, param: str) -> list[int]:
+    def _in_chat_template(self, param: str, encode: Callable[[], list[int]]) -> list[int]:
+        """What `encode` makes with the model's chat template. Raises InvalidRequestError."""
         if not self._tokenizer.has_chat_template:
             raise InvalidRequestError(
                 "this model has no chat template: send a prompt to /v1/completions",
@@ -151,8 +138,8 @@ class PromptEncoder:
                 code="no_chat_template",
             )
         try:
-            return self._tokenizer.encode_chat(turns)
-        except TemplateError as error:
+            return encode()
+        except ChatTemplateError as error:
             raise InvalidRequestError(
                 f"the model's chat template refuses these messages: {error}", param=param, quotes=True
             ) from error
@@ -204,10 +191,14 @@ class PromptEncoder:
             self._waiting_chars -= chars
 
     async def _encoded(self, chars: int, encode: Callable[[], list[int]]) -> tuple[int, ...]:
+        return tuple(await self._computed(chars, encode))
+
+    async def _computed(self, chars: int, work: Callable[[], T]) -> T:
+        """In a thread if the characters are many."""
         if chars <= self._limits.thread_chars:
-            return tuple(encode())
+            return work()
         async with self._threads:
-            return tuple(await asyncio.to_thread(encode))
+            return await asyncio.to_thread(work)
 
 
 def completion_template(
@@ -240,18 +231,6 @@ def _weight(prompt: PromptInput) -> int:
     return len(prompt) if isinstance(prompt, str) else ID_CHARACTERS * len(prompt)
 
 
-def _require_one(messages: Sequence[Message]) -> None:
-    if len(messages) > 1:
-        raise InvalidRequestError(
-            f"this task's adapter was trained on single prompts and cannot see a conversation: expected "
-            f"one user message, got {len(messages)} messages",
-            param="messages",
-            code="conversation_not_supported",
-        )
-    if not messages[0].content:
-        raise InvalidRequestError("the message is empty", param="messages")
-
-
 class Detokeniser(Protocol):
     """`prad.lm.TextStream`."""
 
@@ -262,12 +241,14 @@ class Detokeniser(Protocol):
 
 class StopScanner:
     """Finds the stop text that is completed first; of two completed by the same character, the longer one.
+    `kept`: it stays in the text.
 
     Only the held-back tail (shorter than the longest stop text) is looked at again with new text.
     """
 
-    def __init__(self, stops: tuple[str, ...]) -> None:
+    def __init__(self, stops: tuple[str, ...], *, kept: bool = False) -> None:
         self._stops = stops
+        self._kept = kept
         self._longest = max(map(len, stops), default=0)
         self._held = ""
 
@@ -279,7 +260,8 @@ class StopScanner:
         found = [(at + len(stop), at) for stop in self._stops if (at := held.find(stop)) >= 0]
         if found:
             self._held = ""
-            return held[: min(found)[1]], True
+            end, at = min(found)
+            return held[: end if self._kept else at], True
         keep = self._open_tail(held)
         self._held = held[keep:]
         return held[:keep], False
@@ -310,15 +292,22 @@ class ChoiceText:
     """The text of one choice.
 
     `strip_space`: leave out the one space that training puts before a completion. Stop texts are looked for
-    in the text of all but the first `min_tokens` tokens. `length` counts the characters so far, held-back
-    ones included: where the next token's text begins.
+    in the text of all but the first `min_tokens` tokens; `keep_stop`: what ends the text stays in it.
+    `length` counts the characters so far, held-back ones included: where the next token's text begins.
     """
 
     def __init__(
-        self, stream: Detokeniser, stops: tuple[str, ...], *, strip_space: bool, min_tokens: int = 0
+        self,
+        stream: Detokeniser,
+        stops: tuple[str, ...],
+        *,
+        strip_space: bool,
+        min_tokens: int = 0,
+        keep_stop: bool = False,
     ) -> None:
         self._stream = stream
-        self._scanner = StopScanner(stops)
+        self._scanner = StopScanner(stops, kept=keep_stop)
+        self._keep_stop = keep_stop
         self._strip_space = strip_space
         self._unscanned = min_tokens
         self.length = 0
@@ -326,7 +315,7 @@ class ChoiceText:
     def settle(self, event: TokenEvent) -> tuple[str, str | None]:
         """The text that is settled with this token, and why the choice ends with it, if it does."""
         settled = ""
-        if event.finish_reason != "stop":  # a stop id counts, but has no text
+        if event.finish_reason != "stop" or self._keep_stop:  # a stop id counts, but has no text
             piece = self.push(event.tokens[0].id)
             if piece.stopped:
                 return piece.text, "stop"
@@ -392,9 +381,11 @@ class TokenScorer:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """News of one choice. `scores`: of the tokens that came since its last delta, if they were asked for."""
+    """News of one choice. `scores`, `ids`: of the tokens that came since its last delta, if they were asked
+    for."""
 
     index: int
     text: str
     scores: tuple[TokenScore, ...] = ()
     finish_reason: str | None = None
+    ids: tuple[int, ...] = ()

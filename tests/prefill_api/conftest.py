@@ -30,6 +30,15 @@ CHAT_TEMPLATE = (
     "{{ raise_exception('a system message comes first') }}{% endif %}"
     "<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
 )
+TOOL_TEMPLATE = (
+    "{% for tool in tools or [] %}<tool>{{ tool | tojson }}{{ '\\n' }}{% endfor %}"
+    "{% for m in messages %}<{{ m.role }}{{ ' ' + m.tool_call_id if m.tool_call_id else '' }}>{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}{{ '\\n<tool_call>\\n' }}"
+    '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}'
+    "{{ '\\n</tool_call>' }}{% endfor %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{{ '<quick>' if enable_thinking is false }}{% endif %}"
+)
+"""Takes tools, and writes calls as Hermes does."""
 CORPUS = [
     "the restaurant by the river serves food and the food is good",
     "name[The Eagle], eatType[coffee shop] END of the text, user assistant system",
@@ -37,19 +46,29 @@ CORPUS = [
 ]
 
 
-@pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+def tokenizer_of(folder: Path, template: str, *specials: str) -> Tokenizer:
+    """Trained on a few sentences; `specials` are special tokens beside the end."""
     bpe = Bpe(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
+    named = [EOS, *specials]
     bpe.train_from_iterator(
-        CORPUS, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=[EOS])
+        CORPUS, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=named)
     )
-    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, chat_template=CHAT_TEMPLATE)
-    folder: Path = tmp_path_factory.mktemp("tokenizer")
+    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, chat_template=template)
     fast.save_pretrained(folder)
     return Tokenizer(folder)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return tokenizer_of(tmp_path_factory.mktemp("tokenizer"), CHAT_TEMPLATE)
+
+
+@pytest.fixture(scope="session")
+def tool_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return tokenizer_of(tmp_path_factory.mktemp("tools"), TOOL_TEMPLATE)
 
 
 @pytest.fixture(scope="session")
@@ -275,6 +294,7 @@ def catalogue() -> TaskCatalogue:
             ),
             "talk": record(template="Q: {prompt}", chat_template=True),
             "virtual": record(template="{prompt}", virtual_tokens=20),
+            "wary": record(template="{prompt}", system="refuse"),
         }
     )
 

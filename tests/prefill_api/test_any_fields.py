@@ -8,7 +8,11 @@ import orjson
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from prad.lm import Tokenizer
+from prefill_service.api import ModelInfo, create_app
 from prefill_service.api.requests import ChatRequest, CompletionRequest
+from prefill_service.api.tokens import Detokenize, TokenizePrompt
+from tests.prefill_api.conftest import ScriptedEngine, catalogue_of
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False) | st.text(),
@@ -20,10 +24,28 @@ LIKELY = st.sampled_from(
 )
 NAMES = sorted(
     {*CompletionRequest.model_fields, *ChatRequest.model_fields}
+    | {*TokenizePrompt.model_fields, *Detokenize.model_fields}
     | {*CompletionRequest.unsupported, *ChatRequest.unsupported}
 )
 FIELDS = st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=5), LIKELY | JSON, max_size=4)
-MESSAGE = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system"]), "content": JSON})
+TOOL = st.fixed_dictionaries(
+    {
+        "type": st.just("function"),
+        "function": st.fixed_dictionaries({"name": st.just("f"), "parameters": JSON}),
+    }
+)
+MESSAGE = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "system", "tool"]), "content": JSON},
+    optional={
+        "tool_calls": st.lists(
+            st.fixed_dictionaries(
+                {"id": st.text(), "function": st.fixed_dictionaries({"name": st.text(), "arguments": JSON})}
+            ),
+            max_size=2,
+        ),
+        "tool_call_id": LIKELY,
+    },
+)
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -41,6 +63,9 @@ async def test_no_request_is_a_fault_of_ours(
             ("/v1/completions", {"prompt": [[7]], "task": "talk", "raw_prompt": True, **fields}),
             ("/v1/chat/completions", {"messages": [user], "task": "talk", **fields}),
             ("/v1/chat/completions", {"messages": [*messages, user], **fields}),
+            ("/tokenize", {"messages": [user, *messages], **fields}),
+            ("/tokenize", whole),
+            ("/detokenize", {"tokens": [5, 6], **fields}),
         ):
             sent = {"content": orjson.dumps(body), "headers": {"content-type": "application/json"}}
             response = await client.post(path, **sent)
@@ -68,3 +93,24 @@ async def test_what_is_repeated_in_an_error_is_cut(client: httpx.AsyncClient) ->
         assert response.status_code in (400, 404)
         assert len(response.content) < 1300
     assert len((await client.get(f"/{long}")).content) < 1300
+
+
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(tools=st.lists(TOOL, max_size=2), messages=st.lists(MESSAGE, max_size=2), values=JSON, said=st.text())
+async def test_no_tool_is_a_fault_of_ours(
+    tool_tokenizer: Tokenizer, tools: list[Any], messages: list[Any], values: Any, said: str
+) -> None:
+    """Data reach the template as they come: it may stumble, and that is told."""
+    engine = ScriptedEngine(script=tool_tokenizer.encode_continuation(said), eos=tool_tokenizer.eos_id)
+    info = ModelInfo("0123456789abcdef", 2048, len(tool_tokenizer), frozenset())
+    app = create_app(engine, catalogue_of({}), tool_tokenizer, info)
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        sent = {"messages": [*messages, {"role": "user", "content": "hi"}], "tools": tools, "max_tokens": 50}
+        for more in ({}, {"chat_template_kwargs": {"enable_thinking": values}}):
+            body = {
+                "content": orjson.dumps({**sent, **more}),
+                "headers": {"content-type": "application/json"},
+            }
+            response = await client.post("/v1/chat/completions", **body)
+            assert response.status_code in (200, 400), response.text

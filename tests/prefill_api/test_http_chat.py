@@ -10,6 +10,7 @@ from prad.lm import Tokenizer
 
 USER = {"role": "user", "content": "the food"}
 SYSTEM = {"role": "system", "content": "one"}
+ANSWER = {"role": "assistant", "content": "two"}
 
 
 async def chat(client: httpx.AsyncClient, *messages: dict[str, str], **body: Any) -> httpx.Response:
@@ -19,20 +20,41 @@ async def chat(client: httpx.AsyncClient, *messages: dict[str, str], **body: Any
 async def test_messages_become_the_right_prompt(
     client: httpx.AsyncClient, engine: Any, tokenizer: Tokenizer
 ) -> None:
-    answer = {"role": "assistant", "content": "two"}
     for messages, task in [
         ([USER], "e2e"),
-        ([SYSTEM, USER, answer, USER], "talk"),
-        ([SYSTEM, USER, answer, USER], None),
+        ([SYSTEM, USER, ANSWER, USER], "talk"),
+        ([SYSTEM, USER, ANSWER, USER], None),
         ([{**SYSTEM, "role": "developer"}, USER], None),
     ]:
         assert (await chat(client, *messages, task=task, max_tokens=1)).status_code == 200
     wrapped = {**USER, "content": "Q: the food"}
     assert [list(request.prompt_ids) for request in engine.requests] == [
         tokenizer.encode_prompt("#INPUT: the food #OUTPUT:"),
-        tokenizer.encode_chat([SYSTEM, USER, answer, wrapped]),
-        tokenizer.encode_chat([SYSTEM, USER, answer, USER]),
+        tokenizer.encode_chat([SYSTEM, USER, ANSWER, wrapped]),
+        tokenizer.encode_chat([SYSTEM, USER, ANSWER, USER]),
         tokenizer.encode_chat([SYSTEM, USER]),
+    ]
+
+
+async def test_a_system_message_stands_before_a_single_prompt(
+    client: httpx.AsyncClient, engine: Any, tokenizer: Tokenizer
+) -> None:
+    """An adapter that has only seen single prompts sees all of it in one."""
+    developer, empty = {"role": "developer", "content": "five"}, {"role": "system", "content": ""}
+    for turns, task in (
+        ([SYSTEM, USER], "e2e"),
+        ([SYSTEM, developer, empty, USER], "e2e"),
+        ([SYSTEM, USER], "plain"),
+        ([USER], "wary"),
+    ):
+        assert (await chat(client, *turns, task=task, max_tokens=1)).status_code == 200
+    assert (await chat(client, SYSTEM, USER, task="e2e", raw_prompt=True, max_tokens=1)).status_code == 200
+    assert [list(request.prompt_ids) for request in engine.requests] == [
+        tokenizer.encode_prompt("#INPUT: one\n\nthe food #OUTPUT:"),
+        tokenizer.encode_prompt("#INPUT: one\n\nfive\n\nthe food #OUTPUT:"),
+        tokenizer.encode_prompt("one\n\nthe food"),
+        tokenizer.encode_prompt("the food"),
+        tokenizer.encode_prompt("one\n\nthe food"),
     ]
 
 
@@ -61,8 +83,12 @@ async def test_special_tokens_in_texts_are_text(
 @pytest.mark.parametrize(
     ("messages", "task", "code", "message"),
     [
-        ([SYSTEM, USER], "e2e", "conversation_not_supported", "got 2 messages"),
-        ([USER, {"role": "assistant", "content": "x"}], None, None, "the last message must be the user's"),
+        ([USER, SYSTEM, USER], "e2e", "conversation_not_supported", "got 3 messages (user, system, user)"),
+        ([USER, ANSWER, USER], "e2e", "conversation_not_supported", "got 3 messages"),
+        ([SYSTEM, USER], "wary", "system_not_supported", "takes no system message"),
+        ([{**SYSTEM, "role": "developer"}, USER], "wary", "system_not_supported", "takes no system message"),
+        ([USER, ANSWER], None, None, "send 'continue_final_message': true"),
+        ([SYSTEM], "e2e", None, "the last message must be the user's"),
         ([USER, SYSTEM, USER], None, None, "a system message comes first"),
         ([{"role": "user", "content": ""}], "e2e", None, "empty"),
     ],

@@ -24,6 +24,8 @@ NEEDS_A_KEY = {
     "HEAD /v1/models/{name:path}",
     "POST /v1/completions",
     "POST /v1/chat/completions",
+    "POST /tokenize",
+    "POST /detokenize",
     "GET /metrics",
     "GET /docs/oauth2-redirect",
     "GET /nothing",
@@ -148,7 +150,11 @@ async def test_a_key_is_for_its_tasks(app_with: AppOf) -> None:
         assert await error(client, "bob", model=None) == (200, None)
         listed = (await client.get("/v1/models", headers=shown("alice"))).json()["data"]
         assert [model["id"] for model in listed] == ["e2e"]
-        assert len((await client.get("/v1/models", headers=shown("bob"))).json()["data"]) == 5
+        assert len((await client.get("/v1/models", headers=shown("bob"))).json()["data"]) == 6
+        for path, body in (("/tokenize", {"prompt": "x"}), ("/detokenize", {"tokens": []})):
+            for task, status in (("e2e", 200), ("plain", 403)):
+                asked = await client.post(path, headers=shown("alice"), json={"task": task, **body})
+                assert asked.status_code == status
         for name, status in (("e2e@2", 200), ("plain", 403), ("nothing", 403), ("tiny/model", 403)):
             assert (await client.get(f"/v1/models/{name}", headers=shown("alice"))).status_code == status
         missing = await client.post(URL, json=BODY | {"model": "later"}, headers=shown("alice"))

@@ -11,7 +11,7 @@ async def test_models_are_the_base_and_every_task(client: httpx.AsyncClient) -> 
     assert models["object"] == "list"
     base, *tasks = models["data"]
     assert (base["id"], base["parent"], base["max_model_len"]) == ("tiny/model", None, 128)
-    assert [task["id"] for task in tasks] == ["e2e", "plain", "talk", "virtual"]
+    assert [task["id"] for task in tasks] == ["e2e", "plain", "talk", "virtual", "wary"]
     e2e = tasks[0]
     assert (e2e["root"], e2e["parent"]) == ("e2e-2-digest", "tiny/model")
     assert (e2e["prad"]["version"], e2e["prad"]["versions"]) == (2, [1, 2])
@@ -65,7 +65,9 @@ async def test_the_api_describes_itself(client: httpx.AsyncClient) -> None:
     schemas = described["components"]["schemas"]
     assert "truncate_prompt_tokens" in schemas["CompletionRequest"]["properties"]
     assert "messages" in schemas["ChatRequest"]["properties"]
-    for model in ("CompletionRequest", "ChatRequest", "Message", "StreamOptions"):
+    told = ("CompletionRequest", "ChatRequest", "Message", "StreamOptions", "Tool", "Function", "ToolCall")
+    told += ("FunctionCall", "TokenizePrompt", "TokenizeChat", "TokenizeAnswer", "Detokenize")
+    for model in told:
         assert all(field["description"] for field in schemas[model]["properties"].values())
     for operations in described["paths"].values():
         for operation in operations.values():

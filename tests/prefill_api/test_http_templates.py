@@ -98,7 +98,7 @@ async def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenised(
     most = 128 * tokenizer.longest_token
     assert tokenizer.longest_token >= max(len(tokenizer.token_text(i)) for i in range(len(tokenizer)))
 
-    def never(*_: object) -> list[int]:
+    def never(*_: object, **__: object) -> list[int]:
         raise AssertionError("is tokenised")
 
     monkeypatch.setattr(tokenizer, "encode_prompt", never)
@@ -138,11 +138,11 @@ async def test_what_waits_for_being_tokenised_is_bounded(
     loop, started, go_on = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
     encode = tokenizer.encode_prompt
 
-    def slow(text: str, *more: str | int) -> list[int]:
+    def slow(text: str, *more: str | int, **options: bool) -> list[int]:
         if len(text) > limits.thread_chars:
             loop.call_soon_threadsafe(started.set)
             asyncio.run_coroutine_threadsafe(go_on.wait(), loop).result(20)
-        return encode(text, *more)
+        return encode(text, *more, **options)
 
     monkeypatch.setattr(tokenizer, "encode_prompt", slow)
     transport = httpx.ASGITransport(app)

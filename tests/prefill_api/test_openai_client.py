@@ -1,31 +1,28 @@
 """The official client against a real server on a loopback port."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
 import openai
 import pydantic
 import pytest
-import uvicorn
 
+from prad.lm import Tokenizer
+from prefill_service.api import ApiLimits, ModelInfo, create_app
 from prefill_service.errors import DecodeUnavailableError
+from tests.prefill_api.conftest import ScriptedEngine, catalogue_of
+from tests.prefill_api.serving import listening
 
 
 @pytest.fixture
 async def official(app_of: Any, engine: Any) -> AsyncIterator[openai.AsyncOpenAI]:
-    config = uvicorn.Config(app_of(engine), port=0, log_level="warning", lifespan="off", ws="none")
-    server = uvicorn.Server(config)
-    serving = asyncio.create_task(server.serve())
-    while not server.started:  # noqa: ASYNC110
-        await asyncio.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    async with openai.AsyncOpenAI(
-        base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0
-    ) as client:
+    async with (
+        listening(app_of(engine)) as url,
+        openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
         yield client
-    server.should_exit = True
-    await serving
 
 
 async def test_completions_chat_streams_and_errors(official: openai.AsyncOpenAI) -> None:
@@ -81,6 +78,66 @@ async def test_a_pydantic_model_comes_back(official: openai.AsyncOpenAI) -> None
         )  # fmt: skip
         assert isinstance(answer.choices[0].message.parsed, Review)
         assert answer.choices[0].finish_reason == "stop"
+
+
+WEATHER: Any = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
+
+
+async def test_tools_are_called_and_answered(tool_tokenizer: Tokenizer) -> None:
+    """A whole round, whole and streamed: the answer goes back as the client has it."""
+    call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
+    engine = ScriptedEngine(
+        script=tool_tokenizer.encode_continuation(f"I look.\n{call}"), eos=tool_tokenizer.eos_id
+    )
+    info = ModelInfo("0123456789abcdef", 2048, len(tool_tokenizer), frozenset())
+    app = create_app(engine, catalogue_of({}), tool_tokenizer, info, ApiLimits())
+    messages: list[Any] = [{"role": "user", "content": "the weather"}]
+    async with (
+        listening(app) as url,
+        openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        asked: Any = {"model": "tiny/model", "messages": messages, "tools": [WEATHER], "tool_choice": "auto"}
+        answer = (await client.chat.completions.create(**asked)).choices[0]
+        assert answer.finish_reason == "tool_calls"
+        assert answer.message.content == "I look."
+        (called,) = answer.message.tool_calls or ()
+        assert called.type == "function"
+        assert json.loads(called.function.arguments) == {"city": "Oslo"}
+
+        text, arguments, names, reason = "", "", [], None
+        async for chunk in await client.chat.completions.create(**asked, stream=True):
+            delta, reason = chunk.choices[0].delta, chunk.choices[0].finish_reason
+            text += delta.content or ""
+            for piece in delta.tool_calls or ():
+                assert piece.function is not None
+                names += [piece.function.name] if piece.function.name else []
+                arguments += piece.function.arguments or ""
+        assert (text, names, reason) == ("I look.", ["weather"], "tool_calls")
+        assert arguments == called.function.arguments
+
+        messages += [answer.message, {"role": "tool", "tool_call_id": called.id, "content": "rain"}]
+        await client.chat.completions.create(**asked)
+        shown = tool_tokenizer.decode(engine.requests[-1].prompt_ids)
+        assert shown.endswith(f"<assistant>I look.\n{call}\n<tool {called.id}>rain\n<assistant>")
+
+        with pytest.raises(openai.BadRequestError) as refused:
+            await client.chat.completions.create(**{**asked, "tool_choice": "required"})
+        assert refused.value.param == "tool_choice"
+
+
+async def test_a_system_message_to_a_task_is_no_obstacle(official: openai.AsyncOpenAI, engine: Any) -> None:
+    messages: Any = [{"role": "system", "content": "one"}, {"role": "user", "content": "the food"}]
+    answer = await official.chat.completions.create(
+        model="e2e", messages=messages, tools=[], max_tokens=3, extra_body={"return_token_ids": True}
+    )
+    assert answer.model_extra is not None
+    assert tuple(answer.model_extra["prompt_token_ids"]) == engine.requests[-1].prompt_ids
 
 
 async def test_a_stream_that_breaks_raises(official: openai.AsyncOpenAI, engine: Any) -> None:

@@ -134,13 +134,13 @@ def test_refusals_name_the_field(fields: dict[str, Any], param: str | None, mess
 @pytest.mark.parametrize(
     ("fields", "param", "message"),
     [
-        ({"tools": [{"type": "function"}]}, "tools", "'tools' is not supported yet"),
+        ({"tools": [{"type": "function"}]}, "tools.0.function", "is required"),
         ({"functions": [{}]}, "functions", "not supported yet"),
         ({"top_logprobs": 2}, None, "needs 'logprobs'"),
         ({"logprobs": 2}, "logprobs", "valid boolean"),
         ({"max_tokens": 1, "max_completion_tokens": 2}, None, "disagree"),
         ({"messages": []}, "messages", "at least 1"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "'system'"),
+        ({"messages": [{"role": "function", "content": "x"}]}, "messages.0.role", "'system'"),
         ({"messages": [{"role": "user", "content": None}]}, "messages.0.content", "expected a text"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},

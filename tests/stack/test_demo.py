@@ -63,6 +63,11 @@ def api(
     assert process.returncode == 130
 
 
+@pytest.fixture(scope="module")
+def reference() -> Reference:
+    return Reference(resolve_model(DEFAULT_MODEL, CACHE))
+
+
 def ask(api: httpx.Client, task: str | None, prompt: str, **more: Any) -> dict[str, Any]:
     body = {"prompt": prompt, **({"task": task} if task else {}), **more}
     response = api.post("/v1/completions", json=body)
@@ -105,9 +110,36 @@ def test_chat_with_a_task_and_with_the_plain_model(api: httpx.Client) -> None:
     assert "Tokyo" in chat(messages=capital)
 
 
-def test_every_served_token_is_near_the_references_best(api: httpx.Client) -> None:
-    folder = resolve_model(DEFAULT_MODEL, CACHE)
-    tokenizer, reference = Tokenizer(folder), Reference(folder)
+def test_an_answer_goes_on_without_the_adapter(api: httpx.Client, reference: Reference) -> None:
+    """Its tokens are those that follow the prompt with the adapter and the given text without."""
+    tokenizer, artefact = Tokenizer(resolve_model(DEFAULT_MODEL, CACHE)), read_artefact(ADAPTERS / "e2e")
+    said = {"role": "assistant", "content": "The Eagle is a coffee"}
+    body: dict[str, Any] = {"model": "e2e", "messages": [{"role": "user", "content": EAGLE}, said]}
+    body["continue_final_message"] = True
+    answer = api.post("/v1/chat/completions", json=body | {"temperature": 0, "return_token_ids": True}).json()
+    prompt = tokenizer.encode_prompt(artefact.record.wrap(EAGLE))
+    given = tokenizer.encode_continuation(f" {said['content']}")
+    assert answer["prompt_token_ids"] == api.post("/tokenize", json=body).json()["tokens"] == prompt + given
+    (choice,) = answer["choices"]
+    assert choice["message"]["content"].startswith(" shop")
+    tokens = choice["token_ids"]
+    logits = reference.logits(prompt, [*given, *tokens], artefact.folder)[len(given) :]
+    served = logits[range(len(tokens)), tokens]
+    assert float((logits.max(dim=-1).values - served).max()) <= BF16_TOLERANCE
+
+
+def test_the_default_models_template_takes_no_tools(api: httpx.Client) -> None:
+    body = {
+        "messages": [{"role": "user", "content": "hi"}],
+        "tools": [{"type": "function", "function": {"name": "f"}}],
+    }
+    for more in ({}, {"model": "e2e"}):
+        error = api.post("/v1/chat/completions", json={**body, **more}).json()["error"]
+        assert (error["code"], error["param"]) == ("tools_not_supported", "tools")
+
+
+def test_every_served_token_is_near_the_references_best(api: httpx.Client, reference: Reference) -> None:
+    tokenizer = Tokenizer(resolve_model(DEFAULT_MODEL, CACHE))
     ids = {tokenizer.token_text(i): i for i in range(len(tokenizer))}
     with ThreadPoolExecutor(len(PROMPTS)) as pool:  # they share prompt passes and decode steps
         answers = list(pool.map(lambda p: ask(api, *p, logprobs=0, max_tokens=40), PROMPTS))
