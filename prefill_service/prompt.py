@@ -150,8 +150,8 @@ class Queued:
 
 @dataclass(frozen=True, slots=True)
 class Prefilling:
-    """`done` tokens have their KV, the first `cached` from earlier prompts. `table`: its blocks, which hold all
-    of it while it is computed in chunks, else its shareable part; they go back with its last chunk."""
+    """`done` tokens have their KV, the first `cached` from earlier prompts. `table`: its blocks, for all of
+    it while it is computed in chunks, else for its shareable part; they go back with its last chunk."""
 
     table: tuple[int, ...]
     cached: int

@@ -7,8 +7,8 @@ What is noted about it, and whatever goes wrong: outcomes.
 """
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from typing import Annotated, Any
@@ -16,7 +16,6 @@ from typing import Annotated, Any
 from fastapi import APIRouter, FastAPI, Path, Request
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
-from pydantic import BaseModel, ConfigDict
 from pydantic.json_schema import models_json_schema
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse, Response
@@ -31,7 +30,8 @@ from prefill_service.api.admission import (
     split_name,
     when_here,
 )
-from prefill_service.api.intake import ApiLimits, TurnAway, client_of, read_body
+from prefill_service.api.described import ANSWER, FAILURES, REFUSALS, SCHEMA, body_schema, refusals
+from prefill_service.api.intake import BEHIND_OTHERS, ApiLimits, TurnAway, client_of, read_body
 from prefill_service.api.outcomes import JsonResponse, Metrics, Observe, add_failure_handlers, record_of
 from prefill_service.api.requests import (
     ChatRequest,
@@ -45,9 +45,17 @@ from prefill_service.api.responses import Responder
 from prefill_service.api.routing_metrics import RoutingMetrics
 from prefill_service.api.shadow import Shadows
 from prefill_service.api.traffic import Traffic
+from prefill_service.batches.records import NewBatch
+from prefill_service.batches.routes import batch_routes
+from prefill_service.batches.runner import Batches
 from prefill_service.catalogue import Coming, KeyRing, TaskCatalogue, TaskVersions
-from prefill_service.errors import TaskNotAllowedError
+from prefill_service.errors import InvalidRequestError, TaskNotAllowedError
 from prefill_service.prompt import Engine, TaskVersion
+from prefill_service.protocols.chat import Chat
+from prefill_service.protocols.messages.requests import MessagesRequest, TokensRequest
+from prefill_service.protocols.messages.routes import MESSAGES_FACE, messages_routes
+from prefill_service.protocols.responses.requests import ResponsesRequest
+from prefill_service.protocols.responses.routes import responses_routes
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +82,11 @@ def create_app(
     access: ApiAccess | None = None,
     traffic: Traffic | None = None,
     away: Callable[[], str | None] = lambda: None,
+    batches: Batches | None = None,
 ) -> FastAPI:
     """`registry`: shown at /metrics; the engine may hold its own metrics in the same one. `traffic`: where
     what is answered is noted, if anywhere. `away`: why the adapter registry is, if so; what is known goes on
-    being served."""
+    being served. `batches`: what runs them; none if there is no folder for them."""
     limits, access = limits or ApiLimits(), access or ApiAccess()
     admission = Admission(engine, catalogue, tokenizer, model, limits)
     metrics = Metrics(registry or CollectorRegistry(), None if traffic is None else traffic.versions)
@@ -85,19 +94,23 @@ def create_app(
     shadows = Shadows(engine, admission, metrics.registry, noted)
     responder = Responder(engine, tokenizer, model.short_fingerprint, shadows)
     metrics.registry.register(RoutingMetrics(catalogue))
-    app = FastAPIOffline("/docs", None, title="PrAd server", version=_VERSION, responses=_FAILURES)
+    app = FastAPIOffline("/docs", None, title="PrAd server", version=_VERSION, responses=FAILURES)
     app.openapi = partial(_described, app)  # type: ignore[method-assign]
-    app.include_router(_generation(admission, responder, limits))
+    chat = _chat(admission, responder)
+    app.include_router(_generation(admission, responder, chat, limits))
+    app.include_router(messages_routes(chat, limits))
+    app.include_router(responses_routes(chat, limits))
+    app.include_router(batch_routes(batches, limits))
     app.include_router(_models(catalogue, model))
     app.include_router(_operations(admission, catalogue, metrics, model, away))
     add_failure_handlers(app)
     app.add_middleware(TurnAway, hosts=access.hosts, keys=access.keys)
-    app.add_middleware(Observe, metrics=metrics, log=access.log)
+    app.add_middleware(Observe, metrics=metrics, log=access.log, faces=MESSAGES_FACE)
     if access.cors_origins:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=access.cors_origins,
-            allow_methods=("GET", "POST"),
+            allow_methods=("GET", "POST", "DELETE"),
             allow_headers=("*",),
             expose_headers=SHOWN_HEADERS,
         )
@@ -107,39 +120,16 @@ def create_app(
 def _described(app: FastAPI) -> dict[str, Any]:
     """FastAPI's description, and the bodies that endpoints read themselves, which it cannot know."""
     described = FastAPI.openapi(app)
-    _, bodies = models_json_schema(
-        [(CompletionRequest, "validation"), (ChatRequest, "validation")], ref_template=_SCHEMA
-    )
+    _, bodies = models_json_schema([(kind, "validation") for kind in _BODIES], ref_template=SCHEMA)
     described["components"]["schemas"] |= bodies["$defs"]
     return described
 
 
-class Failure(BaseModel):
-    """OpenAI's error object."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
-
-    message: str
-    """What was wrong, what was expected, and how to mend it."""
-    type: str
-    """invalid_request_error, rate_limit_error or server_error."""
-    param: str | None
-    """The field that it is about."""
-    code: str | None
-    """One word for programs."""
-
-
-class FailureBody(BaseModel):
-    """Every answer that is no 2xx."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
-
-    error: Failure
-    """What went wrong."""
-
+_BODIES = (CompletionRequest, ChatRequest, MessagesRequest, TokensRequest, ResponsesRequest, NewBatch)
 
 SHOWN_HEADERS = (
     "x-request-id",
+    "request-id",
     "x-prad-task",
     "x-prad-version",
     "x-prad-digest",
@@ -160,66 +150,52 @@ _PLACES = {
     "models": "/v1/models",
     "completions": "/v1/completions",
     "chat": "/v1/chat/completions",
+    "responses": "/v1/responses",
+    "messages": "/v1/messages",
+    "batches": "/v1/batches",
     "health": "/health",
     "ready": "/ready",
     "metrics": "/metrics",
 }
 
-_SCHEMA = "#/components/schemas/{model}"
-_FAILURES: dict[int | str, dict[str, Any]] = {
-    "default": {"model": FailureBody, "description": "Not served, and why"}
-}
+
+def _chat(admission: Admission, responder: Responder) -> Chat:
+    """What every protocol of chat goes through."""
+
+    async def admit(request: Request, wanted: ChatRequest) -> Admitted:
+        return await admission.chat(wanted, await _target(request, wanted, admission))
+
+    async def answer(request: Request, wanted: ChatRequest) -> Response:
+        admitted = await _charged(request, await admit(request, wanted))
+        return await responder.respond(request, wanted, admitted, ChatShape())
+
+    return Chat(admit, answer)
 
 
-def _refused(reasons: Mapping[int, str]) -> dict[int | str, dict[str, Any]]:
-    return {status: {"model": FailureBody, "description": why} for status, why in reasons.items()}
+def _generation(admission: Admission, responder: Responder, chat: Chat, limits: ApiLimits) -> APIRouter:
+    router = APIRouter(tags=["generation"], responses=ANSWER | REFUSALS)
 
-
-_REFUSALS = _refused(
-    {
-        400: "A field is unknown, unsupported or wrong, the body is no JSON, or the prompt does not fit",
-        401: "An API key is needed, and none that is in force is shown",
-        403: "The key is not for this task, or the request's Host is none of the server's names",
-        404: "No such task, version or model",
-        408: "The body did not come in time",
-        413: "The body is too large",
-        415: "The body is not application/json",
-        429: "Too much is waiting, or the key has used what it may; Retry-After says when to come again",
-        503: "Not ready, or the decode service is away; Retry-After says when to come again",
-        504: "It took longer than a request may",
-    }
-)
-_ANSWER: dict[int | str, dict[str, Any]] = {
-    200: {
-        "description": "OpenAI's object with `prad` beside it; events of chunks if `stream` is true",
-        "content": {
-            "application/json": {"schema": {"type": "object"}},
-            "text/event-stream": {"schema": {"type": "string"}},
-        },
-    }
-}
-
-
-def _generation(admission: Admission, responder: Responder, limits: ApiLimits) -> APIRouter:
-    router = APIRouter(tags=["generation"], responses=_ANSWER | _REFUSALS)
-
-    @router.post("/v1/completions", response_model=None, openapi_extra=_body_schema(CompletionRequest))
+    @router.post("/v1/completions", response_model=None, openapi_extra=body_schema(CompletionRequest))
     async def create_completion(request: Request) -> Response:
         """Completes each prompt `n` times, with a task's adapter on the prompt if one is named."""
         wanted = await read_body(request, CompletionRequest, limits)
         target = await _target(request, wanted, admission)
-        admitted = await admission.completion(wanted, target)
-        await _charge(request, admitted)
+        admitted = await _charged(request, await admission.completion(wanted, target))
         return await responder.respond(request, wanted, admitted, CompletionShape())
 
-    @router.post("/v1/chat/completions", response_model=None, openapi_extra=_body_schema(ChatRequest))
+    @router.post("/v1/chat/completions", response_model=None, openapi_extra=body_schema(ChatRequest))
     async def create_chat_completion(request: Request) -> Response:
         """Answers the last user message `n` times, with a task's adapter on the prompt if one is named."""
-        wanted = await read_body(request, ChatRequest, limits)
-        target = await _target(request, wanted, admission)
-        admitted = await admission.chat(wanted, target)
-        await _charge(request, admitted)
-        return await responder.respond(request, wanted, admitted, ChatShape())
+        return await chat.answer(request, await read_body(request, ChatRequest, limits))
+
+    @router.post("/v1/embeddings", response_model=None, include_in_schema=False)
+    async def refuse_embeddings(request: Request) -> Response:
+        """So that nobody looks for them behind another path."""
+        raise InvalidRequestError(
+            "embeddings are not served here: this server's model writes text, and its adapters are trained "
+            "for that; ask a server of an embedding model",
+            code="not_supported",
+        )
 
     return router
 
@@ -235,16 +211,13 @@ async def _target(request: Request, wanted: GenerationRequest, admission: Admiss
     return target
 
 
-async def _charge(request: Request, admitted: Admitted) -> None:
-    """Against the limits of the key that it shows, if it shows one."""
+async def _charged(request: Request, admitted: Admitted) -> Admitted:
+    """Against the limits of the key that it shows, if it shows one. A batch's waits behind all others."""
     if (client := client_of(request)) is not None:
         await client.count_tokens(admitted.most_tokens)
-
-
-def _body_schema(kind: type[BaseModel]) -> dict[str, Any]:
-    """An operation's body, as the API describes it."""
-    schema = {"$ref": _SCHEMA.format(model=kind.__name__)}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+    if BEHIND_OTHERS not in request.scope:
+        return admitted
+    return replace(admitted, prompts=tuple(replace(prompt, behind=True) for prompt in admitted.prompts))
 
 
 def _models(catalogue: TaskCatalogue, model: ModelInfo) -> APIRouter:
@@ -302,7 +275,7 @@ def _models(catalogue: TaskCatalogue, model: ModelInfo) -> APIRouter:
     @router.head("/v1/models/{name:path}", include_in_schema=False)
     @router.get(
         "/v1/models/{name:path}",
-        responses=_refused(
+        responses=refusals(
             {
                 400: "No name of a model",
                 403: "The key is not for it",
@@ -362,7 +335,7 @@ def _operations(
         ready = {"status": "ready", "reasons": [], "fetching": catalogue.fetching}
         return JsonResponse(ready | warned)
 
-    refused = _refused({403: "The key is not for all tasks"})
+    refused = refusals({403: "The key is not for all tasks"})
 
     @router.get("/metrics", response_class=PlainTextResponse, responses=refused)
     async def show_metrics(request: Request) -> Response:

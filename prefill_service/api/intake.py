@@ -57,7 +57,10 @@ PUBLIC = ("/", "/health", "/ready", "/version", "/docs", "/openapi.json")
 STATIC = "/static-offline-docs/"
 
 _CROWDED = "prad.crowded"
-_CLIENT = "prad.client"
+CLIENT = "prad.client"
+"""In a scope: who asks, if that is known; a batch's line comes with it."""
+BEHIND_OTHERS = "prad.behind_others"
+"""In the scope of a request that waits behind all without it."""
 MAX_FIELDS = 100
 """Fields of one object: each unknown one would be an error of its own."""
 
@@ -72,7 +75,8 @@ class ApiLimits:
     """Bounds on one HTTP request, and the output lengths of requests that name none.
 
     body_timeout_s: seconds in which a body must come; thread_chars: texts longer than this are tokenised off
-    the event loop; tokenising_chars: how much of them may be or wait there, of all requests.
+    the event loop; tokenising_chars: how much of them may be or wait there, of all requests;
+    kept_answers_bytes: of /v1/responses, in memory.
     """
 
     max_body_bytes: int = 4 * 2**20
@@ -83,6 +87,7 @@ class ApiLimits:
     chat_tokens: int = 1024
     thread_chars: int = 4096
     tokenising_chars: int = 8_000_000
+    kept_answers_bytes: int = 64 * 2**20
 
 
 def bounded_protocol(connections: int, head_timeout_s: float) -> type[HttpToolsProtocol]:
@@ -148,7 +153,9 @@ class TurnAway:
         if path in PUBLIC or path.startswith(STATIC):
             await self._app(scope, receive, send)
             return
-        client = scope[_CLIENT] = self._keys.client(headers.get("authorization"))
+        if CLIENT not in scope:
+            scope[CLIENT] = self._keys.client(headers.get("authorization"))
+        client: Client | None = scope[CLIENT]
         if client is not None:
             record_of(HTTPConnection(scope)).key = client.name
         if client is None or scope["method"] != "POST":
@@ -161,7 +168,7 @@ class TurnAway:
 
 def client_of(request: Request) -> Client | None:
     """Who shows a key; None: nobody needs one."""
-    client: Client | None = request.scope[_CLIENT]
+    client: Client | None = request.scope[CLIENT]
     return client
 
 

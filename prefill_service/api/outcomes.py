@@ -14,7 +14,7 @@ import re
 import time
 import uuid
 from bisect import bisect_left
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -39,6 +39,8 @@ BASE_TASK = ""
 """The task label of the plain model, and of requests that ended before their task was known."""
 
 _KEY = "prad.request_record"
+ROUTE = "prad.route"
+"""In a scope: its route's name in the metrics, where that is not the path's."""
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._:-]{1,100}")
 _FIRST_TOKEN = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _DURATION = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
@@ -236,22 +238,30 @@ async def while_connected(receive: Receive) -> AsyncGenerator[None, None]:
         watcher.cancel()
 
 
+Face = Callable[[Scope, Send], tuple[Scope, Send]]
+"""Of another protocol, on its paths: where its clients show a key, and how it words a refusal."""
+
+
 class Observe:
     """The outermost layer of the app but for CORS, which answers browsers' preflights by itself and adds its
     headers to refusals, too: every request gets its record and is counted, no exception gets out.
 
     Plain ASGI: streamed chunks pass through untouched. `log`: also requests that do not fail.
+    `faces`: by path.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, *, log: bool) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, *, log: bool, faces: Mapping[str, Face]) -> None:
         self._app = app
         self._metrics = metrics
         self._log = log
+        self._faces = faces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if (face := self._faces.get(scope["path"])) is not None:
+            scope, send = face(scope, send)
         record = begin_record(scope)
         status: int | None = None
 
@@ -273,7 +283,7 @@ class Observe:
                 raise
             await error_response(told)(scope, receive, noting_send)
         finally:
-            route = getattr(scope.get("route"), "path", NO_ROUTE)
+            route = scope.get(ROUTE) or getattr(scope.get("route"), "path", NO_ROUTE)
             self._metrics.observe(record, route, status or CLIENT_GONE)
             if self._log or record.failure:
                 self._write(record, record.line(scope, status or CLIENT_GONE))

@@ -1,0 +1,72 @@
+"""What the API says of itself, in its OpenAPI document, beyond what FastAPI can know: bodies that endpoints
+read themselves, and what is answered instead of an answer."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Failure(BaseModel):
+    """OpenAI's error object."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    message: str
+    """What was wrong, what was expected, and how to mend it."""
+    type: str
+    """invalid_request_error, rate_limit_error or server_error."""
+    param: str | None
+    """The field that it is about."""
+    code: str | None
+    """One word for programs."""
+
+
+class FailureBody(BaseModel):
+    """Every answer that is no 2xx."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    error: Failure
+    """What went wrong."""
+
+
+SCHEMA = "#/components/schemas/{model}"
+FAILURES: dict[int | str, dict[str, Any]] = {
+    "default": {"model": FailureBody, "description": "Not served, and why"}
+}
+
+
+def refusals(reasons: Mapping[int, str]) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": FailureBody, "description": why} for status, why in reasons.items()}
+
+
+REFUSALS = refusals(
+    {
+        400: "A field is unknown, unsupported or wrong, the body is no JSON, or the prompt does not fit",
+        401: "An API key is needed, and none that is in force is shown",
+        403: "The key is not for this task, or the request's Host is none of the server's names",
+        404: "No such task, version or model",
+        408: "The body did not come in time",
+        413: "The body is too large",
+        415: "The body is not application/json",
+        429: "Too much is waiting, or the key has used what it may; Retry-After says when to come again",
+        503: "Not ready, or the decode service is away; Retry-After says when to come again",
+        504: "It took longer than a request may",
+    }
+)
+ANSWER: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "OpenAI's object with `prad` beside it; events of chunks if `stream` is true",
+        "content": {
+            "application/json": {"schema": {"type": "object"}},
+            "text/event-stream": {"schema": {"type": "string"}},
+        },
+    }
+}
+
+
+def body_schema(kind: type[BaseModel]) -> dict[str, Any]:
+    """An operation's body, as the API describes it."""
+    schema = {"$ref": SCHEMA.format(model=kind.__name__)}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
