@@ -109,8 +109,8 @@ class PrefillSettings(ServiceSettings):
     """Seconds from arrival to last token; a request that takes longer ends with an error."""
 
     files_dir: Path | None = None
-    """Folder for files of /v1/files and batches of /v1/batches, which go on in it after a restart; each service
-    needs its own. Neither is served if not given."""
+    """Folder for files of /v1/files and batches of /v1/batches, which go on in it after a restart; each
+    service needs its own. Neither is served if not given."""
     files_mib: Annotated[int, Field(ge=1)] = 1024
     """Disk for files. What goes beyond is refused, and batches wait until something is deleted or expires."""
     file_mib: Annotated[int, Field(ge=1)] = 64
@@ -126,7 +126,7 @@ class PrefillSettings(ServiceSettings):
     batch_at_once: Annotated[int, Field(ge=1)] = 128
     """Requests of batches that are under way at once, behind all others: enough to fill decode's steps."""
     kept_answers_mib: Annotated[int, Field(ge=0)] = 64
-    """Memory for answers of /v1/responses that `previous_response_id` may name, least recently used out; 0 keeps
+    """Memory for answers of /v1/responses that `previous_response_id` may name, least recently used out; 0:
     none."""
 
     kv_wire: Literal["raw", "int8"] = "raw"

@@ -22,6 +22,7 @@ from prefill_service.errors import DeadlineError, NotReadyError, OverloadedError
 
 _ASK_AGAIN = (OverloadedError.status, NotReadyError.status)
 _MOST_OVERDUE = 3  # times that a request may take longer than requests may, until that is its answer
+_PATIENCE_S = 8.0  # between two refusals, where none is told; it doubles up to it
 _LONGEST_WAIT_S = 30.0
 
 
@@ -74,21 +75,21 @@ class Answers:
     async def _answer(self, number: int, body: bytes) -> Answer:
         """Waits as long as it must: for room for what comes, for its turn, until it is not refused."""
         name = f"{self.batch.id}-{number}"
-        overdue = 0
+        overdue = refused = 0
         while True:
             await self.files.room()
-            wait = 1.0
             async with self.slots:
                 try:
                     client = self.keys.named(self.batch.owner)
                 except NotReadyError:
-                    pass
+                    wait = 1.0
                 else:
                     answer = await ask(self.app, self.batch.endpoint, body, name, client)
                     overdue += (is_late := answer.status == DeadlineError.status)
                     if answer.status not in _ASK_AGAIN and not (is_late and overdue < _MOST_OVERDUE):
                         return answer
-                    wait = answer.retry_after
+                    wait = max(answer.retry_after, min(2.0**refused, _PATIENCE_S))
+            refused += 1
             await asyncio.sleep(min(wait, _LONGEST_WAIT_S) * random.uniform(1.0, 1.5))
 
     def _expire(self, left: Sequence[int]) -> None:

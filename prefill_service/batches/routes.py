@@ -75,8 +75,9 @@ def batch_routes(kept: Batches | None, limits: ApiLimits) -> APIRouter:
     @router.post("/v1/batches", openapi_extra=body_schema(NewBatch))
     async def create_batch(request: Request) -> Json:
         """Asks every line of a file, behind all live requests, and keeps the answers as files."""
+        running = batches()
         wanted = await read_body(request, NewBatch, limits)
-        return _shown(batches(), await batches().create(wanted, _owner(request)))
+        return _shown(running, await running.create(wanted, _owner(request)))
 
     @router.get("/v1/batches")
     async def list_batches(request: Request) -> Json:

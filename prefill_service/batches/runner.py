@@ -72,6 +72,7 @@ class Batches(Collector):
         self._batches = {batch.id: batch for batch in _read(self._folder)}
         self._slots = asyncio.Semaphore(limits.at_once)
         self._asking: dict[str, asyncio.Task[None]] = {}
+        self._writing = asyncio.Lock()
         self._begun: asyncio.Queue[Batch] = asyncio.Queue()
         for batch in sorted(self._unfinished, key=lambda batch: batch.created_at):
             self._begun.put_nowait(batch)
@@ -217,8 +218,9 @@ class Batches(Collector):
         await self._write(batch)
 
     async def _write(self, batch: Batch) -> None:
-        kept = batch.model_copy(deep=True)
-        await asyncio.to_thread(write_record, self._folder / f"{batch.id}.json", kept)
+        async with self._writing:  # the latest last
+            kept = batch.model_copy(deep=True)
+            await asyncio.to_thread(write_record, self._folder / f"{batch.id}.json", kept)
 
     def _output_paths(self, batch: Batch) -> tuple[Path, Path]:
         return self._folder / f"{batch.id}.answered", self._folder / f"{batch.id}.failed"

@@ -6,25 +6,18 @@ from typing import Any
 
 import openai
 import pytest
-import uvicorn
 
 from prefill_service.errors import DecodeUnavailableError
+from tests.prefill_api.serving import listening
 
 
 @pytest.fixture
 async def official(app_of: Any, engine: Any) -> AsyncIterator[openai.AsyncOpenAI]:
-    config = uvicorn.Config(app_of(engine), port=0, log_level="warning", lifespan="off", ws="none")
-    server = uvicorn.Server(config)
-    serving = asyncio.create_task(server.serve())
-    while not server.started:  # noqa: ASYNC110
-        await asyncio.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    async with openai.AsyncOpenAI(
-        base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0
-    ) as client:
+    async with (
+        listening(app_of(engine)) as url,
+        openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
         yield client
-    server.should_exit = True
-    await serving
 
 
 async def test_completions_chat_streams_and_errors(official: openai.AsyncOpenAI) -> None:

@@ -52,8 +52,8 @@ class KeptResponses:
         kept = self._kept.get(name)
         if kept is None or kept.owner != owner:
             raise NotFoundError(
-                f"there is no response {name!r}, or not any more: they are kept in memory, the latest ones, by "
-                "the service that answered; send the whole conversation as 'input' instead",
+                f"there is no response {name!r}, or not any more: they are kept in memory, the latest ones, "
+                "by the service that answered; send the whole conversation as 'input' instead",
                 param=param,
             )
         self._kept.move_to_end(name)
