@@ -8,7 +8,7 @@ import typer
 
 from prad import __version__
 from prad.core.errors import PradError
-from prad_cli import adapter, bench, evaluate, exchange, keys, model, serve, services, train
+from prad_cli import adapter, batch, bench, evaluate, exchange, keys, model, serve, services, train
 from prad_cli.flags import PASS_ARGUMENTS
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app.add_typer(bench.app, name="bench")
 app.add_typer(model.app, name="model")
 app.command("train")(train.train_command)
 app.command("eval")(evaluate.eval_command)
+app.command("batch")(batch.batch_command)
 
 
 @app.command("version")
