@@ -61,6 +61,7 @@ class Client:
 
     def __init__(self, port: int) -> None:
         self._port = port
+        self.url = f"http://127.0.0.1:{port}"
 
     def __enter__(self) -> Self:
         self._process = subprocess.Popen(

@@ -72,9 +72,8 @@ def batch_command(
     if as_json:
         print_json({"requests": len(names), "asked": asked, "refused": refused, "seconds": round(seconds, 3)})
     else:
-        print(
-            f"{len(names)} requests have answers; {asked} of them were asked in {seconds:.1f} s, {asked / seconds:.1f}/s"
-        )
+        rate = f"{asked} of them were asked in {seconds:.1f} s, {asked / seconds:.1f}/s"
+        print(f"{len(names)} requests have answers; {rate}")
     if refused:
         fail(f"{refused} requests were refused: their lines in {target} say why (status_code is not 200)")
 
@@ -124,7 +123,8 @@ class _Run:
             await client.get("/")
         except httpx.HTTPError as error:
             raise BatchFileError(
-                f"no answer from {self.url}: {error}. Start a server with: prad serve; or name another with --url"
+                f"no answer from {self.url}: {error}. Start a server with: prad serve; "
+                "or name another with --url"
             ) from None
 
     async def _ask(self, client: "httpx.AsyncClient", request: Request) -> None:
