@@ -40,13 +40,11 @@ def responses(client: openai.OpenAI, plain: str) -> None:
     second = client.responses.create(
         model=plain, input="And another?", previous_response_id=first.id, max_output_tokens=8, temperature=0
     )
-    with client.responses.stream(
-        model=plain, input="Name a colour.", max_output_tokens=8, temperature=0
-    ) as stream:
-        for _ in stream:
-            pass
-        streamed = stream.get_final_response()
-    assert streamed.output_text == first.output_text
+    stream = client.responses.create(
+        model=plain, input="Name a colour.", max_output_tokens=8, temperature=0, stream=True
+    )
+    streamed = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
+    assert streamed == first.output_text
     print("responses, one going on from the other:", repr(first.output_text), repr(second.output_text))
 
 

@@ -152,17 +152,16 @@ class Batches(Collector):
                 return
             outputs = await asyncio.to_thread(Outputs, *self._output_paths(batch))
             self.files.count(outputs.nbytes)
+            answers = Answers(self.files, self._slots, self._keys, app, batch, index, outputs)
             try:
-                await self._answer_all(
-                    Answers(self.files, self._slots, self._keys, app, batch, index, outputs), path
-                )
+                await self._answer_all(answers, path)
+            except InvalidKeyError:
+                revoked = "the API key that it was sent with is not in force any more"
+                batch.errors = [Fault(None, revoked, code="invalid_api_key").shown()]
             finally:
                 self.files.count(-outputs.nbytes)
                 await asyncio.to_thread(outputs.close)
             await self._finalize(batch, outputs)
-        except InvalidKeyError:
-            revoked = "the API key that it was sent with is not in force any more"
-            await self._fail(batch, Fault(None, revoked, code="invalid_api_key"))
         except Exception:
             logger.exception("%s failed", batch.id)
             await self._fail(
@@ -187,8 +186,11 @@ class Batches(Collector):
             del self._asking[batch.id]
 
     async def _finalize(self, batch: Batch, outputs: Outputs) -> None:
+        """What is answered is kept, however it ends."""
         end: Status = "cancelled" if batch.status == "cancelling" else "completed"
         counts = batch.request_counts
+        if batch.errors:
+            end = "failed"
         if end == "completed" and counts.total > counts.completed + counts.failed:
             end = "expired"
         if batch.status == "in_progress":
@@ -222,6 +224,10 @@ class Batches(Collector):
             kept = batch.model_copy(deep=True)
             await asyncio.to_thread(write_record, self._folder / f"{batch.id}.json", kept)
 
+    def _unlink(self, batch: Batch) -> None:
+        for path in (self._folder / f"{batch.id}.json", *self._output_paths(batch)):
+            path.unlink(missing_ok=True)
+
     def _output_paths(self, batch: Batch) -> tuple[Path, Path]:
         return self._folder / f"{batch.id}.answered", self._folder / f"{batch.id}.failed"
 
@@ -240,7 +246,7 @@ class Batches(Collector):
             for number, batch in enumerate(reversed(ended)):
                 if number >= most or batch.ended_at <= before:
                     del self._batches[batch.id]
-                    await asyncio.to_thread((self._folder / f"{batch.id}.json").unlink)
+                    await asyncio.to_thread(self._unlink, batch)
             await asyncio.sleep(_SWEEP_S)
 
     def collect(self) -> Iterable[Metric]:
