@@ -63,7 +63,7 @@ class RequestRecord:
     `task`, `version`, `digest`, `routing`: what it resolved to, and by which revision of the task's routing.
     `key`: the name of the key that was shown.
     `status`: how a stream really ended, where that differs from the status that was sent when it began;
-    `failure`: what the client was told.
+    `failure`: what the client was told. `stopped_by`: the stop text that ended the choice that ended last.
     """
 
     id: str
@@ -79,6 +79,7 @@ class RequestRecord:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    stopped_by: str | None = None
 
     def resolved(self, task: str, version: int, digest: str, routing: int | None) -> None:
         self.task, self.version, self.digest, self.routing = task, version, digest, routing

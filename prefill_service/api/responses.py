@@ -104,6 +104,7 @@ class Responder:
                     watched.note(out.tokens[0].id, last=delta.finish_reason is not None)
                 if delta.finish_reason is not None:
                     del running[out.choice]
+                    record.stopped_by = text.scanner.found
                 if delta.text or delta.scores or delta.finish_reason is not None:
                     yield delta
                 if delta.finish_reason is not None and out.finish_reason is None:

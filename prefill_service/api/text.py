@@ -49,8 +49,7 @@ ID_CHARACTERS = 4
 """What an id counts where characters are counted that are tokenised."""
 
 REMEMBERED_TOKENS = 65_536
-LOWEST = -9999.0
-"""Stands for minus infinity, which JSON does not have."""
+LOWEST = -9999.0  # stands for minus infinity, which JSON does not have
 
 
 class PromptEncoder:
@@ -270,16 +269,17 @@ class StopScanner:
         self._stops = stops
         self._longest = max(map(len, stops), default=0)
         self._held = ""
+        self.found: str | None = None
 
     def feed(self, text: str) -> tuple[str, bool]:
         """The text that is settled now, and whether a stop text ended it."""
         if not self._stops:
             return text, False
         held = self._held + text
-        found = [(at + len(stop), at) for stop in self._stops if (at := held.find(stop)) >= 0]
+        found = [(at + len(stop), at, stop) for stop in self._stops if (at := held.find(stop)) >= 0]
         if found:
-            self._held = ""
-            return held[: min(found)[1]], True
+            self._held, (_, at, self.found) = "", min(found)
+            return held[:at], True
         keep = self._open_tail(held)
         self._held = held[keep:]
         return held[:keep], False
@@ -318,7 +318,7 @@ class ChoiceText:
         self, stream: Detokeniser, stops: tuple[str, ...], *, strip_space: bool, min_tokens: int = 0
     ) -> None:
         self._stream = stream
-        self._scanner = StopScanner(stops)
+        self.scanner = StopScanner(stops)
         self._strip_space = strip_space
         self._unscanned = min_tokens
         self.length = 0
@@ -346,10 +346,10 @@ class ChoiceText:
     def finish(self) -> Piece:
         """The rest, when the choice ended by itself: incomplete characters and held-back text included."""
         piece = self._scanned(self._stripped(self._stream.flush()))
-        return piece if piece.stopped else Piece(piece.text + self._scanner.release())
+        return piece if piece.stopped else Piece(piece.text + self.scanner.release())
 
     def _scanned(self, text: str) -> Piece:
-        return Piece(*self._scanner.feed(text)) if text else Piece("")
+        return Piece(*self.scanner.feed(text)) if text else Piece("")
 
     def _stripped(self, text: str) -> str:
         if self._strip_space and text:

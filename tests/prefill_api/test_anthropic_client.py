@@ -170,3 +170,15 @@ async def test_what_is_wrong_is_named_as_it_was_sent(
     error = refused.json()["error"]
     assert (error["type"], error["param"]) == ("invalid_request_error", param)
     assert words in error["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_stop_sequence_that_ended_it_is_named(app_of: Any, scripted: Any, stream: bool) -> None:
+    app = app_of(scripted("hello there five"))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        body = {"model": "talk", "max_tokens": 9, "messages": HELLO, "stop_sequences": ["zero", "there"]}
+        answer = await client.post(URL, json=body | {"stream": stream})
+        told = '"stop_reason":"stop_sequence","stop_sequence":"there"'
+        assert (told in answer.text, "hello" in answer.text) == (True, True)
+        ended = await client.post(URL, json=body | {"stream": stream, "stop_sequences": ["zero"]})
+        assert '"stop_reason":"end_turn","stop_sequence":null' in ended.text

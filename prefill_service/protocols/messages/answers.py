@@ -34,7 +34,7 @@ def message_of(chat: Json, record: RequestRecord) -> Json:
     content = [{"type": "text", "text": said["content"] or ""}] if said["content"] or not calls else []
     for call in calls:
         content.append(_tool_use(call) | {"input": orjson.loads(call["function"]["arguments"] or "{}")})
-    return {**_opening(chat, record), "content": content, **_stop(choice), "usage": _usage(record)}
+    return {**_opening(chat, record), "content": content, **_stop(choice, record), "usage": _usage(record)}
 
 
 def failure_of(body: Json, status: int, request_id: str) -> Json:
@@ -55,7 +55,7 @@ class MessageStream(EventStream):
 
 async def events_of(chunks: AsyncGenerator[Json, None], record: RequestRecord) -> AsyncGenerator[bytes, None]:
     """Closing it ends the request."""
-    blocks, stop, opened = _Blocks(), _stop({"finish_reason": "stop"}), False
+    blocks, stop, opened = _Blocks(), _stop({"finish_reason": "stop"}, record), False
     async with aclosing(chunks):
         async for chunk in chunks:
             events = []
@@ -71,7 +71,7 @@ async def events_of(chunks: AsyncGenerator[Json, None], record: RequestRecord) -
             for choice in chunk["choices"]:
                 events += blocks.add(choice["delta"])
                 if choice["finish_reason"] is not None:
-                    stop = _stop(choice)
+                    stop = _stop(choice, record)
             if events:
                 yield b"".join(events)
     yield b"".join(blocks.close()) + _event("message_delta", delta=stop, usage=_usage(record))
@@ -135,10 +135,9 @@ def _tool_use(call: Json) -> Json:
     return {"type": "tool_use", "id": call["id"], "name": call["function"]["name"]}
 
 
-def _stop(choice: Json) -> Json:
-    """`stop_reason` of a chat's choice is the text that ended it, if one did."""
-    if isinstance(text := choice.get("stop_reason"), str):
-        return {"stop_reason": "stop_sequence", "stop_sequence": text}
+def _stop(choice: Json, record: RequestRecord) -> Json:
+    if choice["finish_reason"] == "stop" and record.stopped_by is not None:
+        return {"stop_reason": "stop_sequence", "stop_sequence": record.stopped_by}
     return {"stop_reason": _STOPS.get(choice["finish_reason"], "end_turn"), "stop_sequence": None}
 
 
