@@ -205,8 +205,14 @@ class Batches(Collector):
         if self.files.has(name) or not (await asyncio.to_thread(path.stat)).st_size:
             await asyncio.to_thread(path.unlink)
             return name if self.files.has(name) else None
-        more = {"filename": f"{batch.id}_{what}.jsonl", "owner": batch.owner, "name": name}
-        return (await self.files.add(path, purpose="batch_output", **more)).id
+        file = await self.files.add(
+            path,
+            owner=batch.owner,
+            filename=f"{batch.id}_{what}.jsonl",
+            purpose="batch_output",
+            name=name,
+        )
+        return file.id
 
     async def _fail(self, batch: Batch, *faults: Fault) -> None:
         batch.errors = [fault.shown() for fault in faults]
