@@ -63,7 +63,8 @@ async def test_the_api_describes_itself(client: httpx.AsyncClient) -> None:
     schemas = described["components"]["schemas"]
     assert "truncate_prompt_tokens" in schemas["CompletionRequest"]["properties"]
     assert "messages" in schemas["ChatRequest"]["properties"]
-    for model in ("CompletionRequest", "ChatRequest", "Message", "StreamOptions"):
+    others = ("MessagesRequest", "TokensRequest", "ResponsesRequest", "NewBatch")
+    for model in ("CompletionRequest", "ChatRequest", "Message", "StreamOptions", *others):
         assert all(field["description"] for field in schemas[model]["properties"].values())
     for operations in described["paths"].values():
         for operation in operations.values():

@@ -94,7 +94,9 @@ class TokensRequest(StrictModel):
     system: Content | None = None
     """A text, or text blocks, which are joined as they stand."""
     tools: list[Tool] | None = None
+    """Functions that the model may ask for."""
     tool_choice: ToolChoice | None = None
+    """Whether it must, and which."""
 
     def as_chat(self) -> ChatRequest:
         """Raises InvalidRequestError."""
@@ -127,8 +129,9 @@ class MessagesRequest(TokensRequest):
     stop_sequences: list[str] | None = None
     """Up to 16 texts that end the output, which is cut before them."""
     stream: bool | None = None
-    """Send the answer as events while it is made."""
+    """Send the answer as events while it is made. Absent: no."""
     metadata: Metadata | None = None
+    """Who asks."""
 
     def _own_fields(self) -> Json:
         fields: Json = {"max_tokens": self.max_tokens, "stream": bool(self.stream)}

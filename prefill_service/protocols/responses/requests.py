@@ -103,11 +103,15 @@ class ResponsesRequest(StrictModel):
     max_output_tokens: TokenCount | None = None
     """The longest output. Absent: the task's own, else 1024, or what fits."""
     stream: bool | None = None
-    """Send the answer as events while it is made."""
+    """Send the answer as events while it is made. Absent: no."""
     text: Text | None = None
+    """What the text must be."""
     tools: list[Tool] | None = None
+    """Functions that the model may ask for."""
     tool_choice: Literal["auto", "none", "required"] | Json | None = None
+    """Whether it must, and which."""
     parallel_tool_calls: bool | None = None
+    """Whether it may ask for several at once."""
     metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
     """Up to 16 texts of the client's own, which the answer repeats."""
 
