@@ -58,7 +58,7 @@ async def _receive(request: Request, files: Files, limits: ApiLimits, owner: str
         unknown = [name for name in form if name not in (*_FIELDS, "file")]
         if unknown:
             raise InvalidRequestError(f"unknown field {shown(unknown[0])}", param=unknown[0][:100])
-        if (purpose := form.get("purpose")) != "batch":
+        if (purpose := _text(form.get("purpose"))) != "batch":
             raise InvalidRequestError(
                 f"'purpose': expected \"batch\", as files are for batches only, got {shown(purpose)}",
                 param="purpose",
@@ -68,7 +68,7 @@ async def _receive(request: Request, files: Files, limits: ApiLimits, owner: str
             raise InvalidRequestError(
                 "field 'file' is required: the file, as a part with a name", param="file"
             )
-        keep_s = _keep_s(form.get("expires_after[seconds]"))
+        keep_s = _keep_s(_text(form.get("expires_after[seconds]")))
         part = files.part()
         try:
             await run_in_threadpool(_write, file, part)
@@ -78,7 +78,12 @@ async def _receive(request: Request, files: Files, limits: ApiLimits, owner: str
             part.unlink(missing_ok=True)
 
 
-def _keep_s(seconds: Any) -> float | None:
+def _text(value: object) -> str | None:
+    """Of a field, which may have come as a file."""
+    return value if isinstance(value, str) else None
+
+
+def _keep_s(seconds: str | None) -> float | None:
     if seconds is None:
         return None
     if (
