@@ -86,12 +86,7 @@ def _text(value: object) -> str | None:
 def _keep_s(seconds: str | None) -> float | None:
     if seconds is None:
         return None
-    if (
-        not isinstance(seconds, str)
-        or not seconds.isdecimal()
-        or not 0 < len(seconds) < 12
-        or not int(seconds)
-    ):
+    if not (seconds.isdecimal() and len(seconds) < 12 and int(seconds)):
         raise InvalidRequestError(
             f"'expires_after[seconds]': expected seconds, got {shown(seconds)}", param="expires_after"
         )
