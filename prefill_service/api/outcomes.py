@@ -284,7 +284,7 @@ class Observe:
                 raise
             await error_response(told)(scope, receive, noting_send)
         finally:
-            route = scope.get(ROUTE) or getattr(scope.get("route"), "path", NO_ROUTE)
+            route = str(scope.get(ROUTE) or getattr(scope.get("route"), "path", NO_ROUTE))
             self._metrics.observe(record, route, status or CLIENT_GONE)
             if self._log or record.failure:
                 self._write(record, record.line(scope, status or CLIENT_GONE))

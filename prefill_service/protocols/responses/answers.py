@@ -185,9 +185,9 @@ class _Events:
         ended()
         yield last + self.event(f"response.{whole['status']}", response=whole)
 
-    def event(self, name: str, **data: object) -> bytes:
+    def event(self, kind: str, /, **data: object) -> bytes:
         self._number += 1
-        return named_event(name, {"type": name, "sequence_number": self._number - 1, **data})
+        return named_event(kind, {"type": kind, "sequence_number": self._number - 1, **data})
 
     def _begin(self, chunk: Json) -> bytes:
         self._answer.begin(chunk)
@@ -242,11 +242,11 @@ class _Events:
         self._name = ""
         return events
 
-    def _output_event(self, name: str, **data: object) -> bytes:
-        return self.event(name, output_index=len(self._answer.output), **data)
+    def _output_event(self, kind: str, /, **data: object) -> bytes:
+        return self.event(kind, output_index=len(self._answer.output), **data)
 
-    def _item_event(self, name: str, **data: object) -> bytes:
-        return self._output_event(name, item_id=self._name, **data)
+    def _item_event(self, kind: str, /, **data: object) -> bytes:
+        return self._output_event(kind, item_id=self._name, **data)
 
-    def _part_event(self, name: str, **data: object) -> bytes:
-        return self._item_event(name, content_index=0, **data)
+    def _part_event(self, kind: str, /, **data: object) -> bytes:
+        return self._item_event(kind, content_index=0, **data)
