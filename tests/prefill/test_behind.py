@@ -67,7 +67,8 @@ def test_who_comes_later_goes_first_all_the_same_and_saves_no_turns_by_it() -> N
     assert passes(queue, 1) == [["a1", "b2"]]
     for name in ("a2", "a3", "c1", "c2"):
         queue.add(prompt(name))
-    assert passes(queue, 3) == [["c1", "a2"], ["c2", "a3"], ["b3"]]
+    *first, last = passes(queue, 3)
+    assert ([{name[0] for name in ran} for ran in first], last) == ([{"a", "c"}, {"a", "c"}], ["b3"])
 
 
 def test_a_long_one_gets_what_the_others_leave() -> None:

@@ -118,7 +118,7 @@ async def test_a_conversation_goes_on_from_what_is_kept(official: openai.AsyncOp
 
 
 async def test_a_stream_that_breaks_says_so(official: openai.AsyncOpenAI, engine: Any) -> None:
-    engine.error, engine.fail_at = DecodeUnavailableError("gone"), 3
+    engine.error, engine.fail_at = DecodeUnavailableError("gone"), 6
     stream = await official.responses.create(model="talk", input="hello", stream=True, extra_body=SEED)
     events: Any = [event async for event in stream]
     assert (events[-1].type, events[-1].response.error.message) == ("response.failed", "gone")
