@@ -17,7 +17,8 @@ def main() -> None:
     plain = listed.json()["data"][0]["id"]
     client = anthropic.Anthropic(base_url=URL, api_key=KEY)
     messages = [{"role": "user", "content": "Name a colour."}]
-    asked = {"model": plain, "max_tokens": 8, "temperature": 0, "system": "Be brief.", "messages": messages}
+    asked = {"model": plain, "max_tokens": 8, "system": "Be brief.", "messages": messages}
+    asked["extra_body"] = {"temperature": 0}  # newer releases have no argument for it
     whole = client.messages.create(**asked)
     with client.messages.stream(**asked) as stream:
         text = "".join(stream.text_stream)

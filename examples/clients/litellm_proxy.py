@@ -6,6 +6,7 @@ PRAD_TASK.
 
 import json
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -26,19 +27,21 @@ def main() -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     behind = {"model": f"openai/{TASK}", "api_base": f"{URL}/v1", "api_key": KEY}
-    config = {"model_list": [{"model_name": "films", "litellm_params": behind}]}
+    master = f"sk-{secrets.token_hex(32)}"  # the proxy does not start without one
+    models = [{"model_name": "films", "litellm_params": behind}]
+    config = {"model_list": models, "general_settings": {"master_key": master}}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.yaml"
         path.write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
         command = [str(Path(sys.executable).with_name("litellm")), "--config", str(path), "--port", str(port)]
         with subprocess.Popen([*command, "--host", "127.0.0.1"]) as proxy:
             try:
-                _ask(f"http://127.0.0.1:{port}", proxy)
+                _ask(f"http://127.0.0.1:{port}", master, proxy)
             finally:
                 proxy.terminate()
 
 
-def _ask(url: str, proxy: "subprocess.Popen[bytes]") -> None:
+def _ask(url: str, key: str, proxy: "subprocess.Popen[bytes]") -> None:
     for _ in range(600):
         if proxy.poll() is not None:
             sys.exit("the proxy ended")
@@ -47,7 +50,7 @@ def _ask(url: str, proxy: "subprocess.Popen[bytes]") -> None:
                 break
         except httpx.TransportError:
             time.sleep(0.2)
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key=key)
     asked = {"model": "films", "max_tokens": 8, "temperature": 0}
     messages = [{"role": "user", "content": "a fine film"}]
     whole = client.chat.completions.create(messages=messages, **asked)

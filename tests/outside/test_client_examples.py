@@ -17,6 +17,7 @@ SCRIPTS = Path(__file__).parents[2] / "examples" / "clients"
 def run(command: list[str], outside: Outside, tmp_path: Path) -> str:
     """What it said. Fails with it unless it ended well."""
     where = {"PRAD_API_URL": str(outside.stack.api.base_url), "PRAD_TASK": "red", "HOME": str(tmp_path)}
+    where["PYTHONPATH"] = ""  # what is there is for this interpreter
     ended = subprocess.run(
         command,
         cwd=tmp_path,
