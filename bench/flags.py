@@ -118,6 +118,24 @@ class Flood(ShapeFlags):
     every_s: float = Field(2.0, description="between them")
 
 
+class Batch(ShapeFlags):
+    SMOKE = {
+        "requests": 6,
+        "tasks": 2,
+        "at_once": 4,
+        "bursts": 1,
+        "prompt": 8,
+        "output": 8,
+        "rounds": 1,
+        "r": 4,
+    }
+
+    requests: int = Field(2000, ge=1, description="lines of the file")
+    tasks: int = Field(64, ge=1, description="that they are of in turn; requests of a burst")
+    at_once: int = Field(128, ge=1, description="lines that the server has under way at once")
+    bursts: int = Field(5, ge=1, description="of a round")
+
+
 class Registry(ModelFlags):
     SMOKE = {"tasks": 20, "r": 4, "rounds": 2}
 
@@ -379,6 +397,7 @@ FLAGS: dict[str, type[Flags]] = {
     "table4": Table4,
     "serve": Serve,
     "flood": Flood,
+    "batch": Batch,
     "registry": Registry,
     "memory": Memory,
     "push": Push,

@@ -256,6 +256,15 @@ GATES = (
         True,
     ),
     Gate(
+        "a file of 2,000 requests of 64 tasks, of the tokens/s of 64 at once",
+        95,
+        None,
+        " %",
+        "batch",
+        lambda result: 100 * float(result["of_burst"]),
+        True,
+    ),
+    Gate(
         "one request through HTTP, 8-bit weights: tokens/s after the first",
         75,
         None,

@@ -38,8 +38,14 @@ class Served:
     """A running stack; `tasks` by method."""
 
     def __init__(
-        self, client: LoadClient, metrics: str, tasks: Mapping[str, Sequence[str]], registry: str
+        self,
+        client: LoadClient,
+        url: str,
+        metrics: str,
+        tasks: Mapping[str, Sequence[str]],
+        registry: str,
     ) -> None:
+        self.url = url
         self._client = client
         self.tasks = tasks
         self._metrics = metrics
@@ -146,4 +152,6 @@ def served(
                 stack.wait_until(partial(answers, listed), 60, task)
             status.stop()
             with LoadClient(f"http://127.0.0.1:{api}") as client:
-                yield Served(client, f"http://127.0.0.1:{metrics}/metrics", tasks, registry)
+                yield Served(
+                    client, f"http://127.0.0.1:{api}", f"http://127.0.0.1:{metrics}/metrics", tasks, registry
+                )

@@ -10,6 +10,7 @@ from prad import __version__
 from prad.core.errors import PradError
 from prad_cli import (
     adapter,
+    batch,
     bench,
     chat,
     doctor,
@@ -48,6 +49,7 @@ app.command("eval")(evaluate.eval_command)
 app.command("chat", epilog=chat.EXAMPLES)(chat.chat_command)
 app.command("top", epilog=top.EXAMPLES)(top.top_command)
 app.command("doctor", epilog=doctor.EXAMPLES)(doctor.doctor_command)
+app.command("batch")(batch.batch_command)
 
 
 @app.command("version", epilog="Example: prad version")

@@ -16,6 +16,7 @@ BENCHMARKS = {
     "table4": "The paper's Table 4: PrAd-PA, PrAd-LoRA, PA and LoRA at 8, 16, 64 tasks.",
     "serve": "The server under load, through HTTP: closed and open loop, streaming clients, tasks.",
     "flood": "A quiet task's time to the first token beside a neighbour's flood.",
+    "batch": "A file of requests of many tasks through /v1/batches, beside bursts of them.",
     "registry": "Thousands of tasks: start and memory of registry and replica, lists, changes; both stores.",
     "memory": "What `prad serve` holds when it is idle, by item, and how long it takes to start.",
     "push": "A push from a trainer's memory until it answers everywhere, part by part.",

@@ -242,6 +242,16 @@ class KeyRing:
             raise InvalidKeyError(f"this API key is not known, or was revoked: {_HOW_TO_AUTHORIZE}")
         return found
 
+    def named(self, name: str | None) -> "Client | None":
+        """Who was let in before, by the key's name; None: nobody needed one, and nobody needs one now. Raises
+        InvalidKeyError if it is not in force any more, NotReadyError."""
+        if name is None or not self._told:
+            return self.client(None)
+        found = next((client for client in self._clients.values() if client.name == name), None)
+        if found is None:
+            raise InvalidKeyError(f"the API key {name!r} is not in force any more")
+        return found
+
 
 class Client:
     """Whoever shows a key: what it may use, and what it has used here of its limits. A minute begins with the

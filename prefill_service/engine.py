@@ -179,7 +179,7 @@ class PrefillEngine:
         yields = None
         if self._scheduler.full(self._loading.total()):
             many, after_s = self.waiting, self._scheduler.expected_place()
-            if (yields := self._scheduler.yields(request.flow, self._loading)) is None:
+            if request.behind or (yields := self._scheduler.yields(request.flow, self._loading)) is None:
                 raise OverloadedError(
                     f"{many} prompts are waiting already; try again later", retry_after=after_s
                 )

@@ -7,6 +7,7 @@ ServingError
 ├── HostNotAllowedError         403   host_not_allowed
 ├── TaskNotAllowedError         403   task_not_allowed
 ├── UnknownModelError           404   model_not_found
+├── NotFoundError               404   not_found
 ├── BodyTimeoutError            408   body_timeout
 ├── RequestTooLargeError        413   request_too_large
 ├── UnsupportedMediaTypeError   415   unsupported_media_type
@@ -95,6 +96,14 @@ class UnknownModelError(ServingError):
     status = 404
     type = "invalid_request_error"
     default_code = "model_not_found"
+
+
+class NotFoundError(ServingError):
+    """Of files, batches and answers that are kept: there is none, or it is another key's."""
+
+    status = 404
+    type = "invalid_request_error"
+    default_code = "not_found"
 
 
 class BodyTimeoutError(ServingError):

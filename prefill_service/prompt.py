@@ -65,7 +65,8 @@ Flow = tuple[str | None, str | None]
 """Who takes turns with others: a task (None is the plain model) and the name of an API key, if one is shown.
 Nothing that a client makes up, as `cache_salt`: many of these would be many turns."""
 GIVING_WAY: Flow = ("(gives way)", None)
-"""Of prompts that give way; no task has such a name."""
+BEHIND: Flow = ("(behind)", None)
+"""Of prompts that give way, and of those that wait behind all others; no task has such a name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +80,8 @@ class PromptRequest:
     tells at once, at most; 1 if somebody waits for each. beams: how many hypotheses a beam search keeps, of
     which the `choices` best are the answers; None: tokens are drawn. scoring: which tokens of prompt and
     continuation get log-probabilities; None: none. cache_salt: only requests with the same one find each
-    other's prompts in the prefix cache. key: the name of the API key that was shown. answer: the id of the
-    HTTP request, which had `prompts` of them. gives_way: nobody waits for it: it ends where others would.
+    other's prompts in the prefix cache. key: the name of the API key that was shown. answer: the HTTP request,
+    with `prompts` of them. gives_way: it ends where others would. behind: it waits while others want a turn.
     """
 
     request_id: str
@@ -99,6 +100,7 @@ class PromptRequest:
     answer: str = ""
     prompts: int = 1
     gives_way: bool = False
+    behind: bool = False
 
     @property
     def virtual_tokens(self) -> int:
@@ -107,9 +109,9 @@ class PromptRequest:
 
     @property
     def flow(self) -> Flow:
-        """Whose turns it takes; what gives way takes none of its task's."""
-        if self.gives_way:
-            return GIVING_WAY
+        """Whose turns it takes; what gives way, or waits behind all, takes none of its task's."""
+        if self.gives_way or self.behind:
+            return GIVING_WAY if self.gives_way else BEHIND
         return None if self.version is None else self.version.task, self.key
 
     @property
@@ -148,11 +150,8 @@ class Queued:
 
 @dataclass(frozen=True, slots=True)
 class Prefilling:
-    """`done` tokens have their KV, the first `cached` of them from earlier prompts.
-
-    `table`: its blocks; they hold all of it while it is computed in chunks, its shareable part otherwise, and
-    are given back with its last chunk.
-    """
+    """`done` tokens have their KV, the first `cached` from earlier prompts. `table`: its blocks, for all of
+    it while it is computed in chunks, else for its shareable part; they go back with its last chunk."""
 
     table: tuple[int, ...]
     cached: int
@@ -320,7 +319,7 @@ class DecodeRoom:
     Who wants less may pass one that was refused; after `patience_s` only flows that hold nothing may, and it
     leaves nothing for them. While a flow waits that holds less than its share, others that do not get none;
     and nobody waits for these. Shares are equal, of the tokens held and the most that one was refused, among
-    the flows that hold some or wait.
+    the flows that hold some or wait. What waits behind all others is entitled to none.
     """
 
     def __init__(self, patience_s: float) -> None:
@@ -392,7 +391,8 @@ class DecodeRoom:
         for prompt in self._held:
             held[prompt.request.flow] += prompt.wanted.tokens
         total = held.total() + max(prompt.wanted.tokens for prompt in self._refused)
-        over = {flow for flow, its in held.items() if its * len(held.keys() | set(waiting)) >= total}
+        flows = len(held.keys() | set(waiting))
+        over = {BEHIND, *(flow for flow, its in held.items() if its * flows >= total)}
         entitled = [prompt for prompt in self._refused if prompt.request.flow not in over]
         waited = {prompt: last - first for prompt, (first, last) in self._refused.items()}
         if (first := next((p for p in entitled if waited[p] >= self._patience_s), None)) is not None:

@@ -50,26 +50,26 @@ class VirtualCounters:
         self.waiting[flow] -= 1
         if not self.waiting[flow]:
             del self.waiting[flow]
-            kept = {t: c for t, c in self._counters.items() if t in self.waiting or c > self._left}
-            self._counters = kept
+            self._counters = {t: c for t, c in self._counters.items() if t in self.waiting or c > self._left}
 
     def charge(self, flow: Flow, tokens: float) -> None:
         self._counters[flow] = self._counters.get(flow, self._left) + tokens
 
     def turns(self, prompts: Iterable[Prompt], cost: Callable[[Prompt], float]) -> Iterator[Prompt]:
-        """The prompts, each flow's in their order, whenever it is its turn. cost: what a prompt got in its
-        turn, asked behind it."""
+        """The prompts, each flow's in their order, whenever it is its turn; BEHIND's after all others. cost:
+        what a prompt got in its turn, asked behind it."""
         lines: dict[Flow, deque[Prompt]] = {}
         for prompt in prompts:
             lines.setdefault(prompt.request.flow, deque()).append(prompt)
-        heap = [(self._counters[flow], rank, line) for rank, (flow, line) in enumerate(lines.items())]
+        flows = enumerate(lines.items())
+        heap = [(line[0].request.behind, self._counters.get(f, 0.0), n, line) for n, (f, line) in flows]
         heapify(heap)
         while heap:
-            counter, rank, line = heappop(heap)
+            behind, counter, n, line = heappop(heap)
             prompt = line.popleft()
             yield prompt
             if line:
-                heappush(heap, (counter + cost(prompt), rank, line))
+                heappush(heap, (behind, counter + cost(prompt), n, line))
 
     def _smallest(self) -> float:
         return min((self._counters[flow] for flow in self.waiting), default=self._left)
@@ -135,7 +135,7 @@ class PromptScheduler:
         return sum(isinstance(prompt.state, Queued) for prompt in self._prompts)
 
     def full(self, arriving: int = 0) -> bool:
-        """Whether no more prompts may come; arriving: how many are about to."""
+        """Whether no more may come; arriving: how many are about to."""
         return len(self) + arriving >= self._max_waiting
 
     def yields(self, flow: Flow, arriving: Mapping[Flow, int]) -> Prompt | None:
@@ -159,14 +159,16 @@ class PromptScheduler:
     def add(self, prompt: Prompt) -> None:
         prompt.keys = prompt.block_keys(self.blocks.block_size) if self.blocks.caching else ()
         self._prompts.append(prompt)
-        self._counters.arrive(prompt.request.flow)
+        if not prompt.request.behind:
+            self._counters.arrive(prompt.request.flow)
 
     def remove(self, prompt: Prompt) -> None:
         """Forgets a prompt; what it uses in a pass under way is given back when that ends."""
         self._room.leave(prompt)
         if prompt in self._prompts:
             self._prompts.remove(prompt)
-            self._counters.leave(prompt.request.flow)
+            if not prompt.request.behind:
+                self._counters.leave(prompt.request.flow)
             in_pass = any(chunk.prompt is prompt for chunk in self._pass)
             if isinstance(prompt.state, Prefilling) and not in_pass:
                 self.blocks.free(prompt.state.table)
@@ -186,12 +188,13 @@ class PromptScheduler:
     def expected_wait(self, request: PromptRequest) -> float | None:
         """Seconds, by what left the queue lately, until nothing is before such a request: its own flow's
         prompts, and as much of every other flow; None if not enough is known."""
+        before = [
+            p for p in self._prompts if isinstance(p.state, Queued) and p.request.behind <= request.behind
+        ]
         waiting = Counter[Flow]()
-        for prompt in self._prompts:
-            if isinstance(prompt.state, Queued):
-                waiting[prompt.request.flow] += prompt.wanted.tokens
-        queued = (prompt.enqueued for prompt in self._prompts if isinstance(prompt.state, Queued))
-        oldest = min(queued, default=self._rate.seen)
+        for prompt in before:
+            waiting[prompt.request.flow] += prompt.wanted.tokens
+        oldest = min((prompt.enqueued for prompt in before), default=self._rate.seen)
         if self._rate.seen - oldest < _KNOWN_AFTER_S:
             return None  # what slowed the queue down is over
         most = (own := waiting.pop(request.flow, 0)) + request.tokens_at_most
@@ -289,7 +292,7 @@ class PromptScheduler:
             if prompt.needs_decode:
                 self._room.take(prompt)
         self._begun.clear()
-        for prompt in leaving.intersection(self._prompts):
+        for prompt in (p for p in leaving.intersection(self._prompts) if not p.request.behind):
             self._counters.leave(prompt.request.flow)
         self._prompts = [prompt for prompt in self._prompts if prompt not in leaving]
         staying = set(self._prompts)
@@ -322,10 +325,8 @@ class PromptScheduler:
         left = {prompt: self._left(prompt) for prompt in runnable}
         oldest, half = next(self._counters.turns(runnable, left.__getitem__)), (self._chunk_tokens + 1) // 2
         share = left[oldest] if self._is_short(oldest) else min(left[oldest], half)
-        shares, for_parts = {oldest: share}, self._chunk_tokens
-        budget = self._pass_tokens - share
-        if not self._is_short(oldest):
-            for_parts -= share
+        shares, budget = {oldest: share}, self._pass_tokens - share
+        for_parts = self._chunk_tokens - (0 if self._is_short(oldest) else share)
         shortest = sorted(runnable, key=lambda p: left[p] - shares.get(p, 0))
         for prompt in self._counters.turns(shortest, lambda p: shares.get(p, 0)):
             had = shares.get(prompt, 0)

@@ -34,6 +34,7 @@ from prefill_service.api import (
     create_app,
     report_traffic,
 )
+from prefill_service.batches import Batches, BatchLimits, FileLimits
 from prefill_service.catalogue import KeyRing, TaskCatalogue
 from prefill_service.decode_link import DecodeLink
 from prefill_service.engine import PrefillEngine, Residents
@@ -133,11 +134,22 @@ async def _serve(
             body_timeout_s=settings.body_timeout_s,
             tokenising_chars=settings.tokenising_mchars * 10**6,
             unknown_fields=settings.unknown_fields,
+            kept_answers_bytes=settings.kept_answers_mib << 20,
         )
         access = ApiAccess(settings.hosts, settings.origins, keys, log=settings.access_log)
         traffic = Traffic() if settings.traffic_s else None
+        batches = _batches(settings, keys)
         app = create_app(
-            parts.engine, catalogue, tokenizer, info, limits, metrics, access, traffic, lambda: registry.away
+            parts.engine,
+            catalogue,
+            tokenizer,
+            info,
+            limits,
+            metrics,
+            access,
+            traffic,
+            lambda: registry.away,
+            batches,
         )
         config = uvicorn.Config(
             app,
@@ -150,12 +162,33 @@ async def _serve(
         async with asyncio.TaskGroup() as tasks:
             always = (parts.engine.run(), follower.run(), pinned.run(warm))
             background = [tasks.create_task(each) for each in always]
+            if batches is not None:
+                metrics.register(batches)
+                background.append(tasks.create_task(batches.run(app)))
             if traffic is not None:
                 background.append(tasks.create_task(report_traffic(registry, traffic, settings.traffic_s)))
             await tasks.create_task(Server(config).serve(sockets=[listening]))
             for task in background:
                 task.cancel()
             prober.close()
+
+
+def _batches(settings: PrefillSettings, keys: KeyRing) -> Batches | None:
+    """Raises CannotStartError."""
+    if settings.files_dir is None:
+        return None
+    files = FileLimits(
+        file_bytes=settings.file_mib << 20,
+        all_bytes=settings.files_mib << 20,
+        most=settings.max_files,
+        keep_s=settings.files_days * 86_400,
+    )
+    limits = BatchLimits(settings.batch_lines, settings.batch_at_once, settings.max_batches)
+    folder = settings.files_dir.expanduser()
+    try:
+        return Batches(folder, files, limits, keys)
+    except OSError as error:
+        raise CannotStartError(f"{folder} cannot be used as --files-dir: {error}") from error
 
 
 def _transfer(settings: PrefillSettings) -> TransferSettings:

@@ -112,6 +112,27 @@ class PrefillSettings(ServiceSettings):
     request_timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """Seconds from arrival to last token; a request that takes longer ends with an error."""
 
+    files_dir: Path | None = None
+    """Folder for files of /v1/files and batches of /v1/batches, which go on in it after a restart; each
+    service needs its own. Neither is served if not given."""
+    files_mib: Annotated[int, Field(ge=1)] = 1024
+    """Disk for files. What goes beyond is refused, and batches wait until something is deleted or expires."""
+    file_mib: Annotated[int, Field(ge=1)] = 64
+    """Largest file that is taken."""
+    max_files: Annotated[int, Field(ge=1)] = 1000
+    """Files that are kept; further ones are refused."""
+    files_days: Annotated[float, Field(gt=0)] = 30.0
+    """Days after which a file, and the record of a batch that ended, is deleted."""
+    max_batches: Annotated[int, Field(ge=1)] = 64
+    """Batches that have not ended; further ones are refused."""
+    batch_lines: Annotated[int, Field(ge=1)] = 50_000
+    """Requests of one batch."""
+    batch_at_once: Annotated[int, Field(ge=1)] = 128
+    """Requests of batches that are under way at once, behind all others: enough to fill decode's steps."""
+    kept_answers_mib: Annotated[int, Field(ge=0)] = 64
+    """Memory for answers of /v1/responses that `previous_response_id` may name, least recently used out; 0:
+    none."""
+
     kv_wire: Literal["raw", "int8"] = "raw"
     """How KV travels to decode: raw (exact), or as 8-bit numbers (half the bytes, not exact)."""
     kv_overlap: Literal["auto", "yes", "no"] = "auto"

@@ -17,7 +17,6 @@ from prad.artefact import AdapterRecord, GenerationDefaults, GenerationValues
 from prad.core.rules import Rules
 from prad.core.sampling import SamplingParams
 from prad.lm import Grammars, Tokenizer
-from prefill_service.api.conversation import ChatEncoder
 from prefill_service.api.intake import ApiLimits
 from prefill_service.api.messages import Addressed
 from prefill_service.api.outcomes import while_connected
@@ -165,10 +164,6 @@ def resolve(
     return params, artefact.stop if request.stop is None else request.stop
 
 
-class Encoder(ChatEncoder, GivenEncoder):
-    """Tokenises all that requests may hold."""
-
-
 class Admission:
     """Turns requests into admitted ones, or raises what the client did wrong."""
 
@@ -182,7 +177,7 @@ class Admission:
     ) -> None:
         self._engine = engine
         self._catalogue = catalogue
-        self.encoder = Encoder(tokenizer, model.vocab_size, model.max_context, limits)
+        self.encoder = GivenEncoder(tokenizer, model.vocab_size, model.max_context, limits)
         self._tokenizer = tokenizer
         self._max_context = model.max_context
         self._stop_ids = model.stop_ids | tokenizer.end_ids

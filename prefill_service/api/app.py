@@ -8,7 +8,7 @@ What is noted about it, and whatever goes wrong: outcomes.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from typing import Annotated, Any
@@ -31,7 +31,7 @@ from prefill_service.api.admission import (
 )
 from prefill_service.api.chat_answers import chat_shape
 from prefill_service.api.described import ANSWER, FAILURES, REFUSALS, SCHEMA, body_schema, refusals
-from prefill_service.api.intake import ApiLimits, TurnAway, client_of, read_body
+from prefill_service.api.intake import BEHIND_OTHERS, ApiLimits, TurnAway, client_of, read_body
 from prefill_service.api.messages import Addressed
 from prefill_service.api.outcomes import (
     PASSED_OVER,
@@ -51,18 +51,19 @@ from prefill_service.api.requests import (
 from prefill_service.api.responses import Responder
 from prefill_service.api.routing_metrics import RoutingMetrics
 from prefill_service.api.shadow import Shadows
-from prefill_service.api.tokens import (
-    Detokenize,
-    DetokenizeAnswer,
-    TokenizeAnswer,
-    TokenizeBody,
-    read_tokenize,
-    tokenized,
-)
+from prefill_service.api.tokens import Detokenize, TokenizeBody, token_routes
 from prefill_service.api.traffic import Traffic
+from prefill_service.batches.records import NewBatch
+from prefill_service.batches.routes import batch_routes
+from prefill_service.batches.runner import Batches
 from prefill_service.catalogue import Coming, KeyRing, TaskCatalogue, TaskVersions
-from prefill_service.errors import TaskNotAllowedError
+from prefill_service.errors import InvalidRequestError, TaskNotAllowedError
 from prefill_service.prompt import Engine, TaskVersion
+from prefill_service.protocols.chat import Chat
+from prefill_service.protocols.messages.requests import MessagesRequest, TokensRequest
+from prefill_service.protocols.messages.routes import MESSAGES_FACE, messages_routes
+from prefill_service.protocols.responses.requests import ResponsesRequest
+from prefill_service.protocols.responses.routes import responses_routes
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +90,11 @@ def create_app(
     access: ApiAccess | None = None,
     traffic: Traffic | None = None,
     away: Callable[[], str | None] = lambda: None,
+    batches: Batches | None = None,
 ) -> FastAPI:
     """`registry`: shown at /metrics; the engine may hold its own metrics in the same one. `traffic`: where
     what is answered is noted, if anywhere. `away`: why the adapter registry is, if so; what is known goes on
-    being served."""
+    being served. `batches`: what runs them; none if there is no folder for them."""
     limits, access = limits or ApiLimits(), access or ApiAccess()
     admission = Admission(engine, catalogue, tokenizer, model, limits)
     metrics = Metrics(registry or CollectorRegistry(), None if traffic is None else traffic.versions)
@@ -102,18 +104,23 @@ def create_app(
     metrics.registry.register(RoutingMetrics(catalogue))
     app = FastAPIOffline("/docs", None, title="PrAd server", version=_VERSION, responses=FAILURES)
     app.openapi = partial(_described, app)  # type: ignore[method-assign]
-    app.include_router(_generation(admission, responder, limits))
-    app.include_router(_tokens(admission, tokenizer, model, limits))
+    chat = _chat(admission, responder)
+    app.include_router(_generation(admission, responder, chat, limits))
+    meant = partial(_meant, admission=admission)
+    app.include_router(token_routes(admission, tokenizer, model, limits, meant))
+    app.include_router(messages_routes(chat, limits))
+    app.include_router(responses_routes(chat, limits))
+    app.include_router(batch_routes(batches, limits))
     app.include_router(_models(catalogue, model))
     app.include_router(_operations(admission, catalogue, metrics, model, away))
     add_failure_handlers(app)
     app.add_middleware(TurnAway, hosts=access.hosts, keys=access.keys)
-    app.add_middleware(Observe, metrics=metrics, log=access.log)
+    app.add_middleware(Observe, metrics=metrics, log=access.log, faces=MESSAGES_FACE)
     if access.cors_origins:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=access.cors_origins,
-            allow_methods=("GET", "POST"),
+            allow_methods=("GET", "POST", "DELETE"),
             allow_headers=("*",),
             expose_headers=SHOWN_HEADERS,
         )
@@ -128,10 +135,14 @@ def _described(app: FastAPI) -> dict[str, Any]:
     return described
 
 
-_BODIES = (CompletionRequest, ChatRequest, TokenizeBody, Detokenize)
+_BODIES = (
+    *(CompletionRequest, ChatRequest, TokenizeBody, Detokenize),
+    *(MessagesRequest, TokensRequest, ResponsesRequest, NewBatch),
+)
 
 SHOWN_HEADERS = (
     "x-request-id",
+    "request-id",
     "x-prad-task",
     "x-prad-version",
     "x-prad-digest",
@@ -153,6 +164,9 @@ _PLACES = {
     "models": "/v1/models",
     "completions": "/v1/completions",
     "chat": "/v1/chat/completions",
+    "responses": "/v1/responses",
+    "messages": "/v1/messages",
+    "batches": "/v1/batches",
     "tokenize": "/tokenize",
     "detokenize": "/detokenize",
     "health": "/health",
@@ -161,7 +175,21 @@ _PLACES = {
 }
 
 
-def _generation(admission: Admission, responder: Responder, limits: ApiLimits) -> APIRouter:
+def _chat(admission: Admission, responder: Responder) -> Chat:
+    """What every protocol of chat goes through."""
+
+    async def admit(request: Request, wanted: ChatRequest) -> Admitted:
+        return await admission.chat(wanted, await _target(request, wanted, admission))
+
+    async def answer(request: Request, wanted: ChatRequest) -> Response:
+        admitted = await _charged(request, await admit(request, wanted))
+        shape = chat_shape(wanted, admission.encoder.tool_format)
+        return await responder.respond(request, wanted, admitted, shape)
+
+    return Chat(admit, answer)
+
+
+def _generation(admission: Admission, responder: Responder, chat: Chat, limits: ApiLimits) -> APIRouter:
     router = APIRouter(tags=["generation"], responses=ANSWER | REFUSALS)
 
     @router.post("/v1/completions", response_model=None, openapi_extra=body_schema(CompletionRequest))
@@ -169,49 +197,22 @@ def _generation(admission: Admission, responder: Responder, limits: ApiLimits) -
         """Completes each prompt `n` times, with a task's adapter on the prompt if one is named."""
         wanted = await read_body(request, CompletionRequest, limits)
         target = await _target(request, wanted, admission)
-        admitted = await admission.completion(wanted, target)
-        await _charge(request, admitted)
+        admitted = await _charged(request, await admission.completion(wanted, target))
         return await responder.respond(request, wanted, admitted, CompletionShape())
 
     @router.post("/v1/chat/completions", response_model=None, openapi_extra=body_schema(ChatRequest))
     async def create_chat_completion(request: Request) -> Response:
         """Answers the last user message `n` times, with a task's adapter on the prompt if one is named."""
-        wanted = await read_body(request, ChatRequest, limits)
-        target = await _target(request, wanted, admission)
-        admitted = await admission.chat(wanted, target)
-        await _charge(request, admitted)
-        shape = chat_shape(wanted, admission.encoder.tool_format)
-        return await responder.respond(request, wanted, admitted, shape)
+        return await chat.answer(request, await read_body(request, ChatRequest, limits))
 
-    return router
-
-
-def _tokens(admission: Admission, tokenizer: Tokenizer, model: ModelInfo, limits: ApiLimits) -> APIRouter:
-    router = APIRouter(tags=["tokens"], responses=REFUSALS)
-
-    @router.post(
-        "/tokenize",
-        response_model=None,
-        responses={200: {"model": TokenizeAnswer}},
-        openapi_extra=body_schema(TokenizeBody),
-    )
-    async def tokenize(request: Request) -> Response:
-        """The token ids of a prompt or a conversation, in the template that a request has it in."""
-        wanted = await read_tokenize(request, limits)
-        target = await _meant(request, wanted, admission)
-        return JsonResponse(await tokenized(wanted, target, admission, tokenizer, model))
-
-    @router.post(
-        "/detokenize",
-        response_model=None,
-        responses={200: {"model": DetokenizeAnswer}},
-        openapi_extra=body_schema(Detokenize),
-    )
-    async def detokenize(request: Request) -> Response:
-        """The text of token ids, special tokens included."""
-        wanted = await read_body(request, Detokenize, limits)
-        await _meant(request, wanted, admission)
-        return JsonResponse({"prompt": await admission.encoder.text_of(wanted.tokens)})
+    @router.post("/v1/embeddings", response_model=None, include_in_schema=False)
+    async def refuse_embeddings(request: Request) -> Response:
+        """So that nobody looks for them behind another path."""
+        raise InvalidRequestError(
+            "embeddings are not served here: this server's model writes text, and its adapters are trained "
+            "for that; ask a server of an embedding model",
+            code="not_supported",
+        )
 
     return router
 
@@ -233,10 +234,13 @@ async def _meant(request: Request, wanted: Addressed, admission: Admission) -> T
     return await when_here(request, lambda: admission.target(wanted, sticky, client))
 
 
-async def _charge(request: Request, admitted: Admitted) -> None:
-    """Against the limits of the key that it shows, if it shows one."""
+async def _charged(request: Request, admitted: Admitted) -> Admitted:
+    """Against the limits of the key that it shows, if it shows one. A batch's waits behind all others."""
     if (client := client_of(request)) is not None:
         await client.count_tokens(admitted.most_tokens)
+    if BEHIND_OTHERS not in request.scope:
+        return admitted
+    return replace(admitted, prompts=tuple(replace(prompt, behind=True) for prompt in admitted.prompts))
 
 
 def _models(catalogue: TaskCatalogue, model: ModelInfo) -> APIRouter:

@@ -23,7 +23,7 @@ import orjson
 from prad.artefact import AdapterRecord
 from prad.lm import TextStream, Tokenizer
 from prefill_service.api.messages import Conversation, Json, Message
-from prefill_service.api.outcomes import shown
+from prefill_service.api.problems import shown
 from prefill_service.api.text import ID_CHARACTERS, PromptEncoder, Template
 from prefill_service.api.tool_formats import ToolFormat, tool_format
 from prefill_service.errors import InvalidRequestError

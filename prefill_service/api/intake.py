@@ -31,7 +31,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from prad.artefact import MAX_STOP_CHARACTERS, MAX_STOPS
 from prad.http.hosts import host_rule
-from prefill_service.api.outcomes import ClientGoneError, invalid_request, record_of, shown
+from prefill_service.api.outcomes import ClientGoneError, record_of
+from prefill_service.api.problems import invalid_request, shown
 from prefill_service.catalogue import Client, KeyRing
 from prefill_service.errors import (
     BodyTimeoutError,
@@ -58,7 +59,10 @@ PUBLIC = ("/", "/health", "/ready", "/version", "/docs", "/openapi.json")
 STATIC = "/static-offline-docs/"
 
 _CROWDED = "prad.crowded"
-_CLIENT = "prad.client"
+CLIENT = "prad.client"
+"""In a scope: who asks, if that is known; a batch's line comes with it."""
+BEHIND_OTHERS = "prad.behind_others"
+"""In the scope of a request that waits behind all without it."""
 MAX_FIELDS = 100
 """Fields of one object: each unknown one would be an error of its own."""
 
@@ -74,7 +78,8 @@ class ApiLimits:
 
     body_timeout_s: seconds in which a body must come; thread_chars: texts longer than this are tokenised off
     the event loop; tokenising_chars: how much of them may be or wait there, of all requests; unknown_fields:
-    whether those are refused or named in a header of the answer.
+    whether those are refused or named in a header of the answer; kept_answers_bytes: of /v1/responses, in
+    memory.
     """
 
     max_body_bytes: int = 4 * 2**20
@@ -86,6 +91,7 @@ class ApiLimits:
     thread_chars: int = 4096
     tokenising_chars: int = 8_000_000
     unknown_fields: Literal["strict", "warn"] = "strict"
+    kept_answers_bytes: int = 64 * 2**20
 
 
 def bounded_protocol(connections: int, head_timeout_s: float) -> type[HttpToolsProtocol]:
@@ -151,7 +157,9 @@ class TurnAway:
         if path in PUBLIC or path.startswith(STATIC):
             await self._app(scope, receive, send)
             return
-        client = scope[_CLIENT] = self._keys.client(headers.get("authorization"))
+        if CLIENT not in scope:
+            scope[CLIENT] = self._keys.client(headers.get("authorization"))
+        client: Client | None = scope[CLIENT]
         if client is not None:
             record_of(HTTPConnection(scope)).key = client.name
         if client is None or scope["method"] != "POST":
@@ -164,7 +172,7 @@ class TurnAway:
 
 def client_of(request: Request) -> Client | None:
     """Who shows a key; None: nobody needs one."""
-    client: Client | None = request.scope[_CLIENT]
+    client: Client | None = request.scope[CLIENT]
     return client
 
 

@@ -7,14 +7,13 @@ its request ends at once, streaming or not.
 """
 
 import asyncio
-import json
 import logging
 import math
 import re
 import time
 import uuid
 from bisect import bisect_left
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,6 +31,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adapter_registry.messages import TIMES, no_times
 from prad.http.logs import logged
+from prefill_service.api.problems import cut
 from prefill_service.errors import InternalError, InvalidRequestError, ServingError
 
 logger = logging.getLogger(__name__)
@@ -40,6 +40,8 @@ BASE_TASK = ""
 """The task label of the plain model, and of requests that ended before their task was known."""
 
 _KEY = "prad.request_record"
+ROUTE = "prad.route"
+"""In a scope: its route's name in the metrics, where that is not the path's."""
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._:-]{1,100}")
 PASSED_OVER = "x-prad-ignored-fields"
 _FIRST_TOKEN = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -47,13 +49,6 @@ _DURATION = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 CLIENT_GONE = 499
 """The status that logs and metrics show for a client that went away, as nginx has it."""
 NO_ROUTE = "(none)"
-SHOWN_PROBLEMS = 3
-TOLD_CHARACTERS = 1000
-"""Of every text in an error: what a client sent may be quoted there."""
-NAMED_CHARACTERS = 200
-"""Of a field's name among them."""
-SHOWN_CHARACTERS = 60
-"""Of a value that was not expected."""
 
 
 @dataclass(slots=True)
@@ -63,7 +58,8 @@ class RequestRecord:
     `task`, `version`, `digest`, `routing`: what it resolved to, and by which revision of the task's routing.
     `key`: the name of the key that was shown.
     `status`: how a stream really ended, where that differs from the status that was sent when it began;
-    `failure`: what the client was told; `passed_over`: fields of its body that are not known.
+    `failure`: what the client was told; `passed_over`: fields of its body that are not known; `stopped_by`:
+    the stop text that ended the choice that ended last.
     """
 
     id: str
@@ -80,6 +76,7 @@ class RequestRecord:
     cached_tokens: int = 0
     completion_tokens: int = 0
     passed_over: set[str] = field(default_factory=set)
+    stopped_by: str | None = None
 
     def resolved(self, task: str, version: int, digest: str, routing: int | None) -> None:
         self.task, self.version, self.digest, self.routing = task, version, digest, routing
@@ -248,22 +245,30 @@ async def while_connected(receive: Receive) -> AsyncGenerator[None, None]:
         watcher.cancel()
 
 
+Face = Callable[[Scope, Send], tuple[Scope, Send]]
+"""Of another protocol, on its paths: where its clients show a key, and how it words a refusal."""
+
+
 class Observe:
     """The outermost layer of the app but for CORS, which answers browsers' preflights by itself and adds its
     headers to refusals, too: every request gets its record and is counted, no exception gets out.
 
     Plain ASGI: streamed chunks pass through untouched. `log`: also requests that do not fail.
+    `faces`: by path.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, *, log: bool) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, *, log: bool, faces: Mapping[str, Face]) -> None:
         self._app = app
         self._metrics = metrics
         self._log = log
+        self._faces = faces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if (face := self._faces.get(scope["path"])) is not None:
+            scope, send = face(scope, send)
         record = begin_record(scope)
         status: int | None = None
 
@@ -287,7 +292,7 @@ class Observe:
                 raise
             await error_response(told)(scope, receive, noting_send)
         finally:
-            route = getattr(scope.get("route"), "path", NO_ROUTE)
+            route = str(scope.get(ROUTE) or getattr(scope.get("route"), "path", NO_ROUTE))
             self._metrics.observe(record, route, status or CLIENT_GONE)
             if self._log or record.failure:
                 self._write(record, record.line(scope, status or CLIENT_GONE))
@@ -312,7 +317,7 @@ def client_error(error: Exception, record: RequestRecord) -> ServingError:
 
 
 def error_body(error: ServingError) -> dict[str, dict[str, str | None]]:
-    return {"error": {name: text and _cut(text) for name, text in error.body()["error"].items()}}
+    return {"error": {name: text and cut(text) for name, text in error.body()["error"].items()}}
 
 
 def error_response(error: ServingError) -> Response:
@@ -348,58 +353,6 @@ async def _http_error(request: Request, error: Exception) -> Response:
             message, code = str(error.detail), "http_error"
     failure = record_of(request).failure = InvalidRequestError(message, code=code)
     return JsonResponse(error_body(failure), error.status_code, error.headers)
-
-
-def invalid_request(problems: Sequence[Mapping[str, Any]]) -> InvalidRequestError:
-    """pydantic's errors as one: messages name the field, the fault and what was expected."""
-    return InvalidRequestError(
-        "; ".join(_cut(_describe(p)) for p in problems[:SHOWN_PROBLEMS]),
-        param=_field(problems[0]),
-        quotes=True,
-    )
-
-
-def shown(value: object) -> str:
-    """As JSON, cut: of a long list or a deep nesting only the beginning is written at all."""
-    text = ""
-    for part in _JSON.iterencode(value):
-        text += part[: SHOWN_CHARACTERS + 1]
-        if len(text) > SHOWN_CHARACTERS:
-            return f"{text[:SHOWN_CHARACTERS]}…"
-    return text
-
-
-_JSON = json.JSONEncoder(ensure_ascii=False)
-
-
-def _describe(problem: Mapping[str, Any]) -> str:
-    field, message = _field(problem), problem["msg"]
-    subject = "the body" if field is None else f"'{_cut(field, NAMED_CHARACTERS)}'"
-    match problem["type"]:
-        case "extra_forbidden":
-            return f"unknown field {subject}"
-        case "missing":
-            return f"field {subject} is required"
-        case "refused":
-            return str(message)
-        case "value_error":
-            return str(message).removeprefix("Value error, ")
-        case "expected":
-            return f"{subject}: {message}"
-        case "model_type" | "model_attributes_type":
-            return f"{subject}: expected an object, got {shown(problem['input'])}"
-    return f"{subject}: {message[0].lower()}{message[1:]}, got {shown(problem['input'])}"
-
-
-def _field(problem: Mapping[str, Any]) -> str | None:
-    parts = [str(part) for part in problem["loc"]]
-    if problem["type"] == "refused":
-        parts.append(str(problem["ctx"]["field"]))
-    return ".".join(parts) or None
-
-
-def _cut(text: str, most: int = TOLD_CHARACTERS) -> str:
-    return text if len(text) <= most else f"{text[:most]}…"
 
 
 def _listed(names: set[str]) -> str:

@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import orjson
 from starlette.requests import Request
@@ -33,7 +34,7 @@ from prefill_service.api.shadow import Shadows, Watched
 from prefill_service.api.showing import Shown, stands_in_template
 from prefill_service.api.text import ChoiceText, Delta, TokenScore, TokenScorer
 from prefill_service.api.token_ids import TokenIds
-from prefill_service.errors import InternalError
+from prefill_service.errors import InternalError, ServingError
 from prefill_service.prompt import Engine, PromptRequest
 
 DONE = b"data: [DONE]\n\n"
@@ -133,6 +134,7 @@ class Responder:
                     watched.note(out.tokens[0].id, last=delta.finish_reason is not None)
                 if delta.finish_reason is not None:
                     del running[out.choice]
+                    record.stopped_by = text.scanner.found
                 if delta.text or delta.scores or delta.ids or delta.finish_reason is not None:
                     yield delta
                 if delta.finish_reason is not None and out.finish_reason is None:
@@ -304,20 +306,21 @@ class EventStream(Response):
     """
 
     media_type = "text/event-stream"
+    done: ClassVar[bytes] = DONE
 
     def __init__(
         self, events: AsyncGenerator[bytes, None], record: RequestRecord, headers: Mapping[str, str]
     ) -> None:
         super().__init__(headers={**headers, "cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
-        self._events = events
+        self.events = events
         self._record = record
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
         try:
-            async with while_connected(receive), aclosing(self._events):
-                async for event in self._events:
+            async with while_connected(receive), aclosing(self.events):
+                async for event in self.events:
                     if not started:
                         started = True
                         await self._start(send)
@@ -332,11 +335,15 @@ class EventStream(Response):
                 raise
             told = client_error(error, self._record)
             self._record.status = told.status
-            await send({"type": "http.response.body", "body": _event(error_body(told)), "more_body": False})
+            await send({"type": "http.response.body", "body": self.broken(told), "more_body": False})
             return
         if not started:
             await self._start(send)
-        await send({"type": "http.response.body", "body": DONE, "more_body": False})
+        await send({"type": "http.response.body", "body": self.done, "more_body": False})
+
+    def broken(self, told: ServingError) -> bytes:
+        """The last event of a stream that fails."""
+        return _event(error_body(told))
 
     async def _start(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})

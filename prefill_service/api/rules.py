@@ -19,7 +19,7 @@ from prad.core.rules import Rules, Word
 from prad.lm import CompiledRules, Grammar, GrammarError, Grammars, Tokenizer
 from prad.lm.grammar import Kind
 from prefill_service.api.intake import StrictModel, expected, refused
-from prefill_service.api.outcomes import shown
+from prefill_service.api.problems import shown
 from prefill_service.errors import InvalidRequestError
 
 MOST_BIASES = 1024

@@ -16,11 +16,11 @@ from functools import partial
 from prad.artefact import PROMPT_FIELD, AdapterRecord
 from prad.core.sampling import ScoredToken, Scoring, Token
 from prad.lm import TextStream, Tokenizer
-from prefill_service.api.conversation import stream_behind
+from prefill_service.api.conversation import ChatEncoder, stream_behind
 from prefill_service.api.given import Given
 from prefill_service.api.intake import PromptInput
 from prefill_service.api.requests import CompletionRequest, GenerationRequest, Json
-from prefill_service.api.text import ChoiceText, Delta, PromptEncoder, Template, TokenScore, TokenScorer
+from prefill_service.api.text import ChoiceText, Delta, Template, TokenScore, TokenScorer
 from prefill_service.errors import InvalidRequestError
 from prefill_service.prompt import PromptRequest
 
@@ -32,7 +32,7 @@ _AT_ONCE = 1024
 Scores = Sequence[ScoredToken | None]
 
 
-class GivenEncoder(PromptEncoder):
+class GivenEncoder(ChatEncoder):
     """Tokenises continuations, too."""
 
     async def continuations(self, given: Sequence[PromptInput]) -> list[tuple[int, ...]]:

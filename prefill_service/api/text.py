@@ -30,7 +30,7 @@ from prad.artefact import PROMPT_FIELD, AdapterRecord
 from prad.core.sampling import Token, TokenEvent
 from prad.lm import ChatTemplateError, Tokenizer
 from prefill_service.api.intake import ApiLimits, PromptInput
-from prefill_service.api.outcomes import shown
+from prefill_service.api.problems import shown
 from prefill_service.errors import InvalidRequestError, OverloadedError, PromptTooLongError
 
 T = TypeVar("T")
@@ -44,8 +44,7 @@ ID_CHARACTERS = 4
 """What an id counts where characters are counted that are tokenised."""
 
 REMEMBERED_TOKENS = 65_536
-LOWEST = -9999.0
-"""Stands for minus infinity, which JSON does not have."""
+LOWEST = -9999.0  # stands for minus infinity, which JSON does not have
 
 
 class PromptEncoder:
@@ -251,16 +250,16 @@ class StopScanner:
         self._kept = kept
         self._longest = max(map(len, stops), default=0)
         self._held = ""
+        self.found: str | None = None
 
     def feed(self, text: str) -> tuple[str, bool]:
         """The text that is settled now, and whether a stop text ended it."""
         if not self._stops:
             return text, False
         held = self._held + text
-        found = [(at + len(stop), at) for stop in self._stops if (at := held.find(stop)) >= 0]
+        found = [(at + len(stop), at, stop) for stop in self._stops if (at := held.find(stop)) >= 0]
         if found:
-            self._held = ""
-            end, at = min(found)
+            self._held, (end, at, self.found) = "", min(found)
             return held[: end if self._kept else at], True
         keep = self._open_tail(held)
         self._held = held[keep:]
@@ -306,7 +305,7 @@ class ChoiceText:
         keep_stop: bool = False,
     ) -> None:
         self._stream = stream
-        self._scanner = StopScanner(stops, kept=keep_stop)
+        self.scanner = StopScanner(stops, kept=keep_stop)
         self._keep_stop = keep_stop
         self._strip_space = strip_space
         self._unscanned = min_tokens
@@ -335,10 +334,10 @@ class ChoiceText:
     def finish(self) -> Piece:
         """The rest, when the choice ended by itself: incomplete characters and held-back text included."""
         piece = self._scanned(self._stripped(self._stream.flush()))
-        return piece if piece.stopped else Piece(piece.text + self._scanner.release())
+        return piece if piece.stopped else Piece(piece.text + self.scanner.release())
 
     def _scanned(self, text: str) -> Piece:
-        return Piece(*self._scanner.feed(text)) if text else Piece("")
+        return Piece(*self.scanner.feed(text)) if text else Piece("")
 
     def _stripped(self, text: str) -> str:
         if self._strip_space and text:

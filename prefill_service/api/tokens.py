@@ -4,16 +4,21 @@ A prompt or a conversation gets the ids that a request with it would have comput
 is computed, and nothing too long is refused.
 """
 
+from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, ClassVar
 
+from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, FailFast, Field, RootModel
 from starlette.requests import Request
+from starlette.responses import Response
 
 from prad.artefact import AdapterRecord
 from prad.lm import Tokenizer
 from prefill_service.api.admission import Admission, ModelInfo, Target
-from prefill_service.api.intake import ApiLimits, Neutral, StrictModel, checked, read_json
-from prefill_service.api.messages import Conversation, Json
+from prefill_service.api.described import REFUSALS, body_schema
+from prefill_service.api.intake import ApiLimits, Neutral, StrictModel, checked, read_body, read_json
+from prefill_service.api.messages import Addressed, Conversation, Json
+from prefill_service.api.outcomes import JsonResponse
 from prefill_service.api.text import Template, chat_template, completion_template
 from prefill_service.errors import InvalidRequestError
 
@@ -76,6 +81,42 @@ class DetokenizeAnswer(BaseModel):
 
     prompt: str
     """The text."""
+
+
+Meant = Callable[[Request, Addressed], Awaitable[Target]]
+"""Which version a request names, once its files are here."""
+
+
+def token_routes(
+    admission: Admission, tokenizer: Tokenizer, model: ModelInfo, limits: ApiLimits, meant: Meant
+) -> APIRouter:
+    router = APIRouter(tags=["tokens"], responses=REFUSALS)
+
+    @router.post(
+        "/tokenize",
+        response_model=None,
+        responses={200: {"model": TokenizeAnswer}},
+        openapi_extra=body_schema(TokenizeBody),
+    )
+    async def tokenize(request: Request) -> Response:
+        """The token ids of a prompt or a conversation, in the template that a request has it in."""
+        wanted = await read_tokenize(request, limits)
+        target = await meant(request, wanted)
+        return JsonResponse(await tokenized(wanted, target, admission, tokenizer, model))
+
+    @router.post(
+        "/detokenize",
+        response_model=None,
+        responses={200: {"model": DetokenizeAnswer}},
+        openapi_extra=body_schema(Detokenize),
+    )
+    async def detokenize(request: Request) -> Response:
+        """The text of token ids, special tokens included."""
+        wanted = await read_body(request, Detokenize, limits)
+        await meant(request, wanted)
+        return JsonResponse({"prompt": await admission.encoder.text_of(wanted.tokens)})
+
+    return router
 
 
 async def read_tokenize(request: Request, limits: ApiLimits) -> TokenizePrompt | TokenizeChat:

@@ -19,7 +19,7 @@ import pytest
 from tests.conftest import CACHE
 
 LOCKS = Path(__file__).parents[2] / "locks"
-CLIENTS = {"lm-eval": False, "guidellm": True, "schemathesis": False}
+CLIENTS = {"lm-eval": False, "guidellm": True, "schemathesis": False, "litellm": False}
 """By the name of its lock: whether it needs torch, whose builds differ by place and are in no lock."""
 
 
@@ -32,9 +32,18 @@ def folder(client: str) -> Path:
 
 def command(client: str) -> str:
     """The installed command. Skips the test if it is not there."""
+    return _program(client, client)
+
+
+def python(client: str) -> str:
+    """The interpreter that has the client's libraries. Skips the test if it is not there."""
+    return _program(client, "python")
+
+
+def _program(client: str, name: str) -> str:
     if not _whole(folder(client)).is_file():
         pytest.skip(f"{client} IS NOT INSTALLED, so it was not tried: python -m tests.outside.clients")
-    return str(folder(client) / "bin" / client)
+    return str(folder(client) / "bin" / name)
 
 
 def install(client: str) -> None:

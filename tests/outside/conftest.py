@@ -59,7 +59,7 @@ def outside(
     root = tmp_path_factory.mktemp("outside")
     for seed, name in enumerate(("red", "green", "blue"), start=1):
         random_artefact(root / "adapters" / name, load_reading, seed, r=LARGE)
-    settings = {"adapters_mib": 1}
+    settings = {"adapters_mib": 1, "files_dir": root / "files"}
     with running_stack(reading_model, root / "adapters", root, prefill=settings, kv_cache_mib=1) as stack:
         yield Outside(stack)
 

@@ -67,6 +67,7 @@ async def test_the_api_describes_itself(client: httpx.AsyncClient) -> None:
     assert "messages" in schemas["ChatRequest"]["properties"]
     told = ("CompletionRequest", "ChatRequest", "Message", "StreamOptions", "Tool", "Function", "ToolCall")
     told += ("FunctionCall", "TokenizePrompt", "TokenizeChat", "TokenizeAnswer", "Detokenize")
+    told += ("MessagesRequest", "TokensRequest", "ResponsesRequest", "NewBatch")
     for model in told:
         assert all(field["description"] for field in schemas[model]["properties"].values())
     for operations in described["paths"].values():

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from prad.artefact import GenerationDefaults
 from prefill_service.api.admission import fit, resolve
 from prefill_service.api.intake import StrictModel
-from prefill_service.api.outcomes import invalid_request
+from prefill_service.api.problems import invalid_request
 from prefill_service.api.requests import ChatRequest, CompletionRequest
 from prefill_service.errors import InvalidRequestError, PromptTooLongError
 

@@ -1,0 +1,67 @@
+"""What is wrong with something that was sent, in words: the field, the fault, what was there instead."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from prefill_service.errors import InvalidRequestError
+
+SHOWN_PROBLEMS = 3
+TOLD_CHARACTERS = 1000
+"""Of every text in an error: what a client sent may be quoted there."""
+NAMED_CHARACTERS = 200
+"""Of a field's name among them."""
+SHOWN_CHARACTERS = 60
+"""Of a value that was not expected."""
+
+
+def invalid_request(problems: Sequence[Mapping[str, Any]]) -> InvalidRequestError:
+    """pydantic's errors as one: messages name the field, the fault and what was expected."""
+    return InvalidRequestError(
+        "; ".join(cut(_describe(p)) for p in problems[:SHOWN_PROBLEMS]),
+        param=_field(problems[0]),
+        quotes=True,
+    )
+
+
+def shown(value: object) -> str:
+    """As JSON, cut: of a long list or a deep nesting only the beginning is written at all."""
+    text = ""
+    for part in _JSON.iterencode(value):
+        text += part[: SHOWN_CHARACTERS + 1]
+        if len(text) > SHOWN_CHARACTERS:
+            return f"{text[:SHOWN_CHARACTERS]}…"
+    return text
+
+
+_JSON = json.JSONEncoder(ensure_ascii=False)
+
+
+def _describe(problem: Mapping[str, Any]) -> str:
+    field, message = _field(problem), problem["msg"]
+    subject = "the body" if field is None else f"'{cut(field, NAMED_CHARACTERS)}'"
+    match problem["type"]:
+        case "extra_forbidden":
+            return f"unknown field {subject}"
+        case "missing":
+            return f"field {subject} is required"
+        case "refused":
+            return str(message)
+        case "value_error":
+            return str(message).removeprefix("Value error, ")
+        case "expected":
+            return f"{subject}: {message}"
+        case "model_type" | "model_attributes_type":
+            return f"{subject}: expected an object, got {shown(problem['input'])}"
+    return f"{subject}: {message[0].lower()}{message[1:]}, got {shown(problem['input'])}"
+
+
+def _field(problem: Mapping[str, Any]) -> str | None:
+    parts = [str(part) for part in problem["loc"]]
+    if problem["type"] == "refused":
+        parts.append(str(problem["ctx"]["field"]))
+    return ".".join(parts) or None
+
+
+def cut(text: str, most: int = TOLD_CHARACTERS) -> str:
+    return text if len(text) <= most else f"{text[:most]}…"
