@@ -80,8 +80,8 @@ class PromptRequest:
     tells at once, at most; 1 if somebody waits for each. beams: how many hypotheses a beam search keeps, of
     which the `choices` best are the answers; None: tokens are drawn. scoring: which tokens of prompt and
     continuation get log-probabilities; None: none. cache_salt: only requests with the same one find each
-    other's prompts in the prefix cache. key: the name of the API key that was shown. answer: the HTTP request,
-    with `prompts` of them. gives_way: it ends where others would. behind: it waits while others want a turn.
+    other's prompts in the prefix cache. key: the name of the API key that was shown. answer, prompts: of the
+    HTTP request. gives_way: it ends where others would. behind: it waits while others want a turn.
     """
 
     request_id: str
