@@ -23,8 +23,8 @@ class Pinned:
         self._tasks_of = Counter[str]()  # by digest: whoever makes room asks for each adapter in memory
         self._changed = asyncio.Event()
 
-    def __contains__(self, digest: str) -> bool:
-        return self._tasks_of[digest] > 0
+    def __contains__(self, digest: object) -> bool:
+        return digest in self._tasks_of
 
     def follow(self, task: str, routed: TaskVersions | None) -> None:
         """What the task's names mean from now on; None: there is none of the name any more."""

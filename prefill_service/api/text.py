@@ -156,13 +156,6 @@ class PromptEncoder:
                 param="prompt",
             )
 
-    def _require_known(self, ids: Sequence[int], param: str) -> None:
-        if ids and not (min(ids) >= 0 and max(ids) < self._vocab_size):
-            wrong = next(token for token in ids if not 0 <= token < self._vocab_size)
-            raise InvalidRequestError(
-                f"token id {wrong} is out of range: expected 0 to {self._vocab_size - 1}", param=param
-            )
-
     def _require_short(self, chars: int, param: str) -> None:
         """Before it is tokenised, which takes some 200 bytes, and some microseconds, for each character."""
         if chars > self._most_chars:

@@ -7,7 +7,8 @@ import orjson
 from pydantic import ConfigDict, FailFast, Field, PlainValidator, WithJsonSchema
 
 from prefill_service.api.intake import Content, Neutral, StrictModel, TokenCount, expected
-from prefill_service.api.requests import MAX_MESSAGES, ChatRequest
+from prefill_service.api.messages import MAX_MESSAGES
+from prefill_service.api.requests import ChatRequest
 from prefill_service.errors import InvalidRequestError
 from prefill_service.protocols.chat import OTHER_ANSWERS, Json, Origin, chat_request
 

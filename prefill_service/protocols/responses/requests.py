@@ -6,7 +6,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import ConfigDict, Field, PlainValidator, WithJsonSchema
 
 from prefill_service.api.intake import Neutral, StrictModel, TokenCount, expected
-from prefill_service.api.requests import MAX_MESSAGES, ChatRequest
+from prefill_service.api.messages import MAX_MESSAGES
+from prefill_service.api.requests import ChatRequest
 from prefill_service.errors import InvalidRequestError
 from prefill_service.protocols.chat import OTHER_ANSWERS, Json, Origin, chat_request
 
