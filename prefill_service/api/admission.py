@@ -240,17 +240,17 @@ class Admission:
         template = chat_template(target.record, raw=request.raw)
         cut = request.truncate_prompt_tokens is not None
         ids = await self.encoder.chat(target.record, request, template, cut=cut)
-        rules = await self._rules(request, target)
+        rules = await self._rules(self.encoder.held_to_calls(request), target)
         behind = [ids.continuation]
         admitted = self._admitted("chatcmpl", request, target, template, [ids.prompt], behind, rules)
         shown = admitted.shown | self.encoder.shown_in_calls(request)
-        return replace(admitted, shown=shown, goes_on=bool(request.continue_final_message))
+        return replace(admitted, shown=shown, goes_on=request.goes_on)
 
     async def _rules(self, request: GenerationRequest, target: Target) -> Rules | None:
         """None without touching any for most requests: who names no field of theirs."""
         if request.model_fields_set.isdisjoint(RULE_FIELDS):
             return None
-        beams, spaced = request.beams is not None, target.version is not None
+        beams, spaced = request.beams is not None, target.version is not None and not request.goes_on
         return await self._rules_of(request, beams=beams, ignore_eos=bool(request.ignore_eos), spaced=spaced)
 
     def _admitted(

@@ -17,21 +17,24 @@ the adapter, behind the prompt; for the plain model it is the last turn of the c
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import TypeVar
 
 import orjson
 
 from prad.artefact import AdapterRecord
 from prad.lm import TextStream, Tokenizer
-from prefill_service.api.messages import Conversation, Json, Message
+from prefill_service.api.messages import Conversation, Forced, Json, Message
 from prefill_service.api.problems import shown
+from prefill_service.api.rules import Constraint
 from prefill_service.api.text import ID_CHARACTERS, PromptEncoder, Template
-from prefill_service.api.tool_formats import ToolFormat, tool_format
+from prefill_service.api.tool_formats import ToolFormat, call_grammar, tool_format
 from prefill_service.errors import InvalidRequestError
 
 TOKENS_BEHIND = 8
 """That a text is decoded behind, at most."""
 
 Ids = tuple[int, ...]
+ChatT = TypeVar("ChatT", bound=Conversation)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,15 @@ class ChatEncoder(PromptEncoder):
         if not self._tokenizer.has_chat_template or not self._tokenizer.chat_template.takes_tools:
             return None
         return tool_format(self._tokenizer.chat_template.source)
+
+    def held_to_calls(self, chat: ChatT) -> ChatT:
+        """With the grammar of a call, where its `tool_choice` makes the model call."""
+        if not (forced := chat.forced) or self.tool_format is None:
+            return chat
+        several = chat.parallel_tool_calls is not False and not isinstance(chat.tool_choice, Forced)
+        grammar = call_grammar(self.tool_format, forced, self._tokenizer.token_id, parallel=several)
+        held = {"guided_grammar": Constraint("grammar", grammar, "tool_choice")}
+        return chat.model_copy(update=held)
 
     def shown_in_calls(self, chat: Conversation) -> frozenset[int]:
         """Special tokens that calls of its tools are known by, and that must not be left out of the text."""

@@ -187,7 +187,8 @@ class Function(StrictModel):
     parameters: Schema | None = None
     """A JSON schema of its arguments, up to 64 KiB and 32 deep. Absent: it takes none."""
     strict: bool | None = None
-    """Whether a call's arguments must be as `parameters` says. Not supported yet: leave it out, or false."""
+    """Whether a call's arguments must be as `parameters` says; they are where `tool_choice` makes the model
+    call, and it is refused elsewhere. Absent: no."""
 
 
 class Tool(StrictModel):
@@ -223,8 +224,8 @@ class Conversation(StrictModel):
     tools: Annotated[list[Tool] | None, FailFast(), Field(max_length=MAX_TOOLS)] = None
     """Up to 128 functions that the model may call, if its chat template takes tools."""
     tool_choice: ToolChoice = None
-    """`auto`: the model may call tools. `none`: it is told of none. `required`, or a function's name: not
-    supported yet. Absent: `auto`."""
+    """`auto`: the model may call tools. `none`: it is told of none. `required`: the answer is a call of some;
+    a function's name: of that. Absent: `auto`."""
     parallel_tool_calls: bool | None = None
     """False: of several calls in an answer only the first is given. Absent: true."""
     add_generation_prompt: bool | None = None
@@ -244,6 +245,13 @@ class Conversation(StrictModel):
         """What the model may call."""
         return () if self.tool_choice == "none" else self.tools or ()
 
+    @property
+    def forced(self) -> Sequence[Tool]:
+        """Of these the answer must be a call; none if the model chooses."""
+        if isinstance(self.tool_choice, Forced):
+            return [tool for tool in self.offered if tool.function.name == self.tool_choice.name]
+        return self.offered if self.tool_choice == "required" else ()
+
     @model_validator(mode="after")
     def _tools_agree(self) -> "Conversation":
         names = [tool.function.name for tool in self.tools or ()]
@@ -260,15 +268,14 @@ class Conversation(StrictModel):
         return self
 
     @model_validator(mode="after")
-    def _nothing_enforced(self) -> "Conversation":
-        """What only a grammar could promise."""
-        if self.tool_choice not in (None, "none", "auto"):
+    def _strict_if_called(self) -> "Conversation":
+        """A model that may also answer in words is held to no grammar."""
+        if not self.forced and any(tool.function.strict for tool in self.offered):
             raise refused(
-                "tool_choice",
-                "a 'tool_choice' that makes the model call a tool is not supported yet: send \"auto\"",
+                "tools",
+                "'strict' is supported with a 'tool_choice' that makes the model call: send \"required\", a "
+                "function's name, or leave out 'strict'",
             )
-        if any(tool.function.strict for tool in self.tools or ()):
-            raise refused("tools", "'strict' is not supported yet in 'tools': leave it out, or send false")
         return self
 
     @model_validator(mode="after")

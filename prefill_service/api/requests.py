@@ -131,6 +131,11 @@ class GenerationRequest(GenerationValues, RuleFields, PromptScores):
 
     @property
     @abstractmethod
+    def goes_on(self) -> bool:
+        """Whether the answer stands behind a text that came with the request, and goes on with it."""
+
+    @property
+    @abstractmethod
     def alternatives(self) -> int | None:
         """How many alternatives to report with each token; None for no log-probabilities."""
 
@@ -212,6 +217,10 @@ class CompletionRequest(GenerationRequest, Given):
         return self.logprobs
 
     @property
+    def goes_on(self) -> bool:
+        return self.continuation is not None
+
+    @property
     def shows_given(self) -> bool:
         scored = self.continuation_logprobs is not None
         return super().shows_given or bool(self.echo) or scored or self.continuation is not None
@@ -238,6 +247,10 @@ class ChatRequest(GenerationRequest, Conversation):
     """Report each token's log-probability. Absent: no."""
     top_logprobs: Logprobs | None = None
     """And those of up to 20 of the likeliest; needs `logprobs`. Absent: 0."""
+
+    @property
+    def goes_on(self) -> bool:
+        return bool(self.continue_final_message)
 
     @property
     def output_limit(self) -> int | None:

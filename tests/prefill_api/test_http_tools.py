@@ -173,13 +173,7 @@ def nested(depth: int) -> dict[str, Any]:
     ("body", "param", "message"),
     [
         ({"tool_choice": "required"}, "tool_choice", "needs 'tools'"),
-        ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice", "not supported yet"),
         ({"tools": [TOOL], "tool_choice": "any"}, "tool_choice", '"required"'),
-        (
-            {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "weather"}}},
-            "tool_choice",
-            "not supported yet",
-        ),
         (
             {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "x"}}},
             "tool_choice",
@@ -192,7 +186,7 @@ def nested(depth: int) -> dict[str, Any]:
         (
             {"tools": [{"type": "function", "function": {"name": "a", "strict": True}}]},
             "tools",
-            "'strict' is not supported yet",
+            "'strict' is supported with a 'tool_choice'",
         ),
         (
             {"tools": [{"type": "function", "function": {"name": "a", "parameters": nested(40)}}]},
