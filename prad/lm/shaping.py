@@ -82,8 +82,13 @@ class Shaping:
         return self.walk.trouble
 
     @property
+    def is_narrow(self) -> bool:
+        """Whether so few tokens may come that bad words or early stops can be all of them."""
+        return self.walk is not None or len(self._allowed) > 0
+
+    @property
     def may_leave_nothing(self) -> bool:
-        return bool(self._rules.bad_words)
+        return self.is_narrow and bool(self._rules.bad_words)
 
     def masked_by(self, masks: "Future[Tensor]", row: int) -> None:
         """Its grammar's mask will be this row of them."""
@@ -150,10 +155,8 @@ def shape(
     for row, _, shaping in ruled:
         shaping.apply(allowed[row])
     if allowed is not logits:
-        rows = [row for row, _, _ in ruled]
-        best = allowed[rows].amax(dim=-1).tolist()
-        for (row, _, shaping), most in zip(ruled, best, strict=True):
-            if most == _NEVER:  # bad words and stops that come too early give way, as nothing is left
+        for row, _, shaping in ruled:
+            if shaping.is_narrow and float(allowed[row].max()) == _NEVER:  # nothing is left: they give way
                 allowed[row] = logits[row]
                 shaping.apply(allowed[row], bad_words=False)
     return allowed

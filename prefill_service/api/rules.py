@@ -203,8 +203,8 @@ class RuleFields(StrictModel):
     logit_bias: Annotated[dict[int, float] | None, PlainValidator(_logit_bias), _NUMBERS] = None
     """Added to the logits of tokens, by their ids as texts: -100 to 100, up to 1024. Absent: none."""
     bad_words: Annotated[list[str] | None, PlainValidator(_bad_words), _TEXTS] = None
-    """Up to 256 texts that the answer does not hold, with a space before them or without: the last token of
-    each is not drawn behind its others. Absent: none."""
+    """Up to 256 texts that the answer is not to hold, with a space before them or without: the last token of
+    each is not drawn behind its others. Spelt by other tokens a text may still come. Absent: none."""
     allowed_token_ids: Annotated[list[int] | None, PlainValidator(_ids), _IDS] = None
     """No other tokens are drawn: if none of them ends the answer, it is as long as it may be. Absent: all."""
     stop_token_ids: Annotated[list[int] | None, PlainValidator(_few_ids), _IDS] = None
