@@ -245,7 +245,8 @@ class PromptScheduler:
                 return self._chunks(runnable, self._unbegin_all(chunks))
             chunks.append(self._chunk(prompt, state, counts[prompt]))
         waiting = [prompt for prompt in runnable if isinstance(prompt.state, Queued)]
-        later = better_later(chunks, self._begun, waiting, self.blocks, self._chunk_tokens)
+        prompts = chunks, self._begun, waiting
+        later = better_later(*prompts, self.blocks, self._chunk_tokens, _most_found)
         if later:
             self._unbegin_all(chunks)
             return self._chunks([prompt for prompt in runnable if prompt not in later], parts)
@@ -344,8 +345,7 @@ class PromptScheduler:
 
     def _found(self, prompt: Prompt) -> tuple[int, ...]:
         """Its cached blocks; a token whose logits are wanted is computed, as the last one's always are."""
-        most = prompt.tokens - 1 if prompt.request.scoring is None else first_row(prompt)
-        return self.blocks.find(prompt.keys[: most // self.blocks.block_size])
+        return self.blocks.find(prompt.keys[: _most_found(prompt) // self.blocks.block_size])
 
     def _left(self, prompt: Prompt) -> int:
         if isinstance(prompt.state, Prefilling):
@@ -392,3 +392,7 @@ class PromptScheduler:
         holds = len(state.table) if end < prompt.tokens else len(prompt.keys)
         stored = min(end, min(holds, len(state.table)) * size) - state.done
         return Chunk(prompt, state.done, end, state.table, max(0, stored))
+
+
+def _most_found(prompt: Prompt) -> int:
+    return prompt.tokens - 1 if prompt.request.scoring is None else first_row(prompt)

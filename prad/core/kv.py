@@ -12,7 +12,7 @@ share its full blocks; a block that is still written to belongs to one holder (c
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Generic, Protocol, TypeVar
@@ -266,12 +266,14 @@ def better_later(
     waiting: Iterable[K],
     blocks: BlockPool,
     chunk_tokens: int,
+    most_found: Callable[[K], int],
 ) -> set[K]:
     """Who of those that these chunks begin, and of those that wait, had better wait for the blocks that the
     chunks before theirs leave, and begin with them, than compute the same.
 
     A prompt of no more than a chunk waits for one pass, a longer one also for a prompt that is computed in
-    several, if it is not done later than both would be side by side. Nobody waits for what may not be kept.
+    several, if it is not done later than both would be side by side. Nobody waits for what may not be kept,
+    nor for more than the first tokens of a prompt, `most_found`, that need not be computed.
     """
     if sum(len(chunk.table) for chunk in chunks) > blocks.keep:
         return set()
@@ -279,7 +281,7 @@ def better_later(
     left_by: dict[bytes, int] = {}  # blocks that are left, and how many tokens behind this pass
 
     def waits(prompt: K, found: int) -> bool:
-        its = prompt.keys[found : (prompt.tokens - 1) // size]  # the last token is computed always
+        its = prompt.keys[found : most_found(prompt) // size]
         shared = list(takewhile(left_by.__contains__, its))
         saved, left = len(shared) * size, prompt.tokens - found * size
         longest = 0 if left <= chunk_tokens else left + saved
