@@ -143,7 +143,7 @@ def test_the_live_view_goes_on_until_it_is_interrupted() -> None:
             for _ in range(2):
                 terminal.until("prefill")
                 terminal.until("requests")
-            terminal.interrupt()
-            assert terminal.process.wait() in (130, -signal.SIGINT)
+            terminal.interrupt(lambda: terminal.process.poll() is not None)
+            assert terminal.process.returncode in (130, -signal.SIGINT)
         finally:
             terminal.close()
