@@ -174,9 +174,10 @@ def test_at_a_terminal(api: FakeApi) -> None:
         terminal.interrupt(lambda: "(stopped)" in terminal.shown)
         terminal.until("(stopped)")
         terminal.until("sort> ")
-        terminal.type("begun \\\r")
+        terminal.type("c \\\r")
         terminal.until("... ")
-        terminal.interrupt()
+        terminal.type("d\r")
+        terminal.until("d c")
         terminal.until("sort> ")
         terminal.type("/quit\r")
         assert terminal.process.wait() == 0
