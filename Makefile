@@ -79,7 +79,7 @@ docs: ## build the site of docs/ into build/site, strictly (installs mkdocs-mate
 	@test -x .venv-docs/bin/mkdocs || { echo "installing mkdocs-material into .venv-docs ..." && $(PYTHON) -m venv .venv-docs \
 		&& .venv-docs/bin/pip install --quiet --quiet $$($(PYTHON) -c $(DOCS_EXTRA)); }
 	$(PYTHON) -m deploy.site
-	.venv-docs/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
 	@echo "the site: build/site/index.html"
 
 DOCS_EXTRA := 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])'
@@ -95,7 +95,7 @@ lock: ## make the lock files again, with the newest releases (only what must cha
 LOCK_ARGS ?= --upgrade
 
 clean: ## remove the virtual environments and caches (not the converted model)
-	rm -rf .venv .venv-* *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-* build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
 $(VENV)/.made: $(LOCKED)
 	@$(PYTHON) -m venv --clear $(VENV)

@@ -4,7 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -76,18 +76,21 @@ class _Handler(BaseHTTPRequestHandler):
         if chat:
             self._event({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]})
         for number, word in enumerate(words):
-            piece = f" {word}" if number else word
+            said = word.upper() if word == "hold" else word  # a terminal shows what was typed, too
+            piece = f" {said}" if number else said
             choice = {"index": 0, "delta": {"content": piece}} if chat else {"index": 0, "text": piece}
             self._event({"choices": [choice]})
             if words[0] == "hold" and not self.api.hold.wait(60):
                 return
         if self.api.usage:
             self._event({"choices": [], "usage": {"completion_tokens": len(words)}})
-        self.wfile.write(b"data: [DONE]\n\n")
+        with suppress(ConnectionError):
+            self.wfile.write(b"data: [DONE]\n\n")
 
     def _event(self, told: dict[str, Any]) -> None:
         text = json.dumps(told, separators=None if self.api.spaced else (",", ":"))
-        self.wfile.write(f"data: {text}\n\n".encode())
+        with suppress(ConnectionError):  # whoever asked is gone
+            self.wfile.write(f"data: {text}\n\n".encode())
 
     def _refused(self) -> bool:
         if self.api.key and self.headers["authorization"] != f"Bearer {self.api.key}":

@@ -1,6 +1,8 @@
 """`prad top`: from metrics pages to figures and a picture. What a real stack shows: tests/stack."""
 
 import io
+import signal
+import sys
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Summary, generate_latest
@@ -9,6 +11,7 @@ from rich.console import Console
 from prad_cli.top import picture
 from prad_cli.vitals import Decode, Page, Prefill, Since, Vitals, Watch, read_page
 from tests.cli.fake_api import fake_api
+from tests.cli.test_chat import Terminal
 from tests.cli.test_command_line import one_line, prad
 
 
@@ -130,3 +133,17 @@ def test_what_is_no_metrics_page_is_said() -> None:
         seen = Watch([api.url], [f"{api.url}/metrics"], "http://127.0.0.1:1").look()
     assert "this is no metrics page" in seen.prefills[0].away
     assert not seen.any_answers
+
+
+def test_the_live_view_goes_on_until_it_is_interrupted() -> None:
+    with fake_api() as api:
+        where = ["--api", api.url, "--decode", api.url, "--registry", api.url]
+        terminal = Terminal(sys.executable, "-m", "prad_cli", "top", "--every", "0.05", *where)
+        try:
+            for _ in range(2):
+                terminal.until("prefill")
+                terminal.until("requests")
+            terminal.interrupt(lambda: terminal.process.poll() is not None)
+            assert terminal.process.returncode in (130, -signal.SIGINT)
+        finally:
+            terminal.close()
