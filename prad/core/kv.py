@@ -270,8 +270,9 @@ def better_later(
     """Who of those that these chunks begin, and of those that wait, had better wait for the blocks that the
     chunks before theirs leave, and begin with them, than compute the same.
 
-    A prompt of no more than a chunk waits for one pass, a longer one also for a prompt that is computed in
-    several, if it is not done later than both would be side by side. Nobody waits for what may not be kept.
+    They wait for one pass; for a prompt that is computed in several only if that has no more left than they
+    have, or, of prompts longer than a chunk, which share one, if they are not done later than both would be
+    side by side. Nobody waits for what may not be kept.
     """
     if sum(len(chunk.table) for chunk in chunks) > blocks.keep:
         return set()
@@ -282,7 +283,7 @@ def better_later(
         its = prompt.keys[found : (prompt.tokens - 1) // size]  # the last token is computed always
         shared = list(takewhile(left_by.__contains__, its))
         saved, left = len(shared) * size, prompt.tokens - found * size
-        longest = 0 if left <= chunk_tokens else left + saved
+        longest = left if left <= chunk_tokens else left + saved
         return saved >= _WORTH_WAITING and left_by[shared[-1]] <= longest
 
     later = set[K]()
