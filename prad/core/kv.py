@@ -271,9 +271,10 @@ def better_later(
     """Who of those that these chunks begin, and of those that wait, had better wait for the blocks that the
     chunks before theirs leave, and begin with them, than compute the same.
 
-    A prompt of no more than a chunk waits for one pass, a longer one also for a prompt that is computed in
-    several, if it is not done later than both would be side by side. Nobody waits for what may not be kept,
-    nor for more than the first tokens of a prompt, `most_found`, that need not be computed.
+    They wait for one pass; for a prompt that is computed in several only if that has no more left than they
+    have, or, of prompts longer than a chunk, which share one, if they are not done later than both would be
+    side by side. Nobody waits for what may not be kept, nor for more than the first tokens of a prompt,
+    `most_found`, that need not be computed.
     """
     if sum(len(chunk.table) for chunk in chunks) > blocks.keep:
         return set()
@@ -284,7 +285,7 @@ def better_later(
         its = prompt.keys[found : most_found(prompt) // size]
         shared = list(takewhile(left_by.__contains__, its))
         saved, left = len(shared) * size, prompt.tokens - found * size
-        longest = 0 if left <= chunk_tokens else left + saved
+        longest = left if left <= chunk_tokens else left + saved
         return saved >= _WORTH_WAITING and left_by[shared[-1]] <= longest
 
     later = set[K]()
