@@ -6,27 +6,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from bench.kinds import RESULTS, cpu_kind
 from bench.prompts import CHAT
 from bench.quality_table import COLUMNS, ROWS
 from prad.core.models import DEFAULT_MODEL, Precision
-
-RESULTS = Path(__file__).parent / "results"
-KINDS = ("amx", "avx512-bf16", "avx512", "avx2")
-"""Of CPUs, by what they multiply with; figures of one say little about another."""
-
-
-def cpu_flags() -> list[str]:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    return next((line.split(":")[1].split() for line in lines if line.startswith("flags")), [])
-
-
-def cpu_kind() -> str:
-    """This machine's, of KINDS, else "other": the folder of its results."""
-    named = dict(zip(KINDS, ("amx_bf16", "avx512_bf16", "avx512f", "avx2"), strict=True))
-    flags = cpu_flags()
-    return next((kind for kind, flag in named.items() if flag in flags), "other")
-
 
 Variant = Literal[
     "one pass",

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.flags import FLAGS, KINDS, RESULTS
+from bench.flags import FLAGS
+from bench.kinds import KINDS, RESULTS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

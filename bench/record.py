@@ -11,7 +11,8 @@ from typing import Any
 import psutil
 import torch
 
-from bench.flags import RESULTS, Flags, cpu_flags
+from bench.flags import Flags
+from bench.kinds import RESULTS, cpu_flags
 
 ROOT = Path(__file__).parents[1]
 _PACKAGES = ("torch", "transformers", "grpcio", "fastapi")

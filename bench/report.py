@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import typer
 
 from bench import gates
-from bench.flags import KINDS, RESULTS
+from bench.kinds import KINDS, RESULTS
 from bench.record import ROOT, machine
 
 DOCUMENTS = tuple(ROOT / "docs" / f"{name}.md" for name in ("performance", "quality", "training"))
