@@ -30,6 +30,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from kvtransfer.proto import handoff_pb2 as pb
 from prad.core.kv import ModelSpec
 from prad.core.sampling import SamplingParams, TokenEvent
+from prad.core.search import Beams
 
 T = TypeVar("T")
 
@@ -62,7 +63,8 @@ class Open:
     next_position. output_offset is the output index of that first token. timeout_ms: what is left of the
     request's time, because two hosts' clocks differ; None: it may take for ever. state: the request state
     that will come before Commit. tokens_per_event: how many tokens of a sequence are told at once, at most; 1
-    is each when it is drawn.
+    is each when it is drawn. beams: the choices are the best of a beam search, told once it is over; Commit
+    then has the prompt's first candidates instead of first tokens, as the `top` of a single one.
     """
 
     request_id: str
@@ -78,6 +80,12 @@ class Open:
     timeout_ms: int | None = None
     state: tuple[StateSite, ...] = ()
     tokens_per_event: int = 1
+    beams: Beams | None = None
+
+    @property
+    def sequences(self) -> int:
+        """How many decode together."""
+        return self.choices if self.beams is None else self.beams.width
 
     def site_bytes(self, site: str) -> int:
         """Bytes of the request state at one site, all layers. Raises KeyError for an unannounced one."""

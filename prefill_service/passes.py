@@ -98,7 +98,11 @@ def prompt_logits(
 
 
 def _first_tokens(model: LanguageModel, row: Tensor, request: PromptRequest) -> list[Token]:
-    """row [vocab]: every choice draws from it, under its own key."""
+    """row [vocab]: every choice draws from it, under its own key. Of a beam search a single token, whose
+    `top` is what hypotheses may begin with."""
+    if request.beams is not None:
+        shown = replace(request.sampling, logprobs=request.beams.candidates(request.sampling.stop_ids))
+        return sample(row[None], [shown], [SampleKey(0, 0, 0, 0)], model.argmax)
     keys = [
         SampleKey(request.sampling.seed, request.prompt_index, choice, request.output_offset)
         for choice in range(request.choices)

@@ -14,7 +14,7 @@ from prad.lm.families import Site
 from prad.lm.fingerprint import Fingerprint, weights_digest
 from prad.lm.kv import KVTarget, PackedBatch, PromptKV, dtype_name, torch_dtype
 from prad.lm.model import LanguageModel
-from prad.lm.sampling import sample
+from prad.lm.sampling import likeliest, sample
 from prad.lm.serving import ServedModel, load_served
 from prad.lm.sites import (
     Adaptation,
@@ -51,6 +51,7 @@ __all__ = [
     "Tokenizer",
     "UnsupportedModelError",
     "dtype_name",
+    "likeliest",
     "load_served",
     "placements",
     "projection",

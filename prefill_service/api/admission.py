@@ -15,6 +15,7 @@ from starlette.requests import Request
 from adapter_registry.names import ALIAS, VERSION
 from prad.artefact import AdapterRecord, GenerationDefaults, GenerationValues
 from prad.core.sampling import SamplingParams
+from prad.core.search import Beams
 from prad.lm import Tokenizer
 from prefill_service.api.intake import ApiLimits
 from prefill_service.api.outcomes import while_connected
@@ -104,15 +105,14 @@ class Admitted:
     def most_tokens(self) -> int:
         """That it may take, of prompts and of outputs as long as they may get."""
         return sum(
-            len(prompt.prompt_ids) + prompt.sampling.max_tokens * (prompt.beams or prompt.choices)
-            for prompt in self.prompts
+            len(prompt.prompt_ids) + prompt.sampling.max_tokens * prompt.sequences for prompt in self.prompts
         )
 
     def report(self) -> dict[str, object]:
         """The response's `prad` object: which adapter answered, in which template, and how it was sampled."""
         version, sampling, beams = self.target.version, self.sampling, self.prompts[0].beams
         values = {name: getattr(sampling, name) for name in GenerationValues.model_fields}
-        values |= {"stop": list(self.stop)} | ({} if beams is None else {"beams": beams})
+        values |= {"stop": list(self.stop)} | ({} if beams is None else _searched(beams))
         return {
             "task": version.task if version else None,
             "version": version.version if version else None,
@@ -186,7 +186,7 @@ class Admission:
                 f"'prompt' holds {len(request.prompt)} prompts: expected up to {self._limits.max_prompts}",
                 param="prompt",
             )
-        each = request.beams or request.choices
+        each = request.choices if request.beams is None else request.beams.width
         if (total := len(request.prompt) * each) > self._limits.max_choices:
             kind = "choices" if request.beams is None else "beams"
             raise InvalidRequestError(
@@ -233,6 +233,7 @@ class Admission:
             )
             for ids in prompts
         ]
+        told_each = (request.stream or stop) and request.beams is None
         requests = tuple(
             PromptRequest(
                 request_id=f"{name}-{index}",
@@ -242,7 +243,7 @@ class Admission:
                 prompt_index=index,
                 choices=request.choices,
                 beams=request.beams,
-                tokens_per_event=1 if request.stream or stop else TOKENS_PER_EVENT,
+                tokens_per_event=1 if told_each else TOKENS_PER_EVENT,
                 cache_salt=request.cache_salt,
                 key=target.key,
                 answer=name,
@@ -251,6 +252,12 @@ class Admission:
             for index, (ids, max_tokens) in enumerate(fitted)
         )
         return Admitted(name, int(time.time()), target, template, stop, requests)
+
+
+def _searched(beams: Beams) -> dict[str, object]:
+    """What a report says of a beam search, in the API's words."""
+    early = "never" if beams.early_stopping is None else beams.early_stopping
+    return {"beams": beams.width, "length_penalty": beams.length_penalty, "early_stopping": early}
 
 
 def fit(
