@@ -14,6 +14,7 @@ from kvtransfer.frames import Encoding, Incoming, Rows
 from kvtransfer.messages import Open, StateSite
 from prad.core.kv import BlockPool
 from prad.core.sampling import SamplingParams, Token
+from prad.core.search import Beams
 from prad.lm import LanguageModel, SiteVectors
 from prad.lm.kv import Pools
 
@@ -28,6 +29,7 @@ class LoadedEngine:
 
     `kv`: the packed prompts' keys and values; random ones without it, since a step's time does not depend on
     what they say. `states`: each sequence's request state. `choices`: sequences of each hand-off.
+    `candidates`: what each hand-off begins with, which then is a beam search of so many hypotheses.
     `admitted_s`: how long all hand-offs took, from the Open to the Commit.
     """
 
@@ -40,6 +42,7 @@ class LoadedEngine:
         kv: LayersKV | None = None,
         states: Sequence[SiteVectors] | None = None,
         choices: int = 1,
+        candidates: Sequence[Token] | None = None,
     ) -> None:
         blocks = sequences * -(-(context + steps + 1) // _BLOCK)
         self._pools = Pools(model.layout, blocks, _BLOCK, str(model.device), model.kernels)
@@ -61,11 +64,13 @@ class LoadedEngine:
                 prompt_len=context,
                 next_position=context,
                 sampling=SamplingParams(max_tokens=steps + 1),
-                choices=choices,
+                choices=1 if candidates else choices,
+                beams=Beams(choices) if candidates else None,
                 state=tuple(StateSite(str(site), v.shape[1]) for site, v in state.items()),
             )
             own_kv = filler if kv is None else [(k[own], v[own]) for k, v in kv]
-            self.admitted_s += hand_over(self._engine, request, own_kv, Token(100), state)
+            first = candidates[number] if candidates else Token(100)
+            self.admitted_s += hand_over(self._engine, request, own_kv, first, state)
 
     def step(self) -> None:
         with torch.inference_mode():
@@ -92,7 +97,8 @@ def hand_over(
     text_ids: Sequence[int] = (),
     alike: int = 0,
 ) -> float:
-    """A hand-off from the Open to the Commit; in seconds. first: every choice's first token."""
+    """A hand-off from the Open to the Commit; in seconds. first: every choice's first token, or a search's
+    first candidates."""
     raw = tuple((_raw(key), _raw(value)) for key, value in kv)
     frame = Incoming(0, (), Encoding.RAW, request.model.layout.bytes_per_token, raw)
     started = time.perf_counter()

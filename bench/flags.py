@@ -229,6 +229,15 @@ class Choices(ModelFlags):
     rounds: int = Field(11, ge=1)
 
 
+class Beams(ModelFlags):
+    SMOKE = {"searches": [1, 2], "context": 20, "rounds": 2}
+
+    searches: list[int] = [1, 4, 16]
+    beams: int = Field(3, ge=2, description="of each search; 3 as in the paper")
+    context: int = Field(100, description="tokens of each prompt")
+    rounds: int = Field(41, ge=1)
+
+
 class Step(ModelFlags):
     SMOKE = {"batches": [1, 8], "rounds": 2}
 
@@ -379,6 +388,7 @@ FLAGS: dict[str, type[Flags]] = {
     "decode": Decode,
     "growth": Growth,
     "choices": Choices,
+    "beams": Beams,
     "step": Step,
     "para": Para,
     "floor": Floor,

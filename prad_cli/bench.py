@@ -23,6 +23,7 @@ BENCHMARKS = {
     "decode": "One decode step by sequences, context and tasks, beside its floor.",
     "growth": "How steps and passes grow with sequences, context, prompts, tasks and the model: exponents.",
     "choices": "Choices of one prompt: what shared blocks save in memory, hand-off and step.",
+    "beams": "A step of beam searches beside a step of as many plain sequences.",
     "step": "Where a decode step's time goes, with the model's weights and with rounded ones.",
     "speculation": "What drafts bring: tokens a second with them and without, by task.",
     "para": "What PARA's vectors add to a decode step and a prompt pass, beside PrAd-PARA and neither.",
