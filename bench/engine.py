@@ -15,6 +15,7 @@ from kvtransfer.messages import Open, StateSite
 from prad.core.kv import BlockPool
 from prad.core.rules import Before
 from prad.core.sampling import SamplingParams, Token
+from prad.core.search import Beams
 from prad.lm import Grammars, LanguageModel, SiteVectors
 from prad.lm.kv import Pools
 
@@ -29,7 +30,8 @@ class LoadedEngine:
 
     `kv`: the packed prompts' keys and values; random ones without it, since a step's time does not depend on
     what they say. `states`: each sequence's request state. `choices`: sequences of each hand-off. `sampling`:
-    of each, greedy without it; `first`: their first token.
+    of each, greedy without it; `first`: their first token. `candidates`: what each hand-off begins with,
+    which then is a beam search of so many hypotheses.
     `admitted_s`: how long all hand-offs took, from the Open to the Commit.
     """
 
@@ -45,6 +47,7 @@ class LoadedEngine:
         grammars: Grammars | None = None,
         sampling: Callable[[int], SamplingParams] | None = None,
         first: int = 100,
+        candidates: Sequence[Token] | None = None,
     ) -> None:
         blocks = sequences * -(-(context + steps + 1) // _BLOCK)
         self._pools = Pools(model.layout, blocks, _BLOCK, str(model.device), model.kernels)
@@ -67,12 +70,14 @@ class LoadedEngine:
                 prompt_len=context,
                 next_position=context,
                 sampling=drawn,
-                choices=choices,
+                choices=1 if candidates else choices,
+                beams=Beams(choices) if candidates else None,
                 state=tuple(StateSite(str(site), v.shape[1]) for site, v in state.items()),
                 before=None if drawn.rules is None else Before(),
             )
             own_kv = filler if kv is None else [(k[own], v[own]) for k, v in kv]
-            self.admitted_s += hand_over(self._engine, request, own_kv, Token(first), state)
+            begins = candidates[number] if candidates else Token(first)
+            self.admitted_s += hand_over(self._engine, request, own_kv, begins, state)
 
     def step(self) -> None:
         with torch.inference_mode():
@@ -99,7 +104,8 @@ def hand_over(
     text_ids: Sequence[int] = (),
     alike: int = 0,
 ) -> float:
-    """A hand-off from the Open to the Commit; in seconds. first: every choice's first token."""
+    """A hand-off from the Open to the Commit; in seconds. first: every choice's first token, or a search's
+    first candidates."""
     raw = tuple((_raw(key), _raw(value)) for key, value in kv)
     frame = Incoming(0, (), Encoding.RAW, request.model.layout.bytes_per_token, raw)
     started = time.perf_counter()

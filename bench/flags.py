@@ -2,14 +2,15 @@
 
 import ast
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field
 
-from bench.kinds import RESULTS, cpu_kind
+from bench.base_flags import Flags, ModelFlags, ShapeFlags
+from bench.kinds import RESULTS
 from bench.prompts import CHAT
 from bench.quality_table import COLUMNS, ROWS
-from prad.core.models import DEFAULT_MODEL, Precision
+from prad.core.models import Precision
 
 Variant = Literal[
     "one pass",
@@ -20,35 +21,6 @@ Variant = Literal[
     "chunks, rest of 50 ms",
 ]
 """How the prefill service takes a very long prompt."""
-
-
-class Flags(BaseModel):
-    """Of every benchmark. `SMOKE`: the values that make it small, unless others are given."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    SMOKE: ClassVar[dict[str, Any]] = {}
-
-    smoke: bool = Field(False, description="tiny sizes: shows that it runs, measures nothing")
-    out: Path = Field(RESULTS / cpu_kind(), description="folder of the result; --smoke: bench/results/smoke")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _smoke(cls, given: dict[str, Any]) -> dict[str, Any]:
-        return {"out": RESULTS / "smoke", **cls.SMOKE, **given} if given.get("smoke") else given
-
-
-class ModelFlags(Flags):
-    model: str = Field(DEFAULT_MODEL, description="folder, .gguf file, hub id, or the default model")
-    cache_dir: Path = Field(Path("~/.cache/prad"), description="where converted models are")
-
-
-class ShapeFlags(ModelFlags):
-    """Of benchmarks that ask servers for completions."""
-
-    prompt: int = Field(64, description="tokens in")
-    output: int = Field(64, description="tokens out")
-    r: int = Field(16, description="rank of the adapters")
-    rounds: int = Field(3, ge=1)
 
 
 class Table4(ShapeFlags):
@@ -232,6 +204,15 @@ class Choices(ModelFlags):
     rounds: int = Field(11, ge=1)
 
 
+class Beams(ModelFlags):
+    SMOKE = {"searches": [1, 2], "context": 20, "rounds": 2}
+
+    searches: list[int] = [1, 4, 16]
+    beams: int = Field(3, ge=2, description="of each search; 3 as in the paper")
+    context: int = Field(100, description="tokens of each prompt")
+    rounds: int = Field(41, ge=1)
+
+
 class Step(ModelFlags):
     SMOKE = {"batches": [1, 8], "rounds": 2}
 
@@ -388,6 +369,7 @@ FLAGS: dict[str, type[Flags]] = {
     "decode": Decode,
     "growth": Growth,
     "choices": Choices,
+    "beams": Beams,
     "step": Step,
     "structured": Structured,
     "para": Para,

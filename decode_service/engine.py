@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from decode_service.beams import Hypothesis, Searching
 from decode_service.reservations import FrameRows, HandOffId, Reservation
 from decode_service.scheduler import Ended, EngineStatus, Running, Scheduler, SequenceId
 from kvtransfer.errors import FencedError, ProtocolError, RejectedError, RejectReason
@@ -95,11 +96,16 @@ class PagedEngine:
             results = self._timed(batch)
         with self._changed:
             events = [(ended.sequence, ended.emit()) for ended in self._scheduler.take_ended()]
+            searched: defaultdict[Searching, dict[int, Sequence[Token] | Ended]] = defaultdict(dict)
             for sequence, result in zip(batch, results, strict=True):
-                if self._scheduler.runs(sequence):
-                    events += self._book(sequence, result)
-                else:  # it was cancelled during the pass
+                if not self._scheduler.runs(sequence):  # it was cancelled during the pass
                     self._drafter.ended(sequence.written)
+                elif isinstance(sequence, Hypothesis):
+                    searched[sequence.searching][sequence.id.choice] = result
+                else:
+                    events += self._book(sequence, result)
+            for searching, its in searched.items():
+                events += self._book_search(searching, [its[each.id.choice] for each in searching.live])
             self._send(events)  # under the lock: `missing` must not overtake the event that ends a sequence
 
     def _loop(self) -> None:
@@ -132,7 +138,10 @@ class PagedEngine:
     def _run(
         self, batch: Sequence[Running], drafts: Sequence[Sequence[int]]
     ) -> list[Sequence[Token] | Ended]:
+        copies = [s.copied for s in batch if isinstance(s, Hypothesis) and s.copied is not None]
         try:
+            if copies:
+                self._runner.copy(copies)
             drawn = self._runner.run(batch, drafts)
         except Exception as error:  # whatever it was: these sequences end, the service goes on
             logger.exception("a decode step of %d sequences failed", len(batch))
@@ -159,6 +168,25 @@ class PagedEngine:
                 self._drafter.ended(sequence.written)
             if reason is not None or sequence.emits:
                 yield sequence, sequence.emit(reason)
+
+    def _book_search(
+        self, searching: Searching, results: Sequence[Sequence[Token] | Ended]
+    ) -> Iterator[tuple[Running, TokenEvent]]:
+        """The same for a beam search: it emits nothing before its end, and one hypothesis ends all."""
+        drawn = [result[0] for result in results if not isinstance(result, Ended)]
+        broken = next((result for result in results if isinstance(result, Ended)), None)
+        if broken is None and (children := searching.advance(drawn)):
+            searching.inherit(children, self._scheduler.blocks)
+            return
+        for hypothesis in searching.live:
+            self._scheduler.finish(hypothesis)
+            if broken is not None:
+                yield hypothesis, Ended(hypothesis, broken.reason, broken.message).emit()
+        if broken is None:
+            first, request = searching.live[0], searching.live[0].request
+            name = request.request_id, request.attempt, request.choices
+            for event in searching.search.events(*name, request.tokens_per_event):
+                yield first, event
 
     def _send(self, events: Iterable[tuple[Running, TokenEvent]]) -> None:
         """One message per client."""
@@ -227,13 +255,25 @@ class PagedEngine:
     ) -> None:
         """Its KV is complete: its sequences run from the next step on, but for choices that their first token
         ends. text_ids, alike: as `Written.of` takes them. Raises FencedError as `require_held`, ProtocolError
-        for a first token outside the vocabulary."""
+        for a first token outside the vocabulary, or as `Searching.begin`."""
         self.require_held(reservation)
         outside = [t.id for t in first_tokens if t.id >= self._runner.limits.vocab_size]
         if outside:
             raise ProtocolError(f"first tokens {outside} are outside the vocabulary")
+        sequences: Sequence[Running]
+        if reservation.request.beams is None:
+            sequences = self._choices(reservation, first_tokens, text_ids, alike)
+        else:
+            vocab_size = self._runner.limits.vocab_size
+            sequences = Searching.begin(reservation, first_tokens[0], vocab_size).live
+        with self._wake():
+            self._scheduler.start(reservation, sequences)
+
+    def _choices(
+        self, reservation: Reservation, first_tokens: Sequence[Token], text_ids: Sequence[int], alike: int
+    ) -> list[Running]:
         request, ruled = reservation.request, reservation.request.sampling.rules is not None
-        sequences = [
+        return [
             Running(
                 id=SequenceId(reservation.id, choice),
                 request=request,
@@ -251,8 +291,6 @@ class PagedEngine:
             for choice, token in enumerate(first_tokens)
             if request.sampling.finish_reason(token.id, request.output_offset + 1) is None
         ]
-        with self._wake():
-            self._scheduler.start(reservation, sequences)
 
     def release(self, reservation: Reservation) -> None:
         """Gives the room back; no effect after `commit`."""

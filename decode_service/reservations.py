@@ -19,6 +19,7 @@ _LARGEST_REQUEST = 1 << 20  # tokens or choices: far beyond any real one, keeps 
 # an event's tokens, and the alternatives of each: what many sequences emit in one step must fit a message
 _MOST_TOKENS = 32
 _MOST_ALTERNATIVES = 64
+_MOST_BEAMS = 64
 _LONGEST_NAME = 256  # characters; logs repeat it
 _LONGEST_SITE = 32  # characters of a name: a refusal repeats unknown ones
 _LARGEST_STATE = 8 << 20  # bytes at one site: a message carries it beside up to 4 MB of others
@@ -67,6 +68,7 @@ class Limits:
         sampling = request.sampling
         self._check_sampling(sampling)
         self._check_rules(request)
+        self._check_beams(request)
         remaining = sampling.max_tokens - request.output_offset - 1
         last = request.next_position + remaining - 1
         for wrong, message in (
@@ -79,10 +81,30 @@ class Limits:
              f"tokens_per_event {request.tokens_per_event} is not in 1 to {_MOST_TOKENS}"),
             (last >= self.max_context, f"the sequence reaches position {last}, the model's context ends at "
                                        f"{self.max_context - 1}"),
-            (max(request.kv_len, request.choices) > _LARGEST_REQUEST, "kv_len or choices is absurd"),
+            (max(request.kv_len, request.sequences) > _LARGEST_REQUEST, "kv_len or choices is absurd"),
         ):  # fmt: skip
             if wrong:
                 raise RejectedError(RejectReason.INVALID, message)
+
+    def _check_beams(self, request: Open) -> None:
+        if (beams := request.beams) is None:
+            return
+        sampling = request.sampling
+        draws = not sampling.greedy or sampling.min_tokens > 0 or sampling.logprobs is not None
+        candidates = beams.candidates(sampling.stop_ids)
+        for wrong, message in (
+            (beams.fault is not None, beams.fault),
+            (beams.width > _MOST_BEAMS, f"{beams.width} beams, {_MOST_BEAMS} at most"),
+            (request.choices > beams.width, f"{request.choices} choices of {beams.width} beams"),
+            (
+                candidates > self.vocab_size,
+                f"{beams.width} beams look at {candidates} ids, more than all {self.vocab_size}",
+            ),
+            (request.output_offset > 0, "a beam search begins behind its prompt: output_offset is not 0"),
+            (draws, "a beam search takes no temperature, min_tokens or logprobs"),
+        ):
+            if wrong:
+                raise RejectedError(RejectReason.INVALID, message or "")
 
     def _check_state(self, request: Open) -> None:
         sites = [announced.site for announced in request.state]
@@ -220,8 +242,10 @@ class Reservation:
         self._missing_state.remove(state.site)
 
     def complete(self, commit: pb.Commit) -> tuple[Token, ...]:
-        """The first tokens, one per choice. Raises ProtocolError if anything is missing."""
-        kv_len, choices = self.request.kv_len, self.request.choices
+        """The first tokens, one per choice; of beams a single one. Raises ProtocolError if anything is
+        missing."""
+        request = self.request
+        kv_len, choices = request.kv_len, request.choices if request.beams is None else 1
         for layer, arrived in enumerate(self._arrived):
             if arrived != kv_len:
                 raise ProtocolError(f"Commit with {arrived} of {kv_len} tokens of layer {layer}")

@@ -121,6 +121,11 @@ class ModelRunner:
         return shaping
 
     @torch.inference_mode()
+    def copy(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copies blocks, each (from, to): comes before the step that writes to the second ones."""
+        self._pools.copy(copies)
+
+    @torch.inference_mode()
     def run(self, batch: Sequence[Running], drafts: Sequence[Sequence[int]]) -> list[Sequence[Token] | None]:
         """One decode step: each sequence's next tokens, or None where its logits are not finite. Beside the
         one that every step draws these are as many as its draft says rightly, up to one that ends it."""

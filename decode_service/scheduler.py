@@ -20,7 +20,7 @@ _REMEMBERED_REQUESTS = 1 << 16
 
 
 class SequenceId(NamedTuple):
-    """One choice of a hand-off."""
+    """One choice of a hand-off, or one hypothesis of a beam search."""
 
     hand_off: HandOffId
     choice: int
@@ -131,6 +131,11 @@ class Scheduler:
         # the highest attempt let in, by (client, request), of the latest requests
         self._attempts: OrderedDict[tuple[str, str], int] = OrderedDict()
 
+    @property
+    def blocks(self) -> BlockPool:
+        """A running search shares its own among its hypotheses, between two steps."""
+        return self._blocks
+
     def status(self) -> EngineStatus:
         return EngineStatus(
             block_size=self._blocks.block_size,
@@ -155,8 +160,8 @@ class Scheduler:
         return bool(self._running or self._leaving or self._ended)
 
     def reserve(self, session: str, request: Open, deadline: float | None = None) -> Reservation:
-        """Blocks for the whole life of all choices, which share those that the prompt fills; fences lower
-        attempts of the client's request.
+        """Blocks for the whole life of all choices, or hypotheses, which share those that the prompt fills;
+        fences lower attempts of the client's request.
 
         Raises RejectedError: FENCED, TOO_LARGE (never fits) or FULL (with a retry hint).
         """
@@ -166,21 +171,21 @@ class Scheduler:
         shared = request.kv_len // self._blocks.block_size
         own = self._blocks.blocks_for(tokens) - shared
         assert own > 0, "a sequence that decodes nothing"
-        needed = shared + own * request.choices
-        if needed > self._blocks.total or request.choices > self._max_sequences:
+        needed = shared + own * request.sequences
+        if needed > self._blocks.total or request.sequences > self._max_sequences:
             raise RejectedError(
                 RejectReason.TOO_LARGE,
-                f"{request.choices} sequences of {tokens} tokens need {needed} blocks; there are "
+                f"{request.sequences} sequences of {tokens} tokens need {needed} blocks; there are "
                 f"{self._blocks.total} blocks for {self._max_sequences} sequences",
             )
         self._require_state_room(request)
         tables = None
-        if self.sequence_count + request.choices <= self._max_sequences:
-            tables = self._blocks.branch(request.choices, shared, own)
+        if self.sequence_count + request.sequences <= self._max_sequences:
+            tables = self._blocks.branch(request.sequences, shared, own)
         if tables is None:
             raise RejectedError(
                 RejectReason.FULL,
-                f"{needed} blocks and {request.choices} sequences wanted, {self._blocks.free_count} blocks "
+                f"{needed} blocks and {request.sequences} sequences wanted, {self._blocks.free_count} blocks "
                 f"and {self._max_sequences - self.sequence_count} sequences free",
                 self._retry_after_s,
             )
@@ -245,9 +250,10 @@ class Scheduler:
         self._blocks.free(sequence.blocks)
 
     def cancel(self, hand_off: HandOffId, choice: int | None = None) -> None:
-        """Ends running sequences (None: all choices) without an event; no effect on unknown ones."""
+        """Ends running sequences (None: all choices) without an event; no effect on unknown ones, nor on a
+        beam search of which one choice is not wanted."""
         for sequence in list(self._running.get(hand_off, {}).values()):
-            if choice in (None, sequence.id.choice):
+            if choice is None or (choice == sequence.id.choice and sequence.request.beams is None):
                 self._remove(sequence)
                 self._leaving.append(sequence)
 

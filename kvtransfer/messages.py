@@ -31,6 +31,7 @@ from kvtransfer.proto import handoff_pb2 as pb
 from prad.core.kv import ModelSpec
 from prad.core.rules import Before
 from prad.core.sampling import SamplingParams, TokenEvent
+from prad.core.search import Beams
 
 T = TypeVar("T")
 
@@ -63,7 +64,9 @@ class Open:
     next_position. output_offset is the output index of that first token. timeout_ms: what is left of the
     request's time, because two hosts' clocks differ; None: it may take for ever. state: the request state
     that will come before Commit. tokens_per_event: how many tokens of a sequence are told at once, at most; 1
-    is each when it is drawn. before: for `sampling.rules`, None without.
+    is each when it is drawn. before: for `sampling.rules`, None without. beams: the choices are the best of a
+    beam search, told once it is over; Commit then has the prompt's first candidates instead of first tokens,
+    as the `top` of a single one.
     """
 
     request_id: str
@@ -80,6 +83,12 @@ class Open:
     state: tuple[StateSite, ...] = ()
     tokens_per_event: int = 1
     before: Before | None = None
+    beams: Beams | None = None
+
+    @property
+    def sequences(self) -> int:
+        """How many decode together."""
+        return self.choices if self.beams is None else self.beams.width
 
     def site_bytes(self, site: str) -> int:
         """Bytes of the request state at one site, all layers. Raises KeyError for an unannounced one."""

@@ -24,6 +24,7 @@ BENCHMARKS = {
     "decode": "One decode step by sequences, context and tasks, beside its floor.",
     "growth": "How steps and passes grow with sequences, context, prompts, tasks and the model: exponents.",
     "choices": "Choices of one prompt: what shared blocks save in memory, hand-off and step.",
+    "beams": "A step of beam searches beside a step of as many plain sequences.",
     "step": "Where a decode step's time goes, with the model's weights and with rounded ones.",
     "structured": "What penalties and grammars cost: a decode step with them beside the same without.",
     "speculation": "What drafts bring: tokens a second with them and without, by task.",

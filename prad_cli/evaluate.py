@@ -53,6 +53,14 @@ def eval_command(
     beams: Annotated[
         int, typer.Option(help="Beam search with so many beams; 1 is greedy; with --url at most 16.", min=1)
     ] = 1,
+    length_penalty: Annotated[
+        float,
+        typer.Option(
+            help="Of beam search: an answer is worth its log-probability by its tokens to this power.",
+            min=-10,
+            max=10,
+        ),
+    ] = 1.0,
     batch: Annotated[int, typer.Option(help="Sequences that are decoded together.", min=1)] = 64,
     plain: Annotated[
         bool,
@@ -78,7 +86,16 @@ def eval_command(
         raise typer.BadParameter("give either --adapter or --url")
     require_extra("eval", "rouge_score", "sacrebleu")
     if url is not None:
-        results = _served(url, task, data, limit=limit, max_tokens=max_tokens, beams=beams, concurrency=batch)
+        results = _served(
+            url,
+            task,
+            data,
+            limit=limit,
+            max_tokens=max_tokens,
+            beams=beams,
+            length_penalty=length_penalty,
+            concurrency=batch,
+        )
     elif task is not None:
         raise typer.BadParameter("needs --url: a folder knows no task", param_hint="--task")
     else:
@@ -89,6 +106,7 @@ def eval_command(
             limit=limit,
             max_tokens=max_tokens,
             beams=beams,
+            length_penalty=length_penalty,
             batch=batch,
             base=model,
             cache_dir=cache_dir,
@@ -120,6 +138,7 @@ def _served(
     limit: int | None,
     max_tokens: int | None,
     beams: int,
+    length_penalty: float,
     concurrency: int,
 ) -> "Iterator[tuple[str, Evaluation]]":
     from prad.training.served import evaluate_served
@@ -132,6 +151,7 @@ def _served(
         limit=limit,
         max_tokens=max_tokens,
         beams=beams,
+        length_penalty=length_penalty,
         concurrency=concurrency,
         key=credential("PRAD_API_KEY"),
     )
@@ -148,6 +168,7 @@ class _Computing:
     limit: int | None
     max_tokens: int | None
     beams: int
+    length_penalty: float
     batch: int
     base: str
     cache_dir: Path
@@ -202,6 +223,7 @@ class _Computing:
             limit=self.limit,
             max_tokens=self.max_tokens,
             beams=self.beams,
+            length_penalty=self.length_penalty,
             batch=self.batch,
         )
 

@@ -1,71 +1,59 @@
-"""Beam search: each step asks how every live hypothesis goes on.
+"""Beam search as prefill sees it: the prompt's last row says what its hypotheses begin with, and decode
+searches on alone.
 
-A hypothesis is the prompt with a continuation, so a step is a prompt pass, which computes what the prefix
-cache does not have of it and draws a single token. Decode has no part in it. Stop texts are cut from what is
-found; they end no hypothesis.
+Nothing is told before a search is over, so one that decode loses is begun anew, from its prompt. Stop texts
+are cut from what is found; they end no hypothesis.
 """
 
-import asyncio
-from collections.abc import AsyncGenerator, Callable
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import replace
 
-from prad.core.sampling import SamplingParams, Token, TokenEvent
+from prad.core.sampling import Token, TokenEvent
 from prad.core.search import BeamSearch, Candidate, Limits
-from prefill_service.errors import InternalError
-from prefill_service.prompt import PromptRequest
+from prefill_service.errors import DecodeUnavailableError
+from prefill_service.prompt import Prompt
 
-Generate = Callable[[PromptRequest], AsyncGenerator[TokenEvent, None]]
-"""As `Engine.generate`."""
+logger = logging.getLogger(__name__)
 
 
-async def beam_search(generate: Generate, request: PromptRequest) -> AsyncGenerator[TokenEvent, None]:
-    """The `choices` best of `request.beams` hypotheses; their tokens all come at the end."""
+def deliver_candidates(prompt: Prompt, candidates: Token, cached: int) -> bool:
+    """As `Prompt.deliver_first`, for a search that begins with the `top` of `candidates`: hands an event
+    without a token to the HTTP side, and all answers if the search is over already."""
+    request, sampling = prompt.request, prompt.request.sampling
     assert request.beams is not None
-    limits = Limits(request.sampling.max_tokens, request.sampling.stop_ids)
-    search = BeamSearch(limits, request.beams)
-    alternatives = BeamSearch.candidates(request.beams, limits.stop_ids)
-    step = replace(request, beams=None, choices=1)
-    rows: list[tuple[int, ...]] = [()]
-    cached = 0
-    while rows:
-        asked = [
-            replace(
-                step,
-                request_id=f"{request.request_id}-{len(row)}-{i}",
-                continuation_ids=row,
-                output_offset=len(row),
-                sampling=SamplingParams(len(row) + 1, logprobs=alternatives),
-            )
-            for i, row in enumerate(rows)
-        ]
-        outs = await _all(generate, asked)
-        if rows == [()]:
-            cached = outs[0].cached_tokens
-        children = search.advance([[Candidate(*pair) for pair in out.tokens[0].top] for out in outs])
-        rows = [(*rows[child.parent], child.token) for child in children]
-    for choice, tokens in enumerate(search.hypotheses[: request.choices]):
-        for index, token in enumerate(tokens):
-            reason = request.sampling.finish_reason(token, index + 1)
-            told = cached if (choice, index) == (0, 0) else 0
-            yield TokenEvent(
-                request.request_id, 1, choice, index, (Token(token),), reason, cached_tokens=told
-            )
+    search = BeamSearch(Limits(sampling.max_tokens, sampling.stop_ids), request.beams)
+    goes_on = bool(search.advance([[Candidate(*pair) for pair in candidates.top]]))
+    name = request.request_id, prompt.attempt
+    prompt.outputs.put_nowait(TokenEvent(*name, 0, 0, cached_tokens=prompt.cached_ids(cached)))
+    if goes_on:
+        prompt.awaited = set(prompt.running)
+    else:
+        for event in search.events(*name, request.choices, at_once=1):
+            prompt.outputs.put_nowait(event)
+    return goes_on
 
 
-async def _all(generate: Generate, requests: list[PromptRequest]) -> list[TokenEvent]:
-    """The only token of each; together, so that they share a pass."""
-    tasks = [asyncio.create_task(_only_token(generate, request)) for request in requests]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _only_token(generate: Generate, request: PromptRequest) -> TokenEvent:
-    async with aclosing(generate(request)) as tokens:
-        async for out in tokens:
-            return out
-    raise InternalError("the engine ended before the output did")
+async def searched(
+    attempt: Callable[[int], AsyncGenerator[TokenEvent, None]], decode_is_back: Callable[[], Awaitable[bool]]
+) -> AsyncGenerator[TokenEvent, None]:
+    """The answers' tokens. `attempt` begins the search, as the attempt of that number or a later one. When
+    decode has lost it and is back in time it begins anew, once."""
+    number, again = 1, True
+    begun: TokenEvent | None = None
+    while True:
+        try:
+            async with aclosing(attempt(number)) as events:
+                async for event in events:
+                    if not event.tokens:
+                        begun = event
+                        continue
+                    cached, begun = begun.cached_tokens if begun else 0, None
+                    yield replace(event, cached_tokens=cached)
+            return
+        except DecodeUnavailableError:
+            if begun is None or not again or not await decode_is_back():
+                raise
+            logger.info("the beam search of %s begins anew: decode has lost it", begun.request_id)
+            number, begun, again = begun.attempt + 1, None, False

@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from random import uniform
 
 from kvtransfer.errors import LostError, RejectedError, RejectReason, TimedOutError, TransferError
@@ -13,7 +14,6 @@ from kvtransfer.messages import Ask, Open, StateSite
 from kvtransfer.sender import DecodeClient, HandOff
 from kvtransfer.tokens import TokenStream
 from prad.core.kv import ModelSpec
-from prad.core.rules import Before
 from prad.core.sampling import FinishReason, TokenEvent
 from prefill_service.errors import (
     DeadlineError,
@@ -27,6 +27,7 @@ from prefill_service.prompt import DecodeSize, Prompt
 logger = logging.getLogger(__name__)
 
 _RETRY_S = 0.2
+_TEXT = 4096  # latest tokens that decode gets to know, which are all that it looks into for drafts
 _PERMANENT = {RejectReason.TOO_LARGE, RejectReason.INVALID, RejectReason.UNSUPPORTED}
 
 
@@ -120,7 +121,8 @@ class DecodeLink:
             return await self._client.open(open_message(prompt, self._model, left))
         except RejectedError as error:
             if error.reason in _PERMANENT:
-                advice = "; lower n or max_tokens" if error.reason is RejectReason.TOO_LARGE else ""
+                choices = "n" if prompt.request.beams is None else "best_of"
+                advice = f"; lower {choices} or max_tokens" if error.reason is RejectReason.TOO_LARGE else ""
                 return InvalidRequestError(
                     f"the decode service refuses it: {error.message}{advice}",
                     param="max_tokens" if advice else None,
@@ -181,7 +183,7 @@ def event_error(event: TokenEvent) -> ServingError:
 def open_message(prompt: Prompt, model: ModelSpec, left_s: float) -> Open:
     """Asks for room for a prompt whose deadline is in `left_s` seconds."""
     request = prompt.request
-    rules, widths = request.sampling.rules, {} if prompt.adapter is None else prompt.adapter.state_widths
+    widths = {} if prompt.adapter is None else prompt.adapter.state_widths
     return Open(
         request_id=request.request_id,
         attempt=prompt.attempt,
@@ -196,7 +198,18 @@ def open_message(prompt: Prompt, model: ModelSpec, left_s: float) -> Open:
         timeout_ms=max(0, round(1000 * left_s)),
         state=tuple(StateSite(str(site), width) for site, width in widths.items()),
         tokens_per_event=request.tokens_per_event,
-        before=None
-        if rules is None
-        else Before.of(rules, request.prompt_ids, request.continuation_ids, request.output_offset),
+        before=request.before,
+        beams=request.beams,
     )
+
+
+def text_ids(prompt: Prompt) -> list[int]:
+    """The end of what stands in front of its answer, but for what no model draws."""
+    return [token for token in prompt.ids[max(prompt.virtual_tokens, prompt.tokens - _TEXT) :] if token >= 0]
+
+
+def alike(prompt: Prompt) -> int:
+    """Whose recent answers may be like its own: those of its version, as the prefix cache keeps apart."""
+    version, salt = prompt.request.version, prompt.request.cache_salt
+    name = repr((version and version.digest, salt)).encode()
+    return int.from_bytes(blake2b(name, digest_size=8).digest(), "little")

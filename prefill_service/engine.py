@@ -10,18 +10,15 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Container
 from contextlib import (
-    AbstractAsyncContextManager,
     AsyncExitStack,
-    aclosing,
     asynccontextmanager,
-    nullcontext,
 )
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from prad.artefact import Artefact
 from prad.core.sampling import TokenEvent
-from prefill_service.beams import beam_search
+from prefill_service.beams import searched
 from prefill_service.decode_link import DecodeLink, event_error
 from prefill_service.errors import (
     DeadlineError,
@@ -42,6 +39,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _ASK_EVERY_S = 2.0
+_LOOK_AGAIN_S = 0.1
 
 
 class PrefillEngine:
@@ -92,9 +90,11 @@ class PrefillEngine:
     def generate(self, request: PromptRequest) -> AsyncGenerator[TokenEvent, None]:
         """See `Engine.generate`."""
         deadline = self._clock() + self._settings.request_timeout_s
-        if request.beams is not None:
-            return self._search(request, deadline)
-        return self._tokens(request, deadline, self._adapter_of(request, deadline))
+        if request.beams is None:
+            return self._tokens(request, deadline)
+        return searched(
+            lambda attempt: self._tokens(request, deadline, attempt), lambda: self._decode_is_back(deadline)
+        )
 
     def cancel_choice(self, request_id: str, choice: int) -> None:
         """See `Engine.cancel_choice`."""
@@ -109,26 +109,16 @@ class PrefillEngine:
 
     # ---- a request, from its adapter to its last token ---------------------------------------------------
 
-    async def _search(self, request: PromptRequest, deadline: float) -> AsyncGenerator[TokenEvent, None]:
-        async with self._adapter_of(request, deadline) as adapter:  # from the first step to the last
-
-            def step(asked: PromptRequest) -> AsyncGenerator[TokenEvent, None]:
-                return self._tokens(asked, deadline, nullcontext(adapter))
-
-            async with aclosing(beam_search(step, request)) as tokens:
-                async for output in tokens:
-                    yield output
-
     async def _tokens(
-        self, request: PromptRequest, deadline: float, held: "AbstractAsyncContextManager[Adapter | None]"
+        self, request: PromptRequest, deadline: float, attempt: int = 1
     ) -> AsyncGenerator[TokenEvent, None]:
         if self._link.trouble is not None:
             raise DecodeUnavailableError(self._link.trouble)
         prompt = None
         try:
             # pinned until the first token: after the prompt pass nobody needs it
-            async with held as adapter:
-                prompt = Prompt(request, adapter, self._clock(), deadline)
+            async with self._adapter_of(request, deadline, under_way=attempt > 1) as adapter:
+                prompt = Prompt(request, adapter, self._clock(), deadline, attempt=attempt)
                 overdue = self._at_deadline(prompt)
                 self._loop.add(prompt)
                 output = await prompt.outputs.get()
@@ -149,10 +139,12 @@ class PrefillEngine:
                 self._loop.release(prompt)
 
     @asynccontextmanager
-    async def _adapter_of(self, request: PromptRequest, deadline: float) -> "AsyncIterator[Adapter | None]":
+    async def _adapter_of(
+        self, request: PromptRequest, deadline: float, *, under_way: bool
+    ) -> "AsyncIterator[Adapter | None]":
         """The request's adapter, pinned. Waiting for room for it, and loading it, count against the queue's
         bound and the deadline."""
-        if not request.output_offset:  # what is under way goes on
+        if not (under_way or request.output_offset):  # what is under way goes on
             self._turn_away(request, deadline)
         async with AsyncExitStack() as held:
             adapter: Adapter | None = None
@@ -226,9 +218,14 @@ class PrefillEngine:
         prompt = self._loop.live.get(event.request_id)
         if prompt is None or isinstance(prompt.state, Finished) or event.choice not in prompt.awaited:
             return
+        if event.attempt != prompt.attempt:  # the end of one that was given up
+            return
         if event.finish_reason is not None:
             prompt.awaited.discard(event.choice)
-        self._scheduler.drew(prompt, len(event.tokens))
+        drawn = len(event.tokens)
+        if prompt.request.beams is not None:  # and as much for hypotheses that are not told
+            drawn = drawn * prompt.request.sequences // prompt.request.choices
+        self._scheduler.drew(prompt, drawn)
         for output in event.each():
             prompt.outputs.put_nowait(output)
         if event.is_early_end or not event.tokens:
@@ -248,6 +245,15 @@ class PrefillEngine:
             ]
             if awaited:
                 self._link.ask(awaited)
+
+    async def _decode_is_back(self, deadline: float) -> bool:
+        """Whether there is a decode service again, as soon as there is, or as a prompt may wait for room."""
+        until = min(deadline, self._clock() + self._settings.queue_timeout_s)
+        while self._link.trouble is not None:
+            if self._clock() >= until:
+                return False
+            await asyncio.sleep(_LOOK_AGAIN_S)
+        return True
 
     def _on_lost(self, trouble: str) -> None:
         for prompt in list(self._loop.live.values()):

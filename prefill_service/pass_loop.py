@@ -15,7 +15,8 @@ from kvtransfer.errors import TransferError
 from kvtransfer.sender import HandOff
 from prad.core.kv import Chunk
 from prad.core.sampling import Token
-from prefill_service.decode_link import DecodeLink, NoRoom, Opened
+from prefill_service.beams import deliver_candidates
+from prefill_service.decode_link import DecodeLink, NoRoom, Opened, alike, text_ids
 from prefill_service.errors import DecodeUnavailableError, InternalError, OverloadedError, ServingError
 from prefill_service.prompt import Committing, Decoding, Finished, Prefilling, Prompt, Queued
 from prefill_service.scheduler import PromptScheduler
@@ -232,7 +233,7 @@ class PassLoop:
             if tokens is None:
                 reason = "the adapter or the model gave numbers that are not finite"
                 self.fail(prompt, InternalError(reason))
-            elif prompt.deliver_first(tokens, state.cached) and prompt.hand_off is not None:
+            elif _deliver_first(prompt, tokens, state.cached) and prompt.hand_off is not None:
                 hand_off, prompt.hand_off = prompt.hand_off, None
                 prompt.state = Committing()
                 self._do_beside(self._commit(prompt, hand_off, result.layers, tokens))
@@ -250,7 +251,7 @@ class PassLoop:
                 await layers.sent()
                 for site, data in layers.state(prompt).items():
                     await hand_off.send_state(site, data)
-                await hand_off.commit(tokens, prompt.text_ids, prompt.alike)
+                await hand_off.commit(tokens, text_ids(prompt), alike(prompt))
         except Exception as error:
             self._hand_off_failed(prompt, error)
         if not isinstance(prompt.state, Committing):  # over meanwhile; decode may have it all the same
@@ -303,3 +304,10 @@ class PassLoop:
 def _asks_for_room(prompt: Prompt) -> bool:
     ended = isinstance(prompt.state, Finished)
     return prompt.needs_decode and prompt.hand_off is None and not ended
+
+
+def _deliver_first(prompt: Prompt, tokens: list[Token], cached: int) -> bool:
+    """Whether it goes on behind what a pass drew for it."""
+    if prompt.request.beams is not None:
+        return deliver_candidates(prompt, tokens[0], cached)
+    return prompt.deliver_first(tokens, cached)

@@ -20,7 +20,6 @@ from kvtransfer.int8 import quantise
 from kvtransfer.sender import HandOff, PassRows, send_layer
 from prad.adapters import PromptAdaptation, split_task_tokens
 from prad.core.kv import Chunk
-from prad.core.rules import Before, Rules
 from prad.core.sampling import SampleKey, ScoredToken, Token
 from prad.lm import LanguageModel, Shaping, Site, SiteVectors, begin_masks, sample
 from prad.lm.kv import LayerDone, Pools, chunked_batch
@@ -54,7 +53,7 @@ def run_prompt_pass(
     `layer_done` gets every layer's keys and values [T, kv_heads, dim], chunks packed in order. `scores_done`:
     without it nothing is scored."""
     done = [chunk.prompt for chunk in chunks if chunk.prompt.ends_with(chunk)]
-    shapings = {p: _shaping(p.request, rules) for p in done if (rules := p.request.sampling.rules)}
+    shapings = {p: Shaping.of(p.request.sampling, b) for p in done if (b := p.request.before) is not None}
     if shapings:
         begin_masks(shapings.values())
     with torch.inference_mode():
@@ -128,18 +127,16 @@ def _given(chunks: Sequence[Chunk[Prompt]], device: torch.device) -> GivenTokens
     return GivenTokens(torch.tensor(rows, device=device), tokens, alternatives) if rows else None
 
 
-def _shaping(request: PromptRequest, rules: Rules) -> Shaping:
-    """For its first tokens: the same for all choices."""
-    before = Before.of(rules, request.prompt_ids, request.continuation_ids, request.output_offset)
-    return Shaping.of(request.sampling, before)
-
-
 def _first_tokens(
     model: LanguageModel, row: Tensor, request: PromptRequest, shaping: Shaping | None = None
 ) -> list[Token] | None:
-    """row [vocab]: every choice draws, under its own key; none without output. None: rules leave nothing."""
+    """row [vocab]: every choice draws, under its own key; none without output. None: rules leave nothing. Of
+    a beam search a single token, whose `top` is what hypotheses may begin with."""
     if request.sampling.max_tokens <= request.output_offset:
         return []
+    if request.beams is not None:
+        shown = replace(request.sampling, logprobs=request.beams.candidates(request.sampling.stop_ids))
+        return sample(row[None], [shown], [SampleKey(0, 0, 0, 0)], model.argmax)
     keys = [
         SampleKey(request.sampling.seed, request.prompt_index, choice, request.output_offset)
         for choice in range(request.choices)

@@ -12,19 +12,18 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from prad.artefact import Artefact, placeholders
 from prad.core.kv import Chunk, block_keys
+from prad.core.rules import Before
 from prad.core.sampling import SamplingParams, ScoredToken, Scoring, Token, TokenEvent
+from prad.core.search import Beams
 from prefill_service.errors import ServingError
 
 if TYPE_CHECKING:  # named in types only: what imports this module stays pure
     from kvtransfer.sender import HandOff
     from prad.adapters import Adapter
-
-_TEXT = 4096  # latest tokens that decode gets to know, which are all that it looks into for drafts
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +76,11 @@ class PromptRequest:
     plain model. `output_offset`: output tokens that the client has already (a replay's continuation); the
     next one draws under that index, and `sampling.max_tokens` counts them. prompt_ids: of the vocabulary, or
     `task_token_id`s of the version; these stay on the prompt side. tokens_per_event: how many tokens decode
-    tells at once, at most; 1 if somebody waits for each. beams: how many hypotheses a beam search keeps, of
-    which the `choices` best are the answers; None: tokens are drawn. scoring: which tokens of prompt and
-    continuation get log-probabilities; None: none. cache_salt: only requests with the same one find each
-    other's prompts in the prefix cache. key: the name of the API key that was shown. answer, prompts: of the
-    HTTP request. gives_way: it ends where others would. behind: it waits while others want a turn.
+    tells at once, at most; 1 if somebody waits for each. beams: the choices are the best that a beam search
+    finds; None: tokens are drawn. scoring: which tokens of prompt and continuation get log-probabilities;
+    None: none. cache_salt: only requests with the same one find each other's prompts in the prefix cache.
+    key: the name of the API key that was shown. answer, prompts: of the HTTP request. gives_way: it ends
+    where others would. behind: it waits while others want a turn.
     """
 
     request_id: str
@@ -93,7 +92,7 @@ class PromptRequest:
     continuation_ids: tuple[int, ...] = ()
     output_offset: int = 0
     tokens_per_event: int = 1
-    beams: int | None = None
+    beams: Beams | None = None
     scoring: Scoring | None = None
     cache_salt: str | None = None
     key: str | None = None
@@ -115,10 +114,23 @@ class PromptRequest:
         return None if self.version is None else self.version.task, self.key
 
     @property
+    def before(self) -> Before | None:
+        """What the rules of its sampling look back on; None without any."""
+        rules = self.sampling.rules
+        if rules is None:
+            return None
+        return Before.of(rules, self.prompt_ids, self.continuation_ids, self.output_offset)
+
+    @property
+    def sequences(self) -> int:
+        """How many decode together."""
+        return self.choices if self.beams is None else self.beams.width
+
+    @property
     def tokens_at_most(self) -> int:
-        """That it may come to: what it begins with once, and the longest output of every choice."""
+        """That it may come to: what it begins with once, and the longest output of every sequence."""
         begins = self.virtual_tokens + len(self.prompt_ids) + len(self.continuation_ids)
-        return begins + self.choices * max(0, self.sampling.max_tokens - self.output_offset - 1)
+        return begins + self.sequences * max(0, self.sampling.max_tokens - self.output_offset - 1)
 
 
 class Engine(Protocol):
@@ -127,7 +139,6 @@ class Engine(Protocol):
     @property
     def trouble(self) -> str | None:
         """Why no request can be served now; None if all is well."""
-        ...
 
     def generate(self, request: PromptRequest) -> AsyncGenerator[TokenEvent, None]:
         """Events of one token each, of all choices, interleaved, each choice in order; ends when every
@@ -136,11 +147,9 @@ class Engine(Protocol):
         Closing the generator cancels the request and frees what it holds on both sides. Raises the errors
         of `prefill_service.errors`.
         """
-        ...
 
     def cancel_choice(self, request_id: str, choice: int) -> None:
         """Ends one choice early (a stop string was found); its further tokens are not delivered."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +221,7 @@ class Prompt:
 
     def __post_init__(self) -> None:
         state = 0 if self.adapter is None else sum(self.adapter.state_widths.values())
-        self.wanted = RoomWanted(self.request.tokens_at_most, self.request.choices, state)
+        self.wanted = RoomWanted(self.request.tokens_at_most, self.request.sequences, state)
         self.ids = placeholders(self.virtual_tokens) + self.request.prompt_ids + self.request.continuation_ids
         self.running = set(range(self.request.choices))
 
@@ -228,17 +237,6 @@ class Prompt:
     def adapted(self) -> int:
         """How many of its tokens, from the first on, are the adapter's: virtual ones and the prompt's."""
         return 0 if self.adapter is None else self.virtual_tokens + len(self.request.prompt_ids)
-
-    @property
-    def text_ids(self) -> list[int]:
-        """The end of what stands in front of its answer, but for what no model draws."""
-        return [token for token in self.ids[max(self.virtual_tokens, self.tokens - _TEXT) :] if token >= 0]
-
-    @property
-    def alike(self) -> int:
-        """Whose recent answers may be like its own: those of its version, as the prefix cache keeps apart."""
-        name = repr((self.request.version and self.request.version.digest, self.request.cache_salt)).encode()
-        return int.from_bytes(blake2b(name, digest_size=8).digest(), "little")
 
     @property
     def whole(self) -> bool:
@@ -277,11 +275,14 @@ class Prompt:
             digest, adapted = self.request.version.digest, self.adapted
         return block_keys(digest, self.virtual_tokens, self.ids, block_size, adapted, salt)
 
+    def cached_ids(self, cached: int) -> int:
+        """How many of its `cached` tokens are the prompt's own ids."""
+        return max(0, min(cached - self.virtual_tokens, len(self.request.prompt_ids)))
+
     def deliver_first(self, tokens: list[Token], cached: int) -> bool:
         """Hands the first tokens, one per choice, to the HTTP side; says whether any choice goes on. cached:
         how many of its tokens, virtual ones included, came from the prefix cache."""
-        request, index = self.request, self.request.output_offset
-        own = max(0, min(cached - self.virtual_tokens, len(request.prompt_ids)))
+        request, index, own = self.request, self.request.output_offset, self.cached_ids(cached)
         reasons = [request.sampling.finish_reason(token.id, index + 1) for token in tokens]
         for choice, (token, reason) in enumerate(zip(tokens, reasons, strict=True)):
             name, told = (request.request_id, self.attempt, choice, index), own if choice == 0 else 0
@@ -302,10 +303,10 @@ class DecodeSize(NamedTuple):
     sequences: int
 
     def wanted(self, prompt: Prompt) -> _Room:
-        """What a prompt takes for its whole life; its choices share the blocks that it fills itself."""
+        """What a prompt takes for its whole life; its sequences share the blocks that it fills itself."""
         request, shared = prompt.request, prompt.tokens // self.block_size
         longest = prompt.tokens + max(0, request.sampling.max_tokens - request.output_offset - 1)
-        return shared + (-(-longest // self.block_size) - shared) * request.choices, request.choices
+        return shared + (-(-longest // self.block_size) - shared) * request.sequences, request.sequences
 
 
 class DecodeRoom:

@@ -1,5 +1,5 @@
 """The split in one page, for tests: one batch, the prompt pass with an adaptation, every later token without,
-but for the request state that the prompt pass left behind."""
+but for the request state that the prompt pass left behind; and a beam search without even a cache."""
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
@@ -8,12 +8,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from prad.adapters import Adapter, PromptAdaptation
 from prad.core.kv import KVLayout
 from prad.core.sampling import SampleKey, SamplingParams
+from prad.core.search import Beams, BeamSearch, Candidate, Limits
 from prad.lm.attention import decode_attention
 from prad.lm.kv import PackedBatch, torch_dtype
 from prad.lm.model import LanguageModel
-from prad.lm.sampling import sample
+from prad.lm.sampling import likeliest, sample
 from prad.lm.sites import Adaptation, RowScaling, SiteVectors
 
 
@@ -93,3 +95,30 @@ def generate(
             logits = model.forward(PackedBatch(ids, kv.lengths, kv, every), scaling)
             kv.lengths = kv.lengths + 1
     return outputs
+
+
+LogitsOf = Callable[[Sequence[Sequence[int]]], Tensor]
+"""Of sequences, each of which is computed from its first token on: those behind its last one, [B, vocab]."""
+
+
+def recomputing(model: LanguageModel, adapted: int = 0, adapter: Adapter | None = None) -> LogitsOf:
+    """The first `adapted` tokens of each sequence are the adapter's."""
+
+    def logits_of(sequences: Sequence[Sequence[int]]) -> Tensor:
+        count, lengths = len(sequences), [len(ids) for ids in sequences]
+        adaptation = PromptAdaptation.of_prompts([adapter] * count, lengths, [adapted] * count, model.device)
+        with torch.inference_mode():
+            return model.forward(PackedBatch.of_sequences(sequences, device=model.device), adaptation)
+
+    return logits_of
+
+
+def search(logits_of: LogitsOf, prompt: Sequence[int], limits: Limits, beams: Beams) -> BeamSearch:
+    """A beam search without any cache."""
+    found, rows = BeamSearch(limits, beams), [tuple[int, ...]()]
+    while rows:
+        logprobs = torch.log_softmax(logits_of([[*prompt, *row] for row in rows]), dim=-1)
+        shown = likeliest(logprobs, beams.candidates(limits.stop_ids))
+        children = found.advance([[Candidate(*pair) for pair in row] for row in shown])
+        rows = [(*rows[child.parent], child.token) for child in children]
+    return found

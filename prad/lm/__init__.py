@@ -17,7 +17,7 @@ from prad.lm.fingerprint import Fingerprint, weights_digest
 from prad.lm.grammar import Grammar, Grammars
 from prad.lm.kv import KVTarget, PackedBatch, PromptKV, dtype_name, torch_dtype
 from prad.lm.model import LanguageModel
-from prad.lm.sampling import sample
+from prad.lm.sampling import likeliest, sample
 from prad.lm.serving import ServedModel, load_served
 from prad.lm.shaping import CompiledRules, Shaping, begin_masks
 from prad.lm.sites import (
@@ -62,6 +62,7 @@ __all__ = [
     "UnsupportedModelError",
     "begin_masks",
     "dtype_name",
+    "likeliest",
     "load_served",
     "placements",
     "projection",

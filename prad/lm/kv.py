@@ -171,6 +171,12 @@ class Pools:
                 rows = torch.frombuffer(bytearray(data), dtype=pool.dtype).view(len(slots), -1)
                 tokens.index_copy_(0, slots, rows.to(pool.device))
 
+    def copy(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copies blocks, each (from, to), in all layers; none of them is both."""
+        old, new = torch.tensor(copies, device=self.device).unbind(1)
+        for pool in (*self.keys, *self.values):
+            pool.index_copy_(0, new, pool.index_select(0, old))
+
 
 def blocks_in(layout: KVLayout, block_size: int, mib: int) -> int:
     """How many blocks of `block_size` tokens fit into `mib` MiB."""

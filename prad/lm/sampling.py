@@ -91,8 +91,19 @@ def _with_logprobs(row: Tensor, token: int, count: int) -> Token:
     logprobs = torch.log_softmax(row.float(), dim=-1)
     if count == 0:
         return Token(token, float(logprobs[token]))
-    # topk breaks ties as it likes: of those equal to the last one the lowest ids are reported, as drawn
-    least = logprobs.topk(min(count, len(logprobs))).values[-1]
-    best = (logprobs >= least).nonzero().squeeze(1)
-    top = sorted(zip(best.tolist(), logprobs[best].tolist(), strict=True), key=lambda t: (-t[1], t[0]))
-    return Token(token, float(logprobs[token]), tuple(top[:count]))
+    (top,) = likeliest(logprobs[None], count)
+    return Token(token, float(logprobs[token]), tuple(top))
+
+
+def likeliest(logprobs: Tensor, count: int) -> list[list[tuple[int, float]]]:
+    """Of each row of logprobs [R, vocab] the `count` likeliest, best first, of equal ones the lowest ids, as
+    they are drawn: (id, log-probability)."""
+    found = logprobs.topk(min(count + 1, logprobs.shape[-1]))
+    rows = []
+    for row, values, ids in zip(logprobs, found.values.tolist(), found.indices.tolist(), strict=True):
+        if len(values) > count and values[count] == values[count - 1]:  # topk breaks ties as it likes
+            best = (row >= values[count]).nonzero().squeeze(1)
+            ids, values = best.tolist(), row[best].tolist()
+        pairs = sorted(zip(ids, values, strict=True), key=lambda pair: (-pair[1], pair[0]))
+        rows.append(pairs[:count])
+    return rows

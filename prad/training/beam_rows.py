@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from prad.core.kv import BlockPool
 from prad.lm import SiteVectors
 from prad.lm.kv import Pools
@@ -52,12 +50,9 @@ class SharedBlocks:
         return Row(list(table), row.kv_len, state=row.state)
 
     def copy(self, copies: Sequence[tuple[int, int]]) -> None:
-        """Carries out what `fork` asked for: (from, to) of blocks, in all layers."""
-        if not copies:
-            return
-        old, new = torch.tensor(copies, device=self._pools.device).unbind(1)
-        for pool in (*self._pools.keys, *self._pools.values):
-            pool.index_copy_(0, new, pool.index_select(0, old))
+        """Carries out what `fork` asked for."""
+        if copies:
+            self._pools.copy(copies)
 
     def free(self, row: Row) -> None:
         self._blocks.free(row.blocks)

@@ -15,7 +15,7 @@ from torch import Tensor
 from prad.adapters import AdaptedSpan, Adapter, PromptAdaptation, split_task_tokens
 from prad.core.kv import Chunk
 from prad.core.search import Candidate, Search
-from prad.lm import Adaptation, LanguageModel, PackedBatch, RowScaling
+from prad.lm import Adaptation, LanguageModel, PackedBatch, RowScaling, likeliest
 from prad.lm.kv import Pools, chunked_batch
 from prad.training.beam_rows import Row, SharedBlocks
 from prad.training.objective import Positions
@@ -181,9 +181,5 @@ class Decoding:
         """Each row's best continuations; logits float32 [R, vocab]."""
         if self._candidates == 1:
             return [[Candidate(token, 0.0)] for token in self._adapted.model.argmax(logits)]
-        shown = min(self._candidates, logits.shape[1])
-        best = torch.log_softmax(logits, dim=-1).topk(shown)
-        return [
-            [Candidate(*pair) for pair in zip(tokens, scores, strict=True)]
-            for tokens, scores in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        ]
+        best = likeliest(torch.log_softmax(logits, dim=-1), self._candidates)
+        return [[Candidate(*pair) for pair in row] for row in best]

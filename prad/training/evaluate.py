@@ -7,7 +7,7 @@ from pathlib import Path
 
 from prad.adapters import Adapter, AdapterError, placeholders
 from prad.artefact import AdapterRecord
-from prad.core.search import BeamSearch, Greedy, Limits
+from prad.core.search import Beams, BeamSearch, Greedy, Limits
 from prad.lm import LanguageModel, Tokenizer
 from prad.training.data import Example, prompt_ids, read_examples, without_end
 from prad.training.decoding import AdaptedModel, Decoding
@@ -43,16 +43,17 @@ def evaluate(
     limit: int | None = None,
     max_tokens: int | None = None,
     beams: int = 1,
+    length_penalty: float = 1.0,
     batch: int = 64,
     stepping: LanguageModel | None = None,
 ) -> Evaluation:
     """Answers to the prompts of `data` inside the record's template; adapter None: the plain model, which
     gets the template without its task tokens.
 
-    Greedy, or the best of `beams` beams. Answers are what serving gives: one leading space and what follows
-    a stop string are left out. Prompts that do not fit are shortened as `prompt_ids` says. max_tokens: of an
-    answer; None: the record's, or ANSWER_TOKENS. `batch`: rows of a decode step. `stepping`: the model with
-    rounded weights, as a decode service has it; the prompt is computed by `model`.
+    Greedy, or the best of `beams` beams by `length_penalty`. Answers are what serving gives: one leading
+    space and what follows a stop string are left out. Prompts that do not fit are shortened as `prompt_ids`
+    says. max_tokens: of an answer; None: the record's, or ANSWER_TOKENS. `batch`: rows of a decode step.
+    `stepping`: the model with rounded weights, as a decode service has it; the prompt is computed by `model`.
     Raises DataError, or AdapterError for an answer that leaves no room for a prompt.
     """
     examples = without_end(read_examples(data, limit), record.end_token)
@@ -70,7 +71,8 @@ def evaluate(
         own = ids if adapter is not None else [token for token in ids if token >= 0]
         prompts.append((*virtual, *own))
     adapted = AdaptedModel(model, adapter, record.positions, stepping)
-    decoding = decoder(adapted, Limits(max_tokens, stop_ids), beams=beams, batch=batch)
+    searched = None if beams == 1 else Beams(beams, length_penalty)
+    decoding = decoder(adapted, Limits(max_tokens, stop_ids), beams=searched, batch=batch)
     answers = [""] * len(prompts)
     for index, search in tracked(decoding.run(prompts), len(prompts), "evaluating"):
         answers[index] = settled(tokenizer.decode(search.answer), record.generation.stop)
@@ -86,15 +88,16 @@ def plain_answer_tokens(tokenizer: Tokenizer, data: Path, limit: int | None = No
     return 2 * max(len(tokenizer.encode_completion(answer)) for answer in answers)
 
 
-def decoder(adapted: AdaptedModel, limits: Limits, *, beams: int = 1, batch: int = 64) -> Decoding:
-    """Greedy decoding, or beam search with `beams` beams."""
-    greedy = beams == 1
+def decoder(
+    adapted: AdaptedModel, limits: Limits, *, beams: Beams | None = None, batch: int = 64
+) -> Decoding:
+    """Beam search, or (None) greedy decoding."""
     return Decoding(
         adapted,
-        partial(Greedy, limits) if greedy else partial(BeamSearch, limits, beams),
-        width=beams,
+        partial(Greedy, limits) if beams is None else partial(BeamSearch, limits, beams),
+        width=1 if beams is None else beams.width,
         max_tokens=limits.max_tokens,
-        candidates=1 if greedy else BeamSearch.candidates(beams, limits.stop_ids),
+        candidates=1 if beams is None else beams.candidates(limits.stop_ids),
         batch=batch,
     )
 

@@ -26,13 +26,14 @@ def evaluate_served(
     limit: int | None = None,
     max_tokens: int | None = None,
     beams: int = 1,
+    length_penalty: float = 1.0,
     concurrency: int = 64,
     key: str = "",
 ) -> Evaluation:
     """Answers of the server at `url` for `task` (None: its plain model, with bare prompts).
 
-    Greedy, or the best of `beams` beams; compared without the task's end token, which the server tells.
-    Prompts that are too long keep their end; with task tokens in the template they are refused.
+    Greedy, or the best of `beams` beams by `length_penalty`; compared without the task's end token, which the
+    server tells. Prompts that are too long keep their end; with task tokens in the template they are refused.
     max_tokens: of an answer; None: the task's own, or ANSWER_TOKENS. `concurrency` requests are under way at
     once. `key`: an API key, where the server asks for one. Raises DataError or ServerError.
     """
@@ -48,7 +49,7 @@ def evaluate_served(
         if not told.get("task_tokens"):  # which the server would cut off, and a folder does not
             body["truncate_prompt_tokens"] = -1
         if beams > 1:
-            body |= {"use_beam_search": True, "best_of": beams}
+            body |= {"use_beam_search": True, "best_of": beams, "length_penalty": length_penalty}
         if task is not None:
             body["task"] = task
         asked = [pool.submit(_ask, client, body | {"prompt": example.prompt}) for example in examples]

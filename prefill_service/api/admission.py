@@ -132,7 +132,7 @@ class Admitted:
         return sum(
             len(prompt.prompt_ids)
             + len(prompt.continuation_ids)
-            + prompt.sampling.max_tokens * (prompt.beams or prompt.choices)
+            + prompt.sampling.max_tokens * prompt.sequences
             for prompt in self.prompts
         )
 
@@ -140,7 +140,7 @@ class Admitted:
         """The response's `prad` object: which adapter answered, in which template, and how it was sampled."""
         sampling, beams = self.sampling, self.prompts[0].beams
         values = {name: getattr(sampling, name) for name in GenerationValues.model_fields}
-        values |= {"stop": list(self.stop)} | ({} if beams is None else {"beams": beams})
+        values |= {"stop": list(self.stop)} | ({} if beams is None else beams.report())
         return {
             **self.target.named(),
             "template": self.template,
@@ -216,7 +216,7 @@ class Admission:
                 f"'prompt' holds {len(request.prompt)} prompts: expected up to {self._limits.max_prompts}",
                 param="prompt",
             )
-        each = request.beams or request.choices
+        each = request.choices if request.beams is None else request.beams.width
         if (total := len(request.prompt) * each) > self._limits.max_choices:
             kind = "choices" if request.beams is None else "beams"
             raise InvalidRequestError(
@@ -283,6 +283,7 @@ class Admission:
             )
             for ids, more in zip(prompts, behind, strict=True)
         ]
+        told_each = (request.stream or stop) and request.beams is None
         requests = tuple(
             PromptRequest(
                 request_id=f"{name}-{index}",
@@ -294,7 +295,7 @@ class Admission:
                 beams=request.beams,
                 continuation_ids=more,
                 scoring=scoring_of(request, len(ids)) if request.shows_given else None,
-                tokens_per_event=1 if request.stream or stop else TOKENS_PER_EVENT,
+                tokens_per_event=1 if told_each else TOKENS_PER_EVENT,
                 cache_salt=request.cache_salt,
                 key=target.key,
                 answer=name,

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Annotated, Any, ClassVar, Protocol
 
-from pydantic import Field, model_validator
+from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
 
 from adapter_registry.names import ALIAS, VERSION
 from prad.artefact import GenerationValues
 from prad.core.sampling import SamplingParams
+from prad.core.search import Beams
 from prefill_service.api.given import Given, PromptScores, require_sense
 from prefill_service.api.intake import (
     Choices,
@@ -26,6 +27,7 @@ from prefill_service.api.intake import (
     StrictModel,
     TopK,
     Truncation,
+    expected,
     refused,
 )
 from prefill_service.api.messages import Addressed, Conversation
@@ -37,12 +39,24 @@ from prefill_service.errors import InvalidRequestError
 MAX_SALT_CHARACTERS = 256
 
 _SAMPLING: Neutral = {
-    "length_penalty": (1,),
     "service_tier": ("auto", "default"),
     "store": (False,),
 }
 _FILTERS = SamplingParams(max_tokens=1)
 """What draws nothing and filters nothing."""
+
+
+def _early_stopping(value: Any) -> bool | str | None:
+    if value is None or isinstance(value, bool) or value == "never":
+        return value  # type: ignore[no-any-return]
+    raise expected('true, false or "never"', value)
+
+
+EarlyStopping = Annotated[
+    bool | str | None,
+    PlainValidator(_early_stopping),
+    WithJsonSchema({"anyOf": [{"type": "boolean"}, {"const": "never"}, {"type": "null"}]}),
+]
 
 
 class StreamOptions(StrictModel):
@@ -116,6 +130,12 @@ class GenerationRequest(GenerationValues, RuleFields, PromptScores):
     """Search for the likeliest outputs instead of drawing; keeps `best_of` hypotheses, or `n`. Absent: no."""
     best_of: Choices | None = None
     """How many hypotheses a beam search keeps, up to 16, of which the `n` best are answers. Absent: `n`."""
+    length_penalty: Annotated[float, Field(ge=-10, le=10)] | None = None
+    """Of a beam search: an answer is worth its log-probability, divided by its number of tokens to this
+    power. Over 0 longer ones gain. Absent: 1."""
+    early_stopping: EarlyStopping = None
+    """When a beam search ends. true: once `best_of` answers have ended; false: once all others are worth
+    less by now; "never": once no other can come to be worth more. Absent: false."""
 
     @property
     def choices(self) -> int:
@@ -147,9 +167,13 @@ class GenerationRequest(GenerationValues, RuleFields, PromptScores):
         return {name: value for name, value in named.items() if value is not None}
 
     @property
-    def beams(self) -> int | None:
-        """How many hypotheses a beam search keeps; None for no beam search."""
-        return (self.best_of or self.choices) if self.use_beam_search else None
+    def beams(self) -> Beams | None:
+        """None for no beam search."""
+        if not self.use_beam_search:
+            return None
+        penalty = 1.0 if self.length_penalty is None else self.length_penalty
+        early = None if self.early_stopping == "never" else bool(self.early_stopping)
+        return Beams(self.best_of or self.choices, penalty, early)
 
     @model_validator(mode="after")
     def _best_of_beams(self) -> "GenerationRequest":
@@ -158,13 +182,16 @@ class GenerationRequest(GenerationValues, RuleFields, PromptScores):
             raise refused("best_of", f"'best_of' must be at least 'n', {self.choices}: got {self.best_of}")
         if self.best_of not in (None, self.choices) and not self.use_beam_search:
             raise refused("best_of", "'best_of' beyond 'n' is supported with 'use_beam_search' only")
+        for name, neutral in (("length_penalty", 1), ("early_stopping", False)):
+            if getattr(self, name) not in (None, neutral) and not self.use_beam_search:
+                raise refused(name, f"'{name}' is supported with 'use_beam_search' only")
         return self
 
     @model_validator(mode="after")
     def _beams_draw_nothing(self) -> "GenerationRequest":
         if not self.use_beam_search:
             return self
-        if self.beams == 1:
+        if (self.best_of or self.choices) == 1:
             raise refused("use_beam_search", "'use_beam_search' needs 'best_of' or 'n' of at least 2")
         if self.alternatives is not None:
             raise refused("logprobs", "'use_beam_search' reports no 'logprobs': leave it out")

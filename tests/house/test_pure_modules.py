@@ -22,6 +22,7 @@ LOADED = {
     "decode_service.settings": NOTHING,
     "decode_service.reservations": NOTHING,
     "decode_service.scheduler": NOTHING,
+    "decode_service.beams": NOTHING,
     "decode_service.engine": NOTHING,
     "decode_service.service": GRPC,
     "prefill_service.settings": NOTHING,

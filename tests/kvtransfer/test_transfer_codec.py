@@ -14,6 +14,7 @@ from kvtransfer.proto import handoff_pb2 as pb
 from prad.core.kv import KVLayout, LayerKV, ModelSpec
 from prad.core.rules import Before, Rules, Word
 from prad.core.sampling import SamplingParams, Token, TokenEvent
+from prad.core.search import Beams
 
 MODEL = ModelSpec("abc", KVLayout((LayerKV(2, 4, 4), LayerKV(1, 8, 2), LayerKV(2, 4, 4)), "bfloat16"))
 U32 = st.integers(0, 2**32 - 1)
@@ -49,11 +50,14 @@ def there_and_back(value: object) -> object:
     return decode(type(value), over_the_wire(encode(value)))
 
 
-@given(SAMPLINGS, st.none() | st.integers(0, 2**40))
-def test_open(sampling: SamplingParams, timeout_ms: int | None) -> None:
+BEAMS = st.builds(Beams, U32, st.floats(allow_nan=False), early_stopping=st.sampled_from([None, False, True]))
+
+
+@given(SAMPLINGS, st.none() | st.integers(0, 2**40), st.none() | BEAMS)
+def test_open(sampling: SamplingParams, timeout_ms: int | None, beams: Beams | None) -> None:
     state = (StateSite("q", 8), StateSite("up", 30))
     before = None if sampling.rules is None else Before(frozenset({1, 5}), (7, 7, 2))
-    request = Open("r", MODEL, 20, 17, 18, sampling, 3, 2, 1, 4, timeout_ms, state, 16, before)
+    request = Open("r", MODEL, 20, 17, 18, sampling, 3, 2, 1, 4, timeout_ms, state, 16, before, beams)
     assert [request.site_bytes("up"), request.state_bytes] == [3 * 30 * 2, 3 * 38 * 2]
     assert there_and_back(request) == request
 

@@ -5,7 +5,8 @@ import asyncio
 import pytest
 
 from kvtransfer.errors import LostError
-from prad.core.sampling import Token, TokenEvent
+from prad.core.sampling import TokenEvent
+from prad.core.search import Beams
 from prefill_service.decode_link import NoRoom
 from prefill_service.errors import (
     DeadlineError,
@@ -103,7 +104,7 @@ async def test_loading_an_adapter_is_within_the_deadline() -> None:
     setting = Setting(request_timeout_s=0.05)
     setting.residents.loaded = asyncio.Event()
     async with setting.running():
-        for beams in (None, 2):
+        for beams in (None, Beams(2)):
             with pytest.raises(DeadlineError):
                 await anext(setting.engine.generate(request("r", version=version("d"), beams=beams)))
 
@@ -123,16 +124,6 @@ async def test_prompts_that_wait_for_their_adapter_are_within_the_queues_bound()
             await anext(setting.engine.generate(request("plain")))
         setting.residents.loaded.set()
         assert [token.finish_reason for token in await asyncio.gather(*loading)] == ["length"] * 2
-
-
-async def test_a_beam_search_takes_its_adapter_once() -> None:
-    """Its steps would wait in line behind others, who wait for its adapter."""
-    setting = Setting()
-    setting.passes.drawn = Token(40, -1.0, tuple((40 + i, -1.0 - i) for i in range(8)))
-    async with setting.running():
-        search = setting.engine.generate(request("r", version=version("d"), beams=2, max_tokens=3))
-        assert [token.tokens[0].id async for token in search] == [40] * 3
-    assert (len(setting.passes.ran), setting.residents.taken) == (3, 1)
 
 
 async def test_no_room_waits_and_whoever_came_later_waits_behind_it() -> None:

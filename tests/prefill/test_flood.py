@@ -240,10 +240,10 @@ async def test_who_cannot_be_reached_in_time_takes_nobodys_place_in_a_full_queue
     assert setting.engine.waiting == 90
 
 
-async def test_a_beam_search_under_way_does_not_leave_a_full_queue() -> None:
+async def test_an_answer_under_way_does_not_leave_a_full_queue() -> None:
     setting = Setting(max_waiting=2)
     for i in range(2):
-        setting.scheduler.add(Prompt(request(f"step{i}", continuation_ids=(5,), output_offset=1)))
+        setting.scheduler.add(Prompt(request(f"replay{i}", continuation_ids=(5,), output_offset=1)))
     with pytest.raises(OverloadedError, match="waiting already"):
         await anext(setting.engine.generate(request("quiet", version=version("d", "quiet"))))
 

@@ -1,7 +1,7 @@
 """A tiny tokenizer, a tiny random model, and an engine that runs it without caches: the HTTP face is real."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,11 +18,12 @@ from adapter_registry.routing import Routing
 from prad.artefact import AdapterRecord, Artefact, BaseModelRef, GenerationDefaults
 from prad.core.rules import Before
 from prad.core.sampling import SampleKey, ScoredToken, ScoresEvent, Scoring, Token, TokenEvent
+from prad.core.search import Limits
 from prad.lm import LanguageModel, PackedBatch, Shaping, Tokenizer, attention, begin_masks, sample
 from prefill_service.api import ApiLimits, ModelInfo, create_app
-from prefill_service.beams import beam_search
 from prefill_service.catalogue import TaskCatalogue, TaskVersions
 from prefill_service.prompt import Engine, PromptRequest, TaskVersion
+from tests.generation import search
 
 EOS = "<|end|>"
 CHAT_TEMPLATE = (
@@ -116,7 +117,19 @@ class WatchedEngine:
         return tuple(ScoredToken(token, -0.5, ((token, -0.5),)[: scoring.alternatives]) for token in ids)
 
     def generate(self, request: PromptRequest) -> AsyncGenerator[TokenEvent, None]:
-        return self.tokens(request) if request.beams is None else beam_search(self.tokens, request)
+        return self.tokens(request) if request.beams is None else self.searched(request)
+
+    def found(self, request: PromptRequest) -> Iterable[TokenEvent]:
+        """What a beam search finds."""
+        raise NotImplementedError
+
+    async def searched(self, request: PromptRequest) -> AsyncGenerator[TokenEvent, None]:
+        self.requests.append(request)
+        await asyncio.sleep(0)
+        if self.error is not None:
+            raise self.error
+        for event in self.found(request):
+            yield event
 
     async def tokens(self, request: PromptRequest) -> AsyncGenerator[TokenEvent, None]:
         self.requests.append(request)
@@ -166,21 +179,30 @@ class ModelEngine(WatchedEngine):
     likeliest: int | None = None
 
     def next_tokens(self, request: PromptRequest, outputs: Sequence[list[int]], step: int) -> list[Token]:
-        assert self.model is not None
-        batch = PackedBatch.of_sequences(
-            [[*request.prompt_ids, *request.continuation_ids, *output] for output in outputs]
-        )
         keys = [
             SampleKey(request.sampling.seed, request.prompt_index, choice, step)
             for choice in range(request.choices)
         ]
+        logits = self.logits(
+            [[*request.prompt_ids, *request.continuation_ids, *output] for output in outputs]
+        )
+        shapings = [shaping(request, output) for output in outputs] if request.sampling.rules else []
+        begin_masks(shapings)
+        return sample(logits, [request.sampling] * request.choices, keys, shapings=shapings)
+
+    def logits(self, sequences: Sequence[Sequence[int]]) -> torch.Tensor:
+        assert self.model is not None
         with torch.inference_mode():
-            logits = self.model.forward(batch)
+            logits = self.model.forward(PackedBatch.of_sequences(sequences))
             if self.likeliest is not None:
                 logits[:, self.likeliest] = logits.max() + 1
-            shapings = [shaping(request, output) for output in outputs] if request.sampling.rules else []
-            begin_masks(shapings)
-            return sample(logits, [request.sampling] * request.choices, keys, shapings=shapings)
+        return logits
+
+    def found(self, request: PromptRequest) -> Iterable[TokenEvent]:
+        assert request.beams is not None
+        limits = Limits(request.sampling.max_tokens, request.sampling.stop_ids)
+        found = search(self.logits, request.prompt_ids, limits, request.beams)
+        return found.events(request.request_id, 1, request.choices, at_once=1)
 
     def scores(self, request: PromptRequest, scoring: Scoring) -> tuple[ScoredToken | None, ...]:
         assert self.model is not None

@@ -1,19 +1,16 @@
 """Beam search over HTTP: the hypotheses that `prad eval --beams` finds, as choices of an ordinary answer."""
 
-import asyncio
 from collections.abc import Callable
 from typing import Any
 
 import httpx
 import pytest
 
-from prad.core.sampling import SamplingParams, TokenEvent
-from prad.core.search import BeamSearch, Limits
+from prad.core.search import Beams, BeamSearch, Limits
 from prad.lm import LanguageModel, Tokenizer
 from prad.training.decoding import AdaptedModel
 from prad.training.evaluate import decoder
 from prefill_service.errors import OverloadedError
-from prefill_service.prompt import PromptRequest
 from tests.prefill_api.conftest import ModelEngine
 from tests.prefill_api.test_http_completions import events
 
@@ -37,7 +34,7 @@ def hypotheses(language_model: LanguageModel, tokenizer: Tokenizer) -> Callable[
 
     def found(width: int) -> list[list[int]]:
         limits = Limits(LENGTH, frozenset({tokenizer.eos_id}))
-        decoding = decoder(AdaptedModel(language_model), limits, beams=width)
+        decoding = decoder(AdaptedModel(language_model), limits, beams=Beams(width))
         ((_, search),) = decoding.run([tokenizer.encode_prompt(PROMPT)])
         assert isinstance(search, BeamSearch)
         return [list(tokens) for tokens in search.hypotheses]
@@ -61,8 +58,7 @@ async def test_choices_are_the_best_hypotheses(
     assert whole["usage"]["completion_tokens"] == sum(map(len, expected))
     assert {c["finish_reason"] for c in whole["choices"]} == {"length"}
     assert whole["prad"]["sampling"]["beams"] == width
-    assert max(len(request.continuation_ids) for request in engine.requests) == LENGTH - 1
-    assert not engine.open
+    assert [request.beams for request in engine.requests] == [Beams(width)]
     assert await texts(client, best_of=width) == found[:1]
     plain = await client.post(URL, json={"task": "plain", "prompt": PROMPT, "max_tokens": LENGTH})
     assert "beams" not in plain.json()["prad"]["sampling"]
@@ -110,38 +106,44 @@ async def test_the_tasks_own_temperature_is_for_drawing(client: httpx.AsyncClien
     assert (sampling["temperature"], sampling["beams"]) == (0.0, 2)
 
 
+async def test_how_it_searches_is_passed_on_and_reported(
+    client: httpx.AsyncClient, engine: ModelEngine
+) -> None:
+    asked = [{}, {"length_penalty": 0.6, "early_stopping": True}, {"early_stopping": "never"}]
+    answers = [(await ask(client, best_of=2, **fields)).json() for fields in asked]
+    assert [request.beams for request in engine.requests] == [
+        Beams(2),
+        Beams(2, 0.6, True),
+        Beams(2, 1.0, None),
+    ]
+    told = [answer["prad"]["sampling"] for answer in answers]
+    assert [(each["length_penalty"], each["early_stopping"]) for each in told] == [
+        (1.0, False),
+        (0.6, True),
+        (1.0, "never"),
+    ]
+
+
+async def test_a_length_penalty_may_make_another_answer_the_best(
+    client: httpx.AsyncClient, engine: ModelEngine, tokenizer: Tokenizer
+) -> None:
+    """The end token is the likeliest everywhere; but long answers are worth more."""
+    engine.likeliest = tokenizer.eos_id
+    short, long = [
+        (await ask(client, best_of=2, length_penalty=penalty, early_stopping="never")).json()
+        for penalty in (1.0, 10.0)
+    ]
+    tokens = [answer["usage"]["completion_tokens"] for answer in (short, long)]
+    assert tokens == [1, LENGTH]
+
+
 async def test_too_many_beams_are_refused_by_name(client: httpx.AsyncClient) -> None:
     error = (await ask(client, prompt=["a", "b", "c"], best_of=3)).json()["error"]
     assert error["param"] == "best_of"
     assert "3 prompts with 3 beams each are 9 beams: expected up to 8 in one request" in error["message"]
 
 
-async def test_a_failing_step_fails_the_request(client: httpx.AsyncClient, engine: ModelEngine) -> None:
-    """One of three hypotheses fails, while the others are under way."""
-    engine.error, engine.fail_at = OverloadedError("full"), 0
-    engine.fails = lambda request: request.request_id.endswith("-1-2")
-    engine.pause_at, engine.pauses = 0, lambda request: bool(request.continuation_ids)
+async def test_a_failing_search_fails_the_request(client: httpx.AsyncClient, engine: ModelEngine) -> None:
+    engine.error = OverloadedError("full")
     response = await ask(client, best_of=3)
-    assert len(engine.requests) == 4
     assert response.json() == OverloadedError("full").body()
-    assert not engine.open
-
-
-async def test_a_client_that_leaves_ends_all_hypotheses(engine: ModelEngine) -> None:
-    search = engine.generate(PromptRequest("r", None, (1, 2, 3), SamplingParams(LENGTH), beams=2))
-
-    async def first() -> TokenEvent:
-        return await anext(search)
-
-    engine.pause_at = 0
-    task = asyncio.create_task(first())
-    await engine.paused.acquire()
-    began, engine.resume = engine.resume, asyncio.Event()
-    began.set()
-    for _ in range(2):
-        await engine.paused.acquire()
-    assert len(engine.open) == 2
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    assert not engine.open

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from prad.adapters import PromptAdaptation, load_adapter
 from prad.core.sampling import SamplingParams
-from prad.core.search import BeamSearch, Candidate, Child, Greedy, Limits
+from prad.core.search import Beams, BeamSearch, Candidate, Child, Greedy, Limits
 from prad.lm import LanguageModel
 from prad.lm.kernels import Kernels
 from prad.training.decoding import AdaptedModel
@@ -108,14 +108,16 @@ def test_prompts_are_one_models_and_steps_the_others(
 
 
 def transformers_beams(
-    folder: Path, prompt: list[int], width: int, max_tokens: int
+    folder: Path, prompt: list[int], beams: Beams, max_tokens: int
 ) -> tuple[tuple[int, ...], float]:
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = torch.tensor([prompt])
     out = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        num_beams=width,
+        num_beams=beams.width,
+        length_penalty=beams.length_penalty,
+        early_stopping="never" if beams.early_stopping is None else beams.early_stopping,
         do_sample=False,
         max_new_tokens=max_tokens,
         eos_token_id=sorted(STOP_IDS),
@@ -128,27 +130,39 @@ def transformers_beams(
     return tuple(tokens[:ended]), float(out.sequences_scores[0])
 
 
-@pytest.mark.parametrize("width", [2, 3])
+@pytest.mark.parametrize(
+    "beams",
+    [
+        Beams(2),
+        Beams(3),
+        Beams(3, 0.4),
+        Beams(3, 2.0),
+        Beams(3, -0.5, None),
+        Beams(3, 1.5, None),
+        Beams(3, 1.0, True),
+    ],
+    ids=str,
+)
 def test_beams_and_their_scores_are_transformers(
-    width: int, family: str, kernels: Kernels, prompts: list[list[int]], tmp_path: Path
+    beams: Beams, family: str, kernels: Kernels, prompts: list[list[int]], tmp_path: Path
 ) -> None:
     random_model(family, seed=4).save_pretrained(tmp_path)  # one whose answers end early, and late
     model = LanguageModel.load(tmp_path, dtype=torch.float32)
     model.accelerate(kernels)
-    expected = [transformers_beams(tmp_path, p, width, 36) for p in prompts]
-    decoding = decoder(AdaptedModel(model), Limits(36, STOP_IDS), beams=width, batch=12)
+    expected = [transformers_beams(tmp_path, p, beams, 36) for p in prompts]
+    decoding = decoder(AdaptedModel(model), Limits(36, STOP_IDS), beams=beams, batch=12)
     greedy = decoder(AdaptedModel(model), Limits(36, STOP_IDS))
     found: dict[int, Any] = dict(decoding.run(prompts))
     for index, (answer, score) in enumerate(expected):
         assert found[index].answer == answer
-        assert found[index].score == pytest.approx(score, abs=1e-4)
+        assert found[index].score == pytest.approx(score, rel=1e-6, abs=1e-4)
     plain = {index: search.answer for index, search in greedy.run(prompts)}
     assert any(plain[i] != found[i].answer for i in plain), "beams find what greedy does not"
     assert decoding._blocks.in_use == 0, "every block came back"
 
 
 def test_a_prompt_wider_than_the_batch_still_runs(load_tiny: Callable[[str], LanguageModel]) -> None:
-    decoding = decoder(AdaptedModel(load_tiny("llama")), Limits(5, STOP_IDS), beams=3, batch=1)
+    decoding = decoder(AdaptedModel(load_tiny("llama")), Limits(5, STOP_IDS), beams=Beams(3), batch=1)
     assert [index for index, _ in decoding.run([[1, 2], [3]])] == [0, 1]
 
 
@@ -161,10 +175,10 @@ def test_greedy_takes_the_first_candidate_until_it_stops() -> None:
 
 def test_a_beam_search_goes_on_while_it_can_improve() -> None:
     """width 1: the stop token at -0.1 a token ends it, unless what goes on is better than that."""
-    search = BeamSearch(Limits(10, frozenset({9})), width=1)
+    search = BeamSearch(Limits(10, frozenset({9})), Beams(1))
     assert search.advance([[Candidate(9, -0.5), Candidate(1, -0.6)]]) == []
     assert (search.answer, search.score) == ((), -0.5)
-    search = BeamSearch(Limits(2, frozenset({9})), width=1)
+    search = BeamSearch(Limits(2, frozenset({9})), Beams(1))
     assert search.advance([[Candidate(1, -0.5), Candidate(9, -0.6)]]) == [Child(0, 1)]
     assert search.advance([[Candidate(2, -0.1), Candidate(9, -3.0)]]) == []
     assert (search.answer, search.score) == ((1, 2), -0.3)

@@ -107,6 +107,9 @@ def test_beams_are_the_folders(serving: Serving) -> None:
     searched = serving.here("toy", beams=3)
     assert serving.there("toy", beams=3) == searched
     assert searched.answers != serving.here("toy").answers, "beams find what greedy does not"
+    penalised = serving.here("toy", beams=3, length_penalty=-1.0)
+    assert serving.there("toy", beams=3, length_penalty=-1.0) == penalised
+    assert penalised.answers != searched.answers
     body = {"task": "toy", "prompt": [*range(40)], "use_beam_search": True, "best_of": 2}
     asked = [serving.api.post("/v1/completions", json=body).json() for _ in range(2)]
     assert asked[0]["choices"] == asked[1]["choices"]
