@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import track
 
 from bench import floor
-from bench.base_flags import ShapeFlags
+from bench.flags import ShapeFlags
 from bench.prompts import random_prompts
 from bench.rounds import interleaved, ratio
 from prad.lm import LanguageModel

@@ -1,16 +1,14 @@
 """What each benchmark can be told. No torch here, so that `prad bench NAME --help` answers at once."""
 
-import ast
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from bench.base_flags import Flags, ModelFlags, ShapeFlags
-from bench.kinds import RESULTS
+from bench.kinds import RESULTS, cpu_kind
 from bench.prompts import CHAT
 from bench.quality_table import COLUMNS, ROWS
-from prad.core.models import Precision
+from prad.core.models import DEFAULT_MODEL, Precision
 
 Variant = Literal[
     "one pass",
@@ -21,6 +19,35 @@ Variant = Literal[
     "chunks, rest of 50 ms",
 ]
 """How the prefill service takes a very long prompt."""
+
+
+class Flags(BaseModel):
+    """Of every benchmark. `SMOKE`: the values that make it small, unless others are given."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    SMOKE: ClassVar[dict[str, Any]] = {}
+
+    smoke: bool = Field(False, description="tiny sizes: shows that it runs, measures nothing")
+    out: Path = Field(RESULTS / cpu_kind(), description="folder of the result; --smoke: bench/results/smoke")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _smoke(cls, given: dict[str, Any]) -> dict[str, Any]:
+        return {"out": RESULTS / "smoke", **cls.SMOKE, **given} if given.get("smoke") else given
+
+
+class ModelFlags(Flags):
+    model: str = Field(DEFAULT_MODEL, description="folder, .gguf file, hub id, or the default model")
+    cache_dir: Path = Field(Path("~/.cache/prad"), description="where converted models are")
+
+
+class ShapeFlags(ModelFlags):
+    """Of benchmarks that ask servers for completions."""
+
+    prompt: int = Field(64, description="tokens in")
+    output: int = Field(64, description="tokens out")
+    r: int = Field(16, description="rank of the adapters")
+    rounds: int = Field(3, ge=1)
 
 
 class Table4(ShapeFlags):
@@ -355,39 +382,3 @@ class Quality(ModelFlags):
     threads: int | None = Field(None, description="computing threads; all cores without it")
     beams: int = Field(1, description="3 as in the paper; 1 is greedy")
     cells: int | None = Field(None, description="compute at most so many cells now")
-
-
-FLAGS: dict[str, type[Flags]] = {
-    "table4": Table4,
-    "serve": Serve,
-    "flood": Flood,
-    "batch": Batch,
-    "registry": Registry,
-    "memory": Memory,
-    "push": Push,
-    "versions": Versions,
-    "decode": Decode,
-    "growth": Growth,
-    "choices": Choices,
-    "beams": Beams,
-    "step": Step,
-    "structured": Structured,
-    "para": Para,
-    "floor": Floor,
-    "handoff": Handoff,
-    "rounding": Rounding,
-    "greedy": Greedy,
-    "prefill": Prefill,
-    "chunking": Chunking,
-    "speculation": Speculation,
-    "peers": Peers,
-    "stream": Stream,
-    "quality": Quality,
-    "train": Train,
-}
-
-
-def described(name: str) -> str:
-    """The docstring of a benchmark's module, which is not imported: that takes seconds."""
-    tree = ast.parse((Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8"))
-    return ast.get_docstring(tree) or ""

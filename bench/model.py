@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from bench.base_flags import ModelFlags
+from bench.flags import ModelFlags
 from prad.core.models import Choice
 from prad.lm import LanguageModel, dtype_name, load_served, resolve_model
 

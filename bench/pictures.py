@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.flags import FLAGS
 from bench.kinds import KINDS, RESULTS
+from bench.known import FLAGS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

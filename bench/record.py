@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import torch
 
-from bench.base_flags import Flags
+from bench.flags import Flags
 from bench.kinds import RESULTS, cpu_flags
 
 ROOT = Path(__file__).parents[1]

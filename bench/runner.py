@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from bench import pictures
-from bench.base_flags import Flags
+from bench.flags import Flags
 from bench.kinds import RESULTS
 from bench.record import write_result
 from local_stack.signals import stopped_by_signals

@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
 from bench.adapters import write_artefacts
-from bench.base_flags import ShapeFlags
+from bench.flags import ShapeFlags
 from bench.model import model_flags
 from local_stack.pushing import adapter_folders, push_all
 from local_stack.stack import Stack, StackError, answers, free_ports

@@ -52,10 +52,10 @@ app = typer.Typer(
 
 def _command(name: str) -> Callable[[typer.Context], None]:
     def command(context: typer.Context) -> None:
-        flags = _import("flags")
-        text = "\n\n".join(map(_laid_out, flags.described(name).split("\n\n")))
+        known = _import("known")
+        text = "\n\n".join(map(_laid_out, known.described(name).split("\n\n")))
         examples = f"Examples:\n\nprad bench {name} --smoke\n\nprad bench {name} --out bench/results"
-        arguments = read_flags(flags.FLAGS[name], context, text, examples)
+        arguments = read_flags(known.FLAGS[name], context, text, examples)
         require_extra("bench", "accelerate", "peft", "psutil", "rouge_score", "sacrebleu")
         _import("runner").run(name, arguments)
 

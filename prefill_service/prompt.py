@@ -116,10 +116,8 @@ class PromptRequest:
     @property
     def before(self) -> Before | None:
         """What the rules of its sampling look back on; None without any."""
-        rules = self.sampling.rules
-        if rules is None:
-            return None
-        return Before.of(rules, self.prompt_ids, self.continuation_ids, self.output_offset)
+        rules, given = self.sampling.rules, (self.prompt_ids, self.continuation_ids)
+        return None if rules is None else Before.of(rules, *given, self.output_offset)
 
     @property
     def sequences(self) -> int:

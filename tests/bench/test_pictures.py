@@ -9,8 +9,8 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
-from bench.flags import FLAGS
 from bench.kinds import KINDS, RESULTS
+from bench.known import FLAGS
 from bench.pictures import drawn, headline
 
 STORED = [

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from bench.flags import FLAGS
+from bench.known import FLAGS
 from prad_cli.bench import BENCHMARKS
 from tests.cli.test_command_line import ENVIRONMENT, prad
 
