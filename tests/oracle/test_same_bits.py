@@ -57,7 +57,7 @@ def some_requests(prompts: int) -> list[Asked]:
 
 def that_begin_alike() -> list[Asked]:
     """Of two tasks and the plain model, four prompts each that share four blocks."""
-    tasks = ("pa", "lora", None)
+    tasks = ("prad-pa", "prad-lora", None)
     assert set(tasks) <= set(TASKS)
     return [
         Asked(task, (*((5 * j + j * j) % 119 for j in range(64)), *range(3, 3 + end)), 0.8, end)
