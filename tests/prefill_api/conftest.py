@@ -188,7 +188,8 @@ class ModelEngine(WatchedEngine):
         )
         shapings = [shaping(request, output) for output in outputs] if request.sampling.rules else []
         begin_masks(shapings)
-        return sample(logits, [request.sampling] * request.choices, keys, shapings=shapings)
+        with torch.inference_mode():
+            return sample(logits, [request.sampling] * request.choices, keys, shapings=shapings)
 
     def logits(self, sequences: Sequence[Sequence[int]]) -> torch.Tensor:
         assert self.model is not None
