@@ -20,6 +20,7 @@ _LARGEST_REQUEST = 1 << 20  # tokens or choices: far beyond any real one, keeps 
 _MOST_TOKENS = 32
 _MOST_ALTERNATIVES = 64
 _MOST_BEAMS = 64
+_MOST_CANDIDATES = 2048
 _LONGEST_NAME = 256  # characters; logs repeat it
 _LONGEST_SITE = 32  # characters of a name: a refusal repeats unknown ones
 _LARGEST_STATE = 8 << 20  # bytes at one site: a message carries it beside up to 4 MB of others
@@ -91,17 +92,18 @@ class Limits:
             return
         sampling = request.sampling
         draws = not sampling.greedy or sampling.min_tokens > 0 or sampling.logprobs is not None
+        draws = draws or sampling.rules is not None
         candidates = beams.candidates(sampling.stop_ids)
         for wrong, message in (
             (beams.fault is not None, beams.fault),
             (beams.width > _MOST_BEAMS, f"{beams.width} beams, {_MOST_BEAMS} at most"),
             (request.choices > beams.width, f"{request.choices} choices of {beams.width} beams"),
             (
-                candidates > self.vocab_size,
-                f"{beams.width} beams look at {candidates} ids, more than all {self.vocab_size}",
+                candidates > min(self.vocab_size, _MOST_CANDIDATES),
+                f"{beams.width} beams look at {candidates} ids: expected up to {_MOST_CANDIDATES}",
             ),
             (request.output_offset > 0, "a beam search begins behind its prompt: output_offset is not 0"),
-            (draws, "a beam search takes no temperature, min_tokens or logprobs"),
+            (draws, "a beam search takes no temperature, min_tokens, logprobs or rules"),
         ):
             if wrong:
                 raise RejectedError(RejectReason.INVALID, message or "")

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def deliver_candidates(prompt: Prompt, candidates: Token, cached: int) -> bool:
-    """As `Prompt.deliver_first`, for a search that begins with the `top` of `candidates`: hands an event
+    """As `pass_loop.deliver_first`, for a search that begins with the `top` of `candidates`: hands an event
     without a token to the HTTP side, and all answers if the search is over already."""
     request, sampling = prompt.request, prompt.request.sampling
     assert request.beams is not None

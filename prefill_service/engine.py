@@ -9,10 +9,7 @@ import logging
 import time
 from collections import Counter, OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Container
-from contextlib import (
-    AsyncExitStack,
-    asynccontextmanager,
-)
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -152,7 +149,7 @@ class PrefillEngine:
             try:
                 async with asyncio.timeout(deadline - self._clock()):
                     if request.version is not None:
-                        pinned = self._residents.pinned(request.version.artefact)
+                        pinned = self._residents.pinned(request.version.artefact, last=request.behind)
                         adapter = await held.enter_async_context(pinned)
             except TimeoutError:
                 raise self._no_token() from None
@@ -166,8 +163,9 @@ class PrefillEngine:
         Another one ends only for who does come in."""
         if request.gives_way:
             self._require_leisure(request)
-        else:
-            self._loop.clear_the_way()
+        elif not request.behind:
+            room = request.version is None or self._residents.has_room(request.version.artefact)
+            self._loop.clear_the_way(crowded=not room or self._scheduler.full(self._loading.total()))
         yields = None
         if self._scheduler.full(self._loading.total()):
             many, after_s = self.waiting, self._scheduler.expected_place()
@@ -206,6 +204,8 @@ class PrefillEngine:
     def _expire(self, prompt: Prompt) -> None:
         if isinstance(prompt.state, Committing | Decoding):
             self._loop.fail(prompt, DeadlineError("the request took longer than it may"))
+        elif prompt.request.behind:  # which waited for others' sake
+            self._loop.fail(prompt, OverloadedError("its turn did not come", retry_after=1.0))
         else:
             self._loop.fail(prompt, self._no_token())
 
@@ -273,10 +273,11 @@ class _Resident:
 
 @dataclass(eq=False, slots=True)
 class _Waiting:
-    """turn: has the resident, pinned, once there is one."""
+    """turn: has the resident, pinned, once there is one; last: behind all others."""
 
     artefact: Artefact
     turn: "asyncio.Future[_Resident]"
+    last: bool
 
 
 class Residents:
@@ -311,20 +312,20 @@ class Residents:
         return len(self._residents)
 
     @asynccontextmanager
-    async def pinned(self, artefact: Artefact) -> "AsyncIterator[Adapter]":
-        """The artefact's adapter, kept in memory inside the `async with`; waits until there is room for it.
-
-        Who holds one must not wait for another. Raises InternalError if the files do not load.
-        """
-        resident = await self._in_turn(artefact)
+    async def pinned(self, artefact: Artefact, *, last: bool = False) -> "AsyncIterator[Adapter]":
+        """The artefact's adapter, kept in memory inside the `async with`; waits until there is room for it,
+        behind those in line, or the `last` of all. Who holds one must not wait for another. Raises
+        InternalError if the files do not load."""
+        resident = await self._in_turn(artefact, last)
         try:
             yield await asyncio.shield(resident.loaded)
         finally:
             self._unpin(resident)
 
-    async def _in_turn(self, artefact: Artefact) -> _Resident:
-        waiting = _Waiting(artefact, asyncio.get_running_loop().create_future())
+    async def _in_turn(self, artefact: Artefact, last: bool) -> _Resident:
+        waiting = _Waiting(artefact, asyncio.get_running_loop().create_future(), last)
         self._line.append(waiting)
+        self._line.sort(key=lambda each: each.last)
         self._call_up()
         try:
             return await asyncio.shield(waiting.turn)
@@ -338,7 +339,7 @@ class Residents:
 
     def _call_up(self) -> None:
         """Pins for the first in line as long as there is room, and for all who wait for the same."""
-        while self._line and self._has_room(artefact := self._line[0].artefact):
+        while self._line and self.has_room(artefact := self._line[0].artefact):
             resident = self._residents.get(artefact.digest) or self._start_loading(artefact)
             self._residents.move_to_end(artefact.digest)
             line, self._line = self._line, []
@@ -353,7 +354,7 @@ class Residents:
         resident.pins -= 1
         self._call_up()
 
-    def _has_room(self, artefact: Artefact) -> bool:
+    def has_room(self, artefact: Artefact) -> bool:
         """Whether it is in memory, or fits beside what is in use."""
         if artefact.digest in self._residents:
             return True

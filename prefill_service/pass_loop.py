@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from kvtransfer.errors import TransferError
 from kvtransfer.sender import HandOff
 from prad.core.kv import Chunk
-from prad.core.sampling import Token
+from prad.core.sampling import Token, TokenEvent
 from prefill_service.beams import deliver_candidates
 from prefill_service.decode_link import DecodeLink, NoRoom, Opened, alike, text_ids
 from prefill_service.errors import DecodeUnavailableError, InternalError, OverloadedError, ServingError
@@ -129,10 +129,14 @@ class PassLoop:
             self._turn_away(self._clock() - self._settings.queue_timeout_s)
         return admitted
 
-    def clear_the_way(self) -> None:
-        """Somebody comes: what gives way and has no token yet leaves its blocks, its adapter and its turn."""
-        waiting = (p for p in self.live.values() if isinstance(p.state, Queued | Prefilling))
+    def clear_the_way(self, *, crowded: bool) -> None:
+        """Somebody comes: what gives way and has no token yet leaves its blocks, its adapter and its turn;
+        where there is no place left, so does what waits behind all others. That is asked for again."""
+        waiting = [p for p in self.live.values() if isinstance(p.state, Queued | Prefilling)]
         self._end_those_that_give_way([prompt for prompt in waiting if prompt.request.gives_way])
+        for prompt in waiting if crowded else ():
+            if prompt.request.behind and isinstance(prompt.state, Queued):
+                self.fail(prompt, OverloadedError("others need its place", retry_after=1.0))
 
     def _end_those_that_give_way(self, prompts: Iterable[Prompt]) -> None:
         """Others are about to run, or wait for room."""
@@ -143,6 +147,8 @@ class PassLoop:
     def _turn_away(self, before: float) -> None:
         """Ends who waits for room at decode since then, asked for in this turn or not."""
         for prompt in self._scheduler.want_room_since(before):
+            if prompt.request.behind:
+                continue  # it waits for as long as the others need
             self.fail(
                 prompt,
                 OverloadedError(
@@ -310,4 +316,16 @@ def _deliver_first(prompt: Prompt, tokens: list[Token], cached: int) -> bool:
     """Whether it goes on behind what a pass drew for it."""
     if prompt.request.beams is not None:
         return deliver_candidates(prompt, tokens[0], cached)
-    return prompt.deliver_first(tokens, cached)
+    return deliver_first(prompt, tokens, cached)
+
+
+def deliver_first(prompt: Prompt, tokens: list[Token], cached: int) -> bool:
+    """Hands the first tokens, one per choice, to the HTTP side; says whether any choice goes on. cached:
+    how many of its tokens, virtual ones included, came from the prefix cache."""
+    request, index, own = prompt.request, prompt.request.output_offset, prompt.cached_ids(cached)
+    reasons = [request.sampling.finish_reason(token.id, index + 1) for token in tokens]
+    for choice, (token, reason) in enumerate(zip(tokens, reasons, strict=True)):
+        name, told = (request.request_id, prompt.attempt, choice, index), own if choice == 0 else 0
+        prompt.outputs.put_nowait(TokenEvent(*name, (token,), reason, cached_tokens=told))
+    prompt.awaited = prompt.running & {choice for choice, reason in enumerate(reasons) if reason is None}
+    return None in reasons

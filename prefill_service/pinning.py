@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection
+from contextlib import suppress
 
 from prad.artefact import Artefact
 from prefill_service.catalogue import TaskVersions
@@ -11,6 +12,7 @@ from prefill_service.catalogue import TaskVersions
 logger = logging.getLogger(__name__)
 
 EVERY = "*"
+AGAIN_S = 30.0
 
 
 class Pinned:
@@ -41,17 +43,23 @@ class Pinned:
             self._tasks_of.update(self._named[task].keys())
         self._changed.set()
 
-    async def run(self, load: Callable[[Artefact], Awaitable[None]]) -> None:
-        """Loads what is pinned, one at a time, until cancelled."""
-        loaded = set[str]()
+    async def run(
+        self, load: Callable[[Artefact], Awaitable[None]], fits: Callable[[Artefact], bool]
+    ) -> None:
+        """Loads what is pinned, one at a time, until cancelled; now and then also what left memory since, or
+        did not load, if it `fits` beside all others."""
+        tried = set[str]()
         while True:
-            await self._changed.wait()
-            self._changed.clear()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), AGAIN_S)
+            again, _ = not self._changed.is_set(), self._changed.clear()
             wanted = {d: artefact for named in self._named.values() for d, artefact in named.items()}
-            loaded &= wanted.keys()
-            for digest in wanted.keys() - loaded:
+            tried &= wanted.keys()
+            for digest, artefact in wanted.items():
+                if digest in tried and not (again and fits(artefact)):
+                    continue
                 try:
-                    await load(wanted[digest])
+                    await load(artefact)
                 except Exception as error:  # requests for it say the same; the others are loaded
                     logger.warning("a pinned adapter did not come into memory: %s", error)
-                loaded.add(digest)
+                tried.add(digest)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from prad.artefact import Artefact, placeholders
 from prad.core.kv import Chunk, block_keys
 from prad.core.rules import Before
-from prad.core.sampling import SamplingParams, ScoredToken, Scoring, Token, TokenEvent
+from prad.core.sampling import SamplingParams, ScoredToken, Scoring, TokenEvent
 from prad.core.search import Beams
 from prefill_service.errors import ServingError
 
@@ -277,17 +277,6 @@ class Prompt:
         """How many of its `cached` tokens are the prompt's own ids."""
         return max(0, min(cached - self.virtual_tokens, len(self.request.prompt_ids)))
 
-    def deliver_first(self, tokens: list[Token], cached: int) -> bool:
-        """Hands the first tokens, one per choice, to the HTTP side; says whether any choice goes on. cached:
-        how many of its tokens, virtual ones included, came from the prefix cache."""
-        request, index, own = self.request, self.request.output_offset, self.cached_ids(cached)
-        reasons = [request.sampling.finish_reason(token.id, index + 1) for token in tokens]
-        for choice, (token, reason) in enumerate(zip(tokens, reasons, strict=True)):
-            name, told = (request.request_id, self.attempt, choice, index), own if choice == 0 else 0
-            self.outputs.put_nowait(TokenEvent(*name, (token,), reason, cached_tokens=told))
-        self.awaited = self.running & {choice for choice, reason in enumerate(reasons) if reason is None}
-        return None in reasons
-
 
 _LEFT_FREE = 16  # a flow leaves one in so many of what it holds at decode
 _Room = tuple[int, int]  # blocks, sequences
@@ -318,7 +307,7 @@ class DecodeRoom:
     Who wants less may pass one that was refused; after `patience_s` only flows that hold nothing may, and it
     leaves nothing for them. While a flow waits that holds less than its share, others that do not get none;
     and nobody waits for these. Shares are equal, of the tokens held and the most that one was refused, among
-    the flows that hold some or wait. What waits behind all others is entitled to none.
+    the flows that hold some or wait.
     """
 
     def __init__(self, patience_s: float) -> None:
@@ -350,7 +339,14 @@ class DecodeRoom:
     def asking(self, prompts: Sequence[Prompt], waiting: Collection[Flow]) -> list[Prompt]:
         """Who of those that want room may ask for it, by what is held, who was refused and which flows wait.
         prompts: by turns of their flows, so that what is left is shared; who has to leave some of it waits
-        for none behind it."""
+        for none behind it. What waits behind all others asks if nobody else wants what there is."""
+        others = [prompt for prompt in prompts if not prompt.request.behind]
+        asking = self._asking(others, waiting)
+        if len(asking) < len(others) or any(not prompt.request.behind for prompt in self._refused):
+            return asking
+        return self._asking(prompts, waiting)
+
+    def _asking(self, prompts: Sequence[Prompt], waiting: Collection[Flow]) -> list[Prompt]:
         first, may = self._may_pass(waiting)
         asking = [prompt for prompt in prompts if may(prompt)]
         return asking if self.size is None else self._leaving_some(asking, self.size, first)
@@ -384,15 +380,17 @@ class DecodeRoom:
     def _may_pass(self, waiting: Collection[Flow]) -> tuple[Prompt | None, Callable[[Prompt], bool]]:
         """Who has waited too long, if anybody; whether a prompt may pass, by who was refused and which flows
         wait."""
-        if not self._refused:
+        refused = [prompt for prompt in self._refused if not prompt.request.behind]
+        if not refused:
             return None, lambda _: True
         held = Counter[Flow]()
         for prompt in self._held:
-            held[prompt.request.flow] += prompt.wanted.tokens
-        total = held.total() + max(prompt.wanted.tokens for prompt in self._refused)
+            if not prompt.request.behind:
+                held[prompt.request.flow] += prompt.wanted.tokens
+        total = held.total() + max(prompt.wanted.tokens for prompt in refused)
         flows = len(held.keys() | set(waiting))
-        over = {BEHIND, *(flow for flow, its in held.items() if its * flows >= total)}
-        entitled = [prompt for prompt in self._refused if prompt.request.flow not in over]
+        over = {flow for flow, its in held.items() if its * flows >= total}
+        entitled = [prompt for prompt in refused if prompt.request.flow not in over]
         waited = {prompt: last - first for prompt, (first, last) in self._refused.items()}
         if (first := next((p for p in entitled if waited[p] >= self._patience_s), None)) is not None:
             return first, lambda prompt: prompt is first or prompt.request.flow not in held

@@ -34,7 +34,7 @@ def broken(scores: Sequence[ScoredToken | None]) -> bool:
 
 def deliver_scores(prompt: Prompt, cached: int) -> None:
     """What its tokens' log-probabilities are, to the HTTP side, and the end of its choices if nothing is
-    drawn. cached: as in `Prompt.deliver_first`."""
+    drawn. cached: as in `pass_loop.deliver_first`."""
     request, attempt = prompt.request, prompt.attempt
     if request.scoring is not None:
         name = (request.request_id, attempt, 0, request.output_offset)

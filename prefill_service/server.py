@@ -109,7 +109,7 @@ async def _serve(
         prober = Prober(model, load, allow_unmoved=settings.allow_unmoved)
 
         async def warm(artefact: Artefact) -> None:
-            async with residents.pinned(artefact):
+            async with residents.pinned(artefact, last=True):
                 pass
 
         catalogue = TaskCatalogue(settings.base_name, pinned.follow)
@@ -160,7 +160,7 @@ async def _serve(
             timeout_graceful_shutdown=_DRAIN_S,
         )
         async with asyncio.TaskGroup() as tasks:
-            always = (parts.engine.run(), follower.run(), pinned.run(warm))
+            always = (parts.engine.run(), follower.run(), pinned.run(warm, residents.holds))
             background = [tasks.create_task(each) for each in always]
             if batches is not None:
                 metrics.register(batches)

@@ -22,6 +22,7 @@ from prad.lm.kernels import (
     PagedView,
     Precision,
     Recording,
+    view_of,
 )
 from prad.lm.kv import KVTarget, PackedBatch, PagedStep
 from prad.lm.sites import Adaptation, RowScaling
@@ -121,11 +122,11 @@ class FusedModel:
         angles = self._angles(batch.positions)
         _Pass(self, self.kernels, batch.kv, adaptation).run(x, angles)
         if (given := batch.given) is not None:
-            given.score(x.index_select(0, given.rows), self._logits, self.head.out_features)
+            given.score(x.index_select(0, given.rows), self._logits, self.head.struct.out_features)
         return self._logits(x.index_select(0, batch.logit_rows))
 
     def _logits(self, x: Tensor) -> Tensor:
-        logits = torch.empty(len(x), self.head.out_features)
+        logits = torch.empty(len(x), self.head.struct.out_features)
         self._finish(self.kernels, x, logits)
         return logits
 
@@ -147,7 +148,7 @@ class FusedModel:
         recorded: _RecordedStep = step.pools.recorded[key]
         view = step.view
         if state is not None:
-            view = PagedView.of(step.table, step.lengths, state.addresses, drafted=bool(view.drafted))
+            view = view_of(step.table, step.lengths, state.addresses, drafted=bool(view.drafted))
         torch.index_select(self.embedding, 0, batch.ids, out=recorded.embedded[:rows])
         x = recorded.x[:rows]
         x.copy_(recorded.embedded[:rows])
@@ -159,7 +160,7 @@ class FusedModel:
         else:
             for kept, table in zip(recorded.angles or (), self._angle_table, strict=True):
                 torch.index_select(table, 0, batch.positions, out=kept[:rows])
-        logits = torch.empty(rows, self.head.out_features)
+        logits = torch.empty(rows, self.head.struct.out_features)
         recorded.run(logits, view)
         return logits
 
@@ -170,7 +171,7 @@ class FusedModel:
             angles = self._angles(torch.zeros(rows, dtype=torch.long))
             scaling = _RecordedScaling(recording, sites, step.view, self.embedding.dtype) if sites else None
             _Pass(self, recording, replace(step, calls=recording), scaling).run(x, angles)
-            self._finish(recording, x, torch.empty(1, self.head.out_features))
+            self._finish(recording, x, torch.empty(1, self.head.struct.out_features))
             return _RecordedStep(recording, x, torch.empty_like(x, dtype=self.embedding.dtype), angles)
 
     def _embed(self, ids: Tensor, positions: Tensor, adapt: "_Adapt | None" = None) -> Tensor:
@@ -261,7 +262,7 @@ class _Pass:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q [T, heads, dim], k and v [T, kv_heads, dim], after RoPE; the memory stays theirs."""
         shape = self.model.shape
-        qkv = self.calls.empty("qkv", len(source), layer.qkv.out_features, source.dtype)
+        qkv = self.calls.empty("qkv", len(source), layer.qkv.struct.out_features, source.dtype)
         heads = (shape.heads, shape.kv_heads, shape.kv_heads)
         self.calls.linear(layer.qkv, source, qkv, Out.STORE)
         parts = qkv.split([n * shape.head_dim for n in heads], dim=1)  # type: ignore[no-untyped-call]
@@ -285,7 +286,7 @@ class _Pass:
             self.calls.linear(layer.up, source, inner, mode, shape.activation)
             return inner
         # float32, as inside a fused layer: rows that no tap changes get the bits that they have without
-        both = self.calls.empty("gate and up", rows, layer.up.out_features, torch.float32)
+        both = self.calls.empty("gate and up", rows, layer.up.struct.out_features, torch.float32)
         self.calls.linear(layer.up, source, both, Out.WIDE)
         parts = both.split(shape.ffn, dim=1)  # type: ignore[no-untyped-call]
         for adapt, part in zip((gate_tap, up_tap) if shape.gated else (up_tap,), parts, strict=True):

@@ -6,6 +6,7 @@ within bounds: a grammar that needs more is refused, a sequence that does later 
 """
 
 import json
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -20,6 +21,8 @@ from torch import Tensor
 from prad.core.rules import MOST_GRAMMAR
 from prad.lm.errors import GrammarError
 from prad.lm.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 Kind = Literal["json", "regex", "choice", "grammar"]
 """What a grammar is written as: a JSON schema, a regular expression, a list of texts, or a grammar in the
@@ -65,6 +68,8 @@ class Walk:
         self._grammar = grammar
         self._due = list(output)
         self._matcher: Any = None
+        self.failed: str | None = None
+        """Why no mask of it could be computed, if so."""
 
     def push(self, token: int) -> None:
         """Its next one."""
@@ -85,6 +90,8 @@ class Walk:
         """Why it cannot go on, if so."""
         if error := self._grammar.exception():
             return f"the grammar does not compile: {error}"
+        if self.failed is not None:
+            return self.failed
         if self._matcher is not None and self._matcher.is_error():
             return f"the grammar cannot be followed: {self._matcher.get_error()}"
         return None
@@ -209,9 +216,13 @@ class Grammars:
         vocabulary = self._loaded
         bits = np.zeros((len(walks), vocabulary.words), np.int32)
         asked = [(walk.caught_up(), i) for i, walk in enumerate(walks)]
-        vocabulary.executor.unsafe_compute_mask_ptr(
-            asked, bits.ctypes.data, bits.strides[0], len(walks)
-        )  # of one or many, without the interpreter's lock
+        compute = vocabulary.executor.unsafe_compute_mask_ptr  # without the interpreter's lock
+        try:
+            compute(asked, bits.ctypes.data, bits.strides[0], len(walks))
+        except BaseException as error:  # the library's panics are no Exceptions, and others share the step
+            logger.exception("masks of %d grammars failed", len(walks))
+            for walk in walks:
+                walk.failed = f"its grammar broke: {error}"
         end = vocabulary.end_id
         may_end = (bits[:, end >> 5] >> (end & 31) & 1).tolist()
         forbidden = np.unpackbits(np.invert(bits).view(np.uint8), axis=1, bitorder="little")

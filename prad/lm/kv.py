@@ -20,7 +20,7 @@ from torch import Tensor
 
 from prad.core.kv import Chunk, KVLayout
 from prad.lm.attention import CausalAttention, causal_attention, decode_attention
-from prad.lm.kernels import Calls, HugePages, Kernels, PagedView
+from prad.lm.kernels import Calls, HugePages, Kernels, PagedView, view_of
 from prad.lm.scoring import GivenTokens
 
 
@@ -282,7 +282,7 @@ class PagedStep:
             assert len(sequence.blocks) >= count, "a sequence is longer than its blocks"
             row[:count] = sequence.blocks[:count]
         tables = torch.from_numpy(table), torch.tensor([s.kv_len + 1 for s in batch])
-        return cls(pools, calls, *tables, PagedView.of(*tables, drafted=drafted))
+        return cls(pools, calls, *tables, view_of(*tables, drafted=drafted))
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None

@@ -37,6 +37,7 @@ from prefill_service.api.text import Delta, TokenScore
 from prefill_service.errors import InvalidRequestError
 
 MAX_SALT_CHARACTERS = 256
+MOST_BEAM_STOPS = 8
 
 _SAMPLING: Neutral = {
     "service_tier": ("auto", "default"),
@@ -193,6 +194,10 @@ class GenerationRequest(GenerationValues, RuleFields, PromptScores):
             return self
         if (self.best_of or self.choices) == 1:
             raise refused("use_beam_search", "'use_beam_search' needs 'best_of' or 'n' of at least 2")
+        if len(self.stop_token_ids or ()) > MOST_BEAM_STOPS:  # each makes a step look at more candidates
+            raise refused(
+                "stop_token_ids", f"'use_beam_search' takes up to {MOST_BEAM_STOPS} 'stop_token_ids'"
+            )
         if self.alternatives is not None:
             raise refused("logprobs", "'use_beam_search' reports no 'logprobs': leave it out")
         for name, sent in self.sampling.items():

@@ -27,7 +27,7 @@ def some(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tens
 
 
 def wide(kernels: Kernels, packed: PackedLinear, x: Tensor) -> Tensor:
-    out = torch.full((len(x) + 1, packed.out_features), 7.0)
+    out = torch.full((len(x) + 1, packed.struct.out_features), 7.0)
     kernels.linear(packed, x, out[:-1], Out.WIDE)
     assert (out[-1] == 7).all(), "a row beyond the batch was written"
     return out[:-1]

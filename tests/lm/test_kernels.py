@@ -10,7 +10,7 @@ from near import ACTIVATIONS, DTYPES, assert_near, some
 from torch import Tensor
 from torch.nn.functional import layer_norm, relu
 
-from prad.lm.kernels import Activation, BuildError, Kernels, LowRankSpan, PagedView, load_kernels
+from prad.lm.kernels import Activation, BuildError, Kernels, LowRankSpan, load_kernels, view_of
 from prad.lm.kernels.build import built
 
 MIXED = [  # matrices; whether value, and source, are float32 beside them
@@ -49,7 +49,7 @@ def test_rows_are_scaled_by_their_own_vectors(kernels: Kernels, dtype: torch.dty
     expected = whole.float()
     for i, own in vectors.items():
         expected[i, 2 : 2 + width] *= 1 + own[layer].float()
-    view, wide = PagedView.of(nothing, nothing, addresses), whole.float()
+    view, wide = view_of(nothing, nothing, addresses), whole.float()
     kernels.scale(whole[:, 2 : 2 + width], site, layer, view, dtype)
     assert_near(whole, expected, DTYPES[dtype])
     kernels.scale(wide[:, 2 : 2 + width], site, layer, view, dtype)

@@ -52,7 +52,7 @@ def test_a_row_has_the_same_products_alone_and_in_any_batch(
 
 
 def _wide(kernels: Kernels, packed: PackedLinear, x: Tensor) -> Tensor:
-    out = torch.empty(len(x), packed.out_features)
+    out = torch.empty(len(x), packed.struct.out_features)
     kernels.linear(packed, x, out, Out.WIDE)
     return out
 

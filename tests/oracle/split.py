@@ -18,6 +18,7 @@ from prad.core.sampling import Drafter, Token, TokenEvent
 from prad.lm import Grammars, LanguageModel
 from prad.lm.kv import Pools
 from prefill_service.decode_link import open_message
+from prefill_service.pass_loop import deliver_first
 from prefill_service.passes import raw, run_prompt_pass
 from prefill_service.prompt import Prompt, PromptRequest
 
@@ -60,7 +61,7 @@ class Split:
             for choice, token in enumerate(tokens):
                 if (reason := sampling.finish_reason(token.id, index)) is not None:
                     self.ends[prompt.request.request_id, choice] = reason
-            if prompt.deliver_first(tokens, 0):
+            if deliver_first(prompt, tokens, 0):
                 self._hand_over(prompt, layers, start, tokens)
         while self._engine.status().sequences and steps != 0:
             before = len(self._events)

@@ -172,7 +172,7 @@ async def test_what_a_pinned_tasks_names_mean_is_loaded_before_anybody_asks() ->
         came.clear()
         pinned.follow(task, None if routing is None else TaskVersions.of(routing, versions))
 
-    running = asyncio.create_task(pinned.run(load))
+    running = asyncio.create_task(pinned.run(load, lambda _: False))
     await told("u", Routing(split={3: 100}))
     await told("t", Routing(split={1: 100}))
     await came.wait()

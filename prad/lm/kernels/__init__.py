@@ -7,7 +7,7 @@ import torch
 
 from prad.core.models import Choice, Precision
 from prad.lm.kernels.build import DEFAULT_KEPT_BYTES, BuildError, built, installed
-from prad.lm.kernels.calls import Calls, Kernels, Recording
+from prad.lm.kernels.calls import Calls, Kernels, Recording, view_of
 from prad.lm.kernels.memory import HugePages
 from prad.lm.kernels.operations import (
     Activation,
@@ -81,4 +81,5 @@ __all__ = [
     "Weights",
     "can_pack",
     "load_kernels",
+    "view_of",
 ]

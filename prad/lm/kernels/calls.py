@@ -376,3 +376,11 @@ class Recording(Calls):
         if self._list is None:
             self._list = (Call * len(self._calls))(*self._calls)
         self._kernels.run(self._list, rows, view)
+
+
+def view_of(
+    table: Tensor, lengths: Tensor, vectors: Tensor | None = None, *, drafted: bool = False
+) -> PagedView:
+    """Of block table [sequences, width], lengths [sequences] and addresses of request state."""
+    width = table.shape[1]
+    return PagedView(table=table, lengths=lengths, width=width, vectors=vectors, drafted=drafted)

@@ -7,8 +7,6 @@ class with its arguments, a line in `kernels.cpp` with what computes it, and a m
 from enum import IntEnum
 from typing import Annotated, ClassVar
 
-from torch import Tensor
-
 from prad.lm.kernels.declared import Memory, Struct, struct
 
 Given = Annotated[Memory, "const void*"]
@@ -87,12 +85,6 @@ class PagedView(Struct):
     width: Size
     vectors: Annotated[Memory, "const void* const*"]
     drafted: Flag
-
-    @classmethod
-    def of(
-        cls, table: Tensor, lengths: Tensor, vectors: Tensor | None = None, *, drafted: bool = False
-    ) -> "PagedView":
-        return cls(table=table, lengths=lengths, width=table.shape[1], vectors=vectors, drafted=drafted)
 
 
 @struct

@@ -29,10 +29,6 @@ class PackedLinear:
     struct: Linear
 
     @property
-    def out_features(self) -> int:
-        return self.struct.out_features
-
-    @property
     def tensors(self) -> dict[str, Tensor | None]:
         """What `struct` points into, in the order of `placed`."""
         return {"panels": self.panels, "scales": self.scales, "offsets": self.offsets, "bias": self.bias}
