@@ -52,7 +52,8 @@ class Pinned:
         while True:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), AGAIN_S)
-            again, _ = not self._changed.is_set(), self._changed.clear()
+            again = not self._changed.is_set()
+            self._changed.clear()
             wanted = {d: artefact for named in self._named.values() for d, artefact in named.items()}
             tried &= wanted.keys()
             for digest, artefact in wanted.items():
