@@ -1,4 +1,4 @@
-"""Tools and structured output through the other protocols, as the clients of Anthropic and OpenAI have them."""
+"""Tools and structured output through the other protocols, as Anthropic's and OpenAI's clients have them."""
 
 import json
 from collections.abc import AsyncIterator
