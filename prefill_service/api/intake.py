@@ -288,6 +288,14 @@ def expected(what: str, value: object) -> PydanticCustomError:
     return PydanticCustomError("expected", "{what}", {"what": f"expected {what}, got {shown(value)}"})
 
 
+def deeper(value: object, than: int) -> bool:
+    """Whether more objects and lists are in each other: who writes JSON takes fewer than who reads it."""
+    if not isinstance(value, dict | list):
+        return False
+    inside = value.values() if isinstance(value, dict) else value
+    return than == 0 or any(deeper(each, than - 1) for each in inside)
+
+
 def _same(value: object, neutral: object) -> bool:
     """Equality as JSON has it: 0 equals 0.0, but false does not equal 0."""
     return isinstance(value, bool) == isinstance(neutral, bool) and value == neutral

@@ -18,7 +18,7 @@ from pydantic_core import PydanticCustomError
 from prad.core.rules import Rules, Word
 from prad.lm import CompiledRules, Grammar, GrammarError, Grammars, Tokenizer
 from prad.lm.grammar import Kind
-from prefill_service.api.intake import StrictModel, expected, refused
+from prefill_service.api.intake import StrictModel, deeper, expected, refused
 from prefill_service.api.problems import shown
 from prefill_service.errors import InvalidRequestError
 
@@ -28,6 +28,8 @@ LONGEST_WORD = 256
 MOST_CHOICES = 1024
 LONGEST_SOURCE = 1 << 16
 """Bytes of a schema or grammar, and of all choices together."""
+DEEPEST_SCHEMA = 128
+"""Objects and lists in each other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,8 @@ def _schema(value: Any, path: str) -> Any:
             raise _wrong(path, f"expected a text of JSON: {error}") from error
     if not isinstance(value, dict):
         raise _unexpected(path, "a JSON schema, an object", value)
+    if deeper(value, DEEPEST_SCHEMA):
+        raise _wrong(path, f"expected up to {DEEPEST_SCHEMA} objects and lists in each other")
     if "x-guidance" in value:
         raise _wrong(path, "it holds 'x-guidance', which is not taken: leave it out")
     return value

@@ -150,7 +150,7 @@ async def test_the_key_comes_in_its_own_header(
         ({"thinking": {"type": "enabled", "budget_tokens": 9}}, "thinking", "not supported yet"),
         ({"n": 2}, "n", "unknown field"),
         ({"nonsense": 2}, "nonsense", "unknown field"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages.0.content.0", "'image'"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages.0.content.0", '"image"'),
         ({"messages": []}, "messages", "at least 1"),
         ({"system": [{"type": "image"}]}, "system", "text"),
         ({"temperature": "hot"}, "temperature", "temperature"),

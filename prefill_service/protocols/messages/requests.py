@@ -6,8 +6,9 @@ from typing import Annotated, Any, ClassVar, Literal
 import orjson
 from pydantic import ConfigDict, FailFast, Field, PlainValidator, WithJsonSchema
 
-from prefill_service.api.intake import Content, Neutral, StrictModel, TokenCount, expected
-from prefill_service.api.messages import MAX_MESSAGES
+from prefill_service.api.intake import Content, Neutral, StrictModel, TokenCount, deeper, expected
+from prefill_service.api.messages import MAX_DEPTH, MAX_MESSAGES
+from prefill_service.api.problems import shown
 from prefill_service.api.requests import ChatRequest
 from prefill_service.errors import InvalidRequestError
 from prefill_service.protocols.chat import OTHER_ANSWERS, Json, Origin, chat_request
@@ -168,6 +169,10 @@ def _chat_turns(turn: Turn, place: Origin) -> Iterator[tuple[Origin, Json]]:
                 "name": str(function),
                 "input": dict(given),
             }:
+                if deeper(given, MAX_DEPTH):
+                    raise _wrong(
+                        (*at, "input"), f"expected up to {MAX_DEPTH} objects and lists in each other"
+                    )
                 arguments = orjson.dumps(given).decode()
                 calls.append(
                     {"id": name, "type": "function", "function": {"name": function, "arguments": arguments}}
@@ -186,6 +191,8 @@ def _result(block: Json, place: Origin) -> str:
     content = block.get("content") or ""
     if isinstance(content, str):
         return content
+    if not isinstance(content, list):
+        raise _wrong((*place, "content"), f"expected a text or a list of text blocks, got {shown(content)}")
     texts = []
     for number, part in enumerate(content):
         match part:
@@ -197,9 +204,14 @@ def _result(block: Json, place: Origin) -> str:
 
 
 def _unknown(block: Any, place: Origin) -> InvalidRequestError:
-    kind, where = block.get("type") if isinstance(block, dict) else block, ".".join(map(str, place))
-    return InvalidRequestError(
-        f"'{where}': expected a text block, tool_use of an assistant with id, name and input, or tool_result "
-        f"of a user with tool_use_id; a block of type {kind!r:.60} is not supported yet",
-        param=where,
+    kind = block.get("type") if isinstance(block, dict) else block
+    return _wrong(
+        place,
+        "expected a text block, tool_use of an assistant with id, name and input, or tool_result of a user "
+        f"with tool_use_id; a block of type {shown(kind)} is not supported yet",
     )
+
+
+def _wrong(place: Origin, why: str) -> InvalidRequestError:
+    where = ".".join(map(str, place))
+    return InvalidRequestError(f"'{where}': {why}", param=where)

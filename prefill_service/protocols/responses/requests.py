@@ -7,6 +7,7 @@ from pydantic import ConfigDict, Field, PlainValidator, WithJsonSchema
 
 from prefill_service.api.intake import Neutral, StrictModel, TokenCount, expected
 from prefill_service.api.messages import MAX_MESSAGES
+from prefill_service.api.problems import shown
 from prefill_service.api.requests import ChatRequest
 from prefill_service.errors import InvalidRequestError
 from prefill_service.protocols.chat import OTHER_ANSWERS, Json, Origin, chat_request
@@ -40,15 +41,14 @@ class TextFormat(StrictModel):
     strict: bool | None = None
 
     def as_chat(self) -> Json:
-        if self.type != "json_schema":
-            return {"type": self.type}
         more = {
             "name": self.name,
             "description": self.description,
             "schema": self.schema_,
             "strict": self.strict,
         }
-        return {"type": self.type, "json_schema": {k: v for k, v in more.items() if v is not None}}
+        sent = {name: value for name, value in more.items() if value is not None}
+        return {"type": self.type} | ({"json_schema": sent} if sent or self.type == "json_schema" else {})
 
 
 class Text(StrictModel):
@@ -124,7 +124,7 @@ class ResponsesRequest(StrictModel):
         fields: Json = {"model": self.model, "stream": bool(self.stream), **(self.model_extra or {})}
         if self.max_output_tokens is not None:
             fields["max_completion_tokens"] = self.max_output_tokens
-        if self.text is not None and self.text.format is not None and self.text.format.type != "text":
+        if self.text is not None and self.text.format is not None:
             fields["response_format"] = self.text.format.as_chat()
         if self.tools:
             more = {"tool_choice": self._tool_choice(), "parallel_tool_calls": self.parallel_tool_calls}
@@ -204,4 +204,4 @@ def _text(content: Any, place: Origin) -> str:
 
 def _wrong(what: str, got: Any, place: Origin) -> InvalidRequestError:
     kind, where = got.get("type") if isinstance(got, dict) else got, ".".join(map(str, place))
-    return InvalidRequestError(f"'{where}': expected {what}, got one of type {kind!r:.60}", param=where)
+    return InvalidRequestError(f"'{where}': expected {what}, got one of type {shown(kind)}", param=where)
