@@ -11,7 +11,7 @@ from prefill_service.api.messages import MAX_DEPTH, MAX_MESSAGES
 from prefill_service.api.problems import shown
 from prefill_service.api.requests import ChatRequest
 from prefill_service.errors import InvalidRequestError
-from prefill_service.protocols.chat import OTHER_ANSWERS, Json, Origin, chat_request
+from prefill_service.protocols.chat import OTHER_ANSWERS, Json, Origin, chat_request, passed
 
 _NAMES = {"max_tokens": "max_tokens", "stop": "stop_sequences", "user": "metadata"}
 _TAKEN = OTHER_ANSWERS | {"max_completion_tokens", "stop", "user", "parallel_tool_calls"}
@@ -37,17 +37,22 @@ Blocks = Annotated[
 class Turn(StrictModel):
     """Blocks: `text`; of an assistant also `tool_use`, of a user also `tool_result`."""
 
+    place: ClassVar[str] = "messages."
+
     role: Literal["user", "assistant"]
     content: Blocks
     """A text, or content blocks; texts of one turn are joined as they stand."""
 
 
 class Metadata(StrictModel):
+    place: ClassVar[str] = "metadata."
+
     user_id: str | None = None
     """Who asks, in words of the client's own: as `user` of a chat."""
 
 
 class Tool(StrictModel):
+    place: ClassVar[str] = "tools."
     ignored: ClassVar[frozenset[str]] = frozenset({"cache_control"})
     unsupported: ClassVar[Neutral] = {"type": ("custom",)}
 
@@ -63,6 +68,8 @@ class Tool(StrictModel):
 
 
 class ToolChoice(StrictModel):
+    place: ClassVar[str] = "tool_choice."
+
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
     """The tool, of type `tool`."""
@@ -100,9 +107,9 @@ class TokensRequest(StrictModel):
     tool_choice: ToolChoice | None = None
     """Whether it must, and which."""
 
-    def as_chat(self) -> ChatRequest:
-        """Raises InvalidRequestError."""
-        fields = {"model": self.model, **_passed(self.model_extra or {})}
+    def as_chat(self, noted: set[str] | None = None) -> ChatRequest:
+        """`noted`: where unknown fields are; None: they are refused. Raises InvalidRequestError."""
+        fields = {"model": self.model, **passed(self.model_extra, _TAKEN, noted)}
         if self.tools:
             fields["tools"] = [tool.as_chat() for tool in self.tools]
         if (choice := self.tool_choice) is not None and self.tools:
@@ -111,7 +118,7 @@ class TokensRequest(StrictModel):
                 fields["parallel_tool_calls"] = False
         if self.messages[-1].role == "assistant":
             fields |= {"continue_final_message": True, "add_generation_prompt": False}
-        return chat_request(self._turns(), fields | self._own_fields(), _NAMES)
+        return chat_request(self._turns(), fields | self._own_fields(), _NAMES, noted)
 
     def _own_fields(self) -> Json:
         return {}
@@ -142,14 +149,6 @@ class MessagesRequest(TokensRequest):
         if self.metadata is not None and self.metadata.user_id:
             fields["user"] = self.metadata.user_id
         return fields
-
-
-def _passed(extra: Json) -> Json:
-    """Fields of a chat that mean the same here."""
-    for name in extra:
-        if name in _TAKEN:
-            raise InvalidRequestError(f"unknown field '{name}'", param=name)
-    return dict(extra)
 
 
 def _chat_turns(turn: Turn, place: Origin) -> Iterator[tuple[Origin, Json]]:

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from starlette.types import Message, Scope, Send
 
 from prefill_service.api.described import ANSWER, REFUSALS, Failure, body_schema
-from prefill_service.api.intake import ApiLimits, read_body
+from prefill_service.api.intake import ApiLimits, noting, read_body
 from prefill_service.api.outcomes import Face, JsonResponse, record_of
 from prefill_service.api.responses import EventStream
 from prefill_service.protocols.chat import Chat, chunks_of, said, shown_headers
@@ -45,7 +45,10 @@ def messages_routes(chat: Chat, limits: ApiLimits) -> APIRouter:
     async def create_message(request: Request) -> Response:
         """Anthropic's way to chat: the same tasks, adapters and limits."""
         wanted = await read_body(request, MessagesRequest, limits)
-        answer, record = await chat.answer(request, wanted.as_chat()), record_of(request)
+        answer, record = (
+            await chat.answer(request, wanted.as_chat(noting(request, limits))),
+            record_of(request),
+        )
         headers = shown_headers(answer)
         if isinstance(answer, EventStream):
             return MessageStream(events_of(chunks_of(answer), record), record, headers)
@@ -55,7 +58,7 @@ def messages_routes(chat: Chat, limits: ApiLimits) -> APIRouter:
     async def count_tokens(request: Request) -> TokenCount:
         """How many tokens the prompt has, in the task's template; nothing is computed."""
         wanted = await read_body(request, TokensRequest, limits)
-        admitted = await chat.admit(request, wanted.as_chat())
+        admitted = await chat.admit(request, wanted.as_chat(noting(request, limits)))
         return TokenCount(input_tokens=len(admitted.prompts[0].prompt_ids))
 
     return router

@@ -10,7 +10,7 @@ from prefill_service.api.messages import MAX_MESSAGES
 from prefill_service.api.problems import shown
 from prefill_service.api.requests import ChatRequest
 from prefill_service.errors import InvalidRequestError
-from prefill_service.protocols.chat import OTHER_ANSWERS, Json, Origin, chat_request
+from prefill_service.protocols.chat import OTHER_ANSWERS, Json, Origin, chat_request, passed
 
 _NAMES = {"max_completion_tokens": "max_output_tokens", "response_format": "text.format"}
 _TAKEN = OTHER_ANSWERS | {"max_tokens", "max_completion_tokens", "response_format"}
@@ -34,6 +34,8 @@ Items = Annotated[
 
 
 class TextFormat(StrictModel):
+    place: ClassVar[str] = "text.format."
+
     type: Literal["text", "json_object", "json_schema"]
     name: str | None = None
     description: str | None = None
@@ -52,6 +54,7 @@ class TextFormat(StrictModel):
 
 
 class Text(StrictModel):
+    place: ClassVar[str] = "text."
     unsupported: ClassVar[Neutral] = {"verbosity": ("medium",)}
 
     format: TextFormat | None = None
@@ -59,6 +62,8 @@ class Text(StrictModel):
 
 
 class Tool(StrictModel):
+    place: ClassVar[str] = "tools."
+
     type: Literal["function"]
     name: str
     description: str | None = None
@@ -116,12 +121,11 @@ class ResponsesRequest(StrictModel):
     metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
     """Up to 16 texts of the client's own, which the answer repeats."""
 
-    def as_chat(self, earlier: Sequence[Json]) -> ChatRequest:
-        """`earlier`: the conversation that it goes on from. Raises InvalidRequestError."""
-        for name in self.model_extra or {}:
-            if name in _TAKEN:
-                raise InvalidRequestError(f"unknown field '{name}'", param=name)
-        fields: Json = {"model": self.model, "stream": bool(self.stream), **(self.model_extra or {})}
+    def as_chat(self, earlier: Sequence[Json], noted: set[str] | None = None) -> ChatRequest:
+        """`earlier`: the conversation that it goes on from; `noted`: where unknown fields are; None: they are
+        refused. Raises InvalidRequestError."""
+        fields: Json = {"model": self.model, "stream": bool(self.stream)}
+        fields |= passed(self.model_extra, _TAKEN, noted)
         if self.max_output_tokens is not None:
             fields["max_completion_tokens"] = self.max_output_tokens
         if self.text is not None and self.text.format is not None:
@@ -130,7 +134,7 @@ class ResponsesRequest(StrictModel):
             more = {"tool_choice": self._tool_choice(), "parallel_tool_calls": self.parallel_tool_calls}
             fields |= {"tools": [tool.as_chat() for tool in self.tools]}
             fields |= {name: value for name, value in more.items() if value is not None}
-        return chat_request(self._turns(earlier), fields, _NAMES)
+        return chat_request(self._turns(earlier), fields, _NAMES, noted)
 
     def said(self) -> list[Json]:
         """The messages that it adds to the conversation."""
