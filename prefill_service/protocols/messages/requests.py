@@ -112,8 +112,9 @@ class TokensRequest(StrictModel):
         fields = {"model": self.model, **passed(self.model_extra, _TAKEN, noted)}
         if self.tools:
             fields["tools"] = [tool.as_chat() for tool in self.tools]
-        if (choice := self.tool_choice) is not None and self.tools:
-            fields["tool_choice"] = choice.as_chat()
+        choice = self.tool_choice
+        if choice is not None and (self.tools or choice.type not in ("auto", "none")):
+            fields["tool_choice"] = choice.as_chat()  # without tools the chat refuses it
             if choice.disable_parallel_tool_use:
                 fields["parallel_tool_calls"] = False
         if self.messages[-1].role == "assistant":

@@ -130,9 +130,9 @@ class ResponsesRequest(StrictModel):
             fields["max_completion_tokens"] = self.max_output_tokens
         if self.text is not None and self.text.format is not None:
             fields["response_format"] = self.text.format.as_chat()
-        if self.tools:
+        if self.tools or self.tool_choice not in (None, "auto", "none"):  # without tools the chat refuses it
             more = {"tool_choice": self._tool_choice(), "parallel_tool_calls": self.parallel_tool_calls}
-            fields |= {"tools": [tool.as_chat() for tool in self.tools]}
+            fields |= {"tools": [tool.as_chat() for tool in self.tools or ()]}
             fields |= {name: value for name, value in more.items() if value is not None}
         return chat_request(self._turns(earlier), fields, _NAMES, noted)
 
