@@ -45,17 +45,21 @@ def _object(value: Any) -> Json:
     return value
 
 
+def written_arguments(text: str) -> Json:
+    """Of a call, as a model wrote them: a text of JSON. What was cut, is no object or too deep, is an empty
+    one: templates and other protocols want an object."""
+    try:
+        parsed = orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return {}
+    return parsed if isinstance(parsed, dict) and not deeper(parsed, MAX_DEPTH) else {}
+
+
 def _arguments(value: Any) -> Json:
-    """A call's arguments, which travel as a text of JSON; templates want the object."""
+    """Whatever an answer had is taken back."""
     if not isinstance(value, str):
         raise expected("an object as a text of JSON", value)
-    try:
-        parsed = orjson.loads(value) if value.strip() else {}
-    except orjson.JSONDecodeError:
-        raise expected("an object as a text of JSON", value) from None
-    if not isinstance(parsed, dict) or deeper(parsed, MAX_DEPTH):
-        raise expected(f"an object as a text of JSON, up to {MAX_DEPTH} deep", value)
-    return parsed
+    return written_arguments(value)
 
 
 def _tool_choice(value: Any) -> str | Forced | None:
@@ -103,7 +107,8 @@ class FunctionCall(StrictModel):
     name: FunctionName
     """Of the function that was called."""
     arguments: Arguments
-    """An object as a text of JSON, as the answer had it."""
+    """An object as a text of JSON, as the answer had it; what is none, or over 32 deep, the model sees as an
+    empty one."""
 
 
 class ToolCall(StrictModel):
