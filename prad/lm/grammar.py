@@ -121,9 +121,13 @@ class Grammars:
         """Compiles a grammar in llguidance's notation, in a thread. Ends with GrammarError if it can't be."""
         return self._compiling.submit(self.compiled, text)
 
-    def begin_written(self, kind: Kind, source: Any, *, spaced: bool) -> "Future[Grammar]":
+    def begin_written(
+        self, kind: Kind, source: Any, *, spaced: bool, beside: str | None = None
+    ) -> "Future[Grammar]":
         """The same of what a request brings: see `written`."""
-        return self._compiling.submit(lambda: self.compiled(self.written(kind, source, spaced=spaced)))
+        return self._compiling.submit(
+            lambda: self.compiled(self.written(kind, source, spaced=spaced, beside=beside))
+        )
 
     def begin_blaming(self, schema: Mapping[str, Any]) -> "Future[str]":
         """Which part of a schema is to blame that does not compile, in a thread: its path, as in
@@ -151,9 +155,10 @@ class Grammars:
                 self._compiled.popitem(last=False)
         return grammar
 
-    def written(self, kind: Kind, source: Any, *, spaced: bool) -> str:
+    def written(self, kind: Kind, source: Any, *, spaced: bool, beside: str | None = None) -> str:
         """In llguidance's notation, which travels. spaced: a space may stand in front, as adapters learn to
-        begin. Raises GrammarError if it is too long, or in neither notation."""
+        begin. beside: in Lark's notation, what may come instead. Raises GrammarError if it is too long, or in
+        neither notation."""
         inner: dict[str, Any]
         if kind == "json":
             guidance = {"whitespace_pattern": _WHITESPACE, "lenient": False}
@@ -166,8 +171,11 @@ class Grammars:
         else:
             inner = {"lark_grammar": self._as_lark(source)}
         grammars = [inner]
-        if spaced:
-            grammars = [{"lark_grammar": 'start: " "? @answer'}, {"name": "answer", **inner}]
+        if spaced or beside is not None:
+            space, answer = '" "? ' if spaced else "", "@answer" if beside is None else "(@answer | @beside)"
+            grammars = [{"lark_grammar": f"start: {space}{answer}"}, {"name": "answer", **inner}]
+        if beside is not None:
+            grammars.append({"name": "beside", "lark_grammar": beside})
         text = json.dumps({"grammars": grammars})
         if len(text) > MOST_GRAMMAR:
             raise GrammarError(f"it takes more than {MOST_GRAMMAR} characters")

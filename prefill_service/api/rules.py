@@ -34,11 +34,17 @@ DEEPEST_SCHEMA = 128
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """What the answer's text is to be. path: where the request says it, for whoever has to mend it."""
+    """What the answer's text is to be. path: where the request says it, for whoever has to mend it. calls: a
+    grammar in Lark's notation of what it may be as well."""
 
     kind: Kind
     source: Any
     path: str
+    calls: str | None = None
+
+    @property
+    def field(self) -> str:
+        return self.path.partition(".")[0]
 
 
 def _constraint(kind: Kind, value: Any, path: str) -> Constraint:
@@ -283,9 +289,8 @@ async def rules_of(
         return rules
     if ignore_eos or fields.allowed_token_ids:
         name = "ignore_eos" if ignore_eos else "allowed_token_ids"
-        field = constraint.path.partition(".")[0]
         raise InvalidRequestError(
-            f"'{field}' does not go together with '{name}': send one of them", param=name
+            f"'{constraint.field}' does not go together with '{name}': send one of them", param=name
         )
     compiled = await _compiled(constraint, grammars, spaced=spaced)
     named = {field.name: getattr(rules, field.name) for field in dataclass_fields(Rules)}
@@ -313,7 +318,7 @@ def _words(texts: Iterable[str], tokenizer: Tokenizer) -> tuple[Word, ...]:
 
 async def _compiled(constraint: Constraint, grammars: Grammars, *, spaced: bool) -> "Future[Grammar]":
     """In a thread: others go on."""
-    begun = grammars.begin_written(constraint.kind, constraint.source, spaced=spaced)
+    begun = grammars.begin_written(constraint.kind, constraint.source, spaced=spaced, beside=constraint.calls)
     try:
         await asyncio.wrap_future(begun)
     except GrammarError as error:
