@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from torch import Tensor
 from prad.core.rules import MOST_GRAMMAR
 from prad.lm.errors import GrammarError
 from prad.lm.tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 Kind = Literal["json", "regex", "choice", "grammar"]
 """What a grammar is written as: a JSON schema, a regular expression, a list of texts, or a grammar in the
@@ -39,7 +41,7 @@ _COMPILED = 64
 """Grammars that are remembered."""
 _THREADS = 2
 """That compile: others wait, so that the rest of a service does not."""
-_MOST_PARTS = 64
+_MOST_PARTS = 16
 """Of a schema that does not compile, so many are looked at for the one that is to blame."""
 _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,20}"
 """Between parts of JSON: some models never stop."""
@@ -109,6 +111,8 @@ class Grammars:
         self._vocabulary: _Vocabulary | str | None = None  # a text: why there is none
         self._compiled: OrderedDict[str, Grammar] = OrderedDict()
         self._compiling = ThreadPoolExecutor(_THREADS, "grammars")
+        self.waiting = 0
+        """Grammars of requests, and searches in them, that are not done."""
         self._masking = ThreadPoolExecutor(1, "grammar-masks")
 
     def close(self) -> None:
@@ -125,14 +129,23 @@ class Grammars:
         self, kind: Kind, source: Any, *, spaced: bool, beside: str | None = None
     ) -> "Future[Grammar]":
         """The same of what a request brings: see `written`."""
-        return self._compiling.submit(
-            lambda: self.compiled(self.written(kind, source, spaced=spaced, beside=beside))
-        )
+        return self._begun(lambda: self.compiled(self.written(kind, source, spaced=spaced, beside=beside)))
 
     def begin_blaming(self, schema: Mapping[str, Any]) -> "Future[str]":
         """Which part of a schema is to blame that does not compile, in a thread: its path, as in
         `.properties.age`, "" for all of it."""
-        return self._compiling.submit(self._blamed, schema)
+        return self._begun(lambda: self._blamed(schema))
+
+    def _begun(self, work: Callable[[], T]) -> "Future[T]":
+        with self._lock:
+            self.waiting += 1
+        begun = self._compiling.submit(work)
+        begun.add_done_callback(self._ended)  # also of one that is cancelled before its turn
+        return begun
+
+    def _ended(self, _: "Future[Any]") -> None:
+        with self._lock:
+            self.waiting -= 1
 
     def compiled(self, text: str) -> Grammar:
         """See `begin`."""

@@ -20,7 +20,7 @@ from prad.lm import CompiledRules, Grammar, GrammarError, Grammars, Tokenizer
 from prad.lm.grammar import Kind
 from prefill_service.api.intake import StrictModel, deeper, expected, refused
 from prefill_service.api.problems import shown
-from prefill_service.errors import InvalidRequestError
+from prefill_service.errors import InvalidRequestError, OverloadedError
 
 MOST_BIASES = 1024
 MOST_WORDS = 256
@@ -28,6 +28,10 @@ LONGEST_WORD = 256
 MOST_CHOICES = 1024
 LONGEST_SOURCE = 1 << 16
 """Bytes of a schema or grammar, and of all choices together."""
+MOST_COMPILING = 64
+"""Grammars of all requests that are compiled or wait for it."""
+COMPILING_S = 60.0
+"""That a request waits for its own: the first one also for the vocabulary."""
 DEEPEST_SCHEMA = 128
 """Objects and lists in each other."""
 
@@ -255,6 +259,8 @@ class RuleFields(StrictModel):
 
 
 RULE_FIELDS = frozenset(RuleFields.model_fields)
+COMPILED_FIELDS = frozenset({*RuleFields.constraints, "tools"})
+"""Without these nothing is compiled."""
 
 
 async def rules_of(
@@ -317,7 +323,20 @@ def _words(texts: Iterable[str], tokenizer: Tokenizer) -> tuple[Word, ...]:
 
 
 async def _compiled(constraint: Constraint, grammars: Grammars, *, spaced: bool) -> "Future[Grammar]":
-    """In a thread: others go on."""
+    """In a thread: others go on. Cancelled before its turn, it takes none. Raises InvalidRequestError,
+    OverloadedError."""
+    if grammars.waiting >= MOST_COMPILING:
+        raise OverloadedError(f"{grammars.waiting} grammars are being compiled already; try again later")
+    try:
+        async with asyncio.timeout(COMPILING_S):
+            return await _compiled_in_turn(constraint, grammars, spaced=spaced)
+    except TimeoutError as error:
+        raise OverloadedError(
+            f"the grammar of '{constraint.field}' was not compiled within {COMPILING_S:g} s; try again later"
+        ) from error
+
+
+async def _compiled_in_turn(constraint: Constraint, grammars: Grammars, *, spaced: bool) -> "Future[Grammar]":
     begun = grammars.begin_written(constraint.kind, constraint.source, spaced=spaced, beside=constraint.calls)
     try:
         await asyncio.wrap_future(begun)
