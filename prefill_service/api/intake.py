@@ -158,7 +158,7 @@ class TurnAway:
             await self._app(scope, receive, send)
             return
         if CLIENT not in scope:
-            scope[CLIENT] = self._keys.client(headers.get("authorization"))
+            scope[CLIENT] = self._keys.client(headers.get("authorization"), headers.get("x-api-key"))
         client: Client | None = scope[CLIENT]
         if client is not None:
             record_of(HTTPConnection(scope)).key = client.name

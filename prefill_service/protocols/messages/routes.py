@@ -1,4 +1,4 @@
-"""The endpoints of Anthropic's messages, and their ways: a key in x-api-key, refusals in Anthropic's form."""
+"""The endpoints of Anthropic's messages, and how they word refusals."""
 
 from typing import Any, Literal
 
@@ -59,16 +59,14 @@ def messages_routes(chat: Chat, limits: ApiLimits) -> APIRouter:
         """How many tokens the prompt has, in the task's template; nothing is computed."""
         wanted = await read_body(request, TokensRequest, limits)
         admitted = await chat.admit(request, wanted.as_chat(noting(request, limits)))
-        return TokenCount(input_tokens=len(admitted.prompts[0].prompt_ids))
+        (prompt,) = admitted.prompts
+        return TokenCount(input_tokens=len(prompt.prompt_ids) + len(prompt.continuation_ids))
 
     return router
 
 
 def messages_face(scope: Scope, send: Send) -> tuple[Scope, Send]:
-    """The key of x-api-key as OpenAI's clients show theirs; refusals as Anthropic words them."""
-    headers = dict(scope["headers"])
-    if b"authorization" not in headers and (key := headers.get(b"x-api-key")):
-        scope = {**scope, "headers": [*scope["headers"], (b"authorization", b"Bearer " + key)]}
+    """Refusals as Anthropic words them."""
     return scope, _Refusals(send).send
 
 
