@@ -123,7 +123,7 @@ def _moved(schema: object, to: str) -> object:
     """A schema that stands at `to` within another: what it refers to from its root is found there."""
     if isinstance(schema, list):
         return [_moved(each, to) for each in schema]
-    if not isinstance(schema, dict):
+    if not isinstance(schema, dict) or isinstance(schema.get("$id"), str):  # which is a root by itself
         return schema
     moved = dict[str, object]()
     for key, value in schema.items():

@@ -73,7 +73,7 @@ async def test_a_stream_ends_as_the_message_that_it_is(official: anthropic.Async
     whole = await official.messages.create(**asked)
     async with official.messages.stream(**asked) as stream:
         kinds = [event.type async for event in stream if event.type != "text"]
-        final = await stream.get_final_message()
+        final: Any = await stream.get_final_message()
     assert kinds[:2] == ["message_start", "content_block_start"]
     assert kinds[-3:] == ["content_block_stop", "message_delta", "message_stop"]
     assert set(kinds[2:-3]) == {"content_block_delta"}

@@ -40,7 +40,7 @@ async def forcing(
 async def test_an_answer_is_a_call_if_it_has_to_be(forcing: httpx.AsyncClient, task: str | None) -> None:
     for choice, names in (("required", {"stars", "now"}), (NOW, {"now"})):
         for seed in range(2):
-            body = {"messages": [USER], "task": task, "tools": TOOLS, "tool_choice": choice}
+            body: dict[str, Any] = {"messages": [USER], "task": task, "tools": TOOLS, "tool_choice": choice}
             body |= {"parallel_tool_calls": False, "temperature": 1.0, "seed": seed, "max_tokens": 200}
             response = await forcing.post("/v1/chat/completions", json=body)
             assert response.status_code == 200, response.text
@@ -79,16 +79,28 @@ TREE = {
 
 async def test_schemas_refer_to_parts_of_themselves(forcing: httpx.AsyncClient) -> None:
     """Each tool's parameters to their own, whatever others are called."""
-    other = {"type": "object", "properties": {"n": {"$ref": "#/definitions/Leaf"}}, "required": ["n"]}
+    other: dict[str, Any] = {
+        "type": "object",
+        "properties": {"n": {"$ref": "#/definitions/Leaf"}},
+        "required": ["n"],
+    }
     other |= {"definitions": {"Leaf": {"type": "boolean"}}, "additionalProperties": False}
     tools = [
         {"type": "function", "function": {"name": "tree", "parameters": TREE}},
         {"type": "function", "function": {"name": "other", "parameters": other}},
+        {"type": "function", "function": {"name": "named", "parameters": {"$id": "http://a/b", **other}}},
     ]
-    for name, offered in (("tree", tools), ("other", tools), ("tree", tools[:1]), ("", tools)):
-        choice: Any = {"type": "function", "function": {"name": name}} if name else "required"
-        body = {"messages": [USER], "tools": offered, "tool_choice": choice, "parallel_tool_calls": False}
-        answer = await forcing.post("/v1/chat/completions", json=body | {"seed": 1, "max_tokens": 400})
+    for name, offered in (("tree", tools), ("other", tools), ("named", tools), ("tree", tools[:1])):
+        choice: Any = {"type": "function", "function": {"name": name}}
+        if name == "tree":
+            choice = "required"
+        body: dict[str, Any] = {
+            "messages": [USER],
+            "tools": offered,
+            "tool_choice": choice,
+            "parallel_tool_calls": False,
+        }
+        answer = await forcing.post("/v1/chat/completions", json=body | {"seed": 1, "max_tokens": 300})
         assert answer.status_code == 200, answer.text
         (call,) = answer.json()["choices"][0]["message"]["tool_calls"]
         arguments = json.loads(call["function"]["arguments"])
@@ -108,7 +120,13 @@ async def test_a_model_that_may_call_does_or_keeps_to_the_format(
     (schema_id,) = tool_tokenizer.encode_continuation("{")[-1:]
     tools = [{"type": "function", "function": {"name": "now"}}]
     for led_to, calls in ((call_id, True), (schema_id, False)):
-        body = {"messages": [USER], "task": task, "tools": tools, "response_format": form, "seed": 1}
+        body: dict[str, Any] = {
+            "messages": [USER],
+            "task": task,
+            "tools": tools,
+            "response_format": form,
+            "seed": 1,
+        }
         body |= {"logit_bias": {str(led_to): 100}, "max_tokens": 200, "temperature": 1.0}
         body["parallel_tool_calls"] = False
         answer = await forcing.post("/v1/chat/completions", json=body)
