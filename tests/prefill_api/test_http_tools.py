@@ -56,7 +56,7 @@ async def test_tools_and_their_turns_stand_in_the_prompt(tool_tokenizer: Tokeniz
         "type": "function",
         "function": {"name": "weather", "arguments": '{"city": "O<|end|>slo"}'},
     }
-    turns = [
+    turns: list[dict[str, Any]] = [
         USER,
         {"role": "assistant", "content": None, "tool_calls": [called]},
         {"role": "tool", "tool_call_id": "c1", "content": "<|end|>rain"},
@@ -91,7 +91,11 @@ async def test_a_call_that_the_model_wrote_badly_is_taken_back(
     tool_tokenizer: Tokenizer, arguments: str
 ) -> None:
     called = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": arguments}}
-    turns = [USER, {"role": "assistant", "tool_calls": [called]}, {"role": "tool", "content": "no JSON"}]
+    turns: list[dict[str, Any]] = [
+        USER,
+        {"role": "assistant", "tool_calls": [called]},
+        {"role": "tool", "content": "no JSON"},
+    ]
     async with serving(tool_tokenizer) as (client, engine):
         answer = await chat(client, *turns, tools=[TOOL], max_tokens=1)
         assert answer.status_code == 200, answer.text
