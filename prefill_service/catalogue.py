@@ -228,12 +228,15 @@ class KeyRing:
         }
         self._asked_for = self._required or bool(keys)
 
-    def client(self, authorization: str | None) -> "Client | None":
-        """Who shows a key in that header; None: nobody needs one. Raises InvalidKeyError, NotReadyError."""
+    def client(self, authorization: str | None, key: str | None = None) -> "Client | None":
+        """Who shows a key in that header; None: nobody needs one. `key`: of x-api-key, where Anthropic's
+        clients have theirs. Raises InvalidKeyError, NotReadyError."""
         if not self._told:
             raise NotReadyError(f"not ready: {_UNHEARD}", retry_after=AGAIN_S)
         if not self._asked_for:
             return None
+        if authorization is None and key is not None:
+            authorization = f"Bearer {key}"
         kind, _, token = (authorization or "").partition(" ")
         if kind.lower() != "bearer":
             raise InvalidKeyError(f"this server asks for an API key: {_HOW_TO_AUTHORIZE}")

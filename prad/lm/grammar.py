@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from prad.lm.errors import GrammarError
 from prad.lm.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 Kind = Literal["json", "regex", "choice", "grammar"]
 """What a grammar is written as: a JSON schema, a regular expression, a list of texts, or a grammar in the
@@ -42,7 +43,7 @@ _COMPILED = 64
 """Grammars that are remembered."""
 _THREADS = 2
 """That compile: others wait, so that the rest of a service does not."""
-_MOST_PARTS = 64
+_MOST_PARTS = 16
 """Of a schema that does not compile, so many are looked at for the one that is to blame."""
 _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,20}"
 """Between parts of JSON: some models never stop."""
@@ -116,6 +117,8 @@ class Grammars:
         self._vocabulary: _Vocabulary | str | None = None  # a text: why there is none
         self._compiled: OrderedDict[str, Grammar] = OrderedDict()
         self._compiling = ThreadPoolExecutor(_THREADS, "grammars")
+        self.waiting = 0
+        """Grammars of requests, and searches in them, that are not done."""
         self._masking = ThreadPoolExecutor(1, "grammar-masks")
 
     def close(self) -> None:
@@ -128,14 +131,27 @@ class Grammars:
         """Compiles a grammar in llguidance's notation, in a thread. Ends with GrammarError if it can't be."""
         return self._compiling.submit(self.compiled, text)
 
-    def begin_written(self, kind: Kind, source: Any, *, spaced: bool) -> "Future[Grammar]":
+    def begin_written(
+        self, kind: Kind, source: Any, *, spaced: bool, beside: str | None = None
+    ) -> "Future[Grammar]":
         """The same of what a request brings: see `written`."""
-        return self._compiling.submit(lambda: self.compiled(self.written(kind, source, spaced=spaced)))
+        return self._begun(lambda: self.compiled(self.written(kind, source, spaced=spaced, beside=beside)))
 
     def begin_blaming(self, schema: Mapping[str, Any]) -> "Future[str]":
         """Which part of a schema is to blame that does not compile, in a thread: its path, as in
         `.properties.age`, "" for all of it."""
-        return self._compiling.submit(self._blamed, schema)
+        return self._begun(lambda: self._blamed(schema))
+
+    def _begun(self, work: Callable[[], T]) -> "Future[T]":
+        with self._lock:
+            self.waiting += 1
+        begun = self._compiling.submit(work)
+        begun.add_done_callback(self._ended)  # also of one that is cancelled before its turn
+        return begun
+
+    def _ended(self, _: "Future[Any]") -> None:
+        with self._lock:
+            self.waiting -= 1
 
     def compiled(self, text: str) -> Grammar:
         """See `begin`."""
@@ -158,9 +174,10 @@ class Grammars:
                 self._compiled.popitem(last=False)
         return grammar
 
-    def written(self, kind: Kind, source: Any, *, spaced: bool) -> str:
+    def written(self, kind: Kind, source: Any, *, spaced: bool, beside: str | None = None) -> str:
         """In llguidance's notation, which travels. spaced: a space may stand in front, as adapters learn to
-        begin. Raises GrammarError if it is too long, or in neither notation."""
+        begin. beside: in Lark's notation, what may come instead. Raises GrammarError if it is too long, or in
+        neither notation."""
         inner: dict[str, Any]
         if kind == "json":
             guidance = {"whitespace_pattern": _WHITESPACE, "lenient": False}
@@ -173,8 +190,11 @@ class Grammars:
         else:
             inner = {"lark_grammar": self._as_lark(source)}
         grammars = [inner]
-        if spaced:
-            grammars = [{"lark_grammar": 'start: " "? @answer'}, {"name": "answer", **inner}]
+        if spaced or beside is not None:
+            space, answer = '" "? ' if spaced else "", "@answer" if beside is None else "(@answer | @beside)"
+            grammars = [{"lark_grammar": f"start: {space}{answer}"}, {"name": "answer", **inner}]
+        if beside is not None:
+            grammars.append({"name": "beside", "lark_grammar": beside})
         text = json.dumps({"grammars": grammars})
         if len(text) > MOST_GRAMMAR:
             raise GrammarError(f"it takes more than {MOST_GRAMMAR} characters")

@@ -240,7 +240,7 @@ class Admission:
         template = chat_template(target.record, raw=request.raw)
         cut = request.truncate_prompt_tokens is not None
         ids = await self.encoder.chat(target.record, request, template, cut=cut)
-        rules = await self._rules(self.encoder.held_to_calls(request), target)
+        rules = await self._rules(self.encoder.held_to_calls(request, request.constraint), target)
         behind = [ids.continuation]
         admitted = self._admitted("chatcmpl", request, target, template, [ids.prompt], behind, rules)
         shown = admitted.shown | self.encoder.shown_in_calls(request)

@@ -8,6 +8,7 @@ What is noted about it, and whatever goes wrong: outcomes.
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
@@ -40,16 +41,19 @@ from prefill_service.api.outcomes import (
     Observe,
     add_failure_handlers,
     record_of,
+    while_connected,
 )
 from prefill_service.api.requests import (
     ChatRequest,
     CompletionRequest,
     CompletionShape,
+    GenerationRequest,
     Json,
     split_name,
 )
 from prefill_service.api.responses import Responder
 from prefill_service.api.routing_metrics import RoutingMetrics
+from prefill_service.api.rules import COMPILED_FIELDS
 from prefill_service.api.shadow import Shadows
 from prefill_service.api.tokens import Detokenize, TokenizeBody, token_routes
 from prefill_service.api.traffic import Traffic
@@ -179,7 +183,9 @@ def _chat(admission: Admission, responder: Responder) -> Chat:
     """What every protocol of chat goes through."""
 
     async def admit(request: Request, wanted: ChatRequest) -> Admitted:
-        return await admission.chat(wanted, await _target(request, wanted, admission))
+        target = await _target(request, wanted, admission)
+        async with _while_wanted(request, wanted):
+            return await admission.chat(wanted, target)
 
     async def answer(request: Request, wanted: ChatRequest) -> Response:
         admitted = await _charged(request, await admit(request, wanted))
@@ -187,6 +193,13 @@ def _chat(admission: Admission, responder: Responder) -> Chat:
         return await responder.respond(request, wanted, admitted, shape)
 
     return Chat(admit, answer)
+
+
+def _while_wanted(request: Request, wanted: GenerationRequest) -> AbstractAsyncContextManager[None]:
+    """Who has a grammar compiled waits for others, and gives its turn up by leaving."""
+    if wanted.model_fields_set.isdisjoint(COMPILED_FIELDS):
+        return nullcontext()
+    return while_connected(request.receive)
 
 
 def _generation(admission: Admission, responder: Responder, chat: Chat, limits: ApiLimits) -> APIRouter:
@@ -197,7 +210,9 @@ def _generation(admission: Admission, responder: Responder, chat: Chat, limits: 
         """Completes each prompt `n` times, with a task's adapter on the prompt if one is named."""
         wanted = await read_body(request, CompletionRequest, limits)
         target = await _target(request, wanted, admission)
-        admitted = await _charged(request, await admission.completion(wanted, target))
+        async with _while_wanted(request, wanted):
+            admitted = await admission.completion(wanted, target)
+        admitted = await _charged(request, admitted)
         return await responder.respond(request, wanted, admitted, CompletionShape())
 
     @router.post("/v1/chat/completions", response_model=None, openapi_extra=body_schema(ChatRequest))

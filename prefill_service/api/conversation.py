@@ -15,7 +15,7 @@ the adapter, behind the prompt; for the plain model it is the last turn of the c
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TypeVar
 
@@ -55,14 +55,27 @@ class ChatEncoder(PromptEncoder):
             return None
         return tool_format(self._tokenizer.chat_template.source)
 
-    def held_to_calls(self, chat: ChatT) -> ChatT:
-        """With the grammar of a call, where its `tool_choice` makes the model call."""
-        if not (forced := chat.forced) or self.tool_format is None:
+    def held_to_calls(self, chat: ChatT, said: Constraint | None) -> ChatT:
+        """With the grammar of a call, where its `tool_choice` makes the model call; where it may call, and
+        the request has `said` what the answer's text is, with one beside that. Raises InvalidRequestError."""
+        form, forced = self.tool_format, chat.forced
+        if form is None or not (forced or (said is not None and chat.offered)):
             return chat
         several = chat.parallel_tool_calls is not False and not isinstance(chat.tool_choice, Forced)
-        grammar = call_grammar(self.tool_format, forced, self._tokenizer.token_id, parallel=several)
-        held = {"guided_grammar": Constraint("grammar", grammar, "tool_choice")}
-        return chat.model_copy(update=held)
+        grammar = partial(call_grammar, form, token_id=self._tokenizer.token_id, parallel=several)
+        if not forced:
+            assert said is not None
+            beside = replace(said, calls=grammar(chat.offered, loose=True))
+            return chat.model_copy(update={said.field: beside})
+        if said is not None:
+            raise InvalidRequestError(
+                f"'{said.field}' says what the answer's text is, and 'tool_choice' makes it a call: send one "
+                "of them",
+                param="tool_choice",
+            )
+        return chat.model_copy(
+            update={"guided_grammar": Constraint("grammar", grammar(forced), "tool_choice")}
+        )
 
     def shown_in_calls(self, chat: Conversation) -> frozenset[int]:
         """Special tokens that calls of its tools are known by, and that must not be left out of the text."""

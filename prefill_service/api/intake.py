@@ -158,7 +158,7 @@ class TurnAway:
             await self._app(scope, receive, send)
             return
         if CLIENT not in scope:
-            scope[CLIENT] = self._keys.client(headers.get("authorization"))
+            scope[CLIENT] = self._keys.client(headers.get("authorization"), headers.get("x-api-key"))
         client: Client | None = scope[CLIENT]
         if client is not None:
             record_of(HTTPConnection(scope)).key = client.name
@@ -192,11 +192,15 @@ async def read_json(request: Request, limits: ApiLimits) -> Any:
 
 def checked(request: Request, data: Any, kind: type[Body], limits: ApiLimits) -> Body:
     """A body that is here as one of `kind`. Raises InvalidRequestError."""
-    passed_over = record_of(request).passed_over if limits.unknown_fields == "warn" else None
     try:
-        return kind.model_validate(data, context=passed_over)
+        return kind.model_validate(data, context=noting(request, limits))
     except ValidationError as error:
         raise invalid_request(error.errors(include_url=False)) from None
+
+
+def noting(request: Request, limits: ApiLimits) -> set[str] | None:
+    """Where unknown fields are noted; None: they are refused."""
+    return record_of(request).passed_over if limits.unknown_fields == "warn" else None
 
 
 def _require_json(request: Request) -> None:
@@ -242,7 +246,7 @@ def _parsed(body: bytes) -> Any:
 
 class StrictModel(BaseModel):
     """Base of everything a client sends: "5" is not 5, true is not 1, unknown fields are refused, or noted in
-    the set that is the validation's context.
+    the set that is the validation's context. What allows more has others look at them.
 
     `unsupported` maps a feature's field to the values that leave it off (null always does); `ignored` holds
     fields that are accepted because they cannot change a result; `place`: of its fields in the body.
@@ -263,7 +267,7 @@ class StrictModel(BaseModel):
             return data
         if len(data) > MAX_FIELDS:
             raise expected(f"up to {MAX_FIELDS} fields", len(data))
-        if info.context is not None:
+        if info.context is not None and cls.model_config.get("extra") != "allow":
             known = {*cls.model_fields, *cls.unsupported, *cls.ignored}
             info.context.update(cls.place + name for name in data.keys() - known)
             data = {name: value for name, value in data.items() if name in known}
@@ -286,6 +290,14 @@ def refused(field: str, why: str) -> PydanticCustomError:
 def expected(what: str, value: object) -> PydanticCustomError:
     """The error of a hand-written check: `what` should have been there instead of `value`."""
     return PydanticCustomError("expected", "{what}", {"what": f"expected {what}, got {shown(value)}"})
+
+
+def deeper(value: object, than: int) -> bool:
+    """Whether more objects and lists are in each other: who writes JSON takes fewer than who reads it."""
+    if not isinstance(value, dict | list):
+        return False
+    inside = value.values() if isinstance(value, dict) else value
+    return than == 0 or any(deeper(each, than - 1) for each in inside)
 
 
 def _same(value: object, neutral: object) -> bool:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol
 import orjson
 from pydantic import FailFast, Field, PlainValidator, WithJsonSchema, model_validator
 
-from prefill_service.api.intake import Content, Neutral, StrictModel, expected, refused
+from prefill_service.api.intake import Content, Neutral, StrictModel, deeper, expected, refused
 
 MAX_MESSAGES = 4096
 MAX_TOOLS = 128
@@ -38,31 +38,28 @@ def _object(value: Any) -> Json:
     """An object of JSON within the bounds of what is passed on as it is."""
     if not isinstance(value, dict):
         raise expected("an object", value)
-    if _deeper(value, MAX_DEPTH):
+    if deeper(value, MAX_DEPTH):
         raise expected(f"up to {MAX_DEPTH} objects and lists in each other", value)
     if (size := len(orjson.dumps(value))) > MAX_SCHEMA_BYTES:
         raise expected(f"an object of up to {MAX_SCHEMA_BYTES} bytes of JSON", size)
     return value
 
 
-def _deeper(value: object, than: int) -> bool:
-    if not isinstance(value, dict | list):
-        return False
-    inside = value.values() if isinstance(value, dict) else value
-    return than == 0 or any(_deeper(each, than - 1) for each in inside)
+def written_arguments(text: str) -> Json:
+    """Of a call, as a model wrote them: a text of JSON. What was cut, is no object or too deep, is an empty
+    one: templates and other protocols want an object."""
+    try:
+        parsed = orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return {}
+    return parsed if isinstance(parsed, dict) and not deeper(parsed, MAX_DEPTH) else {}
 
 
 def _arguments(value: Any) -> Json:
-    """A call's arguments, which travel as a text of JSON; templates want the object."""
+    """Whatever an answer had is taken back."""
     if not isinstance(value, str):
         raise expected("an object as a text of JSON", value)
-    try:
-        parsed = orjson.loads(value) if value.strip() else {}
-    except orjson.JSONDecodeError:
-        raise expected("an object as a text of JSON", value) from None
-    if not isinstance(parsed, dict) or _deeper(parsed, MAX_DEPTH):
-        raise expected(f"an object as a text of JSON, up to {MAX_DEPTH} deep", value)
-    return parsed
+    return written_arguments(value)
 
 
 def _tool_choice(value: Any) -> str | Forced | None:
@@ -110,7 +107,8 @@ class FunctionCall(StrictModel):
     name: FunctionName
     """Of the function that was called."""
     arguments: Arguments
-    """An object as a text of JSON, as the answer had it."""
+    """An object as a text of JSON, as the answer had it; what is none, or over 32 deep, the model sees as an
+    empty one."""
 
 
 class ToolCall(StrictModel):

@@ -246,7 +246,7 @@ async def while_connected(receive: Receive) -> AsyncGenerator[None, None]:
 
 
 Face = Callable[[Scope, Send], tuple[Scope, Send]]
-"""Of another protocol, on its paths: where its clients show a key, and how it words a refusal."""
+"""Of another protocol, on its paths: how it words a refusal."""
 
 
 class Observe:

@@ -18,9 +18,9 @@ from pydantic_core import PydanticCustomError
 from prad.core.rules import Rules, Word
 from prad.lm import CompiledRules, Grammar, GrammarError, Grammars, Tokenizer
 from prad.lm.grammar import Kind
-from prefill_service.api.intake import StrictModel, expected, refused
+from prefill_service.api.intake import StrictModel, deeper, expected, refused
 from prefill_service.api.problems import shown
-from prefill_service.errors import InvalidRequestError
+from prefill_service.errors import InvalidRequestError, OverloadedError
 
 MOST_BIASES = 1024
 MOST_WORDS = 256
@@ -28,15 +28,27 @@ LONGEST_WORD = 256
 MOST_CHOICES = 1024
 LONGEST_SOURCE = 1 << 16
 """Bytes of a schema or grammar, and of all choices together."""
+MOST_COMPILING = 64
+"""Grammars of all requests that are compiled or wait for it."""
+COMPILING_S = 60.0
+"""That a request waits for its own: the first one also for the vocabulary."""
+DEEPEST_SCHEMA = 128
+"""Objects and lists in each other."""
 
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """What the answer's text is to be. path: where the request says it, for whoever has to mend it."""
+    """What the answer's text is to be. path: where the request says it, for whoever has to mend it. calls: a
+    grammar in Lark's notation of what it may be as well."""
 
     kind: Kind
     source: Any
     path: str
+    calls: str | None = None
+
+    @property
+    def field(self) -> str:
+        return self.path.partition(".")[0]
 
 
 def _constraint(kind: Kind, value: Any, path: str) -> Constraint:
@@ -67,6 +79,8 @@ def _schema(value: Any, path: str) -> Any:
             raise _wrong(path, f"expected a text of JSON: {error}") from error
     if not isinstance(value, dict):
         raise _unexpected(path, "a JSON schema, an object", value)
+    if deeper(value, DEEPEST_SCHEMA):
+        raise _wrong(path, f"expected up to {DEEPEST_SCHEMA} objects and lists in each other")
     if "x-guidance" in value:
         raise _wrong(path, "it holds 'x-guidance', which is not taken: leave it out")
     return value
@@ -245,6 +259,8 @@ class RuleFields(StrictModel):
 
 
 RULE_FIELDS = frozenset(RuleFields.model_fields)
+COMPILED_FIELDS = frozenset({*RuleFields.constraints, "tools"})
+"""Without these nothing is compiled."""
 
 
 async def rules_of(
@@ -279,9 +295,8 @@ async def rules_of(
         return rules
     if ignore_eos or fields.allowed_token_ids:
         name = "ignore_eos" if ignore_eos else "allowed_token_ids"
-        field = constraint.path.partition(".")[0]
         raise InvalidRequestError(
-            f"'{field}' does not go together with '{name}': send one of them", param=name
+            f"'{constraint.field}' does not go together with '{name}': send one of them", param=name
         )
     compiled = await _compiled(constraint, grammars, spaced=spaced)
     named = {field.name: getattr(rules, field.name) for field in dataclass_fields(Rules)}
@@ -308,8 +323,21 @@ def _words(texts: Iterable[str], tokenizer: Tokenizer) -> tuple[Word, ...]:
 
 
 async def _compiled(constraint: Constraint, grammars: Grammars, *, spaced: bool) -> "Future[Grammar]":
-    """In a thread: others go on."""
-    begun = grammars.begin_written(constraint.kind, constraint.source, spaced=spaced)
+    """In a thread: others go on. Cancelled before its turn, it takes none. Raises InvalidRequestError,
+    OverloadedError."""
+    if grammars.waiting >= MOST_COMPILING:
+        raise OverloadedError(f"{grammars.waiting} grammars are being compiled already; try again later")
+    try:
+        async with asyncio.timeout(COMPILING_S):
+            return await _compiled_in_turn(constraint, grammars, spaced=spaced)
+    except TimeoutError as error:
+        raise OverloadedError(
+            f"the grammar of '{constraint.field}' was not compiled within {COMPILING_S:g} s; try again later"
+        ) from error
+
+
+async def _compiled_in_turn(constraint: Constraint, grammars: Grammars, *, spaced: bool) -> "Future[Grammar]":
+    begun = grammars.begin_written(constraint.kind, constraint.source, spaced=spaced, beside=constraint.calls)
     try:
         await asyncio.wrap_future(begun)
     except GrammarError as error:

@@ -126,8 +126,12 @@ class CallParser:
         self._names = names
         self._only_first = only_first
         self._said = Said()
-        self._held = ""
-        """Text that may turn out to begin a call, or to be nothing but space beside one."""
+        self._content: list[str] = []
+        """Of what is said, in pieces: a text that grows by each of them is copied each time."""
+        self._held: list[str] = []
+        """Characters that may turn out to begin a call, or to be nothing but space beside one."""
+        self._begun = ""
+        """Of an opening, behind them."""
         self._inside = not form.opening
         """Between an opening and its closing."""
         self._object: CallObject | None = None
@@ -146,15 +150,16 @@ class CallParser:
             else:
                 self._outside(char)
         said, self._said = self._said, Said()
+        said.content, self._content = "".join(self._content), []
         return said
 
     def close(self) -> str:
         """The rest of the content, once nothing more comes."""
         if self._object is not None and not self._is_open:
-            self._held += "".join(self._object.written)
-        is_content = not self.calls or not self._is_format(self._held.strip())
-        rest, self._held = self._held if is_content else "", ""
-        return rest
+            self._held += self._object.written
+        rest = "".join(self._held) + self._begun
+        self._held, self._begun = [], ""
+        return rest if not self.calls or not self._is_format(rest.strip()) else ""
 
     def _is_format(self, rest: str) -> bool:
         """Whether that, behind a call, is no content: nothing, or a closing that did not come whole."""
@@ -162,18 +167,19 @@ class CallParser:
 
     def _outside(self, char: str) -> None:
         """Content, until an opening is complete; the space before that is the format's."""
-        self._held += char
-        opening = self._form.opening
-        if opening and self._held.endswith(opening):
-            at = len(self._held.removesuffix(opening).rstrip())
-            self._said.content += self._held[:at]
-            self._held, self._inside = self._held[at:], True
+        opening, text = self._form.opening, self._begun + char
+        if not opening:
+            self._content.append(char)
             return
-        begins = next((at for at in range(len(self._held)) if opening.startswith(self._held[at:])), None)
-        settled = self._held if begins is None or not opening else self._held[:begins]
-        kept = len(settled.rstrip()) if opening else len(settled)
-        self._said.content += self._held[:kept]
-        self._held = self._held[kept:]
+        at = next((at for at in range(len(text)) if opening.startswith(text[at:])), len(text))
+        passed, self._begun = text[:at], text[at:]
+        if settled := passed.rstrip():
+            self._content += (*self._held, settled)
+            self._held = []
+        self._held += passed[len(settled) :]
+        if self._begun == opening:
+            self._held += opening
+            self._begun, self._inside = "", True
 
     def _beside(self, char: str) -> None:
         """Between an opening and a call, between calls, between a call and its closing."""
@@ -182,9 +188,11 @@ class CallParser:
             self._take(self._object, char)
             return
         form, mark = self._form, self._mark() + char
-        self._held += char
+        self._held.append(char)
         if mark == form.closing:
-            self._held, self._inside = "" if self.calls else self._held, False
+            if self.calls:
+                self._held = []
+            self._give_up()
         elif mark == form.skipped or char.isspace() or char in form.between:
             pass
         elif not any(text.startswith(mark) for text in (form.closing, form.skipped)):
@@ -194,12 +202,13 @@ class CallParser:
         """The beginning of a closing, or of what may be skipped, that is held at the end."""
         marks = [text for text in (self._form.closing, self._form.skipped) if text]
         starts = [text[:size] for text in marks for size in range(1, len(text))]
-        return max((start for start in starts if self._held.endswith(start)), key=len, default="")
+        end = "".join(self._held[-max(map(len, marks), default=1) :])
+        return max((start for start in starts if end.endswith(start)), key=len, default="")
 
     def _take(self, call: CallObject, char: str) -> None:
         call.take(char)
         if call.name in self._names and not self._is_open:
-            self._is_open, self._held = True, ""
+            self._is_open, self._held = True, []
             self._said.add(CallNews(self.calls, self._form.new_id(), call.name))
             self.calls += 1
         if self._is_open and (news := call.rest() if call.over else call.fresh):
@@ -208,11 +217,11 @@ class CallParser:
         if call.over:
             self._object = None
             if not self._is_open:
-                self._held += "".join(call.written)
+                self._held += call.written
                 self._give_up()
             self._is_open = False
 
     def _give_up(self) -> None:
         """What is held is no call, nor what stands between calls."""
-        self._said.content += self._held
-        self._held, self._inside = "", False
+        self._content += self._held
+        self._held, self._inside = [], False

@@ -10,7 +10,7 @@ A template that writes them in another way (Qwen3-Coder's tags, Mistral's newer 
 
 import json
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from prefill_service.api.messages import Json, Tool
@@ -61,10 +61,12 @@ def call_grammar(
     token_id: Callable[[str], int | None],
     *,
     parallel: bool,
+    loose: bool = False,
 ) -> str:
     """A grammar, in llguidance's Lark, of an answer that is a call of one of `tools` with arguments as its
     schema says, or several calls if `parallel`: for a `tool_choice` of `required`, or of the only tool given.
 
+    `loose`: arguments are any object, for calls that the model may also leave.
     `token_id`: of a text that is one token of the vocabulary, which a model writes as that.
     """
 
@@ -72,7 +74,7 @@ def call_grammar(
         known = token_id(text)
         return json.dumps(text) if known is None else f"<[{known}]>"
 
-    call = f"call: %json {json.dumps(_any_call(form, tools))}"
+    call = f"call: %json {json.dumps(_any_call(form, tools, loose=loose))}"
     if form is MISTRAL:
         more = ' (", " call)*' if parallel else ""
         start = f'start: {written(form.opening)} "[" call{more} "]"'
@@ -90,20 +92,45 @@ _SPACING: Json = {"whitespace_flexible": False, "item_separator": ", ", "key_sep
 """As templates write calls, in llguidance's words: a model that may put spaces anywhere may never stop."""
 
 
-def _any_call(form: ToolFormat, tools: Sequence[Tool]) -> Json:
-    schemas = list(_calls(form, tools))
+def _any_call(form: ToolFormat, tools: Sequence[Tool], *, loose: bool) -> Json:
+    places = [f"#/anyOf/{at}" for at in range(len(tools))] if len(tools) > 1 else ["#"]
+    schemas = [_call(form, tool, place, loose=loose) for tool, place in zip(tools, places, strict=True)]
     any_of = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
     return {"x-guidance": _SPACING, **any_of}
 
 
-def _calls(form: ToolFormat, tools: Sequence[Tool]) -> Iterator[Json]:
-    for tool in tools:
-        yield {
-            "type": "object",
-            "properties": {
-                "name": {"const": tool.function.name},
-                form.arguments: tool.function.parameters or {"type": "object", "additionalProperties": False},
-            },
-            "required": ["name", form.arguments],
-            "additionalProperties": False,
-        }
+def _call(form: ToolFormat, tool: Tool, place: str, *, loose: bool) -> Json:
+    """`place`: of the schema in the whole."""
+    given = tool.function.parameters
+    if given is None:
+        arguments: object = {"type": "object", "additionalProperties": False}
+    else:
+        arguments = {"type": "object"} if loose else _moved(given, f"{place}/properties/{form.arguments}")
+    return {
+        "type": "object",
+        "properties": {"name": {"const": tool.function.name}, form.arguments: arguments},
+        "required": ["name", form.arguments],
+        "additionalProperties": False,
+    }
+
+
+_DATA = ("const", "enum", "default", "examples")
+_NAMED = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
+"""Keywords of JSON schemas whose values are no schemas, or schemas by names."""
+
+
+def _moved(schema: object, to: str) -> object:
+    """A schema that stands at `to` within another: what it refers to from its root is found there."""
+    if isinstance(schema, list):
+        return [_moved(each, to) for each in schema]
+    if not isinstance(schema, dict) or isinstance(schema.get("$id"), str):  # which is a root by itself
+        return schema
+    moved = dict[str, object]()
+    for key, value in schema.items():
+        if key == "$ref" and isinstance(value, str) and (value == "#" or value.startswith("#/")):
+            moved[key] = to + value[1:]
+        elif key in _NAMED and isinstance(value, dict):
+            moved[key] = {name: _moved(child, to) for name, child in value.items()}
+        else:
+            moved[key] = value if key in _DATA else _moved(value, to)
+    return moved

@@ -1,6 +1,6 @@
 """To the chat and back: what the packages beside this share."""
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ from prefill_service.api.admission import Admitted
 from prefill_service.api.problems import invalid_request
 from prefill_service.api.requests import ChatRequest
 from prefill_service.api.responses import EventStream
+from prefill_service.errors import InvalidRequestError
 
 Json = dict[str, Any]
 Origin = tuple[str | int, ...]
@@ -47,17 +48,29 @@ class Chat:
     answer: Callable[[Request, ChatRequest], Awaitable[Response]]
 
 
+def passed(extra: Json | None, taken: Collection[str], noted: set[str] | None) -> Json:
+    """Of fields that the protocol does not have those that may mean one of a chat: none of `taken`. Others
+    are noted; None: they are refused, by InvalidRequestError."""
+    extra = extra or {}
+    unknown = [name for name in extra if name in taken]
+    if unknown and noted is None:
+        raise InvalidRequestError(f"unknown field '{unknown[0]}'", param=unknown[0])
+    if noted is not None:
+        noted.update(unknown)
+    return {name: value for name, value in extra.items() if name not in taken}
+
+
 def chat_request(
-    messages: Iterable[tuple[Origin, Json]], fields: Json, names: Mapping[str, str]
+    messages: Iterable[tuple[Origin, Json]], fields: Json, names: Mapping[str, str], noted: set[str] | None
 ) -> ChatRequest:
-    """`names`: what fields of the chat are called in the protocol, where that differs. Raises
-    InvalidRequestError, in which a message has the place that it was sent in."""
+    """`names`: what fields of the chat are called in the protocol, where that differs; `noted`: see `passed`.
+    Raises InvalidRequestError, in which a message has the place that it was sent in."""
     origins, turns = [], []
     for origin, message in messages:
         origins.append(origin)
         turns.append(message)
     try:
-        return ChatRequest.model_validate({**fields, "messages": turns})
+        return ChatRequest.model_validate({**fields, "messages": turns}, context=noted)
     except ValidationError as error:
         raise invalid_request(
             [_renamed(p, origins, names) for p in error.errors(include_url=False)]

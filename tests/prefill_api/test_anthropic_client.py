@@ -57,6 +57,10 @@ async def test_a_message_is_the_chat_s_answer(
     assert message.model_extra["prad"]["version"] == 1
     counted = await official.messages.count_tokens(model="talk@1", messages=HELLO, system=system)
     assert counted.input_tokens == usage["prompt_tokens"]
+    begun: Any = [*HELLO, {"role": "assistant", "content": "It is one"}]
+    message = await official.messages.create(model="talk@1", max_tokens=6, messages=begun)
+    counted = await official.messages.count_tokens(model="talk@1", messages=begun)
+    assert counted.input_tokens == message.usage.input_tokens, "with what the answer goes on from"
 
 
 async def test_a_stream_ends_as_the_message_that_it_is(official: anthropic.AsyncAnthropic) -> None:
@@ -69,7 +73,7 @@ async def test_a_stream_ends_as_the_message_that_it_is(official: anthropic.Async
     whole = await official.messages.create(**asked)
     async with official.messages.stream(**asked) as stream:
         kinds = [event.type async for event in stream if event.type != "text"]
-        final = await stream.get_final_message()
+        final: Any = await stream.get_final_message()
     assert kinds[:2] == ["message_start", "content_block_start"]
     assert kinds[-3:] == ["content_block_stop", "message_delta", "message_stop"]
     assert set(kinds[2:-3]) == {"content_block_delta"}
@@ -139,8 +143,13 @@ async def test_the_key_comes_in_its_own_header(
             assert (answer.status_code, answer.json().get("error", {}).get("type")) == (status, kind)
         other = await client.post(URL, json=body | {"model": "e2e"}, headers={"x-api-key": "alice"})
         assert (other.status_code, other.json()["error"]["type"]) == (403, "permission_error")
-        elsewhere = await client.get("/v1/models", headers={"x-api-key": "alice"})
+        elsewhere = await client.get("/v1/models", headers={"x-api-key": "mallory"})
         assert elsewhere.json()["error"]["code"] == "invalid_api_key"
+    async with (
+        listening(app) as url,
+        anthropic.AsyncAnthropic(base_url=url, api_key="alice", max_retries=0) as official,
+    ):
+        assert "talk" in [model.id async for model in official.models.list()]
 
 
 @pytest.mark.parametrize(
@@ -150,7 +159,7 @@ async def test_the_key_comes_in_its_own_header(
         ({"thinking": {"type": "enabled", "budget_tokens": 9}}, "thinking", "not supported yet"),
         ({"n": 2}, "n", "unknown field"),
         ({"nonsense": 2}, "nonsense", "unknown field"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages.0.content.0", "'image'"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages.0.content.0", '"image"'),
         ({"messages": []}, "messages", "at least 1"),
         ({"system": [{"type": "image"}]}, "system", "text"),
         ({"temperature": "hot"}, "temperature", "temperature"),

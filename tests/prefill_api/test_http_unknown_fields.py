@@ -64,5 +64,24 @@ async def test_names_in_the_header_are_names_and_few(warned: httpx.AsyncClient) 
     assert response.status_code == 400, "however they are taken, a hundred fields are enough"
 
 
+@pytest.mark.parametrize(
+    ("path", "own"),
+    [
+        ("/v1/messages", {"messages": [USER], "max_tokens": 2}),
+        ("/v1/responses", {"input": "x", "max_output_tokens": 2}),
+    ],
+)
+async def test_other_protocols_keep_the_fields_of_a_chat(
+    warned: httpx.AsyncClient, engine: Any, path: str, own: dict[str, Any]
+) -> None:
+    body = {"model": "talk", **own, "seed": 7, "temperature": 0.5, "n": 2, "foo": 1}
+    answer = await warned.post(path, json=body)
+    assert (answer.status_code, answer.headers[HEADER]) == (200, "foo, n"), answer.text
+    (request,) = engine.requests
+    assert (request.sampling.seed, request.sampling.temperature, request.choices) == (7, 0.5, 1)
+    refused = await warned.post(path, json=body | {"temperature": "hot"})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "temperature")
+
+
 def test_pages_of_other_origins_see_the_header() -> None:
     assert HEADER in SHOWN_HEADERS

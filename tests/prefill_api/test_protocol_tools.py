@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import anthropic
+import httpx
 import openai
 import pytest
 
@@ -68,14 +69,69 @@ async def test_openai_s_responses_call_a_function_and_answer(
         (called,) = (item for item in response.output if item.type == "function_call")
         assert (called.name, json.loads(called.arguments)) == ("weather", {"city": "Oslo"})
         async with client.responses.stream(**asked) as stream:
-            arguments = [event.delta async for event in stream if "arguments.delta" in event.type]
+            events: list[Any] = [event async for event in stream]
             streamed = await stream.get_final_response()
-        assert json.loads("".join(arguments)) == {"city": "Oslo"}
+        arguments = "".join(event.delta for event in events if "arguments.delta" in event.type)
+        assert json.loads(arguments) == {"city": "Oslo"}
         assert [item.type for item in streamed.output] == [item.type for item in response.output]
         output: Any = [{"type": "function_call_output", "call_id": called.call_id, "output": "rain"}]
         await client.responses.create(**asked | {"input": output, "previous_response_id": response.id})
     shown = tool_tokenizer.decode(engine.requests[-1].prompt_ids)
     assert f"I look.\n{CALL}\n<tool {called.call_id}>rain" in shown
+
+
+@pytest.mark.parametrize("arguments", ['{"city": "Os', "[]", "nothing", '{"a":' * 300 + "1" + "}" * 300])
+async def test_a_call_that_is_cut_or_no_object_is_told_and_taken_back(
+    tool_tokenizer: Tokenizer, arguments: str
+) -> None:
+    said = f'<tool_call>{{"name": "weather", "arguments": {arguments}'
+    cut = len(tool_tokenizer.encode_continuation(said))
+    script = tool_tokenizer.encode_continuation(f"{said}}}</tool_call>")
+    engine = ScriptedEngine(script=script, eos=tool_tokenizer.eos_id)
+    info = ModelInfo("0123456789abcdef", 8192, len(tool_tokenizer), frozenset())
+    app = create_app(engine, catalogue_of({}), tool_tokenizer, info)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        turns = [{"role": "user", "content": "the weather"}]
+        tool = {"name": "weather", "input_schema": SCHEMA}
+        asked = {"model": "tiny/model", "messages": turns, "tools": [tool]}
+        for most, reason in ((cut, "max_tokens"), (5000, "tool_use")):
+            answer = await client.post("/v1/messages", json=asked | {"max_tokens": most})
+            assert answer.status_code == 200, answer.text
+            body = answer.json()
+            if body["stop_reason"] == "end_turn":
+                continue  # what never was a call's end is content
+            assert (body["content"][0]["input"], body["stop_reason"]) == ({}, reason)
+        function = {"type": "function", "name": "weather", "parameters": SCHEMA}
+        asked = {"model": "tiny/model", "input": "the weather", "tools": [function]}
+        for stream in (False, True):
+            answer = await client.post(
+                "/v1/responses", json=asked | {"max_output_tokens": cut, "stream": stream}
+            )
+            assert answer.status_code == 200
+            told = answer.text.rpartition("data: ")[2] if stream else answer.text
+            response = json.loads(told)
+            response = response["response"] if stream else response
+            assert (response["status"], response["output"][-1]["status"]) == ("incomplete", "incomplete")
+            more = {"previous_response_id": response["id"], "input": "again", "max_output_tokens": 2}
+            answer = await client.post("/v1/responses", json=asked | more)
+            assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/messages", {"max_tokens": 2, "tool_choice": {"type": "any"}}),
+        ("/v1/messages", {"max_tokens": 2, "tool_choice": {"type": "tool", "name": "weather"}, "tools": []}),
+        ("/v1/messages/count_tokens", {"tool_choice": {"type": "any"}}),
+        ("/v1/responses", {"tool_choice": "required"}),
+        ("/v1/responses", {"tool_choice": {"type": "function", "name": "weather"}, "tools": []}),
+        ("/v1/responses", {"tool_choice": {"type": "web_search"}}),
+    ],
+)
+async def test_a_choice_of_tools_needs_tools(client: httpx.AsyncClient, path: str, body: Any) -> None:
+    own = {"input": "x"} if "responses" in path else {"messages": [{"role": "user", "content": "x"}]}
+    answer = await client.post(path, json={"model": "talk", **own, **body})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "tool_choice")
 
 
 async def test_openai_s_responses_keep_to_a_pydantic_model(

@@ -107,6 +107,14 @@ def test_a_text_without_calls_stays_as_it_is(form: ToolFormat, text: str) -> Non
     assert calls or content == text
 
 
+@pytest.mark.parametrize("form", [HERMES, MISTRAL, LLAMA])
+def test_each_character_costs_the_same_however_much_is_held(form: ToolFormat) -> None:
+    """It runs on the event loop: with a cost that grows, this takes many minutes."""
+    spaces = " " * 100_000
+    for text in (spaces, form.opening + spaces, f"a{spaces}<"):
+        assert read(form, [text]) == (text, [])
+
+
 def test_only_the_first_call_if_asked() -> None:
     text = f"{hermes(PARIS)}\n{hermes('{}', 'add')} and text"
     assert read(HERMES, list(text), only_first=True) == ("", [CALL])

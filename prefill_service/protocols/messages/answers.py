@@ -5,8 +5,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-import orjson
-
+from prefill_service.api.messages import written_arguments
 from prefill_service.api.outcomes import RequestRecord, error_body
 from prefill_service.api.responses import EventStream
 from prefill_service.errors import ServingError
@@ -33,7 +32,7 @@ def message_of(chat: Json, record: RequestRecord) -> Json:
     calls = said.get("tool_calls") or ()
     content = [{"type": "text", "text": said["content"] or ""}] if said["content"] or not calls else []
     for call in calls:
-        content.append(_tool_use(call) | {"input": orjson.loads(call["function"]["arguments"] or "{}")})
+        content.append(_tool_use(call) | {"input": written_arguments(call["function"]["arguments"])})
     return {**_opening(chat, record), "content": content, **_stop(choice, record), "usage": _usage(record)}
 
 

@@ -6,11 +6,12 @@ from typing import Annotated, Any, ClassVar, Literal
 import orjson
 from pydantic import ConfigDict, FailFast, Field, PlainValidator, WithJsonSchema
 
-from prefill_service.api.intake import Content, Neutral, StrictModel, TokenCount, expected
-from prefill_service.api.messages import MAX_MESSAGES
+from prefill_service.api.intake import Content, Neutral, StrictModel, TokenCount, deeper, expected
+from prefill_service.api.messages import MAX_DEPTH, MAX_MESSAGES
+from prefill_service.api.problems import shown
 from prefill_service.api.requests import ChatRequest
 from prefill_service.errors import InvalidRequestError
-from prefill_service.protocols.chat import OTHER_ANSWERS, Json, Origin, chat_request
+from prefill_service.protocols.chat import OTHER_ANSWERS, Json, Origin, chat_request, passed
 
 _NAMES = {"max_tokens": "max_tokens", "stop": "stop_sequences", "user": "metadata"}
 _TAKEN = OTHER_ANSWERS | {"max_completion_tokens", "stop", "user", "parallel_tool_calls"}
@@ -36,17 +37,22 @@ Blocks = Annotated[
 class Turn(StrictModel):
     """Blocks: `text`; of an assistant also `tool_use`, of a user also `tool_result`."""
 
+    place: ClassVar[str] = "messages."
+
     role: Literal["user", "assistant"]
     content: Blocks
     """A text, or content blocks; texts of one turn are joined as they stand."""
 
 
 class Metadata(StrictModel):
+    place: ClassVar[str] = "metadata."
+
     user_id: str | None = None
     """Who asks, in words of the client's own: as `user` of a chat."""
 
 
 class Tool(StrictModel):
+    place: ClassVar[str] = "tools."
     ignored: ClassVar[frozenset[str]] = frozenset({"cache_control"})
     unsupported: ClassVar[Neutral] = {"type": ("custom",)}
 
@@ -62,6 +68,8 @@ class Tool(StrictModel):
 
 
 class ToolChoice(StrictModel):
+    place: ClassVar[str] = "tool_choice."
+
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
     """The tool, of type `tool`."""
@@ -99,18 +107,19 @@ class TokensRequest(StrictModel):
     tool_choice: ToolChoice | None = None
     """Whether it must, and which."""
 
-    def as_chat(self) -> ChatRequest:
-        """Raises InvalidRequestError."""
-        fields = {"model": self.model, **_passed(self.model_extra or {})}
+    def as_chat(self, noted: set[str] | None = None) -> ChatRequest:
+        """`noted`: where unknown fields are; None: they are refused. Raises InvalidRequestError."""
+        fields = {"model": self.model, **passed(self.model_extra, _TAKEN, noted)}
         if self.tools:
             fields["tools"] = [tool.as_chat() for tool in self.tools]
-        if (choice := self.tool_choice) is not None and self.tools:
-            fields["tool_choice"] = choice.as_chat()
+        choice = self.tool_choice
+        if choice is not None and (self.tools or choice.type not in ("auto", "none")):
+            fields["tool_choice"] = choice.as_chat()  # without tools the chat refuses it
             if choice.disable_parallel_tool_use:
                 fields["parallel_tool_calls"] = False
         if self.messages[-1].role == "assistant":
             fields |= {"continue_final_message": True, "add_generation_prompt": False}
-        return chat_request(self._turns(), fields | self._own_fields(), _NAMES)
+        return chat_request(self._turns(), fields | self._own_fields(), _NAMES, noted)
 
     def _own_fields(self) -> Json:
         return {}
@@ -143,14 +152,6 @@ class MessagesRequest(TokensRequest):
         return fields
 
 
-def _passed(extra: Json) -> Json:
-    """Fields of a chat that mean the same here."""
-    for name in extra:
-        if name in _TAKEN:
-            raise InvalidRequestError(f"unknown field '{name}'", param=name)
-    return dict(extra)
-
-
 def _chat_turns(turn: Turn, place: Origin) -> Iterator[tuple[Origin, Json]]:
     """A turn as messages of a chat: results of tools first, each as one."""
     if isinstance(turn.content, str):
@@ -168,6 +169,10 @@ def _chat_turns(turn: Turn, place: Origin) -> Iterator[tuple[Origin, Json]]:
                 "name": str(function),
                 "input": dict(given),
             }:
+                if deeper(given, MAX_DEPTH):
+                    raise _wrong(
+                        (*at, "input"), f"expected up to {MAX_DEPTH} objects and lists in each other"
+                    )
                 arguments = orjson.dumps(given).decode()
                 calls.append(
                     {"id": name, "type": "function", "function": {"name": function, "arguments": arguments}}
@@ -186,6 +191,8 @@ def _result(block: Json, place: Origin) -> str:
     content = block.get("content") or ""
     if isinstance(content, str):
         return content
+    if not isinstance(content, list):
+        raise _wrong((*place, "content"), f"expected a text or a list of text blocks, got {shown(content)}")
     texts = []
     for number, part in enumerate(content):
         match part:
@@ -197,9 +204,14 @@ def _result(block: Json, place: Origin) -> str:
 
 
 def _unknown(block: Any, place: Origin) -> InvalidRequestError:
-    kind, where = block.get("type") if isinstance(block, dict) else block, ".".join(map(str, place))
-    return InvalidRequestError(
-        f"'{where}': expected a text block, tool_use of an assistant with id, name and input, or tool_result "
-        f"of a user with tool_use_id; a block of type {kind!r:.60} is not supported yet",
-        param=where,
+    kind = block.get("type") if isinstance(block, dict) else block
+    return _wrong(
+        place,
+        "expected a text block, tool_use of an assistant with id, name and input, or tool_result of a user "
+        f"with tool_use_id; a block of type {shown(kind)} is not supported yet",
     )
+
+
+def _wrong(place: Origin, why: str) -> InvalidRequestError:
+    where = ".".join(map(str, place))
+    return InvalidRequestError(f"'{where}': {why}", param=where)

@@ -1,4 +1,4 @@
-"""The endpoints of Anthropic's messages, and their ways: a key in x-api-key, refusals in Anthropic's form."""
+"""The endpoints of Anthropic's messages, and how they word refusals."""
 
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ from starlette.responses import Response
 from starlette.types import Message, Scope, Send
 
 from prefill_service.api.described import ANSWER, REFUSALS, Failure, body_schema
-from prefill_service.api.intake import ApiLimits, read_body
+from prefill_service.api.intake import ApiLimits, noting, read_body
 from prefill_service.api.outcomes import Face, JsonResponse, record_of
 from prefill_service.api.responses import EventStream
 from prefill_service.protocols.chat import Chat, chunks_of, said, shown_headers
@@ -45,7 +45,10 @@ def messages_routes(chat: Chat, limits: ApiLimits) -> APIRouter:
     async def create_message(request: Request) -> Response:
         """Anthropic's way to chat: the same tasks, adapters and limits."""
         wanted = await read_body(request, MessagesRequest, limits)
-        answer, record = await chat.answer(request, wanted.as_chat()), record_of(request)
+        answer, record = (
+            await chat.answer(request, wanted.as_chat(noting(request, limits))),
+            record_of(request),
+        )
         headers = shown_headers(answer)
         if isinstance(answer, EventStream):
             return MessageStream(events_of(chunks_of(answer), record), record, headers)
@@ -55,17 +58,15 @@ def messages_routes(chat: Chat, limits: ApiLimits) -> APIRouter:
     async def count_tokens(request: Request) -> TokenCount:
         """How many tokens the prompt has, in the task's template; nothing is computed."""
         wanted = await read_body(request, TokensRequest, limits)
-        admitted = await chat.admit(request, wanted.as_chat())
-        return TokenCount(input_tokens=len(admitted.prompts[0].prompt_ids))
+        admitted = await chat.admit(request, wanted.as_chat(noting(request, limits)))
+        (prompt,) = admitted.prompts
+        return TokenCount(input_tokens=len(prompt.prompt_ids) + len(prompt.continuation_ids))
 
     return router
 
 
 def messages_face(scope: Scope, send: Send) -> tuple[Scope, Send]:
-    """The key of x-api-key as OpenAI's clients show theirs; refusals as Anthropic words them."""
-    headers = dict(scope["headers"])
-    if b"authorization" not in headers and (key := headers.get(b"x-api-key")):
-        scope = {**scope, "headers": [*scope["headers"], (b"authorization", b"Bearer " + key)]}
+    """Refusals as Anthropic words them."""
     return scope, _Refusals(send).send
 
 

@@ -104,12 +104,13 @@ def fill(answer: Answer, chat: Json) -> None:
     answer.finish_reason = choice["finish_reason"]
     calls = said.get("tool_calls") or ()
     if said["content"] or not calls:
-        status = "incomplete" if answer.finish_reason == "length" else "completed"
-        answer.output.append(message_item(answer.item_id("msg"), said["content"] or "", status))
+        answer.output.append(message_item(answer.item_id("msg"), said["content"] or "", "completed"))
     for call in calls:
         answer.output.append(
             call_item(answer.item_id("fc"), call, call["function"]["arguments"], "completed")
         )
+    if answer.finish_reason == "length":
+        answer.output[-1]["status"] = "incomplete"
 
 
 def message_item(name: str, text: str | None, status: str) -> Json:
@@ -229,7 +230,7 @@ class _Events:
         text, call = "".join(self._parts), self._call
         cut = "incomplete" if self._answer.finish_reason == "length" else "completed"
         if call is not None:
-            item = call_item(self._name, call, text, "completed")
+            item = call_item(self._name, call, text, cut)
             events = self._item_event(
                 "response.function_call_arguments.done", arguments=text, name=item["name"]
             )

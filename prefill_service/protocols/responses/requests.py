@@ -7,9 +7,10 @@ from pydantic import ConfigDict, Field, PlainValidator, WithJsonSchema
 
 from prefill_service.api.intake import Neutral, StrictModel, TokenCount, expected
 from prefill_service.api.messages import MAX_MESSAGES
+from prefill_service.api.problems import shown
 from prefill_service.api.requests import ChatRequest
 from prefill_service.errors import InvalidRequestError
-from prefill_service.protocols.chat import OTHER_ANSWERS, Json, Origin, chat_request
+from prefill_service.protocols.chat import OTHER_ANSWERS, Json, Origin, chat_request, passed
 
 _NAMES = {"max_completion_tokens": "max_output_tokens", "response_format": "text.format"}
 _TAKEN = OTHER_ANSWERS | {"max_tokens", "max_completion_tokens", "response_format"}
@@ -33,6 +34,8 @@ Items = Annotated[
 
 
 class TextFormat(StrictModel):
+    place: ClassVar[str] = "text.format."
+
     type: Literal["text", "json_object", "json_schema"]
     name: str | None = None
     description: str | None = None
@@ -40,18 +43,18 @@ class TextFormat(StrictModel):
     strict: bool | None = None
 
     def as_chat(self) -> Json:
-        if self.type != "json_schema":
-            return {"type": self.type}
         more = {
             "name": self.name,
             "description": self.description,
             "schema": self.schema_,
             "strict": self.strict,
         }
-        return {"type": self.type, "json_schema": {k: v for k, v in more.items() if v is not None}}
+        sent = {name: value for name, value in more.items() if value is not None}
+        return {"type": self.type} | ({"json_schema": sent} if sent or self.type == "json_schema" else {})
 
 
 class Text(StrictModel):
+    place: ClassVar[str] = "text."
     unsupported: ClassVar[Neutral] = {"verbosity": ("medium",)}
 
     format: TextFormat | None = None
@@ -59,6 +62,8 @@ class Text(StrictModel):
 
 
 class Tool(StrictModel):
+    place: ClassVar[str] = "tools."
+
     type: Literal["function"]
     name: str
     description: str | None = None
@@ -116,21 +121,20 @@ class ResponsesRequest(StrictModel):
     metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
     """Up to 16 texts of the client's own, which the answer repeats."""
 
-    def as_chat(self, earlier: Sequence[Json]) -> ChatRequest:
-        """`earlier`: the conversation that it goes on from. Raises InvalidRequestError."""
-        for name in self.model_extra or {}:
-            if name in _TAKEN:
-                raise InvalidRequestError(f"unknown field '{name}'", param=name)
-        fields: Json = {"model": self.model, "stream": bool(self.stream), **(self.model_extra or {})}
+    def as_chat(self, earlier: Sequence[Json], noted: set[str] | None = None) -> ChatRequest:
+        """`earlier`: the conversation that it goes on from; `noted`: where unknown fields are; None: they are
+        refused. Raises InvalidRequestError."""
+        fields: Json = {"model": self.model, "stream": bool(self.stream)}
+        fields |= passed(self.model_extra, _TAKEN, noted)
         if self.max_output_tokens is not None:
             fields["max_completion_tokens"] = self.max_output_tokens
-        if self.text is not None and self.text.format is not None and self.text.format.type != "text":
+        if self.text is not None and self.text.format is not None:
             fields["response_format"] = self.text.format.as_chat()
-        if self.tools:
+        if self.tools or self.tool_choice not in (None, "auto", "none"):  # without tools the chat refuses it
             more = {"tool_choice": self._tool_choice(), "parallel_tool_calls": self.parallel_tool_calls}
-            fields |= {"tools": [tool.as_chat() for tool in self.tools]}
+            fields |= {"tools": [tool.as_chat() for tool in self.tools or ()]}
             fields |= {name: value for name, value in more.items() if value is not None}
-        return chat_request(self._turns(earlier), fields, _NAMES)
+        return chat_request(self._turns(earlier), fields, _NAMES, noted)
 
     def said(self) -> list[Json]:
         """The messages that it adds to the conversation."""
@@ -204,4 +208,4 @@ def _text(content: Any, place: Origin) -> str:
 
 def _wrong(what: str, got: Any, place: Origin) -> InvalidRequestError:
     kind, where = got.get("type") if isinstance(got, dict) else got, ".".join(map(str, place))
-    return InvalidRequestError(f"'{where}': expected {what}, got one of type {kind!r:.60}", param=where)
+    return InvalidRequestError(f"'{where}': expected {what}, got one of type {shown(kind)}", param=where)

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Path, Request
 from starlette.responses import Response
 
 from prefill_service.api.described import ANSWER, REFUSALS, body_schema
-from prefill_service.api.intake import ApiLimits, client_of, read_body
+from prefill_service.api.intake import ApiLimits, client_of, noting, read_body
 from prefill_service.api.outcomes import JsonResponse, record_of
 from prefill_service.api.responses import EventStream
 from prefill_service.protocols.chat import Chat, Json, chunks_of, said, shown_headers
@@ -30,7 +30,7 @@ def responses_routes(chat: Chat, limits: ApiLimits) -> APIRouter:
         earlier: list[Json] = []
         if wanted.previous_response_id is not None:
             earlier = [*kept.find(wanted.previous_response_id, owner, "previous_response_id").messages]
-        made = await chat.answer(request, wanted.as_chat(earlier))
+        made = await chat.answer(request, wanted.as_chat(earlier, noting(request, limits)))
         answer = Answer(wanted, record_of(request), stored=kept.keeps and wanted.store is not False)
 
         def ended() -> None:

@@ -1,0 +1,78 @@
+"""Grammars that wait to be compiled: how many may, how long, and that nobody waits for a client that left."""
+
+import asyncio
+import json
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from prad.lm import Grammars
+from prefill_service.api import rules
+
+URL = "/v1/completions"
+GUIDED = {"model": "plain", "prompt": "the food", "max_tokens": 2, "guided_choice": ["a", "b"]}
+
+
+@pytest.fixture
+def stuck(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.Event, list[Grammars]]]:
+    """Compiling goes on once the event is set; of whom it is wanted."""
+    goes_on, wanted, compiled = threading.Event(), list[Grammars](), Grammars.compiled
+
+    def waits(grammars: Grammars, text: str) -> Any:
+        wanted.append(grammars)
+        goes_on.wait()
+        return compiled(grammars, text)
+
+    monkeypatch.setattr(Grammars, "compiled", waits)
+    yield goes_on, wanted
+    goes_on.set()
+
+
+async def until(wanted: list[Grammars], waiting: int) -> None:
+    while not wanted or wanted[0].waiting != waiting:  # noqa: ASYNC110
+        await asyncio.sleep(0.005)
+
+
+async def test_no_more_wait_than_may(
+    client: httpx.AsyncClient, stuck: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rules, "MOST_COMPILING", 4)
+    goes_on, wanted = stuck
+    waiting = [asyncio.create_task(client.post(URL, json=GUIDED)) for _ in range(4)]
+    await until(wanted, 4)
+    refused = await client.post(URL, json=GUIDED)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "overloaded")
+    assert "retry-after" in refused.headers
+    goes_on.set()
+    assert {answer.status_code for answer in await asyncio.gather(*waiting)} == {200}
+    assert wanted[0].waiting == 0
+
+
+async def test_nobody_waits_for_ever(
+    client: httpx.AsyncClient, stuck: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rules, "COMPILING_S", 0.02)
+    refused = await client.post(URL, json=GUIDED)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "overloaded")
+    assert "guided_choice" in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", [URL, "/v1/chat/completions"])
+async def test_who_leaves_gives_up_the_turn(
+    app_of: Any, engine: Any, drive: Any, stuck: Any, path: str
+) -> None:
+    _, wanted = stuck
+    app, leave = app_of(engine), asyncio.Event()
+    user = {"messages": [{"role": "user", "content": "hi"}]}
+    body = GUIDED if path == URL else {**GUIDED, **user}
+    sent = json.dumps({k: v for k, v in body.items() if path == URL or k != "prompt"}).encode()
+    messages = [{"type": "http.request", "body": sent, "more_body": False}]
+    driven = [drive(app, path, [*messages], leave) for _ in range(6)]
+    await until(wanted, 6)
+    leave.set()
+    await asyncio.gather(*(each.serving for each in driven))
+    assert wanted[0].waiting == 2, "those that are being compiled"
+    assert not any(each.sent for each in driven)
