@@ -62,7 +62,7 @@ class Answers:
             async with asyncio.TaskGroup() as tasks:
                 for number in left:
                     await own.acquire()
-                    body = read_body(file, self.index.offsets[number])
+                    body = await asyncio.to_thread(read_body, file, self.index.offsets[number])
                     tasks.create_task(self._ask(number, body, own))
 
     async def _ask(self, number: int, body: bytes, own: asyncio.Semaphore) -> None:

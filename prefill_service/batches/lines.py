@@ -13,11 +13,14 @@ from typing import BinaryIO, Final, NamedTuple
 
 import orjson
 
+from prefill_service.api.intake import MAX_BRACKETS
 from prefill_service.api.problems import shown
 
 ENDPOINTS = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
 MOST_FAULTS = 100
 MAX_ID_CHARACTERS = 512
+AROUND_BODY = 16 * 2**10
+"""Bytes of a line beside its request."""
 _NAMES: Final = ("custom_id", "method", "url", "body")
 
 
@@ -48,12 +51,15 @@ class _Wrong(NamedTuple):
     param: str | None = None
 
 
-def read_index(path: Path, endpoint: str, most: int) -> Index:
+def read_index(path: Path, endpoint: str, most: int, body_bytes: int) -> Index:
     """Of a whole file; up to MOST_FAULTS of what is wrong with it. Takes a while: not for the event loop."""
     index, seen, offset = Index(), set[str](), 0
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
+        for number, (line, nbytes) in enumerate(_lines(file, body_bytes + AROUND_BODY), 1):
+            if nbytes > len(line):
+                wrong = f"the line has {nbytes} bytes: expected up to {len(line)}, as of any request"
+                index.faults.append(Fault(number, wrong))
+            elif line.strip():
                 if len(index.names) == most:
                     index.faults = [
                         Fault(None, f"expected up to {most} lines: split the file", "input_file_id")
@@ -68,14 +74,25 @@ def read_index(path: Path, endpoint: str, most: int) -> Index:
                     seen.add(name)
             if len(index.faults) == MOST_FAULTS:
                 break
-            offset += len(line)
+            offset += nbytes
     if not index.names and not index.faults:
         index.faults.append(Fault(None, "the file has no line", "input_file_id", "empty_file"))
     return index
 
 
+def _lines(file: BinaryIO, most: int) -> Iterator[tuple[bytes, int]]:
+    """Each up to `most` bytes of it, and how many it has."""
+    while line := file.readline(most):
+        nbytes, rest = len(line), line
+        while not rest.endswith(b"\n") and (rest := file.readline(most)):
+            nbytes += len(rest)
+        yield line, nbytes
+
+
 def _name_of(line: bytes, endpoint: str, seen: Container[str]) -> str | _Wrong:
     """The line's custom_id, or what is wrong with it."""
+    if line.count(b"[") + line.count(b"{") > MAX_BRACKETS:
+        return _Wrong(f"too many of [ and {{: expected up to {MAX_BRACKETS}")
     try:
         asked = orjson.loads(line)
     except orjson.JSONDecodeError as error:

@@ -43,11 +43,12 @@ class FilesInUseError(PradError):
 @dataclass(frozen=True, slots=True)
 class BatchLimits:
     """`lines` of one; `at_once`: requests of all batches that are under way; `most` batches that have not
-    ended."""
+    ended; `body_bytes` of a line's request."""
 
     lines: int = 50_000
     at_once: int = 128
     most: int = 64
+    body_bytes: int = 4 * 2**20
 
 
 class Batches(Collector):
@@ -146,7 +147,9 @@ class Batches(Collector):
         """Whatever goes wrong ends this batch, and no other."""
         try:
             path = self.files.content(self.files.find(batch.input_file_id, batch.owner))
-            index = await asyncio.to_thread(read_index, path, batch.endpoint, self._limits.lines)
+            index = await asyncio.to_thread(
+                read_index, path, batch.endpoint, self._limits.lines, self._limits.body_bytes
+            )
             if index.faults:
                 await self._fail(batch, *index.faults)
                 return
