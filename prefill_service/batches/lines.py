@@ -114,6 +114,10 @@ def _name_of(line: bytes, endpoint: str, seen: Container[str]) -> str | _Wrong:
         return _Wrong(f"'body': expected the request, an object, got {shown(body)}", "body")
     if body.get("stream"):
         return _Wrong("'stream': a batch's answers come in one piece; leave it out", "body.stream")
+    try:
+        orjson.dumps(body)
+    except orjson.JSONEncodeError:  # it reads deeper ones than it writes
+        return _Wrong("'body': its lists and objects lie too deep in each other", "body")
     return name
 
 
@@ -141,8 +145,10 @@ class Outputs:
         return self.answered.names | self.failed.names
 
     def close(self) -> None:
-        self.answered.close()
-        self.failed.close()
+        try:
+            self.answered.close()
+        finally:
+            self.failed.close()
 
 
 class _Output:
@@ -162,9 +168,10 @@ class _Output:
         os.truncate(self.path, self.nbytes)
 
     def add(self, line: dict[str, object]) -> int:
-        """How many bytes it took. Raises OSError."""
+        """How many bytes it took. Raises OSError, and leaves whole lines then."""
         data = orjson.dumps(line) + b"\n"
         if os.write(self._file, data) < len(data):
+            os.ftruncate(self._file, self.nbytes)
             raise OSError(f"no room for {len(data)} bytes in {self.path}")
         self.nbytes += len(data)
         self.lines += 1
@@ -172,8 +179,10 @@ class _Output:
         return len(data)
 
     def close(self) -> None:
-        os.fsync(self._file)
-        os.close(self._file)
+        try:
+            os.fsync(self._file)
+        finally:
+            os.close(self._file)
 
 
 def whole_lines(path: Path) -> Iterator[tuple[str, int]]:

@@ -34,6 +34,7 @@ MOST_ENDED = 16
 """Batches that have ended are kept, for each that may be under way."""
 
 _SWEEP_S = 600.0
+_FAILED = Fault(None, "it failed; the server's log says why", code="internal_error")
 
 
 class FilesInUseError(PradError):
@@ -144,7 +145,7 @@ class Batches(Collector):
     # ---- a batch, from its file to its outputs -----------------------------------------------------------
 
     async def _work(self, app: ASGIApp, batch: Batch) -> None:
-        """Whatever goes wrong ends this batch, and no other."""
+        """Whatever goes wrong ends this batch, and no other; what is answered by then is kept."""
         try:
             path = self.files.content(self.files.find(batch.input_file_id, batch.owner))
             index = await asyncio.to_thread(
@@ -157,19 +158,21 @@ class Batches(Collector):
             self.files.count(outputs.nbytes)
             answers = Answers(self.files, self._slots, self._keys, app, batch, index, outputs)
             try:
-                await self._answer_all(answers, path)
+                try:
+                    await self._answer_all(answers, path)
+                finally:
+                    self.files.count(-outputs.nbytes)
+                    await asyncio.to_thread(outputs.close)
             except InvalidKeyError:
                 revoked = "the API key that it was sent with is not in force any more"
                 batch.errors = [Fault(None, revoked, code="invalid_api_key").shown()]
-            finally:
-                self.files.count(-outputs.nbytes)
-                await asyncio.to_thread(outputs.close)
+            except Exception:
+                logger.exception("%s failed", batch.id)
+                batch.errors = [_FAILED.shown()]
             await self._finalize(batch, outputs)
         except Exception:
             logger.exception("%s failed", batch.id)
-            await self._fail(
-                batch, Fault(None, "it failed; the server's log says why", code="internal_error")
-            )
+            await self._fail(batch, _FAILED)
 
     async def _answer_all(self, answers: Answers, path: Path) -> None:
         """Until there is nothing left to ask, or no time, or nobody who wants it."""

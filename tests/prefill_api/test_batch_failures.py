@@ -1,5 +1,7 @@
 """What goes wrong with one line, one batch, one key or the disk costs the others nothing."""
 
+import json
+import os
 import threading
 from typing import Any
 
@@ -18,6 +20,9 @@ async def test_a_line_is_bounded_as_a_request_is(serving: Serving, engine: Any) 
     async with serving() as service:
         ended = await service.ended((await service.create(jsonl(brackets)))["id"])
         assert "too many of [ and {" in ended["errors"]["data"][0]["message"]
+        deep = jsonl(line("one"), line("two", user=json.loads("[" * 400 + "]" * 400)))
+        ended = await service.ended((await service.create(deep))["id"])
+        assert [(fault["line"], fault["param"]) for fault in ended["errors"]["data"]] == [(2, "body")]
     assert engine.requests == []
 
 
@@ -34,3 +39,21 @@ async def test_lines_are_read_beside_the_event_loop(
     async with serving() as service:
         ended = await service.ended((await service.create(jsonl(line("one"))))["id"])
         assert ended["status"] == "completed"
+
+
+async def test_what_is_answered_before_the_disk_is_full_is_kept(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, written = os.write, list[int]()
+
+    def torn(file: int, data: bytes) -> int:
+        written.append(len(data))
+        return write(file, data[:9] if len(written) == 3 else data)
+
+    async with serving(most=BatchLimits(at_once=1)) as service:
+        monkeypatch.setattr("prefill_service.batches.lines.os.write", torn)
+        ended = await service.ended((await service.create(jsonl(*map(line, "abcd"))))["id"])
+        assert (ended["status"], ended["errors"]["data"][0]["code"]) == ("failed", "internal_error")
+        assert ended["request_counts"] == {"total": 4, "completed": 2, "failed": 0}
+        assert sorted(await service.lines(ended["output_file_id"])) == ["a", "b"]
+        assert service.batches.files.taken == sum(file.bytes for file in service.batches.files.of(None))
