@@ -92,7 +92,7 @@ class Batches(Collector):
     # ---- what clients ask ------------------------------------------------------------------------------
 
     async def create(self, wanted: NewBatch, owner: str | None) -> Batch:
-        """Raises NotFoundError, InvalidRequestError, OverloadedError."""
+        """Raises NotFoundError, InvalidRequestError, OverloadedError, OSError."""
         file = self.files.find(wanted.input_file_id, owner)
         if file.purpose != "batch":
             raise InvalidRequestError(
@@ -110,7 +110,11 @@ class Batches(Collector):
             **wanted.model_dump(),
         )
         self._batches[batch.id] = batch
-        await self._write(batch)
+        try:
+            await self._write(batch)
+        except BaseException:  # nobody gets to know its id
+            del self._batches[batch.id]
+            raise
         self._begun.put_nowait(batch)
         return batch
 
@@ -127,13 +131,14 @@ class Batches(Collector):
         return sorted(mine, key=lambda batch: (batch.created_at, batch.id), reverse=True)
 
     async def cancel(self, batch: Batch) -> None:
-        """What is answered stays. Raises InvalidRequestError."""
+        """What is answered stays. Raises InvalidRequestError, OSError."""
         if batch.has_ended or batch.status == "finalizing":
             raise InvalidRequestError(f"{batch.id} is {batch.status}: there is nothing to cancel", param="id")
         if batch.status != "cancelling":
-            await self._become(batch, "cancelling")
+            batch.become("cancelling", time.time())
             if (asking := self._asking.get(batch.id)) is not None:
                 asking.cancel()
+            await self._write(batch)
 
     async def delete(self, file: StoredFile) -> None:
         """Raises InvalidRequestError."""
@@ -251,15 +256,22 @@ class Batches(Collector):
 
     async def _sweep_now_and_then(self) -> None:
         while True:
-            await self.files.sweep(batch.input_file_id for batch in self._unfinished)
-            ended = sorted((b for b in self._batches.values() if b.has_ended), key=lambda b: b.ended_at)
-            before = time.time() - self.files.limits.keep_s
-            most = MOST_ENDED * self._limits.most
-            for number, batch in enumerate(reversed(ended)):
-                if number >= most or batch.ended_at <= before:
-                    del self._batches[batch.id]
-                    await asyncio.to_thread(self._unlink, batch)
+            try:
+                await self._sweep()
+            except OSError:
+                logger.exception("what has expired cannot be deleted")
             await asyncio.sleep(_SWEEP_S)
+
+    async def _sweep(self) -> None:
+        """Raises OSError."""
+        await self.files.sweep(batch.input_file_id for batch in self._unfinished)
+        ended = sorted((b for b in self._batches.values() if b.has_ended), key=lambda b: b.ended_at)
+        before = time.time() - self.files.limits.keep_s
+        most = MOST_ENDED * self._limits.most
+        for number, batch in enumerate(reversed(ended)):
+            if number >= most or batch.ended_at <= before:
+                del self._batches[batch.id]
+                await asyncio.to_thread(self._unlink, batch)
 
     def collect(self) -> Iterable[Metric]:
         """Read whenever somebody asks for /metrics."""

@@ -1,5 +1,6 @@
 """What goes wrong with one line, one batch, one key or the disk costs the others nothing."""
 
+import asyncio
 import json
 import os
 import threading
@@ -7,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from prefill_service.batches import BatchLimits, answers
+from prefill_service.batches import BatchLimits, Files, answers
 from tests.prefill_api.batching import Serving, jsonl, line
 
 
@@ -57,3 +58,23 @@ async def test_what_is_answered_before_the_disk_is_full_is_kept(
         assert ended["request_counts"] == {"total": 4, "completed": 2, "failed": 0}
         assert sorted(await service.lines(ended["output_file_id"])) == ["a", "b"]
         assert service.batches.files.taken == sum(file.bytes for file in service.batches.files.of(None))
+
+
+async def test_a_disk_that_fails_ends_neither_the_service_nor_leaves_a_batch_that_never_runs(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object) -> None:
+        raise OSError("input/output error")
+
+    async def swept(*_: object) -> None:
+        failing()
+
+    monkeypatch.setattr(Files, "sweep", swept)
+    async with serving(most=BatchLimits(most=1)) as service, asyncio.timeout(20):
+        with monkeypatch.context() as broken:
+            broken.setattr("prefill_service.batches.runner.write_record", failing)
+            with pytest.raises(AssertionError, match="internal error"):
+                await service.create(jsonl(line("one")))
+        assert service.batches.of(None) == []
+        ended = await service.ended((await service.create(jsonl(line("one"))))["id"])
+        assert ended["status"] == "completed"
