@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from starlette.types import ASGIApp
 
 from prad.core.errors import PradError
 from prefill_service.batches.answers import Answers
-from prefill_service.batches.files import FileLimits, Files, StoredFile, write_record
+from prefill_service.batches.files import FileLimits, Files, StoredFile, share, write_record
 from prefill_service.batches.lines import Fault, Outputs, read_index
 from prefill_service.batches.records import Batch, NewBatch, Status
 from prefill_service.catalogue import KeyRing
@@ -44,7 +45,7 @@ class FilesInUseError(PradError):
 @dataclass(frozen=True, slots=True)
 class BatchLimits:
     """`lines` of one; `at_once`: requests of all batches that are under way; `most` batches that have not
-    ended; `body_bytes` of a line's request."""
+    ended, and `share` of them for each key; `body_bytes` of a line's request."""
 
     lines: int = 50_000
     at_once: int = 128
@@ -101,6 +102,9 @@ class Batches(Collector):
             )
         if len(self._unfinished) >= self._limits.most:
             raise OverloadedError(f"{self._limits.most} batches are under way: try again when one has ended")
+        most = share(self._limits.most, owner)
+        if sum(batch.owner == owner for batch in self._unfinished) >= most:
+            raise OverloadedError(f"{most} batches of this key are under way: try again when one has ended")
         now = int(time.time())
         batch = Batch(
             id=f"batch_{uuid.uuid4().hex}",
@@ -160,13 +164,13 @@ class Batches(Collector):
                 await self._fail(batch, *index.faults)
                 return
             outputs = await asyncio.to_thread(Outputs, *self._output_paths(batch))
-            self.files.count(outputs.nbytes)
+            self.files.count(outputs.nbytes, batch.owner)
             answers = Answers(self.files, self._slots, self._keys, app, batch, index, outputs)
             try:
                 try:
                     await self._answer_all(answers, path)
                 finally:
-                    self.files.count(-outputs.nbytes)
+                    self.files.count(-outputs.nbytes, batch.owner)
                     await asyncio.to_thread(outputs.close)
             except InvalidKeyError:
                 revoked = "the API key that it was sent with is not in force any more"
@@ -267,9 +271,12 @@ class Batches(Collector):
         await self.files.sweep(batch.input_file_id for batch in self._unfinished)
         ended = sorted((b for b in self._batches.values() if b.has_ended), key=lambda b: b.ended_at)
         before = time.time() - self.files.limits.keep_s
-        most = MOST_ENDED * self._limits.most
-        for number, batch in enumerate(reversed(ended)):
-            if number >= most or batch.ended_at <= before:
+        most, kept = MOST_ENDED * self._limits.most, Counter[str | None]()
+        for batch in reversed(ended):
+            mine = share(most, batch.owner)
+            if kept.total() < most and kept[batch.owner] < mine and batch.ended_at > before:
+                kept[batch.owner] += 1
+            else:
                 del self._batches[batch.id]
                 await asyncio.to_thread(self._unlink, batch)
 

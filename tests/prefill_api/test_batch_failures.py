@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from prefill_service.batches import BatchLimits, Files, answers
-from tests.prefill_api.batching import Serving, jsonl, line
+from prefill_service.batches import BatchLimits, FileLimits, Files, answers
+from prefill_service.catalogue import KeyRing
+from tests.prefill_api.batching import Serving, jsonl, key, line
 
 
 async def test_a_line_is_bounded_as_a_request_is(serving: Serving, engine: Any) -> None:
@@ -78,3 +79,29 @@ async def test_a_disk_that_fails_ends_neither_the_service_nor_leaves_a_batch_tha
         assert service.batches.of(None) == []
         ended = await service.ended((await service.create(jsonl(line("one"))))["id"])
         assert ended["status"] == "completed"
+
+
+async def test_a_key_that_takes_all_it_can_stalls_no_other(serving: Serving, engine: Any) -> None:
+    keys = KeyRing()
+    keys.replace([key("greedy"), key("other")])
+    size = FileLimits(file_bytes=5000, all_bytes=10_000, most=6)
+    async with serving(size, BatchLimits(most=2, at_once=1), keys) as service:
+        service.batches.files.promise(5000, "greedy")  # an upload that never says how long it is, nor comes
+        refused = await service.upload(b"{}", "greedy")
+        assert "5000 of 5000 are used" in refused.json()["error"]["message"]
+        ended = await service.ended((await service.create(jsonl(line("one")), "other"))["id"], "other")
+        assert ended["status"] == "completed"
+        service.batches.files.settle(5000, "greedy")
+        engine.pause_at = 0
+        made = await service.create(jsonl(line("one")), "greedy")
+        asked = {k: made[k] for k in ("input_file_id", "endpoint", "completion_window")}
+        headers = {"authorization": "Bearer greedy"}
+        second = await service.client.post("/v1/batches", json=asked, headers=headers)
+        assert (second.status_code, second.json()["error"]["code"]) == (429, "overloaded")
+        assert "1 batches of this key" in second.json()["error"]["message"]
+        await service.create(jsonl(line("one")), "other")
+        service.batches.files.count(5000, "greedy")
+        assert [service.batches.files.full(name) for name in ("greedy", "other")] == [True, False]
+        engine.pause_at = None
+    async with serving(FileLimits(most=2), BatchLimits(most=2), keys) as service:
+        assert (await service.upload(b"{}", "greedy")).status_code == 413

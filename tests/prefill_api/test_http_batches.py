@@ -248,11 +248,12 @@ async def test_outputs_wait_for_room(serving: Serving) -> None:
         shown = (await service.client.get(f"/v1/batches/{made['id']}")).json()
         assert (shown["status"], shown["prad"]) == ("in_progress", {"waits_for_room": True})
         await service.client.delete(f"/v1/files/{other}")
-        service.batches.files.count(-10_000)  # as if much were deleted
+        service.batches.files.count(-10_000, None)  # as if much were deleted
         assert (await service.ended(made["id"]))["status"] == "completed"
 
 
-async def test_what_has_expired_is_deleted(serving: Serving) -> None:
+async def test_what_has_expired_is_deleted(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prefill_service.batches.runner._SWEEP_S", 0.01)
     async with serving() as service:
         made = await service.create(jsonl(line("one")))
         await service.ended(made["id"])
