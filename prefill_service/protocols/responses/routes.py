@@ -6,7 +6,7 @@ from fastapi import APIRouter, Path, Request
 from starlette.responses import Response
 
 from prefill_service.api.described import ANSWER, REFUSALS, body_schema
-from prefill_service.api.intake import ApiLimits, client_of, read_body
+from prefill_service.api.intake import BEHIND_OTHERS, ApiLimits, client_of, read_body
 from prefill_service.api.outcomes import JsonResponse, record_of
 from prefill_service.api.responses import EventStream
 from prefill_service.protocols.chat import Chat, Json, chunks_of, said, shown_headers
@@ -31,7 +31,8 @@ def responses_routes(chat: Chat, limits: ApiLimits) -> APIRouter:
         if wanted.previous_response_id is not None:
             earlier = [*kept.find(wanted.previous_response_id, owner, "previous_response_id").messages]
         made = await chat.answer(request, wanted.as_chat(earlier))
-        answer = Answer(wanted, record_of(request), stored=kept.keeps and wanted.store is not False)
+        keeps = kept.keeps and BEHIND_OTHERS not in request.scope  # a batch's answers lie in its files
+        answer = Answer(wanted, record_of(request), stored=keeps and wanted.store is not False)
 
         def ended() -> None:
             if answer.stored:
