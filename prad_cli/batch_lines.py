@@ -7,7 +7,7 @@ torn one behind them, which the next run cuts off: what is answered is never ask
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -100,8 +100,12 @@ class AnswerFile:
         os.fsync(self._file)
         self._file.close()
 
-    def add(self, name: str, status: int, request_id: str, body: Any) -> None:
+    def add(self, name: str, status: int, headers: Mapping[str, str], body: Any) -> None:
+        """`headers` of the answer, by names in any case: its id, and which fields it ignored."""
+        request_id = headers.get("x-request-id", "")
         said = {"status_code": status, "request_id": request_id, "body": body}
+        if passed_over := headers.get("x-prad-ignored-fields"):
+            said["prad"] = {"ignored_fields": passed_over}
         line = {"id": f"batch_req_{request_id}", "custom_id": name, "response": said, "error": None}
         data = json.dumps(line, ensure_ascii=False).encode() + b"\n"
         if self._file.write(data) < len(data):

@@ -152,18 +152,21 @@ class Outputs:
 
 
 class _Output:
+    """`lines`: of requests that were asked; one that expired before is there for its name alone."""
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self.names: set[str] = set()
+        self.lines = 0
         self.nbytes = 0
         if path.is_file():
             self._read()
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        self.lines = len(self.names)
 
     def _read(self) -> None:
-        for name, end in whole_lines(self.path):
+        for name, was_asked, end in whole_lines(self.path):
             self.names.add(name)
+            self.lines += was_asked
             self.nbytes = end
         os.truncate(self.path, self.nbytes)
 
@@ -174,7 +177,7 @@ class _Output:
             os.ftruncate(self._file, self.nbytes)
             raise OSError(f"no room for {len(data)} bytes in {self.path}")
         self.nbytes += len(data)
-        self.lines += 1
+        self.lines += line["response"] is not None
         self.names.add(str(line["custom_id"]))
         return len(data)
 
@@ -185,12 +188,13 @@ class _Output:
             os.close(self._file)
 
 
-def whole_lines(path: Path) -> Iterator[tuple[str, int]]:
-    """The custom_id of each whole line of an output, and where the line ends."""
+def whole_lines(path: Path) -> Iterator[tuple[str, bool, int]]:
+    """The custom_id of each whole line of an output, whether it was asked at all, and where the line ends."""
     end = 0
     with path.open("rb") as file:
         for line in file:
             if not line.endswith(b"\n"):
                 return
             end += len(line)
-            yield orjson.loads(line)["custom_id"], end
+            answer = orjson.loads(line)
+            yield answer["custom_id"], answer["response"] is not None, end

@@ -1,6 +1,7 @@
 """Files and batches over HTTP: OpenAI's shapes, bounds, keys, and a restart in the middle that loses
 nothing and asks nothing twice."""
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,40 @@ async def test_what_is_not_answered_in_time_is_named(serving: Serving, engine: A
         failed = await service.lines(ended["error_file_id"])
         assert sorted(failed) == ["r1", "r2"]
         assert {each["error"]["code"] for each in failed.values()} == {"batch_expired"}
+
+
+async def test_what_expired_before_a_restart_is_expired_after_it(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch, engine: Any
+) -> None:
+    reached = asyncio.Event()
+
+    async def broken_off(*_: object) -> None:
+        reached.set()
+        raise asyncio.CancelledError
+
+    engine.pause_at = 0
+    async with serving() as service:
+        made = await service.create(jsonl(line("one"), line("two")))
+        await engine.paused.acquire()
+    record = service.batches.find(made["id"], None)
+    record.expires_at = 1
+    await service.batches._write(record)
+    with monkeypatch.context() as restart:
+        restart.setattr(Batches, "_finalize", broken_off)
+        async with serving():
+            await reached.wait()
+    async with serving() as service:
+        ended = await service.ended(made["id"])
+        assert (ended["status"], ended["request_counts"]["failed"]) == ("expired", 0)
+        assert sorted(await service.lines(ended["error_file_id"])) == ["one", "two"]
+
+
+async def test_a_line_says_what_was_ignored(serving: Serving) -> None:
+    async with serving(unknown_fields="warn") as service:
+        ended = await service.ended((await service.create(jsonl(line("a", foo=1), line("b"))))["id"])
+        answered = await service.lines(ended["output_file_id"])
+        assert answered["a"]["response"]["prad"] == {"ignored_fields": "foo"}
+        assert "prad" not in answered["b"]["response"]
 
 
 async def test_an_overloaded_service_is_waited_for(
