@@ -54,8 +54,13 @@ def names_of(path: Path) -> set[str]:
 
 
 def _request(line: bytes) -> Request:
-    """Raises ValueError."""
-    asked = json.loads(line)
+    """Raises ValueError, also for what JSON's reader takes and no request can hold, as NaN or half a pair of
+    surrogates."""
+    try:
+        asked = json.loads(line)
+        json.dumps(asked, ensure_ascii=False, allow_nan=False).encode()
+    except RecursionError:
+        raise ValueError("its lists and objects lie too deep in each other") from None
     if not isinstance(asked, dict) or sorted(asked) != sorted(_NAMES):
         raise ValueError('expected {"custom_id": …, "method": "POST", "url": "/v1/completions", "body": {…}}')
     name, method, url, body = (asked[field] for field in _NAMES)

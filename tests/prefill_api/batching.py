@@ -5,7 +5,7 @@ import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import httpx
 
@@ -14,7 +14,7 @@ from prefill_service.api import ApiAccess, ApiLimits
 from prefill_service.batches import Batches, BatchLimits, FileLimits
 from prefill_service.catalogue import KeyRing
 
-COMPLETIONS = "/v1/completions"
+COMPLETIONS: Final = "/v1/completions"
 
 
 def line(name: str, **body: Any) -> dict[str, Any]:

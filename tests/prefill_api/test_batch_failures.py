@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from prefill_service.batches import BatchLimits, FileLimits, Files, answers
+from prefill_service.batches.lines import read_body
 from prefill_service.catalogue import KeyRing
 from tests.prefill_api.batching import Serving, jsonl, key, line
 
@@ -31,7 +32,7 @@ async def test_a_line_is_bounded_as_a_request_is(serving: Serving, engine: Any) 
 async def test_lines_are_read_beside_the_event_loop(
     serving: Serving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read_body, loop = answers.read_body, threading.get_ident()
+    loop = threading.get_ident()
 
     def read(file: Any, offset: int) -> bytes:
         assert threading.get_ident() != loop
