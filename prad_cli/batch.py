@@ -158,7 +158,7 @@ class _Run:
             ) from None
         if response.status_code == 401:
             raise BatchFileError(f"{body['error']['message']}")
-        self.answers.add(request.name, response.status_code, response.headers.get("x-request-id", ""), body)
+        self.answers.add(request.name, response.status_code, response.headers, body)
 
 
 def _said(attempt: "Future") -> str:

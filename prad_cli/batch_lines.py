@@ -7,7 +7,7 @@ torn one behind them, which the next run cuts off: what is answered is never ask
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -54,8 +54,13 @@ def names_of(path: Path) -> set[str]:
 
 
 def _request(line: bytes) -> Request:
-    """Raises ValueError."""
-    asked = json.loads(line)
+    """Raises ValueError, also for what JSON's reader takes and no request can hold, as NaN or half a pair of
+    surrogates."""
+    try:
+        asked = json.loads(line)
+        json.dumps(asked, ensure_ascii=False, allow_nan=False).encode()
+    except RecursionError:
+        raise ValueError("its lists and objects lie too deep in each other") from None
     if not isinstance(asked, dict) or sorted(asked) != sorted(_NAMES):
         raise ValueError('expected {"custom_id": …, "method": "POST", "url": "/v1/completions", "body": {…}}')
     name, method, url, body = (asked[field] for field in _NAMES)
@@ -100,8 +105,12 @@ class AnswerFile:
         os.fsync(self._file)
         self._file.close()
 
-    def add(self, name: str, status: int, request_id: str, body: Any) -> None:
+    def add(self, name: str, status: int, headers: Mapping[str, str], body: Any) -> None:
+        """`headers` of the answer, by names in any case: its id, and which fields it ignored."""
+        request_id = headers.get("x-request-id", "")
         said = {"status_code": status, "request_id": request_id, "body": body}
+        if passed_over := headers.get("x-prad-ignored-fields"):
+            said["prad"] = {"ignored_fields": passed_over}
         line = {"id": f"batch_req_{request_id}", "custom_id": name, "response": said, "error": None}
         data = json.dumps(line, ensure_ascii=False).encode() + b"\n"
         if self._file.write(data) < len(data):

@@ -183,7 +183,9 @@ def _batches(settings: PrefillSettings, keys: KeyRing) -> Batches | None:
         most=settings.max_files,
         keep_s=settings.files_days * 86_400,
     )
-    limits = BatchLimits(settings.batch_lines, settings.batch_at_once, settings.max_batches)
+    limits = BatchLimits(
+        settings.batch_lines, settings.batch_at_once, settings.max_batches, settings.max_body_mib << 20
+    )
     folder = settings.files_dir.expanduser()
     try:
         return Batches(folder, files, limits, keys)

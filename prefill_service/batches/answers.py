@@ -62,7 +62,7 @@ class Answers:
             async with asyncio.TaskGroup() as tasks:
                 for number in left:
                     await own.acquire()
-                    body = read_body(file, self.index.offsets[number])
+                    body = await asyncio.to_thread(read_body, file, self.index.offsets[number])
                     tasks.create_task(self._ask(number, body, own))
 
     async def _ask(self, number: int, body: bytes, own: asyncio.Semaphore) -> None:
@@ -77,7 +77,7 @@ class Answers:
         name = f"{self.batch.id}-{number}"
         overdue = refused = 0
         while True:
-            await self.files.room()
+            await self.files.room(self.batch.owner)
             async with self.slots:
                 try:
                     client = self.keys.named(self.batch.owner)
@@ -99,7 +99,7 @@ class Answers:
         for number in left:
             if (custom_id := self.index.names[number]) not in done:
                 line = unanswered(f"{self.batch.id}-{number}", custom_id, "batch_expired", message)
-                self.files.count(self.outputs.failed.add(line))
+                self.files.count(self.outputs.failed.add(line), self.batch.owner)
 
     def _write(self, number: int, line: dict[str, object], *, answered: bool) -> None:
         """Nothing waits in between: it is written and counted, or neither."""
@@ -107,6 +107,6 @@ class Answers:
             (self.outputs.answered if answered else self.outputs.failed),
             self.batch.request_counts,
         )
-        self.files.count(output.add(line))
+        self.files.count(output.add(line), self.batch.owner)
         counts.completed += answered
         counts.failed += not answered

@@ -9,7 +9,7 @@ import orjson
 from starlette.types import ASGIApp, Message
 
 from prefill_service.api.intake import BEHIND_OTHERS, CLIENT
-from prefill_service.api.outcomes import ROUTE
+from prefill_service.api.outcomes import PASSED_OVER, ROUTE
 from prefill_service.catalogue import Client
 
 
@@ -26,9 +26,12 @@ class Answer:
         return float(said) if said.isdigit() else 1.0
 
     def line(self, custom_id: str) -> dict[str, object]:
-        """As OpenAI's output files have it."""
+        """As OpenAI's output files have it, and what the answer's header says of fields that it ignored."""
         request_id = self.headers[b"x-request-id"].decode()
-        said = {"status_code": self.status, "request_id": request_id, "body": orjson.Fragment(self.body)}
+        said: dict[str, object] = {"status_code": self.status, "request_id": request_id}
+        said["body"] = orjson.Fragment(self.body)
+        if passed_over := self.headers.get(PASSED_OVER.encode()):
+            said["prad"] = {"ignored_fields": passed_over.decode()}
         return {"id": f"batch_req_{request_id}", "custom_id": custom_id, "response": said, "error": None}
 
 

@@ -9,6 +9,7 @@ import logging
 import os
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +26,18 @@ _PART = ".part"
 
 @dataclass(frozen=True, slots=True)
 class FileLimits:
-    """`file_bytes` of one, `all_bytes` and `most` of all together; `keep_s`: until one expires."""
+    """`file_bytes` of one, `all_bytes` and `most` of all together, and `share` of it for each key; `keep_s`:
+    until one expires."""
 
     file_bytes: int = 64 * 2**20
     all_bytes: int = 2**30
     most: int = 1000
     keep_s: float = 30 * 86_400
+
+
+def share(most: int, owner: str | None) -> int:
+    """What one key may have of what all may: half, lest it take all from the others. Without keys, all."""
+    return most if owner is None else most - most // 2
 
 
 class StoredFile(BaseModel):
@@ -61,48 +68,60 @@ class Files:
         self.limits = limits
         self._folder = folder
         self._files = {file.id: file for file in _read(folder)}
-        self._taken = sum(file.bytes for file in self._files.values())
-        self._uploading = 0
-        self._room = asyncio.Event()
-        self.count(0)
+        self._used: Counter[str | None] = Counter()
+        self._promised: Counter[str | None] = Counter()
+        self._uploading: Counter[str | None] = Counter()
+        self._freed = asyncio.Event()
+        for file in self._files.values():
+            self.count(file.bytes, file.owner)
 
     @property
     def taken(self) -> int:
         """Bytes that are used, or promised to uploads under way."""
-        return self._taken
+        return self._used.total() + self._promised.total()
 
-    @property
-    def full(self) -> bool:
-        return self._taken >= self.limits.all_bytes
+    def full(self, owner: str | None) -> bool:
+        """Whether the outputs of this one's batches must wait. What is only promised holds up nobody."""
+        limit = self.limits.all_bytes
+        return self._used.total() >= limit or self._used[owner] >= share(limit, owner)
 
-    def count(self, more: int) -> None:
-        self._taken += more
-        (self._room.clear if self.full else self._room.set)()
+    def count(self, more: int, owner: str | None) -> None:
+        self._used[owner] += more
+        if more < 0:
+            self._freed.set()
+            self._freed = asyncio.Event()
 
-    async def room(self) -> None:
+    async def room(self, owner: str | None) -> None:
         """Returns when there is some."""
-        await self._room.wait()
+        while self.full(owner):
+            await self._freed.wait()
 
-    def promise(self, nbytes: int) -> None:
+    def promise(self, nbytes: int, owner: str | None) -> None:
         """An upload of at most so many bytes begins. Raises RequestTooLargeError."""
-        if len(self._files) + self._uploading >= self.limits.most:
+        mine = sum(file.owner == owner for file in self._files.values()) + self._uploading[owner]
+        kept, most = len(self._files) + self._uploading.total(), self.limits.most
+        if kept >= most or mine >= share(most, owner):
             raise RequestTooLargeError(
-                f"{self.limits.most} files are kept already: delete some (DELETE /v1/files/ID)",
+                f"{most if kept >= most else share(most, owner)} files are kept already: delete some "
+                "(DELETE /v1/files/ID)",
                 code="storage_full",
             )
-        if self._taken + nbytes > self.limits.all_bytes:
+        used, limit = self._used[owner] + self._promised[owner], share(self.limits.all_bytes, owner)
+        if self.taken + nbytes > self.limits.all_bytes:
+            used, limit = self.taken, self.limits.all_bytes
+        if used + nbytes > limit:
             raise RequestTooLargeError(
-                f"no room for {nbytes} bytes: {self._taken} of {self.limits.all_bytes} are used; delete "
+                f"no room for {nbytes} bytes: {used} of {limit} are used; delete "
                 "files (DELETE /v1/files/ID), or have the operator raise files_mib (PRAD_PREFILL_FILES_MIB)",
                 code="storage_full",
             )
-        self._uploading += 1
-        self.count(nbytes)
+        self._uploading[owner] += 1
+        self._promised[owner] += nbytes
 
-    def settle(self, nbytes: int) -> None:
+    def settle(self, nbytes: int, owner: str | None) -> None:
         """What `promise` was told; the upload is over, in whatever way."""
-        self._uploading -= 1
-        self.count(-nbytes)
+        self._uploading[owner] -= 1
+        self._promised[owner] -= nbytes
 
     def part(self) -> Path:
         """Where a content may be written before it is a file."""
@@ -130,7 +149,7 @@ class Files:
         )
         await asyncio.to_thread(self._move, content, file)
         self._files[file.id] = file
-        self.count(file.bytes)
+        self.count(file.bytes, file.owner)
         return file
 
     def find(self, name: str, owner: str | None) -> StoredFile:
@@ -153,7 +172,7 @@ class Files:
 
     async def delete(self, file: StoredFile) -> None:
         if self._files.pop(file.id, None) is not None:
-            self.count(-file.bytes)
+            self.count(-file.bytes, file.owner)
             await asyncio.to_thread(self._unlink, file)
 
     async def sweep(self, used: Iterable[str]) -> None:

@@ -13,11 +13,14 @@ from typing import BinaryIO, Final, NamedTuple
 
 import orjson
 
+from prefill_service.api.intake import MAX_BRACKETS
 from prefill_service.api.problems import shown
 
 ENDPOINTS = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
 MOST_FAULTS = 100
 MAX_ID_CHARACTERS = 512
+AROUND_BODY = 16 * 2**10
+"""Bytes of a line beside its request."""
 _NAMES: Final = ("custom_id", "method", "url", "body")
 
 
@@ -48,12 +51,15 @@ class _Wrong(NamedTuple):
     param: str | None = None
 
 
-def read_index(path: Path, endpoint: str, most: int) -> Index:
+def read_index(path: Path, endpoint: str, most: int, body_bytes: int) -> Index:
     """Of a whole file; up to MOST_FAULTS of what is wrong with it. Takes a while: not for the event loop."""
     index, seen, offset = Index(), set[str](), 0
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
+        for number, (line, nbytes) in enumerate(_lines(file, body_bytes + AROUND_BODY), 1):
+            if nbytes > len(line):
+                wrong = f"the line has {nbytes} bytes: expected up to {len(line)}, as of any request"
+                index.faults.append(Fault(number, wrong))
+            elif line.strip():
                 if len(index.names) == most:
                     index.faults = [
                         Fault(None, f"expected up to {most} lines: split the file", "input_file_id")
@@ -68,14 +74,25 @@ def read_index(path: Path, endpoint: str, most: int) -> Index:
                     seen.add(name)
             if len(index.faults) == MOST_FAULTS:
                 break
-            offset += len(line)
+            offset += nbytes
     if not index.names and not index.faults:
         index.faults.append(Fault(None, "the file has no line", "input_file_id", "empty_file"))
     return index
 
 
+def _lines(file: BinaryIO, most: int) -> Iterator[tuple[bytes, int]]:
+    """Each up to `most` bytes of it, and how many it has."""
+    while line := file.readline(most):
+        nbytes, rest = len(line), line
+        while not rest.endswith(b"\n") and (rest := file.readline(most)):
+            nbytes += len(rest)
+        yield line, nbytes
+
+
 def _name_of(line: bytes, endpoint: str, seen: Container[str]) -> str | _Wrong:
     """The line's custom_id, or what is wrong with it."""
+    if line.count(b"[") + line.count(b"{") > MAX_BRACKETS:
+        return _Wrong(f"too many of [ and {{: expected up to {MAX_BRACKETS}")
     try:
         asked = orjson.loads(line)
     except orjson.JSONDecodeError as error:
@@ -97,6 +114,10 @@ def _name_of(line: bytes, endpoint: str, seen: Container[str]) -> str | _Wrong:
         return _Wrong(f"'body': expected the request, an object, got {shown(body)}", "body")
     if body.get("stream"):
         return _Wrong("'stream': a batch's answers come in one piece; leave it out", "body.stream")
+    try:
+        orjson.dumps(body)
+    except orjson.JSONEncodeError:  # it reads deeper ones than it writes
+        return _Wrong("'body': its lists and objects lie too deep in each other", "body")
     return name
 
 
@@ -124,47 +145,56 @@ class Outputs:
         return self.answered.names | self.failed.names
 
     def close(self) -> None:
-        self.answered.close()
-        self.failed.close()
+        try:
+            self.answered.close()
+        finally:
+            self.failed.close()
 
 
 class _Output:
+    """`lines`: of requests that were asked; one that expired before is there for its name alone."""
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self.names: set[str] = set()
+        self.lines = 0
         self.nbytes = 0
         if path.is_file():
             self._read()
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        self.lines = len(self.names)
 
     def _read(self) -> None:
-        for name, end in whole_lines(self.path):
+        for name, was_asked, end in whole_lines(self.path):
             self.names.add(name)
+            self.lines += was_asked
             self.nbytes = end
         os.truncate(self.path, self.nbytes)
 
     def add(self, line: dict[str, object]) -> int:
-        """How many bytes it took. Raises OSError."""
+        """How many bytes it took. Raises OSError, and leaves whole lines then."""
         data = orjson.dumps(line) + b"\n"
         if os.write(self._file, data) < len(data):
+            os.ftruncate(self._file, self.nbytes)
             raise OSError(f"no room for {len(data)} bytes in {self.path}")
         self.nbytes += len(data)
-        self.lines += 1
+        self.lines += line["response"] is not None
         self.names.add(str(line["custom_id"]))
         return len(data)
 
     def close(self) -> None:
-        os.fsync(self._file)
-        os.close(self._file)
+        try:
+            os.fsync(self._file)
+        finally:
+            os.close(self._file)
 
 
-def whole_lines(path: Path) -> Iterator[tuple[str, int]]:
-    """The custom_id of each whole line of an output, and where the line ends."""
+def whole_lines(path: Path) -> Iterator[tuple[str, bool, int]]:
+    """The custom_id of each whole line of an output, whether it was asked at all, and where the line ends."""
     end = 0
     with path.open("rb") as file:
         for line in file:
             if not line.endswith(b"\n"):
                 return
             end += len(line)
-            yield orjson.loads(line)["custom_id"], end
+            answer = orjson.loads(line)
+            yield answer["custom_id"], answer["response"] is not None, end

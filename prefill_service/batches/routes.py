@@ -100,7 +100,7 @@ def batch_routes(kept: Batches | None, limits: ApiLimits) -> APIRouter:
 
 
 def _shown(batches: Batches, batch: Batch) -> Json:
-    waits = batches.files.full and not batch.has_ended
+    waits = batches.files.full(batch.owner) and not batch.has_ended
     return {**batch.shown(), "prad": {"waits_for_room": waits}}
 
 

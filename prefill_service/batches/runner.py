@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from starlette.types import ASGIApp
 
 from prad.core.errors import PradError
 from prefill_service.batches.answers import Answers
-from prefill_service.batches.files import FileLimits, Files, StoredFile, write_record
+from prefill_service.batches.files import FileLimits, Files, StoredFile, share, write_record
 from prefill_service.batches.lines import Fault, Outputs, read_index
 from prefill_service.batches.records import Batch, NewBatch, Status
 from prefill_service.catalogue import KeyRing
@@ -34,6 +35,7 @@ MOST_ENDED = 16
 """Batches that have ended are kept, for each that may be under way."""
 
 _SWEEP_S = 600.0
+_FAILED = Fault(None, "it failed; the server's log says why", code="internal_error")
 
 
 class FilesInUseError(PradError):
@@ -43,11 +45,12 @@ class FilesInUseError(PradError):
 @dataclass(frozen=True, slots=True)
 class BatchLimits:
     """`lines` of one; `at_once`: requests of all batches that are under way; `most` batches that have not
-    ended."""
+    ended, and `share` of them for each key; `body_bytes` of a line's request."""
 
     lines: int = 50_000
     at_once: int = 128
     most: int = 64
+    body_bytes: int = 4 * 2**20
 
 
 class Batches(Collector):
@@ -90,7 +93,7 @@ class Batches(Collector):
     # ---- what clients ask ------------------------------------------------------------------------------
 
     async def create(self, wanted: NewBatch, owner: str | None) -> Batch:
-        """Raises NotFoundError, InvalidRequestError, OverloadedError."""
+        """Raises NotFoundError, InvalidRequestError, OverloadedError, OSError."""
         file = self.files.find(wanted.input_file_id, owner)
         if file.purpose != "batch":
             raise InvalidRequestError(
@@ -99,6 +102,9 @@ class Batches(Collector):
             )
         if len(self._unfinished) >= self._limits.most:
             raise OverloadedError(f"{self._limits.most} batches are under way: try again when one has ended")
+        most = share(self._limits.most, owner)
+        if sum(batch.owner == owner for batch in self._unfinished) >= most:
+            raise OverloadedError(f"{most} batches of this key are under way: try again when one has ended")
         now = int(time.time())
         batch = Batch(
             id=f"batch_{uuid.uuid4().hex}",
@@ -108,7 +114,11 @@ class Batches(Collector):
             **wanted.model_dump(),
         )
         self._batches[batch.id] = batch
-        await self._write(batch)
+        try:
+            await self._write(batch)
+        except BaseException:  # nobody gets to know its id
+            del self._batches[batch.id]
+            raise
         self._begun.put_nowait(batch)
         return batch
 
@@ -125,13 +135,14 @@ class Batches(Collector):
         return sorted(mine, key=lambda batch: (batch.created_at, batch.id), reverse=True)
 
     async def cancel(self, batch: Batch) -> None:
-        """What is answered stays. Raises InvalidRequestError."""
+        """What is answered stays. Raises InvalidRequestError, OSError."""
         if batch.has_ended or batch.status == "finalizing":
             raise InvalidRequestError(f"{batch.id} is {batch.status}: there is nothing to cancel", param="id")
         if batch.status != "cancelling":
-            await self._become(batch, "cancelling")
+            batch.become("cancelling", time.time())
             if (asking := self._asking.get(batch.id)) is not None:
                 asking.cancel()
+            await self._write(batch)
 
     async def delete(self, file: StoredFile) -> None:
         """Raises InvalidRequestError."""
@@ -143,30 +154,34 @@ class Batches(Collector):
     # ---- a batch, from its file to its outputs -----------------------------------------------------------
 
     async def _work(self, app: ASGIApp, batch: Batch) -> None:
-        """Whatever goes wrong ends this batch, and no other."""
+        """Whatever goes wrong ends this batch, and no other; what is answered by then is kept."""
         try:
             path = self.files.content(self.files.find(batch.input_file_id, batch.owner))
-            index = await asyncio.to_thread(read_index, path, batch.endpoint, self._limits.lines)
+            index = await asyncio.to_thread(
+                read_index, path, batch.endpoint, self._limits.lines, self._limits.body_bytes
+            )
             if index.faults:
                 await self._fail(batch, *index.faults)
                 return
             outputs = await asyncio.to_thread(Outputs, *self._output_paths(batch))
-            self.files.count(outputs.nbytes)
+            self.files.count(outputs.nbytes, batch.owner)
             answers = Answers(self.files, self._slots, self._keys, app, batch, index, outputs)
             try:
-                await self._answer_all(answers, path)
+                try:
+                    await self._answer_all(answers, path)
+                finally:
+                    self.files.count(-outputs.nbytes, batch.owner)
+                    await asyncio.to_thread(outputs.close)
             except InvalidKeyError:
                 revoked = "the API key that it was sent with is not in force any more"
                 batch.errors = [Fault(None, revoked, code="invalid_api_key").shown()]
-            finally:
-                self.files.count(-outputs.nbytes)
-                await asyncio.to_thread(outputs.close)
+            except Exception:
+                logger.exception("%s failed", batch.id)
+                batch.errors = [_FAILED.shown()]
             await self._finalize(batch, outputs)
         except Exception:
             logger.exception("%s failed", batch.id)
-            await self._fail(
-                batch, Fault(None, "it failed; the server's log says why", code="internal_error")
-            )
+            await self._fail(batch, _FAILED)
 
     async def _answer_all(self, answers: Answers, path: Path) -> None:
         """Until there is nothing left to ask, or no time, or nobody who wants it."""
@@ -245,15 +260,25 @@ class Batches(Collector):
 
     async def _sweep_now_and_then(self) -> None:
         while True:
-            await self.files.sweep(batch.input_file_id for batch in self._unfinished)
-            ended = sorted((b for b in self._batches.values() if b.has_ended), key=lambda b: b.ended_at)
-            before = time.time() - self.files.limits.keep_s
-            most = MOST_ENDED * self._limits.most
-            for number, batch in enumerate(reversed(ended)):
-                if number >= most or batch.ended_at <= before:
-                    del self._batches[batch.id]
-                    await asyncio.to_thread(self._unlink, batch)
+            try:
+                await self._sweep()
+            except OSError:
+                logger.exception("what has expired cannot be deleted")
             await asyncio.sleep(_SWEEP_S)
+
+    async def _sweep(self) -> None:
+        """Raises OSError."""
+        await self.files.sweep(batch.input_file_id for batch in self._unfinished)
+        ended = sorted((b for b in self._batches.values() if b.has_ended), key=lambda b: b.ended_at)
+        before = time.time() - self.files.limits.keep_s
+        most, kept = MOST_ENDED * self._limits.most, Counter[str | None]()
+        for batch in reversed(ended):
+            mine = share(most, batch.owner)
+            if kept.total() < most and kept[batch.owner] < mine and batch.ended_at > before:
+                kept[batch.owner] += 1
+            else:
+                del self._batches[batch.id]
+                await asyncio.to_thread(self._unlink, batch)
 
     def collect(self) -> Iterable[Metric]:
         """Read whenever somebody asks for /metrics."""

@@ -37,11 +37,11 @@ async def receive(request: Request, files: Files, limits: ApiLimits, owner: str 
             f"expected content-type multipart/form-data, got {kind or 'none'}", param="content-type"
         )
     promised = _most(request, files.limits.file_bytes)
-    files.promise(promised)
+    files.promise(promised, owner)
     try:
         return await _receive(request, files, limits, owner)
     finally:
-        files.settle(promised)
+        files.settle(promised, owner)
 
 
 def _most(request: Request, file_bytes: int) -> int:

@@ -17,7 +17,7 @@ from prad.core.kv import BlockPool
 from prad.core.sampling import Drafter, Token, TokenEvent
 from prad.lm import Grammars, LanguageModel
 from prad.lm.kv import Pools
-from prefill_service.decode_link import open_message
+from prefill_service.decode_link import alike, open_message, text_ids
 from prefill_service.pass_loop import deliver_first
 from prefill_service.passes import raw, run_prompt_pass
 from prefill_service.prompt import Prompt, PromptRequest
@@ -88,7 +88,7 @@ class Split:
         planes = tuple((raw(key[own]), raw(value[own])) for key, value in layers)
         frame = Incoming(0, (), Encoding.RAW, self._model.layout.bytes_per_token, planes)
         self._engine.write(frame, [reservation.placed(0, Rows(0, 0, prompt.tokens))])
-        self._engine.commit(reservation, tokens, prompt.text_ids, prompt.alike)
+        self._engine.commit(reservation, tokens, text_ids(prompt), alike(prompt))
 
 
 def replayed(request: PromptRequest, output: Sequence[int]) -> PromptRequest:

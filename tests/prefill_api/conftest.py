@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -24,6 +25,7 @@ from prefill_service.api import ApiLimits, ModelInfo, create_app
 from prefill_service.catalogue import TaskCatalogue, TaskVersions
 from prefill_service.prompt import Engine, PromptRequest, TaskVersion
 from tests.generation import search
+from tests.prefill_api.batching import Serving, serving_in
 
 EOS = "<|end|>"
 CHAT_TEMPLATE = (
@@ -347,3 +349,16 @@ async def client(app_of: AppOf, engine: ModelEngine) -> AsyncIterator[httpx.Asyn
 @pytest.fixture
 def scripted(tokenizer: Tokenizer) -> Callable[[str], ScriptedEngine]:
     return lambda text: ScriptedEngine(script=tokenizer.encode_continuation(text), eos=tokenizer.eos_id)
+
+
+@pytest.fixture
+def serving(
+    engine: ModelEngine,
+    tokenizer: Tokenizer,
+    language_model: LanguageModel,
+    catalogue: TaskCatalogue,
+    tmp_path: Path,
+) -> Serving:
+    """Whose batches lie in `tmp_path / "kept"`."""
+    info = ModelInfo("0123456789abcdef", language_model.max_context, len(tokenizer), frozenset())
+    return serving_in(tmp_path / "kept", partial(create_app, engine, catalogue, tokenizer, info))

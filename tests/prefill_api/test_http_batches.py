@@ -2,116 +2,18 @@
 nothing and asks nothing twice."""
 
 import asyncio
-import json
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from adapter_registry.keys import NewKey, StoredKey, hashed, issued
-from prefill_service.api import ApiAccess, ApiLimits, ModelInfo, create_app
 from prefill_service.batches import Batches, BatchLimits, FileLimits
 from prefill_service.batches.records import NewBatch
 from prefill_service.batches.runner import FilesInUseError
 from prefill_service.catalogue import KeyRing
 from prefill_service.errors import OverloadedError
-
-COMPLETIONS = "/v1/completions"
-
-
-def line(name: str, **body: Any) -> dict[str, Any]:
-    asked = {"model": "e2e", "prompt": f"food {name}", "max_tokens": 3, "ignore_eos": True, **body}
-    return {"custom_id": name, "method": "POST", "url": COMPLETIONS, "body": asked}
-
-
-def jsonl(*lines: Any) -> bytes:
-    return b"".join(json.dumps(each).encode() + b"\n" for each in lines)
-
-
-def key(name: str) -> StoredKey:
-    """One whose token is its name."""
-    return issued(None, NewKey(name=name), hashed(name), 1, "2026-01-01T00:00:00.000+00:00", "")
-
-
-class Service:
-    """A client of an app with batches, which run."""
-
-    def __init__(self, client: httpx.AsyncClient, batches: Batches) -> None:
-        self.client = client
-        self.batches = batches
-
-    async def upload(self, content: bytes, token: str = "none", **fields: str) -> httpx.Response:
-        return await self.client.post(
-            "/v1/files",
-            files={"file": ("in.jsonl", content)},
-            data={"purpose": "batch", **fields},
-            headers={"authorization": f"Bearer {token}"},
-        )
-
-    async def create(self, content: bytes, token: str = "none", **more: Any) -> dict[str, Any]:
-        sent = await self.upload(content, token)
-        assert sent.status_code == 200, sent.text
-        asked = {
-            "input_file_id": sent.json()["id"],
-            "endpoint": COMPLETIONS,
-            "completion_window": "24h",
-            **more,
-        }
-        headers = {"authorization": f"Bearer {token}"}
-        made = await self.client.post("/v1/batches", json=asked, headers=headers)
-        assert made.status_code == 200, made.text
-        return made.json()  # type: ignore[no-any-return]
-
-    async def ended(self, name: str, token: str = "none") -> dict[str, Any]:
-        while True:
-            got = await self.client.get(f"/v1/batches/{name}", headers={"authorization": f"Bearer {token}"})
-            if got.json()["status"] in ("completed", "failed", "expired", "cancelled"):
-                return got.json()  # type: ignore[no-any-return]
-            await asyncio.sleep(0.002)
-
-    async def lines(self, name: str | None) -> dict[str, dict[str, Any]]:
-        """Of an output file, by custom_id, of which each is there once."""
-        if name is None:
-            return {}
-        content = (await self.client.get(f"/v1/files/{name}/content")).content
-        found = [json.loads(each) for each in content.splitlines()]
-        assert len({each["custom_id"] for each in found}) == len(found)
-        return {each["custom_id"]: each for each in found}
-
-
-async def until(true: Callable[[], object]) -> None:
-    while not true():  # noqa: ASYNC110
-        await asyncio.sleep(0.002)
-
-
-Serving = Callable[..., Any]
-
-
-@pytest.fixture
-def serving(engine: Any, tokenizer: Any, language_model: Any, catalogue: Any, tmp_path: Path) -> Serving:
-    info = ModelInfo("0123456789abcdef", language_model.max_context, len(tokenizer), frozenset())
-    limits = ApiLimits(max_body_bytes=20_000)
-
-    @asynccontextmanager
-    async def serve(
-        files: FileLimits | None = None, most: BatchLimits | None = None, keys: KeyRing | None = None
-    ) -> AsyncIterator[Service]:
-        keys = keys or KeyRing()
-        most = most or BatchLimits(at_once=4)
-        batches = Batches(tmp_path / "kept", files or FileLimits(), most, keys)
-        access = ApiAccess(keys=keys)
-        app = create_app(engine, catalogue, tokenizer, info, limits, access=access, batches=batches)
-        running = asyncio.create_task(batches.run(app))
-        transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            yield Service(client, batches)
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
-
-    return serve
+from tests.prefill_api.batching import COMPLETIONS, Serving, jsonl, key, line, until
 
 
 async def test_a_batch_answers_every_line_as_the_endpoint_does(serving: Serving, engine: Any) -> None:
@@ -252,6 +154,40 @@ async def test_what_is_not_answered_in_time_is_named(serving: Serving, engine: A
         assert {each["error"]["code"] for each in failed.values()} == {"batch_expired"}
 
 
+async def test_what_expired_before_a_restart_is_expired_after_it(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch, engine: Any
+) -> None:
+    reached = asyncio.Event()
+
+    async def broken_off(*_: object) -> None:
+        reached.set()
+        raise asyncio.CancelledError
+
+    engine.pause_at = 0
+    async with serving() as service:
+        made = await service.create(jsonl(line("one"), line("two")))
+        await engine.paused.acquire()
+    record = service.batches.find(made["id"], None)
+    record.expires_at = 1
+    await service.batches._write(record)
+    with monkeypatch.context() as restart:
+        restart.setattr(Batches, "_finalize", broken_off)
+        async with serving():
+            await reached.wait()
+    async with serving() as service:
+        ended = await service.ended(made["id"])
+        assert (ended["status"], ended["request_counts"]["failed"]) == ("expired", 0)
+        assert sorted(await service.lines(ended["error_file_id"])) == ["one", "two"]
+
+
+async def test_a_line_says_what_was_ignored(serving: Serving) -> None:
+    async with serving(unknown_fields="warn") as service:
+        ended = await service.ended((await service.create(jsonl(line("a", foo=1), line("b"))))["id"])
+        answered = await service.lines(ended["output_file_id"])
+        assert answered["a"]["response"]["prad"] == {"ignored_fields": "foo"}
+        assert "prad" not in answered["b"]["response"]
+
+
 async def test_an_overloaded_service_is_waited_for(
     serving: Serving, engine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -347,11 +283,12 @@ async def test_outputs_wait_for_room(serving: Serving) -> None:
         shown = (await service.client.get(f"/v1/batches/{made['id']}")).json()
         assert (shown["status"], shown["prad"]) == ("in_progress", {"waits_for_room": True})
         await service.client.delete(f"/v1/files/{other}")
-        service.batches.files.count(-10_000)  # as if much were deleted
+        service.batches.files.count(-10_000, None)  # as if much were deleted
         assert (await service.ended(made["id"]))["status"] == "completed"
 
 
-async def test_what_has_expired_is_deleted(serving: Serving) -> None:
+async def test_what_has_expired_is_deleted(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prefill_service.batches.runner._SWEEP_S", 0.01)
     async with serving() as service:
         made = await service.create(jsonl(line("one")))
         await service.ended(made["id"])

@@ -174,6 +174,21 @@ def test_the_least_recently_used_leave_when_there_is_no_room() -> None:
     assert not KeptResponses(0).keeps
 
 
+def test_a_key_that_keeps_many_evicts_its_own() -> None:
+    kept = KeptResponses(3000)
+    kept.keep("alice", {"id": "a", "text": "x" * 500}, [])
+    for number in range(9):
+        kept.keep("bob", {"id": f"b{number}", "text": "x" * 500}, [])
+    assert kept.find("a", "alice", "id").response["id"] == "a"
+    assert kept.find("b8", "bob", "id").response["id"] == "b8"
+    for name in ("b0", "b6", "a"):
+        with pytest.raises(NotFoundError):
+            kept.find(name, "bob", "id")
+    kept.delete("a", "alice")
+    with pytest.raises(NotFoundError):
+        kept.find("a", "alice", "id")
+
+
 async def test_files_and_batches_of_every_endpoint(official: openai.AsyncOpenAI) -> None:
     bodies: dict[Any, dict[str, Any]] = {
         "/v1/completions": {"model": "e2e", "prompt": "food", "max_tokens": 3},
@@ -202,6 +217,10 @@ async def test_files_and_batches_of_every_endpoint(official: openai.AsyncOpenAI)
         assert batch.output_file_id is not None
         answered = (await official.files.content(batch.output_file_id)).text.splitlines()
         assert sorted(json.loads(line)["custom_id"] for line in answered) == ["r0", "r1", "r2"]
+    last = json.loads(answered[0])["response"]["body"]
+    assert last["store"] is False, "it would evict what live conversations go on from"
+    with pytest.raises(openai.NotFoundError):
+        await official.responses.retrieve(last["id"])
     assert len([batch async for batch in official.batches.list(limit=2)]) == 3
     assert len([file async for file in official.files.list()]) == 6
     await official.files.delete(sent.id)

@@ -51,7 +51,7 @@ class Metadata(StrictModel):
     """Who asks, in words of the client's own: as `user` of a chat."""
 
 
-class Tool(StrictModel):
+class MessagesTool(StrictModel):
     place: ClassVar[str] = "tools."
     ignored: ClassVar[frozenset[str]] = frozenset({"cache_control"})
     unsupported: ClassVar[Neutral] = {"type": ("custom",)}
@@ -102,7 +102,7 @@ class TokensRequest(StrictModel):
     """The conversation; an assistant's turn at its end is gone on with."""
     system: Content | None = None
     """A text, or text blocks, which are joined as they stand."""
-    tools: list[Tool] | None = None
+    tools: list[MessagesTool] | None = None
     """Functions that the model may ask for."""
     tool_choice: ToolChoice | None = None
     """Whether it must, and which."""

@@ -61,7 +61,7 @@ class Text(StrictModel):
     """What the text must be: anything, JSON, or JSON of a schema."""
 
 
-class Tool(StrictModel):
+class ResponsesTool(StrictModel):
     place: ClassVar[str] = "tools."
 
     type: Literal["function"]
@@ -112,7 +112,7 @@ class ResponsesRequest(StrictModel):
     """Send the answer as events while it is made. Absent: no."""
     text: Text | None = None
     """What the text must be."""
-    tools: list[Tool] | None = None
+    tools: list[ResponsesTool] | None = None
     """Functions that the model may ask for."""
     tool_choice: Literal["auto", "none", "required"] | Json | None = None
     """Whether it must, and which."""
