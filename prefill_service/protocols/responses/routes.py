@@ -6,11 +6,7 @@ from fastapi import APIRouter, Path, Request
 from starlette.responses import Response
 
 from prefill_service.api.described import ANSWER, REFUSALS, body_schema
-<<<<<<< HEAD
-from prefill_service.api.intake import ApiLimits, client_of, noting, read_body
-=======
-from prefill_service.api.intake import BEHIND_OTHERS, ApiLimits, client_of, read_body
->>>>>>> w33-x
+from prefill_service.api.intake import BEHIND_OTHERS, ApiLimits, client_of, noting, read_body
 from prefill_service.api.outcomes import JsonResponse, record_of
 from prefill_service.api.responses import EventStream
 from prefill_service.protocols.chat import Chat, Json, chunks_of, said, shown_headers
@@ -34,14 +30,9 @@ def responses_routes(chat: Chat, limits: ApiLimits) -> APIRouter:
         earlier: list[Json] = []
         if wanted.previous_response_id is not None:
             earlier = [*kept.find(wanted.previous_response_id, owner, "previous_response_id").messages]
-<<<<<<< HEAD
         made = await chat.answer(request, wanted.as_chat(earlier, noting(request, limits)))
-        answer = Answer(wanted, record_of(request), stored=kept.keeps and wanted.store is not False)
-=======
-        made = await chat.answer(request, wanted.as_chat(earlier))
         keeps = kept.keeps and BEHIND_OTHERS not in request.scope  # a batch's answers lie in its files
         answer = Answer(wanted, record_of(request), stored=keeps and wanted.store is not False)
->>>>>>> w33-x
 
         def ended() -> None:
             if answer.stored:
