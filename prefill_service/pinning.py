@@ -51,7 +51,8 @@ class Pinned:
         tried = set[str]()
         while True:
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), AGAIN_S)
+                async with asyncio.timeout(AGAIN_S):
+                    await self._changed.wait()
             again = not self._changed.is_set()
             self._changed.clear()
             wanted = {d: artefact for named in self._named.values() for d, artefact in named.items()}

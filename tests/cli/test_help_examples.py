@@ -41,5 +41,6 @@ def test_help_has_an_example(path: tuple[str, ...]) -> None:
 def test_a_shell_can_complete() -> None:
     ended = CliRunner().invoke(app, ["--help"], prog_name="prad", terminal_width=200)
     assert "--install-completion" in ended.output
-    script = CliRunner().invoke(app, ["--show-completion", "bash"], prog_name="prad")
+    named = {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}  # the shell that runs this may be none
+    script = CliRunner().invoke(app, ["--show-completion", "bash"], prog_name="prad", env=named)
     assert (script.exit_code, "_PRAD_COMPLETE=complete_bash" in script.output) == (0, True)

@@ -176,8 +176,11 @@ class Residents:
     def holds(self, artefact: Artefact) -> bool:
         return not self.full
 
+    def has_room(self, artefact: Artefact) -> bool:
+        return not self.full
+
     @asynccontextmanager
-    async def pinned(self, artefact: Artefact) -> AsyncIterator[Any]:
+    async def pinned(self, artefact: Artefact, *, last: bool = False) -> AsyncIterator[Any]:
         self.pins += 1
         self.taken += 1
         try:
