@@ -38,9 +38,10 @@ def test_help_has_an_example(path: tuple[str, ...]) -> None:
     assert " ".join(("prad", *path)) in example, "the command itself is shown"
 
 
-def test_a_shell_can_complete() -> None:
+def test_a_shell_can_complete(monkeypatch: pytest.MonkeyPatch) -> None:
     ended = CliRunner().invoke(app, ["--help"], prog_name="prad", terminal_width=200)
     assert "--install-completion" in ended.output
-    named = {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}  # the shell that runs this may be none
-    script = CliRunner().invoke(app, ["--show-completion", "bash"], prog_name="prad", env=named)
+    # the shell that runs this may be none
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
+    script = CliRunner().invoke(app, ["--show-completion", "bash"], prog_name="prad")
     assert (script.exit_code, "_PRAD_COMPLETE=complete_bash" in script.output) == (0, True)
