@@ -93,14 +93,14 @@ class Limits:
         sampling = request.sampling
         draws = not sampling.greedy or sampling.min_tokens > 0 or sampling.logprobs is not None
         draws = draws or sampling.rules is not None
-        candidates = beams.candidates(sampling.stop_ids)
+        candidates, most = beams.candidates(sampling.stop_ids), min(self.vocab_size, _MOST_CANDIDATES)
         for wrong, message in (
             (beams.fault is not None, beams.fault),
             (beams.width > _MOST_BEAMS, f"{beams.width} beams, {_MOST_BEAMS} at most"),
             (request.choices > beams.width, f"{request.choices} choices of {beams.width} beams"),
             (
-                candidates > min(self.vocab_size, _MOST_CANDIDATES),
-                f"{beams.width} beams look at {candidates} ids: expected up to {_MOST_CANDIDATES}",
+                candidates > most,
+                f"{beams.width} beams look at {candidates} ids: expected up to {most}",
             ),
             (request.output_offset > 0, "a beam search begins behind its prompt: output_offset is not 0"),
             (draws, "a beam search takes no temperature, min_tokens, logprobs or rules"),
