@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV := uv==0.13.9 # makes the locks
 LOCKED := pyproject.toml locks/install $(wildcard locks/*.txt)
-TESTS := -m "not long" -n 2 --dist loadfile
+TESTS := -m "not long" -n 3 --dist loadfile
 KERNEL_TESTS := $(wildcard tests/lm/test_*kernels.py) tests/lm/test_products.py tests/lm/test_blocks.py tests/lm/test_eight_bits.py
 PROTO := kvtransfer/proto/handoff.proto
 
@@ -21,7 +21,7 @@ help: ## list the targets
 serve: $(VENV)/.served ## the whole stack with the demo adapters, on this machine
 	$(BIN)/prad serve --adapters examples/adapters
 
-test: $(VENV)/.tested ## install what the tests need and run them (two at a time: they wait more than they compute)
+test: $(VENV)/.tested ## install what the tests need and run them (three at a time: they wait more than they compute)
 	$(BIN)/pytest $(TESTS)
 
 test-long: $(VENV)/.tested ## the tests that run for minutes (what others' programs they run is installed first, once)
