@@ -176,3 +176,23 @@ def test_a_tokenizer_without_bytes_has_no_grammars(tiny_model: Any) -> None:
     folder: Path = tiny_model("llama")
     with pytest.raises(GrammarError, match="no place for grammars"):
         Grammars(lambda: Tokenizer(folder), 120).compiled('start: "a"')
+
+
+def test_a_library_that_breaks_is_the_trouble_of_who_asked_alone(
+    grammars: Grammars, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Panic(BaseException):
+        """As Rust's are."""
+
+    class Broken:
+        def unsafe_compute_mask_ptr(self, *_: Any) -> None:
+            raise Panic("index out of bounds")
+
+    walk = Walk(compiled(grammars, "regex", "a+"), {tokenizer.eos_id}, [])
+    with monkeypatch.context() as broken:
+        broken.setattr(grammars._loaded, "executor", Broken())
+        assert grammars.masks([walk]).shape == (1, VOCAB)
+    assert walk.trouble == "its grammar broke: index out of bounds"
+    other = Walk(compiled(grammars, "regex", "a+"), {tokenizer.eos_id}, [])
+    grammars.masks([other])
+    assert other.trouble is None

@@ -117,3 +117,38 @@ async def test_in_a_full_queue_they_take_nobodys_place() -> None:
             await anext(setting.engine.generate(request("batch", behind=True)))
         setting.passes.hold.set()
         await asyncio.gather(*asked)
+
+
+async def test_who_comes_to_a_full_queue_gets_the_place_of_one() -> None:
+    """Also of an answer of which a prompt is under way: a batch asks again."""
+    setting = Setting(max_waiting=2)
+    async with setting.running():
+        setting.passes.hold = asyncio.Event()
+        parts = [
+            request(f"b{n}", max_tokens=1, behind=True, answer="line", prompts=3, prompt_index=n)
+            for n in range(3)
+        ]
+        batch = [asyncio.create_task(setting.only_token(parts[0]))]
+        await setting.until(lambda: setting.passes.ran)
+        batch += [asyncio.create_task(setting.only_token(part)) for part in parts[1:]]
+        await setting.idle()
+        live = asyncio.create_task(setting.only_token(request("live", max_tokens=1)))
+        await setting.idle()
+        setting.passes.hold.set()
+        await live
+        ended = await asyncio.gather(*batch, return_exceptions=True)
+    assert [isinstance(each, OverloadedError) for each in ended] == [False, True, True]
+
+
+def test_what_is_left_free_for_others_is_not_for_them() -> None:
+    """A flow that has to leave some of decode's room does not leave it to what waits behind all."""
+    queue = scheduler(pass_prompts=8)
+    queue.decode_has(DecodeSize(17 * 8, 4, 100))
+    for number in range(16):
+        queue.add(prompt(f"a{number}"))
+    assert sum(map(len, passes(queue, 2))) == 16
+    queue.add(prompt("a16"))
+    queue.add(prompt("b1", behind=True))
+    assert passes(queue, 1) == [[]], "a16 is left out so that a new flow has room"
+    queue.add(prompt("c1"))
+    assert "c1" in passes(queue, 1)[0]

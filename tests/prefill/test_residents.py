@@ -190,3 +190,21 @@ async def test_what_a_pinned_tasks_names_mean_is_loaded_before_anybody_asks() ->
     every = Pinned([EVERY])
     every.follow("u", TaskVersions.of(Routing(split={3: 100}), versions))
     assert "v3" in every
+
+
+async def test_who_waits_behind_all_others_keeps_nobody_from_what_is_there(
+    setting: tuple[Loader, list[Artefact]],
+) -> None:
+    loader, (red, green, _) = setting
+    residents = Residents(loader, red.nbytes(4), 4)
+
+    async def behind() -> None:
+        async with residents.pinned(green, last=True):
+            pass
+
+    async with residents.pinned(red):
+        waits = asyncio.create_task(behind())
+        await asyncio.sleep(0)
+        await asyncio.wait_for(use(residents, red), 10)
+        assert not waits.done()
+    await waits
