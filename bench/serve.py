@@ -34,7 +34,7 @@ from bench.serving import Served, Steps, bodies, served
 from prad.http.load import latencies, poisson_arrivals
 from prad.lm import LanguageModel
 
-_PUSHED = 192  # adapters for a round at most
+_PUSHED = 64  # adapters for a round at most
 
 
 def run(arguments: Serve) -> dict[str, Any]:
@@ -110,14 +110,11 @@ def _tasks(server: Served, model: LanguageModel, prompts: _Prompts, arguments: S
 
 @contextmanager
 def _new_adapters(model: LanguageModel, first: int, arguments: Serve) -> Iterator[Iterator[Path]]:
-    """Folders of adapters that the server does not know, numbered from `first` on; one for every round, in
-    which each adapter lies in a folder of its own."""
+    """Folders of adapters that the server does not know, numbered from `first` on; one for every round."""
     with tempfile.TemporaryDirectory() as name:
         folders = [Path(name) / str(number) for number in range(arguments.rounds + 1)]
-        numbers = count(first)
-        for folder in folders:
-            for at in range(_PUSHED):
-                write_artefacts(folder / str(at), model, "prad-pa", 1, arguments.r, next(numbers))
+        for at, folder in enumerate(folders):
+            write_artefacts(folder, model, "prad-pa", _PUSHED, arguments.r, first + at * _PUSHED)
         yield iter(folders)
 
 
@@ -140,7 +137,7 @@ def _pushing(server: Served, folder: Path) -> Iterator[Pushes]:
         for adapter in sorted(folder.iterdir()):
             if not pushes.wanted:
                 return
-            server.push(adapter)
+            server.push_version(adapter, adapter.name)
             pushes.done += pushes.wanted
 
     with ThreadPoolExecutor(1, initializer=_wait_for_idle_cores) as pool:

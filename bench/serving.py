@@ -16,7 +16,7 @@ from rich.console import Console
 from bench.adapters import write_artefacts
 from bench.flags import ShapeFlags
 from bench.model import model_flags
-from local_stack.pushing import adapter_folders, push_all
+from local_stack.pushing import push_all
 from local_stack.stack import Stack, StackError, answers, free_ports
 from prad.http.load import LoadClient, Run
 from prad.lm import LanguageModel
@@ -50,13 +50,6 @@ class Served:
         self.tasks = tasks
         self._metrics = metrics
         self._registry = registry
-
-    def push(self, folder: Path) -> None:
-        """Every adapter folder below, one after the other; raises StackError."""
-        if not adapter_folders(folder):
-            raise StackError(f"there is no adapter below {folder}")
-        if failed := push_all(folder, self._registry):
-            raise StackError(f"adapters were refused: {failed}")
 
     def push_version(self, folder: Path, task: str) -> None:
         """An adapter folder as the task's next version, ready at prefill; raises StackError."""

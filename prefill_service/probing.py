@@ -4,9 +4,13 @@ and not the plain model's.
 One version at a time, in one thread that steps back for whoever else computes on these cores (Linux), beside
 prompt passes. Where torch computes the model, or its passes of many rows, there is one pass at a time: the
 probe takes its turn among them with all threads, and steps back for none, since prompts would wait for it.
+
+While requests are under way a probe rests before the next one, so that pushes in a row, each of which is work
+for others besides, take a small and steady part of the cores.
 """
 
 import asyncio
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -25,16 +29,27 @@ from prefill_service.prompt import Prompt, PromptRequest
 _NICE = 10
 """A tenth of the time of who does not step back: a probe ends, and delays a decode step by less than that."""
 _TOKENS = 16
+_REST = 12
+"""So many times as long as it computed: half a second for a model of 135 M. What registry and prefill do for a
+push beside the probe costs a decode step more than the probe does."""
 
 
 class Prober:
-    """`load` makes an artefact's adapter. `allow_unmoved`: a version that changes nothing passes, too."""
+    """`load` makes an artefact's adapter. `live`: how many requests are under way. `allow_unmoved`: a version
+    that changes nothing passes, too."""
 
     def __init__(
-        self, model: LanguageModel, load: Callable[[Artefact], Adapter], *, allow_unmoved: bool
+        self,
+        model: LanguageModel,
+        load: Callable[[Artefact], Adapter],
+        live: Callable[[], int],
+        *,
+        allow_unmoved: bool,
     ) -> None:
         self._model = model.beside(threads=1)
         self._load = load
+        self._live = live
+        self._rests_until = 0.0
         self._allow_unmoved = allow_unmoved
         self._pools = Pools(model.layout, 1, _TOKENS, str(model.device), self._model.kernels)
         self._computing = ThreadPoolExecutor(
@@ -50,7 +65,16 @@ class Prober:
 
     async def probe(self, artefact: Artefact) -> None:
         """Raises what loading raises, and AdapterError if it spoils the logits or leaves them as they are."""
-        await asyncio.get_running_loop().run_in_executor(self._computing, self._try, artefact)
+        if self._live() and (left := self._rests_until - time.monotonic()) > 0:
+            await asyncio.sleep(left)
+        await asyncio.get_running_loop().run_in_executor(self._computing, self._timed, artefact)
+
+    def _timed(self, artefact: Artefact) -> None:
+        start = time.thread_time()
+        try:
+            self._try(artefact)
+        finally:  # the thread's own time: it may have waited for the others
+            self._rests_until = time.monotonic() + _REST * (time.thread_time() - start)
 
     def _try(self, artefact: Artefact) -> None:
         adapter = self._load(artefact)

@@ -106,7 +106,7 @@ async def _serve(
         residents = Residents(load, settings.adapters_mib * 2**20, model.dtype.itemsize, pinned)
         parts = Parts.build(model, residents, decode, settings)
 
-        prober = Prober(model, load, allow_unmoved=settings.allow_unmoved)
+        prober = Prober(model, load, lambda: parts.engine.live, allow_unmoved=settings.allow_unmoved)
 
         async def warm(artefact: Artefact) -> None:
             async with residents.pinned(artefact, last=True):

@@ -39,6 +39,7 @@ _LIMITS: dict[
     "max_grammar_size": 100_000,
     "verbose_errors": False,
 }
+_NEVER = float("-inf")
 _COMPILED = 64
 """Grammars that are remembered."""
 _THREADS = 2
@@ -105,6 +106,35 @@ class Walk:
             self._matcher.consume_tokens(self._due)
             self._due = []
         return self._matcher
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Mask:
+    """Which tokens may not come: `ids`, or all others; int64 [n], whichever are fewer."""
+
+    ids: Tensor
+    others: bool
+
+    @classmethod
+    def of(cls, banned: Tensor) -> "Mask":
+        """banned: bool [vocab]."""
+        found = banned.numpy()
+        others = 2 * np.count_nonzero(found) > len(found)
+        return cls(torch.from_numpy(np.flatnonzero(found != others)), others)
+
+    def forbid(self, row: Tensor) -> None:
+        """Changes a row of logits float32 [vocab] in place. Not by what torch computes with all its threads:
+        waking them costs more than one row, much more where others compute on these cores."""
+        ids = self.ids.to(row.device)
+        if not self.others:
+            row[ids] = _NEVER
+            return
+        kept = row[ids]
+        if row.device.type == "cpu":
+            row.numpy().fill(_NEVER)
+        else:
+            row.fill_(_NEVER)
+        row[ids] = kept
 
 
 class Grammars:
@@ -226,9 +256,9 @@ class Grammars:
 
     # ---- masks
 
-    def begin_masks(self, walks: Sequence[Walk]) -> "Future[Tensor]":
-        """`masks` in a thread, beside the caller's own work."""
-        return self._masking.submit(self.masks, walks)
+    def begin_masks(self, walks: Sequence[Walk]) -> "Future[list[Mask]]":
+        """`masks` in a thread, beside the caller's own work; one for each walk."""
+        return self._masking.submit(lambda: [Mask.of(banned) for banned in self.masks(walks)])
 
     def masks(self, walks: Sequence[Walk]) -> Tensor:
         """bool [walks, vocab]: which tokens may not come next. Where the grammar may end, what ends the

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from prad.core.rules import Before, Rules
 from prad.core.sampling import SamplingParams
-from prad.lm.grammar import Grammar, Grammars, Walk
+from prad.lm.grammar import Grammar, Grammars, Mask, Walk
 
 _NEVER = float("-inf")
 
@@ -38,14 +38,14 @@ class Shaping:
         self._seen = _Numbers((token, 0.0) for token in before.prompt_ids)
         self._less = _Numbers()
         self._counts: dict[int, int] = {}
-        self._allowed = torch.tensor(sorted(rules.allowed_ids), dtype=torch.long)
+        self._only = Mask(torch.tensor(sorted(rules.allowed_ids), dtype=torch.long), others=True)
         self._alone = [word.ids[0] for word in rules.bad_words if len(word.ids) == 1]
         self._longer: dict[int, list[tuple[int, ...]]] = {}  # by the last id but one
         for word in rules.bad_words:
             if len(word.ids) > 1:
                 self._longer.setdefault(word.ids[-2], []).append(word.ids)
         self._longest = max((len(word.ids) for word in rules.bad_words), default=1)
-        self._masks: tuple[Future[Tensor], int] | None = None
+        self._masks: tuple[Future[list[Mask]], int] | None = None
         for token in before.output_ids:
             self._note(token)
 
@@ -84,26 +84,23 @@ class Shaping:
     @property
     def is_narrow(self) -> bool:
         """Whether so few tokens may come that bad words or early stops can be all of them."""
-        return self.walk is not None or len(self._allowed) > 0
+        return self.walk is not None or len(self._only.ids) > 0
 
     @property
     def may_leave_nothing(self) -> bool:
         return self.is_narrow and bool(self._rules.bad_words)
 
-    def masked_by(self, masks: "Future[Tensor]", row: int) -> None:
-        """Its grammar's mask will be this row of them."""
+    def masked_by(self, masks: "Future[list[Mask]]", row: int) -> None:
+        """Its grammar's mask will be this one of them."""
         self._masks = masks, row
 
     def apply(self, row: Tensor, *, bad_words: bool = True) -> None:
         """Changes a row of logits float32 [vocab] in place. bad_words: False leaves those rules out."""
-        if len(self._allowed):
-            allowed = self._allowed.to(row.device)
-            kept = row[allowed]
-            row.fill_(_NEVER)
-            row[allowed] = kept
+        if len(self._only.ids):
+            self._only.forbid(row)
         if self._masks is not None:
             masks, at = self._masks
-            row.masked_fill_(masks.result()[at].to(row.device), _NEVER)
+            masks.result()[at].forbid(row)
         if bad_words and (banned := self._banned()):
             row[banned] = _NEVER
         if self._bias:

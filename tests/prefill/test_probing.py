@@ -16,6 +16,7 @@ from prad.adapters import METHODS, AdapterError, find_method, load_adapter, new_
 from prad.artefact import WEIGHTS, AdapterRecord, Artefact, BaseModelRef, read_artefact, write_record
 from prad.lm import LanguageModel
 from prad.lm.kernels import Kernels
+from prefill_service import probing
 from prefill_service.probing import Prober
 from tests.conftest import random_artefact
 
@@ -59,7 +60,7 @@ def fresh(folder: Path, model: LanguageModel, method: str) -> Artefact:
 
 
 async def probe(model: LanguageModel, artefact: Artefact, *, allow_unmoved: bool = False) -> None:
-    prober = Prober(model, lambda found: load_adapter(found, model), allow_unmoved=allow_unmoved)
+    prober = Prober(model, lambda found: load_adapter(found, model), lambda: 0, allow_unmoved=allow_unmoved)
     try:
         await prober.probe(artefact)
     finally:
@@ -154,3 +155,29 @@ async def test_it_steps_back_for_nobody_whom_it_could_keep_waiting(
     await probe(model, random_artefact(tmp_path / "a", model, 3, method="prad-prompt", config=many))
     assert seen
     assert set(seen) == {(True, os.getpriority(os.PRIO_PROCESS, 0))}
+
+
+async def test_pushes_in_a_row_take_a_small_part_of_the_time_while_requests_are_under_way(
+    tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = LanguageModel.load(tiny_model("llama"), dtype=torch.float32)
+    artefact = random_artefact(tmp_path / "a", model, 3)
+    rests: list[float] = []
+    live = 0
+
+    async def sleep(seconds: float) -> None:
+        rests.append(seconds)
+
+    monkeypatch.setattr(probing.asyncio, "sleep", sleep)
+    monkeypatch.setattr(probing, "_REST", 1e6)
+    prober = Prober(model, lambda found: load_adapter(found, model), lambda: live, allow_unmoved=False)
+    try:
+        for _ in range(2):
+            await prober.probe(artefact)  # nobody asks anything: at once
+        assert not rests
+        live = 1
+        await prober.probe(artefact)
+        (rest,) = rests
+        assert rest > 1  # a million times as long as it computed
+    finally:
+        prober.close()
