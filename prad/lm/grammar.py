@@ -24,6 +24,8 @@ from prad.lm.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+Row = np.ndarray[Any, Any]
+"""Of a batch: one number for each token of the vocabulary, or the numbers of some tokens."""
 
 Kind = Literal["json", "regex", "choice", "grammar"]
 """What a grammar is written as: a JSON schema, a regular expression, a list of texts, or a grammar in the
@@ -110,31 +112,25 @@ class Walk:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Mask:
-    """Which tokens may not come: `ids`, or all others; int64 [n], whichever are fewer."""
+    """Which tokens may not come: `ids`, or all others; whichever are fewer."""
 
-    ids: Tensor
+    ids: Row
     others: bool
 
     @classmethod
-    def of(cls, banned: Tensor) -> "Mask":
+    def of(cls, banned: Row) -> "Mask":
         """banned: bool [vocab]."""
-        found = banned.numpy()
-        others = 2 * np.count_nonzero(found) > len(found)
-        return cls(torch.from_numpy(np.flatnonzero(found != others)), others)
+        others = 2 * np.count_nonzero(banned) > len(banned)
+        return cls(np.flatnonzero(banned != others), others)
 
-    def forbid(self, row: Tensor) -> None:
-        """Changes a row of logits float32 [vocab] in place. Not by what torch computes with all its threads:
-        waking them costs more than one row, much more where others compute on these cores."""
-        ids = self.ids.to(row.device)
+    def forbid(self, row: Row) -> None:
+        """Changes a row of logits float32 [vocab] in place."""
         if not self.others:
-            row[ids] = _NEVER
+            row[self.ids] = _NEVER
             return
-        kept = row[ids]
-        if row.device.type == "cpu":
-            row.numpy().fill(_NEVER)
-        else:
-            row.fill_(_NEVER)
-        row[ids] = kept
+        kept = row[self.ids]
+        row.fill(_NEVER)
+        row[self.ids] = kept
 
 
 class Grammars:
@@ -258,7 +254,7 @@ class Grammars:
 
     def begin_masks(self, walks: Sequence[Walk]) -> "Future[list[Mask]]":
         """`masks` in a thread, beside the caller's own work; one for each walk."""
-        return self._masking.submit(lambda: [Mask.of(banned) for banned in self.masks(walks)])
+        return self._masking.submit(lambda: [Mask.of(banned.numpy()) for banned in self.masks(walks)])
 
     def masks(self, walks: Sequence[Walk]) -> Tensor:
         """bool [walks, vocab]: which tokens may not come next. Where the grammar may end, what ends the

@@ -2,7 +2,8 @@
 
 A `Shaping` belongs to one sequence and is kept up with its output: what a token changes is noted when it is
 drawn, so that a step costs the same however long the answer is. Masks of grammars are computed beside the
-forward pass (`begin_masks`) and waited for where they are applied.
+forward pass (`begin_masks`) and waited for where they are applied. That is done by numpy, a row at a time:
+torch would wake all its threads for each, which costs more than the row, much more where others compute.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from prad.core.rules import Before, Rules
 from prad.core.sampling import SamplingParams
-from prad.lm.grammar import Grammar, Grammars, Mask, Walk
+from prad.lm.grammar import Grammar, Grammars, Mask, Row, Walk
 
 _NEVER = float("-inf")
 
@@ -38,7 +39,7 @@ class Shaping:
         self._seen = _Numbers((token, 0.0) for token in before.prompt_ids)
         self._less = _Numbers()
         self._counts: dict[int, int] = {}
-        self._only = Mask(torch.tensor(sorted(rules.allowed_ids), dtype=torch.long), others=True)
+        self._only = Mask(np.array(sorted(rules.allowed_ids), np.int64), others=True)
         self._alone = [word.ids[0] for word in rules.bad_words if len(word.ids) == 1]
         self._longer: dict[int, list[tuple[int, ...]]] = {}  # by the last id but one
         for word in rules.bad_words:
@@ -94,7 +95,7 @@ class Shaping:
         """Its grammar's mask will be this one of them."""
         self._masks = masks, row
 
-    def apply(self, row: Tensor, *, bad_words: bool = True) -> None:
+    def apply(self, row: Row, *, bad_words: bool = True) -> None:
         """Changes a row of logits float32 [vocab] in place. bad_words: False leaves those rules out."""
         if len(self._only.ids):
             self._only.forbid(row)
@@ -106,9 +107,9 @@ class Shaping:
         if self._bias:
             self._bias.add_to(row)
         if self._seen:
-            ids, penalty = self._seen.ids.to(row.device), self._rules.repetition_penalty
+            ids, penalty = self._seen.ids, self._rules.repetition_penalty
             seen = row[ids]
-            row[ids] = torch.where(seen > 0, seen / penalty, seen * penalty)
+            row[ids] = np.where(seen > 0, seen / penalty, seen * penalty)
         if self._less:
             self._less.add_to(row)
 
@@ -149,18 +150,19 @@ def shape(
     ruled = [(row, p, s) for row, (p, s) in enumerate(zip(params, shapings, strict=True)) if s is not None]
     if allowed is logits and any(p.logprobs is not None or s.may_leave_nothing for _, p, s in ruled):
         allowed = logits.clone()
+    changed = allowed.cpu().numpy()  # the very same numbers, where they are there already
     for row, _, shaping in ruled:
-        shaping.apply(allowed[row])
+        shaping.apply(changed[row])
     if allowed is not logits:
         for row, _, shaping in ruled:
-            if shaping.is_narrow and float(allowed[row].max()) == _NEVER:  # nothing is left: they give way
-                allowed[row] = logits[row]
-                shaping.apply(allowed[row], bad_words=False)
-    return allowed
+            if shaping.is_narrow and changed[row].max() == _NEVER:  # nothing is left: they give way
+                changed[row] = logits[row].cpu().numpy()
+                shaping.apply(changed[row], bad_words=False)
+    return torch.from_numpy(changed).to(allowed.device)
 
 
 class _Numbers:
-    """A number for each of some ids, whose tensors grow without being copied each time."""
+    """A number for each of some ids, whose arrays grow without being copied each time."""
 
     def __init__(self, given: Iterable[tuple[int, float]] = ()) -> None:
         self._places: dict[int, int] = {}
@@ -178,8 +180,8 @@ class _Numbers:
         self._ids[place], self._values[place] = token, value
 
     @property
-    def ids(self) -> Tensor:
-        return torch.from_numpy(self._ids[: len(self)])
+    def ids(self) -> Row:
+        return self._ids[: len(self)]
 
-    def add_to(self, row: Tensor) -> None:
-        row.index_add_(0, self.ids.to(row.device), torch.from_numpy(self._values[: len(self)]).to(row.device))
+    def add_to(self, row: Row) -> None:
+        row[self.ids] += self._values[: len(self)]

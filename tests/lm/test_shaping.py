@@ -28,7 +28,7 @@ def logits(seed: int, rows: int = 1) -> torch.Tensor:
 
 def shaped(rules: Rules, prompt: Sequence[int], output: Sequence[int], row: torch.Tensor) -> torch.Tensor:
     changed = row.clone()
-    Shaping(rules, Before.of(rules, prompt, output, len(output))).apply(changed)
+    Shaping(rules, Before.of(rules, prompt, output, len(output))).apply(changed.numpy())
     return changed
 
 
@@ -96,7 +96,7 @@ def test_token_by_token_is_as_all_at_once(output: list[int], cut: int) -> None:
     for token in output[cut:]:
         told.push(token)
     changed = row.clone()
-    told.apply(changed)
+    told.apply(changed.numpy())
     assert torch.equal(changed, shaped(ALL, prompt, output, row))
 
 
