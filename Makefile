@@ -9,7 +9,7 @@ TESTS := -m "not long" -n 3 --dist loadfile
 KERNEL_TESTS := $(wildcard tests/lm/test_*kernels.py) tests/lm/test_products.py tests/lm/test_blocks.py tests/lm/test_eight_bits.py
 PROTO := kvtransfer/proto/handoff.proto
 
-BENCHMARKS := floor decode growth choices step para prefill handoff chunking serve batch memory flood registry push versions table4
+BENCHMARKS := floor decode growth choices beams step structured para prefill handoff chunking serve batch memory flood registry push versions table4
 SMOKE ?= floor decode step rounding handoff # what CI runs, in less than two minutes on two cores
 
 .PHONY: help serve test test-long test-latest test-oldest coverage sanitize check proto bench bench-smoke docs lock clean

@@ -290,6 +290,14 @@ GATES = (
         "structured",
         lambda result: 100 * (max(_ruled(result, name) for name in ("one schema", "own schemas")) - 1),
     ),
+    Gate(
+        "searches by three beams: a step, times one of as many plain sequences, at most",
+        1.3,
+        None,
+        "×",
+        "beams",
+        lambda result: max(float(r["ratio"]) for r in result["rows"] if r["kind"] == "beams"),
+    ),
     Gate("8 bits: a step of 64, times bf16's", 0.65, None, "×", "step", _rounded_step("int8", 64)),
     Gate("of one", 0.6, None, "×", "step", _rounded_step("int8", 1)),
     Gate(
