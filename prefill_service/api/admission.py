@@ -27,7 +27,7 @@ from prefill_service.api.requests import (
     addressed,
     split_name,
 )
-from prefill_service.api.rules import RULE_FIELDS, rules_of
+from prefill_service.api.rules import RULE_FIELDS, CompileQueue, rules_of
 from prefill_service.api.showing import GivenEncoder, require_shown, scoring_of
 from prefill_service.api.text import Template, chat_template, completion_template
 from prefill_service.catalogue import Client, TaskCatalogue
@@ -181,7 +181,7 @@ class Admission:
         self._tokenizer = tokenizer
         self._max_context = model.max_context
         self._stop_ids = model.stop_ids | tokenizer.end_ids
-        grammars = Grammars(lambda: tokenizer, model.vocab_size)
+        grammars = CompileQueue(Grammars(lambda: tokenizer, model.vocab_size))
         self._rules_of = partial(
             rules_of, tokenizer=tokenizer, grammars=grammars, vocab_size=model.vocab_size
         )
@@ -251,7 +251,8 @@ class Admission:
         if request.model_fields_set.isdisjoint(RULE_FIELDS):
             return None
         beams, spaced = request.beams is not None, target.version is not None and not request.goes_on
-        return await self._rules_of(request, beams=beams, ignore_eos=bool(request.ignore_eos), spaced=spaced)
+        asked = partial(self._rules_of, request, beams=beams, spaced=spaced, key=target.key)
+        return await asked(ignore_eos=bool(request.ignore_eos))
 
     def _admitted(
         self,
