@@ -216,7 +216,7 @@ class Admission:
                 f"'prompt' holds {len(request.prompt)} prompts: expected up to {self._limits.max_prompts}",
                 param="prompt",
             )
-        each = request.choices if request.beams is None else request.beams.width
+        each = request.drawn if request.beams is None else request.beams.width
         if (total := len(request.prompt) * each) > self._limits.max_choices:
             kind = "choices" if request.beams is None else "beams"
             raise InvalidRequestError(
@@ -292,7 +292,7 @@ class Admission:
                 prompt_ids=ids,
                 sampling=replace(params, max_tokens=max_tokens),
                 prompt_index=index,
-                choices=request.choices,
+                choices=request.drawn,
                 beams=request.beams,
                 continuation_ids=more,
                 scoring=scoring_of(request, len(ids)) if request.shows_given else None,
