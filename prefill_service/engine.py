@@ -109,20 +109,20 @@ class PrefillEngine:
     ) -> AsyncGenerator[TokenEvent, None]:
         if self._link.trouble is not None:
             raise DecodeUnavailableError(self._link.trouble)
-        prompt, said = None, [list[int]() for _ in range(request.choices)]  # ids that the client has
+        prompt = None
+        said = [list[int]() for _ in range(request.choices)]  # ids that the client has
         try:
             # pinned until the first token: after the prompt pass nobody needs it
             async with self._adapter_of(request, deadline, under_way=attempt.number > 1) as adapter:
                 prompt = Prompt(request, adapter, self._clock(), deadline, attempt=attempt.number)
                 prompt.running.intersection_update(attempt.running or prompt.running)
-                left = prompt.deadline - self._clock()  # one timer: none of its tokens sets up its own
+                left = deadline - self._clock()  # one timer: none of its tokens sets up its own
                 overdue = asyncio.get_running_loop().call_later(left, self._expire, prompt)
                 self._loop.add(prompt)
                 output = await prompt.outputs.get()
             while True:
                 if isinstance(output, ServingError):
-                    back = partial(self._decode_is_back, deadline)
-                    if not (attempt.again and await survives(output, said, back)):
+                    if not (attempt.again and await survives(output, said, self._decode_is_back, deadline)):
                         raise output
                     break
                 said[output.choice] += [token.id for token in output.tokens]

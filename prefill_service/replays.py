@@ -46,9 +46,11 @@ async def decode_is_back(link: DecodeLink, until: float, clock: Callable[[], flo
             return link.trouble is None
 
 
-async def survives(error: ServingError, said: Said, decode_is_back: Callable[[], Awaitable[bool]]) -> bool:
+async def survives(
+    error: ServingError, said: Said, is_back: Callable[[float], Awaitable[bool]], deadline: float
+) -> bool:
     """Whether an answer that ends so can go on. One that nobody has a token of is asked for again instead."""
-    return isinstance(error, DecodeUnavailableError) and any(said) and await decode_is_back()
+    return isinstance(error, DecodeUnavailableError) and any(said) and await is_back(deadline)
 
 
 def behind(request: PromptRequest, said: Said) -> tuple[PromptRequest, Said]:
