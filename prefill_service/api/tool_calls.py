@@ -7,11 +7,13 @@ ends before the name. Arguments are passed on as the model wrote them, valid or 
 """
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from prefill_service.api.messages import Json
-from prefill_service.api.tool_formats import ToolFormat
+from prefill_service.api.tool_formats import TAGS, ToolFormat
+from prefill_service.api.tool_tags import TaggedCall
 
 _ARGUMENTS = ("arguments", "parameters")
 _CALL_ID = "[CALL_ID]"
@@ -126,12 +128,20 @@ def _text(item: list[str]) -> str | None:
 
 
 class CallParser:
-    """Of one answer. `names`: of the tools that may be called; `only_first`: what follows the first call is
-    neither a call nor content."""
+    """Of one answer. `names`: of the tools that may be called; `schemas` of their arguments, where texts have
+    to be told from JSON; `only_first`: what follows the first call is neither a call nor content."""
 
-    def __init__(self, form: ToolFormat, names: Collection[str], *, only_first: bool = False) -> None:
+    def __init__(
+        self,
+        form: ToolFormat,
+        names: Collection[str],
+        *,
+        schemas: Mapping[str, Json] = MappingProxyType({}),
+        only_first: bool = False,
+    ) -> None:
         self._form = form
         self._names = names
+        self._schemas = schemas
         self._only_first = only_first
         self._said = Said()
         self._content: list[str] = []
@@ -144,7 +154,7 @@ class CallParser:
         """Behind an opening: a name and what comes before its arguments, if calls are written so."""
         self._inside = not form.opening
         """Between an opening and its closing."""
-        self._object: CallObject | None = None
+        self._object: CallObject | TaggedCall | None = None
         self._is_open = False
         """Whether the object's call has been told of."""
         self.calls = 0
@@ -199,7 +209,13 @@ class CallParser:
             return
         begun = self._mark()
         mark, alone = begun + char, not begun
-        if char == "{" and alone:
+        if form is TAGS and mark == "<f":  # and no closing
+            self._held.pop()
+            self._object = TaggedCall(self._schemas)
+            for each in mark:
+                self._take(self._object, each)
+            return
+        if char == "{" and alone and form is not TAGS:
             self._object = CallObject()
             self._take(self._object, char)
             return
@@ -233,7 +249,7 @@ class CallParser:
         end = "".join(self._held[-max(map(len, marks), default=1) :])
         return max((start for start in starts if end.endswith(start)), key=len, default="")
 
-    def _take(self, call: CallObject, char: str) -> None:
+    def _take(self, call: CallObject | TaggedCall, char: str) -> None:
         call.take(char)
         if call.name in self._names and not self._is_open:
             self._is_open, self._held = True, []

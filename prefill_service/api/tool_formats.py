@@ -4,9 +4,10 @@
               Qwen 2.5 and 3)
     mistral   [TOOL_CALLS] [{"name": …, "arguments": {…}}, …]
     args      [TOOL_CALLS]name[ARGS]{…}, any number of them, text in front (Mistral since 2025)
+    tags      <tool_call><function=…><parameter=…>…</parameter></function></tool_call> (Qwen3-Coder)
     llama     {"name": …, "parameters": {…}} as the whole answer, several with ; between (Llama 3.1 to 3.3)
 
-A template that writes them in another way (Qwen3-Coder's tags) is known by none.
+A template that writes them in another way is known by none.
 """
 
 import json
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from prefill_service.api.messages import Json, Tool
+from prefill_service.api.tool_tags import tagged_calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,7 @@ class ToolFormat:
 
 
 HERMES = ToolFormat("hermes", "<tool_call>", "</tool_call>", "", "arguments")
+TAGS = ToolFormat("tags", HERMES.opening, HERMES.closing, "", "")
 MISTRAL = ToolFormat("mistral", "[TOOL_CALLS]", "]", "[,", "arguments")
 ARGS = ToolFormat("args", MISTRAL.opening, "", "", "arguments", middle="[ARGS]")
 LLAMA = ToolFormat("llama", "", "", ";,", "parameters", skipped="<|python_tag|>")
@@ -56,7 +59,7 @@ LLAMA = ToolFormat("llama", "", "", ";,", "parameters", skipped="<|python_tag|>"
 def tool_format(template: str) -> ToolFormat | None:
     """By the source of a chat template that takes tools."""
     if HERMES.opening in template:
-        return None if "<function=" in template else HERMES
+        return TAGS if "<function=" in template else HERMES
     if MISTRAL.opening in template:
         return ARGS if ARGS.middle in template else MISTRAL
     return LLAMA if "ipython" in template and '"parameters"' in template else None
@@ -87,6 +90,8 @@ def call_grammar(
     if form.middle:
         name = f"call: {' | '.join(f'call{at}' for at in range(len(tools)))}"
         rules = [name, *_named_calls(tools, written(form.middle), loose=loose)]
+    elif form is TAGS:
+        rules = list(tagged_calls(tools, loose=loose))
     else:
         rules = [f"call: %json {json.dumps(_any_call(form, tools, loose=loose))}"]
     if form is MISTRAL:
@@ -94,8 +99,8 @@ def call_grammar(
         calls = f'{opening} "[" call{more} "]"'
         start = f"TEXT | {calls}" if free else calls
     elif form.opening:
-        one = f'{opening} "\\n" call "\\n" {written(form.closing)}' if form is HERMES else f"{opening} call"
-        between = '"\\n" ' if form is HERMES else ""
+        one = f'{opening} "\\n" call "\\n" {written(form.closing)}' if form.closing else f"{opening} call"
+        between = '"\\n" ' if form.closing else ""
         start = f"{one} ({between}{one})*" if parallel else one
         if free:
             start = f"({one})* TEXT" if parallel else f"TEXT | {one}"

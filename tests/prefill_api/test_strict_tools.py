@@ -20,7 +20,7 @@ from prad.lm.grammar import Walk
 from prefill_service.api import ModelInfo, create_app
 from prefill_service.api.messages import Tool
 from prefill_service.api.tool_calls import CallParser
-from prefill_service.api.tool_formats import ARGS, HERMES, LLAMA, MISTRAL, ToolFormat, call_grammar
+from prefill_service.api.tool_formats import ARGS, HERMES, LLAMA, MISTRAL, TAGS, ToolFormat, call_grammar
 from prefill_service.prompt import PromptRequest
 from tests.prefill_api.conftest import TOOL_TEMPLATE, ModelEngine, catalogue_of, record, tokenizer_of
 from tests.prefill_api.serving import listening
@@ -36,12 +36,21 @@ TOOLS: list[dict[str, Any]] = [
     {"type": "function", "function": {"name": "stars", "parameters": STARS, "strict": True}},
     {"type": "function", "function": {"name": "note", "parameters": {"type": "object", "required": ["x"]}}},
 ]
-FORMS = {form.name: form for form in (HERMES, MISTRAL, ARGS, LLAMA)}
+FORMS = {form.name: form for form in (HERMES, MISTRAL, ARGS, TAGS, LLAMA)}
 MARKS = ("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>")
+
+
+def tagged(arguments: str) -> str:
+    given = json.loads(arguments)
+    if not isinstance(given, dict):
+        return arguments
+    return "".join(f"<parameter={k}>\n{json.dumps(v)}\n</parameter>\n" for k, v in given.items())
 
 
 def call(form: ToolFormat, name: str, arguments: str) -> str:
     """As a model writes one."""
+    if form is TAGS:
+        return f"<tool_call>\n<function={name}>\n{tagged(arguments)}</function>\n</tool_call>"
     if form is ARGS:
         return f"[TOOL_CALLS]{name}[ARGS]{arguments}"
     written = f'{{"name": "{name}", "{form.arguments}": {arguments}}}'
@@ -137,7 +146,8 @@ def test_a_text_may_stand_in_front_of_calls(held: Held) -> None:
     text = "I look, {and} see.\n"
     assert held.takes(text + good)
     assert held.takes(text + wrong) == (held.form is LLAMA), "there it is no call, but text"
-    both = {HERMES: f"{good}\nSo\n{good} done.", ARGS: good + good, LLAMA: f"{good}; {good}"}
+    both = {ARGS: good + good, LLAMA: f"{good}; {good}"}
+    both |= dict.fromkeys((HERMES, TAGS), f"{good}\nSo\n{good} done.")
     if held.form in both:
         assert held.takes(both[held.form])
         alone = Held(held.form, held.grammars, held.tokenizer, parallel=False)
@@ -148,10 +158,10 @@ def test_a_text_may_stand_in_front_of_calls(held: Held) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_a_call_that_has_begun_is_written_to_its_end(held: Held, seed: int) -> None:
     alone = Held(held.form, held.grammars, held.tokenizer, parallel=False)
-    begun, _, _ = call(held.form, "stars", "{").rpartition("stars")
+    begun, _, _ = call(held.form, "stars", "{}").rpartition("stars")
     said = alone.goes_on(held.tokenizer.encode_continuation(f"{begun}st"), seed)
     assert said is not None
-    parser = CallParser(held.form, ["stars", "note"])
+    parser = CallParser(held.form, ["stars", "note"], schemas={"stars": STARS})
     news = parser.feed(said)
     assert news.content + parser.close() == ""
     assert [called.name for called in news.calls] == ["stars"]

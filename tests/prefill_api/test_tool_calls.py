@@ -15,6 +15,7 @@ from prefill_service.api.tool_formats import (
     HERMES,
     LLAMA,
     MISTRAL,
+    TAGS,
     ToolFormat,
     call_grammar,
     tool_format,
@@ -51,6 +52,7 @@ def read(
 
 
 CALL = ("get_weather", PARIS)
+WEATHER = '<tool_call>\n<function=get_weather>\n<parameter=city>\nPar{is}"\n</parameter>\n'
 ANSWERS = [
     (HERMES, "just text <tool", "just text <tool", []),
     (HERMES, hermes(PARIS), "", [CALL]),
@@ -102,6 +104,18 @@ ANSWERS = [
     (ARGS, "[TOOL_CALLS]add[ARGS]no {}", "[TOOL_CALLS]add[ARGS]no {}", []),
     (ARGS, "[TOOL_CALLS]add[AR", "[TOOL_CALLS]add[AR", []),
     (ARGS, '[TOOL_CALLS] [{"name": "add"}]', '[TOOL_CALLS] [{"name": "add"}]', []),
+    (TAGS, f"{WEATHER}</function>\n</tool_call>", "", [("get_weather", '{"city": "Par{is}\\""}')]),
+    (
+        TAGS,
+        "I add.\n<tool_call><function=add></function></tool_call>\nand\n<tool_call>\n<function=add>\n"
+        '<parameter=a>\n{"b": [1]}\n</parameter>\n<parameter=c>\n<p>\nx</p>\n\n</parameter>\n</function>',
+        "I add.\nand",
+        [("add", "{}"), ("add", '{"a": {"b": [1]}, "c": "<p>\\nx</p>\\n"}')],
+    ),
+    (TAGS, f"{WEATHER}<parameter=days>3", "", [("get_weather", '{"city": "Par{is}\\""')]),
+    (TAGS, "<tool_call><function=other></function>", "<tool_call><function=other></function>", []),
+    (TAGS, "<tool_call><function=ad", "<tool_call><function=ad", []),
+    (TAGS, '<tool_call>{"name": "add"}', '<tool_call>{"name": "add"}', []),
 ]
 
 
@@ -122,7 +136,7 @@ def test_it_does_not_matter_how_a_text_is_cut(data: st.DataObject) -> None:
 
 
 @given(
-    st.sampled_from([HERMES, MISTRAL, ARGS, LLAMA]),
+    st.sampled_from([HERMES, MISTRAL, ARGS, TAGS, LLAMA]),
     st.text('<tool_cal>/[TOOL_CALLS]{}",:\\ \n;abn', max_size=60),
 )
 def test_a_text_without_calls_stays_as_it_is(form: ToolFormat, text: str) -> None:
@@ -130,7 +144,7 @@ def test_a_text_without_calls_stays_as_it_is(form: ToolFormat, text: str) -> Non
     assert calls or content == text
 
 
-@pytest.mark.parametrize("form", [HERMES, MISTRAL, ARGS, LLAMA])
+@pytest.mark.parametrize("form", [HERMES, MISTRAL, ARGS, TAGS, LLAMA])
 def test_each_character_costs_the_same_however_much_is_held(form: ToolFormat) -> None:
     """It runs on the event loop: with a cost that grows, this takes many minutes."""
     spaces = " " * 100_000
@@ -153,7 +167,7 @@ def test_arguments_come_while_they_are_written() -> None:
 def test_formats_are_known_by_what_a_template_writes() -> None:
     for source, form in [
         ("{{ '<tool_call>\n{\"name\": ' }}", HERMES),
-        ("<tool_call>\n<function={{ name }}>", None),
+        ("<tool_call>\n<function={{ name }}>", TAGS),
         ("{{ '[TOOL_CALLS] [' }}", MISTRAL),
         ("[TOOL_CALLS]{{ name }}[ARGS]{{ arguments }}", ARGS),
         ('{"name": function name, "parameters": {}} {{ "<|start_header_id|>ipython" }}', LLAMA),
