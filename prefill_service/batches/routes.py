@@ -69,7 +69,7 @@ def batch_routes(kept: Batches | None, limits: ApiLimits) -> APIRouter:
         """Keeps a file of requests, one JSON object a line; multipart, with purpose `batch`."""
         return (await receive(request, batches().files, limits, _owner(request))).shown()
 
-    purpose_of = {"type": "string", "description": "Only files that are for this. Absent: all"}
+    purpose_of: Json = {"type": "string", "description": "Only files that are for this. Absent: all"}
 
     @router.get("/v1/files", openapi_extra=_query("files", purpose=purpose_of))
     async def list_files(request: Request) -> Json:
