@@ -129,7 +129,7 @@ class Mask:
     @classmethod
     def of(cls, banned: Row) -> "Mask":
         """banned: bool [vocab]."""
-        others = 2 * np.count_nonzero(banned) > len(banned)
+        others = bool(2 * np.count_nonzero(banned) > len(banned))
         return cls(np.flatnonzero(banned != others), others)
 
     def forbid(self, row: Row) -> None:
