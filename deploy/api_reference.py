@@ -3,6 +3,7 @@
 Without `--check` the document is written. With it nothing is: status 1 if the committed one differs.
 """
 
+import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -75,7 +76,11 @@ def _operation(method: str, path: str, operation: Json, used: list[str]) -> Iter
     if rows:
         yield _table(("parameter", "in", "type", "what it is"), rows)
     for kind, content in operation.get("requestBody", {}).get("content", {}).items():
-        yield f"\nBody: {kind}, {_type(content.get('schema', {}), used)}.\n"
+        schema = content.get("schema", {})
+        yield f"\nBody: {kind}, {_type(schema, used)}.\n"
+        yield from _fields(schema, used)
+        if "example" in content:
+            yield f"\n```json\n{json.dumps(content['example'])}\n```\n"
     answers = [(status, told.get("description", "")) for status, told in operation["responses"].items()]
     yield _table(("answer", "when"), answers)
 
@@ -86,6 +91,10 @@ def _schema(name: str, schema: Json, used: list[str]) -> Iterator[str]:
         yield f"\n{_line(text)}\n"
     if "enum" in schema:
         yield f"\nOne of {_values(schema['enum'])}.\n"
+    yield from _fields(schema, used)
+
+
+def _fields(schema: Json, used: list[str]) -> Iterator[str]:
     required = schema.get("required", ())
     rows = [
         (

@@ -9,8 +9,9 @@ import logging
 import time
 from collections import Counter, OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Container
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from prad.artefact import Artefact
@@ -26,6 +27,7 @@ from prefill_service.errors import (
 )
 from prefill_service.pass_loop import PassLoop
 from prefill_service.prompt import Committing, Decoding, Finished, Flow, Prompt, PromptRequest
+from prefill_service.replays import FIRST, Attempt, behind, decode_is_back, survives, unsaid
 from prefill_service.scheduler import PromptScheduler
 from prefill_service.settings import PrefillSettings
 
@@ -36,14 +38,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _ASK_EVERY_S = 2.0
-_LOOK_AGAIN_S = 0.1
 
 
 class PrefillEngine:
-    """Implements `prefill_service.prompt.Engine`. Use `run()` as a task beside the HTTP server.
-
-    `clock` is the one in which `settings` count.
-    """
+    """Implements `prefill_service.prompt.Engine`; `run()` is a task beside the HTTP server. `clock`: in which
+    `settings` count."""
 
     def __init__(
         self,
@@ -88,10 +87,9 @@ class PrefillEngine:
         """See `Engine.generate`."""
         deadline = self._clock() + self._settings.request_timeout_s
         if request.beams is None:
-            return self._tokens(request, deadline)
-        return searched(
-            lambda attempt: self._tokens(request, deadline, attempt), lambda: self._decode_is_back(deadline)
-        )
+            return self._tokens(request, deadline, FIRST)
+        back = partial(self._decode_is_back, deadline)
+        return searched(lambda attempt: self._tokens(request, deadline, Attempt(attempt)), back)
 
     def cancel_choice(self, request_id: str, choice: int) -> None:
         """See `Engine.cancel_choice`."""
@@ -107,21 +105,27 @@ class PrefillEngine:
     # ---- a request, from its adapter to its last token ---------------------------------------------------
 
     async def _tokens(
-        self, request: PromptRequest, deadline: float, attempt: int = 1
+        self, request: PromptRequest, deadline: float, attempt: Attempt
     ) -> AsyncGenerator[TokenEvent, None]:
         if self._link.trouble is not None:
             raise DecodeUnavailableError(self._link.trouble)
         prompt = None
+        said = [list[int]() for _ in range(request.choices)]  # ids that the client has
         try:
             # pinned until the first token: after the prompt pass nobody needs it
-            async with self._adapter_of(request, deadline, under_way=attempt > 1) as adapter:
-                prompt = Prompt(request, adapter, self._clock(), deadline, attempt=attempt)
-                overdue = self._at_deadline(prompt)
+            async with self._adapter_of(request, deadline, under_way=attempt.number > 1) as adapter:
+                prompt = Prompt(request, adapter, self._clock(), deadline, attempt=attempt.number)
+                prompt.running.intersection_update(attempt.running or prompt.running)
+                left = deadline - self._clock()  # one timer: none of its tokens sets up its own
+                overdue = asyncio.get_running_loop().call_later(left, self._expire, prompt)
                 self._loop.add(prompt)
                 output = await prompt.outputs.get()
             while True:
                 if isinstance(output, ServingError):
-                    raise output
+                    if not (attempt.again and await survives(output, said, self._decode_is_back, deadline)):
+                        raise output
+                    break
+                said[output.choice] += [token.id for token in output.tokens]
                 if output.finish_reason is not None:
                     prompt.running.discard(output.choice)
                     if not prompt.running:
@@ -134,6 +138,11 @@ class PrefillEngine:
             if prompt is not None:
                 overdue.cancel()
                 self._loop.release(prompt)
+        rest, told = behind(request, said)
+        again = self._tokens(rest, deadline, Attempt(prompt.attempt + 1, running := {*prompt.running}))
+        async with aclosing(unsaid(again, told, running, output)) as events:
+            async for event in events:
+                yield event
 
     @asynccontextmanager
     async def _adapter_of(
@@ -196,11 +205,6 @@ class PrefillEngine:
         if self.waiting or (request.version and not self._residents.holds(request.version.artefact)):
             raise OverloadedError("others wait, or their adapters take all room")
 
-    def _at_deadline(self, prompt: Prompt) -> asyncio.TimerHandle:
-        """One timer for all waits of a prompt: none of its tokens sets up its own."""
-        left = prompt.deadline - self._clock()
-        return asyncio.get_running_loop().call_later(left, self._expire, prompt)
-
     def _expire(self, prompt: Prompt) -> None:
         if isinstance(prompt.state, Committing | Decoding):
             self._loop.fail(prompt, DeadlineError("the request took longer than it may"))
@@ -249,11 +253,7 @@ class PrefillEngine:
     async def _decode_is_back(self, deadline: float) -> bool:
         """Whether there is a decode service again, as soon as there is, or as a prompt may wait for room."""
         until = min(deadline, self._clock() + self._settings.queue_timeout_s)
-        while self._link.trouble is not None:
-            if self._clock() >= until:
-                return False
-            await asyncio.sleep(_LOOK_AGAIN_S)
-        return True
+        return await decode_is_back(self._link, until, self._clock)
 
     def _on_lost(self, trouble: str) -> None:
         for prompt in list(self._loop.live.values()):

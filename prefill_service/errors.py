@@ -14,6 +14,7 @@ ServingError
 ├── OverloadedError             429   overloaded, with Retry-After
 ├── RateLimitedError            429   rate_limit_exceeded, with Retry-After
 ├── InternalError               500   internal_error; the cause is in the log, under the request's id
+│   └── GrammarBrokeError       500   grammar_broke
 ├── NotReadyError               503   not_ready, with Retry-After
 │   └── NotHereYetError               and is waited for by who can
 ├── TooManyConnectionsError     503   too_many_connections, with Retry-After
@@ -145,6 +146,12 @@ class RateLimitedError(ServingError):
 
 class InternalError(ServingError):
     default_code = "internal_error"
+
+
+class GrammarBrokeError(InternalError):
+    """What the answer was to keep to could not be computed, though it had compiled."""
+
+    default_code = "grammar_broke"
 
 
 class NotReadyError(ServingError):

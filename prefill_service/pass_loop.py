@@ -17,7 +17,13 @@ from prad.core.kv import Chunk
 from prad.core.sampling import Token, TokenEvent
 from prefill_service.beams import deliver_candidates
 from prefill_service.decode_link import DecodeLink, NoRoom, Opened, alike, text_ids
-from prefill_service.errors import DecodeUnavailableError, InternalError, OverloadedError, ServingError
+from prefill_service.errors import (
+    DecodeUnavailableError,
+    GrammarBrokeError,
+    InternalError,
+    OverloadedError,
+    ServingError,
+)
 from prefill_service.prompt import Committing, Decoding, Finished, Prefilling, Prompt, Queued
 from prefill_service.scheduler import PromptScheduler
 from prefill_service.scored import broken, deliver_scores
@@ -217,7 +223,8 @@ class PassLoop:
             return None
         for prompt, scores in result.scores.items():
             prompt.scores += scores
-        self._scheduler.computed({p for p, tokens in result.first_tokens.items() if tokens is None})
+        without = {p for p, tokens in result.first_tokens.items() if tokens is None}
+        self._scheduler.computed({prompt for prompt in without if prompt.trouble is None})
         return result
 
     def _pass_failed(self, chunks: Sequence[Chunk[Prompt]]) -> None:
@@ -237,8 +244,7 @@ class PassLoop:
             if tokens is not None and (prompt.request.scoring is not None or not tokens):
                 deliver_scores(prompt, state.cached)
             if tokens is None:
-                reason = "the adapter or the model gave numbers that are not finite"
-                self.fail(prompt, InternalError(reason))
+                self.fail(prompt, _why_none(prompt))
             elif _deliver_first(prompt, tokens, state.cached) and prompt.hand_off is not None:
                 hand_off, prompt.hand_off = prompt.hand_off, None
                 prompt.state = Committing()
@@ -305,6 +311,13 @@ class PassLoop:
         task = asyncio.create_task(work)
         self._beside.add(task)
         task.add_done_callback(self._beside.discard)
+
+
+def _why_none(prompt: Prompt) -> ServingError:
+    """Why a pass drew nothing for it."""
+    if prompt.trouble is not None:
+        return GrammarBrokeError(f"the first token was not drawn: {prompt.trouble}", quotes=True)
+    return InternalError("the adapter or the model gave numbers that are not finite")
 
 
 def _asks_for_room(prompt: Prompt) -> bool:

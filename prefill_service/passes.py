@@ -24,14 +24,14 @@ from prad.core.sampling import SampleKey, ScoredToken, Token
 from prad.lm import LanguageModel, Shaping, Site, SiteVectors, begin_masks, sample
 from prad.lm.kv import LayerDone, Pools, chunked_batch
 from prad.lm.scoring import GivenTokens
-from prefill_service.prompt import Prefilling, Prompt, PromptRequest
+from prefill_service.prompt import Prefilling, Prompt
 from prefill_service.scored import given_in
 
 _GATHERED_BYTES = 8 * 2**20  # of cached KV that is read at once
 
 FirstTokens = dict[Prompt, list[Token] | None]
 """Of every prompt whose last token was computed: its first tokens, one per choice. None if its logits are not
-finite: a broken adapter spoils its own request only."""
+finite, or its grammar is in trouble (`Prompt.trouble`): what is broken spoils its own request only."""
 
 StateDone = Callable[[Prompt, SiteVectors], None]
 """Gets the request state of every prompt whose adapter makes some."""
@@ -70,7 +70,7 @@ def run_prompt_pass(
                 state_done(by_start[start], state)
         sound = torch.isfinite(logits).all(dim=-1).tolist()
         return {
-            prompt: _first_tokens(model, row, prompt.request, shapings.get(prompt)) if ok else None
+            prompt: _first_tokens(model, row, prompt, shapings.get(prompt)) if ok else None
             for row, prompt, ok in zip(logits, done, sound, strict=True)
         }
 
@@ -128,10 +128,11 @@ def _given(chunks: Sequence[Chunk[Prompt]], device: torch.device) -> GivenTokens
 
 
 def _first_tokens(
-    model: LanguageModel, row: Tensor, request: PromptRequest, shaping: Shaping | None = None
+    model: LanguageModel, row: Tensor, prompt: Prompt, shaping: Shaping | None = None
 ) -> list[Token] | None:
-    """row [vocab]: every choice draws, under its own key; none without output. None: rules leave nothing. Of
-    a beam search a single token, whose `top` is what hypotheses may begin with."""
+    """row [vocab]: every choice draws, under its own key; none without output. None: its grammar is in
+    trouble. Of a beam search a single token, whose `top` is what hypotheses may begin with."""
+    request = prompt.request
     if request.sampling.max_tokens <= request.output_offset:
         return []
     if request.beams is not None:
@@ -144,7 +145,8 @@ def _first_tokens(
     rows, params = row.expand(len(keys), -1), [request.sampling] * len(keys)
     if shaping is None:
         return sample(rows, params, keys, model.argmax)
-    if shaping.trouble is not None:
+    if (trouble := shaping.trouble) is not None:
+        prompt.trouble = trouble
         return None
     return sample(rows.clone(), params, keys, model.argmax, [shaping] * len(keys))
 

@@ -195,11 +195,11 @@ class Prompt:
     `ids` of its rows, in order: placeholders for the adapter's virtual tokens, prompt, continuation; task
     tokens are negative ids among the prompt's. `keys` of its blocks that may be shared, once it is queued.
     `wanted`: the room at decode that it asks for, if it needs any. `scores` of those tokens that are to have
-    some, as far as they are computed. `outputs` carries its tokens, or the error that ends it, to the HTTP
-    side; `running` are the choices that have neither finished nor been cancelled, `awaited` those that decode
-    has yet to say the end of. `attempt` counts the hand-offs: one that was given up is never opened again.
-    `hand_off`: its room at decode while it is prefilled; None if it needs none, or has none yet. `enqueued`
-    and `deadline` are in the time of the engine's clock.
+    some, as far as they are computed. `trouble`: its grammar's, if any. `outputs` carries its tokens, or the
+    error that ends it, to the HTTP side; `running` are the choices that have neither finished nor been
+    cancelled, `awaited` those that decode has yet to say the end of. `attempt` counts the hand-offs: one that
+    was given up is never opened again. `hand_off`: its room at decode while it is prefilled; None if it needs
+    none, or has none yet. `enqueued` and `deadline` are in the time of the engine's clock.
     """
 
     request: PromptRequest
@@ -211,6 +211,7 @@ class Prompt:
     hand_off: "HandOff | None" = None
     keys: tuple[bytes, ...] = ()
     scores: list[ScoredToken | None] = field(default_factory=list)
+    trouble: str | None = None
     outputs: "asyncio.Queue[TokenEvent | ServingError]" = field(default_factory=asyncio.Queue)
     ids: tuple[int, ...] = field(init=False)
     running: set[int] = field(init=False)

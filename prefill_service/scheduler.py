@@ -128,6 +128,7 @@ class PromptScheduler:
         self._prompts: list[Prompt] = []  # those with something left to compute, in order of arrival
         self._pass: list[Chunk[Prompt]] = []
         self._begun: set[Prompt] = set()  # by the pass under way
+        self._released: set[Prompt] = set()  # who waits for nobody that it begins like
         self.held_back = False  # whether the last look at who may ask for room left out somebody
 
     def __len__(self) -> int:
@@ -246,7 +247,7 @@ class PromptScheduler:
             chunks.append(self._chunk(prompt, state, counts[prompt]))
         waiting = [prompt for prompt in runnable if isinstance(prompt.state, Queued)]
         prompts = chunks, self._begun, waiting
-        later = better_later(*prompts, self.blocks, self._chunk_tokens, _most_found)
+        later = better_later(*prompts, self.blocks, self._chunk_tokens, _most_found) - self._released
         if later:
             self._unbegin_all(chunks)
             return self._chunks([prompt for prompt in runnable if prompt not in later], parts)
@@ -280,13 +281,13 @@ class PromptScheduler:
             full = min((chunk.start + chunk.stored) // self.blocks.block_size, len(prompt.keys))
             for block, key in zip(chunk.table[:full], prompt.keys, strict=False):
                 self.blocks.publish(block, key)
-        self._end_pass({chunk.prompt for chunk in self._pass if chunk.prompt.ends_with(chunk)})
+        self._end_pass({chunk.prompt for chunk in self._pass if chunk.prompt.ends_with(chunk)}, broken)
 
     def failed(self) -> None:
         """The pass broke off: its prompts leave, nothing of it is kept."""
-        self._end_pass({chunk.prompt for chunk in self._pass})
+        self._end_pass(leaving := {chunk.prompt for chunk in self._pass}, leaving)
 
-    def _end_pass(self, leaving: set[Prompt]) -> None:
+    def _end_pass(self, leaving: set[Prompt], failed: Collection[Prompt]) -> None:
         ran, self._pass = self._pass, []
         for prompt in self._begun.intersection(self._prompts):
             self._rate.serve(prompt.wanted.tokens)
@@ -296,7 +297,8 @@ class PromptScheduler:
         for prompt in (p for p in leaving.intersection(self._prompts) if not p.request.behind):
             self._counters.leave(prompt.request.flow)
         self._prompts = [prompt for prompt in self._prompts if prompt not in leaving]
-        staying = set(self._prompts)
+        staying, starts = set(self._prompts), {prompt.keys[:1] for prompt in failed}
+        self._released = {p for p in staying if p in self._released or p.keys[:1] in starts}
         for chunk in ran:
             prompt, table = chunk.prompt, chunk.table
             if prompt not in staying:

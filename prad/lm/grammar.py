@@ -47,7 +47,7 @@ _COMPILED = 64
 _THREADS = 2
 """That compile: others wait, so that the rest of a service does not."""
 _MOST_PARTS = 16
-"""Of a schema that does not compile, so many are looked at for the one that is to blame."""
+"""Of a schema that does not compile, or schemas, so many are looked at for the one that is to blame."""
 _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,20}"
 """Between parts of JSON: some models never stop."""
 
@@ -101,13 +101,22 @@ class Walk:
         return None
 
     def caught_up(self) -> Any:
-        """Its matcher, behind all tokens."""
-        if self._matcher is None:
-            self._matcher = self._grammar.result().first.deep_copy()
-        if self._due:
-            self._matcher.consume_tokens(self._due)
-            self._due = []
+        """Its matcher, behind all tokens; None if it broke there."""
+        try:
+            if self._matcher is None:
+                self._matcher = self._grammar.result().first.deep_copy()
+            if self._due:
+                self._matcher.consume_tokens(self._due)
+                self._due = []
+        except BaseException as error:
+            self.broke(error)
+            return None
         return self._matcher
+
+    def broke(self, error: BaseException) -> None:
+        """The library's panics are no Exceptions, and others share the step."""
+        logger.error("a grammar broke", exc_info=error)
+        self.failed = f"its grammar broke: {error}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -120,7 +129,7 @@ class Mask:
     @classmethod
     def of(cls, banned: Row) -> "Mask":
         """banned: bool [vocab]."""
-        others = 2 * np.count_nonzero(banned) > len(banned)
+        others = bool(2 * np.count_nonzero(banned) > len(banned))
         return cls(np.flatnonzero(banned != others), others)
 
     def forbid(self, row: Row) -> None:
@@ -163,10 +172,10 @@ class Grammars:
         """The same of what a request brings: see `written`."""
         return self._begun(lambda: self.compiled(self.written(kind, source, spaced=spaced, beside=beside)))
 
-    def begin_blaming(self, schema: Mapping[str, Any]) -> "Future[str]":
-        """Which part of a schema is to blame that does not compile, in a thread: its path, as in
-        `.properties.age`, "" for all of it."""
-        return self._begun(lambda: self._blamed(schema))
+    def begin_blaming(self, schemas: Sequence[tuple[str, Mapping[str, Any]]]) -> "Future[str | None]":
+        """Which part of which of these schemas, by their paths, is to blame that one does not compile, in a
+        thread: its path, as in `guided_json.properties.age`; None if each of them does alone."""
+        return self._begun(lambda: self._blamed(schemas))
 
     def _begun(self, work: Callable[[], T]) -> "Future[T]":
         with self._lock:
@@ -234,7 +243,12 @@ class Grammars:
         except Exception as error:  # it raises what it likes for a text in neither notation
             raise GrammarError(f"neither Lark nor GBNF: {_first_line(str(error))}") from error
 
-    def _blamed(self, schema: Mapping[str, Any]) -> str:
+    def _blamed(self, schemas: Sequence[tuple[str, Mapping[str, Any]]]) -> str | None:
+        wrong = ((path, s) for path, s in schemas[:_MOST_PARTS] if not self._compiles(s))
+        return next((path + self._part_of(schema) for path, schema in wrong), None)
+
+    def _part_of(self, schema: Mapping[str, Any]) -> str:
+        """The path in it of what does not compile, "" for all of it."""
         path, part, looked = "", schema, 0
         shared = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
         while True:
@@ -242,13 +256,18 @@ class Grammars:
                 looked += 1
                 if looked > _MOST_PARTS:
                     return path
-                try:
-                    self.compiled(self.written("json", {**shared, **child}, spaced=False))
-                except GrammarError:
+                if not self._compiles({**shared, **child}):
                     path, part = path + step, child
                     break
             else:
                 return path
+
+    def _compiles(self, schema: Mapping[str, Any]) -> bool:
+        try:
+            self.compiled(self.written("json", schema, spaced=False))
+        except GrammarError:
+            return False
+        return True
 
     # ---- masks
 
@@ -261,14 +280,19 @@ class Grammars:
         sequence may. Of one that is in trouble it means nothing."""
         vocabulary = self._loaded
         bits = np.zeros((len(walks), vocabulary.words), np.int32)
-        asked = [(walk.caught_up(), i) for i, walk in enumerate(walks)]
+        asked = [
+            (matcher, row) for row, walk in enumerate(walks) if (matcher := walk.caught_up()) is not None
+        ]
         compute = vocabulary.executor.unsafe_compute_mask_ptr  # without the interpreter's lock
+        where = bits.ctypes.data, bits.strides[0], len(walks)
         try:
-            compute(asked, bits.ctypes.data, bits.strides[0], len(walks))
-        except BaseException as error:  # the library's panics are no Exceptions, and others share the step
-            logger.exception("masks of %d grammars failed", len(walks))
-            for walk in walks:
-                walk.failed = f"its grammar broke: {error}"
+            compute(asked, *where)
+        except BaseException:  # each alone: only whose own fails is to blame
+            for matcher, row in asked:
+                try:
+                    compute([(matcher, row)], *where)
+                except BaseException as error:
+                    walks[row].broke(error)
         end = vocabulary.end_id
         may_end = (bits[:, end >> 5] >> (end & 31) & 1).tolist()
         forbidden = np.unpackbits(np.invert(bits).view(np.uint8), axis=1, bitorder="little")

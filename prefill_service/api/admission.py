@@ -27,7 +27,7 @@ from prefill_service.api.requests import (
     addressed,
     split_name,
 )
-from prefill_service.api.rules import RULE_FIELDS, rules_of
+from prefill_service.api.rules import RULE_FIELDS, CompileQueue, rules_of
 from prefill_service.api.showing import GivenEncoder, require_shown, scoring_of
 from prefill_service.api.text import Template, chat_template, completion_template
 from prefill_service.catalogue import Client, TaskCatalogue
@@ -181,7 +181,7 @@ class Admission:
         self._tokenizer = tokenizer
         self._max_context = model.max_context
         self._stop_ids = model.stop_ids | tokenizer.end_ids
-        grammars = Grammars(lambda: tokenizer, model.vocab_size)
+        grammars = CompileQueue(Grammars(lambda: tokenizer, model.vocab_size))
         self._rules_of = partial(
             rules_of, tokenizer=tokenizer, grammars=grammars, vocab_size=model.vocab_size
         )
@@ -216,7 +216,7 @@ class Admission:
                 f"'prompt' holds {len(request.prompt)} prompts: expected up to {self._limits.max_prompts}",
                 param="prompt",
             )
-        each = request.choices if request.beams is None else request.beams.width
+        each = request.drawn if request.beams is None else request.beams.width
         if (total := len(request.prompt) * each) > self._limits.max_choices:
             kind = "choices" if request.beams is None else "beams"
             raise InvalidRequestError(
@@ -251,7 +251,8 @@ class Admission:
         if request.model_fields_set.isdisjoint(RULE_FIELDS):
             return None
         beams, spaced = request.beams is not None, target.version is not None and not request.goes_on
-        return await self._rules_of(request, beams=beams, ignore_eos=bool(request.ignore_eos), spaced=spaced)
+        asked = partial(self._rules_of, request, beams=beams, spaced=spaced, key=target.key)
+        return await asked(ignore_eos=bool(request.ignore_eos))
 
     def _admitted(
         self,
@@ -291,7 +292,7 @@ class Admission:
                 prompt_ids=ids,
                 sampling=replace(params, max_tokens=max_tokens),
                 prompt_index=index,
-                choices=request.choices,
+                choices=request.drawn,
                 beams=request.beams,
                 continuation_ids=more,
                 scoring=scoring_of(request, len(ids)) if request.shows_given else None,

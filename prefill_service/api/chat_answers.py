@@ -1,7 +1,7 @@
 """A chat's answers: messages, chunks, calls of tools, log-probabilities."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from prefill_service.api.messages import Json
 from prefill_service.api.requests import ChatRequest
@@ -34,9 +34,9 @@ class ChatShape:
 class ToolShape(ChatShape):
     """Of a chat whose model may call tools, as it writes calls; each choice is read as it comes."""
 
-    def __init__(self, form: ToolFormat, names: Sequence[str], *, only_first: bool) -> None:
+    def __init__(self, form: ToolFormat, schemas: Mapping[str, Json], *, only_first: bool) -> None:
         self._parsers: defaultdict[int, CallParser] = defaultdict(
-            lambda: CallParser(form, names, only_first=only_first)
+            lambda: CallParser(form, schemas, schemas=schemas, only_first=only_first)
         )
 
     def whole(self, index: int, text: str, scores: Sequence[TokenScore] | None, finish_reason: str) -> Json:
@@ -76,8 +76,8 @@ def chat_shape(request: ChatRequest, form: ToolFormat | None) -> ChatShape:
     """`form`: how the model writes calls, of which a request that offers tools has one."""
     if form is None or not request.offered:
         return ChatShape()
-    names = [tool.function.name for tool in request.offered]
-    return ToolShape(form, names, only_first=request.parallel_tool_calls is False)
+    schemas = {tool.function.name: tool.function.parameters or {} for tool in request.offered}
+    return ToolShape(form, schemas, only_first=request.parallel_tool_calls is False)
 
 
 def _chunk(

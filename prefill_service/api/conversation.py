@@ -56,16 +56,20 @@ class ChatEncoder(PromptEncoder):
         return tool_format(self._tokenizer.chat_template.source)
 
     def held_to_calls(self, chat: ChatT, said: Constraint | None) -> ChatT:
-        """With the grammar of a call, where its `tool_choice` makes the model call; where it may call, and
-        the request has `said` what the answer's text is, with one beside that. Raises InvalidRequestError."""
+        """With the grammar of a call, where its `tool_choice` makes the model call. Where it may: with one of
+        text and calls if tools are strict, or of calls beside what the request has `said` the text is.
+        Raises InvalidRequestError."""
         form, forced = self.tool_format, chat.forced
-        if form is None or not (forced or (said is not None and chat.offered)):
+        strict = {at: tool for at, tool in enumerate(chat.offered) if tool in forced or tool.function.strict}
+        if form is None or not (strict or (said is not None and chat.offered)):
             return chat
         several = chat.parallel_tool_calls is not False and not isinstance(chat.tool_choice, Forced)
         grammar = partial(call_grammar, form, token_id=self._tokenizer.token_id, parallel=several)
-        if not forced:
-            assert said is not None
-            beside = replace(said, calls=grammar(chat.offered, loose=True))
+        schemas = [
+            (f"tools.{at}.function.parameters", tool.function.parameters or {}) for at, tool in strict.items()
+        ]
+        if not forced and said is not None:
+            beside = replace(said, calls=grammar(chat.offered, loose=True), schemas=schemas)
             return chat.model_copy(update={said.field: beside})
         if said is not None:
             raise InvalidRequestError(
@@ -73,9 +77,9 @@ class ChatEncoder(PromptEncoder):
                 "of them",
                 param="tool_choice",
             )
-        return chat.model_copy(
-            update={"guided_grammar": Constraint("grammar", grammar(forced), "tool_choice")}
-        )
+        source = grammar(forced) if forced else grammar(chat.offered, loose=True, free=True)
+        held = Constraint("grammar", source, "tool_choice" if forced else "tools", schemas=schemas)
+        return chat.model_copy(update={"guided_grammar": held})
 
     def shown_in_calls(self, chat: Conversation) -> frozenset[int]:
         """Special tokens that calls of its tools are known by, and that must not be left out of the text."""

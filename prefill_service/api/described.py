@@ -1,7 +1,7 @@
 """What the API says of itself, in its OpenAPI document, beyond what FastAPI can know: bodies that endpoints
 read themselves, and what is answered instead of an answer."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -66,7 +66,38 @@ ANSWER: dict[int | str, dict[str, Any]] = {
 }
 
 
+_MESSAGES = [{"role": "user", "content": "name[Aromi], eatType[coffee shop]"}]
+_EXAMPLES: dict[str, dict[str, Any]] = {
+    "CompletionRequest": {"model": "e2e", "prompt": "name[Aromi], eatType[coffee shop]", "max_tokens": 32},
+    "ChatRequest": {"model": "e2e", "messages": _MESSAGES, "stream": True},
+    "TokenizeBody": {"model": "e2e", "prompt": "name[Aromi], eatType[coffee shop]"},
+    "Detokenize": {"tokens": [1, 2, 3]},
+    "MessagesRequest": {"model": "e2e", "messages": _MESSAGES, "max_tokens": 32},
+    "TokensRequest": {"model": "e2e", "messages": _MESSAGES},
+    "ResponsesRequest": {"model": "e2e", "input": "name[Aromi], eatType[coffee shop]"},
+    "NewBatch": {"input_file_id": "file-1f2e", "endpoint": "/v1/completions", "completion_window": "24h"},
+}
+"""Of bodies, by their names."""
+
+
 def body_schema(kind: type[BaseModel]) -> dict[str, Any]:
     """An operation's body, as the API describes it."""
     schema = {"$ref": SCHEMA.format(model=kind.__name__)}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+    content = {"application/json": {"schema": schema, "example": _EXAMPLES[kind.__name__]}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def form_schema(fields: Mapping[str, Any], required: Sequence[str]) -> dict[str, Any]:
+    """The same of a body in parts: schemas of its fields."""
+    schema = {"type": "object", "required": [*required], "properties": {**fields}}
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
+
+
+def query_schema(**parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """An operation's query, which it reads itself: schemas of what may be in it, with descriptions."""
+    return {
+        "parameters": [
+            {"name": name, "in": "query", "description": schema["description"], "schema": schema}
+            for name, schema in parameters.items()
+        ]
+    }

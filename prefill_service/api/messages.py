@@ -185,8 +185,8 @@ class Function(StrictModel):
     parameters: Schema | None = None
     """A JSON schema of its arguments, up to 64 KiB and 32 deep. Absent: it takes none."""
     strict: bool | None = None
-    """Whether a call's arguments must be as `parameters` says; they are where `tool_choice` makes the model
-    call, and it is refused elsewhere. Absent: no."""
+    """Whether a call's arguments must be as `parameters` says, also where the model chooses to call; they are
+    where `tool_choice` makes it. Absent: no."""
 
 
 class Tool(StrictModel):
@@ -262,17 +262,6 @@ class Conversation(StrictModel):
         if isinstance(self.tool_choice, Forced) and self.tool_choice.name not in names:
             raise refused(
                 "tool_choice", f"'tool_choice' names {self.tool_choice.name!r}: expected one of 'tools'"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _strict_if_called(self) -> "Conversation":
-        """A model that may also answer in words is held to no grammar."""
-        if not self.forced and any(tool.function.strict for tool in self.offered):
-            raise refused(
-                "tools",
-                "'strict' is supported with a 'tool_choice' that makes the model call: send \"required\", a "
-                "function's name, or leave out 'strict'",
             )
         return self
 

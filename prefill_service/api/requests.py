@@ -39,10 +39,7 @@ from prefill_service.errors import InvalidRequestError
 MAX_SALT_CHARACTERS = 256
 MOST_BEAM_STOPS = 8
 
-_SAMPLING: Neutral = {
-    "service_tier": ("auto", "default"),
-    "store": (False,),
-}
+_SAMPLING: Neutral = {"service_tier": ("auto", "default"), "store": (False,)}
 _FILTERS = SamplingParams(max_tokens=1)
 """What draws nothing and filters nothing."""
 
@@ -130,7 +127,8 @@ class GenerationRequest(GenerationValues, RuleFields, PromptScores):
     use_beam_search: bool | None = None
     """Search for the likeliest outputs instead of drawing; keeps `best_of` hypotheses, or `n`. Absent: no."""
     best_of: Choices | None = None
-    """How many hypotheses a beam search keeps, up to 16, of which the `n` best are answers. Absent: `n`."""
+    """Draw so many answers, up to 16, and give the `n` of the highest log-probability per token; of a beam
+    search: keep so many hypotheses. Absent: `n`."""
     length_penalty: Annotated[float, Field(ge=-10, le=10)] | None = None
     """Of a beam search: an answer is worth its log-probability, divided by its number of tokens to this
     power. Over 0 longer ones gain. Absent: 1."""
@@ -141,6 +139,11 @@ class GenerationRequest(GenerationValues, RuleFields, PromptScores):
     @property
     def choices(self) -> int:
         return self.n or 1
+
+    @property
+    def drawn(self) -> int:
+        """Answers for each prompt, of which `choices` are given."""
+        return self.choices if self.use_beam_search else self.best_of or self.choices
 
     @property
     def raw(self) -> bool:
@@ -164,7 +167,8 @@ class GenerationRequest(GenerationValues, RuleFields, PromptScores):
     def sampling(self) -> dict[str, Any]:
         """The values of `SamplingParams` that this request names."""
         named = {field.name: getattr(self, field.name, None) for field in fields(SamplingParams)}
-        named |= {"max_tokens": self.output_limit, "logprobs": self.alternatives}
+        told = 0 if self.alternatives is None and self.drawn > self.choices else self.alternatives
+        named |= {"max_tokens": self.output_limit, "logprobs": told}
         return {name: value for name, value in named.items() if value is not None}
 
     @property
@@ -177,12 +181,12 @@ class GenerationRequest(GenerationValues, RuleFields, PromptScores):
         return Beams(self.best_of or self.choices, penalty, early)
 
     @model_validator(mode="after")
-    def _best_of_beams(self) -> "GenerationRequest":
-        """Choosing the best of as many as are returned is no choice at all."""
+    def _best_of_drawn(self) -> "GenerationRequest":
         if self.best_of is not None and self.best_of < self.choices:
             raise refused("best_of", f"'best_of' must be at least 'n', {self.choices}: got {self.best_of}")
-        if self.best_of not in (None, self.choices) and not self.use_beam_search:
-            raise refused("best_of", "'best_of' beyond 'n' is supported with 'use_beam_search' only")
+        if self.drawn > self.choices and (self.stream or self.shows_given):
+            why = "'best_of' beyond 'n' chooses among whole answers"
+            raise refused("best_of", f"{why}: leave out 'stream', 'echo' and what else shows the prompt")
         for name, neutral in (("length_penalty", 1), ("early_stopping", False)):
             if getattr(self, name) not in (None, neutral) and not self.use_beam_search:
                 raise refused(name, f"'{name}' is supported with 'use_beam_search' only")

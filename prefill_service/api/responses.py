@@ -79,13 +79,15 @@ class Responder:
             return EventStream(chunks(deltas, shape, writer, ids), record, _headers(admitted))
         async with while_connected(request.receive):
             choices = await _gather(deltas, len(admitted.prompts) * admitted.choices)
-        scored = wanted.alternatives is not None
+        scored, given = wanted.alternatives is not None, list(enumerate(choices))
+        if wanted.drawn > wanted.choices:
+            given = _likeliest(given, wanted.drawn, wanted.choices)
         whole = [
             shape.whole(i, "".join(c.texts), c.scores if scored else None, c.finish_reason)
-            for i, c in enumerate(choices)
+            for i, (_, c) in enumerate(given)
         ]
         if ids is not None:
-            whole = [ids.added(choice, i, choices[i].ids) for i, choice in enumerate(whole)]
+            whole = [ids.added(w, drawn, c.ids) for w, (drawn, c) in zip(whole, given, strict=True)]
         body = {**shared, "choices": whole, "usage": record.usage(), **report}
         if shown is not None:
             shown.add_to(body, whole)
@@ -230,6 +232,18 @@ async def _gather(deltas: AsyncGenerator[Delta, None], count: int) -> list[_Choi
             choice.ids.extend(delta.ids)
             choice.finish_reason = delta.finish_reason or choice.finish_reason
     return choices
+
+
+def _likeliest(drawn: Sequence[tuple[int, _Choice]], each: int, given: int) -> list[tuple[int, _Choice]]:
+    """Of each prompt's `each` answers the `given` ones with the highest log-probability per token, the best
+    first."""
+
+    def worth(numbered: tuple[int, _Choice]) -> float:
+        scores = [score.logprob or 0.0 for score in numbered[1].scores]
+        return sum(scores) / max(1, len(scores))
+
+    prompts = [drawn[start : start + each] for start in range(0, len(drawn), each)]
+    return [best for its in prompts for best in sorted(its, key=worth, reverse=True)[:given]]
 
 
 def _headers(admitted: Admitted) -> dict[str, str]:

@@ -5,8 +5,10 @@ one may be sent; what it says is compiled before the request is queued, so that 
 """
 
 import asyncio
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from dataclasses import fields as dataclass_fields
 from typing import Annotated, Any, ClassVar
@@ -29,7 +31,7 @@ MOST_CHOICES = 1024
 LONGEST_SOURCE = 1 << 16
 """Bytes of a schema or grammar, and of all choices together."""
 MOST_COMPILING = 64
-"""Grammars of all requests that are compiled or wait for it."""
+"""Grammars that are compiled or wait for it, under one API key, or of those without."""
 COMPILING_S = 60.0
 """That a request waits for its own: the first one also for the vocabulary."""
 DEEPEST_SCHEMA = 128
@@ -39,12 +41,13 @@ DEEPEST_SCHEMA = 128
 @dataclass(frozen=True, slots=True)
 class Constraint:
     """What the answer's text is to be. path: where the request says it, for whoever has to mend it. calls: a
-    grammar in Lark's notation of what it may be as well."""
+    grammar in Lark's notation of what it may be as well. schemas: JSON schemas in either, by their paths."""
 
     kind: Kind
     source: Any
     path: str
     calls: str | None = None
+    schemas: Sequence[tuple[str, Mapping[str, Any]]] = ()
 
     @property
     def field(self) -> str:
@@ -266,15 +269,17 @@ COMPILED_FIELDS = frozenset({*RuleFields.constraints, "tools"})
 async def rules_of(
     fields: RuleFields,
     tokenizer: Tokenizer,
-    grammars: Grammars,
+    grammars: "CompileQueue",
     vocab_size: int,
     *,
     beams: bool,
     ignore_eos: bool,
     spaced: bool,
+    key: str | None,
 ) -> Rules | None:
     """None if all of them are as if they were absent. beams, ignore_eos: what the request wants beside them.
-    spaced: a space may come first, as adapters learn it, and is not shown. Raises InvalidRequestError."""
+    spaced: a space may come first, as adapters learn it, and is not shown. key: the name of the API key that
+    was shown. Raises InvalidRequestError, OverloadedError."""
     for name in ("logit_bias", "allowed_token_ids", "stop_token_ids"):
         _require_ids(name, getattr(fields, name) or (), vocab_size)
     rules = Rules(
@@ -289,7 +294,8 @@ async def rules_of(
     if constraint is None and rules == Rules():
         return None
     if beams:
-        name = next(name for name in fields.wanted if name != "stop_token_ids")
+        wanted = [name for name in fields.wanted if name != "stop_token_ids"]
+        name = constraint.field if constraint is not None else wanted[0]
         raise InvalidRequestError(f"'use_beam_search' takes no '{name}': leave one of them out", param=name)
     if constraint is None:
         return rules
@@ -298,7 +304,7 @@ async def rules_of(
         raise InvalidRequestError(
             f"'{constraint.field}' does not go together with '{name}': send one of them", param=name
         )
-    compiled = await _compiled(constraint, grammars, spaced=spaced)
+    compiled = await grammars.compiled(constraint, spaced=spaced, key=key)
     named = {field.name: getattr(rules, field.name) for field in dataclass_fields(Rules)}
     return CompiledRules(**named | {"grammar": compiled.result().text}, compiled=compiled)
 
@@ -322,29 +328,56 @@ def _words(texts: Iterable[str], tokenizer: Tokenizer) -> tuple[Word, ...]:
     return tuple(found)
 
 
-async def _compiled(constraint: Constraint, grammars: Grammars, *, spaced: bool) -> "Future[Grammar]":
-    """In a thread: others go on. Cancelled before its turn, it takes none. Raises InvalidRequestError,
-    OverloadedError."""
-    if grammars.waiting >= MOST_COMPILING:
-        raise OverloadedError(f"{grammars.waiting} grammars are being compiled already; try again later")
-    try:
-        async with asyncio.timeout(COMPILING_S):
-            return await _compiled_in_turn(constraint, grammars, spaced=spaced)
-    except TimeoutError as error:
-        raise OverloadedError(
-            f"the grammar of '{constraint.field}' was not compiled within {COMPILING_S:g} s; try again later"
-        ) from error
+class CompileQueue:
+    """Where grammars of requests wait to be compiled. Those under one API key are compiled one after another:
+    whatever they take, others' come between."""
 
+    def __init__(self, grammars: Grammars) -> None:
+        self._grammars = grammars
+        self._turns: dict[str, asyncio.Lock] = {}
+        self._waiting = Counter[str]()
 
-async def _compiled_in_turn(constraint: Constraint, grammars: Grammars, *, spaced: bool) -> "Future[Grammar]":
-    begun = grammars.begin_written(constraint.kind, constraint.source, spaced=spaced, beside=constraint.calls)
-    try:
-        await asyncio.wrap_future(begun)
-    except GrammarError as error:
-        path = constraint.path
-        if constraint.kind == "json":
-            path += await asyncio.wrap_future(grammars.begin_blaming(constraint.source))
-        raise InvalidRequestError(
-            f"'{path}' cannot be kept to: {error}", param=path, code="invalid_grammar", quotes=True
-        ) from error
-    return begun
+    async def compiled(self, constraint: Constraint, *, spaced: bool, key: str | None) -> "Future[Grammar]":
+        """In a thread: others go on. Cancelled before its turn, it takes none. Raises InvalidRequestError,
+        OverloadedError."""
+        many = self._grammars.waiting if key is None else self._waiting[key]
+        if many >= MOST_COMPILING:
+            raise OverloadedError(f"{many} grammars are being compiled already; try again later")
+        try:
+            async with asyncio.timeout(COMPILING_S), self._turn(key):
+                return await self._in_turn(constraint, spaced=spaced)
+        except TimeoutError as error:
+            raise OverloadedError(
+                f"the grammar of '{constraint.field}' was not compiled within {COMPILING_S:g} s; "
+                "try again later"
+            ) from error
+
+    @asynccontextmanager
+    async def _turn(self, key: str | None) -> AsyncIterator[None]:
+        if key is None:
+            yield
+            return
+        self._waiting[key] += 1
+        try:
+            async with self._turns.setdefault(key, asyncio.Lock()):
+                yield
+        finally:
+            self._waiting[key] -= 1
+            if not self._waiting[key]:
+                del self._waiting[key], self._turns[key]
+
+    async def _in_turn(self, constraint: Constraint, *, spaced: bool) -> "Future[Grammar]":
+        kind, beside = constraint.kind, constraint.calls
+        begun = self._grammars.begin_written(kind, constraint.source, spaced=spaced, beside=beside)
+        try:
+            await asyncio.wrap_future(begun)
+        except GrammarError as error:
+            schemas = list(constraint.schemas)
+            if kind == "json":
+                schemas.append((constraint.path, constraint.source))
+            blamed = await asyncio.wrap_future(self._grammars.begin_blaming(schemas))
+            path = blamed or constraint.path
+            raise InvalidRequestError(
+                f"'{path}' cannot be kept to: {error}", param=path, code="invalid_grammar", quotes=True
+            ) from error
+        return begun

@@ -7,13 +7,19 @@ ends before the name. Arguments are passed on as the model wrote them, valid or 
 """
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from prefill_service.api.messages import Json
-from prefill_service.api.tool_formats import ToolFormat
+from prefill_service.api.tool_formats import TAGS, ToolFormat
+from prefill_service.api.tool_tags import TaggedCall
 
 _ARGUMENTS = ("arguments", "parameters")
+_CALL_ID = "[CALL_ID]"
+"""Behind a name, in some of Mistral's: what is left out, as calls get ids here."""
+_LONGEST_NAME = 512
+"""Of a call, with what stands between it and its arguments."""
 
 
 @dataclass(slots=True)
@@ -51,14 +57,15 @@ class Said:
 
 
 class CallObject:
-    """One JSON object that may be a call, by character. `fresh`: of its arguments, not taken yet."""
+    """One JSON object that may be a call, by character. `fresh`: of its arguments, not taken yet. `name`: of
+    what is called, where the object is nothing but the arguments."""
 
-    def __init__(self) -> None:
-        self.name: str | None = None
+    def __init__(self, name: str | None = None) -> None:
+        self.name = name
         self.over = False
         self.fresh = ""
         self.written: list[str] = []
-        self._has_arguments = False
+        self._bare = self._has_arguments = name is not None
         self._item: list[str] = []  # the key or the value that comes, of the object itself
         self._key: str | None = None
         self._depth = 0
@@ -76,7 +83,10 @@ class CallObject:
             self._depth += 1
         elif char in "}]":
             self._depth -= 1
-        if self._depth == 0:
+        if self._bare:
+            self.fresh += char
+            self.over = self._depth == 0
+        elif self._depth == 0:
             self._end_item()
             self.over = True
         elif outside and char == ":" and self._key is None:
@@ -118,12 +128,20 @@ def _text(item: list[str]) -> str | None:
 
 
 class CallParser:
-    """Of one answer. `names`: of the tools that may be called; `only_first`: what follows the first call is
-    neither a call nor content."""
+    """Of one answer. `names`: of the tools that may be called; `schemas` of their arguments, where texts have
+    to be told from JSON; `only_first`: what follows the first call is neither a call nor content."""
 
-    def __init__(self, form: ToolFormat, names: Collection[str], *, only_first: bool = False) -> None:
+    def __init__(
+        self,
+        form: ToolFormat,
+        names: Collection[str],
+        *,
+        schemas: Mapping[str, Json] = MappingProxyType({}),
+        only_first: bool = False,
+    ) -> None:
         self._form = form
         self._names = names
+        self._schemas = schemas
         self._only_first = only_first
         self._said = Said()
         self._content: list[str] = []
@@ -132,9 +150,11 @@ class CallParser:
         """Characters that may turn out to begin a call, or to be nothing but space beside one."""
         self._begun = ""
         """Of an opening, behind them."""
+        self._called = ""
+        """Behind an opening: a name and what comes before its arguments, if calls are written so."""
         self._inside = not form.opening
         """Between an opening and its closing."""
-        self._object: CallObject | None = None
+        self._object: CallObject | TaggedCall | None = None
         self._is_open = False
         """Whether the object's call has been told of."""
         self.calls = 0
@@ -183,19 +203,43 @@ class CallParser:
 
     def _beside(self, char: str) -> None:
         """Between an opening and a call, between calls, between a call and its closing."""
-        if char == "{":
+        form = self._form
+        if form.middle:
+            self._name_goes_on(char)
+            return
+        begun = self._mark()
+        mark, alone = begun + char, not begun
+        if form is TAGS and mark == "<f":  # and no closing
+            self._held.pop()
+            self._object = TaggedCall(self._schemas)
+            for each in mark:
+                self._take(self._object, each)
+            return
+        if char == "{" and alone and form is not TAGS:
             self._object = CallObject()
             self._take(self._object, char)
             return
-        form, mark = self._form, self._mark() + char
         self._held.append(char)
         if mark == form.closing:
             if self.calls:
                 self._held = []
             self._give_up()
-        elif mark == form.skipped or char.isspace() or char in form.between:
+        elif mark == form.skipped or (alone and (char.isspace() or char in form.between)):
             pass
         elif not any(text.startswith(mark) for text in (form.closing, form.skipped)):
+            self._give_up()
+
+    def _name_goes_on(self, char: str) -> None:
+        """Of a call whose arguments stand behind its name."""
+        self._called += char
+        name, mark, behind = self._called.partition(self._form.middle)
+        name = name.partition(_CALL_ID)[0].strip()
+        if char == "{" and mark and name in self._names and behind[:-1].strip() == "":
+            self._object = CallObject(name)
+            self._take(self._object, char)
+            return
+        self._held.append(char)
+        if behind.strip() or len(self._called) > _LONGEST_NAME:
             self._give_up()
 
     def _mark(self) -> str:
@@ -205,7 +249,7 @@ class CallParser:
         end = "".join(self._held[-max(map(len, marks), default=1) :])
         return max((start for start in starts if end.endswith(start)), key=len, default="")
 
-    def _take(self, call: CallObject, char: str) -> None:
+    def _take(self, call: CallObject | TaggedCall, char: str) -> None:
         call.take(char)
         if call.name in self._names and not self._is_open:
             self._is_open, self._held = True, []
@@ -218,10 +262,11 @@ class CallParser:
             self._object = None
             if not self._is_open:
                 self._held += call.written
+            if not self._is_open or self._form.middle:
                 self._give_up()
             self._is_open = False
 
     def _give_up(self) -> None:
         """What is held is no call, nor what stands between calls."""
         self._content += self._held
-        self._held, self._inside = [], False
+        self._held, self._inside, self._called = [], False, ""

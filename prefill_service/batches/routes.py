@@ -6,7 +6,7 @@ from typing import Annotated, Protocol, TypeVar
 from fastapi import APIRouter, Path, Request
 from starlette.responses import FileResponse, Response
 
-from prefill_service.api.described import REFUSALS, body_schema
+from prefill_service.api.described import REFUSALS, body_schema, form_schema, query_schema
 from prefill_service.api.intake import ApiLimits, client_of, read_body
 from prefill_service.api.problems import shown
 from prefill_service.batches.records import Batch, NewBatch
@@ -19,6 +19,27 @@ FileName = Annotated[str, Path(description="As `id` of the file says it")]
 BatchName = Annotated[str, Path(description="As `id` of the batch says it")]
 
 MOST_LISTED = {"files": 10_000, "batches": 100}
+_LISTED = {"files": 10_000, "batches": 20}
+"""Where a request says nothing."""
+_UPLOAD = form_schema(
+    {
+        "purpose": {"const": "batch", "description": "What it is for"},
+        "file": {"type": "string", "format": "binary", "description": "Its bytes, as a part with a name"},
+        "expires_after[anchor]": {"type": "string", "description": "Of OpenAI; changes nothing"},
+        "expires_after[seconds]": {"type": "integer", "minimum": 1, "description": "How long it is kept"},
+    },
+    required=("purpose", "file"),
+)
+
+
+def _query(kind: str, **more: Json) -> Json:
+    told = f"At most so many. Absent: {_LISTED[kind]}"
+    return query_schema(
+        limit={"type": "integer", "minimum": 1, "maximum": MOST_LISTED[kind], "description": told},
+        after={"type": "string", "description": "Only what follows this one: its `id`"},
+        order={"enum": ["asc", "desc"], "description": "asc: the oldest first. Absent: desc"},
+        **more,
+    )
 
 
 class Listed(Protocol):
@@ -43,12 +64,14 @@ def batch_routes(kept: Batches | None, limits: ApiLimits) -> APIRouter:
             )
         return kept
 
-    @router.post("/v1/files")
+    @router.post("/v1/files", openapi_extra=_UPLOAD)
     async def create_file(request: Request) -> Json:
         """Keeps a file of requests, one JSON object a line; multipart, with purpose `batch`."""
         return (await receive(request, batches().files, limits, _owner(request))).shown()
 
-    @router.get("/v1/files")
+    purpose_of: Json = {"type": "string", "description": "Only files that are for this. Absent: all"}
+
+    @router.get("/v1/files", openapi_extra=_query("files", purpose=purpose_of))
     async def list_files(request: Request) -> Json:
         """The newest first; `purpose`, `limit`, `after` and `order` as OpenAI has them."""
         files, purpose = batches().files.of(_owner(request)), request.query_params.get("purpose")
@@ -79,7 +102,7 @@ def batch_routes(kept: Batches | None, limits: ApiLimits) -> APIRouter:
         wanted = await read_body(request, NewBatch, limits)
         return _shown(running, await running.create(wanted, _owner(request)))
 
-    @router.get("/v1/batches")
+    @router.get("/v1/batches", openapi_extra=_query("batches"))
     async def list_batches(request: Request) -> Json:
         """The newest first; `limit` and `after` as OpenAI has them."""
         return _page(request, "batches", batches().of(_owner(request)))
@@ -111,7 +134,7 @@ def _owner(request: Request) -> str | None:
 
 def _page(request: Request, kind: str, found: Sequence[T]) -> Json:
     query = request.query_params
-    limit, most = query.get("limit", "20" if kind == "batches" else "10000"), MOST_LISTED[kind]
+    limit, most = query.get("limit", str(_LISTED[kind])), MOST_LISTED[kind]
     if not limit.isdecimal() or len(limit) > 6 or not 0 < int(limit) <= most:
         raise InvalidRequestError(f"'limit': expected 1 to {most}, got {shown(limit)}", param="limit")
     if (order := query.get("order", "desc")) not in ("asc", "desc"):

@@ -169,7 +169,9 @@ def test_the_part_of_a_schema_that_is_to_blame_is_named(
 ) -> None:
     with pytest.raises(GrammarError):
         compiled(grammars, "json", schema)
-    assert grammars.begin_blaming(schema).result() == path
+    others = [("first", SCHEMA), ("tools.1", schema), ("last", {"type": "nonsense"})]
+    assert grammars.begin_blaming(others).result() == f"tools.1{path}"
+    assert grammars.begin_blaming(others[:1]).result() is None
 
 
 def test_a_tokenizer_without_bytes_has_no_grammars(tiny_model: Any) -> None:
@@ -196,3 +198,39 @@ def test_a_library_that_breaks_is_the_trouble_of_who_asked_alone(
     other = Walk(compiled(grammars, "regex", "a+"), {tokenizer.eos_id}, [])
     grammars.masks([other])
     assert other.trouble is None
+
+
+@pytest.mark.parametrize("breaks", ["its mask", "its tokens"])
+def test_of_masks_that_are_computed_together_one_that_breaks_is_alone_in_trouble(
+    grammars: Grammars, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, breaks: str
+) -> None:
+    class Panic(BaseException):
+        """As Rust's are."""
+
+    class Breaking:
+        """One grammar's matcher breaks whatever computes it, and all that is computed with it."""
+
+        def unsafe_compute_mask_ptr(self, asked: Any, *where: Any) -> None:
+            if any(matcher is walks[1]._matcher for matcher, _ in asked):
+                raise Panic("index out of bounds")
+            real.unsafe_compute_mask_ptr(asked, *where)
+
+    class Brittle:
+        def consume_tokens(self, ids: Any) -> None:
+            raise Panic("index out of bounds")
+
+        def is_error(self) -> bool:
+            return False
+
+    real, ends = grammars._loaded.executor, {tokenizer.eos_id}
+    walks = [Walk(compiled(grammars, "regex", source), ends, []) for source in ("a+", "b+", "c+")]
+    alone = [grammars.masks([walk])[0] for walk in walks]
+    if breaks == "its mask":
+        monkeypatch.setattr(grammars._loaded, "executor", Breaking())
+    else:
+        walks[1]._matcher = Brittle()
+        walks[1].push(3)
+    masks = grammars.masks(walks)
+    assert [walk.trouble for walk in walks] == [None, "its grammar broke: index out of bounds", None]
+    for row in (0, 2):
+        assert (masks[row] == alone[row]).all()

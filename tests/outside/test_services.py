@@ -3,10 +3,12 @@
 import json
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 import grpc
 import httpx
@@ -15,7 +17,7 @@ import pytest
 from kvtransfer.proto import handoff_pb2 as pb
 from kvtransfer.proto.handoff_pb2_grpc import DecodeStub
 from local_stack.stack import Stack, answers
-from tests.outside.asking import Outside, streamed_text, until
+from tests.outside.asking import Outside, streamed_text
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Decode"].full_name
 
@@ -107,13 +109,24 @@ def test_a_large_body_of_a_command_is_not_taken(outside: Outside) -> None:
     assert (refused.status_code, refused.json()["error"]["code"]) == (413, "upload_too_large")
 
 
-def test_a_lost_decode_service_ends_its_streams_with_the_reason(outside: Outside) -> None:
-    with outside.streaming(max_tokens=500, prompt="x") as events:
+def texts(choices: Iterable[dict[str, Any]]) -> dict[int, str]:
+    """Of each choice, whole or in pieces."""
+    said: defaultdict[int, str] = defaultdict(str)
+    for choice in choices:
+        said[choice["index"]] += choice["text"]
+    return said
+
+
+def test_a_lost_decode_service_ends_no_stream(outside: Outside) -> None:
+    """Neither a single answer nor several, nor one of a task: no client sees more of it than a pause."""
+    drawn = {"prompt": "x", "max_tokens": 300, "temperature": 0.9, "seed": 3}
+    bodies = ({"prompt": "x", "max_tokens": 500}, drawn | {"n": 2}, drawn | {"task": "red"})
+    whole = [texts(outside.ask(**body)["choices"]) for body in bodies]
+    with ExitStack() as opened:
+        streams = [opened.enter_context(outside.streaming(**body)) for body in bodies]
         outside.kill_and_restart("decode")
-        *_, last = events
-    assert last["error"]["code"] == "decode_unavailable"
-    until(lambda: answers(f"{outside.stack.api.base_url}/ready"))
-    assert len(outside.text(task="red", max_tokens=20)) > 0
+        said = [texts(c for event in events for c in event["choices"]) for events in streams]
+    assert said == whole
 
 
 @pytest.fixture

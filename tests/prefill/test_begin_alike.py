@@ -49,25 +49,38 @@ def test_of_other_adapters_and_salts_nobody_waits_for_anybody() -> None:
 
 
 def test_who_waited_goes_on_without_the_one_that_it_waited_for() -> None:
-    """It was broken, its client left, it found no room at decode, its pass failed."""
+    """Its client left, it found no room at decode."""
     queue = waiting([[100], [101], [102], [103], [104]])
     (chunk,) = queue.next_pass(0)
-    queue.computed({chunk.prompt})
-    (chunk,) = queue.next_pass(0)
-    assert parts([chunk]) == [("b", 0, 41)]
+    assert parts([chunk]) == [("a", 0, 41)]
     queue.remove(chunk.prompt)
     queue.put_back(chunk)
     queue.computed()
     (chunk,) = queue.next_pass(0)
-    assert parts([chunk]) == [("c", 0, 41)]
+    assert parts([chunk]) == [("b", 0, 41)]
     queue.put_back(chunk)
     queue.computed()
-    (chunk,) = queue.next_pass(0)
-    assert parts([chunk]) == [("c", 0, 41)]
-    queue.failed()
-    assert run(queue) == [("d", 0, 41)]
-    assert run(queue) == [("e", 40, 41)]
+    assert run(queue) == [("b", 0, 41)]
+    assert run(queue) == [(job, 40, 41) for job in "cde"]
     assert run(queue) == []
+
+
+@pytest.mark.parametrize("breaks_off", [False, True])
+def test_all_who_waited_for_a_broken_one_go_on_together(breaks_off: bool) -> None:
+    """As many passes with a broken adapter as prompts, else; whoever comes later waits for one again."""
+    queue = waiting([[100], [101], [102], [103]], pass_tokens=400)
+    queue.add(prompt("other", [*range(50, 90), 100], digest="d"))
+    (first, _) = queue.next_pass(0)
+    assert first.prompt.request.request_id == "a"
+    if breaks_off:
+        queue.failed()
+    else:
+        queue.computed({first.prompt})
+    queue.add(prompt("late", [*SHARED, 105], digest="d"))
+    assert run(queue) == [(job, 0, 41) for job in "bcd"]
+    assert run(queue) == [("late", 40, 41)]
+    assert queue.next_wakeup() is None
+    assert queue.blocks.in_use == 0
 
 
 def test_of_long_prompts_one_is_computed_in_chunks_and_the_others_follow() -> None:

@@ -287,26 +287,28 @@ async def test_who_is_given_up_between_its_chunks_is_not_computed_to_the_end(why
 async def test_a_hand_off_that_breaks_off_ends_the_request(
     fault: Exception, kind: type[ServingError]
 ) -> None:
+    """That of one that decode lost, with its second."""
     setting = Setting()
     setting.link.answer = lambda prompt: HandOff(prompt, fails=fault)
+    attempts = 2 if kind is DecodeUnavailableError else 1
     async with setting.running():
         tokens = setting.engine.generate(request("r"))
-        await anext(tokens)
+        assert [(await anext(tokens)).index for _ in range(attempts)] == list(range(attempts))
         with pytest.raises(kind):
             await anext(tokens)
-    assert setting.link.cancelled == [("r", 1)], "decode may have it all the same"
+    assert setting.link.cancelled == [("r", 1), ("r", 2)][:attempts], "decode may have it all the same"
 
 
-async def test_a_lost_decode_ends_what_was_handed_over() -> None:
-    setting = Setting()
+async def test_a_lost_decode_that_is_not_back_in_time_ends_what_was_handed_over() -> None:
+    setting = Setting(queue_timeout_s=0.01)
     async with setting.running():
         tokens = setting.engine.generate(request("r"))
         await anext(tokens)
         await setting.idle()
-        setting.link.lose("gone")
-        with pytest.raises(DecodeUnavailableError):
-            await anext(tokens)
         setting.link.trouble = "reconnecting"
+        setting.link.lose("gone")
+        with pytest.raises(DecodeUnavailableError, match="gone"):
+            await anext(tokens)
         with pytest.raises(DecodeUnavailableError, match="reconnecting"):
             await anext(setting.engine.generate(request("next")))
 

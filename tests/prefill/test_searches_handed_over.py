@@ -130,7 +130,7 @@ async def test_a_client_that_leaves_ends_the_search() -> None:
 async def test_a_search_that_decode_lost_begins_anew_once_decode_is_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("prefill_service.engine._LOOK_AGAIN_S", 0.001)
+    monkeypatch.setattr("prefill_service.replays._LOOK_AGAIN_S", 0.001)
     setting = Searching()
     async with setting.running():
         search = setting.search(version=version("d"))
@@ -150,7 +150,7 @@ async def test_a_search_that_decode_lost_begins_anew_once_decode_is_back(
 @pytest.mark.parametrize("back", [False, True])
 async def test_a_search_is_not_begun_for_ever(back: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Decode does not come back in time, or is lost a second time."""
-    monkeypatch.setattr("prefill_service.engine._LOOK_AGAIN_S", 0.001)
+    monkeypatch.setattr("prefill_service.replays._LOOK_AGAIN_S", 0.001)
     setting = Searching(queue_timeout_s=0.02)
     async with setting.running():
         search = setting.search()

@@ -9,8 +9,10 @@ from typing import Any
 import httpx
 import pytest
 
-from prad.lm import Grammars
-from prefill_service.api import rules
+from prad.lm import Grammars, Tokenizer
+from prefill_service.api import ApiAccess, ModelInfo, create_app, rules
+from prefill_service.catalogue import KeyRing, TaskCatalogue
+from tests.prefill_api.test_http_keys import key, shown
 
 URL = "/v1/completions"
 GUIDED = {"model": "plain", "prompt": "the food", "max_tokens": 2, "guided_choice": ["a", "b"]}
@@ -76,3 +78,45 @@ async def test_who_leaves_gives_up_the_turn(
     await asyncio.gather(*(each.serving for each in driven))
     assert wanted[0].waiting == 2, "those that are being compiled"
     assert not any(each.sent for each in driven)
+
+
+async def test_grammars_of_one_key_hold_up_no_other_s(
+    engine: Any,
+    catalogue: TaskCatalogue,
+    tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two threads compile: one key's grammars take one of them, whatever they cost, however many they are."""
+    goes_on, begun, compiled = threading.Event(), list[str](), Grammars.compiled
+
+    def waits(grammars: Grammars, text: str) -> Any:
+        begun.append(text)
+        goes_on.wait()
+        return compiled(grammars, text)
+
+    monkeypatch.setattr(Grammars, "compiled", waits)
+    monkeypatch.setattr(rules, "MOST_COMPILING", 5)
+    ring = KeyRing()
+    ring.replace([key("alice"), key("bob")])
+    info = ModelInfo("0123456789abcdef", 128, len(tokenizer), frozenset())
+    app = create_app(engine, catalogue, tokenizer, info, access=ApiAccess(keys=ring))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+
+        def asked(name: str, choice: str) -> "asyncio.Task[httpx.Response]":
+            sent = {"json": GUIDED | {"guided_choice": [choice]}, "headers": shown(name)}
+            return asyncio.create_task(client.post(URL, **sent))  # type: ignore[arg-type]
+
+        try:
+            of_alice = [asked("alice", f"alice's {number}") for number in range(6)]
+            (refused,), _ = await asyncio.wait(of_alice, return_when=asyncio.FIRST_COMPLETED)
+            error = refused.result().json()["error"]
+            assert (refused.result().status_code, error["code"]) == (429, "overloaded")
+            of_bob = asked("bob", "bob's")
+            while len(begun) < 2:  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+            assert ["alice" in begun[0], "bob" in begun[1], len(begun)] == [True, True, 2]
+        finally:
+            goes_on.set()
+        answers = await asyncio.gather(*of_alice, of_bob)
+    assert sorted(answer.status_code for answer in answers) == [200] * 6 + [429]
+    assert len(begun) == 6

@@ -55,7 +55,6 @@ async def test_an_answer_is_a_call_if_it_has_to_be(forcing: httpx.AsyncClient, t
 @pytest.mark.parametrize(
     ("body", "param"),
     [
-        ({}, "tools"),
         ({"tool_choice": "required", "response_format": {"type": "json_object"}}, "tool_choice"),
         ({"tool_choice": "required", "ignore_eos": True}, "ignore_eos"),
     ],

@@ -223,7 +223,7 @@ async def test_an_echo_inside_a_template_is_what_was_sent(client: httpx.AsyncCli
         ({"echo": 1}, "echo", "valid boolean"),
         ({"echo": True, "use_beam_search": True, "n": 2}, "echo", "'use_beam_search' takes no 'echo'"),
         ({"continuation": " a", "use_beam_search": True, "n": 2}, "continuation", "takes no 'continuation'"),
-        ({"echo": True, "best_of": 3}, "best_of", "'use_beam_search' only"),
+        ({"echo": True, "best_of": 3}, "best_of", "leave out 'stream', 'echo'"),
         ({"continuation_logprobs": 0}, "continuation_logprobs", "needs a 'continuation'"),
         ({"continuation": ["a", "b"]}, "continuation", "one for each prompt: got 2 for 1"),
         ({"prompt": ["a", "b"], "continuation": "a"}, "continuation", "got 1 for 2"),

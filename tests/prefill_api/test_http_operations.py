@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 import httpx
+import pytest
 
 
 async def test_models_are_the_base_and_every_task(client: httpx.AsyncClient) -> None:
@@ -82,6 +83,30 @@ async def test_the_api_describes_itself(client: httpx.AsyncClient) -> None:
     assert '"422"' not in (await client.get("/openapi.json")).text
     assert {"400", "404"} <= set(described["paths"]["/v1/models/{name}"]["get"]["responses"])
     assert "503" in described["paths"]["/ready"]["get"]["responses"]
+
+
+@pytest.mark.parametrize("path", ["files", "batches"])
+async def test_what_a_list_takes_is_described(client: httpx.AsyncClient, path: str) -> None:
+    described = (await client.get("/openapi.json")).json()["paths"][f"/v1/{path}"]
+    names = [each["name"] for each in described["get"]["parameters"]]
+    assert names == ["limit", "after", "order", *(["purpose"] if path == "files" else [])]
+    assert len(described["post"]["requestBody"]["content"]) == 1
+
+
+async def test_every_body_has_an_example_that_is_taken(client: httpx.AsyncClient) -> None:
+    """As far as it is here: a batch's file is not."""
+    paths = (await client.get("/openapi.json")).json()["paths"]
+    tried = set[str]()
+    for path, operations in paths.items():
+        content = operations.get("post", {}).get("requestBody", {}).get("content", {})
+        if "application/json" in content:
+            answer = await client.post(path, json=content["application/json"]["example"])
+            assert answer.status_code == (404 if path == "/v1/batches" else 200), answer.text
+            tried.add(path)
+    assert tried == {
+        *("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize", "/v1/batches"),
+        *("/v1/messages", "/v1/messages/count_tokens", "/v1/responses"),
+    }
 
 
 async def test_the_documentation_needs_no_other_server(client: httpx.AsyncClient) -> None:

@@ -201,11 +201,6 @@ def nested(depth: int) -> dict[str, Any]:
         ({"tools": [{**TOOL, "type": "x"}]}, "tools.0.type", "'function'"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name", "pattern"),
         (
-            {"tools": [{"type": "function", "function": {"name": "a", "strict": True}}]},
-            "tools",
-            "'strict' is supported with a 'tool_choice'",
-        ),
-        (
             {"tools": [{"type": "function", "function": {"name": "a", "parameters": nested(40)}}]},
             "tools.0.function.parameters",
             "up to 32 objects",

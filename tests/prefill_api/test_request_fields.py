@@ -62,7 +62,11 @@ def test_neutral_values_of_missing_features_are_taken(fields: dict[str, Any]) ->
         ({"allowed_token_ids": [1, -1]}, "allowed_token_ids", "token ids, got -1"),
         ({"stop_token_ids": [True]}, "stop_token_ids", "token ids, got true"),
         ({"stop_token_ids": list(range(300))}, "stop_token_ids", "up to 256 token ids, got 300"),
-        ({"best_of": 3, "n": 2}, "best_of", "'best_of' beyond 'n' is supported with 'use_beam_search' only"),
+        (
+            {"best_of": 3, "n": 2, "stream": True},
+            "best_of",
+            "'best_of' beyond 'n' chooses among whole answers",
+        ),
         ({**BEAMS, "n": 3}, "best_of", "'best_of' must be at least 'n', 3: got 2"),
         ({"use_beam_search": True}, "use_beam_search", "needs 'best_of' or 'n' of at least 2"),
         ({**BEAMS, "temperature": 0.5}, "temperature", "takes no 'temperature': leave it out, got 0.5"),

@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 
 from prefill_service.api.messages import Tool
 from prefill_service.api.tool_calls import CallParser
-from prefill_service.api.tool_formats import HERMES, LLAMA, MISTRAL, ToolFormat, call_grammar, tool_format
+from prefill_service.api.tool_formats import (
+    ARGS,
+    HERMES,
+    LLAMA,
+    MISTRAL,
+    TAGS,
+    ToolFormat,
+    call_grammar,
+    tool_format,
+)
 
 NAMES = ("get_weather", "add")
 PARIS = '{"city": "Par{is}\\" \\u00e9"}'
@@ -43,6 +52,7 @@ def read(
 
 
 CALL = ("get_weather", PARIS)
+WEATHER = '<tool_call>\n<function=get_weather>\n<parameter=city>\nPar{is}"\n</parameter>\n'
 ANSWERS = [
     (HERMES, "just text <tool", "just text <tool", []),
     (HERMES, hermes(PARIS), "", [CALL]),
@@ -79,7 +89,33 @@ ANSWERS = [
     (LLAMA, '{"answer": 42}', '{"answer": 42}', []),
     (LLAMA, '{"name": "add", "parameters": {}} then', " then", [("add", "{}")]),
     (LLAMA, "<|pyth", "<|pyth", []),
+    (LLAMA, '< {"name": "add", "parameters": {}}', '< {"name": "add", "parameters": {}}', []),
+    (LLAMA, '<{"name": "add", "parameters": {}}', '<{"name": "add", "parameters": {}}', []),
     (LLAMA, "", "", []),
+    (ARGS, f"[TOOL_CALLS]get_weather[ARGS]{PARIS}", "", [CALL]),
+    (
+        ARGS,
+        f"Ok [TOOL_CALLS]add[ARGS]{{}}[TOOL_CALLS] get_weather[CALL_ID]abc123def[ARGS] {PARIS} so",
+        "Ok so",
+        [("add", "{}"), CALL],
+    ),
+    (ARGS, '[TOOL_CALLS]add[ARGS]{"a": [1, {"b"', "", [("add", '{"a": [1, {"b"')]),
+    (ARGS, "[TOOL_CALLS]other[ARGS]{}", "[TOOL_CALLS]other[ARGS]{}", []),
+    (ARGS, "[TOOL_CALLS]add[ARGS]no {}", "[TOOL_CALLS]add[ARGS]no {}", []),
+    (ARGS, "[TOOL_CALLS]add[AR", "[TOOL_CALLS]add[AR", []),
+    (ARGS, '[TOOL_CALLS] [{"name": "add"}]', '[TOOL_CALLS] [{"name": "add"}]', []),
+    (TAGS, f"{WEATHER}</function>\n</tool_call>", "", [("get_weather", '{"city": "Par{is}\\""}')]),
+    (
+        TAGS,
+        "I add.\n<tool_call><function=add></function></tool_call>\nand\n<tool_call>\n<function=add>\n"
+        '<parameter=a>\n{"b": [1]}\n</parameter>\n<parameter=c>\n<p>\nx</p>\n\n</parameter>\n</function>',
+        "I add.\nand",
+        [("add", "{}"), ("add", '{"a": {"b": [1]}, "c": "<p>\\nx</p>\\n"}')],
+    ),
+    (TAGS, f"{WEATHER}<parameter=days>3", "", [("get_weather", '{"city": "Par{is}\\""')]),
+    (TAGS, "<tool_call><function=other></function>", "<tool_call><function=other></function>", []),
+    (TAGS, "<tool_call><function=ad", "<tool_call><function=ad", []),
+    (TAGS, '<tool_call>{"name": "add"}', '<tool_call>{"name": "add"}', []),
 ]
 
 
@@ -100,14 +136,15 @@ def test_it_does_not_matter_how_a_text_is_cut(data: st.DataObject) -> None:
 
 
 @given(
-    st.sampled_from([HERMES, MISTRAL, LLAMA]), st.text('<tool_cal>/[TOOL_CALLS]{}",:\\ \n;abn', max_size=60)
+    st.sampled_from([HERMES, MISTRAL, ARGS, TAGS, LLAMA]),
+    st.text('<tool_cal>/[TOOL_CALLS]{}",:\\ \n;abn', max_size=60),
 )
 def test_a_text_without_calls_stays_as_it_is(form: ToolFormat, text: str) -> None:
     content, calls = read(form, list(text))
     assert calls or content == text
 
 
-@pytest.mark.parametrize("form", [HERMES, MISTRAL, LLAMA])
+@pytest.mark.parametrize("form", [HERMES, MISTRAL, ARGS, TAGS, LLAMA])
 def test_each_character_costs_the_same_however_much_is_held(form: ToolFormat) -> None:
     """It runs on the event loop: with a cost that grows, this takes many minutes."""
     spaces = " " * 100_000
@@ -130,14 +167,15 @@ def test_arguments_come_while_they_are_written() -> None:
 def test_formats_are_known_by_what_a_template_writes() -> None:
     for source, form in [
         ("{{ '<tool_call>\n{\"name\": ' }}", HERMES),
-        ("<tool_call>\n<function={{ name }}>", None),
+        ("<tool_call>\n<function={{ name }}>", TAGS),
         ("{{ '[TOOL_CALLS] [' }}", MISTRAL),
-        ("[TOOL_CALLS]{{ name }}[ARGS]{{ arguments }}", None),
+        ("[TOOL_CALLS]{{ name }}[ARGS]{{ arguments }}", ARGS),
         ('{"name": function name, "parameters": {}} {{ "<|start_header_id|>ipython" }}', LLAMA),
         ("{{ tools | tojson }}", None),
     ]:
         assert tool_format(source) is form
-    assert re.fullmatch("[a-z0-9]{9}", MISTRAL.new_id())
+    for form in (MISTRAL, ARGS):
+        assert re.fullmatch("[a-z0-9]{9}", form.new_id())
     assert HERMES.new_id().startswith("call_")
 
 
@@ -177,3 +215,14 @@ def test_a_grammar_has_the_tags_and_a_schema_for_each_tool(
     assert add["properties"] == {"name": {"const": "add"}, form.arguments: {"type": "object"}}
     (only,) = schemas(call_grammar(form, TOOLS[1:], lambda _: None, parallel=parallel))
     assert only == now
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_where_a_name_stands_before_the_arguments_each_has_a_rule(parallel: bool) -> None:
+    grammar = call_grammar(ARGS, TOOLS, {"[TOOL_CALLS]": 7, "[ARGS]": 8}.get, parallel=parallel)
+    start, call, add, now, _ = grammar.split("\n")
+    assert start == ("start: <[7]> call (<[7]> call)*" if parallel else "start: <[7]> call")
+    assert call == "call: call0 | call1"
+    assert add.startswith('call0: "add" <[8]> %json {"x-guidance": ')
+    assert add.endswith('"type": "object"}')
+    assert now.endswith('"type": "object", "additionalProperties": false}')

@@ -32,6 +32,7 @@ def test_a_frozen_decode_service_is_known_and_comes_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("PRAD_PREFILL_DECODE_SILENCE_S", "1")
+    monkeypatch.setenv("PRAD_PREFILL_QUEUE_TIMEOUT_S", "1")  # after which nobody waits for it to come back
     with running_stack(tiny_model("gpt2"), None, tmp_path) as running:
         (decode,) = (service for service in running.stack.services if service.name == "decode")
         with running.api.stream(

@@ -265,10 +265,10 @@ def test_a_version_for_another_model_is_left_to_who_serves_that(
     assert is_unknown(running, "blue")
 
 
-def test_a_killed_decode_service_ends_its_streams_and_comes_back(
+def test_a_killed_decode_service_that_is_away_too_long_ends_its_streams_and_comes_back(
     tiny_model: Callable[[str], Path], tmp_path: Path, running_stack: StackMaker
 ) -> None:
-    with running_stack(tiny_model("gpt2"), None, tmp_path) as running:
+    with running_stack(tiny_model("gpt2"), None, tmp_path, prefill={"queue_timeout_s": 1}) as running:
         body = {"prompt": PROMPT, "max_tokens": 500, "ignore_eos": True, "stream": True}
         with running.api.stream("POST", "/v1/completions", json=body) as response:
             lines = (line for line in response.iter_lines() if line)

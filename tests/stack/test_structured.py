@@ -1,8 +1,7 @@
-"""Structured output and penalties through the real processes, adapted and plain, beside free answers; and
-again after decode was killed amid one."""
+"""Structured output and penalties through the real processes, adapted and plain, beside free answers; and on
+when decode is killed amid one."""
 
 import json
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from local_stack.stack import answers
 from prad.lm import LanguageModel
 from tests.conftest import RunningStack, StackMaker, random_artefact
 from tests.lettered import lettered
@@ -73,22 +71,33 @@ def test_in_a_mix_as_alone(running: RunningStack) -> None:
         assert list(pool.map(lambda body: ask(running, body), asked)) == alone
 
 
-def test_again_after_decode_was_killed_amid_an_answer(running: RunningStack) -> None:
+LONG = SCHEMA | {
+    "properties": {"name": {"type": "string", "minLength": 120, "maxLength": 160}},
+    "required": ["name"],
+}
+LOST: tuple[dict[str, Any], ...] = (
+    PLAIN | {"guided_json": LONG, "task": "red"},
+    PLAIN | DRAWN | {"guided_json": LONG, "task": "red", "presence_penalty": 1, "n": 2},
+)
+
+
+@pytest.mark.parametrize("body", LOST, ids=["one", "two"])
+def test_answers_go_on_when_decode_is_killed_amid_them(running: RunningStack, body: dict[str, Any]) -> None:
+    """Token for token, one of a task and two that are drawn with penalties: its client sees a pause."""
     (decode,) = (each for each in running.stack.services if each.name == "decode")
-    body = CONSTRAINED[1]
-    (expected,), said = ask(running, body), ""
+    expected = ask(running, body)
+    said, killed = [""] * len(expected), False
     with running.api.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
         for line in response.iter_lines():
-            event = json.loads(line.removeprefix("data: ")) if line.startswith("data: {") else {}
-            for choice in event.get("choices", ()):
-                said += choice["text"]
+            if not line.startswith("data: {"):
+                continue
+            event = json.loads(line.removeprefix("data: "))
+            for choice in event["choices"]:
+                said[choice["index"]] += choice["text"]
+            if not killed and all(said):
+                killed = True
                 decode.process.kill()
-    decode.process.wait()
-    assert expected.startswith(said)
-    ready = f"{running.api.base_url}/ready"
-    while answers(ready):
-        time.sleep(0.02)
-    running.stack.restart("decode")
-    while not answers(ready):
-        time.sleep(0.02)
-    assert ask(running, body) == [expected]
+                decode.process.wait()
+                running.stack.restart("decode")
+    assert killed
+    assert said == expected
