@@ -37,6 +37,7 @@ from prad.artefact import AdapterRecord, Artefact, BaseModelRef, read_artefact, 
 from prad.lm import LanguageModel
 from prad.lm.kernels import Kernels, load_kernels
 from prad.lm.kernels.build import built
+from tests import forked
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no fault of ours
 hypothesis.settings.load_profile("untimed")
@@ -103,11 +104,15 @@ os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"  # also 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="where the services of a running stack compute")
+    parser.addoption("--fork", action="store_true", help="services and commands: see tests/forked.py")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     global _device
     _device = config.getoption("--device")
+    forked.wanted = config.getoption("--fork")
+    if forked.wanted and not config.getoption("numprocesses", None):  # a worker of xdist, or the only process
+        forked.begin()
 
 
 _device = "cpu"
@@ -263,7 +268,7 @@ def _running_stack(
     else:
         (root / "cache" / "kernels").symlink_to(built(CACHE).parent)  # compiled once for all tests
         common += ["--kernels", kernels]
-    with Stack(root / "logs") as stack:
+    with forked.stack(root / "logs") as stack:
         if followed is None:
             stack.start("registry", ["--port", str(registry_port), "--data-dir", str(root / "registry")])
         own = ["--model", str(decode_model or model), "--port", str(decode_port)]
