@@ -40,6 +40,7 @@ from prad.lm.kernels.build import built
 from tests import forked
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no fault of ours
+hypothesis.settings.register_profile("thorough", deadline=None, max_examples=1000)  # `make test-long`
 hypothesis.settings.load_profile("untimed")
 torch.set_num_threads(1)  # tiny models: threads that wait for each other cost more than they do
 
