@@ -80,6 +80,13 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 }
 SEEDS = {"llama": 1, "gpt2": 1, "mistral": 4, "qwen3": 1, "gemma3": 12, "opt": 1, "gpt-neox": 1}
 
+LONGEST = (
+    "tests/stack/test_routing_under_traffic.py",
+    "tests/cli/test_serve_command.py",
+    "tests/stack/test_redis_shared.py",
+)
+"""Files whose tests take a minute or nearly so, from the longest on."""
+
 
 def _cache() -> Path:
     """Where the converted default model and the compiled kernels are kept from run to run: as `prad` does, or
@@ -114,6 +121,13 @@ def pytest_configure(config: pytest.Config) -> None:
     forked.wanted = config.getoption("--fork")
     if forked.wanted and not config.getoption("numprocesses", None):  # a worker of xdist, or the only process
         forked.begin()
+    config.option.loadscopereorder = False  # in the order of `pytest_collection_modifyitems` instead
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest comes first: whoever works at the last long file alone is waited for by all."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(places)))
 
 
 _device = "cpu"
