@@ -41,7 +41,6 @@ from tests import forked
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no fault of ours
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=1000)  # `make test-long`
-hypothesis.settings.load_profile("untimed")
 torch.set_num_threads(1)  # tiny models: threads that wait for each other cost more than they do
 
 VOCAB = 120
@@ -118,6 +117,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     global _device
     _device = config.getoption("--device")
+    if not config.getoption("--hypothesis-profile"):
+        hypothesis.settings.load_profile("untimed")
     forked.wanted = config.getoption("--fork")
     if forked.wanted and not config.getoption("numprocesses", None):  # a worker of xdist, or the only process
         forked.begin()
