@@ -149,8 +149,7 @@ def _described(app: FastAPI) -> dict[str, Any]:
 
 _BODIES = (
     *(CompletionRequest, ChatRequest, TokenizeBody, Detokenize),
-    *(MessagesRequest, TokensRequest, ResponsesRequest, NewBatch),
-    *(FailureBody, MessagesFailure),
+    *(MessagesRequest, TokensRequest, ResponsesRequest, NewBatch, FailureBody, MessagesFailure),
 )
 
 SHOWN_HEADERS = (
