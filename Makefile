@@ -12,7 +12,7 @@ PROTO := kvtransfer/proto/handoff.proto
 BENCHMARKS := floor decode growth choices step para prefill handoff chunking serve batch memory flood registry push versions table4
 SMOKE ?= floor decode step rounding handoff # what CI runs, in less than two minutes on two cores
 
-.PHONY: help serve test test-long test-latest test-oldest coverage sanitize check proto bench bench-smoke docs lock clean
+.PHONY: help serve test test-long test-latest test-oldest coverage sanitize check check-types check-all-else proto bench bench-smoke docs lock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -54,9 +54,14 @@ sanitize: $(VENV)/.tested ## the tests of the kernels under AddressSanitizer and
 	ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest $(KERNEL_TESTS)
 
 check: $(VENV)/.tested ## format, lint, types, imports, generated files
+	@$(MAKE) --no-print-directory --jobs 2 check-types check-all-else
+
+check-types: # as long as all else takes
+	$(BIN)/mypy
+
+check-all-else:
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m deploy.check_proto $(PROTO)
 	$(BIN)/python -m deploy.settings_reference --check
