@@ -107,6 +107,8 @@ os.environ["PRAD_CACHE_DIR"] = str(CACHE)  # for the commands that tests start
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a script's background job: children would not heed it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"  # also where a proxy leads out
+os.environ.pop("SSL_CERT_FILE", None)  # each client of HTTP would read all those certificates, for nobody
+os.environ["SSL_CERT_DIR"] = str(CACHE)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
