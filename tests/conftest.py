@@ -121,7 +121,7 @@ def pytest_configure(config: pytest.Config) -> None:
     _device = config.getoption("--device")
     if not config.getoption("--hypothesis-profile"):
         hypothesis.settings.load_profile("untimed")
-    forked.wanted = config.getoption("--fork")
+    forked.wanted = config.getoption("--fork") and _device == "cpu"  # what CUDA began no fork can go on with
     if forked.wanted and not config.getoption("numprocesses", None):  # a worker of xdist, or the only process
         forked.begin()
     config.option.loadscopereorder = False  # in the order of `pytest_collection_modifyitems` instead

@@ -7,7 +7,6 @@ signalled and awaited as any. Without `--fork`, as in `make test-long` and `make
 for each; so it does always for what tests start by themselves: `prad serve`, `prad train`, the demo.
 """
 
-import contextlib
 import multiprocessing
 import os
 import subprocess
@@ -36,33 +35,25 @@ def begin() -> None:
 
 @dataclass(frozen=True)
 class Command:
-    """What a child is told: `prad WORDS`, and where its input comes from and its output goes."""
+    """`prad WORDS`, as a child is told it: from which file its input comes, and to which both outputs go."""
 
     words: tuple[str, ...]
     environment: Mapping[str, str]
-    folder: str
-    stdin: str
-    stdout: str
-    stderr: str
+    streams: tuple[str, str, str]
     own_group: bool
 
     def run(self) -> None:
-        """In the child. What it says on both streams stays in order where they are one file."""
+        """In the child."""
         if self.own_group:
             os.setpgid(0, 0)
         appending = os.O_WRONLY | os.O_APPEND | os.O_CREAT
-        for number, path, how in (
-            (0, self.stdin, os.O_RDONLY),
-            (1, self.stdout, appending),
-            (2, self.stderr, appending),
-        ):
-            opened = os.open(path, how, 0o644)
+        for number, path in enumerate(self.streams):
+            opened = os.open(path, appending if number else os.O_RDONLY, 0o644)
             os.dup2(opened, number)
             os.close(opened)
         sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)  # multiprocessing has given it another
         os.environ.clear()
         os.environ.update(self.environment)
-        os.chdir(self.folder)
         sys.argv = ["prad", *self.words]
         main()
 
@@ -95,9 +86,8 @@ class ForkedStack(Stack):
     """Whose services are forked; started again as well."""
 
     def _begin(self, name: str, arguments: Sequence[str], log: IO[bytes]) -> "subprocess.Popen[bytes]":
-        said = os.fspath(log.name)
-        words = (name, *arguments)
-        return Forked(Command(words, dict(os.environ), os.getcwd(), os.devnull, said, said, own_group=True))
+        streams = (os.devnull, log.name, log.name)
+        return Forked(Command((name, *arguments), dict(os.environ), streams, own_group=True))
 
 
 def stack(logs: Path) -> Stack:
@@ -105,10 +95,7 @@ def stack(logs: Path) -> Stack:
 
 
 def prad(
-    *words: str | Path,
-    environment: Mapping[str, str] | None = None,
-    folder: Path | None = None,
-    lines: str = "",
+    *words: str | Path, environment: Mapping[str, str] | None = None, lines: str = ""
 ) -> "subprocess.CompletedProcess[str]":
     """Runs `prad WORDS` to its end; `lines` are typed into it."""
     environment = os.environ if environment is None else environment
@@ -120,18 +107,16 @@ def prad(
             capture_output=True,
             encoding="utf-8",
             env=environment,
-            cwd=folder,
             check=False,
         )
     with tempfile.TemporaryDirectory() as kept:
-        typed, out, err = (Path(kept) / name for name in ("in", "out", "err"))
+        typed, *told = (Path(kept) / name for name in ("typed", "out", "err"))
         typed.write_text(lines, encoding="utf-8")
-        at = (str(folder or Path.cwd()), str(typed), str(out), str(err))
-        running = Forked(Command(said, dict(environment), *at, own_group=False))
+        streams = (str(typed), str(told[0]), str(told[1]))
+        running = Forked(Command(said, dict(environment), streams, own_group=False))
         try:
             status = running.wait()
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                running.kill()
-        told = [path.read_text(encoding="utf-8") if path.exists() else "" for path in (out, err)]
-        return subprocess.CompletedProcess(said, status, *told)
+            running.kill()
+        out, err = (path.read_text(encoding="utf-8") for path in told)
+        return subprocess.CompletedProcess(said, status, out, err)
