@@ -196,21 +196,21 @@ def operated(
 ) -> None:
     """Each task is loaded, and has a turn; and on, in turn, until the time is over."""
     names = [f"task-{number}" for number in range(tasks)]
-    with RegistryClient(running.registry) as registry, steady(running.api) as traffic:
-        operator = Operator(registry, running.registry, folders(root, model), traffic)
-        begun = time.monotonic()
+    with RegistryClient(running.registry) as registry:
+        with steady(running.api) as traffic:
+            operator = Operator(registry, running.registry, folders(root, model), traffic)
+            begun = time.monotonic()
 
-        def operate(own: list[str]) -> None:
-            for task in own:
-                operator.start(task)
-            turn = 0
-            while turn < len(own) or time.monotonic() - begun < seconds:
-                operator.turn(own[turn % len(own)])
-                turn += 1
+            def operate(own: list[str]) -> None:
+                for task in own:
+                    operator.start(task)
+                turn = 0
+                while turn < len(own) or time.monotonic() - begun < seconds:
+                    operator.turn(own[turn % len(own)])
+                    turn += 1
 
-        with ThreadPoolExecutor(OPERATORS) as pool:
-            list(pool.map(operate, (names[at::OPERATORS] for at in range(OPERATORS))))
-        traffic.stopped.set()
+            with ThreadPoolExecutor(OPERATORS) as pool:
+                list(pool.map(operate, (names[at::OPERATORS] for at in range(OPERATORS))))
         check(traffic, registry, operator, reference)
         assert {answer.task for answer in traffic.answered} == set(names)
 
