@@ -80,11 +80,15 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 SEEDS = {"llama": 1, "gpt2": 1, "mistral": 4, "qwen3": 1, "gemma3": 12, "opt": 1, "gpt-neox": 1}
 
 LONGEST = (
-    "tests/stack/test_routing_under_traffic.py",
     "tests/cli/test_serve_command.py",
+    "tests/stack/test_routing_under_traffic.py",
+    "tests/stack/test_demo.py",
+    "tests/training/test_train_interrupted.py",
+    "tests/oracle/test_oracle.py",
     "tests/stack/test_redis_shared.py",
+    "tests/training/test_train.py",
 )
-"""Files whose tests take a minute or nearly so, from the longest on."""
+"""Files whose tests take half a minute or more, from the longest on."""
 
 
 def _cache() -> Path:
