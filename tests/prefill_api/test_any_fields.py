@@ -47,7 +47,7 @@ MESSAGE = st.fixed_dictionaries(
     },
 )
 
-EXAMPLES = settings().max_examples // 4
+EXAMPLES = settings().max_examples // 2
 """An app is made for each, and asked many times."""
 
 
