@@ -5,14 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV := uv==0.13.9 # makes the locks
 LOCKED := pyproject.toml locks/install $(wildcard locks/*.txt)
-TESTS := -m "not long" -n 3 --dist loadfile
+TESTS := -m "not long" -n 3 --dist loadfile --fork
 KERNEL_TESTS := $(wildcard tests/lm/test_*kernels.py) tests/lm/test_products.py tests/lm/test_blocks.py tests/lm/test_eight_bits.py
 PROTO := kvtransfer/proto/handoff.proto
 
 BENCHMARKS := floor decode growth choices beams step structured para prefill handoff chunking serve batch memory flood registry push versions table4
 SMOKE ?= floor decode step rounding handoff # what CI runs, in less than two minutes on two cores
 
-.PHONY: help serve test test-long test-latest test-oldest coverage sanitize check proto bench bench-smoke docs lock clean
+.PHONY: help serve test test-long test-latest test-oldest coverage sanitize check check-types check-all-else proto bench bench-smoke docs lock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -26,7 +26,7 @@ test: $(VENV)/.tested ## install what the tests need and run them (three at a ti
 
 test-long: $(VENV)/.tested ## the tests that run for minutes (what others' programs they run is installed first, once)
 	-$(BIN)/python -m tests.outside.clients
-	$(BIN)/pytest -m long -n 2 --dist loadfile
+	$(BIN)/pytest -m "long or hypothesis" -n 2 --dist loadfile --hypothesis-profile thorough
 	$(BIN)/python -m deploy.count_house --check
 
 test-latest: ## the tests with the newest releases that pyproject.toml admits; every warning is an error
@@ -46,7 +46,7 @@ test-oldest: ## the tests with the oldest releases that pyproject.toml admits (l
 	.venv-oldest/bin/pytest $(TESTS)
 
 coverage: $(VENV)/.tested ## the tests, and which lines they run; services in processes of their own count
-	$(BIN)/pytest $(TESTS) --cov --cov-report=term:skip-covered
+	$(BIN)/pytest $(filter-out --fork,$(TESTS)) --cov --cov-report=term:skip-covered
 
 sanitize: $(VENV)/.tested ## the tests of the kernels under AddressSanitizer and UndefinedBehaviorSanitizer (g++)
 	CXX=g++ CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all" \
@@ -54,9 +54,14 @@ sanitize: $(VENV)/.tested ## the tests of the kernels under AddressSanitizer and
 	ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest $(KERNEL_TESTS)
 
 check: $(VENV)/.tested ## format, lint, types, imports, generated files
+	@$(MAKE) --no-print-directory --jobs 2 check-types check-all-else
+
+check-types: # as long as all else takes
+	$(BIN)/mypy
+
+check-all-else:
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m deploy.check_proto $(PROTO)
 	$(BIN)/python -m deploy.settings_reference --check

@@ -1,6 +1,7 @@
 """The registry's HTTP API: every route in one place, most of them one line of `Registry`."""
 
 import asyncio
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
@@ -11,7 +12,7 @@ from adapter_registry import log, pushing, replies, uploads
 from adapter_registry.access import Guard, Secrets, keys_router, refuse_foreign_origin
 from adapter_registry.console import create_console
 from adapter_registry.disconnects import unless_gone
-from adapter_registry.errors import ErrorReply, HostNotAllowedError
+from adapter_registry.errors import HostNotAllowedError
 from adapter_registry.keys import Role
 from adapter_registry.messages import (
     Aliased,
@@ -57,9 +58,7 @@ from adapter_registry.versions import Event
 from prad import __version__
 from prad.http.hosts import AllowedHosts
 
-_RESPONSES: dict[int | str, dict[str, Any]] = {
-    "default": {"model": ErrorReply, "description": "Refused or failed, and why"}
-}
+_RESPONSES = described({"default": "Refused or failed, and why"})
 _REFUSED = described(
     {
         401: "The registry asks for a token, and none that is in force is shown",
@@ -87,6 +86,7 @@ def create_app(registry: Registry, settings: RegistrySettings, secrets: Secrets)
     app = FastAPIOffline(
         "/docs", None, title="PrAd adapter registry", version=__version__, responses=_RESPONSES
     )
+    app.openapi = partial(replies.describe, app)  # type: ignore[method-assign]
     replies.install(app, registry.metrics)
     guard = Guard(registry, secrets)
     traffic = LiveTraffic() if settings.console else None

@@ -5,22 +5,25 @@ entity tag of a routing is its revision: `ETag: "41"`.
 """
 
 import re
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import Depends, Header, Request
 
-from adapter_registry.errors import ErrorReply, InvalidRequestError
+from adapter_registry.errors import InvalidRequestError
+from adapter_registry.replies import described
 
 OPERATOR = "x-prad-operator"
 CALLER = "prad.caller"
 """In a request's scope: whose token it showed."""
 _OPERATOR_CHARACTERS = 128
 
-REROUTING: dict[int | str, dict[str, Any]] = {
-    404: {"model": ErrorReply, "description": "No such task or version"},
-    409: {"model": ErrorReply, "description": "The version's state, or what names it, does not allow that"},
-    412: {"model": ErrorReply, "description": "The routing is not the one that If-Match names any more"},
-}
+REROUTING = described(
+    {
+        404: "No such task or version",
+        409: "The version's state, or what names it, does not allow that",
+        412: "The routing is not the one that If-Match names any more",
+    }
+)
 """For the documentation of a route that takes `IfMatch`."""
 
 

@@ -115,14 +115,17 @@ class Stack:
             raise StackError(f"the log of {name} cannot be kept: {error}; move it away") from error
         with opened as file, signals_later():
             log_start = file.seek(0, os.SEEK_END)
-            process = subprocess.Popen(
-                [sys.executable, *self._within.get(name, ("-m", "prad_cli")), name, *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                process_group=0,
-            )
+            process = self._begin(name, arguments, file)
             self._services[place : place + 1] = [Service(name, arguments, process, log, log_start)]
+
+    def _begin(self, name: str, arguments: Sequence[str], log: IO[bytes]) -> "subprocess.Popen[bytes]":
+        return subprocess.Popen(
+            [sys.executable, *self._within.get(name, ("-m", "prad_cli")), name, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            process_group=0,
+        )
 
     def wait_until(self, ready: Callable[[], bool], timeout_s: float, what: str) -> None:
         """Waits until `ready()`. Raises StackError if a child ends, or after `timeout_s`."""

@@ -37,9 +37,10 @@ from prad.artefact import AdapterRecord, Artefact, BaseModelRef, read_artefact, 
 from prad.lm import LanguageModel
 from prad.lm.kernels import Kernels, load_kernels
 from prad.lm.kernels.build import built
+from tests import forked
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no fault of ours
-hypothesis.settings.load_profile("untimed")
+hypothesis.settings.register_profile("thorough", deadline=None, max_examples=1000)  # `make test-long`
 torch.set_num_threads(1)  # tiny models: threads that wait for each other cost more than they do
 
 VOCAB = 120
@@ -78,6 +79,17 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 }
 SEEDS = {"llama": 1, "gpt2": 1, "mistral": 4, "qwen3": 1, "gemma3": 12, "opt": 1, "gpt-neox": 1}
 
+LONGEST = (
+    "tests/cli/test_serve_command.py",
+    "tests/stack/test_routing_under_traffic.py",
+    "tests/stack/test_demo.py",
+    "tests/training/test_train_interrupted.py",
+    "tests/oracle/test_oracle.py",
+    "tests/stack/test_redis_shared.py",
+    "tests/training/test_train.py",
+)
+"""Files whose tests take half a minute or more, from the longest on."""
+
 
 def _cache() -> Path:
     """Where the converted default model and the compiled kernels are kept from run to run: as `prad` does, or
@@ -99,15 +111,30 @@ os.environ["PRAD_CACHE_DIR"] = str(CACHE)  # for the commands that tests start
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a script's background job: children would not heed it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"  # also where a proxy leads out
+os.environ.pop("SSL_CERT_FILE", None)  # each client of HTTP would read all those certificates, for nobody
+os.environ["SSL_CERT_DIR"] = str(CACHE)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="where the services of a running stack compute")
+    parser.addoption("--fork", action="store_true", help="services and commands: see tests/forked.py")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     global _device
     _device = config.getoption("--device")
+    if not config.getoption("--hypothesis-profile"):
+        hypothesis.settings.load_profile("untimed")
+    forked.wanted = config.getoption("--fork") and _device == "cpu"  # what CUDA began no fork can go on with
+    if forked.wanted and not config.getoption("numprocesses", None):  # a worker of xdist, or the only process
+        forked.begin()
+    config.option.loadscopereorder = False  # in the order of `pytest_collection_modifyitems` instead
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest comes first: whoever works at the last long file alone is waited for by all."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(places)))
 
 
 _device = "cpu"
@@ -263,7 +290,7 @@ def _running_stack(
     else:
         (root / "cache" / "kernels").symlink_to(built(CACHE).parent)  # compiled once for all tests
         common += ["--kernels", kernels]
-    with Stack(root / "logs") as stack:
+    with forked.stack(root / "logs") as stack:
         if followed is None:
             stack.start("registry", ["--port", str(registry_port), "--data-dir", str(root / "registry")])
         own = ["--model", str(decode_model or model), "--port", str(decode_port)]

@@ -31,7 +31,15 @@ from prefill_service.api.admission import (
     when_here,
 )
 from prefill_service.api.chat_answers import chat_shape
-from prefill_service.api.described import ANSWER, FAILURES, REFUSALS, SCHEMA, body_schema, refusals
+from prefill_service.api.described import (
+    ANSWER,
+    FAILURES,
+    REFUSALS,
+    SCHEMA,
+    FailureBody,
+    body_schema,
+    refusals,
+)
 from prefill_service.api.intake import BEHIND_OTHERS, ApiLimits, TurnAway, client_of, read_body
 from prefill_service.api.messages import Addressed
 from prefill_service.api.outcomes import (
@@ -65,7 +73,7 @@ from prefill_service.errors import InvalidRequestError, TaskNotAllowedError
 from prefill_service.prompt import Engine, TaskVersion
 from prefill_service.protocols.chat import Chat
 from prefill_service.protocols.messages.requests import MessagesRequest, TokensRequest
-from prefill_service.protocols.messages.routes import MESSAGES_FACE, messages_routes
+from prefill_service.protocols.messages.routes import MESSAGES_FACE, MessagesFailure, messages_routes
 from prefill_service.protocols.responses.requests import ResponsesRequest
 from prefill_service.protocols.responses.routes import responses_routes
 
@@ -132,7 +140,7 @@ def create_app(
 
 
 def _described(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's description, and the bodies that endpoints read themselves, which it cannot know."""
+    """FastAPI's description, and the bodies that it cannot know: those that endpoints read, and refusals."""
     described = FastAPI.openapi(app)
     _, bodies = models_json_schema([(kind, "validation") for kind in _BODIES], ref_template=SCHEMA)
     described["components"]["schemas"] |= bodies["$defs"]
@@ -141,7 +149,7 @@ def _described(app: FastAPI) -> dict[str, Any]:
 
 _BODIES = (
     *(CompletionRequest, ChatRequest, TokenizeBody, Detokenize),
-    *(MessagesRequest, TokensRequest, ResponsesRequest, NewBatch),
+    *(MessagesRequest, TokensRequest, ResponsesRequest, NewBatch, FailureBody, MessagesFailure),
 )
 
 SHOWN_HEADERS = (

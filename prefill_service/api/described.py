@@ -32,13 +32,18 @@ class FailureBody(BaseModel):
 
 
 SCHEMA = "#/components/schemas/{model}"
-FAILURES: dict[int | str, dict[str, Any]] = {
-    "default": {"model": FailureBody, "description": "Not served, and why"}
-}
 
 
-def refusals(reasons: Mapping[int, str]) -> dict[int | str, dict[str, Any]]:
-    return {status: {"model": FailureBody, "description": why} for status, why in reasons.items()}
+def refusals(
+    reasons: Mapping[int | str, str], kind: type[BaseModel] = FailureBody
+) -> dict[int | str, dict[str, Any]]:
+    """The schema is named, and added by whoever describes the app: FastAPI would make validators of a model,
+    for each status of each route anew, which are never asked and were most of what an app took to be made."""
+    content = {"application/json": {"schema": {"$ref": SCHEMA.format(model=kind.__name__)}}}
+    return {status: {"description": why, "content": content} for status, why in reasons.items()}
+
+
+FAILURES = refusals({"default": "Not served, and why"})
 
 
 REFUSALS = refusals(

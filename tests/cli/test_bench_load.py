@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 
 from prad.http.load import Answer, LoadClient, Run, latencies, poisson_arrivals
 from prad_cli.load import Limits, figures
+from tests import forked
 from tests.cli.fake_api import FakeApi, fake_api
 from tests.cli.test_command_line import ENVIRONMENT, one_line
 
@@ -21,8 +21,8 @@ def api() -> Iterator[FakeApi]:
 
 
 def load(api: FakeApi, *arguments: str | Path) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "prad_cli", "bench", "load", "--url", api.url, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, encoding="utf-8", env=ENVIRONMENT, check=False)
+    asked = ("bench", "load", "--url", api.url, *arguments)
+    return forked.prad(*asked, environment=ENVIRONMENT)
 
 
 def answer(first: float, *later: float, error: str = "") -> Answer:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from prad_cli.lines import Lines
+from tests import forked
 from tests.cli.fake_api import FakeApi, fake_api
 from tests.cli.test_command_line import ENVIRONMENT
 
@@ -27,14 +28,8 @@ def api() -> Iterator[FakeApi]:
 def piped(
     api: FakeApi, lines: str, *arguments: str, **environment: str
 ) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "-m", "prad_cli", "chat", *arguments, "--url", f"{api.url}/v1"],
-        input=lines,
-        capture_output=True,
-        encoding="utf-8",
-        env=ENVIRONMENT | environment,
-        check=False,
-    )
+    asked = ("chat", *arguments, "--url", f"{api.url}/v1")
+    return forked.prad(*asked, environment=ENVIRONMENT | environment, lines=lines)
 
 
 class Terminal:

@@ -11,16 +11,14 @@ import pytest
 
 from prad import __version__
 from prad.lm import LanguageModel
+from tests import forked
 from tests.conftest import random_artefact
 
 ENVIRONMENT = os.environ | {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb", "HF_HUB_OFFLINE": "1"}
 
 
 def prad(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "prad_cli", *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, text=True, env=ENVIRONMENT, check=False, encoding="utf-8"
-    )
+    return forked.prad(*arguments, environment=ENVIRONMENT)
 
 
 def one_line(text: str) -> str:

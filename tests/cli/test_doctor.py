@@ -3,7 +3,6 @@
 import json
 import socket
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from email.utils import formatdate
 from pathlib import Path
@@ -14,6 +13,7 @@ from packaging.requirements import Requirement
 
 from prad_cli import doctor, findings
 from prad_cli.findings import Finding, Level, fault_from
+from tests import forked
 from tests.cli.fake_api import FakeApi, fake_api
 from tests.cli.test_command_line import ENVIRONMENT
 from tests.redis_process import RedisProcess
@@ -27,13 +27,7 @@ def api() -> Iterator[FakeApi]:
 
 def prad_doctor(root: Path, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
     own = ["--cache-dir", str(root / "cache"), "--data-dir", str(root / "data")]
-    return subprocess.run(
-        [sys.executable, "-m", "prad_cli", "doctor", *own, *arguments],
-        capture_output=True,
-        encoding="utf-8",
-        env=ENVIRONMENT | environment,
-        check=False,
-    )
+    return forked.prad("doctor", *own, *arguments, environment=ENVIRONMENT | environment)
 
 
 def found(told: str) -> dict[str, dict[str, Any]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.test_command_line import ENVIRONMENT, one_line
+from tests.conftest import CACHE
 
 CHECKOUT = Path(__file__).parents[2]
 OF_EXTRAS = ("accelerate", "matplotlib", "peft", "psutil", "rouge_score", "sacrebleu")
@@ -25,12 +26,15 @@ def without_extras(tmp_path: Path) -> dict[str, str]:
     return ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(here)}
 
 
-def test_serving_needs_none(without_extras: dict[str, str], tmp_path: Path) -> None:
-    """Its imports, and what the first start does: the default model is converted and loaded."""
+@pytest.mark.parametrize("kept", [True, pytest.param(False, marks=pytest.mark.long)])
+def test_serving_needs_none(kept: bool, without_extras: dict[str, str], tmp_path: Path) -> None:
+    """Its imports, and what the first start does: the default model is converted and loaded. Where it is kept
+    from an earlier conversion that is not made again."""
     program = (
         f"import {SERVING}, torch\nfrom pathlib import Path\n"
+        "from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint\n"
         "from prad.lm import DEFAULT_MODEL, LanguageModel, Tokenizer, resolve_model\n"
-        f"folder = resolve_model(DEFAULT_MODEL, Path({str(tmp_path / 'cache')!r}))\n"
+        f"folder = resolve_model(DEFAULT_MODEL, Path({str(CACHE if kept else tmp_path)!r}))\n"
         "LanguageModel.load(folder, dtype=torch.bfloat16)\nTokenizer(folder)\n"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", program], env=without_extras, check=True)

@@ -104,41 +104,78 @@ def ports(unused_tcp_port_factory: Callable[[], int]) -> list[int]:
     return [unused_tcp_port_factory() for _ in range(4)]
 
 
-def test_ctrl_c_stops_the_last_started_first(model: Path, tmp_path: Path, ports: list[int]) -> None:
-    api, *others = ports
-    with serving(model, tmp_path, api, *others, "--threads", "1", "--nice", "3") as serve:
-        until(lambda: serve.process.poll() is not None or "Ctrl-C stops everything" in serve.said)
-        assert serve.process.poll() is None, serve.said
-        assert f"http://127.0.0.1:{api}" in serve.said
-        assert answers(f"http://127.0.0.1:{api}/ready")
-        registry, _, metrics = others
-        for port in (api, registry, metrics):
-            assert f"http://127.0.0.1:{port}/metrics" in serve.said
-            assert answers(f"http://127.0.0.1:{port}/metrics")
-        console = f"http://127.0.0.1:{registry}/console"
-        assert console in serve.said
-        question = {"model": httpx.get(f"http://127.0.0.1:{api}/v1/models").json()["data"][0]["id"]}
-        question |= {"prompt": "t1 t2", "max_tokens": 3}
-        answer = httpx.post(f"{console}/playground/ask", json=question, timeout=60)
-        assert (answer.status_code, answer.text.endswith("data: [DONE]\n\n")) == (200, True)
-        running = children(tmp_path)
-        assert set(running) == set(SERVICES)
-        given = {name: " ".join(process.cmdline()) for name, process in running.items()}
-        assert [name for name in SERVICES if "--threads 1" in given[name]] == ["decode", "prefill"]
-        assert [name for name in SERVICES if "--nice 3" in given[name]] == ["prefill"]
-        serve.process.send_signal(signal.SIGINT)
-        until(lambda: "stopping: " in serve.said)
-        while any(map(alive, running.values())):
-            registry_lives, decode_lives = alive(running["registry"]), alive(running["decode"])
-            # asked after the two above: whoever lives now lived then
-            assert registry_lives or not alive(running["decode"]), "the registry ended before decode"
-            assert decode_lives or not alive(running["prefill"]), "decode ended before prefill"
-            time.sleep(0.01)
+def started(serve: Command) -> None:
+    until(lambda: serve.process.poll() is not None or "Ctrl-C stops everything" in serve.said)
+    assert serve.process.poll() is None, serve.said
+
+
+def test_it_is_ready_starts_whoever_is_killed_and_stops_in_order(
+    model: Path, tmp_path: Path, ports: list[int]
+) -> None:
+    """The life of one command: each part of it below."""
+    with serving(model, tmp_path, *ports, "--threads", "1", "--nice", "3") as serve:
+        started(serve)
+        _everything_said_is_there(serve, ports)
+        _each_was_given_what_is_its_own(tmp_path)
+        for name in ("decode", "registry", "prefill"):
+            _whoever_is_killed_starts_again(name, serve, tmp_path, f"http://127.0.0.1:{ports[0]}")
+        _ctrl_c_stops_the_last_started_first(serve, tmp_path)
         assert serve.process.wait() in INTERRUPTED
         assert "Traceback" not in serve.said
 
 
-def test_a_redis_keeps_what_the_command_serves(
+def _everything_said_is_there(serve: Command, ports: list[int]) -> None:
+    api, registry, _, metrics = ports
+    assert f"http://127.0.0.1:{api}" in serve.said
+    assert answers(f"http://127.0.0.1:{api}/ready")
+    for port in (api, registry, metrics):
+        assert f"http://127.0.0.1:{port}/metrics" in serve.said
+        assert answers(f"http://127.0.0.1:{port}/metrics")
+    console = f"http://127.0.0.1:{registry}/console"
+    assert console in serve.said
+    question = {"model": httpx.get(f"http://127.0.0.1:{api}/v1/models").json()["data"][0]["id"]}
+    question |= {"prompt": "t1 t2", "max_tokens": 3}
+    answer = httpx.post(f"{console}/playground/ask", json=question, timeout=60)
+    assert (answer.status_code, answer.text.endswith("data: [DONE]\n\n")) == (200, True)
+
+
+def _each_was_given_what_is_its_own(root: Path) -> None:
+    running = children(root)
+    assert set(running) == set(SERVICES)
+    given = {name: " ".join(process.cmdline()) for name, process in running.items()}
+    assert [name for name in SERVICES if "--threads 1" in given[name]] == ["decode", "prefill"]
+    assert [name for name in SERVICES if "--nice 3" in given[name]] == ["prefill"]
+
+
+def _whoever_is_killed_starts_again(name: str, serve: Command, root: Path, api: str) -> None:
+    first = children(root)
+    first[name].kill()
+    until(lambda: f"{name} ended: killed by SIGKILL (out of memory?); starting" in serve.said)
+    if name == "decode":  # which prefill outlives, and says so
+        assert answers(f"{api}/health")
+        until(lambda: httpx.get(f"{api}/ready", trust_env=False).status_code == 503)
+    until(lambda: f"{name} is ready again" in serve.said)
+    until(lambda: answers(f"{api}/ready"))
+    now = children(root)
+    assert {each for each in SERVICES if now[each].pid != first[each].pid} == {name}
+    body = {"prompt": [5, 17, 40], "max_tokens": 4, "ignore_eos": True}
+    answer = httpx.post(f"{api}/v1/completions", json=body, trust_env=False, timeout=60)
+    assert answer.status_code == 200, answer.text
+
+
+def _ctrl_c_stops_the_last_started_first(serve: Command, root: Path) -> None:
+    running = children(root)
+    serve.process.send_signal(signal.SIGINT)
+    until(lambda: "stopping: " in serve.said)
+    while any(map(alive, running.values())):
+        registry_lives, decode_lives = alive(running["registry"]), alive(running["decode"])
+        # asked after the two above: whoever lives now lived then
+        assert registry_lives or not alive(running["decode"]), "the registry ended before decode"
+        assert decode_lives or not alive(running["prefill"]), "decode ended before prefill"
+        time.sleep(0.01)
+
+
+def test_a_redis_keeps_what_an_unprotected_command_serves(
     model: Path,
     load_tiny: Callable[[str], LanguageModel],
     tmp_path: Path,
@@ -147,12 +184,15 @@ def test_a_redis_keeps_what_the_command_serves(
 ) -> None:
     redis = RedisProcess(tmp_path_factory.mktemp("r"))
     random_artefact(tmp_path / "adapters" / "red", load_tiny("llama"), 1)
-    adapters = ("--adapters", str(tmp_path / "adapters"))
+    more = ["--redis-url", redis.url, "--adapters", str(tmp_path / "adapters")]
+    more += ["--unprotected", "--host", "0.0.0.0"]
     try:
-        with serving(model, tmp_path, *ports, "--redis-url", redis.url, *adapters) as serve:
-            until(lambda: serve.process.poll() is not None or "Ctrl-C stops everything" in serve.said)
-            assert serve.process.poll() is None, serve.said
-            told = httpx.get(f"http://127.0.0.1:{ports[0]}/v1/models/red").json()["prad"]
+        with serving(model, tmp_path, *ports, *more) as serve:
+            started(serve)
+            assert "the API listens on 0.0.0.0: whoever reaches it can use every task" in serve.said
+            asked = httpx.get(f"http://127.0.0.1:{ports[0]}/v1/models/red", trust_env=False)
+            assert asked.status_code == 200
+            told = asked.json()["prad"]
             serve.process.send_signal(signal.SIGINT)
             assert serve.process.wait() in INTERRUPTED
         store = RedisStore(redis.url)
@@ -165,20 +205,19 @@ def test_a_redis_keeps_what_the_command_serves(
         redis.kill()
 
 
-@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_while_it_starts(
-    model: Path, tmp_path: Path, ports: list[int], ending: signal.Signals
+def test_an_open_host_asks_for_keys_and_a_second_ctrl_c_kills_whoever_hangs(
+    model: Path, tmp_path: Path, ports: list[int]
 ) -> None:
-    with serving(model, tmp_path, *ports) as serve:
-        until(lambda: len(children(tmp_path)) == 3)
-        serve.process.send_signal(ending)
-        assert serve.process.wait() in INTERRUPTED
-        assert "Traceback" not in serve.said
-
-
-def test_a_second_ctrl_c_kills_whoever_hangs(model: Path, tmp_path: Path, ports: list[int]) -> None:
-    with serving(model, tmp_path, *ports) as serve:
-        until(lambda: serve.process.poll() is not None or "Ctrl-C stops everything" in serve.said)
+    (tmp_path / "none").mkdir()
+    more = ["--host", "0.0.0.0", "--adapters", str(tmp_path / "none")]
+    with serving(model, tmp_path, *ports, *more) as serve:
+        started(serve)
+        assert f"{tmp_path / 'none'} holds no adapter folders" in serve.said
+        assert "the API asks everyone for one: prad keys create NAME" in serve.said
+        assert answers(f"http://127.0.0.1:{ports[0]}/ready")
+        assert httpx.get(f"http://127.0.0.1:{ports[0]}/v1/models", trust_env=False).status_code == 401
+        for name in ("replica-secret", "admin-token"):
+            assert (tmp_path / "data" / name).stat().st_mode & 0o777 == 0o600
         # it cannot heed the request to stop. Not while it starts: when a helper of a stopped process group of
         # its own session ends, Linux sends the group SIGHUP and SIGCONT
         children(tmp_path)["prefill"].suspend()
@@ -190,53 +229,15 @@ def test_a_second_ctrl_c_kills_whoever_hangs(model: Path, tmp_path: Path, ports:
         assert "Traceback" not in serve.said
 
 
-def test_whoever_is_killed_starts_again(model: Path, tmp_path: Path, ports: list[int]) -> None:
-    api = f"http://127.0.0.1:{ports[0]}"
-    body = {"prompt": [5, 17, 40], "max_tokens": 4, "ignore_eos": True}
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_it_starts(
+    model: Path, tmp_path: Path, ports: list[int], ending: signal.Signals
+) -> None:
     with serving(model, tmp_path, *ports) as serve:
-        until(lambda: serve.process.poll() is not None or "Ctrl-C stops everything" in serve.said)
-        for name in ("decode", "registry", "prefill"):
-            first = children(tmp_path)
-            first[name].kill()
-            until(
-                lambda name=name: f"{name} ended: killed by SIGKILL (out of memory?); starting" in serve.said
-            )
-            if name == "decode":  # which prefill outlives, and says so
-                assert answers(f"{api}/health")
-                until(lambda: httpx.get(f"{api}/ready", trust_env=False).status_code == 503)
-            until(lambda name=name: f"{name} is ready again" in serve.said)
-            until(lambda: answers(f"{api}/ready"))
-            now = children(tmp_path)
-            assert {each for each in SERVICES if now[each].pid != first[each].pid} == {name}
-            answer = httpx.post(f"{api}/v1/completions", json=body, trust_env=False, timeout=60)
-            assert answer.status_code == 200, answer.text
-        serve.process.send_signal(signal.SIGINT)
+        until(lambda: len(children(tmp_path)) == 3)
+        serve.process.send_signal(ending)
         assert serve.process.wait() in INTERRUPTED
         assert "Traceback" not in serve.said
-
-
-@pytest.mark.parametrize(
-    ("more", "said", "status"),
-    [
-        ([], "the API asks everyone for one: prad keys create NAME", 401),
-        (["--unprotected"], "the API listens on 0.0.0.0: whoever reaches it can use every task", 200),
-    ],
-)
-def test_an_open_host_is_said_and_an_empty_adapter_folder(
-    model: Path, tmp_path: Path, ports: list[int], more: list[str], said: str, status: int
-) -> None:
-    (tmp_path / "none").mkdir()
-    more = [*more, "--host", "0.0.0.0", "--adapters", str(tmp_path / "none")]
-    with serving(model, tmp_path, *ports, *more) as serve:
-        until(lambda: serve.process.poll() is not None or "Ctrl-C stops everything" in serve.said)
-        assert f"{tmp_path / 'none'} holds no adapter folders" in serve.said
-        assert said in serve.said
-        assert answers(f"http://127.0.0.1:{ports[0]}/ready")
-        assert httpx.get(f"http://127.0.0.1:{ports[0]}/v1/models", trust_env=False).status_code == status
-        for name in ("replica-secret", "admin-token"):
-            assert (tmp_path / "data" / name).stat().st_mode & 0o777 == 0o600
-        serve.process.send_signal(signal.SIGINT)
-        assert serve.process.wait() in INTERRUPTED
 
 
 def test_8_bit_weights_are_decodes_to_make_or_refuse(model: Path, tmp_path: Path, ports: list[int]) -> None:

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 from peft import LoraConfig
 
 from prad.artefact import read_artefact
+from tests import forked
 from tests.exchange.peft_side import IGNORED, apart, base, loaded, said, saved
 
 pytestmark = pytest.mark.filterwarnings(*IGNORED)
@@ -18,10 +18,7 @@ ENVIRONMENT = os.environ | {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb", "
 
 
 def prad(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "prad_cli", "adapter", *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, text=True, env=ENVIRONMENT, check=False, encoding="utf-8"
-    )
+    return forked.prad("adapter", *arguments, environment=ENVIRONMENT)
 
 
 @pytest.mark.parametrize(

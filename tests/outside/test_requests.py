@@ -1,13 +1,12 @@
 """Requests as clients send them, good and bad: none harms the others, and each is told what is so."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import forked
 from tests.outside.asking import STORY, Outside, streamed_text, until
 
 USER = {"role": "user", "content": "hi"}
@@ -121,7 +120,6 @@ def test_a_file_of_examples_is_read_as_editors_write_it(outside: Outside, tmp_pa
     line = json.dumps({"prompt": STORY, "completion": "yes"})
     data = tmp_path / "data.jsonl"
     data.write_bytes(f"\ufeff{line}\r\n  \r\n{line}\n\n".encode())
-    command = [sys.executable, "-m", "prad_cli", "eval", "--url", str(outside.stack.api.base_url)]
-    command += ["--task", "red", "--data", str(data), "--max-tokens", "4", "--json"]
-    ended = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
+    asked = ["--task", "red", "--data", str(data), "--max-tokens", "4", "--json"]
+    ended = forked.prad("eval", "--url", str(outside.stack.api.base_url), *asked)
     assert ended.returncode == 0, ended.stderr

@@ -47,8 +47,11 @@ MESSAGE = st.fixed_dictionaries(
     },
 )
 
+EXAMPLES = settings().max_examples // 2
+"""An app is made for each, and asked many times."""
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+@settings(max_examples=EXAMPLES, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(fields=FIELDS, messages=st.lists(MESSAGE, max_size=2), whole=st.none() | JSON)
 async def test_no_request_is_a_fault_of_ours(
     app_of: Any, scripted: Callable[[str], Any], fields: dict[str, Any], messages: list[Any], whole: Any
@@ -95,7 +98,7 @@ async def test_what_is_repeated_in_an_error_is_cut(client: httpx.AsyncClient) ->
     assert len((await client.get(f"/{long}")).content) < 1300
 
 
-@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=EXAMPLES, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(tools=st.lists(TOOL, max_size=2), messages=st.lists(MESSAGE, max_size=2), values=JSON, said=st.text())
 async def test_no_tool_is_a_fault_of_ours(
     tool_tokenizer: Tokenizer, tools: list[Any], messages: list[Any], values: Any, said: str

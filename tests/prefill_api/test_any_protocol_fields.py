@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from prefill_service.api.requests import ChatRequest
 from prefill_service.protocols.messages.requests import MessagesRequest
 from prefill_service.protocols.responses.requests import ResponsesRequest
-from tests.prefill_api.test_any_fields import JSON, LIKELY
+from tests.prefill_api.test_any_fields import EXAMPLES, JSON, LIKELY
 
 KINDS = (ChatRequest, MessagesRequest, ResponsesRequest)
 NAMES = sorted({name for kind in KINDS for name in (*kind.model_fields, *kind.unsupported, *kind.ignored)})
@@ -35,7 +35,7 @@ ROLE = st.sampled_from(["user", "assistant", "system", "tool"])
 TURN = st.fixed_dictionaries({"role": ROLE, "content": st.text() | st.lists(BLOCK, max_size=2) | JSON})
 
 
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=EXAMPLES, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     fields=FIELDS, turns=st.lists(TURN, max_size=2), items=st.lists(BLOCK, max_size=2), whole=st.none() | JSON
 )

@@ -6,11 +6,14 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
 import pytest
+from playwright.sync_api import Browser, Page, Response, expect
 from safetensors.numpy import save_file
+from typer.testing import CliRunner
 
 from adapter_registry.client import RegistryClient
 from adapter_registry.messages import Pushed, StoredFile
@@ -20,6 +23,8 @@ from adapter_registry.settings import RegistrySettings
 from adapter_registry.sqlite_store import SqliteStore
 from adapter_registry.store import Store, StoredAdapter
 from prad.artefact import WEIGHTS, AdapterRecord, BaseModelRef, read_artefact, write_record
+from prad_cli.adapter import app
+from tests.chromium import browsing
 from tests.redis_process import RedisProcess
 from tests.source_servers import s3_server
 
@@ -27,6 +32,10 @@ BUCKET = "s3://adapters/of/prad"
 STORES = ("sqlite+folder", "redis+bucket")
 CONTRACT = ("disk", "lifecycle", "replicas", "routing")
 """Modules whose tests with a `registry` ask both alike."""
+DESK = {"width": 1280, "height": 800}
+PHONE = {"width": 360, "height": 780}
+EXPECTED = ("the server responded with a status of", "net::ERR_NETWORK_CHANGED")
+"""Of what a browser complains: refusals, and that an interface came up on this machine amid a request."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -228,3 +237,65 @@ def stored_adapter() -> Callable[[int], StoredAdapter]:
         return StoredAdapter(f"{seed:064x}", record, files, 1, 900)
 
     return make
+
+
+@pytest.fixture(scope="module")  # while it is there an event loop runs, which other tests must not meet
+def browser() -> Iterator[Browser]:
+    with browsing() as opened:
+        yield opened
+
+
+@dataclass
+class Opened:
+    """A page of the console. `faults`: what the browser complained of, and what it asked of others."""
+
+    page: Page
+    url: str
+    faults: list[str]
+
+    def go(self, path: str) -> Response | None:
+        return self.page.goto(f"{self.url}/console{path}")
+
+
+@pytest.fixture
+def open_console(browser: Browser) -> Iterator[Callable[..., Opened]]:
+    """open_console(url) opens a browser of its own, which must not complain, and asks nobody else."""
+    opened = []
+
+    def start(url: str, viewport: Any = DESK, **more: Any) -> Opened:
+        context = browser.new_context(viewport=viewport, **more)
+        page, faults = context.new_page(), []
+        page.set_default_timeout(60_000)
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("console", lambda said: said.type == "error" and faults.append(said.text))
+        page.on(
+            "request",
+            lambda sent: urlsplit(sent.url).netloc != urlsplit(url).netloc and faults.append(sent.url),
+        )
+        opened.append((context, faults))
+        return Opened(page, url, faults)
+
+    expect.set_options(timeout=60_000)
+    yield start
+    for context, faults in opened:
+        context.close()
+        assert [fault for fault in faults if not any(map(fault.__contains__, EXPECTED))] == []
+
+
+@pytest.fixture
+def support(registry: Running, adapter: Callable[..., Path]) -> Running:
+    """A registry with two verified versions of a task."""
+    for seed in (1, 2):
+        registry.verified(adapter(seed))
+    return registry
+
+
+@pytest.fixture
+def console(support: Running, open_console: Callable[..., Opened]) -> Opened:
+    return open_console(support.url)
+
+
+@pytest.fixture
+def prad(registry: Running) -> Callable[..., Any]:
+    """prad(...) is `prad adapter ...` at the registry."""
+    return lambda *arguments: CliRunner().invoke(app, [*arguments, "--registry", registry.url])

@@ -3,6 +3,7 @@
 import tempfile
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -244,9 +245,12 @@ def machine(redis, stored_adapter):
     return SideBySide
 
 
+@pytest.mark.hypothesis  # so that `make test-long` finds it
 def test_the_stores_and_a_model_agree(redis, stored_adapter):
     checks = [HealthCheck.too_slow, HealthCheck.data_too_large]
     run_state_machine_as_test(
         machine(redis, stored_adapter),
-        settings=settings(max_examples=40, stateful_step_count=30, suppress_health_check=checks),
+        settings=settings(
+            max_examples=settings().max_examples // 4, stateful_step_count=30, suppress_health_check=checks
+        ),
     )

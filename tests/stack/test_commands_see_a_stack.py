@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import httpx
 import pytest
 
 from prad.lm import LanguageModel
+from tests import forked
 from tests.cli.test_command_line import ENVIRONMENT
 from tests.conftest import RunningStack, StackMaker, random_artefact
 
@@ -36,14 +36,7 @@ def stack(
 
 
 def prad(*arguments: str, lines: str = "") -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "-m", "prad_cli", *arguments],
-        input=lines,
-        capture_output=True,
-        encoding="utf-8",
-        env=ENVIRONMENT,
-        check=False,
-    )
+    return forked.prad(*arguments, environment=ENVIRONMENT, lines=lines)
 
 
 def api(stack: RunningStack) -> str:

@@ -120,7 +120,9 @@ class Operators:
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize("rounds", [1, pytest.param(4, marks=pytest.mark.long)])
 def test_nothing_acknowledged_is_lost_whoever_is_killed(
+    rounds: int,
     tiny_model: Callable[[str], Path],
     load_tiny: Callable[[str], LanguageModel],
     tmp_path: Path,
@@ -152,7 +154,7 @@ def test_nothing_acknowledged_is_lost_whoever_is_killed(
             running.stack.restart(name)
 
         try:
-            for name in rng.sample(["redis", "registry", "prefill"] * 2, 6):
+            for name in rng.sample(["redis", "registry", "prefill"] * rounds, 3 * rounds):
                 enough = len(operators.promoted) + 2
                 running.stack.wait_until(
                     lambda enough=enough: len(operators.promoted) >= enough, 120, "changes"

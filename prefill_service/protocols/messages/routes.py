@@ -1,6 +1,6 @@
 """The endpoints of Anthropic's messages, and how they word refusals."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import orjson
 from fastapi import APIRouter, Request
@@ -9,7 +9,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.responses import Response
 from starlette.types import Message, Scope, Send
 
-from prefill_service.api.described import ANSWER, REFUSALS, Failure, body_schema
+from prefill_service.api.described import ANSWER, FAILURES, REFUSALS, Failure, body_schema, refusals
 from prefill_service.api.intake import ApiLimits, noting, read_body
 from prefill_service.api.outcomes import Face, JsonResponse, record_of
 from prefill_service.api.responses import EventStream
@@ -32,10 +32,9 @@ class TokenCount(BaseModel):
     input_tokens: int
 
 
-_REFUSALS: dict[int | str, dict[str, Any]] = {
-    status: {**refusal, "model": MessagesFailure} for status, refusal in REFUSALS.items()
-}
-_REFUSALS["default"] = {"model": MessagesFailure, "description": "Not served, and why"}
+_REFUSALS = refusals(
+    {status: told["description"] for status, told in (FAILURES | REFUSALS).items()}, MessagesFailure
+)
 
 
 def messages_routes(chat: Chat, limits: ApiLimits) -> APIRouter:
