@@ -16,7 +16,6 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from prad.core.rules import MOST_GRAMMAR
 from prad.lm.errors import GrammarError
@@ -272,12 +271,12 @@ class Grammars:
     # ---- masks
 
     def begin_masks(self, walks: Sequence[Walk]) -> "Future[list[Mask]]":
-        """`masks` in a thread, beside the caller's own work; one for each walk."""
-        return self._masking.submit(lambda: [Mask.of(banned.numpy()) for banned in self.masks(walks)])
+        """`masks` in a thread, beside the caller's own work."""
+        return self._masking.submit(self.masks, walks)
 
-    def masks(self, walks: Sequence[Walk]) -> Tensor:
-        """bool [walks, vocab]: which tokens may not come next. Where the grammar may end, what ends the
-        sequence may. Of one that is in trouble it means nothing."""
+    def masks(self, walks: Sequence[Walk]) -> list[Mask]:
+        """Which tokens may not come next, of each. Where the grammar may end, what ends the sequence may. Of
+        one that is in trouble it means nothing."""
         vocabulary = self._loaded
         bits = np.zeros((len(walks), vocabulary.words), np.int32)
         asked = [
@@ -300,7 +299,7 @@ class Grammars:
         for row, walk in enumerate(walks):
             if may_end[row]:
                 banned[row, walk.end_ids] = False
-        return torch.from_numpy(banned)
+        return list(map(Mask.of, banned))
 
     @property
     def _loaded(self) -> "_Vocabulary":
