@@ -27,19 +27,22 @@ if TYPE_CHECKING:
     from adapter_registry.client import RegistryClient
     from local_stack.stack import Stack
 
-_PORTS: Any = {"min": 1, "max": 65535}
 API_PORT, REGISTRY_PORT, DECODE_PORT, METRICS_PORT = 8000, 8001, 50051, 8002
 DEFAULT_DATA = Path("~/.local/share/prad")
 _START_S = 300.0  # the first start converts or fetches the model
 
 
-def _metrics_port(text: str) -> int:
-    """What the environment says for a service of that name in Kubernetes or Docker is no port."""
-    if is_service_link(str(text)):
-        return METRICS_PORT
-    if not str(text).isdecimal() or not _PORTS["min"] <= int(text) <= _PORTS["max"]:
-        raise typer.BadParameter(f"{text!r} is no port: expected a number from 1 to 65535")
-    return int(text)
+def _port(flag: str, default: int, variable: str, help_text: str) -> Any:
+    """An option that a service of its own would read from `variable`, too."""
+
+    def read(text: str) -> int:
+        if is_service_link(str(text)):  # what Kubernetes or Docker set for a service of that name is no port
+            return default
+        if not str(text).isdecimal() or not 1 <= int(text) <= 65535:
+            raise typer.BadParameter(f"{text!r} is no port: expected a number from 1 to 65535")
+        return int(text)
+
+    return typer.Option(flag, help=help_text, envvar=variable, parser=read, metavar="INTEGER")
 
 
 def serve_command(
@@ -69,18 +72,20 @@ def serve_command(
             "can use every task until then.",
         ),
     ] = False,
-    port: Annotated[int, typer.Option(help="The API's port.", **_PORTS)] = API_PORT,
+    port: Annotated[int, _port("--port", API_PORT, "PRAD_PREFILL_PORT", "The API's port.")] = API_PORT,
     registry_port: Annotated[
-        int, typer.Option(help="The adapter registry's port.", **_PORTS)
+        int, _port("--registry-port", REGISTRY_PORT, "PRAD_REGISTRY_PORT", "The adapter registry's port.")
     ] = REGISTRY_PORT,
-    decode_port: Annotated[int, typer.Option(help="The decode service's port.", **_PORTS)] = DECODE_PORT,
+    decode_port: Annotated[
+        int, _port("--decode-port", DECODE_PORT, "PRAD_DECODE_PORT", "The decode service's port.")
+    ] = DECODE_PORT,
     decode_metrics_port: Annotated[
         int,
-        typer.Option(
-            help="The port of decode's /metrics.",
-            envvar="PRAD_DECODE_METRICS_PORT",
-            parser=_metrics_port,
-            metavar="INTEGER",
+        _port(
+            "--decode-metrics-port",
+            METRICS_PORT,
+            "PRAD_DECODE_METRICS_PORT",
+            "The port of decode's /metrics.",
         ),
     ] = METRICS_PORT,
     data_dir: Annotated[
