@@ -98,6 +98,8 @@ clean: ## remove the virtual environments and caches (not the converted model)
 	rm -rf .venv .venv-* build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
 $(VENV)/.made: $(LOCKED)
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
+		{ echo "error: Python 3.11 or newer is needed, and $(PYTHON) is none: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -m venv --clear $(VENV)
 	@touch $@
 

@@ -32,7 +32,7 @@ DEFAULT_DATA = Path("~/.local/share/prad")
 _START_S = 300.0  # the first start converts or fetches the model
 
 
-def _port(flag: str, default: int, variable: str, help_text: str) -> Any:
+def port_option(flag: str, default: int, variable: str, help_text: str) -> Any:
     """An option that a service of its own would read from `variable`, too."""
 
     def read(text: str) -> int:
@@ -72,16 +72,17 @@ def serve_command(
             "can use every task until then.",
         ),
     ] = False,
-    port: Annotated[int, _port("--port", API_PORT, "PRAD_PREFILL_PORT", "The API's port.")] = API_PORT,
+    port: Annotated[int, port_option("--port", API_PORT, "PRAD_PREFILL_PORT", "The API's port.")] = API_PORT,
     registry_port: Annotated[
-        int, _port("--registry-port", REGISTRY_PORT, "PRAD_REGISTRY_PORT", "The adapter registry's port.")
+        int,
+        port_option("--registry-port", REGISTRY_PORT, "PRAD_REGISTRY_PORT", "The adapter registry's port."),
     ] = REGISTRY_PORT,
     decode_port: Annotated[
-        int, _port("--decode-port", DECODE_PORT, "PRAD_DECODE_PORT", "The decode service's port.")
+        int, port_option("--decode-port", DECODE_PORT, "PRAD_DECODE_PORT", "The decode service's port.")
     ] = DECODE_PORT,
     decode_metrics_port: Annotated[
         int,
-        _port(
+        port_option(
             "--decode-metrics-port",
             METRICS_PORT,
             "PRAD_DECODE_METRICS_PORT",
