@@ -207,7 +207,9 @@ def _run(flags: Mapping[str, list[str]], here: "_Here", console: "Console", abou
             console.print(f"[red]{name} cannot be served:[/] {reason}")
         asked = found.keys or not (here.unprotected or is_loopback(here.host))
         pids = {service.name: service.process.pid for service in stack.services}
-        welcome = Ready(here.at, here.host, found.tasks, asked, here.logs, here.admin_token, about, pids)
+        warned = [f"{service.name}: {text}" for service in stack.services for text in service.warnings()]
+        places = here.logs, here.admin_token
+        welcome = Ready(here.at, here.host, found.tasks, asked, *places, about, pids, warned)
         welcome.say(console.print)
         ready = {
             "registry": lambda: answers(f"{here.at.registry}/ready"),

@@ -90,3 +90,9 @@ def test_memory_of_a_process() -> None:
     held = memory_mib(os.getpid())
     assert held is None or held > 1
     assert memory_mib(2**22 + 1) is None
+
+
+def test_what_services_warn_of_is_not_left_to_their_logs() -> None:
+    lines = said(warned=[f"decode: torch computes, slower [{number}]" for number in range(9)]).splitlines()
+    assert lines.count("  warning  decode: torch computes, slower [0]") == 1
+    assert sum(line.startswith("  warning  ") for line in lines) == 6
