@@ -127,8 +127,11 @@ async def _serve(
         )
         metrics = CollectorRegistry()
         metrics.register(parts)
-        reached = Gauge("prad_registry_up", "Whether the adapter registry is reached.", registry=metrics)
-        reached.set_function(lambda: float(registry.away is None))
+        for name, text, up in (
+            ("registry", "Whether the adapter registry is reached.", lambda: registry.away is None),
+            ("decode", "Whether the decode service is reached.", lambda: parts.engine.trouble is None),
+        ):
+            Gauge(f"prad_{name}_up", text, registry=metrics).set_function(up)
         limits = ApiLimits(
             max_body_bytes=settings.max_body_mib << 20,
             body_timeout_s=settings.body_timeout_s,
