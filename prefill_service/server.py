@@ -128,10 +128,14 @@ async def _serve(
         metrics = CollectorRegistry()
         metrics.register(parts)
         for name, text, up in (
-            ("registry", "Whether the adapter registry is reached.", lambda: registry.away is None),
-            ("decode", "Whether the decode service is reached.", lambda: parts.engine.trouble is None),
+            ("prad_registry_up", "Whether the adapter registry is reached.", lambda: registry.away is None),
+            (
+                "prad_decode_up",
+                "Whether the decode service is reached.",
+                lambda: parts.engine.trouble is None,
+            ),
         ):
-            Gauge(f"prad_{name}_up", text, registry=metrics).set_function(up)
+            Gauge(name, text, registry=metrics).set_function(up)
         limits = ApiLimits(
             max_body_bytes=settings.max_body_mib << 20,
             body_timeout_s=settings.body_timeout_s,
