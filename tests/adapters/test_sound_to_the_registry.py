@@ -1,5 +1,5 @@
-"""Whatever training writes is sound to a registry, which knows neither methods nor models: no adapter of ours is
-refused there, of any method and family."""
+"""Whatever training writes is sound to a registry, which knows neither methods nor models: no adapter of ours
+is refused there, of any method and family."""
 
 from collections.abc import Callable
 from pathlib import Path
