@@ -75,14 +75,16 @@ bench: $(VENV)/.benched ## measure, side by side, into bench/results/ (VLLM=, OP
 	done
 	$(BIN)/python -m bench.report
 
-docs: ## build the site of docs/ into build/site, strictly (installs mkdocs-material into .venv-docs, once)
-	@test -x .venv-docs/bin/mkdocs || { echo "installing mkdocs-material into .venv-docs ..." && $(PYTHON) -m venv .venv-docs \
-		&& .venv-docs/bin/pip install --quiet --quiet $$($(PYTHON) -c $(DOCS_EXTRA)); }
+docs: .venv-docs/.made ## build the site of docs/ into build/site, strictly (installs mkdocs-material into .venv-docs, once)
 	$(PYTHON) -m deploy.site
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
 	@echo "the site: build/site/index.html"
 
-DOCS_EXTRA := 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])'
+.venv-docs/.made: locks/mkdocs-material.txt
+	@echo "installing mkdocs-material into .venv-docs ..."
+	@$(PYTHON) -m venv --clear .venv-docs
+	@.venv-docs/bin/pip install --quiet --quiet --require-hashes --no-deps -r $<
+	@touch $@
 
 bench-smoke: $(VENV)/.benched ## the quick benchmarks, tiny: that they run, not what they say (all: SMOKE="...")
 	set -e; for name in $(SMOKE); do $(BIN)/prad bench $$name --smoke; done
