@@ -12,7 +12,7 @@ PROTO := kvtransfer/proto/handoff.proto
 BENCHMARKS := floor decode growth choices step para prefill handoff chunking serve batch memory flood registry push versions table4
 SMOKE ?= floor decode step rounding handoff # what CI runs, in less than two minutes on two cores
 
-.PHONY: help serve test test-long test-latest test-oldest coverage sanitize check proto bench bench-smoke docs lock clean
+.PHONY: help serve test redis test-long test-latest test-oldest coverage sanitize check proto bench bench-smoke docs lock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -21,8 +21,13 @@ help: ## list the targets
 serve: $(VENV)/.served ## the whole stack with the demo adapters, on this machine
 	$(BIN)/prad serve --adapters examples/adapters
 
-test: $(VENV)/.tested ## install what the tests need and run them (three at a time: they wait more than they compute)
+test: $(VENV)/.tested redis ## install what the tests need and run them (three at a time: they wait more than they compute)
 	$(BIN)/pytest $(TESTS)
+
+redis: # what the registry's tests start; where it may not be installed they say that they did not run
+	@command -v redis-server >/dev/null || { [ "$$(id -u)" != 0 ] && echo "no redis-server: sudo apt-get install redis-server"; } || \
+		{ echo "installing redis-server ..." && RUNLEVEL=1 timeout 180 apt-get install --yes --no-install-recommends redis-server >/dev/null 2>&1; } || \
+		echo "redis-server could not be installed: the tests that need it will say so"
 
 test-long: $(VENV)/.tested ## the tests that run for minutes (what others' programs they run is installed first, once)
 	-$(BIN)/python -m tests.outside.clients

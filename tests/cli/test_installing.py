@@ -71,3 +71,33 @@ def test_a_python_that_is_too_old_is_said_before_anything_is_made(tmp_path: Path
     assert ended.returncode != 0
     assert f"error: Python 3.11 or newer is needed, and {old} is none" in ended.stdout
     assert not (tmp_path / "venv").exists()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make here")
+@pytest.mark.parametrize(
+    ("user", "there", "said", "installed"),
+    [
+        (0, False, "installing redis-server", True),
+        (1000, False, "sudo apt-get install redis-server", False),
+        (1000, True, "", False),
+    ],
+)
+def test_what_the_registrys_tests_need_is_installed_where_it_may(
+    tmp_path: Path, user: int, there: bool, said: str, installed: bool
+) -> None:
+    for name in ("make", "sh", "timeout"):
+        (tmp_path / name).symlink_to(str(shutil.which(name)))
+    scripts = {"apt-get": f'echo "$@" >{tmp_path}/asked', "id": f"echo {user}"} | (
+        {"redis-server": ""} if there else {}
+    )
+    for name, line in scripts.items():
+        (tmp_path / name).write_text(f"#!{tmp_path}/sh\n{line}\n", encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    command = [tmp_path / "make", "-C", ROOT, "--no-print-directory", "redis"]
+    ended = subprocess.run(
+        command, capture_output=True, encoding="utf-8", check=True, env={"PATH": str(tmp_path)}
+    )
+    assert said in ended.stdout
+    assert bool(ended.stdout) == bool(said)
+    assert ended.stderr == ""
+    assert (tmp_path / "asked").exists() == installed
