@@ -197,7 +197,9 @@ def _batches(settings: PrefillSettings, keys: KeyRing) -> Batches | None:
     try:
         return Batches(folder, files, limits, keys)
     except OSError as error:
-        raise CannotStartError(f"{folder} cannot be used as --files-dir: {error}") from error
+        raise CannotStartError(
+            f"{folder} cannot be used as --files-dir: {error}; let this user write there, or choose another"
+        ) from error
 
 
 def _transfer(settings: PrefillSettings) -> TransferSettings:
