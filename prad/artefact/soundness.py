@@ -34,11 +34,13 @@ def require_sound(artefact: Artefact) -> None:
             by_layer[found[2]][int(found[1])] = info
         elif not name.startswith(_INPUT):
             raise ArtefactError(f"tensor {name}: expected layers.<number>.<name>, or input.<name>")
-    base = _base(artefact.record.base.architecture)
+    record, architecture = artefact.record, artefact.record.base.architecture
+    base = _base(architecture)
     for name, layers in by_layer.items():
-        _require_alike(name, layers, base.get("layers"), artefact.record.base.architecture)
-        if widths := _widths(base, artefact.record):
-            _require_known(name, layers[0], widths, artefact.record.base.architecture)
+        _require_alike(name, layers, base.get("layers"), architecture)
+    if widths := _widths(base, record):
+        shapes = {name: layers[0].shape for name, layers in by_layer.items()}
+        _require_known(shapes, widths, architecture, spare="r" not in record.config)
     for name, broken in _not_finite(artefact.weights):
         raise _wrong(name, "expected finite numbers", f"{broken} that are not")
 
@@ -89,12 +91,17 @@ def _numbers(value: Any) -> Iterator[int]:
         yield int(value)
 
 
-def _require_known(name: str, info: TensorInfo, widths: set[int], architecture: str) -> None:
-    if unknown := [size for size in info.shape if size not in widths]:
-        raise ArtefactError(
-            f"tensor layers.0.{name} {info.shape}: {unknown[0]} is no width of the base [{architecture}] and "
-            "no number of the configuration"
-        )
+def _require_known(
+    shapes: dict[str, tuple[int, ...]], widths: set[int], architecture: str, *, spare: bool
+) -> None:
+    """spare: the rank is a default of the method, which nobody knows here: one size may be unknown."""
+    unknown = sorted({size for shape in shapes.values() for size in shape} - widths)
+    for name, shape in shapes.items():
+        for size in set(unknown[spare:]).intersection(shape):
+            raise ArtefactError(
+                f"tensor layers.0.{name} {shape}: {size} is no width of the base [{architecture}], and "
+                "no number of the configuration"
+            )
 
 
 def _not_finite(weights: Path) -> Iterator[tuple[str, int]]:

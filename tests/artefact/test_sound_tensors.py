@@ -42,6 +42,7 @@ def test_what_a_base_can_have(tmp_path: Path) -> None:
     checked(tmp_path, whole(input_embedding=torch.ones(7, 33)))
     checked(tmp_path, {"layers.0.down": torch.ones(64, 4)}, line="of another program")
     checked(tmp_path, {f"layers.{n}.v.up": torch.ones(5, 2, 8) for n in range(2)}, virtual_tokens=5)
+    checked(tmp_path, whole(), config={})  # a rank that is the method's default
 
 
 @pytest.mark.parametrize(
@@ -68,6 +69,12 @@ def test_what_a_base_can_have(tmp_path: Path) -> None:
 def test_what_no_base_can_have(tmp_path: Path, tensors: dict[str, torch.Tensor], said: str) -> None:
     with pytest.raises(ArtefactError, match=said):
         checked(tmp_path, tensors)
+
+
+def test_a_default_rank_is_one_number(tmp_path: Path) -> None:
+    tensors = whole() | {f"layers.{n}.ffn.up": torch.ones(5, 48) for n in range(2)}
+    with pytest.raises(ArtefactError, match=r"layers.0.ffn.up \(5, 48\): 5 is no width"):
+        checked(tmp_path, tensors, config={})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
