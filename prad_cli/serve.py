@@ -296,10 +296,15 @@ class _Here:
 
     def warn(self, console: "Console") -> None:
         from local_stack.pushing import adapter_folders
+        from prad.artefact import RECORD
 
-        if self.adapters is not None and not adapter_folders(self.adapters):
-            text = f"[yellow]{self.adapters} holds no adapter folders:[/] nothing is pushed"
-            console.print(text, soft_wrap=True)
+        if self.adapters is None or adapter_folders(self.adapters):
+            return
+        fix = "nothing is pushed"
+        if (self.adapters / RECORD).is_file():
+            above = self.adapters.resolve().parent
+            fix += f": it is an adapter itself, name the folder that it lies in ({above})"
+        console.print(f"[yellow]{self.adapters} holds no adapter folders:[/] {fix}", soft_wrap=True)
 
 
 def _doing(console: "Console", what: str) -> AbstractContextManager[object]:
