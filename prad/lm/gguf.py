@@ -62,13 +62,14 @@ def _is_there(folder: Path) -> bool:
         for weights in folder.rglob("*.safetensors"):
             with safe_open(weights, framework="np"):
                 pass
-    except (OSError, SafetensorError) as error:
-        logger.warning("%s is damaged (%s): it is converted again", folder, error)
+    except (OSError, SafetensorError):
         return False
     return True
 
 
 def _convert_whole(path: Path, folder: Path) -> None:
+    if folder.is_dir():
+        logger.warning("%s is damaged: it is converted again", folder)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:

@@ -235,10 +235,11 @@ async def test_what_goes_on_being_wrong_is_one_line_of_the_log(caplog: pytest.Lo
         await until(lambda: min(registry.fetched.count(name) for name in ("a@1", "b@1")) > 5)
         assert [text for text in caplog.messages if "damaged" in text] == ["b@1 cannot be had: damaged"]
         registry.wrong.pop("b@1")
-        await wanted(catalogue, "b")
+        await until(lambda: not registry.progress.troubles)
         caplog.clear()
         tries = len(registry.fetched)
         await until(lambda: len(registry.fetched) > tries + 5)
         assert len(caplog.messages) <= 1, "of what was said before"
         registry.wrong.clear()
-        await wanted(catalogue, "a")
+        await until(lambda: registry.progress == Progress(1, 0, []))
+        assert (await wanted(catalogue, "a")).digest == digest(1)
