@@ -12,7 +12,7 @@ PROTO := kvtransfer/proto/handoff.proto
 BENCHMARKS := floor decode growth choices beams step structured para prefill handoff chunking serve batch memory flood registry push versions table4
 SMOKE ?= floor decode step rounding handoff # what CI runs, in less than two minutes on two cores
 
-.PHONY: help serve test test-long test-latest test-oldest coverage sanitize check check-types check-all-else proto bench bench-smoke docs lock clean
+.PHONY: help serve test redis test-long test-latest test-oldest coverage sanitize check check-types check-all-else proto bench bench-smoke docs lock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -21,8 +21,13 @@ help: ## list the targets
 serve: $(VENV)/.served ## the whole stack with the demo adapters, on this machine
 	$(BIN)/prad serve --adapters examples/adapters
 
-test: $(VENV)/.tested ## install what the tests need and run them (three at a time: they wait more than they compute)
+test: $(VENV)/.tested redis ## install what the tests need and run them (three at a time: they wait more than they compute)
 	$(BIN)/pytest $(TESTS)
+
+redis: # what the registry's tests start; where it may not be installed they say that they did not run
+	@command -v redis-server >/dev/null || { [ "$$(id -u)" != 0 ] && echo "no redis-server: sudo apt-get install redis-server"; } || \
+		{ echo "installing redis-server ..." && RUNLEVEL=1 timeout 180 apt-get install --yes --no-install-recommends redis-server >/dev/null 2>&1; } || \
+		echo "redis-server could not be installed: the tests that need it will say so"
 
 test-long: $(VENV)/.tested ## the tests that run for minutes (what others' programs they run is installed first, once)
 	-$(BIN)/python -m tests.outside.clients
@@ -80,14 +85,16 @@ bench: $(VENV)/.benched ## measure, side by side, into bench/results/ (VLLM=, OP
 	done
 	$(BIN)/python -m bench.report
 
-docs: ## build the site of docs/ into build/site, strictly (installs mkdocs-material into .venv-docs, once)
-	@test -x .venv-docs/bin/mkdocs || { echo "installing mkdocs-material into .venv-docs ..." && $(PYTHON) -m venv .venv-docs \
-		&& .venv-docs/bin/pip install --quiet --quiet $$($(PYTHON) -c $(DOCS_EXTRA)); }
+docs: .venv-docs/.made ## build the site of docs/ into build/site, strictly (installs mkdocs-material into .venv-docs, once)
 	$(PYTHON) -m deploy.site
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
 	@echo "the site: build/site/index.html"
 
-DOCS_EXTRA := 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])'
+.venv-docs/.made: locks/mkdocs-material.txt
+	@echo "installing mkdocs-material into .venv-docs ..."
+	@$(PYTHON) -m venv --clear .venv-docs
+	@.venv-docs/bin/pip install --quiet --quiet --require-hashes --no-deps -r $<
+	@touch $@
 
 bench-smoke: $(VENV)/.benched ## the quick benchmarks, tiny: that they run, not what they say (all: SMOKE="...")
 	set -e; for name in $(SMOKE); do $(BIN)/prad bench $$name --smoke; done
@@ -103,6 +110,8 @@ clean: ## remove the virtual environments and caches (not the converted model)
 	rm -rf .venv .venv-* build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
 $(VENV)/.made: $(LOCKED)
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
+		{ echo "error: Python 3.11 or newer is needed, and $(PYTHON) is none: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -m venv --clear $(VENV)
 	@touch $@
 

@@ -175,7 +175,7 @@ class Registry:
         return Pushed(**dict(record) | {"created": pushed.created, "pending": pending})
 
     def _admit(self, staged: Path) -> StoredAdapter:
-        adapter = check(staged)
+        adapter = check(staged, pushed=True)
         return replace(adapter, signatures=self._signers.take(staged, adapter.digest))
 
     async def probe(self, task: str, version: int, probe: Probe) -> VersionRecord:

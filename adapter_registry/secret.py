@@ -14,10 +14,13 @@ def read_secret(path: Path) -> str:
     try:
         secret = path.expanduser().read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise CannotStartError(f"cannot read the secret in {path}: {error}") from error
+        raise CannotStartError(
+            f"cannot read the secret in {path}: {error}; name another file, or let this user read it"
+        ) from error
     if len(secret) < MIN_CHARACTERS or not secret.isascii() or len(secret.split()) != 1:
         raise CannotStartError(
-            f"{path} holds no secret: expected one line of at least {MIN_CHARACTERS} ASCII characters"
+            f"{path} holds no secret: expected one line of at least {MIN_CHARACTERS} ASCII characters; "
+            "where the registry starts and there is no such file, it writes one"
         )
     return secret
 
@@ -31,7 +34,9 @@ def ensure_secret(path: Path) -> str:
     except FileExistsError:
         return read_secret(path)
     except OSError as error:
-        raise CannotStartError(f"cannot write a secret to {path}: {error}") from error
+        raise CannotStartError(
+            f"cannot write a secret to {path}: {error}; name another file, or let this user write there"
+        ) from error
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         file.write(secrets.token_hex(32) + "\n")
     return read_secret(path)

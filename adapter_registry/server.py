@@ -30,6 +30,9 @@ def run(settings: RegistrySettings) -> None:
     RegistryServer(settings).run()
 
 
+_AGAIN_S = 1.0
+
+
 class RegistryServer:
     """Opens data folder and port at once, so that whoever starts it knows `url`, or the reason why not.
 
@@ -116,8 +119,10 @@ class _DrainingServer(Server):
             if self._changes is not None:
                 beside.append(tasks.create_task(self._changes.follow()))
             await super().serve(sockets)
-            for task in beside:
-                task.cancel()
+            while left := [task for task in beside if not task.done()]:
+                for task in left:  # again where that got lost, as amid a time-out of a library's own
+                    task.cancel()
+                await asyncio.wait(left, timeout=_AGAIN_S)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await self._registry.close()

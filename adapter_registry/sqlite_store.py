@@ -19,6 +19,8 @@ from adapter_registry.snapshot import Snapshot, require_empty, snapshot
 from adapter_registry.store import MOST_CHANGES, Idle, StoredAdapter, all_signatures, history_line
 from adapter_registry.versions import Event, State
 
+_MEND = "move it away and read a copy back (prad registry import), or choose another data_dir"
+
 
 def utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
@@ -33,13 +35,13 @@ class SqliteStore:
         try:
             self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         except sqlite3.Error as error:
-            raise CannotStartError(f"cannot open {path}: {error}") from error
+            raise CannotStartError(f"cannot open {path}: {error}; {_MEND}") from error
         self._connection.row_factory = sqlite3.Row
         try:
             schema.prepare(self._connection)
         except sqlite3.Error as error:
             self.close()
-            raise CannotStartError(f"cannot use {path}: {error}") from error
+            raise CannotStartError(f"cannot use {path}: {error}; {_MEND}") from error
         except CannotStartError:
             self.close()
             raise

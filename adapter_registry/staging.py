@@ -15,7 +15,7 @@ from adapter_registry.errors import AdapterRefusedError
 from adapter_registry.messages import StoredFile
 from adapter_registry.store import StoredAdapter
 from adapter_registry.tenants import Tenant
-from prad.artefact import Artefact, ArtefactError, read_servable
+from prad.artefact import Artefact, ArtefactError, read_servable, require_sound
 
 
 class Staging:
@@ -54,10 +54,13 @@ class Staging:
         self._tenant.close()
 
 
-def check(staged: Path) -> StoredAdapter:
-    """Reads the staged files. Raises AdapterRefusedError."""
+def check(staged: Path, *, pushed: bool = False) -> StoredAdapter:
+    """Reads the staged files; what is `pushed` has to be sound, too, while what was stored stays what it is.
+    Raises AdapterRefusedError."""
     try:
         artefact = read_servable(staged)
+        if pushed:
+            require_sound(artefact)
     except ArtefactError as error:
         raise AdapterRefusedError(str(error).replace(str(staged), "the adapter"), param="files") from error
     return _describe(artefact)

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -26,6 +27,7 @@ _STOP_S = 50.0
 """More than decode takes at most: its drain, and what it still sends."""
 _LOG_LINES = 12
 _LONGEST_LOG = 16 << 20
+_WARNING = re.compile(r" (?:WARNING|ERROR) (.+)")
 
 
 class StackError(PradError):
@@ -58,11 +60,18 @@ class Service:
         if self.ended:
             raise StackError(self.describe_end())
 
+    def warnings(self) -> list[str]:
+        """What its log says since its start that somebody has to know, each once."""
+        found = (_WARNING.search(line) for line in self._lines())
+        return list(dict.fromkeys(each[1] for each in found if each))
+
     def _last_lines(self) -> list[str]:
+        return [f"  {line}" for line in self._lines()[-_LOG_LINES:]]
+
+    def _lines(self) -> list[str]:
         with self.log.open("rb") as file:
             file.seek(self.log_start)
-            said = file.read().decode("utf-8", errors="replace")
-        return [f"  {line}" for line in said.splitlines()[-_LOG_LINES:]]
+            return file.read().decode("utf-8", errors="replace").splitlines()
 
 
 class Stack:

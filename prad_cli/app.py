@@ -1,5 +1,6 @@
 """The command `prad`. Each subcommand imports what it needs only when it runs, so `--help` is instant."""
 
+import errno
 import os
 import sys
 from typing import Annotated
@@ -25,6 +26,8 @@ from prad_cli import (
     train,
 )
 from prad_cli.flags import PASS_ARGUMENTS
+
+_FULL, _FORBIDDEN = {errno.ENOSPC, errno.EDQUOT}, {errno.EACCES, errno.EPERM, errno.EROFS}
 
 app = typer.Typer(
     name="prad",
@@ -84,4 +87,11 @@ def main() -> None:
         sys.exit(130)
     except PradError as error:
         typer.secho(f"error: {error}", fg="red", err=True)
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in _FULL and not (error.errno in _FORBIDDEN and error.filename):
+            raise
+        fix = "free some room there" if error.errno in _FULL else "let this user write there"
+        said = f"error: {error.filename or 'a file'}: {error.strerror}; {fix}, or choose another folder"
+        typer.secho(said, fg="red", err=True)
         sys.exit(1)

@@ -19,7 +19,7 @@ from prad_cli import findings
 from prad_cli.findings import Finding, Level, fault_from
 from prad_cli.model import DEFAULT_CACHE, CacheOption, ModelOption
 from prad_cli.operating import DEFAULT_REGISTRY, Json, print_json
-from prad_cli.serve import API_PORT, DECODE_PORT, DEFAULT_DATA, METRICS_PORT, REGISTRY_PORT
+from prad_cli.serve import API_PORT, DECODE_PORT, DEFAULT_DATA, METRICS_PORT, REGISTRY_PORT, port_option
 
 EXAMPLES = (
     "Examples:\n\nprad doctor\n\nprad doctor --redis-url redis://127.0.0.1:6379/0 --json\n\n"
@@ -28,10 +28,8 @@ EXAMPLES = (
 _ANSWER_S = 5.0
 _SKEW_S, _WRONG_S = 5.0, 300.0
 """Between two clocks: what is told, and what keeps signed requests (S3) and certificates from working."""
+_PORT = "As of prad serve: is it free?"
 _STYLES = {Level.OK: "green", Level.NOTE: "yellow", Level.FAULT: "bold red"}
-
-
-Port = Annotated[int, typer.Option(help="As of prad serve: is it free?", min=1, max=65535)]
 
 
 def doctor_command(
@@ -48,10 +46,16 @@ def doctor_command(
             envvar="PRAD_REGISTRY_REDIS_URL",
         ),
     ] = None,
-    port: Port = API_PORT,
-    registry_port: Port = REGISTRY_PORT,
-    decode_port: Port = DECODE_PORT,
-    decode_metrics_port: Port = METRICS_PORT,
+    port: Annotated[int, port_option("--port", API_PORT, "PRAD_PREFILL_PORT", _PORT)] = API_PORT,
+    registry_port: Annotated[
+        int, port_option("--registry-port", REGISTRY_PORT, "PRAD_REGISTRY_PORT", _PORT)
+    ] = REGISTRY_PORT,
+    decode_port: Annotated[
+        int, port_option("--decode-port", DECODE_PORT, "PRAD_DECODE_PORT", _PORT)
+    ] = DECODE_PORT,
+    decode_metrics_port: Annotated[
+        int, port_option("--decode-metrics-port", METRICS_PORT, "PRAD_DECODE_METRICS_PORT", _PORT)
+    ] = METRICS_PORT,
     running: Annotated[
         bool, typer.Option("--running", help="Look at the server that runs here, instead of for free ports.")
     ] = False,

@@ -97,7 +97,7 @@ def packages() -> Iterator[Finding]:
     for name, lines in extras.items():
         own = [r for r in map(Requirement, lines) if r.name != "prad-server"]
         missing = [r.name for r in own if out_of_range(r)]
-        if name in ("dev", "docs"):
+        if name == "dev":
             continue
         if missing:
             yield Finding(f"extra {name}", Level.NOTE, f"without {', '.join(missing)}", installing(name))

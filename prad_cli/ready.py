@@ -13,6 +13,7 @@ from prad.settings import is_loopback
 Say = Callable[..., None]
 
 _SHOWN_TASKS = 12
+_SHOWN_WARNINGS = 6
 _EXAMPLES = {
     "e2e": "name[The Eagle], eatType[coffee shop], food[Japanese], "
     "priceRange[less than £20], near[Burger King]",
@@ -42,7 +43,7 @@ class Addresses:
 @dataclass(frozen=True)
 class Ready:
     """`host`: what the API listens on; `asked`: whether everybody is asked for a key; `about`: more rows of
-    the table, by their name; `pids`: of the services."""
+    the table, by their name; `pids`: of the services; `warned`: what their logs warn of."""
 
     at: Addresses
     host: str
@@ -52,6 +53,7 @@ class Ready:
     admin_token: Path
     about: Mapping[str, str]
     pids: Mapping[str, int]
+    warned: Sequence[str] = ()
 
     def say(self, say: Say) -> None:
         say("\n[bold green]ready[/]")
@@ -59,6 +61,9 @@ class Ready:
             say(f"  [bold]{name:<9}[/]", end="")
             say(value, markup=False, soft_wrap=True)
         self._say_access(say)
+        for text in self.warned[:_SHOWN_WARNINGS]:
+            say("  [yellow]warning  [/]", end="")
+            say(text, markup=False, soft_wrap=True)
         say("\n[bold]try[/]")
         for line in self._commands():
             say(f"  {line}", markup=False, soft_wrap=True)

@@ -27,19 +27,22 @@ if TYPE_CHECKING:
     from adapter_registry.client import RegistryClient
     from local_stack.stack import Stack
 
-_PORTS: Any = {"min": 1, "max": 65535}
 API_PORT, REGISTRY_PORT, DECODE_PORT, METRICS_PORT = 8000, 8001, 50051, 8002
 DEFAULT_DATA = Path("~/.local/share/prad")
 _START_S = 300.0  # the first start converts or fetches the model
 
 
-def _metrics_port(text: str) -> int:
-    """What the environment says for a service of that name in Kubernetes or Docker is no port."""
-    if is_service_link(str(text)):
-        return METRICS_PORT
-    if not str(text).isdecimal() or not _PORTS["min"] <= int(text) <= _PORTS["max"]:
-        raise typer.BadParameter(f"{text!r} is no port: expected a number from 1 to 65535")
-    return int(text)
+def port_option(flag: str, default: int, variable: str, help_text: str) -> Any:
+    """An option that a service of its own would read from `variable`, too."""
+
+    def read(text: str) -> int:
+        if is_service_link(str(text)):  # what Kubernetes or Docker set for a service of that name is no port
+            return default
+        if not str(text).isdecimal() or not 1 <= int(text) <= 65535:
+            raise typer.BadParameter(f"{text!r} is no port: expected a number from 1 to 65535")
+        return int(text)
+
+    return typer.Option(flag, help=help_text, envvar=variable, parser=read, metavar="INTEGER")
 
 
 def serve_command(
@@ -69,18 +72,21 @@ def serve_command(
             "can use every task until then.",
         ),
     ] = False,
-    port: Annotated[int, typer.Option(help="The API's port.", **_PORTS)] = API_PORT,
+    port: Annotated[int, port_option("--port", API_PORT, "PRAD_PREFILL_PORT", "The API's port.")] = API_PORT,
     registry_port: Annotated[
-        int, typer.Option(help="The adapter registry's port.", **_PORTS)
+        int,
+        port_option("--registry-port", REGISTRY_PORT, "PRAD_REGISTRY_PORT", "The adapter registry's port."),
     ] = REGISTRY_PORT,
-    decode_port: Annotated[int, typer.Option(help="The decode service's port.", **_PORTS)] = DECODE_PORT,
+    decode_port: Annotated[
+        int, port_option("--decode-port", DECODE_PORT, "PRAD_DECODE_PORT", "The decode service's port.")
+    ] = DECODE_PORT,
     decode_metrics_port: Annotated[
         int,
-        typer.Option(
-            help="The port of decode's /metrics.",
-            envvar="PRAD_DECODE_METRICS_PORT",
-            parser=_metrics_port,
-            metavar="INTEGER",
+        port_option(
+            "--decode-metrics-port",
+            METRICS_PORT,
+            "PRAD_DECODE_METRICS_PORT",
+            "The port of decode's /metrics.",
         ),
     ] = METRICS_PORT,
     data_dir: Annotated[
@@ -201,7 +207,9 @@ def _run(flags: Mapping[str, list[str]], here: "_Here", console: "Console", abou
             console.print(f"[red]{name} cannot be served:[/] {reason}")
         asked = found.keys or not (here.unprotected or is_loopback(here.host))
         pids = {service.name: service.process.pid for service in stack.services}
-        welcome = Ready(here.at, here.host, found.tasks, asked, here.logs, here.admin_token, about, pids)
+        warned = [f"{service.name}: {text}" for service in stack.services for text in service.warnings()]
+        places = here.logs, here.admin_token
+        welcome = Ready(here.at, here.host, found.tasks, asked, *places, about, pids, warned)
         welcome.say(console.print)
         ready = {
             "registry": lambda: answers(f"{here.at.registry}/ready"),
@@ -288,10 +296,15 @@ class _Here:
 
     def warn(self, console: "Console") -> None:
         from local_stack.pushing import adapter_folders
+        from prad.artefact import RECORD
 
-        if self.adapters is not None and not adapter_folders(self.adapters):
-            text = f"[yellow]{self.adapters} holds no adapter folders:[/] nothing is pushed"
-            console.print(text, soft_wrap=True)
+        if self.adapters is None or adapter_folders(self.adapters):
+            return
+        fix = "nothing is pushed"
+        if (self.adapters / RECORD).is_file():
+            above = self.adapters.resolve().parent
+            fix += f": it is an adapter itself, name the folder that it lies in ({above})"
+        console.print(f"[yellow]{self.adapters} holds no adapter folders:[/] {fix}", soft_wrap=True)
 
 
 def _doing(console: "Console", what: str) -> AbstractContextManager[object]:

@@ -82,6 +82,7 @@ class Fetches:
         self._queues: dict[Turn, OrderedDict[Fetch, None]] = {turn: OrderedDict() for turn in Turn}
         self._running: dict[Fetch, asyncio.Task[None]] = {}
         self._away = False
+        self._told = False  # that nothing can be fetched, since the last time that something was
         self._waiting = 0
 
     def __len__(self) -> int:
@@ -176,6 +177,8 @@ class Fetches:
             why = str(error) or type(error).__name__
         finally:
             del self._running[fetch]
+        if artefact is not None:
+            self._told = False
         if self._is_wanted(fetch):
             del self._fetches[fetch.task][fetch.number]
             self._arrived(fetch, artefact, why)
@@ -184,9 +187,9 @@ class Fetches:
 
     def _try_later(self, fetch: Fetch, why: str) -> None:
         """The registry is away: who waits hears so, and all goes on when it answers again."""
-        if not self._away:
+        if not self._told:  # a registry that answers may miss its bucket, and is asked again and again
             logger.warning("%s; adapters are fetched when that is mended", why)
-        self._away = True
+        self._away = self._told = True
         if self._is_wanted(fetch):
             tried, fetch.tried = fetch.tried, asyncio.get_running_loop().create_future()
             self._put(fetch, Turn.SOON)

@@ -64,6 +64,9 @@ class RegistryFollower:
         self._routings: dict[str, Routing] = {}
         self._behind: set[str] = set()  # tasks where a routing before is in force still
         self._troubles: dict[str, dict[int, str]] = {}  # what cannot be had here, and why
+        self._logged: dict[
+            str, dict[int, str]
+        ] = {}  # of that, what the log says: it is tried again and again
         self._foreign: dict[str, str] = {}  # what is for another model, and nothing here is in its place
         self._cold: dict[str, str] = {}  # what did not come into memory when that was asked for, and why
         self._again_at = 0.0
@@ -181,7 +184,7 @@ class RegistryFollower:
         """The registry does not know them any more."""
         for task in tasks:
             self._fetches.want(task, (), Turn.LATER)
-            for known in (self._routes, self._known, self._routings, self._troubles):
+            for known in (self._routes, self._known, self._routings, self._troubles, self._logged):
                 known.pop(task, None)
             self._behind.discard(task)
             self._catalogue.update(task, None)
@@ -196,10 +199,14 @@ class RegistryFollower:
 
     def _arrived(self, fetch: Fetch, artefact: Artefact | None, why: str) -> None:
         task, number = fetch.task, fetch.number
+        logged = self._logged.setdefault(task, {})
         if artefact is None:
-            logger.error("%s@%d cannot be had: %s", task, number, why)
+            if logged.get(number) != why:
+                logger.error("%s@%d cannot be had: %s", task, number, why)
+            logged[number] = why
             self._troubles.setdefault(task, {})[number] = why
         else:
+            logged.pop(number, None)
             self._known[task][number] = TaskVersion(task, number, fetch.digest, artefact)
         self._put_in_force(self._routes[task])
 

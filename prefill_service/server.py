@@ -127,8 +127,15 @@ async def _serve(
         )
         metrics = CollectorRegistry()
         metrics.register(parts)
-        reached = Gauge("prad_registry_up", "Whether the adapter registry is reached.", registry=metrics)
-        reached.set_function(lambda: float(registry.away is None))
+        for name, text, up in (
+            ("prad_registry_up", "Whether the adapter registry is reached.", lambda: registry.away is None),
+            (
+                "prad_decode_up",
+                "Whether the decode service is reached.",
+                lambda: parts.engine.trouble is None,
+            ),
+        ):
+            Gauge(name, text, registry=metrics).set_function(up)
         limits = ApiLimits(
             max_body_bytes=settings.max_body_mib << 20,
             body_timeout_s=settings.body_timeout_s,
@@ -190,7 +197,9 @@ def _batches(settings: PrefillSettings, keys: KeyRing) -> Batches | None:
     try:
         return Batches(folder, files, limits, keys)
     except OSError as error:
-        raise CannotStartError(f"{folder} cannot be used as --files-dir: {error}") from error
+        raise CannotStartError(
+            f"{folder} cannot be used as --files-dir: {error}; let this user write there, or choose another"
+        ) from error
 
 
 def _transfer(settings: PrefillSettings) -> TransferSettings:

@@ -107,8 +107,9 @@ class Verifier:
         return ""
 
     def _put_off(self, name: str, error: Exception) -> None:
-        known = isinstance(error, RegistryError | OSError)
-        logger.error("%s cannot be verified: %s", name, error, exc_info=None if known else error)
+        known, why = isinstance(error, RegistryError | OSError), str(error) or type(error).__name__
+        if self._troubles.get(name) != why:  # it is tried again every few seconds
+            logger.error("%s cannot be verified: %s", name, why, exc_info=None if known else error)
         if name in self._pushed:  # still
-            self._troubles[name] = str(error) or type(error).__name__
+            self._troubles[name] = why
             self._again_at[name] = asyncio.get_running_loop().time() + AGAIN_S

@@ -31,6 +31,7 @@ from prad.artefact.schema import (
     placeholders,
     task_token_id,
 )
+from prad.artefact.soundness import require_sound
 
 __all__ = [
     "CARD",
@@ -58,6 +59,7 @@ __all__ = [
     "read_record",
     "read_servable",
     "require_servable",
+    "require_sound",
     "task_token_id",
     "write_record",
 ]

@@ -5,6 +5,7 @@ does not fit: what transformers leaves out it fills with random numbers, and wha
 """
 
 import hashlib
+import logging
 import shutil
 from collections.abc import Iterable
 from contextlib import suppress
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
+from safetensors import SafetensorError, safe_open
 
 from prad.lm.blocks import blocks_of, save_blocks
 from prad.lm.errors import ModelNotFoundError
@@ -19,35 +21,68 @@ from prad.lm.errors import ModelNotFoundError
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
+logger = logging.getLogger(__name__)
+
 _FORMAT = 3  # raise it when the conversion changes, so that old folders are not used again
+_ROOM = "free some room there, or choose another --cache-dir"
 
 
 def convert_gguf(path: Path, cache_dir: Path) -> Path:
     """The folder under `cache_dir` that holds `path` as safetensors; converts when it is not there yet.
 
-    Processes that start together wait for one conversion. The folder appears whole or not at all. Raises
-    ModelNotFoundError if the file is not what its ending says, not whole, or one of several.
+    Processes that start together wait for one conversion. The folder appears whole or not at all; one that
+    was damaged since is made again. Raises ModelNotFoundError if the file is not what its ending says, not
+    whole, or one of several, or if nothing can be kept there.
     """
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     name = f"{path.stem}-{digest[:12]}"
     folder = cache_dir.expanduser() / "models" / f"{name}-v{_FORMAT}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not folder.is_dir():
-            partial = folder.with_name(folder.name + ".partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            try:
-                _convert(path, partial)
-                partial.rename(folder)
-            except (
-                Exception
-            ) as error:  # the readers have no word of their own for a file that is cut off, or odd
-                raise ModelNotFoundError(f"{path} cannot be converted: {error}") from error
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-            _remove_earlier(folder, name)
+    if _is_there(folder):  # needs no lock, which a read-only cache has none of
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not _is_there(folder):  # by the one before
+                _convert_whole(path, folder)
+                _remove_earlier(folder, name)
+    except OSError as error:
+        raise ModelNotFoundError(
+            f"no converted model can be kept in {folder.parent}: {error}; {_ROOM}, or mend whose folder it is"
+        ) from error
     return folder
+
+
+def _is_there(folder: Path) -> bool:
+    """Whether it was converted, and its files are whole still: a disk that ran full, or lost its power, may
+    have cut them off."""
+    if not folder.is_dir():
+        return False
+    try:
+        for weights in folder.rglob("*.safetensors"):
+            with safe_open(weights, framework="np"):
+                pass
+    except (OSError, SafetensorError):
+        return False
+    return True
+
+
+def _convert_whole(path: Path, folder: Path) -> None:
+    if folder.is_dir():
+        logger.warning("%s is damaged: it is converted again", folder)
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        _convert(path, partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    except Exception as error:  # the readers have no word of their own for a file that is cut off, or odd
+        full = "No space left" in str(error)
+        raise ModelNotFoundError(
+            f"{path} cannot be converted: {error}{f'; {_ROOM}' if full else ''}"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _remove_earlier(folder: Path, name: str) -> None:

@@ -63,5 +63,5 @@ def _from_hub(name: str) -> Path:
     except (HFValidationError, OSError) as error:  # the hub's HTTP errors derive from OSError
         raise ModelNotFoundError(
             f"'{name}' is not a folder, not a .gguf file, not '{DEFAULT_MODEL}', and as a Hugging Face id "
-            f"it could not be fetched: {error}"
+            f"it could not be fetched: {error}. Without a way to the hub, name a folder that holds the model"
         ) from error

@@ -1,5 +1,6 @@
 """What the command says: help, mistakes in one line, no traceback for what a person can mend."""
 
+import errno
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 
 from prad import __version__
 from prad.lm import LanguageModel
+from prad_cli.app import main
 from tests import forked
 from tests.conftest import random_artefact
 
@@ -167,3 +169,42 @@ def test_training_settings_that_make_no_sense(wrong: tuple[str, str], tmp_path: 
     assert wrong[0] in ended.stderr
     assert "Traceback" not in ended.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            OSError(errno.ENOSPC, "full", "/data/x"),
+            "error: /data/x: full; free some room there, or choose another",
+        ),
+        (
+            PermissionError(errno.EACCES, "forbidden", "/x"),
+            "error: /x: forbidden; let this user write there, or",
+        ),
+        (OSError(errno.EDQUOT, "quota"), "error: a file: quota; free some room there, or choose another"),
+    ],
+)
+def test_a_disk_that_takes_nothing_is_one_line(
+    error: OSError, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("prad_cli.app.app", command)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    assert one_line(capsys.readouterr().err).startswith(said)
+
+
+@pytest.mark.parametrize(
+    "error", [BrokenPipeError(errno.EPIPE, "ours"), PermissionError(errno.EACCES, "a port")]
+)
+def test_a_fault_of_ours_is_told_whole(error: OSError, monkeypatch: pytest.MonkeyPatch) -> None:
+    def command(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("prad_cli.app.app", command)
+    with pytest.raises(type(error)):
+        main()

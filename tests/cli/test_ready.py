@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from prad_cli.ready import Addresses, Ready, command_name, memory_mib, model_said, threads_said
+from prad_cli.serve import _Here
 
 AT = Addresses.of("0.0.0.0", 8000, 8001, 8002)
 
@@ -90,3 +91,18 @@ def test_memory_of_a_process() -> None:
     held = memory_mib(os.getpid())
     assert held is None or held > 1
     assert memory_mib(2**22 + 1) is None
+
+
+def test_what_services_warn_of_is_not_left_to_their_logs() -> None:
+    lines = said(warned=[f"decode: torch computes, slower [{number}]" for number in range(9)]).splitlines()
+    assert lines.count("  warning  decode: torch computes, slower [0]") == 1
+    assert sum(line.startswith("  warning  ") for line in lines) == 6
+
+
+def test_an_adapter_that_is_named_instead_of_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "prad.json").touch()
+    console = Console(file=io.StringIO(), width=60)
+    _Here(tmp_path, AT, tmp_path / "mine", "127.0.0.1", unprotected=False).warn(console)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert f"it is an adapter itself, name the folder that it lies in ({tmp_path})" in said

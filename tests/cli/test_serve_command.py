@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from typer.testing import CliRunner, Result
 
 import prad
 from adapter_registry.redis_store import RedisStore
@@ -22,6 +23,7 @@ from decode_service.server import _FLUSH_S, _GRACE_S
 from decode_service.settings import DecodeSettings
 from local_stack.stack import _STOP_S, answers
 from prad.lm import LanguageModel
+from prad_cli.app import app
 from tests.conftest import random_artefact
 from tests.redis_process import RedisProcess
 
@@ -289,3 +291,36 @@ def test_a_taken_port_is_said_clearly(
         assert serve.process.wait() == 1
         assert f"port {ports[taken]} is taken; stop what uses it, or choose another {flag}\n" in serve.said
         assert "Traceback" not in serve.said
+
+
+def test_ports_come_from_the_environment_as_each_service_reads_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    given: dict[str, list[str]] = {}
+    monkeypatch.setattr("prad_cli.serve._run", lambda flags, *more: given.update(flags))
+    monkeypatch.setattr("local_stack.stack.require_free", lambda *asked: None)
+    names = {"PREFILL_PORT": 9001, "REGISTRY_PORT": 9002, "DECODE_PORT": 9003, "DECODE_METRICS_PORT": 9004}
+    said = {f"PRAD_{name}": str(port) for name, port in names.items()}
+
+    def ended(*more: str, **environment: str) -> Result:
+        command = ["serve", "--data-dir", str(tmp_path), *more]
+        return CliRunner().invoke(app, command, env={"COLUMNS": "200"} | environment)
+
+    def ports() -> list[str]:
+        flags = {name: dict(zip(its[::2], its[1::2], strict=True)) for name, its in given.items()}
+        decode = flags["decode"]
+        return [
+            flags["prefill"]["--port"],
+            flags["registry"]["--port"],
+            decode["--port"],
+            decode["--metrics-port"],
+        ]
+
+    assert ended(**said).exit_code == 0
+    assert ports() == ["9001", "9002", "9003", "9004"]
+    assert ended("--port", "9100", **said).exit_code == 0
+    assert ports() == ["9100", "9002", "9003", "9004"]
+    assert ended(**dict.fromkeys(said, "tcp://10.0.0.1:80")).exit_code == 0, "Kubernetes' for such a service"
+    assert ports() == ["8000", "8001", "50051", "8002"]
+    wrong = ended(**said | {"PRAD_PREFILL_PORT": "many"})
+    assert (wrong.exit_code, "is no port: expected a number from 1 to 65535" in wrong.output) == (2, True)

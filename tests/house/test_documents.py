@@ -64,3 +64,23 @@ def test_every_decision_is_in_the_index() -> None:
     assert re.findall(r"\]\((\d\d-[a-z0-9-]+\.md)\)", index) == pages
     for number, name in enumerate(pages, 1):
         assert (folder / name).read_text(encoding="utf-8").startswith(f"# {number}. "), name
+
+
+def test_every_test_that_a_page_names_is_there() -> None:
+    tests = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")]
+    there = {name for text in tests for name in re.findall(r"def (test_\w+)\(", text)}
+    named = {
+        name for page in DOCUMENTS for name in re.findall(r"`(test_\w+)`", page.read_text(encoding="utf-8"))
+    }
+    assert named - there == set()
+    assert len(named) > 40
+
+
+@pytest.mark.parametrize("page", ["operate", "reliability", "batches", "console"])
+def test_every_metric_that_a_page_names_is_there(page: str) -> None:
+    rooms = ("prefill_service", "decode_service", "adapter_registry")
+    code = "".join(p.read_text(encoding="utf-8") for room in rooms for p in (ROOT / room).rglob("*.py"))
+    for metric in re.findall(r"\bprad_[a-z_]+", (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")):
+        name = re.sub(r"_(total|sum|count|bucket)$", "", metric)
+        composed = re.sub(r"^prad_(prefill_(prefix_)?)?", "", name)
+        assert f'"{name}"' in code or f'"{composed}"' in code, metric

@@ -89,7 +89,7 @@ def test_serving_installs_no_more_than_it_needs() -> None:
     assert not [package for package in locked("test") if re.match("nvidia|cuda|triton|torch$", package)]
 
 
-@pytest.mark.parametrize("client", ["lm-eval", "guidellm", "schemathesis", "litellm"])
+@pytest.mark.parametrize("client", ["lm-eval", "guidellm", "schemathesis", "litellm", "mkdocs-material"])
 def test_what_the_long_tests_run_is_locked(client: str) -> None:
     asked = Requirement((ROOT / "locks" / f"{client}.in").read_text(encoding="utf-8").splitlines()[-1])
     lock = locked(client)

@@ -1,9 +1,12 @@
 """The site's pages are there, in its navigation, and their links lead to pages and headings.
 
-Without mkdocs: `make docs` builds it, and is strict about the same.
+Without mkdocs, so that each run of the tests looks; a long one builds it, as `make docs` does.
 """
 
+import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import pytest
 import yaml
 
 from deploy.site import DOCS, ROOT, lay_out, place
+from tests.outside import clients
 
 CONFIG = ROOT / "mkdocs.yml"
 FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
@@ -93,3 +97,19 @@ def test_a_link_that_leads_nowhere_is_an_error(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "docs" / "a.md").write_text("[x](gone.md)", encoding="utf-8")
     with pytest.raises(FileNotFoundError, match=r"docs/a.md links to gone.md"):
         lay_out(tmp_path / "pages")
+
+
+@pytest.mark.long
+def test_it_is_built_strictly(tmp_path: Path) -> None:
+    """As `make docs` builds it."""
+    lay_out(tmp_path / "build" / "site-pages")
+    shutil.copyfile(CONFIG, tmp_path / "mkdocs.yml")
+    command = [clients.python("mkdocs-material"), "-m", "mkdocs", "build", "--strict", "--quiet"]
+    quietly = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    ended = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, encoding="utf-8", check=False, env=quietly
+    )
+    assert (ended.returncode, ended.stdout + ended.stderr) == (0, "")
+    built = tmp_path / "build" / "site"
+    assert (built / "reliability.html").is_file()
+    assert "prompt-only.svg" in (built / "concepts.html").read_text(encoding="utf-8")

@@ -1,10 +1,14 @@
 """The default model as it is converted: its tokenizer's rule for digits, and no second conversion."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from prad.lm import DEFAULT_MODEL, Tokenizer, gguf, resolve_model
+from prad.lm import DEFAULT_MODEL, ModelNotFoundError, Tokenizer, gguf, resolve_model
 from tests.conftest import CACHE
 
 
@@ -92,3 +96,44 @@ def test_an_interrupted_conversion_is_started_afresh(tmp_path: Path, monkeypatch
     assert [p.name for p in folder.iterdir()] == ["part2"]
     assert resolve_model(str(source), tmp_path / "cache") == folder
     assert len(calls) == 2
+
+
+def test_a_conversion_that_was_damaged_since_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = tmp_path / "some.gguf"
+    source.write_bytes(b"GGUF")
+
+    def convert(path: Path, folder: Path) -> None:
+        for place in (folder, folder / "blocks"):
+            place.mkdir()
+            save_file({"weight": torch.ones(64)}, place / "model.safetensors")
+
+    monkeypatch.setattr(gguf, "_convert", convert)
+    folder = resolve_model(str(source), tmp_path / "cache")
+    for weights in (folder / "model.safetensors", folder / "blocks" / "model.safetensors"):
+        whole = weights.read_bytes()
+        weights.write_bytes(whole[:-8])
+        assert resolve_model(str(source), tmp_path / "cache") == folder
+        assert weights.read_bytes() == whole
+        assert f"{folder} is damaged" in caplog.messages[-1]
+    monkeypatch.setattr(gguf, "FileLock", None)
+    assert resolve_model(str(source), tmp_path / "cache") == folder, "a cache that can only be read will do"
+    assert len(caplog.messages) == 2
+
+
+def test_a_cache_that_takes_nothing_is_said_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, taken = tmp_path / "some.gguf", tmp_path / "taken"
+    source.write_bytes(b"GGUF")
+    taken.touch()
+    with pytest.raises(ModelNotFoundError, match=r"can be kept in .*models.*choose another --cache-dir"):
+        resolve_model(str(source), taken)
+
+    def convert(path: Path, folder: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(gguf, "_convert", convert)
+    with pytest.raises(ModelNotFoundError, match=r"some\.gguf cannot be converted: .*; free some room there"):
+        resolve_model(str(source), tmp_path / "cache")

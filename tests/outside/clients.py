@@ -19,7 +19,13 @@ import pytest
 from tests.conftest import CACHE
 
 LOCKS = Path(__file__).parents[2] / "locks"
-CLIENTS = {"lm-eval": False, "guidellm": True, "schemathesis": False, "litellm": False}
+CLIENTS = {
+    "lm-eval": False,
+    "guidellm": True,
+    "schemathesis": False,
+    "litellm": False,
+    "mkdocs-material": False,
+}
 """By the name of its lock: whether it needs torch, whose builds differ by place and are in no lock."""
 
 

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from adapter_registry.client_calls import Progress
-from adapter_registry.errors import RegistryUnreachableError, StoredFilesDamagedError
+from adapter_registry.errors import RegistryUnreachableError, StoredFilesDamagedError, StoreUnavailableError
 from adapter_registry.messages import RoutingState, TaskRoute
 from adapter_registry.routing import Routing
 from adapter_registry.versions import State
@@ -224,3 +224,22 @@ async def test_a_promotion_that_brings_plain_requests_an_answer_is_in_force_at_o
         registry.tell(started(2, 1, 3, canary=3))
         await until(lambda: (2, "") in registry.asked)
         assert catalogue.resolve("t", None)[0].version == 1, "though t@canary waits for it"
+
+
+async def test_what_goes_on_being_wrong_is_one_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    """A registry that misses its bucket, or keeps damaged files, is asked again all the time."""
+    registry = LiveRegistry(tasks(1, "a", "b"))
+    registry.let("a@1", "b@1")
+    registry.wrong = {"a@1": StoreUnavailableError("no bucket"), "b@1": StoredFilesDamagedError("damaged")}
+    async with following(registry) as catalogue:
+        await until(lambda: min(registry.fetched.count(name) for name in ("a@1", "b@1")) > 5)
+        assert [text for text in caplog.messages if "damaged" in text] == ["b@1 cannot be had: damaged"]
+        registry.wrong.pop("b@1")
+        await until(lambda: not registry.progress.troubles)
+        caplog.clear()
+        tries = len(registry.fetched)
+        await until(lambda: len(registry.fetched) > tries + 5)
+        assert len(caplog.messages) <= 1, "of what was said before"
+        registry.wrong.clear()
+        await until(lambda: registry.progress == Progress(1, 0, []))
+        assert (await wanted(catalogue, "a")).digest == digest(1)

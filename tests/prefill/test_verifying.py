@@ -124,13 +124,16 @@ async def test_files_that_are_away_stop_nothing_but_their_version(away: Exceptio
         assert registry.wholes == 1, "it asks for changes alone"
 
 
-async def test_one_that_starts_while_files_are_away_follows() -> None:
+async def test_one_that_starts_while_files_are_away_follows(caplog: pytest.LogCaptureFixture) -> None:
     registry = LiveRegistry(routed(3, {1: 100}, {"v1": HERE, "v2": PUSHED}))
     registry.wrong["t@2"] = StoreUnavailableError("the bucket is away")
     registry.let("t@1", "t@2")
     async with following(registry) as catalogue:
         await until(lambda: registry.progress == Progress(3, 0, ["t@2: the bucket is away"]))
         assert (plain(catalogue), registry.wholes) == (digest(1), 1)
+        await until(lambda: registry.fetched.count("t@2") > 5)
+    said = [text for text in caplog.messages if "t@2" in text]
+    assert said == ["t@2 cannot be verified: the bucket is away"], "it is tried again and again"
 
 
 async def test_a_report_that_does_not_arrive_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:

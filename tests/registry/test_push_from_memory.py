@@ -28,7 +28,7 @@ def test_tensors_of_numpy(registry):
 
 def test_tensors_of_torch_as_a_trainer_has_them(registry):
     whole = torch.randn(4, 6, requires_grad=True)
-    tensors = {"layers.0.down": whole.T, "layers.1.down": torch.ones(2, 2, dtype=torch.bfloat16)}
+    tensors = {"layers.0.down": whole.T, "layers.1.down": torch.ones(6, 4, dtype=torch.bfloat16)}
     pushed = registry.client.push_tensors("support", RECORD, tensors)
     found = load_torch(stored(registry, pushed))
     assert torch.equal(found["layers.0.down"], whole.detach().T)

@@ -104,10 +104,10 @@ def test_unusable_settings(data_dir, tmp_path):
     with pytest.raises(CannotStartError, match="cannot listen on"):
         run(RegistrySettings(host="256.0.0.1", port=0, data_dir=data_dir))
     (tmp_path / "file").write_text("", encoding="utf-8")
-    with pytest.raises(CannotStartError, match="cannot use the data folder"):
+    with pytest.raises(CannotStartError, match=r"cannot use the data folder .* choose another data_dir"):
         run(RegistrySettings(port=0, data_dir=tmp_path / "file"))
     (data_dir / "registry.sqlite3").write_bytes(b"no database" * 100)
-    with pytest.raises(RegistryError, match=r"cannot use .*registry\.sqlite3"):
+    with pytest.raises(RegistryError, match=r"cannot use .*registry\.sqlite3.*move it away and read a copy"):
         run(RegistrySettings(port=0, data_dir=data_dir))
 
 

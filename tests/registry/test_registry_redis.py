@@ -1,5 +1,6 @@
 """Registries on a real Redis: several at once, killed, without their Redis for a while, warned."""
 
+import asyncio
 import os
 import random
 import signal
@@ -23,6 +24,7 @@ from adapter_registry.errors import (
     RoutingChangedError,
     StoreUnavailableError,
 )
+from adapter_registry.redis_changes import RedisChanges
 from adapter_registry.redis_server import REGISTRY, SCHEMA
 from adapter_registry.redis_store import RedisStore
 from adapter_registry.server import RegistryServer
@@ -360,3 +362,16 @@ def test_a_connection_lost_while_it_watches_is_an_unavailable_store(
         refused = running.http.post("/v1/tasks/support/versions", json={"path": str(adapter(1))})
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "store_unavailable")
         assert push(running.url, adapter(1))["version"] == 1
+
+
+def test_who_misses_that_it_is_to_stop_is_told_again(data_dir, redis, serving, monkeypatch):
+    """A library that takes a cancellation for its own time-out would keep the registry from ending."""
+
+    async def follow(self):
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(3600)
+        await asyncio.sleep(3600)
+
+    monkeypatch.setattr(RedisChanges, "follow", follow)
+    with serving(settings(data_dir, redis)) as registry:
+        assert registry.http.get("/ready").status_code == 200

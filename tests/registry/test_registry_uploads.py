@@ -3,7 +3,9 @@
 import json
 
 import httpx
+import numpy as np
 import pytest
+from safetensors.numpy import save
 
 PUSH = "/v1/tasks/support/versions"
 
@@ -200,3 +202,15 @@ def test_generation_defaults_that_no_request_may_have(registry, files, generatio
 def test_a_check_that_takes_too_long(registry, files, monkeypatch):
     monkeypatch.setattr("adapter_registry.registry.CHECK_SECONDS", 0.0)
     refused(registry, upload(registry, files.items()), 400, "adapter_refused", "not read and checked")
+
+
+def test_tensors_that_are_no_numbers_or_of_no_base(registry, files):
+    weights = np.ones((64, 4), np.float32)
+    weights[5, 1] = np.nan
+    files["adapter_model.safetensors"] = save({"layers.0.down": weights})
+    refused(
+        registry, upload(registry, files.items()), 400, "adapter_refused", "layers.0.down: expected finite"
+    )
+    files["adapter_model.safetensors"] = save({"layers.1.down": weights[:5]})
+    response = upload(registry, files.items())
+    refused(registry, response, 400, "adapter_refused", "tensor layers.0.down is missing")

@@ -1,5 +1,5 @@
-"""Batches on the real stack: prefill is killed in the middle and started again, and so is `prad batch`; every
-line is answered once, as it is without."""
+"""Batches on the real stack: prefill, decode and `prad batch` are killed in the middle and started again;
+every line is answered once, as it is without."""
 
 import json
 import subprocess
@@ -73,7 +73,8 @@ def asked_by_hand(api: httpx.Client, lines: list[dict[str, Any]]) -> dict[str, s
     }
 
 
-def test_a_kill_of_prefill_loses_no_line_and_answers_none_twice(stack: RunningStack) -> None:
+@pytest.mark.parametrize("killed", ["prefill", "decode"])
+def test_a_kill_of_a_service_loses_no_line_and_answers_none_twice(stack: RunningStack, killed: str) -> None:
     lines = requests(tokens=60)
     sent = stack.api.post("/v1/files", files={"file": ("in", jsonl(lines))}, data={"purpose": "batch"}).json()
     wanted = {"input_file_id": sent["id"], "endpoint": COMPLETIONS, "completion_window": "1h"}
@@ -85,10 +86,10 @@ def test_a_kill_of_prefill_loses_no_line_and_answers_none_twice(stack: RunningSt
     until(lambda: batch()["request_counts"]["completed"] >= 8)
     live = stack.api.post(COMPLETIONS, json=lines[0]["body"])
     assert live.status_code == 200  # beside the batch
-    (prefill,) = (service for service in stack.stack.services if service.name == "prefill")
-    prefill.process.kill()
-    prefill.process.wait()
-    stack.stack.restart("prefill")
+    (service,) = (service for service in stack.stack.services if service.name == killed)
+    service.process.kill()
+    service.process.wait()
+    stack.stack.restart(killed)
     until(lambda: answers(f"{stack.api.base_url}/ready"))
     until(lambda: batch()["status"] == "completed")
     assert batch()["request_counts"] == {"total": LINES, "completed": LINES, "failed": 0}

@@ -1,6 +1,7 @@
 """Commands for people, at the real processes: `prad chat`, `top`, `bench load` and `doctor`."""
 
 import json
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ from prad.lm import LanguageModel
 from tests import forked
 from tests.cli.test_command_line import ENVIRONMENT
 from tests.conftest import RunningStack, StackMaker, random_artefact
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +102,17 @@ def test_doctor_of_a_running_stack(stack: RunningStack, metrics_port: int, tmp_p
     assert {told[f"{name}'s clock"]["found"] for name in ("API", "registry", "decode")} == {"as ours"}
 
 
-def test_operators_have_a_client(stack: RunningStack) -> None:
+def test_operators_have_a_client(stack: RunningStack, capsys: pytest.CaptureFixture[str]) -> None:
     from adapter_registry import RegistryClient
 
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    *_, shown = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    here = {"http://127.0.0.1:8001": stack.registry, "support": "red", "{1: 90, 2: 10}": "{1: 100}"}
+    for theirs, ours in here.items():
+        assert theirs in shown
+        shown = shown.replace(theirs, ours)
+    exec(shown, {})
+    assert capsys.readouterr().out == "blue {1: 100}\nred {1: 100}\n()\n"
     with RegistryClient(stack.registry, operator="ada") as client:
         client.alias("red", "steady", 1)
         assert client.task("red").routing.aliases == {"steady": 1}

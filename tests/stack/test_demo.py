@@ -6,6 +6,7 @@ With itself the server must agree to the bit, whoever shares a request's passes 
 """
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -96,6 +97,28 @@ def test_a_stream_says_the_same(api: httpx.Client) -> None:
         events = [line.removeprefix("data: ") for line in response.iter_lines() if line]
     assert events[-1] == "[DONE]"
     assert "".join(json.loads(e)["choices"][0]["text"] for e in events[:-1]) == whole
+
+
+def examples(page: str, kind: str) -> list[str]:
+    """What a page shows as code of a kind."""
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    return re.findall(rf"^```{kind}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def test_the_first_pages_examples_say_what_they_say(
+    api: httpx.Client, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (asked,) = examples("quickstart", "python")
+    exec(asked.replace("http://localhost:8000", str(api.base_url).rstrip("/")), {})
+    assert capsys.readouterr().out == "positive\n"
+    monkeypatch.chdir(ROOT)
+    whole, parts, _ = examples("python", "python")
+    exec(whole + parts, {})
+    assert capsys.readouterr().out == "['positive', 'negative']\n['positive']\n"
+    (shell,) = (each for each in examples("quickstart", "sh") if "curl" in each)
+    body = json.loads(shell.partition("-d '")[2].rpartition("'")[0])
+    with api.stream("POST", "/v1/completions", json=body) as response:
+        assert "data: [DONE]" in list(response.iter_lines())
 
 
 def test_chat_with_a_task_and_with_the_plain_model(api: httpx.Client) -> None:

@@ -43,6 +43,7 @@ def test_a_frozen_decode_service_is_known_and_comes_back(
             decode.process.send_signal(signal.SIGSTOP)
             try:
                 until(lambda: not ready(running))
+                assert "prad_decode_up 0.0" in running.api.get("/metrics").text
                 refused = running.api.post("/v1/completions", json=BODY)
                 events = list(lines)
             finally:
@@ -50,6 +51,7 @@ def test_a_frozen_decode_service_is_known_and_comes_back(
         assert refused.status_code == 503
         assert error(events[-1])["code"] == "decode_unavailable"
         until(lambda: ready(running))
+        assert "prad_decode_up 1.0" in running.api.get("/metrics").text
         assert running.api.post("/v1/completions", json=BODY).status_code == 200
 
 

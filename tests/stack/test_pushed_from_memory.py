@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from safetensors.torch import load_file
 
 from adapter_registry.client import RegistryClient
+from adapter_registry.errors import AdapterRefusedError
 from prad.artefact import Artefact
 from prad.lm import LanguageModel
 from tests.conftest import RunningStack, StackMaker, random_artefact
@@ -36,7 +38,10 @@ def test_each_push_answers_at_once(
             assert pushed.state == ("routable" if number == 1 else "verified")
             assert answered_by(running, pushed.name) == pushed.digest
         assert answered_by(running, "steps") == registry.version("steps", 1).digest
-        tensors = {name: tensor.new_full(tensor.shape, float("nan")) for name, tensor in tensors.items()}
+        broken = {name: tensor.new_full(tensor.shape, float("nan")) for name, tensor in tensors.items()}
+        with pytest.raises(AdapterRefusedError, match="expected finite numbers"):
+            registry.push_tensors("steps", artefact.record, broken)
+        tensors = {name: 1e38 * tensor for name, tensor in tensors.items()}  # which only a pass shows
         bad = registry.push_tensors("steps", artefact.record, tensors, ready_within=30)
         assert (bad.state, bad.pending) == ("failed", ())
         assert bad.reason

@@ -175,3 +175,14 @@ def test_a_log_goes_on_and_only_its_last_life_is_shown(commands: Commands) -> No
         service.process.wait()
         assert service.log.read_text(encoding="utf-8") == "one life\none life\n"
         assert service.describe_end().count("one life") == 1
+
+
+def test_what_a_child_warns_of_is_told_once_and_not_from_an_earlier_life(commands: Commands) -> None:
+    line = "2026-01-01 00:00:00,000 decode {} torch computes, slower: no compiler"
+    with commands as stack:
+        stack.run(f"print({line.format('ERROR')!r})")
+        stack.services[0].process.wait()
+        said = [line.format("WARNING")] * 2 + [line.format("INFO")]
+        stack._run("decode", ("-c", f"print(*{said!r}, sep=chr(10))"), 0)
+        stack.services[0].process.wait()
+        assert stack.services[0].warnings() == ["torch computes, slower: no compiler"]
