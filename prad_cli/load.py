@@ -17,7 +17,7 @@ import typer
 from prad import __version__
 from prad.core.errors import PradError
 from prad.core.json_text import json_lines
-from prad.http.asking import DEFAULT_API, answered, api_client
+from prad.http.asking import DEFAULT_API, api_client, listed
 from prad_cli.extras import require_extra
 from prad_cli.operating import Json, credential, print_json, progress_console
 
@@ -200,12 +200,12 @@ def _prompt(path: Path, number: int, line: bytes) -> str:
 def _names(url: str, wanted: str, key: str) -> list[str]:
     """What is asked in turn. Raises LoadError."""
     with api_client(url, 1, LoadError, key=key) as client:
-        listed = [str(model["id"]) for model in answered(client, LoadError, "GET", "/v1/models")["data"]]
+        there = listed(client, LoadError)
     names = [name.strip() for name in wanted.split(",") if name.strip()]
     if names == ["all"]:
-        names = listed
+        names = there
     elif not names:
-        names = listed[:1]
+        names = there[:1]
     if not names:
         raise LoadError(f"{url} lists no model: name some with --tasks, or show a key that may use one")
     return names

@@ -1,6 +1,7 @@
 """`prad batch`: every request gets one answer, whatever breaks it off, and mistakes are one line."""
 
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.cli.test_chat import Terminal
 from tests.cli.test_command_line import one_line, prad
 
 
@@ -39,6 +41,8 @@ def server() -> Iterator[Asked]:
             asked.keys.add(self.headers["authorization"])
             if len(asked.prompts) <= asked.busy:
                 self._answer(503, {"error": {"message": "busy"}})
+            elif body["prompt"] == "who":
+                self._answer(401, {"detail": "show a key"})
             elif body["prompt"] == "wrong":
                 self._answer(400, {"error": {"message": "what is this?"}})
             else:
@@ -159,3 +163,42 @@ def test_nobody_there_is_said_at_once(files: tuple[Path, Path], unused_tcp_port:
     write(source, "one")
     ended = prad("batch", source, target, "--url", f"http://127.0.0.1:{unused_tcp_port}")
     assert (ended.returncode, "Start a server with: prad serve" in one_line(ended.stderr)) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("localhost:8000", "expected a server's address like"),
+        ("http://here:port", "is no address of a server"),
+    ],
+)
+def test_an_address_that_is_none_is_said(files: tuple[Path, Path], url: str, words: str) -> None:
+    source, target = files
+    write(source, "one")
+    ended = prad("batch", source, target, "--url", url)
+    assert (ended.returncode, words in one_line(ended.stderr)) == (1, True)
+
+
+def test_a_key_that_others_miss_in_words_of_their_own_is_said(
+    server: Asked, files: tuple[Path, Path]
+) -> None:
+    source, target = files
+    write(source, "who")
+    ended = prad("batch", source, target, "--url", server.url)
+    assert ended.returncode == 1
+    assert f"{server.url} answers 401: " in one_line(ended.stderr)
+    assert "show a key" in ended.stderr
+
+
+def test_a_terminal_shows_how_far_it_is(server: Asked, files: tuple[Path, Path]) -> None:
+    source, target = files
+    write(source, "one", "two", "three")
+    command = ["-m", "prad_cli", "batch", str(source), str(target), "--url", server.url]
+    terminal = Terminal(sys.executable, *command)
+    try:
+        terminal.until("asked")
+        terminal.until("3/3")
+        terminal.until("3 requests have answers")
+        assert terminal.process.wait() == 0
+    finally:
+        terminal.close()
