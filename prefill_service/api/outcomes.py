@@ -254,7 +254,7 @@ class Observe:
     headers to refusals, too: every request gets its record and is counted, no exception gets out.
 
     Plain ASGI: streamed chunks pass through untouched. `log`: also requests that do not fail.
-    `faces`: by path.
+    `faces`: by path, of all below it, too.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, *, log: bool, faces: Mapping[str, Face]) -> None:
@@ -267,8 +267,9 @@ class Observe:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        if (face := self._faces.get(scope["path"])) is not None:
-            scope, send = face(scope, send)
+        for path, face in self._faces.items():
+            if scope["path"] == path or scope["path"].startswith(f"{path}/"):
+                scope, send = face(scope, send)
         record = begin_record(scope)
         status: int | None = None
 
