@@ -24,7 +24,7 @@ serve: $(VENV)/.served ## the whole stack with the demo adapters, on this machin
 test: $(VENV)/.tested ## install what the tests need and run them (three at a time: they wait more than they compute)
 	$(BIN)/pytest $(TESTS)
 
-test-long: $(VENV)/.tested ## the tests that run for minutes (what others' programs they run is installed first, once)
+test-long: $(VENV)/.tested ## the tests that run for minutes (others' programs are installed first, once; VLLM=: an interpreter with vLLM)
 	-$(BIN)/python -m tests.outside.clients
 	$(BIN)/pytest -m long -n 2 --dist loadfile
 	$(BIN)/python -m deploy.count_house --check

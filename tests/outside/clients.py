@@ -40,6 +40,14 @@ def python(client: str) -> str:
     return _program(client, "python")
 
 
+def beside(variable: str, program: str) -> str:
+    """A command that is too large to be installed for a test: beside the interpreter that the environment
+    names, as `make bench` is told of it. Skips the test if it names none."""
+    if not (interpreter := os.environ.get(variable)):
+        pytest.skip(f"{program} WAS NOT TRIED: name an interpreter that has it, {variable}=ENV/bin/python")
+    return str(Path(interpreter).absolute().with_name(program))
+
+
 def _program(client: str, name: str) -> str:
     if not _whole(folder(client)).is_file():
         pytest.skip(f"{client} IS NOT INSTALLED, so it was not tried: python -m tests.outside.clients")

@@ -21,13 +21,19 @@ from tests.conftest import EOS, SEEDS, RunningStack, StackMaker, random_artefact
 from tests.outside.asking import LARGE, Outside
 
 TURN = "<|turn|>"
-CHAT = "{% for m in messages %}<|turn|>{{ m['role'] }}\n{{ m['content'] }}\n{% endfor %}<|turn|>assistant\n"
+CHAT = (
+    "{% for tool in tools or [] %}{{ tool | tojson }}\n{% endfor %}"
+    "{% for m in messages %}<|turn|>{{ m['role'] }}\n{{ m['content'] }}"
+    "{% for call in m['tool_calls'] or [] %}<tool_call>\n"
+    '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}'
+    "\n</tool_call>{% endfor %}\n{% endfor %}<|turn|>assistant\n"
+)
 
 
 @pytest.fixture(scope="session")
 def reading_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with one token per printable character, a special token that opens turns, and a chat
-    template made of it."""
+    template made of it, which writes tools as Hermes does."""
     folder = tmp_path_factory.mktemp("reading") / "reading"
     random_model("llama", SEEDS["llama"]).save_pretrained(folder)
     letters = [c for c in string.printable if c.isprintable() or c == "\n"]
