@@ -1,6 +1,7 @@
 """`prad doctor`: what could keep this machine from serving, and what to do about it."""
 
 import email.utils
+import os
 import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
@@ -28,6 +29,7 @@ EXAMPLES = (
 _ANSWER_S = 5.0
 _SKEW_S, _WRONG_S = 5.0, 300.0
 """Between two clocks: what is told, and what keeps signed requests (S3) and certificates from working."""
+_SYNCHRONISE = "synchronise it with the others' (NTP: timedatectl set-ntp true)"
 _STYLES = {Level.OK: "green", Level.NOTE: "yellow", Level.FAULT: "bold red"}
 
 
@@ -93,6 +95,7 @@ def doctor_command(
 
 
 def _machine(model: str, cache_dir: Path, data_dir: Path) -> list[Finding]:
+    from adapter_registry.settings import RegistrySettings
     from decode_service.settings import DecodeSettings
     from prefill_service.settings import PrefillSettings
 
@@ -105,12 +108,14 @@ def _machine(model: str, cache_dir: Path, data_dir: Path) -> list[Finding]:
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         found.append(Finding("model", Level.FAULT, f"{model}: {error}", "mend --model"))
     try:
-        prefill, decode = PrefillSettings(), DecodeSettings()
+        prefill, decode, _ = PrefillSettings(), DecodeSettings(), RegistrySettings()
     except ValidationError as error:
         first = error.errors()[0]
         said = f"{error.title}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
         return [*found, Finding("settings", Level.FAULT, said, "mend or unset it in the environment")]
+    found += findings.unread((PrefillSettings, DecodeSettings, RegistrySettings), os.environ)
     room = decode.kv_cache_mib + prefill.prefix_cache_mib + prefill.chunked_kv_mib + prefill.adapters_mib
+    found += fault_from("clock", own_clock)
     found += fault_from("memory", lambda: findings.memory(folder, room))
     found += fault_from("limits", lambda: findings.limits(prefill.kv_shared_mib))
     return found + fault_from(
@@ -176,6 +181,17 @@ def service(name: str, url: str) -> Iterator[Finding]:
     yield from clock(name, answer.headers.get("date"), sent, got)
 
 
+def own_clock() -> Iterator[Finding]:
+    """What time it is: not before this code was written, as a clock says that begins anew in 1970."""
+    now, written = time.time(), max(path.stat().st_mtime for path in Path(__file__).parent.glob("*.py"))
+    said = _utc(now)
+    if written - now < _WRONG_S:
+        yield Finding("clock", Level.OK, f"{said}; of services that are named it is compared with theirs")
+        return
+    found = f"{said}, which is before this code was written here ({_utc(written)})"
+    yield Finding("clock", Level.FAULT, found, _SYNCHRONISE)
+
+
 def clock(name: str, said: str | None, sent: float, got: float) -> Iterator[Finding]:
     """How far a service's clock is from ours, by the Date of what it answered between two of our times; that
     counts whole seconds."""
@@ -189,9 +205,12 @@ def clock(name: str, said: str | None, sent: float, got: float) -> Iterator[Find
         yield Finding(f"{name}'s clock", Level.OK, "as ours")
         return
     level = Level.FAULT if off >= _WRONG_S else Level.NOTE
-    now = datetime.fromtimestamp(there, UTC).isoformat(timespec="seconds")
-    found = f"{off:.0f} s {'ahead of' if ahead > 0 else 'behind'} ours ({now})"
-    yield Finding(f"{name}'s clock", level, found, "synchronise both (NTP: timedatectl set-ntp true)")
+    found = f"{off:.0f} s {'ahead of' if ahead > 0 else 'behind'} ours ({_utc(there)})"
+    yield Finding(f"{name}'s clock", level, found, _SYNCHRONISE)
+
+
+def _utc(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
 
 
 def _json(response: httpx.Response) -> dict[str, Any]:
