@@ -66,7 +66,14 @@ def batch_command(
             )
         before = len(answers.done)
         left = (request for request in read_requests(source) if request.name not in answers.done)
-        asyncio.run(_Run(url, answers, at_once, patience).ask_all(left, len(names)))
+        try:
+            asyncio.run(_Run(url, answers, at_once, patience).ask_all(left, len(names)))
+        except KeyboardInterrupt:
+            told = (
+                f"{len(answers.done)} of {len(names)} have answers; the same command goes on where this ended"
+            )
+            typer.secho(f"stopped: {told}", err=True)
+            raise typer.Exit(130) from None
         refused = sum(not answered for answered in answers.done.values())
         asked, seconds = len(names) - before, time.monotonic() - began
     if as_json:

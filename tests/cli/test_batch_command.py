@@ -23,6 +23,8 @@ class Asked:
     prompts: list[str] = field(default_factory=list)
     keys: set[str | None] = field(default_factory=set)
     busy: int = 0
+    hold: threading.Event = field(default_factory=threading.Event)
+    """What an answer to `slow` waits for, of which nothing comes."""
 
 
 @pytest.fixture
@@ -41,6 +43,8 @@ def server() -> Iterator[Asked]:
             asked.keys.add(self.headers["authorization"])
             if len(asked.prompts) <= asked.busy:
                 self._answer(503, {"error": {"message": "busy"}})
+            elif body["prompt"] == "slow":
+                asked.hold.wait(60)
             elif body["prompt"] == "who":
                 self._answer(401, {"detail": "show a key"})
             elif body["prompt"] == "wrong":
@@ -64,6 +68,7 @@ def server() -> Iterator[Asked]:
         thread.start()
         asked.url = f"http://127.0.0.1:{listening.server_address[1]}"
         yield asked
+        asked.hold.set()
         listening.shutdown()
         thread.join()
 
@@ -202,3 +207,18 @@ def test_a_terminal_shows_how_far_it_is(server: Asked, files: tuple[Path, Path])
         assert terminal.process.wait() == 0
     finally:
         terminal.close()
+
+
+def test_who_stops_it_is_told_that_it_goes_on(server: Asked, files: tuple[Path, Path]) -> None:
+    source, target = files
+    write(source, "one", "slow", "two")
+    command = ["-m", "prad_cli", "batch", str(source), str(target), "--url", server.url, "--at-once", "1"]
+    terminal = Terminal(sys.executable, *command)
+    try:
+        terminal.until("1/3")
+        terminal.interrupt(lambda: "stopped" in terminal.shown)
+        terminal.until("1 of 3 have answers; the same command goes on where this ended")
+        assert terminal.process.wait() == 130
+    finally:
+        terminal.close()
+    assert set(answers(target)) == {"one"}
