@@ -113,7 +113,7 @@ def _event(client: httpx.Client, error: type[PradError], told: str) -> dict[str,
 
 def reason(response: httpx.Response) -> str:
     """What a server says where it does not answer."""
-    if response.is_redirect:
+    if response.has_redirect_location:
         return f"it is at {response.headers['location']}; name that with --url"
     try:
         return str(response.json()["error"]["message"])
