@@ -35,7 +35,7 @@ def test_what_is_no_answer_is_named(page: str) -> None:
             list(streamed(client, RefusedError, "/v1/completions", {"prompt": "a"}))
 
 
-@pytest.mark.parametrize("url", ["localhost:8000", "http://here:port", "http://[1"])
+@pytest.mark.parametrize("url", ["localhost:8000", "http://here:port"])
 def test_what_is_no_address_is_named(url: str) -> None:
     with pytest.raises(RefusedError, match=r"expected a server's address like|is no address of a server"):
         reaching(url, RefusedError)
