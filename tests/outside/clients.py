@@ -40,12 +40,12 @@ def python(client: str) -> str:
     return _program(client, "python")
 
 
-def beside(variable: str, program: str) -> str:
-    """A command that is too large to be installed for a test: beside the interpreter that the environment
-    names, as `make bench` is told of it. Skips the test if it names none."""
-    if not (interpreter := os.environ.get(variable)):
-        pytest.skip(f"{program} WAS NOT TRIED: name an interpreter that has it, {variable}=ENV/bin/python")
-    return str(Path(interpreter).absolute().with_name(program))
+def interpreter(variable: str) -> str:
+    """One that has what is too large to be installed for a test, by the name that `make bench` has for it. Skips
+    the test if nothing is named."""
+    if not (named := os.environ.get(variable)):
+        pytest.skip(f"NO {variable} WAS TRIED: name an interpreter that has it, {variable}=ENV/bin/python")
+    return str(Path(named).absolute())
 
 
 def _program(client: str, name: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.outside.asking import Outside
-from tests.outside.clients import beside, python
+from tests.outside.clients import interpreter, python
 
 pytestmark = pytest.mark.long
 
@@ -47,7 +47,7 @@ def test_so_does_the_one_for_curl(outside: Outside, tmp_path: Path) -> None:
 
 def test_so_does_vllm_s_benchmark(outside: Outside, reading_model: Path, tmp_path: Path) -> None:
     """Every request of both tasks is answered whole, by its own count."""
-    own = {"VLLM": beside("VLLM", "vllm"), "PRAD_TASKS": "red green", "PRAD_TOKENIZER": str(reading_model)}
+    own = {"VLLM": interpreter("VLLM"), "PRAD_TASKS": "red green", "PRAD_TOKENIZER": str(reading_model)}
     own |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     more = ["--save-result", "--result-dir", str(tmp_path), "--result-filename", "report.json"]
     run(["sh", str(SCRIPTS / "vllm_bench_serve.sh"), *more], outside, tmp_path, **own)
