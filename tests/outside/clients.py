@@ -41,8 +41,8 @@ def python(client: str) -> str:
 
 
 def interpreter(variable: str) -> str:
-    """One that has what is too large to be installed for a test, by the name that `make bench` has for it. Skips
-    the test if nothing is named."""
+    """One that has what is too large to be installed for a test, by the name that `make bench` has for it.
+    Skips the test if nothing is named."""
     if not (named := os.environ.get(variable)):
         pytest.skip(f"NO {variable} WAS TRIED: name an interpreter that has it, {variable}=ENV/bin/python")
     return str(Path(named).absolute())
