@@ -89,7 +89,7 @@ def doctor_command(
     if as_json:
         print_json({"version": __version__, "serves": not _faults(found), "findings": _plain(found)})
     else:
-        _show(found)
+        _show(found, running=running)
     if _faults(found):
         raise typer.Exit(1)
 
@@ -231,7 +231,7 @@ def _plain(found: Sequence[Finding]) -> list[dict[str, str]]:
     ]
 
 
-def _show(found: Sequence[Finding]) -> None:
+def _show(found: Sequence[Finding], *, running: bool) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -246,5 +246,7 @@ def _show(found: Sequence[Finding]) -> None:
     console.print(table)
     if _faults(found):
         console.print("\n[bold red]this machine does not serve as it is[/]; what has → says what to do")
+    elif running:
+        console.print("\n[bold green]it serves[/]: what runs here answers")
     else:
         console.print("\n[bold green]ready to serve[/]: prad serve --adapters examples/adapters")

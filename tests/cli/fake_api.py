@@ -121,6 +121,7 @@ class _Handler(BaseHTTPRequestHandler):
         text = json.dumps(told).encode()
         self.send_response(status)
         self.send_header("content-type", "application/json")
+        self.send_header("x-request-id", str(time.time_ns()))
         self.send_header("content-length", str(len(text)))
         self.end_headers()
         self.wfile.write(text)
