@@ -113,6 +113,8 @@ def _event(client: httpx.Client, error: type[PradError], told: str) -> dict[str,
 
 def reason(response: httpx.Response) -> str:
     """What a server says where it does not answer."""
+    if response.status_code == 404 and response.url.path.endswith("/v1/models"):
+        return "there is no list of models here: is this the address of the API?"
     if response.has_redirect_location:
         return f"it is at {response.headers['location']}; name that with --url"
     try:

@@ -346,7 +346,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
     allowed = (error.headers or {}).get("Allow")
     match error.status_code:
         case HTTPStatus.NOT_FOUND:
-            message, code = f"there is no {request.url.path}", "not_found"
+            message, code = f"there is no {request.url.path}: GET / says where things are", "not_found"
         case HTTPStatus.METHOD_NOT_ALLOWED:
             message = f"{request.method} is not possible on {request.url.path}: expected {allowed}"
             code = "method_not_allowed"

@@ -27,6 +27,16 @@ def test_what_is_no_api_is_named(page: str, moved: str, said: str) -> None:
             listed(client, RefusedError)
 
 
+def test_another_service_is_not_taken_for_an_api() -> None:
+    said = r"answers 404: there is no list of models here: is this the address of the API\?"
+    with (
+        fake_api() as api,
+        api_client(f"{api.url}/elsewhere", 1, RefusedError) as client,
+        pytest.raises(RefusedError, match=said),
+    ):
+        listed(client, RefusedError)
+
+
 @pytest.mark.parametrize("page", ["data: nonsense\n\n", "data: [3]\n\n", 'data: {"error": "nonsense"}\n\n'])
 def test_what_is_no_answer_is_named(page: str) -> None:
     with fake_api() as api, api_client(api.url, 1, RefusedError) as client:

@@ -109,7 +109,7 @@ async def test_paths_that_nobody_serves_are_refused_in_its_words(
         await official.messages.batches.list()
     body: Any = missing.value.body
     assert (body["type"], body["error"]["type"]) == ("error", "not_found_error")
-    assert body["error"]["message"] == "there is no /v1/messages/batches"
+    assert body["error"]["message"] == "there is no /v1/messages/batches: GET / says where things are"
     got = (await client.get(URL)).json()
     assert (got["type"], got["error"]["type"]) == ("error", "invalid_request_error")
     assert "expected POST" in got["error"]["message"]
