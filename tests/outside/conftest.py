@@ -41,7 +41,9 @@ def reading_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids = {letter: i for i, letter in enumerate(letters)} | {TURN: EOS - 1, "</s>": EOS}
     tokenizer = TokenizerFile(models.WordLevel(ids, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
+    # joins tokens as they stand; grammars of structured output know decoders with a fallback to bytes
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence(parts)
     tokenizer.add_special_tokens([AddedToken(TURN), AddedToken("</s>")])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="?")
     fast.chat_template = CHAT
