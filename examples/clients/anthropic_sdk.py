@@ -37,6 +37,7 @@ def main() -> None:
 def tools(client: anthropic.Anthropic, plain: str) -> None:
     city = {"type": "string", "enum": ["Oslo", "Bergen"]}
     schema = {"type": "object", "properties": {"city": city}, "required": ["city"]}
+    schema["additionalProperties"] = False
     messages = [{"role": "user", "content": "What is the weather in Oslo?"}]
     asked = {"model": plain, "max_tokens": 128, "messages": messages, "extra_body": {"temperature": 0}}
     asked |= {

@@ -9,13 +9,15 @@ from typing import Literal
 
 import instructor
 import openai
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 URL = os.environ.get("PRAD_API_URL", "http://127.0.0.1:8000")
 KEY = os.environ.get("PRAD_API_KEY", "none")
 
 
 class Review(BaseModel):
+    model_config = ConfigDict(extra="forbid")  # nothing beside, also in the schema of the tool
+
     good: bool
     stars: Literal[1, 2, 3, 4, 5]
 

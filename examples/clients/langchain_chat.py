@@ -56,7 +56,9 @@ def main() -> None:
 
 def tools(chat: ChatOpenAI) -> None:
     try:
-        answer = chat.bind_tools([weather], tool_choice="weather").invoke("What is the weather in Oslo?")
+        answer = chat.bind_tools([weather], tool_choice="weather", strict=True).invoke(
+            "What is the weather in Oslo?"
+        )
     except BadRequestError as error:
         if error.code != "tools_not_supported":
             raise
