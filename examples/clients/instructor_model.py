@@ -26,9 +26,9 @@ def review(plain: str, mode: instructor.Mode) -> Review:
     client = instructor.from_openai(openai.OpenAI(base_url=f"{URL}/v1", api_key=KEY), mode=mode)
     return client.chat.completions.create(
         model=plain,
-        messages=[{"role": "user", "content": "Judge: a gripping, beautifully acted film."}],
+        messages=[{"role": "user", "content": "Judge: a fine film."}],
         response_model=Review,
-        max_tokens=128,
+        max_tokens=90,
         max_retries=0,
     )
 
