@@ -29,7 +29,7 @@ redis: # what the registry's tests start; where it may not be installed they say
 		{ echo "installing redis-server ..." && RUNLEVEL=1 timeout 180 apt-get install --yes --no-install-recommends redis-server >/dev/null 2>&1; } || \
 		echo "redis-server could not be installed: the tests that need it will say so"
 
-test-long: $(VENV)/.tested ## the tests that run for minutes (what others' programs they run is installed first, once)
+test-long: $(VENV)/.tested ## the tests that run for minutes (others' programs are installed first, once; VLLM=: an interpreter with vLLM)
 	-$(BIN)/python -m tests.outside.clients
 	$(BIN)/pytest -m "long or hypothesis" -n 2 --dist loadfile --hypothesis-profile thorough
 	$(BIN)/python -m deploy.count_house --check

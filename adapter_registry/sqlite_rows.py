@@ -40,7 +40,9 @@ IDLE = """
 
 
 def no_task(task: str) -> TaskNotFoundError:
-    return TaskNotFoundError(f"there is no task {task!r}", param="task")
+    return TaskNotFoundError(
+        f"there is no task {task!r}; prad adapter list shows those there are", param="task"
+    )
 
 
 def revision(db: sqlite3.Connection) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from prad.http.asking import DEFAULT_API
+from prad.http.asking import DEFAULT_API, reaching, reason
 from prad_cli.batch_lines import AnswerFile, BatchFileError, Request, names_of, read_requests
 from prad_cli.operating import credential, fail, print_json, progress_console
 
@@ -66,7 +66,14 @@ def batch_command(
             )
         before = len(answers.done)
         left = (request for request in read_requests(source) if request.name not in answers.done)
-        asyncio.run(_Run(url, answers, at_once, patience).ask_all(left, len(names)))
+        try:
+            asyncio.run(_Run(url, answers, at_once, patience).ask_all(left, len(names)))
+        except KeyboardInterrupt:
+            told = (
+                f"{len(answers.done)} of {len(names)} have answers; the same command goes on where this ended"
+            )
+            typer.secho(f"stopped: {told}", err=True)
+            raise typer.Exit(130) from None
         refused = sum(not answered for answered in answers.done.values())
         asked, seconds = len(names) - before, time.monotonic() - began
     if as_json:
@@ -90,17 +97,13 @@ class _Run:
         import httpx
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        key, url = credential("PRAD_API_KEY"), self.url.rstrip("/").removesuffix("/v1")
+        there = reaching(self.url, BatchFileError, key=credential("PRAD_API_KEY"))
         limits = httpx.Limits(max_connections=self.at_once, max_keepalive_connections=self.at_once)
         columns = (TextColumn("asked"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=progress_console()) as progress:
             bar = progress.add_task("", total=total, completed=len(self.answers.done))
-            async with httpx.AsyncClient(
-                base_url=url,
-                headers={"authorization": f"Bearer {key}"} if key else {},
-                timeout=httpx.Timeout(10.0, read=_READ_S, pool=None),
-                limits=limits,
-            ) as client:
+            timeout = httpx.Timeout(10.0, read=_READ_S, pool=None)
+            async with httpx.AsyncClient(**there, timeout=timeout, limits=limits) as client:
                 await self._require_server(client)
 
                 async def work() -> None:
@@ -157,7 +160,7 @@ class _Run:
                 f"{self.url}{request.url} answers {response.status_code} and no JSON: is it an API?"
             ) from None
         if response.status_code == 401:
-            raise BatchFileError(f"{body['error']['message']}")
+            raise BatchFileError(f"{self.url} answers 401: {reason(response)}")
         self.answers.add(request.name, response.status_code, response.headers, body)
 
 

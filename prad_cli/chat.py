@@ -17,7 +17,7 @@ import httpx
 import typer
 
 from prad.core.errors import PradError
-from prad.http.asking import DEFAULT_API, answered, api_client, streamed
+from prad.http.asking import DEFAULT_API, answered, api_client, listed, streamed
 from prad_cli.lines import Lines
 from prad_cli.operating import credential
 
@@ -27,12 +27,13 @@ EXAMPLES = (
 )
 COMMANDS = {
     "/task": "NAME    talk to that task, or to the plain model by its id; without a name: which there are",
-    "/system": "TEXT  what the model is told first; without a text: what that is now",
+    "/system": "TEXT  what the model is told first, - for nothing; without a text: what that is now",
     "/reset": "       forget the conversation",
     "/timings": "     show after each answer how long it took, or no more",
     "/help": "        this",
     "/quit": "        end (as Ctrl-D)",
 }
+_NO_SYSTEM = "--completions sends each line alone, as a prompt: there is no place for a system message"
 
 
 class ChatError(PradError):
@@ -86,8 +87,10 @@ def chat_command(
     """
     sampling = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     given = {name: value for name, value in sampling.items() if value is not None}
+    if system and completions:
+        raise typer.BadParameter(_NO_SYSTEM)
     with api_client(url, 1, ChatError, key=api_key or credential("PRAD_API_KEY")) as client:
-        names = [str(model["id"]) for model in answered(client, ChatError, "GET", "/v1/models")["data"]]
+        names = listed(client, ChatError)
         talk = Talk(client, names, system, given, completions=completions, timings=timings)
         if not names and task is None:
             raise ChatError(f"{url} lists no model that this key may use; name a task, or show another key")
@@ -104,6 +107,7 @@ def _converse(talk: "Talk", lines: Lines) -> bool:
         _note(f"{talk.about}\n/help lists the commands, Ctrl-C stops an answer, Ctrl-D ends\n")
     for line in lines.read(lambda: f"{talk.name}> "):
         try:
+            _require_text(line)
             if line.startswith("/") and not line.startswith("//"):
                 if not talk.command(line):
                     break
@@ -117,6 +121,13 @@ def _converse(talk: "Talk", lines: Lines) -> bool:
                 raise
             _note("\n(stopped)")
     return failed
+
+
+def _require_text(line: str) -> None:
+    try:
+        line.encode()
+    except UnicodeEncodeError:  # bytes that are none: see Lines
+        raise ChatError("this line is no UTF-8, so it was not sent: convert it (iconv -t UTF-8)") from None
 
 
 @dataclass
@@ -190,11 +201,21 @@ class Talk:
 
     def choose(self, name: str) -> None:
         """Talks to a task, or the plain model, from now on, and begins anew. Raises ChatError."""
-        told = answered(self._client, ChatError, "GET", f"/v1/models/{quote(name)}").get("prad")
+        told = self._described(name).get("prad")
         self.name, self._plain = name, told is None
         # a server that does not say is sent everything, and refuses what it does not take
         self._remembers = told is None or told.get("chat_template") is not False
         self._said.clear()
+
+    def _described(self, name: str) -> dict[str, Any]:
+        """As the server has it; of one that has no more than its list nothing, if that names it."""
+        try:
+            told = answered(self._client, ChatError, "GET", f"/v1/models/{quote(name)}")
+        except ChatError:
+            if name not in self._names:
+                raise
+            return {}
+        return told if isinstance(told, dict) else {}
 
     def command(self, line: str) -> bool:
         """Does what a line with a slash says. Whether the conversation goes on."""
@@ -222,7 +243,9 @@ class Talk:
             _note("\n".join(f"{'*' if each == self.name else ' '} {each}" for each in self._names))
 
     def _change_system(self, text: str) -> None:
-        self._system = text or self._system
+        if text and self._completions:
+            raise ChatError(_NO_SYSTEM)
+        self._system = "" if text == "-" else text or self._system
         _note(f"system: {self._system or '(nothing)'}")
 
     def _change_timings(self, _: str) -> None:
@@ -234,10 +257,15 @@ class Talk:
         question. Raises ChatError."""
         turn = {"role": "user", "content": text}
         answer = Answer()
-        with closing(self._asked(turn)) as events:
-            for event in events:
-                sys.stdout.write(answer.add(event))
-                sys.stdout.flush()
+        try:
+            with closing(self._asked(turn)) as events:
+                for event in events:
+                    sys.stdout.write(answer.add(event))
+                    sys.stdout.flush()
+        except ChatError as error:
+            if self._said:  # of which there may be more than the model reads
+                raise ChatError(f"{error} (/reset forgets the conversation so far)") from error
+            raise
         sys.stdout.write("\n")
         sys.stdout.flush()
         if self._remembers and not self._completions:

@@ -1,6 +1,7 @@
 """`prad doctor`: what could keep this machine from serving, and what to do about it."""
 
 import email.utils
+import os
 import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
@@ -29,6 +30,7 @@ _ANSWER_S = 5.0
 _SKEW_S, _WRONG_S = 5.0, 300.0
 """Between two clocks: what is told, and what keeps signed requests (S3) and certificates from working."""
 _PORT = "As of prad serve: is it free?"
+_SYNCHRONISE = "synchronise it with the others' (NTP: timedatectl set-ntp true)"
 _STYLES = {Level.OK: "green", Level.NOTE: "yellow", Level.FAULT: "bold red"}
 
 
@@ -91,12 +93,13 @@ def doctor_command(
     if as_json:
         print_json({"version": __version__, "serves": not _faults(found), "findings": _plain(found)})
     else:
-        _show(found)
+        _show(found, running=running)
     if _faults(found):
         raise typer.Exit(1)
 
 
 def _machine(model: str, cache_dir: Path, data_dir: Path) -> list[Finding]:
+    from adapter_registry.settings import RegistrySettings
     from decode_service.settings import DecodeSettings
     from prefill_service.settings import PrefillSettings
 
@@ -109,12 +112,14 @@ def _machine(model: str, cache_dir: Path, data_dir: Path) -> list[Finding]:
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         found.append(Finding("model", Level.FAULT, f"{model}: {error}", "mend --model"))
     try:
-        prefill, decode = PrefillSettings(), DecodeSettings()
+        prefill, decode, _ = PrefillSettings(), DecodeSettings(), RegistrySettings()
     except ValidationError as error:
         first = error.errors()[0]
         said = f"{error.title}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
         return [*found, Finding("settings", Level.FAULT, said, "mend or unset it in the environment")]
+    found += findings.unread((PrefillSettings, DecodeSettings, RegistrySettings), os.environ)
     room = decode.kv_cache_mib + prefill.prefix_cache_mib + prefill.chunked_kv_mib + prefill.adapters_mib
+    found += fault_from("clock", own_clock)
     found += fault_from("memory", lambda: findings.memory(folder, room))
     found += fault_from("limits", lambda: findings.limits(prefill.kv_shared_mib))
     return found + fault_from(
@@ -180,6 +185,17 @@ def service(name: str, url: str) -> Iterator[Finding]:
     yield from clock(name, answer.headers.get("date"), sent, got)
 
 
+def own_clock() -> Iterator[Finding]:
+    """What time it is: not before this code was written, as a clock says that begins anew in 1970."""
+    now, written = time.time(), max(path.stat().st_mtime for path in Path(__file__).parent.glob("*.py"))
+    said = _utc(now)
+    if written - now < _WRONG_S:
+        yield Finding("clock", Level.OK, f"{said}; of services that are named it is compared with theirs")
+        return
+    found = f"{said}, which is before this code was written here ({_utc(written)})"
+    yield Finding("clock", Level.FAULT, found, _SYNCHRONISE)
+
+
 def clock(name: str, said: str | None, sent: float, got: float) -> Iterator[Finding]:
     """How far a service's clock is from ours, by the Date of what it answered between two of our times; that
     counts whole seconds."""
@@ -193,9 +209,12 @@ def clock(name: str, said: str | None, sent: float, got: float) -> Iterator[Find
         yield Finding(f"{name}'s clock", Level.OK, "as ours")
         return
     level = Level.FAULT if off >= _WRONG_S else Level.NOTE
-    now = datetime.fromtimestamp(there, UTC).isoformat(timespec="seconds")
-    found = f"{off:.0f} s {'ahead of' if ahead > 0 else 'behind'} ours ({now})"
-    yield Finding(f"{name}'s clock", level, found, "synchronise both (NTP: timedatectl set-ntp true)")
+    found = f"{off:.0f} s {'ahead of' if ahead > 0 else 'behind'} ours ({_utc(there)})"
+    yield Finding(f"{name}'s clock", level, found, _SYNCHRONISE)
+
+
+def _utc(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
 
 
 def _json(response: httpx.Response) -> dict[str, Any]:
@@ -216,7 +235,7 @@ def _plain(found: Sequence[Finding]) -> list[dict[str, str]]:
     ]
 
 
-def _show(found: Sequence[Finding]) -> None:
+def _show(found: Sequence[Finding], *, running: bool) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -231,5 +250,7 @@ def _show(found: Sequence[Finding]) -> None:
     console.print(table)
     if _faults(found):
         console.print("\n[bold red]this machine does not serve as it is[/]; what has → says what to do")
+    elif running:
+        console.print("\n[bold green]it serves[/]: what runs here answers")
     else:
         console.print("\n[bold green]ready to serve[/]: prad serve --adapters examples/adapters")

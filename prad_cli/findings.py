@@ -6,11 +6,13 @@ converted or compiled.
 
 import os
 import platform
+import re
 import shutil
 import sys
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from enum import StrEnum
 from importlib import metadata
 from importlib.util import find_spec
@@ -19,6 +21,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
+from pydantic_settings import BaseSettings
 
 from prad.core.models import DEFAULT_MODEL
 from prad_cli.extras import installing
@@ -27,6 +30,9 @@ MIB = 1 << 20
 _LEAST_DISK = 1 << 30
 _LEAST_FILES = 4096
 """Open files: a connection takes one at each side, and the API takes 1,024 connections."""
+_REGISTRY_URL = "PRAD_REGISTRY_URL"  # of commands
+_LINKED = re.compile(r"_(PORT_\d|SERVICE_(HOST|PORT))")
+"""What Kubernetes or Docker set for a service that is called as one of ours."""
 _LEAST_FREE = 512 * MIB
 """Of memory beside the model's weights: three services of Python, and room to compute in."""
 
@@ -160,6 +166,23 @@ def _model_name() -> str:
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
+
+
+# --- settings ---------------------------------------------------------------------------------------------
+
+
+def unread(kinds: Sequence[type[BaseSettings]], environment: Collection[str]) -> Iterator[Finding]:
+    """Variables that are named as a service's setting and are none: whoever set one meant another."""
+    for kind in kinds:
+        prefix, fields = kind.model_config.get("env_prefix", ""), [each.upper() for each in kind.model_fields]
+        for name in sorted(environment):
+            own = name.removeprefix(prefix)
+            if own in (name, *fields) or name == _REGISTRY_URL or _LINKED.search(name):
+                continue
+            near = get_close_matches(own, fields, 1, 0.7)
+            service = prefix.split("_")[1].lower()
+            fix = f"set {prefix}{near[0]}?" if near else f"unset it; prad {service} --help lists them"
+            yield Finding("settings", Level.NOTE, f"{name} is read by no service", fix)
 
 
 # --- memory -----------------------------------------------------------------------------------------------

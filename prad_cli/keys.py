@@ -55,6 +55,11 @@ def create(
         wanted = NewKey(name=name, role=role, tasks=tuple(task) if task else None, limits=KeyLimits(**limits))
     except ValidationError as error:
         first = error.errors()[0]
+        if first["loc"] == ("name",):
+            raise typer.BadParameter(
+                f"{name!r}: expected 1 to 64 letters, digits and . _ @ -, beginning with a letter or digit",
+                param_hint="NAME",
+            ) from error
         where = ".".join(map(str, first["loc"]))
         raise typer.BadParameter(": ".join(filter(None, (where, first["msg"])))) from error
     with talking(registry) as client:

@@ -1,5 +1,6 @@
 """Lines as a person types them, with history and completion; or as a pipe brings them."""
 
+import io
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -16,7 +17,9 @@ class Lines:
 
     def read(self, prompt: Callable[[], str]) -> Iterator[str]:
         """Until the input ends. A line that ends with a backslash goes on in the next one; Ctrl-C throws away
-        what was begun."""
+        what was begun. Bytes that are no UTF-8 come as Python writes such, in surrogates."""
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
         if not self.typed:
             for line in sys.stdin:
                 yield line.rstrip("\r\n")

@@ -17,11 +17,13 @@ import typer
 from prad import __version__
 from prad.core.errors import PradError
 from prad.core.json_text import json_lines
-from prad.http.asking import DEFAULT_API, answered, api_client
+from prad.http.asking import DEFAULT_API, api_client, listed
 from prad_cli.extras import require_extra
 from prad_cli.operating import Json, credential, print_json, progress_console
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from prad.http.load import Answer, Run
 
 EXAMPLES = (
@@ -200,12 +202,12 @@ def _prompt(path: Path, number: int, line: bytes) -> str:
 def _names(url: str, wanted: str, key: str) -> list[str]:
     """What is asked in turn. Raises LoadError."""
     with api_client(url, 1, LoadError, key=key) as client:
-        listed = [str(model["id"]) for model in answered(client, LoadError, "GET", "/v1/models")["data"]]
+        there = listed(client, LoadError)
     names = [name.strip() for name in wanted.split(",") if name.strip()]
     if names == ["all"]:
-        names = listed
+        names = there
     elif not names:
-        names = listed[:1]
+        names = there[:1]
     if not names:
         raise LoadError(f"{url} lists no model: name some with --tasks, or show a key that may use one")
     return names
@@ -243,11 +245,22 @@ def _run(
 
 def _show(told: Mapping[str, Any], limits: Limits) -> None:
     from rich.console import Console
-    from rich.table import Table
 
     console = Console(soft_wrap=True)
     done = told["requests"] - told["failed"]
     console.print(f"{done} of {told['requests']} requests answered in {told['seconds']} s, {told['load']}")
+    if done:
+        _show_times(console, told, limits)
+    for error, count in told["errors"].items():
+        console.print(f"[red]{count} failed:[/] ", end="")
+        console.print(error, markup=False)
+    if told["client_cpu_share"] > 0.8:
+        console.print("[yellow]the client was busy itself[/]: give it a machine of its own, or ask for less")
+
+
+def _show_times(console: "Console", told: Mapping[str, Any], limits: Limits) -> None:
+    from rich.table import Table
+
     table = Table("ms", "p50", "p90", "p99", box=None, header_style="bold", pad_edge=False)
     for key, name in (("ttft_ms", "first token"), ("itl_ms", "between tokens"), ("e2e_ms", "whole answer")):
         table.add_row(name, *(f"{told[key][part]:.1f}" for part in ("p50", "p90", "p99")))
@@ -255,11 +268,6 @@ def _show(told: Mapping[str, Any], limits: Limits) -> None:
     console.print(f"throughput {told['requests_per_s']} requests/s, {told['tokens_per_s']} tokens/s")
     if (good := told["goodput"]) is not None:
         console.print(f"goodput    {good['requests_per_s']} requests/s ({good['share']:.1%}) with {limits}")
-    for error, count in told["errors"].items():
-        console.print(f"[red]{count} failed:[/] ", end="")
-        console.print(error, markup=False)
-    if told["client_cpu_share"] > 0.8:
-        console.print("[yellow]the client was busy itself[/]: give it a machine of its own, or ask for less")
 
 
 def _draw(run: "Run", limits: Limits, told: Mapping[str, Any], path: Path) -> None:

@@ -1,5 +1,6 @@
 """`prad top`: queue, batch, blocks, tokens a second, and latencies by task, as they are now."""
 
+import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
@@ -22,6 +23,7 @@ EXAMPLES = (
     "Examples:\n\nprad top\n\nprad top --once --json\n\n"
     "prad top --api http://10.0.0.1:8000 --api http://10.0.0.2:8000 --decode http://10.0.0.3:8002/metrics"
 )
+_START = "Start them with: prad serve; or name others with --api, --decode and --registry"
 
 
 class NothingRunsError(PradError):
@@ -45,7 +47,7 @@ def top_command(
     rows: Annotated[int, typer.Option(help="Tasks that are shown, the busiest first.", min=1)] = 20,
     once: Annotated[
         bool,
-        typer.Option("--once", help="One picture: rates are over --every seconds."),
+        typer.Option("--once", help="One picture, as a pipe gets it: rates are over --every seconds."),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -64,7 +66,7 @@ def top_command(
         key=credential("PRAD_API_KEY"),
         token=credential("PRAD_TOKEN"),
     )
-    if once or as_json:
+    if once or as_json or not sys.stdout.isatty():
         _print_once(watch, every, rows, as_json=as_json)
     else:
         _live(watch, every, rows)
@@ -81,18 +83,19 @@ def _print_once(watch: "Watch", every: float, rows: int, *, as_json: bool) -> No
     else:
         Console().print(picture(seen, rows))
     if not seen.any_answers:
-        raise NothingRunsError(
-            f"no service answers ({seen.registry_away}). Start them with: prad serve; or name others with "
-            "--api, --decode and --registry"
-        )
+        raise NothingRunsError(f"no service answers ({seen.registry_away}). {_START}")
 
 
 def _live(watch: "Watch", every: float, rows: int) -> None:
+    from rich.console import Group
     from rich.live import Live
+    from rich.text import Text
 
     with Live(screen=True, auto_refresh=False) as live:
         while True:
-            live.update(picture(watch.look(), rows), refresh=True)
+            seen = watch.look()
+            hint = Text("" if seen.any_answers else f"\nno service answers. {_START}", style="yellow")
+            live.update(Group(picture(seen, rows), hint), refresh=True)
             time.sleep(every)
 
 

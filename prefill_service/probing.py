@@ -30,8 +30,8 @@ _NICE = 10
 """A tenth of the time of who does not step back: a probe ends, and delays a decode step by less than that."""
 _TOKENS = 16
 _REST = 12
-"""So many times as long as it computed: half a second for a model of 135 M. What registry and prefill do for a
-push beside the probe costs a decode step more than the probe does."""
+"""So many times as long as it computed: half a second for a model of 135 M. What registry and prefill do for
+a push beside the probe costs a decode step more than the probe does."""
 
 
 class Prober:

@@ -106,12 +106,13 @@ def prad(
             input=lines,
             capture_output=True,
             encoding="utf-8",
+            errors="surrogateescape",
             env=environment,
             check=False,
         )
     with tempfile.TemporaryDirectory() as kept:
         typed, *told = (Path(kept) / name for name in ("typed", "out", "err"))
-        typed.write_text(lines, encoding="utf-8")
+        typed.write_text(lines, encoding="utf-8", errors="surrogateescape")
         streams = (str(typed), str(told[0]), str(told[1]))
         running = Forked(Command(said, dict(environment), streams, own_group=False))
         try:

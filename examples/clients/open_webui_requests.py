@@ -25,18 +25,28 @@ def main() -> None:
         messages = [{"role": "user", "content": "Name a colour."}]
         # a chat as its page sends it, parameters as they stand when nobody has set any
         asked = {"stream": True, "model": models[0], "messages": messages, "max_tokens": 8}
-        texts = []
-        with client.stream("POST", "/v1/chat/completions", json=asked) as response:
-            assert response.is_success, response.read()
-            for line in response.iter_lines():
-                if line.startswith("data: {"):
-                    choices = json.loads(line.removeprefix("data: "))["choices"]
-                    texts += [choice["delta"].get("content") or "" for choice in choices]
-        print("a chat, streamed:", repr("".join(texts)))
+        said, _ = streamed(client, asked)
+        print("a chat, streamed:", repr(said))
+        # how it goes on, where the model is set to tell its usage
+        messages += [{"role": "assistant", "content": said}, {"role": "user", "content": "And another?"}]
+        said, usage = streamed(client, asked | {"stream_options": {"include_usage": True}})
+        print("its next turn:", repr(said), usage)
         # a title for it, asked in the background, in one piece
-        title = {"model": models[0], "messages": messages, "stream": False, "max_completion_tokens": 8}
-        said = client.post("/v1/chat/completions", json=title).raise_for_status().json()
-        print("a title:", repr(said["choices"][0]["message"]["content"]))
+        title = {"model": models[0], "messages": messages[:1], "stream": False, "max_completion_tokens": 8}
+        told = client.post("/v1/chat/completions", json=title).raise_for_status().json()
+        print("a title:", repr(told["choices"][0]["message"]["content"]))
+
+
+def streamed(client: httpx.Client, asked: dict[str, object]) -> tuple[str, object]:
+    texts, usage = [], None
+    with client.stream("POST", "/v1/chat/completions", json=asked) as response:
+        assert response.is_success, response.read()
+        for line in response.iter_lines():
+            if line.startswith("data: {"):
+                event = json.loads(line.removeprefix("data: "))
+                texts += [choice["delta"].get("content") or "" for choice in event["choices"]]
+                usage = event.get("usage") or usage
+    return "".join(texts), usage
 
 
 if __name__ == "__main__":

@@ -13,23 +13,30 @@ DEFAULT_API = "http://127.0.0.1:8000"
 _TIMEOUT = httpx.Timeout(600, connect=10)
 
 
-def api_client(url: str, connections: int, error: type[PradError], *, key: str = "") -> httpx.Client:
-    """A client of the API at `url`, with or without the /v1 with which OpenAI's clients are told it.
+def reaching(url: str, error: type[PradError], *, key: str = "") -> dict[str, Any]:
+    """What a client of httpx is made with for the API at `url`, with or without the /v1 with which OpenAI's
+    clients are told it.
 
     `key`: an API key, where the server asks for one. Raises `error`.
     """
     if not url.startswith(("http://", "https://")):
         raise error(f"expected a server's address like {DEFAULT_API}, got {url!r}")
-    limits = httpx.Limits(max_connections=connections)
     try:
-        return httpx.Client(
-            base_url=url.rstrip("/").removesuffix("/v1"),
-            timeout=_TIMEOUT,
-            limits=limits,
-            headers={"authorization": f"Bearer {key}"} if key else {},
-        )
+        host = httpx.URL(url).host
     except httpx.InvalidURL as invalid:
         raise error(f"{url!r} is no address of a server: {invalid}") from invalid
+    return {
+        "base_url": url.rstrip("/").removesuffix("/v1"),
+        "headers": {"authorization": f"Bearer {key}"} if key else {},
+        # a proxy from the environment cannot reach this machine's own ports
+        "trust_env": host not in ("localhost", "127.0.0.1", "::1"),
+    }
+
+
+def api_client(url: str, connections: int, error: type[PradError], *, key: str = "") -> httpx.Client:
+    """A client of the API: see `reaching`. Raises `error`."""
+    limits = httpx.Limits(max_connections=connections)
+    return httpx.Client(**reaching(url, error, key=key), timeout=_TIMEOUT, limits=limits)
 
 
 def answered(
@@ -44,9 +51,25 @@ def answered(
         response = client.request(method, path, json=body)
     except httpx.HTTPError as failure:
         raise error(_silence(client, failure)) from failure
-    if response.is_error:
-        raise error(f"{client.base_url} answers {response.status_code}: {_reason(response)}")
-    return response.json()
+    if not response.is_success:
+        raise error(f"{client.base_url} answers {response.status_code}: {reason(response)}")
+    try:
+        return response.json()
+    except ValueError:
+        raise error(
+            f"{client.base_url} answers {path} with no JSON: is this the address of the API?"
+        ) from None
+
+
+def listed(client: httpx.Client, error: type[PradError]) -> list[str]:
+    """What a request's `model` may name, the plain model first. Raises `error`."""
+    told = answered(client, error, "GET", "/v1/models")
+    try:
+        return [str(model["id"]) for model in told["data"]]
+    except (KeyError, TypeError):
+        raise error(
+            f"{client.base_url} answers /v1/models with no list of models: is this the address of the API?"
+        ) from None
 
 
 def streamed(
@@ -56,15 +79,16 @@ def streamed(
     the stream."""
     try:
         with client.stream("POST", path, json=body) as response:
-            if response.is_error:
+            if not response.is_success:
                 response.read()
-                raise error(f"{client.base_url} answers {response.status_code}: {_reason(response)}")
+                raise error(f"{client.base_url} answers {response.status_code}: {reason(response)}")
             for line in response.iter_lines():
                 if not line.startswith("data:") or (told := line.removeprefix("data:").strip()) == "[DONE]":
                     continue
-                event = json.loads(told)
+                event = _event(client, error, told)
                 if failed := event.get("error"):
-                    raise error(f"the answer broke off: {failed.get('message', failed)}")
+                    why = failed.get("message", failed) if isinstance(failed, dict) else failed
+                    raise error(f"the answer broke off: {why}")
                 yield event
     except httpx.HTTPError as failure:
         raise error(_silence(client, failure)) from failure
@@ -77,7 +101,22 @@ def _silence(client: httpx.Client, failure: httpx.HTTPError) -> str:
     )
 
 
-def _reason(response: httpx.Response) -> str:
+def _event(client: httpx.Client, error: type[PradError], told: str) -> dict[str, Any]:
+    try:
+        event = json.loads(told)
+    except ValueError:
+        event = None
+    if not isinstance(event, dict):
+        raise error(f"{client.base_url} streams what is no answer: {told[:200]}")
+    return event
+
+
+def reason(response: httpx.Response) -> str:
+    """What a server says where it does not answer."""
+    if response.status_code == 404 and response.url.path.endswith("/v1/models"):
+        return "there is no list of models here: is this the address of the API?"
+    if response.has_redirect_location:
+        return f"it is at {response.headers['location']}; name that with --url"
     try:
         return str(response.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):

@@ -76,7 +76,7 @@ async def _exchange(place: _Place, body: dict[str, Any], began: float) -> dict[s
     try:
         async with asyncio.timeout(place.timeout_s):
             await _read(place, body, began, events, received)
-        said = received[-300:].decode(errors="replace")
+        said = ""
     except (OSError, TimeoutError) as error:
         said = str(error) or f"no answer within {place.timeout_s} s"
     counted = _USAGE.findall(received)
@@ -88,8 +88,18 @@ async def _exchange(place: _Place, body: dict[str, Any], began: float) -> dict[s
         "done_s": time.perf_counter() - began,
         "events_s": events,
         "tokens": tokens,
-        "said": "" if tokens else said,
+        "said": "" if tokens else said or _said(received),
     }
+
+
+def _said(received: bytearray) -> str:
+    """What a server answers instead of tokens: the message of an error, so that those alike are counted
+    together, else the last of it."""
+    body = bytes(received).partition(b"\r\n\r\n")[2]
+    try:
+        return str(json.loads(body)["error"]["message"])
+    except (ValueError, LookupError, TypeError):
+        return body[-300:].decode(errors="replace")
 
 
 async def _read(

@@ -195,7 +195,7 @@ def checked(request: Request, data: Any, kind: type[Body], limits: ApiLimits) ->
     try:
         return kind.model_validate(data, context=noting(request, limits))
     except ValidationError as error:
-        raise invalid_request(error.errors(include_url=False)) from None
+        raise invalid_request(error.errors(include_url=False), kind.model_fields) from None
 
 
 def noting(request: Request, limits: ApiLimits) -> set[str] | None:
@@ -208,7 +208,9 @@ def _require_json(request: Request) -> None:
     kind, _, subtype = sent.partition(";")[0].strip().lower().partition("/")
     if kind != "application" or not (subtype == "json" or subtype.endswith("+json")):
         raise UnsupportedMediaTypeError(
-            f"expected content-type application/json, got {sent or 'none'}", param="content-type"
+            f"expected content-type application/json, got {sent or 'none'} "
+            "(curl: -H 'content-type: application/json')",
+            param="content-type",
         )
 
 

@@ -254,7 +254,7 @@ class Observe:
     headers to refusals, too: every request gets its record and is counted, no exception gets out.
 
     Plain ASGI: streamed chunks pass through untouched. `log`: also requests that do not fail.
-    `faces`: by path.
+    `faces`: by path, of all below it, too.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, *, log: bool, faces: Mapping[str, Face]) -> None:
@@ -267,8 +267,9 @@ class Observe:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        if (face := self._faces.get(scope["path"])) is not None:
-            scope, send = face(scope, send)
+        for path, face in self._faces.items():
+            if scope["path"] == path or scope["path"].startswith(f"{path}/"):
+                scope, send = face(scope, send)
         record = begin_record(scope)
         status: int | None = None
 
@@ -345,7 +346,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
     allowed = (error.headers or {}).get("Allow")
     match error.status_code:
         case HTTPStatus.NOT_FOUND:
-            message, code = f"there is no {request.url.path}", "not_found"
+            message, code = f"there is no {request.url.path}: GET / says where things are", "not_found"
         case HTTPStatus.METHOD_NOT_ALLOWED:
             message = f"{request.method} is not possible on {request.url.path}: expected {allowed}"
             code = "method_not_allowed"

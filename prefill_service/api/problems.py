@@ -1,7 +1,8 @@
 """What is wrong with something that was sent, in words: the field, the fault, what was there instead."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 from prefill_service.errors import InvalidRequestError
@@ -15,10 +16,13 @@ SHOWN_CHARACTERS = 60
 """Of a value that was not expected."""
 
 
-def invalid_request(problems: Sequence[Mapping[str, Any]]) -> InvalidRequestError:
-    """pydantic's errors as one: messages name the field, the fault and what was expected."""
+def invalid_request(
+    problems: Sequence[Mapping[str, Any]], known: Collection[str] = ()
+) -> InvalidRequestError:
+    """pydantic's errors as one: messages name the field, the fault and what was expected. `known`: the fields
+    that there are, where they are to be told."""
     return InvalidRequestError(
-        "; ".join(cut(_describe(p)) for p in problems[:SHOWN_PROBLEMS]),
+        "; ".join(cut(_describe(p, known)) for p in problems[:SHOWN_PROBLEMS]),
         param=_field(problems[0]),
         quotes=True,
     )
@@ -37,12 +41,12 @@ def shown(value: object) -> str:
 _JSON = json.JSONEncoder(ensure_ascii=False)
 
 
-def _describe(problem: Mapping[str, Any]) -> str:
+def _describe(problem: Mapping[str, Any], known: Collection[str]) -> str:
     field, message = _field(problem), problem["msg"]
     subject = "the body" if field is None else f"'{cut(field, NAMED_CHARACTERS)}'"
     match problem["type"]:
         case "extra_forbidden":
-            return f"unknown field {subject}"
+            return f"unknown field {subject}{_meant(problem['loc'], known)}"
         case "missing":
             return f"field {subject} is required"
         case "refused":
@@ -54,6 +58,14 @@ def _describe(problem: Mapping[str, Any]) -> str:
         case "model_type" | "model_attributes_type":
             return f"{subject}: expected an object, got {shown(problem['input'])}"
     return f"{subject}: {message[0].lower()}{message[1:]}, got {shown(problem['input'])}"
+
+
+def _meant(place: Sequence[object], known: Collection[str]) -> str:
+    """Instead of a field that there is not."""
+    if not known or len(place) != 1:
+        return ""
+    near = get_close_matches(str(place[0])[:NAMED_CHARACTERS], known, 1)
+    return f": did you mean '{near[0]}'?" if near else ": /docs lists those that there are"
 
 
 def _field(problem: Mapping[str, Any]) -> str | None:

@@ -31,6 +31,12 @@ class FakeApi:
     usage: bool = True
     spaced: bool = False
     """JSON with spaces, as some servers write it."""
+    only_list: bool = False
+    """Models are listed, and there is no page for each."""
+    page: str = ""
+    """What everything is answered with, of a server that is no API."""
+    moved: str = ""
+    """Where it is now."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -45,6 +51,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         name = self.path.rpartition("/")[2]
+        if self._elsewhere():
+            return None
         if self.path == "/ready":
             told = {"reasons": [] if self.api.ready else ["no decode service"]}
             return self._json(told, 200 if self.api.ready else 503)
@@ -54,13 +62,13 @@ class _Handler(BaseHTTPRequestHandler):
             return None
         if self.path == "/v1/models":
             return self._json({"data": list(MODELS.values())})
-        if name in MODELS:
+        if name in MODELS and not self.api.only_list:
             return self._json(MODELS[name])
         return self._json({"error": {"message": f"no model {name!r}; GET /v1/models lists them"}}, 404)
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        if self._refused():
+        if self._elsewhere() or self._refused():
             return None
         self.api.asked.append((self.path, body))
         chat = self.path == "/v1/chat/completions"
@@ -92,6 +100,17 @@ class _Handler(BaseHTTPRequestHandler):
         with suppress(ConnectionError):  # whoever asked is gone
             self.wfile.write(f"data: {text}\n\n".encode())
 
+    def _elsewhere(self) -> bool:
+        if self.api.moved:
+            self.send_response(308)
+            self.send_header("location", self.api.moved)
+            self.end_headers()
+        elif self.api.page:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(self.api.page.encode())
+        return bool(self.api.moved or self.api.page)
+
     def _refused(self) -> bool:
         if self.api.key and self.headers["authorization"] != f"Bearer {self.api.key}":
             self._json({"error": {"message": "an API key is needed: prad keys create NAME"}}, 401)
@@ -102,6 +121,7 @@ class _Handler(BaseHTTPRequestHandler):
         text = json.dumps(told).encode()
         self.send_response(status)
         self.send_header("content-type", "application/json")
+        self.send_header("x-request-id", str(time.time_ns()))
         self.send_header("content-length", str(len(text)))
         self.end_headers()
         self.wfile.write(text)

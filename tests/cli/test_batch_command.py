@@ -1,6 +1,7 @@
 """`prad batch`: every request gets one answer, whatever breaks it off, and mistakes are one line."""
 
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.cli.test_chat import Terminal
 from tests.cli.test_command_line import one_line, prad
 
 
@@ -21,6 +23,8 @@ class Asked:
     prompts: list[str] = field(default_factory=list)
     keys: set[str | None] = field(default_factory=set)
     busy: int = 0
+    hold: threading.Event = field(default_factory=threading.Event)
+    """What an answer to `slow` waits for, of which nothing comes."""
 
 
 @pytest.fixture
@@ -39,6 +43,10 @@ def server() -> Iterator[Asked]:
             asked.keys.add(self.headers["authorization"])
             if len(asked.prompts) <= asked.busy:
                 self._answer(503, {"error": {"message": "busy"}})
+            elif body["prompt"] == "slow":
+                asked.hold.wait(60)
+            elif body["prompt"] == "who":
+                self._answer(401, {"detail": "show a key"})
             elif body["prompt"] == "wrong":
                 self._answer(400, {"error": {"message": "what is this?"}})
             else:
@@ -60,6 +68,7 @@ def server() -> Iterator[Asked]:
         thread.start()
         asked.url = f"http://127.0.0.1:{listening.server_address[1]}"
         yield asked
+        asked.hold.set()
         listening.shutdown()
         thread.join()
 
@@ -159,3 +168,57 @@ def test_nobody_there_is_said_at_once(files: tuple[Path, Path], unused_tcp_port:
     write(source, "one")
     ended = prad("batch", source, target, "--url", f"http://127.0.0.1:{unused_tcp_port}")
     assert (ended.returncode, "Start a server with: prad serve" in one_line(ended.stderr)) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("localhost:8000", "expected a server's address like"),
+        ("http://here:port", "is no address of a server"),
+    ],
+)
+def test_an_address_that_is_none_is_said(files: tuple[Path, Path], url: str, words: str) -> None:
+    source, target = files
+    write(source, "one")
+    ended = prad("batch", source, target, "--url", url)
+    assert (ended.returncode, words in one_line(ended.stderr)) == (1, True)
+
+
+def test_a_key_that_others_miss_in_words_of_their_own_is_said(
+    server: Asked, files: tuple[Path, Path]
+) -> None:
+    source, target = files
+    write(source, "who")
+    ended = prad("batch", source, target, "--url", server.url)
+    assert ended.returncode == 1
+    assert f"{server.url} answers 401: " in one_line(ended.stderr)
+    assert "show a key" in ended.stderr
+
+
+def test_a_terminal_shows_how_far_it_is(server: Asked, files: tuple[Path, Path]) -> None:
+    source, target = files
+    write(source, "one", "two", "three")
+    command = ["-m", "prad_cli", "batch", str(source), str(target), "--url", server.url]
+    terminal = Terminal(sys.executable, *command)
+    try:
+        terminal.until("asked")
+        terminal.until("3/3")
+        terminal.until("3 requests have answers")
+        assert terminal.process.wait() == 0
+    finally:
+        terminal.close()
+
+
+def test_who_stops_it_is_told_that_it_goes_on(server: Asked, files: tuple[Path, Path]) -> None:
+    source, target = files
+    write(source, "one", "slow", "two")
+    command = ["-m", "prad_cli", "batch", str(source), str(target), "--url", server.url, "--at-once", "1"]
+    terminal = Terminal(sys.executable, *command)
+    try:
+        terminal.until("1/3")
+        terminal.interrupt(lambda: "stopped" in terminal.shown)
+        terminal.until("1 of 3 have answers; the same command goes on where this ended")
+        assert terminal.process.wait() == 130
+    finally:
+        terminal.close()
+    assert set(answers(target)) == {"one"}

@@ -70,8 +70,11 @@ def test_failures_are_counted_by_what_was_said(api: FakeApi, tmp_path: Path) -> 
     ended = load(api, "--prompts", prompts, "--requests", "4", "--warm-up", "0", "--concurrency", "1")
     assert ended.returncode == 1
     assert "2 of 4 requests answered" in ended.stdout
-    assert "2 failed: answered 400: " in ended.stdout
-    assert "that is refused" in ended.stdout
+    assert "2 failed: answered 400: that is refused: ask for something else\n" in ended.stdout
+    none = load(api, "--prompts", prompts, "--requests", "1", "--warm-up", "0")
+    assert none.returncode == 1
+    assert "0 of 1 requests answered" in none.stdout
+    assert "first token" not in none.stdout, "there are no times of what did not come"
 
 
 def test_what_cannot_be_asked_is_one_line(api: FakeApi, tmp_path: Path) -> None:

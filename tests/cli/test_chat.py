@@ -137,6 +137,35 @@ def test_what_is_refused_is_said_and_the_rest_goes_on(api: FakeApi) -> None:
     assert [len(body["messages"]) for _, body in api.asked] == [1, 1], "what was refused is forgotten"
 
 
+def test_a_server_that_only_lists_its_models_is_talked_to(api: FakeApi) -> None:
+    """Many do: `GET /v1/models/ID` is rare."""
+    api.only_list = True
+    ended = piped(api, "a b\n/task story\nc d\n/task nobody\n")
+    assert (ended.returncode, ended.stdout) == (1, "b a\nd c\n")
+    assert "no model 'nobody'" in ended.stderr.splitlines()[-1]
+
+
+def test_bytes_that_are_no_text_are_one_line(api: FakeApi) -> None:
+    ended = piped(api, "a \udcff\n/task \udcff\nc d\n")
+    assert (ended.returncode, ended.stdout) == (1, "d c\n")
+    assert [line for line in ended.stderr.splitlines() if "is no UTF-8" in line] == ended.stderr.splitlines()
+    assert len(api.asked) == 1
+
+
+def test_a_system_message_can_be_taken_back_and_has_its_place(api: FakeApi) -> None:
+    assert piped(api, "/system -\na\n", "--system", "be brief").stdout == "a\n"
+    assert [message["role"] for message in api.asked[0][1]["messages"]] == ["user"]
+    ended = piped(api, "/system be brief\na\n", "--completions")
+    assert (ended.returncode, "there is no place for a system message" in ended.stderr) == (1, True)
+    refused = piped(api, "a\n", "--completions", "--system", "be brief")
+    assert (refused.returncode, refused.stdout) == (2, "")
+
+
+def test_what_a_long_conversation_is_refused_for_can_be_forgotten(api: FakeApi) -> None:
+    ended = piped(api, "a\nfail\n")
+    assert ended.stderr.strip().endswith("ask for something else (/reset forgets the conversation so far)")
+
+
 def test_keys_and_addresses(api: FakeApi) -> None:
     api.key = "a-key"
     refused = piped(api, "a\n")

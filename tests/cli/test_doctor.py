@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
+from decode_service.settings import DecodeSettings
 from prad_cli import doctor, findings
 from prad_cli.findings import Finding, Level, fault_from
+from prefill_service.settings import PrefillSettings
 from tests import forked
 from tests.cli.fake_api import FakeApi, fake_api
 from tests.cli.test_command_line import ENVIRONMENT
@@ -45,7 +47,18 @@ def test_a_machine_that_serves(
     ended = prad_doctor(tmp_path, "--running", "--model", str(tiny_model("llama")), "--json", *other)
     assert ended.returncode == 0, ended.stdout
     told = found(ended.stdout)
-    for what in ("Python", "packages", "CPU", "kernels", "memory", "model", "--cache-dir", "--data-dir"):
+    looked_at = (
+        "Python",
+        "packages",
+        "CPU",
+        "kernels",
+        "memory",
+        "clock",
+        "model",
+        "--cache-dir",
+        "--data-dir",
+    )
+    for what in looked_at:
         assert told[what]["level"] in ("ok", "note"), told[what]
     assert told["API"]["found"] == f"{api.url} is ready"
     assert told["registry's clock"]["found"] == told["decode's clock"]["found"] == "as ours"
@@ -103,6 +116,17 @@ def test_what_is_installed_tells_the_ranges_where_there_is_no_checkout(
     assert not [line for line in needed if "extra" in line]
 
 
+def test_a_variable_that_no_service_reads_is_told_with_the_one_that_was_meant() -> None:
+    kinds = (PrefillSettings, DecodeSettings)
+    others = ["PRAD_REGISTRY_URL", "PRAD_API_KEY", "PRAD_PREFILL_PORT_8000_TCP", "PRAD_DECODE_SERVICE_HOST"]
+    right = ["PRAD_DECODE_KV_CACHE_MIB", "PRAD_PREFILL_FILES_DIR", "HOME"]
+    assert list(findings.unread(kinds, [*others, *right])) == []
+    far, near = findings.unread(kinds, ["PRAD_PREFILL_XYZ", "PRAD_DECODE_KV_CACHE_MB", *right])
+    assert (near.level, near.found) == (Level.NOTE, "PRAD_DECODE_KV_CACHE_MB is read by no service")
+    assert near.fix == "set PRAD_DECODE_KV_CACHE_MIB?"
+    assert far.fix == "unset it; prad prefill --help lists them"
+
+
 def test_memory_by_what_is_free(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(bytes(1000))
     levels = []
@@ -150,6 +174,15 @@ def test_a_clock(ahead: float, level: Level, said: str) -> None:
     assert (told.level, said in told.found) == (level, True)
     assert bool(told.fix) is (level is not Level.OK)
     assert not list(doctor.clock("API", None, now, now))
+
+
+def test_a_clock_that_has_just_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    (told,) = doctor.own_clock()
+    assert (told.level, told.fix) == (Level.OK, "")
+    monkeypatch.setattr("time.time", lambda: 86_400.0)
+    (told,) = doctor.own_clock()
+    assert (told.level, told.found.partition(",")[0]) == (Level.FAULT, "1970-01-02T00:00:00+00:00")
+    assert "timedatectl set-ntp true" in told.fix
 
 
 def test_a_service_whose_clock_is_another(api: FakeApi) -> None:

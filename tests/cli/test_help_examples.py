@@ -1,6 +1,10 @@
 """Every command's --help shows how it is typed."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -45,3 +49,25 @@ def test_a_shell_can_complete(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
     script = CliRunner().invoke(app, ["--show-completion", "bash"], prog_name="prad")
     assert (script.exit_code, "_PRAD_COMPLETE=complete_bash" in script.output) == (0, True)
+
+
+COMPLETED = """\
+eval "$(prad --show-completion)"
+for line in "prad ch" "prad chat --tim" "prad adapter promo"; do
+    COMP_WORDS=($line) COMP_CWORD=$(($(wc -w <<<"$line") - 1)) COMPREPLY=()
+    _prad_completion prad
+    echo "${COMPREPLY[*]}"
+done
+"""
+
+
+def test_bash_does(tmp_path: Path) -> None:
+    """With the script that it is given for itself."""
+    command = tmp_path / "prad"
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m prad_cli "$@"\n', encoding="utf-8")
+    command.chmod(0o755)
+    there = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    there["PYTHONPATH"] = os.pathsep.join(sys.path)
+    asked = ["bash", "--norc", "-c", COMPLETED]
+    ended = subprocess.run(asked, env=there, capture_output=True, encoding="utf-8", check=True, cwd=tmp_path)
+    assert ended.stdout.split() == ["chat", "--timings", "promote"], ended.stderr

@@ -126,6 +126,8 @@ def test_nothing_runs() -> None:
     assert ended.returncode == 1
     assert "Start them with: prad serve" in one_line(ended.stderr)
     assert ended.stdout.count("http://127.0.0.1:1") >= 2
+    piped = prad("top", "--every", "0.05", *nowhere)
+    assert (piped.returncode, piped.stdout) == (1, ended.stdout), "a pipe gets one picture"
 
 
 def test_what_is_no_metrics_page_is_said() -> None:
@@ -143,6 +145,7 @@ def test_the_live_view_goes_on_until_it_is_interrupted() -> None:
             for _ in range(2):
                 terminal.until("prefill")
                 terminal.until("requests")
+                terminal.until("no service answers. Start them with: prad serve")
             terminal.interrupt(lambda: terminal.process.poll() is not None)
             assert terminal.process.returncode in (130, -signal.SIGINT)
         finally:

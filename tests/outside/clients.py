@@ -46,6 +46,14 @@ def python(client: str) -> str:
     return _program(client, "python")
 
 
+def interpreter(variable: str) -> str:
+    """One that has what is too large to be installed for a test, by the name that `make bench` has for it.
+    Skips the test if nothing is named."""
+    if not (named := os.environ.get(variable)):
+        pytest.skip(f"NO {variable} WAS TRIED: name an interpreter that has it, {variable}=ENV/bin/python")
+    return str(Path(named).absolute())
+
+
 def _program(client: str, name: str) -> str:
     if not _whole(folder(client)).is_file():
         pytest.skip(f"{client} IS NOT INSTALLED, so it was not tried: python -m tests.outside.clients")

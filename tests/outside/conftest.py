@@ -21,13 +21,19 @@ from tests.conftest import EOS, SEEDS, RunningStack, StackMaker, random_artefact
 from tests.outside.asking import LARGE, Outside
 
 TURN = "<|turn|>"
-CHAT = "{% for m in messages %}<|turn|>{{ m['role'] }}\n{{ m['content'] }}\n{% endfor %}<|turn|>assistant\n"
+CHAT = (
+    "{% for tool in tools or [] %}{{ tool | tojson }}\n{% endfor %}"
+    "{% for m in messages %}<|turn|>{{ m['role'] }}\n{{ m['content'] }}"
+    "{% for call in m['tool_calls'] or [] %}<tool_call>\n"
+    '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}'
+    "\n</tool_call>{% endfor %}\n{% endfor %}<|turn|>assistant\n"
+)
 
 
 @pytest.fixture(scope="session")
 def reading_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with one token per printable character, a special token that opens turns, and a chat
-    template made of it."""
+    template made of it, which writes tools as Hermes does."""
     folder = tmp_path_factory.mktemp("reading") / "reading"
     random_model("llama", SEEDS["llama"]).save_pretrained(folder)
     letters = [c for c in string.printable if c.isprintable() or c == "\n"]
@@ -35,7 +41,9 @@ def reading_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids = {letter: i for i, letter in enumerate(letters)} | {TURN: EOS - 1, "</s>": EOS}
     tokenizer = TokenizerFile(models.WordLevel(ids, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
+    # joins tokens as they stand; grammars of structured output know decoders with a fallback to bytes
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence(parts)
     tokenizer.add_special_tokens([AddedToken(TURN), AddedToken("</s>")])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="?")
     fast.chat_template = CHAT

@@ -102,6 +102,19 @@ async def test_refusals_are_worded_as_its_clients_expect(
     assert full.value.request_id == full.value.response.headers["x-request-id"]
 
 
+async def test_paths_that_nobody_serves_are_refused_in_its_words(
+    official: anthropic.AsyncAnthropic, client: httpx.AsyncClient
+) -> None:
+    with pytest.raises(anthropic.NotFoundError) as missing:
+        await official.messages.batches.list()
+    body: Any = missing.value.body
+    assert (body["type"], body["error"]["type"]) == ("error", "not_found_error")
+    assert body["error"]["message"] == "there is no /v1/messages/batches: GET / says where things are"
+    got = (await client.get(URL)).json()
+    assert (got["type"], got["error"]["type"]) == ("error", "invalid_request_error")
+    assert "expected POST" in got["error"]["message"]
+
+
 async def test_a_stream_that_breaks_raises(official: anthropic.AsyncAnthropic, engine: Any) -> None:
     engine.error, engine.fail_at = DecodeUnavailableError("gone"), 6
     stream = await official.messages.create(

@@ -19,6 +19,17 @@ async def test_models_are_the_base_and_every_task(client: httpx.AsyncClient) -> 
     assert set(e2e["prad"]["generation"]) == {"temperature", "top_p", "top_k", "min_p", "max_tokens", "stop"}
 
 
+async def test_what_there_is_not_is_refused_with_what_was_meant(client: httpx.AsyncClient) -> None:
+    asked = {"prompt": "x", "temprature": 1, "qqq": 1}
+    told = (await client.post("/v1/completions", json=asked)).json()["error"]["message"]
+    assert "unknown field 'temprature': did you mean 'temperature'?" in told
+    assert "unknown field 'qqq': /docs lists those that there are" in told
+    told = (await client.post("/v1/completion", json={})).json()["error"]["message"]
+    assert told == "there is no /v1/completion: GET / says where things are"
+    told = (await client.post("/v1/completions", content="{}")).json()["error"]["message"]
+    assert told.endswith("(curl: -H 'content-type: application/json')")
+
+
 async def test_one_model_is_found_by_any_of_its_names(client: httpx.AsyncClient) -> None:
     assert (await client.get("/v1/models/tiny/model")).json()["id"] == "tiny/model"
     assert (await client.get("/v1/models/e2e")).json()["root"] == "e2e-2-digest"

@@ -53,7 +53,8 @@ async def test_completions_chat_streams_and_errors(official: openai.AsyncOpenAI)
     assert collected[-1].usage == answer.usage
 
     assert [model.id async for model in official.models.list()][:2] == ["tiny/model", "e2e"]
-    assert (await official.models.retrieve("e2e")).id == "e2e"
+    for name in ("e2e", "e2e@1", "tiny/model"):
+        assert (await official.models.retrieve(name)).id == name
     with pytest.raises(openai.NotFoundError) as missing:
         await official.completions.create(model="nope", prompt="x")
     assert missing.value.code == "model_not_found"

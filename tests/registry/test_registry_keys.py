@@ -332,4 +332,6 @@ def test_the_command_makes_lists_and_revokes(settings, serving, tmp_path):
         assert "cannot read the file that PRAD_TOKEN_FILE names" in missing.stderr
         for wrong in (("bob", "--role", "replica"), ("bob", "--role", "read", "--task", "a"), ("b b",)):
             assert prad(registry, "create", *wrong, **file).exit_code == 2
+        said = prad(registry, "create", "bad name", **file).output
+        assert "expected 1 to 64 letters, digits and" in said
         assert httpx.get(f"{registry.url}/v1/state").status_code == 401

@@ -13,13 +13,11 @@ from prefill_service.protocols.chat import Json, named_event
 
 _STOPS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 _ERRORS = {
-    400: "invalid_request_error",
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
     408: "timeout_error",
     413: "request_too_large",
-    415: "invalid_request_error",
     429: "rate_limit_error",
     503: "overloaded_error",
     504: "timeout_error",
@@ -38,8 +36,9 @@ def message_of(chat: Json, record: RequestRecord) -> Json:
 
 def failure_of(body: Json, status: int, request_id: str) -> Json:
     """OpenAI's error object as Anthropic's; `param` and `code` stay, as they say more."""
+    others = "invalid_request_error" if status < 500 else "api_error"
     error = {
-        "type": _ERRORS.get(status, "api_error"),
+        "type": _ERRORS.get(status, others),
         **{k: v for k, v in body["error"].items() if k != "type"},
     }
     return {"type": "error", "error": error, "request_id": request_id}

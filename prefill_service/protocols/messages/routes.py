@@ -69,7 +69,7 @@ def messages_face(scope: Scope, send: Send) -> tuple[Scope, Send]:
     return scope, _Refusals(send).send
 
 
-MESSAGES_FACE: dict[str, Face] = {MESSAGES: messages_face, COUNT_TOKENS: messages_face}
+MESSAGES_FACE: dict[str, Face] = {MESSAGES: messages_face}
 
 
 class _Refusals:
