@@ -28,12 +28,11 @@ from kvtransfer.frames import Encoding, keep_freed_memory, plane_bytes
 from kvtransfer.messages import Open
 from kvtransfer.sender import DecodeClient, HandOff
 from kvtransfer.settings import TransferSettings
-from local_stack.stack import Stack
+from local_stack.stack import Stack, free_ports
 from prad.core.sampling import SamplingParams, Token
 from prad.lm import LanguageModel, PackedBatch
 from prefill_service.passes import PassLayers
 
-DECODE = 18061
 STOP = 5  # the token that every request gets first, and that ends it
 SEGMENT = TransferSettings().shared_bytes
 
@@ -124,10 +123,12 @@ class Burst:
 
 def run(arguments: Handoff) -> dict[str, Any]:
     keep_freed_memory()  # as a prefill service does
+    (port,) = free_ports(1)
     with tempfile.TemporaryDirectory() as folder, Stack(Path(folder)) as stack:
-        stack.start("decode", [*model_flags(arguments), "--port", str(DECODE), "--kv-cache-mib", "256"])
-        (decode,) = (p for p in psutil.Process().children() if "decode" in p.cmdline())
-        rows = asyncio.run(_measure(load(arguments), decode, stack, arguments.bursts, arguments.rounds))
+        stack.start("decode", [*model_flags(arguments), "--port", str(port), "--kv-cache-mib", "256"])
+        (decode,) = (p for p in psutil.Process().children() if str(port) in p.cmdline())
+        model, told = load(arguments), (arguments.bursts, arguments.rounds)
+        rows = asyncio.run(_measure(model, decode, port, stack, *told))
     return {"model": arguments.model, "rows": rows}
 
 
@@ -146,12 +147,17 @@ def plot(result: dict[str, Any], figure: Any) -> None:
 
 
 async def _measure(
-    model: LanguageModel, decode: psutil.Process, stack: Stack, shapes: list[tuple[int, int]], rounds: int
+    model: LanguageModel,
+    decode: psutil.Process,
+    port: int,
+    stack: Stack,
+    shapes: list[tuple[int, int]],
+    rounds: int,
 ) -> list[dict[str, Any]]:
     async with AsyncExitStack() as open_clients:
         clients = {}
         for payload, (shared_bytes, _) in PAYLOADS.items():
-            client = DecodeClient(f"127.0.0.1:{DECODE}", TransferSettings(shared_bytes=shared_bytes))
+            client = DecodeClient(f"127.0.0.1:{port}", TransferSettings(shared_bytes=shared_bytes))
             clients[payload] = await open_clients.enter_async_context(client)
             await open_clients.enter_async_context(await _attached(client, stack))
         rows = []

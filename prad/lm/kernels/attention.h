@@ -204,6 +204,7 @@ struct Heads {
   const AttentionCall& p;
   const PagedView& view;
   int64_t sequence, first, last;
+  int64_t next_sequence, next_first;  // whose keys are asked for meanwhile: those that this thread is likely to take next
 
   // Stores the new keys and values.
   void store() const {
@@ -211,7 +212,7 @@ struct Heads {
   }
 
   void run() const {
-    int64_t end = view.lengths[sequence], start = p.window ? std::max<int64_t>(0, end - p.window) : 0;
+    const int64_t end = view.lengths[sequence], start = begin(end);
     thread_local std::vector<float> memory;
     int64_t each = p.value_dim + 2;
     memory.assign((last - first) * groups() * each, 0.0f);
@@ -224,11 +225,12 @@ struct Heads {
     for (int64_t at = start; at < end; at += kPart) {
       int64_t stop = std::min(end, at + kPart);
       for (int64_t head = first; head < last; head++) {
-        bool turns = head + 1 == last;  // to the next part, if there is one
-        int64_t soon = turns ? std::min(stop, end - 1) : at;
-        Tokens<T> next_keys = tokens(p.keys, p.key_dim, turns ? first : head + 1, soon, std::min(end, soon + kPart));
-        attend_all(head, tokens(p.keys, p.key_dim, head, at, stop), tokens(p.values, p.value_dim, head, at, stop),
-                   next_keys, answers.data() + (head - first) * groups());
+        Tokens<T> next_keys = head + 1 < last ? tokens(p.keys, p.key_dim, sequence, head + 1, at, stop)
+                              : stop < end    ? tokens(p.keys, p.key_dim, sequence, first, stop, std::min(end, stop + kPart))
+                                              : first_keys();
+        attend_all(head, tokens(p.keys, p.key_dim, sequence, head, at, stop),
+                   tokens(p.values, p.value_dim, sequence, head, at, stop), next_keys,
+                   answers.data() + (head - first) * groups());
       }
     }
     T* out = static_cast<T*>(p.out) + (sequence * p.heads + first * groups()) * p.value_dim;
@@ -239,17 +241,24 @@ struct Heads {
  private:
   int64_t groups() const { return p.heads / p.kv_heads; }
 
-  Tokens<T> tokens(void* pool, int64_t dim, int64_t head, int64_t start, int64_t end) const {
-    return {static_cast<T*>(pool) + head * dim, view.table + sequence * view.width, p.block_size,
-            p.kv_heads * dim, dim, start, end};
+  // The first token that a sequence of `end` tokens sees.
+  int64_t begin(int64_t end) const { return p.window ? std::max<int64_t>(0, end - p.window) : 0; }
+
+  Tokens<T> tokens(void* pool, int64_t dim, int64_t of, int64_t head, int64_t start, int64_t end) const {
+    return {static_cast<T*>(pool) + head * dim, view.table + of * view.width, p.block_size, p.kv_heads * dim, dim, start, end};
+  }
+
+  Tokens<T> first_keys() const {
+    const int64_t end = view.lengths[next_sequence], start = begin(end);
+    return tokens(p.keys, p.key_dim, next_sequence, next_first, start, std::min(end, start + kPart));
   }
 
   // Stores the new key and value of a head.
   void keep(int64_t head, int64_t end) const {
     const T* key = static_cast<const T*>(p.key) + sequence * p.key_stride + head * p.key_dim;
     const T* value = static_cast<const T*>(p.value) + sequence * p.value_stride + head * p.value_dim;
-    std::copy(key, key + p.key_dim, tokens(p.keys, p.key_dim, head, 0, end).at(end - 1));
-    std::copy(value, value + p.value_dim, tokens(p.values, p.value_dim, head, 0, end).at(end - 1));
+    std::copy(key, key + p.key_dim, tokens(p.keys, p.key_dim, sequence, head, 0, end).at(end - 1));
+    std::copy(value, value + p.value_dim, tokens(p.values, p.value_dim, sequence, head, 0, end).at(end - 1));
   }
 
   void attend_all(int64_t head, const Tokens<T>& keys, const Tokens<T>& values, const Tokens<T>& next_keys,
@@ -271,12 +280,14 @@ struct Heads {
 template <class T>
 void paged_attention(Pool& pool, const AttentionCall& p, int64_t sequences, const PagedView& view) {
   int64_t share = sequences < 4 * pool.threads() ? 1 : p.kv_heads, parts = p.kv_heads / share;
-  if (view.drafted)
-    pool.run(sequences, [&](int64_t sequence) { Heads<T>{p, view, sequence, 0, p.kv_heads}.store(); });
-  pool.run(sequences * parts, [&](int64_t item) {
-    int64_t first = item % parts * share;
-    Heads<T> heads{p, view, item / parts, first, first + share};
-    if (!view.drafted) heads.store();
-    heads.run();
+  const int64_t items = sequences * parts;
+  auto heads = [&](int64_t item) {
+    const int64_t first = item % parts * share, next = item + pool.threads() < items ? item + pool.threads() : item;
+    return Heads<T>{p, view, item / parts, first, first + share, next / parts, next % parts * share};
+  };
+  if (view.drafted) pool.run(items, [&](int64_t item) { heads(item).store(); });
+  pool.run(items, [&](int64_t item) {
+    if (!view.drafted) heads(item).store();
+    heads(item).run();
   });
 }

@@ -1,0 +1,44 @@
+"""What `make bench-smoke` runs comes to its end, on a tiny model; what it says is no test's business."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from bench.flags import ModelFlags
+from bench.known import FLAGS
+from bench.runner import run
+from prad.lm.kernels.build import built
+from tests.conftest import CACHE, SIZES, randomised, save_model
+
+ROOT = Path(__file__).parents[2]
+SMOKE = re.search(r"^SMOKE \?= ([a-z ]+)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+NAMES = SMOKE[1].split() if SMOKE else []
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """A model of widths that every precision packs, and a cache of its own with the kernels of all tests."""
+    model, cache = (tmp_path_factory.mktemp(name) for name in ("model", "cache"))
+    widths = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    save_model(randomised(LlamaConfig(**SIZES | widths), seed=1).to(torch.bfloat16), model)
+    (cache / "kernels").symlink_to(built(CACHE).parent)
+    return {"smoke": True, "model": str(model), "cache_dir": cache}
+
+
+def test_there_are_some() -> None:
+    assert len(NAMES) > 3
+    assert set(NAMES) <= set(FLAGS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_benchmark_runs(name: str, flags: dict[str, object], tmp_path: Path) -> None:
+    arguments = FLAGS[name](**flags, out=tmp_path)
+    assert isinstance(arguments, ModelFlags)
+    path = run(name, arguments)
+    assert path == tmp_path / f"{name}.json"
+    assert json.loads(path.read_text(encoding="utf-8"))["setting"]["cpu"]
+    assert path.with_suffix(".png").exists()
