@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -41,6 +42,8 @@ _LIMITS: dict[
     "verbose_errors": False,
 }
 _NEVER = float("-inf")
+_MASKS = 128
+"""That are remembered as lists of tokens, 0.2 MB each at most with 49,152 tokens."""
 _COMPILED = 64
 """Grammars that are remembered."""
 _THREADS = 2
@@ -154,6 +157,7 @@ class Grammars:
         self.waiting = 0
         """Grammars of requests, and searches in them, that are not done."""
         self._masking = ThreadPoolExecutor(1, "grammar-masks")
+        self._mask = lru_cache(_MASKS)(self._mask_of)  # many places in many grammars have the same
 
     def close(self) -> None:
         self._compiling.shutdown(wait=False, cancel_futures=True)
@@ -292,14 +296,16 @@ class Grammars:
                     compute([(matcher, row)], *where)
                 except BaseException as error:
                     walks[row].broke(error)
-        end = vocabulary.end_id
-        may_end = (bits[:, end >> 5] >> (end & 31) & 1).tolist()
-        forbidden = np.unpackbits(np.invert(bits).view(np.uint8), axis=1, bitorder="little")
-        banned = forbidden[:, : self._vocab_size].view(np.bool_)
+        words, end = bits.view(np.uint32), vocabulary.end_id
         for row, walk in enumerate(walks):
-            if may_end[row]:
-                banned[row, walk.end_ids] = False
-        return list(map(Mask.of, banned))
+            if words[row, end >> 5] >> (end & 31) & 1:
+                for each in walk.end_ids:
+                    words[row, each >> 5] |= np.uint32(1 << (each & 31))
+        return [self._mask(row.tobytes()) for row in bits]
+
+    def _mask_of(self, bits: bytes) -> Mask:
+        may = np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little")
+        return Mask.of(may[: self._vocab_size] == 0)
 
     @property
     def _loaded(self) -> "_Vocabulary":
