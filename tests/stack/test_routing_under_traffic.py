@@ -219,8 +219,7 @@ def operated(
 def test_no_request_fails_while_tasks_are_routed_anew(
     running: RunningStack, load_tiny: Callable[[str], LanguageModel], reference: Reference, tmp_path: Path
 ) -> None:
-    """Few enough for each to have several turns in a minute; hundreds, for ten minutes, are below."""
-    operated(running, load_tiny("llama"), reference, tmp_path, tasks=60, seconds=60)
+    operated(running, load_tiny("llama"), reference, tmp_path, tasks=200, seconds=60)
 
 
 def test_users_keep_their_version_over_restarts(
