@@ -45,7 +45,8 @@ _STEP_BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.3, 0.5, 1.0, 
 
 class PagedEngine:
     """The decode engine over paged KV. A step that fails ends its sequences. Any other fault in the thread
-    ends everything with an error event and calls `on_failure`: nothing is decoded after it.
+    calls `on_failure`, and nothing is decoded after it: what it had ends without an event, as if killed, so
+    that who waits for it lets it go on elsewhere, or later.
 
     `step` runs in the engine's thread; `stop` and `status` may be called from any other; all other methods
     are called in one, the service's.
@@ -71,7 +72,7 @@ class PagedEngine:
         self._phases = itertools.count()
         self._changed = threading.Condition()  # guards the scheduler; never held during a pass
         self._stopping = False
-        self._failure: str | None = None
+        self._over: str | None = None  # why nothing is decoded any more
         self._thread = threading.Thread(target=self._loop, name="decode-engine", daemon=True)
 
     # ---- the loop, in its own thread
@@ -198,12 +199,9 @@ class PagedEngine:
 
     def _fail(self, message: str) -> None:
         try:
-            with self._changed:
-                self._failure = message
-                self._scheduler.end_all(message)
-                self._send((each.sequence, each.emit()) for each in self._scheduler.take_ended())
-        except Exception:  # whoever was not reached hears it from the end of the stream
-            logger.exception("not all clients got to know that the decode engine failed")
+            self.cancel_all(message)
+        except Exception:
+            logger.exception("not all that the decode engine had was ended")
         finally:
             self._on_failure(message)
 
@@ -216,8 +214,8 @@ class PagedEngine:
         left_ms = request.timeout_ms
         deadline = None if left_ms is None else time.monotonic() + left_ms / 1000
         with self._changed:
-            if self._failure is not None:
-                raise RejectedError(RejectReason.DRAINING, self._failure)
+            if self._over is not None:
+                raise RejectedError(RejectReason.DRAINING, self._over)
             reservation = self._scheduler.reserve(session, request, deadline)
         try:
             reservation.room = self._runner.room(reservation)
@@ -309,18 +307,21 @@ class PagedEngine:
 
     def missing(self, session: str, ask: Ask) -> list[TokenEvent]:
         """An event for each of a client's sequences that is not here: the event that ended it, if there was
-        one, has been delivered before."""
+        one, has been delivered before. None when all is over: the end of the stream says so."""
         with self._changed:
+            if self._over is not None:
+                return []
             return [
                 TokenEvent(name, attempt, choice, 0, (), FinishReason.ERROR.value, _MISSING)
                 for name, attempt, choice in ask.sequences
                 if not self._scheduler.knows(SequenceId(HandOffId(session, name, attempt), choice))
             ]
 
-    def end_all(self, message: str) -> None:
-        """Ends everything with an error event."""
+    def cancel_all(self, why: str) -> None:
+        """Ends everything without an event, and admits nothing more."""
         with self._wake():
-            self._scheduler.end_all(message)
+            self._over = why
+            self._scheduler.cancel_all()
 
     def status(self) -> EngineStatus:
         with self._changed:

@@ -265,12 +265,12 @@ class Scheduler:
             if hand_off.session == session:
                 self.cancel(hand_off)
 
-    def end_all(self, message: str) -> None:
-        """Ends everything with an error event."""
+    def cancel_all(self) -> None:
+        """Ends everything without an event: that the stream ends says it."""
         for reserved in list(self._reserved.values()):
             self.release(reserved)
         for hand_off in list(self._running):
-            self._end(hand_off, FinishReason.ERROR, message)
+            self.cancel(hand_off)
 
     def _require_state_room(self, request: Open) -> None:
         """Choices share the state of their prompt."""

@@ -187,14 +187,14 @@ class DecodeServer:
         logger.info("decode listens on %s:%d", self._settings.host, self.port)
 
     async def stop(self) -> None:
-        """Admits nothing more, lets what is in finish for up to drain_s, ends the rest with an error."""
+        """Admits nothing more, lets what is in finish for up to drain_s; the rest ends with its stream."""
         self._service.drain(self._settings.retry_after_s)
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         if self.failure is None:
             await _until(
                 lambda: self.failed.is_set() or self.engine.status().sequences == 0, self._settings.drain_s
             )
-            self.engine.end_all("decode is shutting down")
+            self.engine.cancel_all("decode is shutting down")
         await asyncio.to_thread(self.engine.stop)
         await asyncio.sleep(0)  # the engine's last events are in the loop's queue
         self._sessions.close()

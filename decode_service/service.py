@@ -52,6 +52,7 @@ class Sessions:
         self._detach_s = detach_s
         self._on_gone = on_gone
         self._sessions: dict[str, _Session] = {}
+        self._closed = False
         self._loop = asyncio.get_running_loop()
 
     @property
@@ -67,10 +68,12 @@ class Sessions:
         A new session where the one that the client shows is not known ("": it is its first): whatever it
         knew before is gone. A session of the same name that has no stream is then given up at once, and not
         only after `detach_s`: its client was started anew. One with a stream stays: a name is no secret.
-        Raises ProtocolError.
+        Raises ProtocolError; LostError for a new one when all are closed.
         """
         known = self._sessions.get(session)
         if known is None:
+            if self._closed:
+                raise LostError("this service is shutting down")
             for before in [
                 s for s, its in self._sessions.items() if its.client_id == client_id and its.expiry
             ]:
@@ -82,6 +85,8 @@ class Sessions:
         if known.expiry is not None:
             known.expiry.cancel()
             known.expiry = None
+        if self._closed:
+            attachment.close()
         return session, attachment
 
     def detach(self, session: str, attachment: Attachment) -> None:
@@ -111,7 +116,8 @@ class Sessions:
         self._loop.call_soon_threadsafe(self.deliver, events)
 
     def close(self) -> None:
-        """Lets every stream end in order once it has taken its frames."""
+        """Lets every stream end in order once it has taken its frames, one that comes again as well."""
+        self._closed = True
         for session in self._sessions.values():
             session.outbox.close()
             if session.expiry is not None:

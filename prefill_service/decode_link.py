@@ -131,14 +131,19 @@ class DecodeLink:
                 return NoRoom(error.retry_after_s)
             return DecodeUnavailableError(f"the decode service refuses: {error}")
         except LostError as error:
-            if isinstance(error, TimedOutError) and self._stream is not None:
-                self._stream.doubt()  # nobody else waits as long for the same
+            self.doubt_after(error)
             return DecodeUnavailableError(f"the decode service went away: {error}")
         except TransferError as error:
             return InternalError(f"the hand-off failed: {error}")
         except Exception:
             logger.exception("opening the hand-off of %s failed", prompt.request.request_id)
             return InternalError("the hand-off could not be opened; the server's log says why")
+
+    def doubt_after(self, error: Exception) -> None:
+        """A hand-off ended so: where decode gave no answer, nobody else waits as long for the same, and there
+        is `trouble` until it gives one."""
+        if isinstance(error, TimedOutError) and self._stream is not None:
+            self._stream.doubt()
 
     def cancel(self, request_id: str, attempt: int, choice: int | None = None) -> None:
         """Ends a handed-over request, or one choice of it."""

@@ -27,7 +27,7 @@ from prefill_service.errors import (
 )
 from prefill_service.pass_loop import PassLoop
 from prefill_service.prompt import Committing, Decoding, Finished, Flow, Prompt, PromptRequest
-from prefill_service.replays import FIRST, Attempt, behind, decode_is_back, survives, unsaid
+from prefill_service.replays import Attempt, behind, decode_is_back, survives, unsaid
 from prefill_service.scheduler import PromptScheduler
 from prefill_service.settings import PrefillSettings
 
@@ -87,7 +87,7 @@ class PrefillEngine:
         """See `Engine.generate`."""
         deadline = self._clock() + self._settings.request_timeout_s
         if request.beams is None:
-            return self._tokens(request, deadline, FIRST)
+            return self._tokens(request, deadline, Attempt(again=not request.gives_way))
         back = partial(self._decode_is_back, deadline)
         return searched(lambda attempt: self._tokens(request, deadline, Attempt(attempt)), back)
 
@@ -110,6 +110,7 @@ class PrefillEngine:
         if self._link.trouble is not None:
             raise DecodeUnavailableError(self._link.trouble)
         prompt = None
+        back = partial(self._decode_is_back, deadline)
         said = [list[int]() for _ in range(request.choices)]  # ids that the client has
         try:
             # pinned until the first token: after the prompt pass nobody needs it
@@ -122,7 +123,7 @@ class PrefillEngine:
                 output = await prompt.outputs.get()
             while True:
                 if isinstance(output, ServingError):
-                    if not (attempt.again and await survives(output, said, self._decode_is_back, deadline)):
+                    if not (attempt.again and await survives(output, request, said, back)):
                         raise output
                     break
                 said[output.choice] += [token.id for token in output.tokens]
@@ -150,7 +151,7 @@ class PrefillEngine:
     ) -> "AsyncIterator[Adapter | None]":
         """The request's adapter, pinned. Waiting for room for it, and loading it, count against the queue's
         bound and the deadline."""
-        if not (under_way or request.output_offset):  # what is under way goes on
+        if not (begun := under_way or request.output_offset > 0):  # what is under way goes on
             self._turn_away(request, deadline)
         async with AsyncExitStack() as held:
             adapter: Adapter | None = None
@@ -161,7 +162,7 @@ class PrefillEngine:
                         pinned = self._residents.pinned(request.version.artefact, last=request.behind)
                         adapter = await held.enter_async_context(pinned)
             except TimeoutError:
-                raise self._no_token() from None
+                raise self._too_late(begun=begun) from None
             finally:
                 self._loading[request.flow] -= 1
                 self._loading += Counter()  # forgets those with none
@@ -191,14 +192,8 @@ class PrefillEngine:
                 retry_after=max(1.0, wait - may),
             )
         if yields is not None:
-            self._loop.fail(
-                yields,
-                OverloadedError(
-                    f"{many} prompts are waiting, most of them of this task and key: another's goes first; "
-                    "try again later",
-                    retry_after=after_s,
-                ),
-            )
+            why = f"{many} prompts are waiting, most of them of this task and key: another's goes first"
+            self._loop.fail(yields, OverloadedError(f"{why}; try again later", retry_after=after_s))
 
     def _require_leisure(self, request: PromptRequest) -> None:
         """Raises OverloadedError if anybody waits, or somebody's adapter would have to leave for this."""
@@ -206,15 +201,15 @@ class PrefillEngine:
             raise OverloadedError("others wait, or their adapters take all room")
 
     def _expire(self, prompt: Prompt) -> None:
-        if isinstance(prompt.state, Committing | Decoding):
-            self._loop.fail(prompt, DeadlineError("the request took longer than it may"))
-        elif prompt.request.behind:  # which waited for others' sake
+        begun = prompt.goes_on or isinstance(prompt.state, Committing | Decoding)
+        if prompt.request.behind and not begun:  # it waited for others' sake
             self._loop.fail(prompt, OverloadedError("its turn did not come", retry_after=1.0))
         else:
-            self._loop.fail(prompt, self._no_token())
+            self._loop.fail(prompt, self._too_late(begun=begun))
 
-    def _no_token(self) -> DeadlineError:
-        return DeadlineError(f"no token within {self._settings.request_timeout_s:g} s")
+    def _too_late(self, *, begun: bool) -> DeadlineError:
+        none = f"no token within {self._settings.request_timeout_s:g} s"
+        return DeadlineError("the request took longer than it may" if begun else none)
 
     # ---- tokens and losses -----------------------------------------------------------------------------
 

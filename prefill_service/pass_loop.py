@@ -207,6 +207,7 @@ class PassLoop:
         return [chunk for chunk in chunks if isinstance(chunk.prompt.state, Prefilling)]
 
     def _hand_off_failed(self, prompt: Prompt, error: Exception) -> None:
+        self._link.doubt_after(error)
         if isinstance(error, TransferError):
             broke = f"the hand-off to the decode service broke off: {error}"
             self.fail(prompt, DecodeUnavailableError(broke))

@@ -198,8 +198,8 @@ class Prompt:
     some, as far as they are computed. `trouble`: its grammar's, if any. `outputs` carries its tokens, or the
     error that ends it, to the HTTP side; `running` are the choices that have neither finished nor been
     cancelled, `awaited` those that decode has yet to say the end of. `attempt` counts the hand-offs: one that
-    was given up is never opened again. `hand_off`: its room at decode while it is prefilled; None if it needs
-    none, or has none yet. `enqueued` and `deadline` are in the time of the engine's clock.
+    was given up is never opened again. `goes_on`: its answer has begun. `hand_off`: its room at decode
+    while it is prefilled; None if it needs, or has, none. `enqueued` and `deadline`: by the engine's clock.
     """
 
     request: PromptRequest
@@ -217,12 +217,14 @@ class Prompt:
     running: set[int] = field(init=False)
     awaited: set[int] = field(default_factory=set)
     wanted: RoomWanted = field(init=False)
+    goes_on: bool = field(init=False)
 
     def __post_init__(self) -> None:
         state = 0 if self.adapter is None else sum(self.adapter.state_widths.values())
         self.wanted = RoomWanted(self.request.tokens_at_most, self.request.sequences, state)
         self.ids = placeholders(self.virtual_tokens) + self.request.prompt_ids + self.request.continuation_ids
         self.running = set(range(self.request.choices))
+        self.goes_on = self.attempt > 1 or self.request.output_offset > 0
 
     @property
     def tokens(self) -> int:

@@ -35,9 +35,6 @@ class Attempt(NamedTuple):
     again: bool = False
 
 
-FIRST = Attempt(again=True)
-
-
 async def decode_is_back(link: DecodeLink, until: float, clock: Callable[[], float]) -> bool:
     """Whether there is a decode service again, as soon as there is, or then."""
     while True:
@@ -47,15 +44,19 @@ async def decode_is_back(link: DecodeLink, until: float, clock: Callable[[], flo
 
 
 async def survives(
-    error: ServingError, said: Said, is_back: Callable[[float], Awaitable[bool]], deadline: float
+    error: ServingError, request: PromptRequest, said: Said, is_back: Callable[[], Awaitable[bool]]
 ) -> bool:
-    """Whether an answer that ends so can go on. One that nobody has a token of is asked for again instead."""
-    return isinstance(error, DecodeUnavailableError) and any(said) and await is_back(deadline)
+    """Whether an answer that ends so can go on. One that nobody has a token of is asked for again instead.
+    Several prompts have one answer: somebody may have a token of the others."""
+    begun = any(said) or request.prompts > 1
+    return isinstance(error, DecodeUnavailableError) and begun and await is_back()
 
 
 def behind(request: PromptRequest, said: Said) -> tuple[PromptRequest, Said]:
     """The request for the rest of an answer, and what of it comes again."""
     logger.info("the answer to %s goes on: decode has lost it", request.request_id)
+    if not any(said):  # its first prompt pass is yet to tell its scores
+        return request, said
     if request.choices > 1:
         return replace(request, scoring=None), said
     (ids,) = said

@@ -143,7 +143,7 @@ class PromptScheduler:
         """Who leaves a full queue for one more prompt of `flow`: the last that came of the flow with the most
         there, those that are about to come included, if it then still has no fewer; None if nobody. No prompt
         of an answer that has begun: all of it would end, in mid-stream."""
-        begins = [p for p in self._prompts if isinstance(p.state, Queued) and not p.request.output_offset]
+        begins = [p for p in self._prompts if isinstance(p.state, Queued) and not p.goes_on]
         there = Counter(arriving)
         there.update(prompt.request.flow for prompt in begins)
         queued = Counter(prompt.request.answer for prompt in begins)

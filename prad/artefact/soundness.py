@@ -19,6 +19,7 @@ _INPUT = "input."
 _EXPONENTS = {"F32": ("<u4", 0x7F800000), "F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80)}
 """By dtype: as what a number's bits are read, and those that are all set where it is not finite."""
 _AT_ONCE = 1 << 22  # numbers
+_NO_WIDTHS = {"alpha", "scale"}  # of a configuration: what numbers are multiplied by
 
 
 def require_sound(artefact: Artefact) -> None:
@@ -30,6 +31,8 @@ def require_sound(artefact: Artefact) -> None:
     for name, info in artefact.tensors.items():
         if info.dtype not in _EXPONENTS:
             raise _wrong(name, f"expected one of {', '.join(_EXPONENTS)}", info.dtype)
+        if not info.shape or 0 in info.shape:
+            raise _wrong(name, "expected one dimension or more, each of at least 1", info.shape)
         if found := _NAME.fullmatch(name):
             by_layer[found[2]][int(found[1])] = info
         elif not name.startswith(_INPUT):
@@ -51,8 +54,8 @@ def _wrong(tensor: str, expected: str, found: object) -> ArtefactError:
 
 def _base(architecture: str) -> dict[str, int]:
     """The sizes in a base's line, as `prad.lm` writes it; those of heads as heads and kv_heads."""
-    sizes = {name: int(size) for name, size in re.findall(r"\b([a-z_]+)=(\d+)\b", architecture)}
-    if found := re.search(r"\bheads=(\d+)/(\d+)", architecture):
+    sizes = {name: int(size) for name, size in re.findall(r"\b([a-z_]+)=(\d{1,9})\b", architecture)}
+    if found := re.search(r"\bheads=(\d{1,9})/(\d{1,9})\b", architecture):
         sizes |= {"heads": int(found[1]), "kv_heads": int(found[2])}
     return sizes
 
@@ -83,11 +86,13 @@ def _widths(base: dict[str, int], record: AdapterRecord) -> set[int]:
 
 
 def _numbers(value: Any) -> Iterator[int]:
-    """Whole numbers anywhere in a configuration: ranks, and the like."""
+    """Whole numbers anywhere in a configuration that can be a width: ranks, and the like."""
     if isinstance(value, dict | list):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from _numbers(each)
-    elif isinstance(value, int):
+        named = value.items() if isinstance(value, dict) else enumerate(value)
+        for name, each in named:
+            if name not in _NO_WIDTHS:
+                yield from _numbers(each)
+    elif isinstance(value, int) and not isinstance(value, bool):
         yield int(value)
 
 

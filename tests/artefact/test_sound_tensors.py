@@ -71,6 +71,28 @@ def test_what_no_base_can_have(tmp_path: Path, tensors: dict[str, torch.Tensor],
         checked(tmp_path, tensors)
 
 
+@pytest.mark.parametrize("shape", [(), (0, 48), (48, 0), (1, 0, 8)])
+def test_a_tensor_without_numbers(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    for names in (["layers.0.down", "layers.1.down"], ["input.embedding"]):
+        with pytest.raises(ArtefactError, match=f"{names[0]}: expected one dimension or more, each of at"):
+            checked(tmp_path / names[0], {name: torch.ones(shape) for name in names})
+
+
+@pytest.mark.parametrize(
+    ("width", "config"),
+    [(47, {"r": 4, "alpha": 47}), (1, {"r": 4, "bias": True}), (1, {"r": 4, "of": [True]})],
+)
+def test_what_is_no_width_in_a_configuration(tmp_path: Path, width: int, config: dict[str, Any]) -> None:
+    with pytest.raises(ArtefactError, match=f"{width} is no width of the base"):
+        checked(tmp_path, {f"layers.{n}.down": torch.ones(width, 4) for n in range(2)}, config=config)
+
+
+@pytest.mark.parametrize("line", ["llama layers=N", "llama layers=2 hidden=48 heads=N/2", "llama heads=2/N"])
+def test_a_line_with_a_number_that_is_none(tmp_path: Path, line: str) -> None:
+    """Python reads no integer of so many digits."""
+    checked(tmp_path, whole(), line=line.replace("N", "9" * 5000))
+
+
 def test_a_default_rank_is_one_number(tmp_path: Path) -> None:
     tensors = whole() | {f"layers.{n}.ffn.up": torch.ones(5, 48) for n in range(2)}
     with pytest.raises(ArtefactError, match=r"layers.0.ffn.up \(5, 48\): 5 is no width"):

@@ -20,7 +20,7 @@ from decode_service.scheduler import Scheduler
 from decode_service.server import DecodeServer, serving
 from decode_service.service import Sessions
 from kvtransfer.errors import FencedError, LostError, RejectedError, RejectReason
-from kvtransfer.messages import Open
+from kvtransfer.messages import Ask, Open
 from prad.core.kv import BlockPool
 from prad.core.sampling import SamplingParams, Token, TokenEvent
 from prad.lm import LanguageModel
@@ -33,18 +33,13 @@ def broken(*_: object) -> Any:
     raise RuntimeError("a fault of ours")
 
 
-async def test_every_sequence_ends_with_an_error_and_health_says_so(
+async def test_every_sequence_ends_with_the_stream_and_health_says_so(
     prefill: Prefill, server: DecodeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requests = [(await prefill.hand_over(prompt(9 + i), LONG, choices=2))[0] for i in range(2)]
     reserved = await prefill.client.open(prefill.request(9, LONG))
     await prefill.got.until(requests[0].request_id, count=2)
     monkeypatch.setattr(Scheduler, "schedule", broken)
-    for request in requests:
-        for choice in range(2):
-            event = (await prefill.got.until(request.request_id, choice))[-1]
-            assert event.finish_reason == "error"
-            assert event.error == "the decode engine failed: a fault of ours"
     await server.failed.wait()
     assert await reported_health(server) == HEALTH.NOT_SERVING
     with pytest.raises(RejectedError) as caught:
@@ -56,6 +51,14 @@ async def test_every_sequence_ends_with_an_error_and_health_says_so(
     await prefill.send(reserved, prompt_pass(prefill.model, prompt(9)))
     with pytest.raises(FencedError):
         await reserved.commit([Token(1)])
+    prefill.stream.ask(Ask(tuple((r.request_id, 1, choice) for r in requests for choice in range(2))))
+    stopping = asyncio.create_task(server.stop())
+    for request in requests:
+        for choice in range(2):
+            with pytest.raises(LostError, match="shut down"):
+                await prefill.got.until(request.request_id, choice)
+    assert {e.finish_reason for events in prefill.got.events.values() for e in events} == {None}
+    await stopping
 
 
 async def test_who_could_not_be_reached_hears_it_from_the_end_of_the_stream(
@@ -119,8 +122,8 @@ async def test_the_process_exits(tmp_path: Path, unused_tcp_port: int) -> None:
     await listening(model, unused_tcp_port)
     async with prefilling(model, unused_tcp_port) as prefill:
         request, _ = await prefill.hand_over(prompt(9), SamplingParams(max_tokens=9))
-        event = (await prefill.got.until(request.request_id))[-1]
-        assert (event.finish_reason, event.error) == ("error", "the decode engine failed: a fault of ours")
+        with pytest.raises(LostError):
+            await prefill.got.until(request.request_id)
     _, said = await process.communicate()
     assert process.returncode == 1
     assert b"EngineFailedError: the decode engine failed: a fault of ours" in said
@@ -156,6 +159,6 @@ def test_a_fault_outside_the_pass_is_reported_by_the_thread(model: LanguageModel
     engine.commit(reservation, [Token(2)])
     engine.stop()
     assert failures == ["the decode engine failed: a fault of ours"]
-    assert [e.finish_reason for e in events] == (["error"] if fault == "observe" else [])
+    assert events == []
     with pytest.raises(RejectedError, match="failed: a fault of ours"):
         engine.admit("c", Open("other", model.spec, 5, 5, 5, SamplingParams(max_tokens=9)))

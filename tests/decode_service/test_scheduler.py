@@ -265,13 +265,11 @@ def test_clients_of_equal_request_ids_do_not_meet(scheduler: Scheduler, blocks: 
     assert blocks.free_count == 4
 
 
-def test_ending_all_says_once_who_has_yet_to_hear(scheduler: Scheduler) -> None:
+def test_cancelling_all_frees_everything_and_says_nothing(scheduler: Scheduler) -> None:
     first, second = scheduler.reserve("c", request("a")), scheduler.reserve("c", request("b"))
     sequence = running(first)
     scheduler.start(first, [sequence])
-    scheduler.end_all("broken")
-    (ended,) = scheduler.take_ended()
-    assert scheduler.take_ended() == []
-    assert (ended.sequence, ended.reason, ended.message) == (sequence, FinishReason.ERROR, "broken")
+    scheduler.cancel_all()
+    assert (scheduler.take_ended(), scheduler.runs(sequence)) == ([], False)
     assert not scheduler.holds(second)
     assert scheduler.sequence_count == 0

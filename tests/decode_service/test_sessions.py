@@ -142,3 +142,17 @@ async def test_closing_lets_streams_end_behind_their_frames(sessions: Sessions) 
     sessions.close()
     assert await names(stream, 1) == [["x"]]
     assert await stream.next() is None
+
+
+async def test_nobody_comes_to_a_service_that_ends_and_who_comes_again_hears_the_rest(
+    sessions: Sessions,
+) -> None:
+    """Or its client took the service that goes for the one that comes, and lost its answers a second time."""
+    session, _ = sessions.attach("a", "", 0)
+    sessions.deliver({session: [event("x")]})
+    sessions.close()
+    with pytest.raises(LostError, match="shutting down"):
+        sessions.attach("a", "", 0)
+    _, again = sessions.attach("a", session, 0)
+    frames = [await again.next(), await again.next()]
+    assert [frame and frame.number for frame in frames] == [1, None]

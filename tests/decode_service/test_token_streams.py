@@ -321,13 +321,14 @@ async def test_a_restarted_service_is_noticed(model: LanguageModel) -> None:
     await client.__aexit__(None, None, None)
 
 
-async def test_shutdown_tells_who_still_runs(model: LanguageModel) -> None:
+async def test_shutdown_ends_who_still_runs_as_a_kill_does(model: LanguageModel) -> None:
     async with serving(decode_settings(), model) as server:
         client = prefilling(model, server.port)
         prefill = await client.__aenter__()
         request, _ = await prefill.hand_over(prompt(9), LONG)
-    event = (await prefill.got.until(request.request_id))[-1]
-    assert (event.finish_reason, event.error) == ("error", "decode is shutting down")
+    with pytest.raises(LostError, match="shut down"):
+        await prefill.got.until(request.request_id)
+    assert all(e.finish_reason is None for e in prefill.got.events.get((request.request_id, 0), []))
     await client.__aexit__(None, None, None)
 
 

@@ -88,7 +88,7 @@ async def test_a_replay_counts_on(prefill: Prefill) -> None:
     assert [t.id for t in _tokens(events)] == whole[6:]
 
 
-@pytest.mark.parametrize("why", ["deadline", "ended", "fenced", "cancelled", "failed step", "not finite"])
+@pytest.mark.parametrize("why", ["deadline", "fenced", "cancelled", "failed step", "not finite"])
 def test_an_early_end_tells_what_was_held(
     model: LanguageModel, monkeypatch: pytest.MonkeyPatch, why: str
 ) -> None:
@@ -126,9 +126,6 @@ def test_an_early_end_tells_what_was_held(
     if why == "deadline":
         clock.monotonic = lambda: 100.0
         reason = "deadline"
-    elif why == "ended":
-        engine.end_all("over")
-        error = "over"
     elif why == "fenced":
         engine.admit("client", replace(request, attempt=2))
         error = "fenced by attempt 2"

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from kvtransfer.errors import TimedOutError
 from prad.artefact import AdapterRecord, Artefact, BaseModelRef
 from prad.core.kv import BlockPool
 from prad.core.sampling import SamplingParams, ScoredToken, Token, TokenEvent
@@ -113,6 +114,10 @@ class Link:
 
     def cancel(self, request_id: str, attempt: int, choice: int | None = None) -> None:
         self.cancelled.append((request_id, attempt) if choice is None else (request_id, attempt, choice))
+
+    def doubt_after(self, error: Exception) -> None:
+        if isinstance(error, TimedOutError):
+            self.trouble = "it does not answer"
 
     def ask(self, sequences: Sequence[tuple[str, int, int]]) -> None:
         self.asked.append(list(sequences))

@@ -5,9 +5,10 @@ from collections.abc import AsyncGenerator
 
 import pytest
 
+from kvtransfer.errors import TimedOutError
 from prad.core.sampling import Scoring, Token, TokenEvent
-from prefill_service.errors import DecodeUnavailableError
-from prefill_service.prompt import PromptRequest
+from prefill_service.errors import DeadlineError, DecodeUnavailableError, OverloadedError
+from prefill_service.prompt import Prompt, PromptRequest
 from tests.prefill.fakes import HandOff, Setting, request, version
 
 Told = list[tuple[int, int, int]]
@@ -126,3 +127,99 @@ async def test_an_answer_does_not_go_on_for_ever(back: bool) -> None:
             await reading
         setting.link.trouble = None
     assert len(told) == 1 + back
+
+
+async def test_its_one_turn_is_not_spent_on_a_decode_service_that_does_not_answer() -> None:
+    """It is frozen, and its token stream counts as connected: the hand-off is the first to know."""
+    setting = Losing()
+    setting.link.answer = lambda its: HandOff(its, fails=TimedOutError("no answer to Commit"))
+    async with setting.running():
+        told, reading = setting.asks(request("r"))
+        await setting.until(lambda: told)
+        await asyncio.sleep(0.01)
+        assert (reading.done(), len(setting.link.opened)) == (False, 1)
+        setting.link.answer, setting.link.trouble = HandOff, None
+        await setting.handed_over(2)
+        setting.tells(2, 0, 2, 42, reason="stop")
+        await reading
+    assert told == [(0, 0, 40), (0, 1, 40), (0, 2, 42)]
+
+
+@pytest.mark.parametrize("prompts", [1, 2])
+async def test_one_of_several_prompts_waits_for_decode_though_nothing_of_it_is_told(prompts: int) -> None:
+    """It would end the others, of which their client may have some."""
+    setting = Losing()
+
+    def lost(_: Prompt) -> DecodeUnavailableError:
+        setting.link.trouble = "it was killed"
+        return DecodeUnavailableError("it was killed")
+
+    setting.link.answer = lost
+    async with setting.running():
+        asked = request("r", prompts=prompts, prompt_index=1, answer="a", scoring=Scoring(0, 0))
+        told, reading = setting.asks(asked)
+        await setting.until(lambda: setting.link.opened)
+        await asyncio.sleep(0.01)
+        if prompts == 1:
+            with pytest.raises(DecodeUnavailableError, match="it was killed"):
+                await reading
+            return
+        assert not reading.done()
+        setting.link.answer, setting.link.trouble = HandOff, None
+        again = (await setting.handed_over(2)).prompt
+        assert (again.attempt, again.request) == (2, asked)
+        setting.tells(2, 0, 1, 41, reason="stop")
+        await reading
+    assert told == [(0, 0, 40), (0, 1, 41)]
+
+
+@pytest.mark.parametrize("choices", [1, 2])
+async def test_the_rest_of_an_answer_keeps_its_place_in_a_full_queue(choices: int) -> None:
+    setting = Losing(max_waiting=2)
+    async with setting.running():
+        _, reading = setting.asks(request("r", choices=choices, version=version("d", "flood")))
+        await setting.handed_over(1)
+        setting.passes.hold = asyncio.Event()
+        ahead = asyncio.create_task(setting.only_token(request("ahead", max_tokens=1)))
+        await setting.until(lambda: len(setting.passes.ran) == 2)
+        setting.scheduler.add(waits := Prompt(request("waits", version=version("d", "flood"))))
+        setting.lose()
+        setting.link.trouble = None
+        await setting.until(lambda: setting.engine.waiting == 2)
+        for name in ("quiet", "other"):
+            with pytest.raises(OverloadedError, match="waiting already"):
+                await anext(setting.engine.generate(request(name, version=version("q", "quiet"))))
+        assert not reading.done()
+        setting.scheduler.remove(waits)
+        setting.passes.hold.set()
+        await ahead
+        await setting.handed_over(2)
+        for choice in range(choices):
+            setting.tells(2, choice, 2, 42, reason="stop")
+        await reading
+
+
+async def test_an_answer_that_is_overdue_is_not_said_to_have_no_token() -> None:
+    setting = Losing(request_timeout_s=0.2)
+    async with setting.running():
+        told, reading = setting.asks(request("r"))
+        await setting.handed_over(1)
+        setting.passes.hold = asyncio.Event()
+        setting.lose()
+        setting.link.trouble = None
+        with pytest.raises(DeadlineError, match="took longer than it may"):
+            await reading
+        setting.passes.hold.set()
+    assert told
+
+
+async def test_a_shadow_does_not_go_on() -> None:
+    setting = Losing()
+    async with setting.running():
+        _, reading = setting.asks(request("r", gives_way=True))
+        await setting.handed_over(1)
+        setting.lose()
+        setting.link.trouble = None
+        with pytest.raises(DecodeUnavailableError):
+            await reading
+        assert len(setting.link.opened) == 1
