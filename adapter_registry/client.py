@@ -39,6 +39,7 @@ from adapter_registry.messages import (
 from adapter_registry.names import check_task
 from adapter_registry.tensor_files import files_of
 from prad.artefact import AdapterRecord, Artefact
+from prad.http.asking import direct
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -77,8 +78,8 @@ class AsyncRegistryClient:
         self._http = httpx.AsyncClient(
             base_url=url,
             timeout=timeout,
-            trust_env=not _on_loopback(url),
             headers=_bearer(secret),
+            **_direct(url),
         )
 
     async def state(self) -> RoutingState:
@@ -199,9 +200,7 @@ class RegistryClient:
         self._timeout = timeout
         headers = {"x-prad-operator": operator.encode("ascii", "replace").decode()} if operator else {}
         headers |= _bearer(token)
-        self._http = httpx.Client(
-            base_url=url, timeout=timeout, trust_env=not _on_loopback(url), headers=headers
-        )
+        self._http = httpx.Client(base_url=url, timeout=timeout, headers=headers, **_direct(url))
 
     def push(self, task: str, files: Sequence[tuple[str, IO[bytes]]], *, ready_within: float = 0.0) -> Pushed:
         """Uploads (name, opened file) pairs as a version.
@@ -382,10 +381,10 @@ def _bearer(token: str) -> dict[str, str]:
     return {"authorization": f"Bearer {token}"} if token else {}
 
 
-def _on_loopback(url: str) -> bool:
-    """A proxy from the environment cannot reach this machine's own ports. Raises RegistryUnreachableError."""
+def _direct(url: str) -> dict[str, Any]:
+    """Raises RegistryUnreachableError."""
     with _reaching(url):
-        return httpx.URL(url).host in ("localhost", "127.0.0.1", "::1")
+        return direct(url)
 
 
 @contextmanager

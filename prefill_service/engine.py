@@ -116,7 +116,8 @@ class PrefillEngine:
             # pinned until the first token: after the prompt pass nobody needs it
             async with self._adapter_of(request, deadline, under_way=attempt.number > 1) as adapter:
                 prompt = Prompt(request, adapter, self._clock(), deadline, attempt=attempt.number)
-                prompt.running.intersection_update(attempt.running or prompt.running)
+                if attempt.running is not None:
+                    prompt.running.intersection_update(attempt.running)
                 left = deadline - self._clock()  # one timer: none of its tokens sets up its own
                 overdue = asyncio.get_running_loop().call_later(left, self._expire, prompt)
                 self._loop.add(prompt)
@@ -125,6 +126,8 @@ class PrefillEngine:
                 if isinstance(output, ServingError):
                     if not (attempt.again and await survives(output, request, said, back)):
                         raise output
+                    if not prompt.running:  # whoever waited for it has left meanwhile
+                        return
                     break
                 said[output.choice] += [token.id for token in output.tokens]
                 if output.finish_reason is not None:

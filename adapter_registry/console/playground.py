@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 from adapter_registry.disconnects import unless_gone
 from adapter_registry.settings import RegistrySettings
 from adapter_registry.uploads import BoundedRoute
-from prad.settings import is_loopback
+from prad.http.asking import direct
 
 AT_ONCE = 8
 """Answers under way, of all who ask."""
@@ -118,8 +118,8 @@ async def _asked(opened: AsyncExitStack, url: str, question: Question) -> httpx.
     client = httpx.AsyncClient(
         base_url=url.rstrip("/").removesuffix("/v1"),
         timeout=_TIMEOUT,
-        trust_env=not is_loopback(httpx.URL(url).host),
         headers=shown,
+        **direct(url),
     )
     await opened.enter_async_context(client)
     return await opened.enter_async_context(client.stream("POST", "/v1/completions", json=question.body))

@@ -10,13 +10,14 @@ import socket
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from ipaddress import ip_address
 from typing import Any
 
 import httpx
 
 from adapter_registry.errors import SourceNotAllowedError
 from adapter_registry.sources.arrival import Arrival
+from prad.http.asking import direct
+from prad.settings import is_loopback
 
 MAX_REDIRECTS = 5
 MAX_ANSWER_BYTES = 8 << 20
@@ -64,7 +65,7 @@ class Door:
             self._failing(),
             connections,
             self._arrival.cut_off_by(connections.cut),
-            httpx.Client(trust_env=not is_here(at.host)) as client,
+            httpx.Client(**direct(at)) as client,
         ):
             for _ in range(1 + MAX_REDIRECTS):
                 sent = headers if _host(at) == first else _without_credentials(headers)
@@ -99,7 +100,7 @@ class Door:
     def _checked(self, url: httpx.URL, before: httpx.URL | None = None) -> httpx.URL:
         """Raises SourceNotAllowedError."""
         by = "" if before is None else f"{before.host} sends on to "
-        if url.scheme != "https" and not (url.scheme == "http" and is_here(url.host)):
+        if url.scheme != "https" and not (url.scheme == "http" and is_loopback(url.host)):
             raise SourceNotAllowedError(
                 f"{self._arrival.uri}: {by}{str(url)[:200]} is not HTTPS, as it must be beyond this machine",
                 param="uri",
@@ -170,11 +171,3 @@ def _matches(host: str, allowed: str) -> bool:
 
 def _without_credentials(headers: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in headers.items() if name.lower() != "authorization"}
-
-
-def is_here(host: str) -> bool:
-    """Whether that is this machine."""
-    try:
-        return host == "localhost" or ip_address(host).is_loopback
-    except ValueError:
-        return False

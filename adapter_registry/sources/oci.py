@@ -14,8 +14,9 @@ import httpx
 from pydantic import BaseModel, Field, ValidationError
 
 from adapter_registry.sources.arrival import NAMES, Arrival, Promised
-from adapter_registry.sources.door import Door, is_here
+from adapter_registry.sources.door import Door
 from adapter_registry.sources.places import Place
+from prad.settings import is_loopback
 
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 NAME_ANNOTATIONS = ("org.cncf.model.filepath", "org.opencontainers.image.title")
@@ -71,7 +72,7 @@ class _Registry:
         mark = "@" if revision.startswith("sha256:") else ":"
         self._container = Container(f"{place.host}/{place.folder}{mark}{revision}", registry=place.host)
         self._wanted = revision
-        self._scheme = "http" if is_here(place.host.partition(":")[0]) else "https"
+        self._scheme = "http" if is_loopback(place.host.partition(":")[0]) else "https"
         self._credentials: dict[str, str] = {}
 
     def manifest(self) -> tuple[str, _Manifest]:

@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 
 from prad.core.errors import PradError
+from prad.settings import is_loopback
 
 DEFAULT_API = "http://127.0.0.1:8000"
 
@@ -22,15 +23,23 @@ def reaching(url: str, error: type[PradError], *, key: str = "") -> dict[str, An
     if not url.startswith(("http://", "https://")):
         raise error(f"expected a server's address like {DEFAULT_API}, got {url!r}")
     try:
-        host = httpx.URL(url).host
+        way = direct(url)
     except httpx.InvalidURL as invalid:
         raise error(f"{url!r} is no address of a server: {invalid}") from invalid
     return {
         "base_url": url.rstrip("/").removesuffix("/v1"),
         "headers": {"authorization": f"Bearer {key}"} if key else {},
-        # a proxy from the environment cannot reach this machine's own ports
-        "trust_env": host not in ("localhost", "127.0.0.1", "::1"),
+        **way,
     }
+
+
+def direct(url: httpx.URL | str) -> dict[str, Any]:
+    """What a client of httpx for `url` is made with as well: a proxy from the environment cannot reach this
+    machine's own ports; all else of it, as certificates, is for them too. Raises httpx.InvalidURL."""
+    host = httpx.URL(url).host
+    if not is_loopback(host):
+        return {}
+    return {"mounts": {f"all://[{host}]" if ":" in host else f"all://{host}": None}}
 
 
 def api_client(url: str, connections: int, error: type[PradError], *, key: str = "") -> httpx.Client:

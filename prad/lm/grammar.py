@@ -5,6 +5,7 @@ that takes a second for a large one. Compiling and masks run without the interpr
 within bounds: a grammar that needs more is refused, a sequence that does later ends.
 """
 
+import hashlib
 import json
 import logging
 import threading
@@ -14,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, TypeVar
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -42,8 +44,9 @@ _LIMITS: dict[
     "verbose_errors": False,
 }
 _NEVER = float("-inf")
-_MASKS = 128
-"""That are remembered as lists of tokens, 0.2 MB each at most with 49,152 tokens."""
+_MASK_BYTES = 32 * 2**20
+"""That remembered masks take at most: each lists up to half the vocabulary, eight bytes a token, as numpy is
+fastest with those. 160 masks with 49,152 tokens, 32 with 262,144."""
 _COMPILED = 64
 """Grammars that are remembered."""
 _THREADS = 2
@@ -54,7 +57,7 @@ _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,20}"
 """Between parts of JSON: some models never stop."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Grammar:
     """A compiled one. `first`: a matcher at its beginning, which nobody moves."""
 
@@ -153,11 +156,13 @@ class Grammars:
         self._loading, self._lock = threading.Lock(), threading.Lock()
         self._vocabulary: _Vocabulary | str | None = None  # a text: why there is none
         self._compiled: OrderedDict[str, Grammar] = OrderedDict()
+        self._asked: WeakValueDictionary[bytes, Grammar] = WeakValueDictionary()  # by what requests brought
         self._compiling = ThreadPoolExecutor(_THREADS, "grammars")
         self.waiting = 0
         """Grammars of requests, and searches in them, that are not done."""
         self._masking = ThreadPoolExecutor(1, "grammar-masks")
-        self._mask = lru_cache(_MASKS)(self._mask_of)  # many places in many grammars have the same
+        self.remembered_masks = max(1, _MASK_BYTES // (4 * vocab_size))
+        self._mask = lru_cache(self.remembered_masks)(self._mask_of)  # many places have the same
 
     def close(self) -> None:
         self._compiling.shutdown(wait=False, cancel_futures=True)
@@ -173,7 +178,28 @@ class Grammars:
         self, kind: Kind, source: Any, *, spaced: bool, beside: str | None = None
     ) -> "Future[Grammar]":
         """The same of what a request brings: see `written`."""
-        return self._begun(lambda: self.compiled(self.written(kind, source, spaced=spaced, beside=beside)))
+
+        def work() -> Grammar:
+            grammar = self.compiled(self.written(kind, source, spaced=spaced, beside=beside))
+            with self._lock:
+                self._asked[_name(kind, source, spaced, beside)] = grammar
+            return grammar
+
+        return self._begun(work)
+
+    def remembered(
+        self, kind: Kind, source: Any, *, spaced: bool, beside: str | None = None
+    ) -> "Future[Grammar] | None":
+        """What `begin_written` comes to, if it is compiled already: at once, and in no thread."""
+        with self._lock:
+            if (known := self._asked.get(_name(kind, source, spaced, beside))) is None:
+                return None
+            self._compiled[known.text] = known
+            self._compiled.move_to_end(known.text)
+            self._forget()
+        done = Future[Grammar]()
+        done.set_result(known)
+        return done
 
     def begin_blaming(self, schemas: Sequence[tuple[str, Mapping[str, Any]]]) -> "Future[str | None]":
         """Which part of which of these schemas, by their paths, is to blame that one does not compile, in a
@@ -208,9 +234,12 @@ class Grammars:
         grammar = Grammar(self, text, matcher)
         with self._lock:
             self._compiled[text] = grammar
-            if len(self._compiled) > _COMPILED:
-                self._compiled.popitem(last=False)
+            self._forget()
         return grammar
+
+    def _forget(self) -> None:
+        if len(self._compiled) > _COMPILED:
+            self._compiled.popitem(last=False)
 
     def written(self, kind: Kind, source: Any, *, spaced: bool, beside: str | None = None) -> str:
         """In llguidance's notation, which travels. spaced: a space may stand in front, as adapters learn to
@@ -337,6 +366,12 @@ class _Vocabulary:
         self.words = -(-self.tokenizer.vocab_size // 32)
         self.limits = llguidance.LLParserLimits(**_LIMITS)
         self.executor = llguidance.LLExecutor(max(1, torch.get_num_threads()))
+
+
+def _name(kind: Kind, source: Any, spaced: bool, beside: str | None) -> bytes:
+    """Of what a request brings: equal only for what is written alike."""
+    told = json.dumps([kind, source, spaced, beside])
+    return hashlib.blake2b(told.encode(), digest_size=32).digest()
 
 
 def _parts(schema: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -17,6 +17,7 @@ from prad.artefact import AdapterRecord, GenerationDefaults, GenerationValues
 from prad.core.rules import Rules
 from prad.core.sampling import SamplingParams
 from prad.lm import Grammars, Tokenizer
+from prefill_service.api.compiling import CompileQueue
 from prefill_service.api.intake import ApiLimits
 from prefill_service.api.messages import Addressed
 from prefill_service.api.outcomes import while_connected
@@ -27,7 +28,7 @@ from prefill_service.api.requests import (
     addressed,
     split_name,
 )
-from prefill_service.api.rules import RULE_FIELDS, CompileQueue, rules_of
+from prefill_service.api.rules import RULE_FIELDS, rules_of
 from prefill_service.api.showing import GivenEncoder, require_shown, scoring_of
 from prefill_service.api.text import Template, chat_template, completion_template
 from prefill_service.catalogue import Client, TaskCatalogue

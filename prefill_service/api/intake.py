@@ -339,22 +339,6 @@ def _stops(value: Any) -> tuple[str, ...] | None:
     return tuple(stops)
 
 
-def _content(value: Any) -> str:
-    """A message's text; text parts are joined as they stand, and `cache_control` changes no result."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list) or not value:
-        raise expected("a text or a list of text parts", value)
-    texts = []
-    for part in value:
-        match part:
-            case {"type": "text", "text": str(text), **more} if more.keys() <= {"cache_control"}:
-                texts.append(text)
-            case _:
-                raise expected('{"type": "text", "text": …}, as only text is supported yet', part)
-    return "".join(texts)
-
-
 def _top_k(value: Any) -> int | None:
     if value is None:
         return None
@@ -383,13 +367,6 @@ Stops = Annotated[
     tuple[str, ...] | None,
     PlainValidator(_stops),
     WithJsonSchema({"anyOf": [{"type": "string"}, {**_TEXTS, "maxItems": MAX_STOPS}, {"type": "null"}]}),
-]
-Content = Annotated[
-    str,
-    PlainValidator(_content),
-    WithJsonSchema(
-        {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}, {"type": "null"}]}
-    ),
 ]
 _FROM_MINUS_1 = WithJsonSchema({"anyOf": [{"type": "integer", "minimum": -1}, {"type": "null"}]})
 TopK = Annotated[int | None, PlainValidator(_top_k), _FROM_MINUS_1]

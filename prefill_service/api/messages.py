@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol
 import orjson
 from pydantic import FailFast, Field, PlainValidator, WithJsonSchema, model_validator
 
-from prefill_service.api.intake import Content, Neutral, StrictModel, deeper, expected, refused
+from prefill_service.api.intake import Neutral, StrictModel, deeper, expected, refused
 
 MAX_MESSAGES = 4096
 MAX_TOOLS = 128
@@ -32,6 +32,22 @@ class Forced(NamedTuple):
     """A `tool_choice` that names a function."""
 
     name: str
+
+
+def _content(value: Any) -> str:
+    """A message's text; text parts are joined as they stand, and `cache_control` changes no result."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not value:
+        raise expected("a text or a list of text parts", value)
+    texts = []
+    for part in value:
+        match part:
+            case {"type": "text", "text": str(text), **more} if more.keys() <= {"cache_control"}:
+                texts.append(text)
+            case _:
+                raise expected('{"type": "text", "text": …}, as only text is supported yet', part)
+    return "".join(texts)
 
 
 def _object(value: Any) -> Json:
@@ -71,6 +87,13 @@ def _tool_choice(value: Any) -> str | Forced | None:
     raise expected('"none", "auto", "required" or {"type": "function", "function": {"name": …}}', value)
 
 
+Content = Annotated[
+    str,
+    PlainValidator(_content),
+    WithJsonSchema(
+        {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}, {"type": "null"}]}
+    ),
+]
 Schema = Annotated[Json, PlainValidator(_object), WithJsonSchema({"type": "object"})]
 Arguments = Annotated[Json, PlainValidator(_arguments), WithJsonSchema({"type": "string"})]
 ToolChoice = Annotated[

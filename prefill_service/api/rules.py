@@ -5,24 +5,22 @@ one may be sent; what it says is compiled before the request is queued, so that 
 """
 
 import asyncio
-from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from dataclasses import fields as dataclass_fields
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Protocol
 
 import orjson
 from pydantic import Field, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from prad.core.rules import Rules, Word
-from prad.lm import CompiledRules, Grammar, GrammarError, Grammars, Tokenizer
+from prad.lm import CompiledRules, Grammar, Tokenizer
 from prad.lm.grammar import Kind
 from prefill_service.api.intake import StrictModel, deeper, expected, refused
 from prefill_service.api.problems import shown
-from prefill_service.errors import InvalidRequestError, OverloadedError
+from prefill_service.errors import InvalidRequestError
 
 MOST_BIASES = 1024
 MOST_WORDS = 256
@@ -30,10 +28,6 @@ LONGEST_WORD = 256
 MOST_CHOICES = 1024
 LONGEST_SOURCE = 1 << 16
 """Bytes of a schema or grammar, and of all choices together."""
-MOST_COMPILING = 64
-"""Grammars that are compiled or wait for it, under one API key, or of those without."""
-COMPILING_S = 60.0
-"""That a request waits for its own: the first one also for the vocabulary."""
 DEEPEST_SCHEMA = 128
 """Objects and lists in each other."""
 
@@ -266,10 +260,16 @@ COMPILED_FIELDS = frozenset({*RuleFields.constraints, "tools"})
 """Without these nothing is compiled."""
 
 
+class Compiling(Protocol):
+    """See `compiling.CompileQueue`."""
+
+    async def compiled(self, constraint: Constraint, *, spaced: bool, key: str | None) -> Future[Grammar]: ...
+
+
 async def rules_of(
     fields: RuleFields,
     tokenizer: Tokenizer,
-    grammars: "CompileQueue",
+    grammars: Compiling,
     vocab_size: int,
     *,
     beams: bool,
@@ -326,58 +326,3 @@ def _words(texts: Iterable[str], tokenizer: Tokenizer) -> tuple[Word, ...]:
             if ids:
                 found[Word(tuple(ids))] = None
     return tuple(found)
-
-
-class CompileQueue:
-    """Where grammars of requests wait to be compiled. Those under one API key are compiled one after another:
-    whatever they take, others' come between."""
-
-    def __init__(self, grammars: Grammars) -> None:
-        self._grammars = grammars
-        self._turns: dict[str, asyncio.Lock] = {}
-        self._waiting = Counter[str]()
-
-    async def compiled(self, constraint: Constraint, *, spaced: bool, key: str | None) -> "Future[Grammar]":
-        """In a thread: others go on. Cancelled before its turn, it takes none. Raises InvalidRequestError,
-        OverloadedError."""
-        many = self._grammars.waiting if key is None else self._waiting[key]
-        if many >= MOST_COMPILING:
-            raise OverloadedError(f"{many} grammars are being compiled already; try again later")
-        try:
-            async with asyncio.timeout(COMPILING_S), self._turn(key):
-                return await self._in_turn(constraint, spaced=spaced)
-        except TimeoutError as error:
-            raise OverloadedError(
-                f"the grammar of '{constraint.field}' was not compiled within {COMPILING_S:g} s; "
-                "try again later"
-            ) from error
-
-    @asynccontextmanager
-    async def _turn(self, key: str | None) -> AsyncIterator[None]:
-        if key is None:
-            yield
-            return
-        self._waiting[key] += 1
-        try:
-            async with self._turns.setdefault(key, asyncio.Lock()):
-                yield
-        finally:
-            self._waiting[key] -= 1
-            if not self._waiting[key]:
-                del self._waiting[key], self._turns[key]
-
-    async def _in_turn(self, constraint: Constraint, *, spaced: bool) -> "Future[Grammar]":
-        kind, beside = constraint.kind, constraint.calls
-        begun = self._grammars.begin_written(kind, constraint.source, spaced=spaced, beside=beside)
-        try:
-            await asyncio.wrap_future(begun)
-        except GrammarError as error:
-            schemas = list(constraint.schemas)
-            if kind == "json":
-                schemas.append((constraint.path, constraint.source))
-            blamed = await asyncio.wrap_future(self._grammars.begin_blaming(schemas))
-            path = blamed or constraint.path
-            raise InvalidRequestError(
-                f"'{path}' cannot be kept to: {error}", param=path, code="invalid_grammar", quotes=True
-            ) from error
-        return begun

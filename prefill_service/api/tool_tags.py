@@ -12,11 +12,12 @@ A value has no quotes: whether it is a text or JSON, the parameter's schema says
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import orjson
 
+from prad.core.rules import MOST_GRAMMAR
 from prefill_service.api.messages import Json, Tool
 from prefill_service.errors import InvalidRequestError
 
@@ -28,6 +29,16 @@ _WORDS = {"True": "true", "False": "false", "None": "null"}
 _UNKEPT = ("pattern", "format", "minLength", "maxLength", "contentEncoding")
 """Of a text whose end is a tag: that cannot be held to as well."""
 _MOST_REFERENCES = 8
+"""One behind another."""
+_KINDS: Mapping[type, tuple[str, ...]] = {
+    bool: ("boolean",),
+    int: ("integer", "number"),
+    float: ("number",),
+    type(None): ("null",),
+    str: ("string",),
+    list: ("array",),
+    dict: ("object",),
+}
 
 
 class TaggedCall:
@@ -85,21 +96,33 @@ class TaggedCall:
 
 def as_json(text: str, schema: object, root: Json) -> str:
     """A parameter's value: JSON where its schema, a part of `root`, has a place for that, else a text."""
-    kinds = _kinds(schema, root)
+    kinds = _Kinds(root).of(schema)
     if kinds != {"string"}:
         written = _WORDS.get(text.strip(), text.strip())
         try:
             value = orjson.loads(written)
         except orjson.JSONDecodeError:
             value = ""
-        if not isinstance(value, str) and (not kinds or not kinds.isdisjoint(_kinds_of(value))):
+        if not isinstance(value, str) and (not kinds or not kinds.isdisjoint(_kinds_of([value]))):
             return written
     return json.dumps(text, ensure_ascii=False)
 
 
 def tagged_calls(tools: Sequence[Tool], *, loose: bool) -> Iterator[str]:
     """Rules `call` of a grammar in llguidance's Lark. loose: arguments of tools that are not strict are any.
-    Raises InvalidRequestError for what cannot be kept to."""
+    Raises InvalidRequestError for what cannot be kept to, or takes too much."""
+    taken = 0
+    for rule in _rules(tools, loose=loose):
+        taken += len(rule)
+        if taken > MOST_GRAMMAR:  # each parameter has all of $defs for itself
+            raise _unkept(
+                f"the grammar of these calls takes more than {MOST_GRAMMAR} characters: send fewer tools or "
+                "parameters, or less in '$defs'"
+            )
+        yield rule
+
+
+def _rules(tools: Sequence[Tool], *, loose: bool) -> Iterator[str]:
     yield f"call: {' | '.join(f'call{at}' for at in range(len(tools)))}"
     for at, tool in enumerate(tools):
         begin = json.dumps(f"{_FUNCTION}{tool.function.name}>\n")
@@ -114,43 +137,44 @@ def tagged_calls(tools: Sequence[Tool], *, loose: bool) -> Iterator[str]:
             for name, key in names
         ]
         yield f"call{at}: {begin} {' '.join(parts)} {json.dumps(_END)}"
+        kinds = _Kinds(schema)
+        shared: Json = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
         for name, key in names:
-            yield _value(name, properties[key], schema, f"{tool.function.name!r}, parameter {key!r}")
+            told, where = properties[key], f"{tool.function.name!r}, parameter {key!r}"
+            yield _value(name, told, kinds.of(told), shared, where)
     yield f'parameter: "{_PARAMETER}" /[^>\\n]+/ ">" anything "\\n"'
     yield f"anything[lazy]: /(?s:.*)/ {json.dumps(_VALUE_END)}"
 
 
-def _parameters(function: str, schema: Json) -> tuple[Mapping[str, object], Sequence[object]]:
+def _parameters(function: str, schema: Json) -> tuple[Mapping[str, object], set[str]]:
     properties, required = schema.get("properties") or {}, schema.get("required") or []
     named = isinstance(properties, dict) and not any(">" in key or "\n" in key for key in properties)
     if not named or not isinstance(required, list):
-        raise InvalidRequestError(
-            f"'tools': the schema of {function!r} cannot be kept to: expected 'properties' by names without "
-            "> and line ends, and 'required', a list of such",
-            param="tools",
-            code="invalid_grammar",
+        raise _unkept(
+            f"the schema of {function!r} cannot be kept to: expected 'properties' by names without > and "
+            "line ends, and 'required', a list of such"
         )
     assert isinstance(properties, dict)
-    return properties, required
+    return properties, {key for key in required if isinstance(key, str)}
 
 
-def _value(name: str, schema: object, root: Json, where: str) -> str:
-    """The rule of a parameter's value, with the tag that ends it."""
-    kinds = _kinds(schema, root)
+def _value(name: str, schema: object, kinds: set[str], shared: Json, where: str) -> str:
+    """The rule of a parameter's value, with the tag that ends it. shared: what it may refer to."""
     told = schema if isinstance(schema, dict) else {}
     if texts := _texts(told):
         return f'{name}: "\\n" ({" | ".join(map(json.dumps, texts))}) "\\n{_VALUE_END}"'
     if "string" not in kinds and kinds:
-        shared = {key: root[key] for key in ("$defs", "definitions") if key in root}
         return f'{name}: "\\n" %json {json.dumps({**shared, **told})} "\\n{_VALUE_END}"'
     if unkept := next((word for word in _UNKEPT if word in told), None):
-        raise InvalidRequestError(
-            f"'tools': {unkept!r} of {where}, cannot be kept to: this model writes texts without quotes, so "
-            "that none is known to end but by its tag; leave it out, or 'strict'",
-            param="tools",
-            code="invalid_grammar",
+        raise _unkept(
+            f"{unkept!r} of {where}, cannot be kept to: this model writes texts without quotes, so that none "
+            "is known to end but by its tag; leave it out, or 'strict'"
         )
     return f"{name}[lazy]: /(?s:.*)/ {json.dumps(_VALUE_END)}"
+
+
+def _unkept(why: str) -> InvalidRequestError:
+    return InvalidRequestError(f"'tools': {why}", param="tools", code="invalid_grammar")
 
 
 def _texts(schema: Json) -> list[str]:
@@ -160,36 +184,45 @@ def _texts(schema: Json) -> list[str]:
     return list(values) if listed and isinstance(values, list) else []
 
 
-def _kinds(schema: object, root: Json, references: int = 0) -> set[str]:
-    """JSON types that a schema has a place for; none: whatever it is."""
-    if not isinstance(schema, dict):
+class _Kinds:
+    """JSON types that schemas of one `root` have a place for; none: whatever it is. So are a type that is no
+    text, and references that lead back to themselves. What is referred to is looked at once."""
+
+    def __init__(self, root: Json) -> None:
+        self._root = root
+        self._referred: dict[str, set[str]] = {}
+
+    def of(self, schema: object, references: int = 0) -> set[str]:
+        """references: that led to it."""
+        if not isinstance(schema, dict):
+            return set()
+        if isinstance(named := schema.get("type"), str | list):
+            return {each for each in ([named] if isinstance(named, str) else named) if isinstance(each, str)}
+        if "const" in schema:
+            return _kinds_of([schema["const"]])
+        if isinstance(values := schema.get("enum"), list):
+            return _kinds_of(values)
+        for word in ("anyOf", "oneOf", "allOf"):
+            if isinstance(several := schema.get(word), list):
+                each = [self.of(one, references) for one in several]
+                return set().union(*each) if all(each) else set()
+        if (
+            isinstance(to := schema.get("$ref"), str)
+            and to.startswith("#/")
+            and references < _MOST_REFERENCES
+        ):
+            if to not in self._referred:
+                self._referred[to] = set()  # until it is known
+                self._referred[to] = self.of(self._found(to), references + 1)
+            return self._referred[to]
         return set()
-    if isinstance(named := schema.get("type"), str | list):
-        return {named} if isinstance(named, str) else set(named)
-    if "const" in schema or isinstance(schema.get("enum"), list):
-        return {kind for value in schema.get("enum", [schema.get("const")]) for kind in _kinds_of(value)}
-    for word in ("anyOf", "oneOf", "allOf"):
-        if isinstance(several := schema.get(word), list):
-            each = [_kinds(one, root, references) for one in several]
-            return set().union(*each) if all(each) else set()
-    if isinstance(to := schema.get("$ref"), str) and to.startswith("#/") and references < _MOST_REFERENCES:
-        found: Any = root
+
+    def _found(self, to: str) -> object:
+        found: Any = self._root
         for step in to[2:].split("/"):
             found = found.get(step) if isinstance(found, dict) else None
-        return _kinds(found, root, references + 1)
-    return set()
+        return found
 
 
-def _kinds_of(value: object) -> set[str]:
-    match value:
-        case bool():
-            return {"boolean"}
-        case int():
-            return {"integer", "number"}
-        case float():
-            return {"number"}
-        case None:
-            return {"null"}
-        case str():
-            return {"string"}
-    return {"array"} if isinstance(value, list) else {"object"}
+def _kinds_of(values: Iterable[object]) -> set[str]:
+    return {kind for type_ in set(map(type, values)) for kind in _KINDS.get(type_, ())}

@@ -1,5 +1,6 @@
 """How commands reach an API: what is wrong with an address, or answers there and is none, is one line."""
 
+import httpx
 import pytest
 
 from prad.core.errors import PradError
@@ -51,11 +52,21 @@ def test_what_is_no_address_is_named(url: str) -> None:
         reaching(url, RefusedError)
 
 
-def test_a_proxy_is_for_other_machines() -> None:
-    """It cannot reach this one's own ports."""
-    assert reaching("http://127.0.0.1:8000/v1", RefusedError, key="k") == {
-        "base_url": "http://127.0.0.1:8000",
-        "headers": {"authorization": "Bearer k"},
-        "trust_env": False,
-    }
-    assert reaching("https://api.example.com/v1/", RefusedError)["trust_env"] is True
+def test_a_proxy_is_for_other_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It cannot reach this one's own ports; certificates from the environment are for all."""
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    for host in ("localhost", "127.0.0.1", "127.0.0.2", "[::1]"):
+        for scheme in ("http", "https"):
+            made = reaching(f"{scheme}://{host}:8000/v1", RefusedError, key="k")
+            assert made["base_url"] == f"{scheme}://{host}:8000"
+            assert made["headers"] == {"authorization": "Bearer k"}
+            assert "trust_env" not in made
+            with httpx.Client(**made) as client:
+                asked = client._transport_for_url(httpx.URL(made["base_url"]))
+                assert asked is client._transport, "no proxy"
+    with httpx.Client(**reaching("https://api.example.com/v1/", RefusedError)) as client:
+        asked = client._transport_for_url(httpx.URL("https://api.example.com"))
+        assert asked is not client._transport, "the proxy"

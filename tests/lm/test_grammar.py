@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from prad.lm import Grammar, GrammarError, Grammars, Tokenizer, grammar
-from prad.lm.grammar import Kind, Walk
+from prad.lm.grammar import Kind, Mask, Walk
 from tests.lm.tiny import byte_level_tokenizer
 
 VOCAB = 320
@@ -244,3 +244,11 @@ def test_of_masks_that_are_computed_together_one_that_breaks_is_alone_in_trouble
     assert [walk.trouble for walk in walks] == [None, "its grammar broke: index out of bounds", None]
     for row in (0, 2):
         assert (together[row] == alone[row]).all()
+
+
+@pytest.mark.parametrize("vocab_size", [32, 49_152, 262_144])
+def test_remembered_masks_take_no_more_than_they_may(vocab_size: int) -> None:
+    grammars = Grammars(lambda: pytest.fail("needs none"), vocab_size)
+    grammars.close()
+    most = Mask.of(np.arange(vocab_size) % 2 == 0).ids.nbytes
+    assert most * grammars.remembered_masks <= 32 * 2**20 < most * (grammars.remembered_masks + 1)

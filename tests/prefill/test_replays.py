@@ -93,6 +93,23 @@ async def test_of_several_all_begin_anew_and_nothing_is_told_twice() -> None:
     assert told[before:] == [(0, 2, 42), (2, 3, 63)]
 
 
+async def test_what_nobody_waits_for_any_more_does_not_begin_anew() -> None:
+    """All that were wanted were cancelled while decode was away: none is not all."""
+    setting = Losing()
+    async with setting.running():
+        _, reading = setting.asks(request("r", choices=2))
+        await setting.handed_over(1)
+        setting.tells(1, 0, 1, 41)
+        await setting.idle()
+        setting.lose()
+        await asyncio.sleep(0.01)
+        for choice in (0, 1):
+            setting.engine.cancel_choice("r", choice)
+        setting.link.trouble = None
+        await asyncio.wait_for(reading, 5)
+        assert len(setting.link.opened) == 1
+
+
 async def test_an_answer_that_comes_otherwise_is_none() -> None:
     """As where numbers depend on what shares a batch: better an error than an answer of two halves."""
     setting = Losing()

@@ -1,6 +1,7 @@
 """Whatever JSON comes, the answer is 200 or names what is wrong, in few words: never a 5xx."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -10,8 +11,12 @@ from hypothesis import strategies as st
 
 from prad.lm import Tokenizer
 from prefill_service.api import ModelInfo, create_app
+from prefill_service.api.messages import Tool
 from prefill_service.api.requests import ChatRequest, CompletionRequest
 from prefill_service.api.tokens import Detokenize, TokenizePrompt
+from prefill_service.api.tool_formats import ARGS, HERMES, LLAMA, MISTRAL, TAGS, call_grammar
+from prefill_service.api.tool_tags import as_json
+from prefill_service.errors import InvalidRequestError
 from tests.prefill_api.conftest import ScriptedEngine, catalogue_of
 
 JSON = st.recursive(
@@ -33,6 +38,24 @@ TOOL = st.fixed_dictionaries(
         "type": st.just("function"),
         "function": st.fixed_dictionaries({"name": st.just("f"), "parameters": JSON}),
     }
+)
+SCHEMA = st.recursive(
+    st.dictionaries(
+        st.sampled_from(["type", "const", "enum", "$ref", "required", "properties", "anyOf", "$defs"]),
+        st.sampled_from([[{}], ["string", []], "string", "integer", 5, "#/properties/a", [[]], {}, None])
+        | JSON,
+        max_size=3,
+    ),
+    lambda inner: st.fixed_dictionaries(
+        {},
+        optional={
+            "properties": st.dictionaries(st.sampled_from("ab"), inner, max_size=2),
+            "anyOf": st.lists(inner, max_size=2),
+            "$defs": st.dictionaries(st.sampled_from("ab"), inner, max_size=2),
+            "required": st.lists(JSON, max_size=2),
+        },
+    ),
+    max_leaves=4,
 )
 MESSAGE = st.fixed_dictionaries(
     {"role": st.sampled_from(["user", "assistant", "system", "tool"]), "content": JSON},
@@ -117,3 +140,16 @@ async def test_no_tool_is_a_fault_of_ours(
             }
             response = await client.post("/v1/chat/completions", **body)
             assert response.status_code in (200, 400), response.text
+
+
+@given(schema=SCHEMA, value=st.sampled_from(["7", "x", "null", "[1]"]))
+def test_no_schema_of_a_tool_is_a_fault_of_ours(schema: dict[str, Any], value: str) -> None:
+    """However a model writes calls."""
+    function = {"name": "f", "parameters": schema, "strict": True}
+    tool = Tool.model_validate({"type": "function", "function": function})
+    for form in (HERMES, MISTRAL, ARGS, TAGS, LLAMA):
+        with suppress(InvalidRequestError):
+            call_grammar(form, [tool], lambda _: None, parallel=True)
+    properties = schema.get("properties")
+    for each in [schema, *(properties.values() if isinstance(properties, dict) else ())]:
+        orjson.loads(as_json(value, each, schema))

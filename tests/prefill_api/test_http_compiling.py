@@ -4,14 +4,17 @@ import asyncio
 import json
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import httpx
 import pytest
 
-from prad.lm import Grammars, Tokenizer
-from prefill_service.api import ApiAccess, ModelInfo, create_app, rules
+from prad.lm import Grammar, Grammars, Tokenizer
+from prefill_service.api import ApiAccess, ModelInfo, compiling, create_app
+from prefill_service.api.rules import Constraint
 from prefill_service.catalogue import KeyRing, TaskCatalogue
+from prefill_service.errors import OverloadedError
 from tests.prefill_api.test_http_keys import key, shown
 
 URL = "/v1/completions"
@@ -41,7 +44,7 @@ async def until(wanted: list[Grammars], waiting: int) -> None:
 async def test_no_more_wait_than_may(
     client: httpx.AsyncClient, stuck: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rules, "MOST_COMPILING", 4)
+    monkeypatch.setattr(compiling, "MOST_COMPILING", 4)
     goes_on, wanted = stuck
     waiting = [asyncio.create_task(client.post(URL, json=GUIDED)) for _ in range(4)]
     await until(wanted, 4)
@@ -56,7 +59,7 @@ async def test_no_more_wait_than_may(
 async def test_nobody_waits_for_ever(
     client: httpx.AsyncClient, stuck: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rules, "COMPILING_S", 0.02)
+    monkeypatch.setattr(compiling, "COMPILING_S", 0.02)
     refused = await client.post(URL, json=GUIDED)
     assert (refused.status_code, refused.json()["error"]["code"]) == (429, "overloaded")
     assert "guided_choice" in refused.json()["error"]["message"]
@@ -95,7 +98,7 @@ async def test_grammars_of_one_key_hold_up_no_other_s(
         return compiled(grammars, text)
 
     monkeypatch.setattr(Grammars, "compiled", waits)
-    monkeypatch.setattr(rules, "MOST_COMPILING", 5)
+    monkeypatch.setattr(compiling, "MOST_COMPILING", 5)
     ring = KeyRing()
     ring.replace([key("alice"), key("bob")])
     info = ModelInfo("0123456789abcdef", 128, len(tokenizer), frozenset())
@@ -120,3 +123,61 @@ async def test_grammars_of_one_key_hold_up_no_other_s(
         answers = await asyncio.gather(*of_alice, of_bob)
     assert sorted(answer.status_code for answer in answers) == [200] * 6 + [429]
     assert len(begun) == 6
+
+
+def queued(queue: compiling.CompileQueue, key: str | None, choice: str) -> "asyncio.Task[Future[Grammar]]":
+    constraint = Constraint("choice", [choice], "guided_choice")
+    return asyncio.create_task(queue.compiled(constraint, spaced=False, key=key))
+
+
+@pytest.fixture
+def grammars(tokenizer: Tokenizer) -> Iterator[Grammars]:
+    made = Grammars(lambda: tokenizer, len(tokenizer))
+    yield made
+    made.close()
+
+
+async def test_what_is_compiled_already_waits_for_no_turn(grammars: Grammars, stuck: Any) -> None:
+    goes_on, wanted = stuck
+    queue = compiling.CompileQueue(grammars)
+    goes_on.set()
+    known = (await queued(queue, "alice", "known")).result()
+    goes_on.clear()
+    new = queued(queue, "alice", "new")
+    await until(wanted, 1)
+    assert (await asyncio.wait_for(queued(queue, "alice", "known"), 5)).result() is known
+    assert not new.done()
+    goes_on.set()
+    assert (await new).result() is not known
+
+
+async def test_a_turn_is_over_when_its_thread_is_free(grammars: Grammars, stuck: Any) -> None:
+    """Those who leave one after another take no second thread."""
+    goes_on, wanted = stuck
+    queue = compiling.CompileQueue(grammars)
+    left = [queued(queue, "alice", f"{number}") for number in range(4)]
+    await until(wanted, 1)
+    for each in left:
+        each.cancel()
+        await asyncio.wait([each])
+        await asyncio.sleep(0.01)
+    more = queued(queue, "alice", "more")
+    of_bob = queued(queue, "bob", "b")
+    await until(wanted, 2)
+    goes_on.set()
+    await asyncio.gather(more, of_bob)
+    assert len(wanted) == 3, "the first of alice's, bob's, and the one that did not leave"
+
+
+async def test_who_shows_no_key_is_refused_by_no_other_s_count(
+    grammars: Grammars, stuck: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiling, "MOST_COMPILING", 2)
+    goes_on, wanted = stuck
+    queue = compiling.CompileQueue(grammars)
+    asked = [queued(queue, key, f"{key} {number}") for key in ("a", "b", None) for number in range(2)]
+    await until(wanted, 4)
+    with pytest.raises(OverloadedError):
+        await queued(queue, None, "third")
+    goes_on.set()
+    await asyncio.gather(*asked)

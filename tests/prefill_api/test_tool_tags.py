@@ -1,5 +1,6 @@
 """Calls in tags: which values are texts, which are JSON; and what a grammar of them keeps to."""
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,6 +38,9 @@ ROOT: dict[str, Any] = {"$defs": {"Size": {"type": "integer"}, "Loop": {"$ref": 
         ("02134", {}, '"02134"'),
         ("NaN", {"type": "number"}, '"NaN"'),
         ('"quoted"', {}, '"\\"quoted\\""'),
+        ("7", {"type": [{}]}, "7"),
+        ("7", {"type": [{}, "string"]}, '"7"'),
+        ("7", {"const": "x", "enum": 5}, '"7"'),
     ],
 )
 def test_a_value_is_what_its_schema_has_a_place_for(text: str, schema: dict[str, Any], told: str) -> None:
@@ -108,3 +112,35 @@ def test_what_cannot_be_kept_to_is_refused(properties: Any, says: str) -> None:
     assert (refused.value.param, refused.value.code) == ("tools", "invalid_grammar")
     loose = Tool.model_validate({"type": "function", "function": function | {"strict": False}})
     assert list(tagged_calls([loose], loose=True))
+
+
+def seconds(parameters: dict[str, Any]) -> float:
+    function = {"name": "f", "parameters": parameters, "strict": True}
+    tool = Tool.model_validate({"type": "function", "function": function})
+    begun = time.process_time()
+    list(tagged_calls([tool], loose=True))
+    for schema in parameters["properties"].values():
+        as_json("7", schema, parameters)
+    return time.process_time() - begun
+
+
+def test_what_is_referred_to_often_is_looked_at_once() -> None:
+    """Each of them took minutes, or would have."""
+    a = {"$ref": "#/properties/a"}
+    assert seconds({"properties": {"a": {"anyOf": [a] * 8}}}) < 1
+    steps = {f"s{n}": {"anyOf": [{"$ref": f"#/properties/s{n + 1}"}] * 16} for n in range(7)}
+    assert seconds({"properties": steps | {"s7": {"type": "integer"}}}) < 1
+    many = {f"p{n}": {"$ref": "#/x"} for n in range(300)}
+    assert seconds({"properties": many, "x": {"enum": ["a"] * 10_000}}) < 2
+    assert seconds({"properties": {f"p{n}": {} for n in range(3000)}, "required": [""] * 6000}) < 2
+
+
+def test_a_grammar_stays_in_bounds_while_it_is_written() -> None:
+    schema = {
+        "properties": {f"p{n}": {"type": "integer"} for n in range(1000)},
+        "$defs": {"x": {"enum": ["a"] * 5_000}},
+    }
+    function = {"name": "f", "parameters": schema, "strict": True}
+    tool = Tool.model_validate({"type": "function", "function": function})
+    with pytest.raises(InvalidRequestError, match=r"takes more than .* send fewer tools"):
+        list(tagged_calls([tool], loose=True))

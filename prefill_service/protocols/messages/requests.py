@@ -6,8 +6,8 @@ from typing import Annotated, Any, ClassVar, Literal
 import orjson
 from pydantic import ConfigDict, FailFast, Field, PlainValidator, WithJsonSchema
 
-from prefill_service.api.intake import Content, Neutral, StrictModel, TokenCount, deeper, expected
-from prefill_service.api.messages import MAX_DEPTH, MAX_MESSAGES
+from prefill_service.api.intake import Neutral, StrictModel, TokenCount, deeper, expected
+from prefill_service.api.messages import MAX_DEPTH, MAX_MESSAGES, Content
 from prefill_service.api.problems import shown
 from prefill_service.api.requests import ChatRequest
 from prefill_service.errors import InvalidRequestError
