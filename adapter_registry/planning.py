@@ -9,7 +9,8 @@ Pure: a store reads a `TaskView`, calls `plan`, and writes the `Change`s in one 
   latest other routable version takes over, and its aliases are gone. With none left the task does not
   answer, and says so to requests.
 - A rollback brings the whole routing before back: split, aliases and shadows.
-- A shadow ends with its version: it answers nobody, so nobody has to be asked.
+- A shadow ends with its version: it answers nobody, so nobody has to be asked. It also ends where its
+  version comes to answer everything, and would be its own shadow.
 """
 
 from collections.abc import Callable, Mapping
@@ -133,6 +134,12 @@ def plan(view: TaskView, wanted: Wanted, past: Past, *, expected: int | None = N
         case SetShadow(shares):
             for number in sorted(shares):
                 after(view.name(number), view.state(number), Event.SHADOW)
+                if set(view.routing.split) == {number}:
+                    raise InvalidRequestError(
+                        f"{view.name(number)} answers every request for {view.task!r} itself: a shadow is "
+                        "another version, which is compared with it",
+                        param="shadow",
+                    )
             return _routed(view, Event.SHADOW, view.routing.shadowed(shares), None)
         case Rollback():
             return _routed(view, Event.ROLLBACK, _before(view, past), None)
