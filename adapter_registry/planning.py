@@ -13,7 +13,7 @@ Pure: a store reads a `TaskView`, calls `plan`, and writes the `Change`s in one 
   version comes to answer everything, and would be its own shadow.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from adapter_registry.errors import (
@@ -28,6 +28,7 @@ from adapter_registry.routing import Routing
 from adapter_registry.versions import Event, State, after
 
 MAX_ALIASES = 64
+_TOLD = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +45,17 @@ class TaskView:
     def state(self, version: int) -> State:
         """Raises VersionNotFoundError."""
         if version not in self.states:
-            raise VersionNotFoundError(f"{self.task} has no version {version}", param="version")
+            raise VersionNotFoundError(
+                f"{self.task} has no version {version}{numbered(self.states)}", param="version"
+            )
         return self.states[version]
+
+
+def numbered(known: Iterable[int]) -> str:
+    """Behind what says that a task has no such version: those that it has, of many the latest."""
+    there = sorted(known)
+    before = "..., " if len(there) > _TOLD else ""
+    return f": it has {before}{', '.join(map(str, there[-_TOLD:]))}" if there else ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from adapter_registry.opening import SQLITE_FILE, OpenedData, open_data
 from adapter_registry.settings import RegistrySettings
 from adapter_registry.snapshot import Snapshot
 from prad.settings import environment_name
+from prad_cli.operating import counted
 
 COMMANDS = ("export", "import")
 HINT = (
@@ -75,7 +76,9 @@ def export_command(
                 f"{data.place} holds nothing: no version, no routing, no key, so no file is written; name "
                 "another with --data-dir, --redis-url and --files, as the registry has them"
             )
-        print(f"{_said(write_export(data.store, data.files, file))} are in {file}, read from {data.place}")
+        print(
+            f"{_said(write_export(data.store, data.files, file))} written to {file}, read from {data.place}"
+        )
 
 
 @_app.command(
@@ -90,7 +93,7 @@ def import_command(
 ) -> None:
     """Read everything in FILE into an empty registry: versions, routing, history and files."""
     with _opened(_settings(data_dir, redis_url, files, files_endpoint)) as data:
-        print(f"{_said(read_export(data.store, data.files, file))} are in {data.place}")
+        print(f"{_said(read_export(data.store, data.files, file))} read into {data.place}")
 
 
 def _require_registry(settings: RegistrySettings) -> None:
@@ -136,4 +139,6 @@ def _opened(settings: RegistrySettings) -> Iterator[OpenedData]:
 
 
 def _said(found: Snapshot) -> str:
-    return f"{len(found.tasks)} tasks with {len(found.versions)} versions, at revision {found.revision},"
+    tasks = counted(len(found.tasks), "task", "tasks")
+    versions = counted(len(found.versions), "version", "versions")
+    return f"{tasks} with {versions}, at revision {found.revision},"

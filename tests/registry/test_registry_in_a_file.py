@@ -25,7 +25,7 @@ def test_a_registry_goes_into_a_file_and_out_of_it(data_dir, serving, adapter, r
         refused = prad("registry", "export", file, "--data-dir", data_dir)
         assert f"another registry uses {data_dir}" in str(refused.exception)
     exported = prad("registry", "export", file, "--data-dir", data_dir)
-    said = f"2 tasks with 3 versions, at revision {before.revision}, are in {file}, read from {data_dir}"
+    said = f"2 tasks with 3 versions, at revision {before.revision}, written to {file}, read from {data_dir}"
     assert " ".join(exported.output.split()).startswith(said)
 
     there = ["--data-dir", tmp_path / "there", "--redis-url", redis.url]
@@ -64,7 +64,7 @@ def test_an_export_makes_no_registry(data_dir, serving, adapter, tmp_path, monke
     assert f"prad serve keeps its own in {tmp_path / 'of-serve' / 'registry'}" in str(hinted.exception)
     assert "named by --redis-url" in str(hinted.exception)
     monkeypatch.setenv("PRAD_DATA_DIR", str(tmp_path / "of-serve"))
-    assert "1 tasks with 1 versions" in prad("registry", "export", tmp_path / "a.tar").output
+    assert "1 task with 1 version," in prad("registry", "export", tmp_path / "a.tar").output
 
 
 def test_an_empty_registry_is_no_backup(redis, tmp_path):

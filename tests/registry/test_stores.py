@@ -96,7 +96,7 @@ def test_a_version_tells_everything(store, stored_adapter):
         (4, "retire", "routable", "retired", {}),
     ]
     assert [line.by for line in record.history] == ["", "prefill-1", "prefill-1", ""]
-    with pytest.raises(VersionNotFoundError, match="a has no version 2"):
+    with pytest.raises(VersionNotFoundError, match="a has no version 2: it has 1"):
         store.version("a", 2)
 
 
