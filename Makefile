@@ -1,5 +1,5 @@
 # Everything below runs in .venv, made on first use from the exact versions in locks/, and made again when these or
-# pyproject.toml change. PYTHON picks the interpreter (3.11 or newer), PIP_ARGS where pip finds torch (see locks/install).
+# pyproject.toml change. PYTHON picks the interpreter (3.11 to 3.13), PIP_ARGS where pip finds torch (see locks/install).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -111,7 +111,7 @@ clean: ## remove the virtual environments and caches (not the converted model)
 
 $(VENV)/.made: $(LOCKED)
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
-		{ echo "error: Python 3.11 or newer is needed, and $(PYTHON) is none: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+		{ echo "error: Python 3.11 to 3.13 is needed, and $(PYTHON) is none: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -m venv --clear $(VENV)
 	@touch $@
 

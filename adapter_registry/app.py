@@ -79,6 +79,7 @@ _NOT_NOW = described({404: "No such task or version", 409: "The version's state 
 _PLACES = {"docs": "/docs", "openapi": "/openapi.json", "tasks": "/v1/tasks"} | {
     name: f"/{name}" for name in ("health", "ready", "metrics")
 }
+_LISTS = tuple(f"/v1/{name}" for name in ("state", "changes", "replicas", "keys"))
 
 
 def create_app(registry: Registry, settings: RegistrySettings, secrets: Secrets) -> FastAPI:
@@ -87,7 +88,7 @@ def create_app(registry: Registry, settings: RegistrySettings, secrets: Secrets)
         "/docs", None, title="PrAd adapter registry", version=__version__, responses=_RESPONSES
     )
     app.openapi = partial(replies.describe, app)  # type: ignore[method-assign]
-    replies.install(app, registry.metrics)
+    replies.install(app, registry.metrics, (*_PLACES.values(), *_LISTS))
     guard = Guard(registry, secrets)
     traffic = LiveTraffic() if settings.console else None
     local = Depends(refuse_foreign_origin)

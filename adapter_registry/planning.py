@@ -9,10 +9,11 @@ Pure: a store reads a `TaskView`, calls `plan`, and writes the `Change`s in one 
   latest other routable version takes over, and its aliases are gone. With none left the task does not
   answer, and says so to requests.
 - A rollback brings the whole routing before back: split, aliases and shadows.
-- A shadow ends with its version: it answers nobody, so nobody has to be asked.
+- A shadow ends with its version: it answers nobody, so nobody has to be asked. It also ends where its
+  version comes to answer everything, and would be its own shadow.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from adapter_registry.errors import (
@@ -27,6 +28,7 @@ from adapter_registry.routing import Routing
 from adapter_registry.versions import Event, State, after
 
 MAX_ALIASES = 64
+_TOLD = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +45,17 @@ class TaskView:
     def state(self, version: int) -> State:
         """Raises VersionNotFoundError."""
         if version not in self.states:
-            raise VersionNotFoundError(f"{self.task} has no version {version}", param="version")
+            raise VersionNotFoundError(
+                f"{self.task} has no version {version}{numbered(self.states)}", param="version"
+            )
         return self.states[version]
+
+
+def numbered(known: Iterable[int]) -> str:
+    """Behind what says that a task has no such version: those that it has, of many the latest."""
+    there = sorted(known)
+    before = "..., " if len(there) > _TOLD else ""
+    return f": it has {before}{', '.join(map(str, there[-_TOLD:]))}" if there else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +144,12 @@ def plan(view: TaskView, wanted: Wanted, past: Past, *, expected: int | None = N
         case SetShadow(shares):
             for number in sorted(shares):
                 after(view.name(number), view.state(number), Event.SHADOW)
+                if set(view.routing.split) == {number}:
+                    raise InvalidRequestError(
+                        f"{view.name(number)} answers every request for {view.task!r} itself: a shadow is "
+                        "another version, which is compared with it",
+                        param="shadow",
+                    )
             return _routed(view, Event.SHADOW, view.routing.shadowed(shares), None)
         case Rollback():
             return _routed(view, Event.ROLLBACK, _before(view, past), None)

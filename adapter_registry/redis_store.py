@@ -25,7 +25,7 @@ from adapter_registry import redis_server, redis_stream
 from adapter_registry.errors import StoreUnavailableError, VersionNotFoundError
 from adapter_registry.keys import NewKey, StoredKey, issued, of_the_api, revoked
 from adapter_registry.messages import HistoryLine, LoggedLine, RoutingState, TaskRoute, VersionRecord
-from adapter_registry.planning import Move, Past, Wanted, plan
+from adapter_registry.planning import Move, Past, Wanted, numbered, plan
 from adapter_registry.redis_records import (
     StoredFiles,
     StoredTask,
@@ -132,7 +132,8 @@ class RedisStore:
             found = there(read(text), task)
             route = next((v for v in found.versions if v.version == version), None)
             if route is None:
-                raise VersionNotFoundError(f"{task} has no version {version}", param="version")
+                others = numbered(v.version for v in found.versions)
+                raise VersionNotFoundError(f"{task} has no version {version}{others}", param="version")
             adapter = self._redis.hget(ADAPTERS, route.digest)
         return record(found, route, StoredFiles.model_validate_json(adapter or ""), lines)
 

@@ -2,7 +2,7 @@
 line in the log for each."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from http import HTTPStatus
 from types import MappingProxyType
 from typing import Any
@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from adapter_registry import errors
 from adapter_registry.errors import ErrorBody, ErrorReply
 from adapter_registry.metrics import Metrics
+from prad.http.hosts import unknown_path
 from prad.http.logs import logged
 
 logger = logging.getLogger(__name__)
@@ -89,8 +90,8 @@ def _cut(text: str) -> str:
     return text if len(text) <= TOLD_CHARACTERS else f"{text[:TOLD_CHARACTERS]}…"
 
 
-def install(app: FastAPI, metrics: Metrics) -> None:
-    """Every failure of `app` is answered in the one shape."""
+def install(app: FastAPI, metrics: Metrics, places: Collection[str]) -> None:
+    """Every failure of `app` is answered in the one shape. `places`: paths that may have been meant."""
 
     def reply(
         request: Request, status: int, message: str, code: str, param: str | None = None
@@ -108,8 +109,13 @@ def install(app: FastAPI, metrics: Metrics) -> None:
         return reply(request, 400, message, errors.InvalidRequestError.code, _place(problems[0]["loc"]))
 
     async def http(request: Request, error: HTTPException) -> JSONResponse:
-        code = HTTPStatus(error.status_code).name.lower()
-        return reply(request, error.status_code, str(error.detail), code)
+        """What the router itself refuses: unknown paths and methods."""
+        message, code = str(error.detail), HTTPStatus(error.status_code).name.lower()
+        if error.status_code == HTTPStatus.NOT_FOUND:
+            message = unknown_path(request.url.path, places)
+        elif allowed := (error.headers or {}).get("Allow"):
+            message = f"{request.method} is not possible on {request.url.path}: expected {allowed}"
+        return reply(request, error.status_code, message, code)
 
     async def unexpected(
         request: Request, _: Exception

@@ -110,9 +110,9 @@ class Routing(BaseModel):
         return self.model_copy(update={"split": split}) if split else self
 
     def divided(self, weights: Mapping[int, int]) -> "Routing":
-        """With plain `task` meaning these."""
+        """With plain `task` meaning these; who answers everything is nobody's shadow any more."""
         split = dict.fromkeys(weights, WHOLE) if len(weights) == 1 else dict(sorted(weights.items()))
-        return self._next(split=split)
+        return self._next(split=split, shadow=_beside(split, self.shadow))
 
     def aliased(self, name: str, version: int | None) -> "Routing":
         """With `task@name` meaning that; None: nothing any more."""
@@ -128,11 +128,12 @@ class Routing(BaseModel):
     def without(self, version: int) -> "Routing":
         """As it goes on when the version ends; that is no step that a rollback could take back."""
         left = {number: weight for number, weight in self.split.items() if number != version}
+        shadow = {number: share for number, share in self.shadow.items() if number != version}
         return self.model_copy(
             update={
                 "split": dict.fromkeys(left, WHOLE) if len(left) == 1 else left,
                 "aliases": {name: meant for name, meant in self.aliases.items() if meant != version},
-                "shadow": {number: share for number, share in self.shadow.items() if number != version},
+                "shadow": _beside(left, shadow),
                 "previous": None if self.previous == version else self.previous,
             }
         )
@@ -160,6 +161,11 @@ class Routing(BaseModel):
             "before": self.revision if self.named else None,
         }
         return after.model_copy(update=update)
+
+
+def _beside(split: Mapping[int, int], shadow: Mapping[int, float]) -> Mapping[int, float]:
+    """The shadows that are none of a version that answers everything: it would be compared with itself."""
+    return {number: share for number, share in shadow.items() if set(split) != {number}}
 
 
 def drawn(task: str, split: Mapping[int, int], key: str) -> int:

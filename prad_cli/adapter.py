@@ -1,6 +1,7 @@
 """`prad adapter ...`: versions pushed, shown and removed while traffic runs, over the registry's API."""
 
 import json
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Annotated
@@ -246,7 +247,8 @@ def _say_next(record: VersionRecord, registry: str) -> None:
     else:
         print(f"{record.name} is verified, and answers as {record.name!r}. Try it:")
     body = json.dumps({"model": model, "prompt": "..."})
-    api = "http://127.0.0.1:8000" if registry == DEFAULT_REGISTRY else "http://API:PORT"
+    here = "http://127.0.0.1:8000" if registry == DEFAULT_REGISTRY else "http://API:PORT"
+    api = os.environ.get("PRAD_API_URL", here).rstrip("/").removesuffix("/v1")
     print(f"  curl {api}/v1/completions -H 'Content-Type: application/json' -d '{body}'")
     if not record.current:
         command = f"prad adapter promote {record.name}{_flag(registry)}"

@@ -12,7 +12,7 @@ import typer
 
 from prad.http.asking import DEFAULT_API, reaching, reason
 from prad_cli.batch_lines import AnswerFile, BatchFileError, Request, names_of, read_requests
-from prad_cli.operating import credential, fail, print_json, progress_console
+from prad_cli.operating import counted, credential, fail, print_json, progress_console
 
 if TYPE_CHECKING:
     import httpx
@@ -69,9 +69,7 @@ def batch_command(
         try:
             asyncio.run(_Run(url, answers, at_once, patience).ask_all(left, len(names)))
         except KeyboardInterrupt:
-            told = (
-                f"{len(answers.done)} of {len(names)} have answers; the same command goes on where this ended"
-            )
+            told = f"{len(answers.done)} of {len(names)} answered; the same command goes on where this ended"
             typer.secho(f"stopped: {told}", err=True)
             raise typer.Exit(130) from None
         refused = sum(not answered for answered in answers.done.values())
@@ -80,9 +78,10 @@ def batch_command(
         print_json({"requests": len(names), "asked": asked, "refused": refused, "seconds": round(seconds, 3)})
     else:
         rate = f"{asked} of them were asked in {seconds:.1f} s, {asked / seconds:.1f}/s"
-        print(f"{len(names)} requests have answers; {rate}")
+        print(f"{counted(len(names), 'request has', 'requests have')} answers; {rate}")
     if refused:
-        fail(f"{refused} requests were refused: their lines in {target} say why (status_code is not 200)")
+        were = counted(refused, "request was", "requests were")
+        fail(f"{were} refused: status_code is not 200 in {target}, and the body says why")
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,7 +70,7 @@ def doctor_command(
 ) -> None:
     """Look for what keeps this machine from serving: packages, CPU, kernels, memory, ports, model, folders.
 
-    Also a Redis and running services, if they are named. Exit status 1 if there is such a thing.
+    Also a Redis and running services, if they are named. Exit status 1 if there is a fault.
     """
     services = {"API": url, "registry": registry, "decode": decode_metrics}
     if running:

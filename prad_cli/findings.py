@@ -24,13 +24,23 @@ from packaging.version import Version
 from pydantic_settings import BaseSettings
 
 from prad.core.models import DEFAULT_MODEL
+from prad.settings import environment_name
 from prad_cli.extras import installing
 
 MIB = 1 << 20
 _LEAST_DISK = 1 << 30
 _LEAST_FILES = 4096
 """Open files: a connection takes one at each side, and the API takes 1,024 connections."""
-_REGISTRY_URL = "PRAD_REGISTRY_URL"  # of commands
+_OF_COMMANDS = frozenset(
+    f"PRAD_{name}"
+    for name in (
+        *("REGISTRY_URL", "API_URL", "DATA_DIR", "CACHE_DIR", "MODEL"),
+        *("API_KEY", "API_KEY_FILE", "TOKEN", "TOKEN_FILE"),
+    )
+)
+"""What commands read, as docs/commands.md lists it."""
+_OURS = re.compile(r"PRAD_(?!REQUIRE_|TASKS?$|TOKENIZER$|UNPROTECTED$|PORT$)[A-Z_0-9]+")
+"""Not what tests, examples/ and docker-compose.yml read, nor an address of a service that is called prad."""
 _LINKED = re.compile(r"_(PORT_\d|SERVICE_(HOST|PORT))")
 """What Kubernetes or Docker set for a service that is called as one of ours."""
 _LEAST_FREE = 512 * MIB
@@ -172,17 +182,16 @@ def _model_name() -> str:
 
 
 def unread(kinds: Sequence[type[BaseSettings]], environment: Collection[str]) -> Iterator[Finding]:
-    """Variables that are named as a service's setting and are none: whoever set one meant another."""
-    for kind in kinds:
-        prefix, fields = kind.model_config.get("env_prefix", ""), [each.upper() for each in kind.model_fields]
-        for name in sorted(environment):
-            own = name.removeprefix(prefix)
-            if own in (name, *fields) or name == _REGISTRY_URL or _LINKED.search(name):
-                continue
-            near = get_close_matches(own, fields, 1, 0.7)
-            service = prefix.split("_")[1].lower()
-            fix = f"set {prefix}{near[0]}?" if near else f"unset it; prad {service} --help lists them"
-            yield Finding("settings", Level.NOTE, f"{name} is read by no service", fix)
+    """Variables that are named as one of ours and are none: whoever set one meant another."""
+    known = {environment_name(kind, field): kind for kind in kinds for field in kind.model_fields}
+    for name in sorted(environment):
+        if name in known or name in _OF_COMMANDS or _LINKED.search(name) or not _OURS.fullmatch(name):
+            continue
+        near = get_close_matches(name, [*known, *_OF_COMMANDS], 1, 0.85)
+        of = next((s for s in ("prefill", "decode", "registry") if name.startswith(f"PRAD_{s.upper()}_")), "")
+        lists = f"prad {of} --help lists them" if of else "docs/settings.md and docs/commands.md list them"
+        said = f"{name} is read by no service" + ("" if of else " and no command")
+        yield Finding("settings", Level.NOTE, said, f"set {near[0]}?" if near else f"unset it; {lists}")
 
 
 # --- memory -----------------------------------------------------------------------------------------------

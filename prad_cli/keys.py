@@ -1,6 +1,6 @@
 """`prad keys create|list|revoke`: operators' tokens and API keys, over the registry's API."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from pydantic import ValidationError
@@ -31,8 +31,8 @@ Most = Annotated[int | None, typer.Option(min=1, help="Of an API key, at each pr
 def create(
     name: Name,
     role: Annotated[
-        Role, typer.Option(help="What it is for.", metavar="complete|read|push|route|admin")
-    ] = Role.COMPLETE,
+        Literal["complete", "read", "push", "route", "admin"], typer.Option(help="What it is for.")
+    ] = "complete",
     task: Annotated[
         list[str] | None,
         typer.Option(
@@ -52,7 +52,9 @@ def create(
         "concurrent": concurrent,
     }
     try:
-        wanted = NewKey(name=name, role=role, tasks=tuple(task) if task else None, limits=KeyLimits(**limits))
+        wanted = NewKey(
+            name=name, role=Role(role), tasks=tuple(task) if task else None, limits=KeyLimits(**limits)
+        )
     except ValidationError as error:
         first = error.errors()[0]
         if first["loc"] == ("name",):

@@ -92,6 +92,11 @@ def fail(message: str) -> NoReturn:
     raise typer.Exit(1)
 
 
+def counted(number: int, one: str, many: str) -> str:
+    """As in "1 task" and "2 tasks"."""
+    return f"{number} {one if number == 1 else many}"
+
+
 def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 

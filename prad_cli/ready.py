@@ -43,7 +43,8 @@ class Addresses:
 @dataclass(frozen=True)
 class Ready:
     """`host`: what the API listens on; `asked`: whether everybody is asked for a key; `about`: more rows of
-    the table, by their name; `pids`: of the services; `warned`: what their logs warn of."""
+    the table, by their name; `pids`: of the services; `console`: whether the registry has one; `warned`: what
+    their logs warn of."""
 
     at: Addresses
     host: str
@@ -53,6 +54,7 @@ class Ready:
     admin_token: Path
     about: Mapping[str, str]
     pids: Mapping[str, int]
+    console: bool = True
     warned: Sequence[str] = ()
 
     def say(self, say: Say) -> None:
@@ -75,7 +77,7 @@ class Ready:
         shown = ", ".join(first) + (f" and {more} more (prad adapter list)" if more > 0 else "")
         rows = {
             "API": f"{at.api}/v1   fields {at.api}/docs",
-            "console": f"{at.registry}/console",
+            **({"console": f"{at.registry}/console"} if self.console else {}),
             "registry": f"{at.registry}   fields {at.registry}/docs",
             "metrics": f"{at.api}/metrics  {at.registry}/metrics  {at.decode_metrics}",
             "tasks": shown or "none yet: prad adapter push DIR --task NAME",

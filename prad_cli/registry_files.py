@@ -1,5 +1,6 @@
 """`prad registry export FILE` and `import FILE`: a registry from one store to another, without a server."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,8 @@ from adapter_registry.export import read_export, write_export
 from adapter_registry.opening import SQLITE_FILE, OpenedData, open_data
 from adapter_registry.settings import RegistrySettings
 from adapter_registry.snapshot import Snapshot
+from prad.settings import environment_name
+from prad_cli.operating import counted
 
 COMMANDS = ("export", "import")
 HINT = (
@@ -25,7 +28,10 @@ HINT = (
 
 DataDir = Annotated[
     Path | None,
-    typer.Option(help="The registry's data_dir. If left out: PRAD_REGISTRY_DATA_DIR, or its default."),
+    typer.Option(
+        help="The registry's data_dir. If left out: PRAD_REGISTRY_DATA_DIR, the folder registry in "
+        "PRAD_DATA_DIR (where prad serve keeps its own), or its default."
+    ),
 ]
 RedisUrl = Annotated[
     str | None,
@@ -65,7 +71,14 @@ def export_command(
     settings = _settings(data_dir, redis_url, files, files_endpoint)
     _require_registry(settings)
     with _opened(settings) as data:
-        print(f"{_said(write_export(data.store, data.files, file))} are in {file}")
+        if not data.store.revision() and not data.store.keys():
+            raise CannotStartError(
+                f"{data.place} holds nothing: no version, no routing, no key, so no file is written; name "
+                "another with --data-dir, --redis-url and --files, as the registry has them"
+            )
+        print(
+            f"{_said(write_export(data.store, data.files, file))} written to {file}, read from {data.place}"
+        )
 
 
 @_app.command(
@@ -80,7 +93,7 @@ def import_command(
 ) -> None:
     """Read everything in FILE into an empty registry: versions, routing, history and files."""
     with _opened(_settings(data_dir, redis_url, files, files_endpoint)) as data:
-        print(f"{_said(read_export(data.store, data.files, file))} are in {data.place}")
+        print(f"{_said(read_export(data.store, data.files, file))} read into {data.place}")
 
 
 def _require_registry(settings: RegistrySettings) -> None:
@@ -90,13 +103,19 @@ def _require_registry(settings: RegistrySettings) -> None:
         return
     of_serve = folder / "registry"
     hint = f"; prad serve keeps its own in {of_serve}" if (of_serve / SQLITE_FILE).is_file() else ""
-    raise CannotStartError(f"{folder} holds no registry: expected {SQLITE_FILE} in it{hint}")
+    raise CannotStartError(
+        f"{folder} holds no registry: expected {SQLITE_FILE} in it{hint}; one on a Redis is "
+        "named by --redis-url"
+    )
 
 
 def _settings(
     data_dir: Path | None, redis_url: str | None, files: str | None, endpoint: str | None
 ) -> RegistrySettings:
     """Raises CannotStartError for what is no bucket or no endpoint."""
+    of_serve = os.environ.get("PRAD_DATA_DIR")
+    if data_dir is None and of_serve and environment_name(RegistrySettings, "data_dir") not in os.environ:
+        data_dir = Path(of_serve) / "registry"
     given: dict[str, Any] = {
         "data_dir": data_dir,
         "redis_url": redis_url,
@@ -120,4 +139,6 @@ def _opened(settings: RegistrySettings) -> Iterator[OpenedData]:
 
 
 def _said(found: Snapshot) -> str:
-    return f"{len(found.tasks)} tasks with {len(found.versions)} versions, at revision {found.revision},"
+    tasks = counted(len(found.tasks), "task", "tasks")
+    versions = counted(len(found.versions), "version", "versions")
+    return f"{tasks} with {versions}, at revision {found.revision},"

@@ -12,14 +12,8 @@ import typer
 
 from prad.core.models import DEFAULT_MODEL, served_name
 from prad.settings import is_loopback, is_service_link
-from prad_cli.model import (
-    DEFAULT_CACHE,
-    CacheOption,
-    DeviceOption,
-    DTypeOption,
-    ModelOption,
-)
 from prad_cli.ready import Addresses, Ready, model_said, threads_said
+from prad_cli.serve_flags import agreed, given, shared_option, without_effect
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -54,8 +48,20 @@ def serve_command(
             file_okay=False,
         ),
     ] = None,
-    model: ModelOption = DEFAULT_MODEL,
-    model_name: Annotated[str | None, typer.Option(help="The plain model's id in the API.")] = None,
+    model: Annotated[
+        str | None,
+        shared_option(
+            "--model",
+            "MODEL",
+            DEFAULT_MODEL,
+            "Folder, .gguf file, Hugging Face id, or the default model.",
+            "PRAD_MODEL",
+        ),
+    ] = None,
+    model_name: Annotated[
+        str | None,
+        typer.Option(help="The plain model's id in the API.", envvar="PRAD_PREFILL_MODEL_NAME"),
+    ] = None,
     host: Annotated[
         str,
         typer.Option(
@@ -70,6 +76,7 @@ def serve_command(
             "--unprotected",
             help="Beyond this machine, too, ask for keys only once there are any: whoever reaches the API "
             "can use every task until then.",
+            envvar="PRAD_PREFILL_UNPROTECTED",
         ),
     ] = False,
     port: Annotated[int, port_option("--port", API_PORT, "PRAD_PREFILL_PORT", "The API's port.")] = API_PORT,
@@ -113,9 +120,16 @@ def serve_command(
             "PRAD_REGISTRY_FILES_ENDPOINT, AWS_ENDPOINT_URL_S3, or AWS."
         ),
     ] = None,
-    cache_dir: CacheOption = DEFAULT_CACHE,
-    dtype: DTypeOption = "bfloat16",
-    device: DeviceOption = "cpu",
+    cache_dir: Annotated[
+        Path | None,
+        shared_option(
+            "--cache-dir", "CACHE_DIR", "~/.cache/prad", "Where converted models are kept.", "PRAD_CACHE_DIR"
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None, shared_option("--dtype", "DTYPE", "bfloat16", "bfloat16 or float32.")
+    ] = None,
+    device: Annotated[str | None, shared_option("--device", "DEVICE", "cpu", "cpu, cuda or cuda:N.")] = None,
     weights: Annotated[
         Literal["full", "int8", "int4"] | None,
         typer.Option(
@@ -144,8 +158,8 @@ def serve_command(
 
     Example:  prad serve --adapters examples/adapters
 
-    What has no flag here is set as PRAD_PREFILL_*, PRAD_DECODE_* and PRAD_REGISTRY_* in the environment: see
-    prad prefill --help and so on.
+    What has no flag here, or is given none, is set as PRAD_PREFILL_*, PRAD_DECODE_* and PRAD_REGISTRY_* in
+    the environment: see prad prefill --help and so on. What of that has no effect is said at the start.
     """
     from rich.console import Console
 
@@ -167,8 +181,17 @@ def serve_command(
         host,
         unprotected,
     )
-    shared = ["--model", model, "--cache-dir", str(cache_dir), "--dtype", dtype, "--device", device]
-    shared += _given({"--threads": threads})
+    served = agreed("--model", "MODEL", model, DEFAULT_MODEL)
+    computed = agreed("--dtype", "DTYPE", dtype, "bfloat16")
+    shared = given(
+        {
+            "--model": model,
+            "--cache-dir": cache_dir,
+            "--dtype": dtype,
+            "--device": device,
+            "--threads": threads,
+        }
+    )
     registry = {
         "--port": registry_port,
         "--redis-url": redis_url,
@@ -179,16 +202,18 @@ def serve_command(
     prefill = {
         "--host": host,
         "--port": port,
-        "--decode": f"127.0.0.1:{decode_port}",
         "--model-name": model_name,
         "--nice": nice,
     }
+    own = {"registry": here.registry_flags(), "prefill": here.prefill_flags(decode_port)}
     flags = {
-        "registry": [*_given(registry), *here.registry_flags()],
-        "decode": [*shared, *_given(decode)],
-        "prefill": [*shared, *_given(prefill), *here.prefill_flags()],
+        "registry": given(registry | own["registry"]),
+        "decode": [*shared, *given(decode)],
+        "prefill": [*shared, *given(prefill | own["prefill"]), *(["--unprotected"] if unprotected else [])],
     }
-    about = {"model": model_said(model_name or served_name(model), dtype, weights)}
+    about = {"model": model_said(model_name or served_name(served), computed, weights)}
+    for text in without_effect(own):
+        Console(stderr=True).print(f"[yellow]without effect:[/] {text}", soft_wrap=True)
     _run(flags, here, Console(stderr=True), about | {"threads": threads_said(threads)})
 
 
@@ -209,7 +234,8 @@ def _run(flags: Mapping[str, list[str]], here: "_Here", console: "Console", abou
         pids = {service.name: service.process.pid for service in stack.services}
         warned = [f"{service.name}: {text}" for service in stack.services for text in service.warnings()]
         places = here.logs, here.admin_token
-        welcome = Ready(here.at, here.host, found.tasks, asked, *places, about, pids, warned)
+        console_is_on = answers(f"{here.at.registry}/console/sign-in")
+        welcome = Ready(here.at, here.host, found.tasks, asked, *places, about, pids, console_is_on, warned)
         welcome.say(console.print)
         ready = {
             "registry": lambda: answers(f"{here.at.registry}/ready"),
@@ -281,18 +307,21 @@ class _Here:
     def admin_token(self) -> Path:
         return self.data / "admin-token"
 
-    def registry_flags(self) -> list[str]:
-        files = {
+    def registry_flags(self) -> dict[str, object]:
+        """What follows from this command's own flags and folders, and no variable changes."""
+        return {
             "--data-dir": self.data / "registry",
             "--replica-secret-file": self.replicas_secret,
             "--admin-token-file": self.admin_token,
             "--api-url": self.at.api,
         }
-        return _given(files)
 
-    def prefill_flags(self) -> list[str]:
-        known = {"--registry": self.at.registry, "--registry-secret-file": self.replicas_secret}
-        return [*_given(known), *(["--unprotected"] if self.unprotected else [])]
+    def prefill_flags(self, decode_port: int) -> dict[str, object]:
+        return {
+            "--decode": f"127.0.0.1:{decode_port}",
+            "--registry": self.at.registry,
+            "--registry-secret-file": self.replicas_secret,
+        }
 
     def warn(self, console: "Console") -> None:
         from local_stack.pushing import adapter_folders
@@ -328,11 +357,6 @@ def _said_when_stopping(console: "Console") -> Iterator[None]:
         with suppress(OSError):  # the terminal was closed
             console.print(text, soft_wrap=True)
         raise
-
-
-def _given(flags: Mapping[str, Any]) -> list[str]:
-    """Those that were given: the others are the environment's, or the service's own default."""
-    return [part for flag, value in flags.items() if value is not None for part in (flag, str(value))]
 
 
 def _replicas_ready(registry: "RegistryClient", revision: int) -> bool:

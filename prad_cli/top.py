@@ -84,6 +84,8 @@ def _print_once(watch: "Watch", every: float, rows: int, *, as_json: bool) -> No
         Console().print(picture(seen, rows))
     if not seen.any_answers:
         raise NothingRunsError(f"no service answers ({seen.registry_away}). {_START}")
+    if seen.registry_away and all(each.away for each in seen.prefills):
+        raise NothingRunsError(f"neither an API nor the registry tells anything ({seen.registry_away})")
 
 
 def _live(watch: "Watch", every: float, rows: int) -> None:

@@ -47,10 +47,11 @@ class PrefillSettings(ServiceSettings):
     decode: str = "127.0.0.1:50051"
     """The decode service, host:port."""
     decode_silence_s: Annotated[float, Field(ge=0.5)] = 3.0
-    """Seconds without a sign of life of the decode service after which answers under way end with an error;
-    after two thirds of it requests are refused, and it is connected to anew. A busy one gives signs. Less on
-    a machine that is short of cores takes it for frozen when it is not. Keep it below decode's `--detach-s`,
-    after which that drops what an answer under way would go on with."""
+    """Seconds without a sign of life of the decode service after which it counts as lost: answers under way
+    wait for it as `queue_timeout_s` says, and go on where they were if it is back in time, else end with an
+    error; after two thirds of it requests are refused, and it is connected to anew. A busy one gives signs.
+    Less on a machine that is short of cores takes it for frozen when it is not. Keep it below decode's
+    `--detach-s`, after which that drops what an answer under way would go on with."""
     registry: str = "http://127.0.0.1:8001"
     """The adapter registry's URL."""
     registry_secret_file: Path | None = None
@@ -108,7 +109,8 @@ class PrefillSettings(ServiceSettings):
     ones of the task that has more of them there, but for those of answers that have begun."""
     queue_timeout_s: Annotated[float, Field(gt=0)] = 60.0
     """Seconds that a prompt waits for room at decode, and before that for an adapter that is not on this disk
-    yet; if the first would take longer, it is refused on arrival."""
+    yet; if the first would take longer, it is refused on arrival. An answer under way waits as long for a
+    decode service that is lost."""
     request_timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """Seconds from arrival to last token; a request that takes longer ends with an error."""
 

@@ -146,7 +146,10 @@ def _hub(rest: str, uri: str) -> Place:
 def _bucket(rest: str, uri: str) -> Place:
     bucket, *folders = rest.split("/")
     if bucket and not _BUCKET.fullmatch(bucket):
-        raise ValueError(f"{uri[:200]!r} names no bucket; {_expected('s3')}")
+        raise ValueError(
+            f"{uri[:200]!r}: a bucket's name has 3 to 63 lowercase letters, digits, dots and hyphens, at "
+            f"both ends a letter or digit; {bucket[:64]!r} is none; {_expected('s3')}"
+        )
     return Place("s3", bucket, tuple(filter(None, folders)))
 
 

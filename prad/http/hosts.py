@@ -1,6 +1,8 @@
-"""Requests for another host are refused (`prad.core.host_names`) in front of any ASGI app."""
+"""Requests for another host are refused (`prad.core.host_names`) in front of any ASGI app; and what those are
+told that ask for a path that there is not."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from difflib import get_close_matches
 from functools import lru_cache
 
 from starlette.datastructures import Headers
@@ -9,6 +11,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from prad.core.host_names import is_allowed
 
 _REMEMBERED = 256
+_LONGEST = 200
+"""Of a path that is compared with those that there are."""
 
 
 class AllowedHosts:
@@ -33,3 +37,10 @@ def host_rule(allowed: Sequence[str]) -> Callable[[str], bool]:
     lately is remembered."""
     names = tuple(name.lower() for name in allowed)
     return lru_cache(_REMEMBERED)(lambda host: is_allowed(host, names))
+
+
+def unknown_path(path: str, known: Collection[str]) -> str:
+    """What is told, with the one of `known` that was meant, if one is near."""
+    near = get_close_matches(path[:_LONGEST], known, 1, 0.8)
+    meant = f"did you mean {near[0]}? " if near else ""
+    return f"there is no {path}: {meant}GET / says where things are"

@@ -230,7 +230,7 @@ class Grammars:
         if not matcher.is_error():
             matcher.compute_bitmask()  # what the first mask needs is built now, and within the bounds
         if matcher.is_error():
-            raise GrammarError(_first_line(matcher.get_error()))
+            raise GrammarError(_in_a_line(matcher.get_error()))
         grammar = Grammar(self, text, matcher)
         with self._lock:
             self._compiled[text] = grammar
@@ -273,7 +273,7 @@ class Grammars:
         try:
             return str(any_to_lark(source))
         except Exception as error:  # it raises what it likes for a text in neither notation
-            raise GrammarError(f"neither Lark nor GBNF: {_first_line(str(error))}") from error
+            raise GrammarError(f"neither Lark nor GBNF: {_in_a_line(str(error))}") from error
 
     def _blamed(self, schemas: Sequence[tuple[str, Mapping[str, Any]]]) -> str | None:
         wrong = ((path, s) for path, s in schemas[:_MOST_PARTS] if not self._compiles(s))
@@ -389,5 +389,8 @@ def _parts(schema: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]
             yield f".{name}", schema[name]
 
 
-def _first_line(text: str) -> str:
-    return text.strip().partition("\n")[0]
+def _in_a_line(text: str) -> str:
+    """Of what the library says in several lines the first, and the one that names the reason."""
+    first, *more = text.strip().splitlines() or [""]
+    reason = next((line for line in more if line.startswith("error: ")), "")
+    return f"{first} {reason.removeprefix('error: ')}".strip()

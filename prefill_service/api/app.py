@@ -125,7 +125,7 @@ def create_app(
     app.include_router(batch_routes(batches, limits))
     app.include_router(_models(catalogue, model))
     app.include_router(_operations(admission, catalogue, metrics, model, away))
-    add_failure_handlers(app)
+    add_failure_handlers(app, _PLACES.values())
     app.add_middleware(TurnAway, hosts=access.hosts, keys=access.keys)
     app.add_middleware(Observe, metrics=metrics, log=access.log, faces=MESSAGES_FACE)
     if access.cors_origins:

@@ -13,7 +13,7 @@ import re
 import time
 import uuid
 from bisect import bisect_left
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,6 +30,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adapter_registry.messages import TIMES, no_times
+from prad.http.hosts import unknown_path
 from prad.http.logs import logged
 from prefill_service.api.problems import cut
 from prefill_service.errors import InternalError, InvalidRequestError, ServingError
@@ -330,23 +331,23 @@ def error_response(error: ServingError) -> Response:
     return JsonResponse(error_body(error), error.status, headers)
 
 
-def add_failure_handlers(app: FastAPI) -> None:
-    """Everything else ends in `Observe` as an internal error."""
+def add_failure_handlers(app: FastAPI, places: Collection[str]) -> None:
+    """Everything else ends in `Observe` as an internal error. `places`: paths that may have been meant."""
     app.add_exception_handler(ServingError, _serving_error)
-    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(HTTPException, partial(_http_error, places=places))
 
 
 async def _serving_error(request: Request, error: Exception) -> Response:
     return error_response(client_error(error, record_of(request)))
 
 
-async def _http_error(request: Request, error: Exception) -> Response:
+async def _http_error(request: Request, error: Exception, places: Collection[str]) -> Response:
     """What the router itself refuses: unknown paths and methods."""
     assert isinstance(error, HTTPException)
     allowed = (error.headers or {}).get("Allow")
     match error.status_code:
         case HTTPStatus.NOT_FOUND:
-            message, code = f"there is no {request.url.path}: GET / says where things are", "not_found"
+            message, code = unknown_path(request.url.path, places), "not_found"
         case HTTPStatus.METHOD_NOT_ALLOWED:
             message = f"{request.method} is not possible on {request.url.path}: expected {allowed}"
             code = "method_not_allowed"

@@ -38,6 +38,8 @@ def shown(value: object) -> str:
     return text
 
 
+_ELSEWHERE = (("prompt", "messages", "/v1/completions"), ("messages", "prompt", "/v1/chat/completions"))
+"""Which are taken for each other: a field, what there is instead, where it belongs."""
 _JSON = json.JSONEncoder(ensure_ascii=False)
 
 
@@ -64,6 +66,9 @@ def _meant(place: Sequence[object], known: Collection[str]) -> str:
     """Instead of a field that there is not."""
     if not known or len(place) != 1:
         return ""
+    for field, ours, theirs in _ELSEWHERE:
+        if place[0] == field and ours in known:
+            return f": '{field}' is for {theirs}, here it is '{ours}'"
     near = get_close_matches(str(place[0])[:NAMED_CHARACTERS], known, 1)
     return f": did you mean '{near[0]}'?" if near else ": /docs lists those that there are"
 

@@ -123,7 +123,7 @@ def test_a_busy_server_is_asked_again_and_a_refusal_is_an_answer(
     server.busy = 1
     ended = prad("batch", source, target, "--url", server.url, "--at-once", "1")
     assert ended.returncode == 1
-    assert "1 requests were refused" in one_line(ended.stderr)
+    assert "1 request was refused" in one_line(ended.stderr)
     assert {name: said["status_code"] for name, said in answers(target).items()} == {"one": 200, "wrong": 400}
     assert server.prompts == ["one", "one", "wrong"]
 
@@ -217,7 +217,7 @@ def test_who_stops_it_is_told_that_it_goes_on(server: Asked, files: tuple[Path, 
     try:
         terminal.until("1/3")
         terminal.interrupt(lambda: "stopped" in terminal.shown)
-        terminal.until("1 of 3 have answers; the same command goes on where this ended")
+        terminal.until("1 of 3 answered; the same command goes on where this ended")
         assert terminal.process.wait() == 130
     finally:
         terminal.close()

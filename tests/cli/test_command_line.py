@@ -208,3 +208,10 @@ def test_a_fault_of_ours_is_told_whole(error: OSError, monkeypatch: pytest.Monke
     monkeypatch.setattr("prad_cli.app.app", command)
     with pytest.raises(type(error)):
         main()
+
+
+def test_a_role_that_nobody_gets_is_not_offered() -> None:
+    ended = prad("keys", "create", "ci", "--role", "pusher")
+    assert ended.returncode == 2
+    said = " ".join(ended.stderr.replace("│", " ").split())
+    assert "'complete', 'read', 'push', 'route', 'admin'." in said

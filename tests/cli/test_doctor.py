@@ -121,10 +121,15 @@ def test_a_variable_that_no_service_reads_is_told_with_the_one_that_was_meant() 
     others = ["PRAD_REGISTRY_URL", "PRAD_API_KEY", "PRAD_PREFILL_PORT_8000_TCP", "PRAD_DECODE_SERVICE_HOST"]
     right = ["PRAD_DECODE_KV_CACHE_MIB", "PRAD_PREFILL_FILES_DIR", "HOME"]
     assert list(findings.unread(kinds, [*others, *right])) == []
-    far, near = findings.unread(kinds, ["PRAD_PREFILL_XYZ", "PRAD_DECODE_KV_CACHE_MB", *right])
+    near, far = findings.unread(kinds, ["PRAD_PREFILL_XYZ", "PRAD_DECODE_KV_CACHE_MB", *right])
     assert (near.level, near.found) == (Level.NOTE, "PRAD_DECODE_KV_CACHE_MB is read by no service")
     assert near.fix == "set PRAD_DECODE_KV_CACHE_MIB?"
     assert far.fix == "unset it; prad prefill --help lists them"
+    slips = {"PRAD_PREFIL_PORT": "PRAD_PREFILL_PORT", "PRAD_CACHEDIR": "PRAD_CACHE_DIR", "PRAD_ELSE": ""}
+    told = {each.found.split()[0]: each.fix for each in findings.unread(kinds, slips)}
+    assert told == {name: f"set {meant}?" for name, meant in slips.items() if meant} | {
+        "PRAD_ELSE": "unset it; docs/settings.md and docs/commands.md list them"
+    }
 
 
 def test_memory_by_what_is_free(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -8,18 +8,23 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PIP = """#!/bin/sh
-[ "$1" = --version ] && echo "Python 3.11.0" && exit
+[ "$1" = --version ] && echo "Python ${SAYS:-3.11.0}" && exit
 echo "$@" >>"$CALLS"
 echo "Collecting everything, in many lines"
 case "$*" in *model.txt*) [ -z "$FAILS" ] || { echo "$FAILS" >&2; exit 1; } ;; esac
 """
 
 
-def install(tmp_path: Path, fails: str = "") -> "subprocess.CompletedProcess[str]":
+def install(tmp_path: Path, fails: str = "", says: str = "") -> "subprocess.CompletedProcess[str]":
     python = tmp_path / "python"
     python.write_text(PIP, encoding="utf-8")
     python.chmod(0o755)
-    calls = {"CALLS": str(tmp_path / "calls"), "FAILS": fails, "PIP_ARGS": "--index-url http://here"}
+    calls = {
+        "CALLS": str(tmp_path / "calls"),
+        "FAILS": fails,
+        "SAYS": says,
+        "PIP_ARGS": "--index-url http://here",
+    }
     command = [str(ROOT / "locks" / "install"), str(python), "serve"]
     return subprocess.run(
         command, capture_output=True, encoding="utf-8", env={"PATH": "/usr/bin:/bin", **calls}, check=False
@@ -60,6 +65,16 @@ def test_a_step_that_fails_shows_all_and_how_to_mend_it(fails: str, fix: str, tm
     assert "set up in" not in ended.stderr
 
 
+@pytest.mark.parametrize("version", ["3.14.0", "3.20.1", "4.0.0"])
+def test_a_python_that_is_newer_than_the_locks_is_said_before_anything_is_fetched(
+    version: str, tmp_path: Path
+) -> None:
+    ended = install(tmp_path, says=version)
+    assert ended.returncode == 1
+    assert f"are for Python 3.11 to 3.13, and this is Python {version}" in ended.stderr
+    assert not (tmp_path / "calls").exists()
+
+
 @pytest.mark.skipif(shutil.which("make") is None, reason="there is no make here")
 def test_a_python_that_is_too_old_is_said_before_anything_is_made(tmp_path: Path) -> None:
     old = tmp_path / "python3.9"
@@ -69,7 +84,7 @@ def test_a_python_that_is_too_old_is_said_before_anything_is_made(tmp_path: Path
     command = ["make", "-C", str(ROOT), f"VENV={tmp_path / 'venv'}", f"PYTHON={old}", made]
     ended = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
     assert ended.returncode != 0
-    assert f"error: Python 3.11 or newer is needed, and {old} is none" in ended.stdout
+    assert f"error: Python 3.11 to 3.13 is needed, and {old} is none" in ended.stdout
     assert not (tmp_path / "venv").exists()
 
 

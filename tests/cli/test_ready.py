@@ -47,6 +47,10 @@ def test_a_table_and_commands_in_lines_that_nothing_breaks() -> None:
     assert lines[-1] == "Ctrl-C stops everything"
 
 
+def test_no_console_is_named_that_is_off() -> None:
+    assert "/console" not in said(console=False)
+
+
 def test_no_tasks_and_many() -> None:
     assert "none yet: prad adapter push DIR --task NAME" in said(tasks=[])
     many = said(tasks=[f"t{i}" for i in range(20)])

@@ -324,3 +324,37 @@ def test_ports_come_from_the_environment_as_each_service_reads_them(
     assert ports() == ["8000", "8001", "50051", "8002"]
     wrong = ended(**said | {"PRAD_PREFILL_PORT": "many"})
     assert (wrong.exit_code, "is no port: expected a number from 1 to 65535" in wrong.output) == (2, True)
+
+
+def test_variables_of_services_count_where_no_flag_is_given(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ran: list[tuple[dict[str, list[str]], bool, str]] = []
+    monkeypatch.setattr(
+        "prad_cli.serve._run",
+        lambda flags, here, console, about: ran.append((flags, here.unprotected, about["model"])),
+    )
+    monkeypatch.setattr("local_stack.stack.require_free", lambda *asked: None)
+
+    def ended(*more: str, **variables: str) -> Result:
+        environment = {f"PRAD_{name}": value for name, value in variables.items()}
+        command = ["serve", "--data-dir", str(tmp_path), *more]
+        return CliRunner().invoke(app, command, env={"COLUMNS": "400"} | environment)
+
+    both = {"PREFILL_DTYPE": "float32", "DECODE_DTYPE": "float32", "PREFILL_DEVICE": "cuda"}
+    plain = ended(PREFILL_UNPROTECTED="true", **both)
+    assert (plain.exit_code, "without effect" in plain.output) == (0, False)
+    flags, unprotected, model = ran.pop()
+    assert unprotected
+    assert "--unprotected" in flags["prefill"]
+    assert not {"--dtype", "--device", "--model"} & set(flags["prefill"] + flags["decode"])
+    assert ", float32, " in model
+    assert ended("--dtype", "bfloat16", **both).exit_code == 0
+    flags, unprotected, model = ran.pop()
+    assert ("bfloat16" in flags["prefill"], "bfloat16" in flags["decode"], unprotected) == (True, True, False)
+    wrong = ended(PREFILL_DTYPE="float32")
+    assert (wrong.exit_code, "prefill would have 'float32' and decode 'bfloat16'" in wrong.output) == (
+        2,
+        True,
+    )
+    assert "PRAD_REGISTRY_DATA_DIR, as prad serve starts" in ended(REGISTRY_DATA_DIR="/elsewhere").output

@@ -7,7 +7,9 @@ import sys
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Summary, generate_latest
 from rich.console import Console
+from typer.testing import CliRunner
 
+from prad_cli.app import app
 from prad_cli.top import picture
 from prad_cli.vitals import Decode, Page, Prefill, Since, Vitals, Watch, read_page
 from tests.cli.fake_api import fake_api
@@ -128,6 +130,14 @@ def test_nothing_runs() -> None:
     assert ended.stdout.count("http://127.0.0.1:1") >= 2
     piped = prad("top", "--every", "0.05", *nowhere)
     assert (piped.returncode, piped.stdout) == (1, ended.stdout), "a pipe gets one picture"
+
+
+def test_a_decode_service_alone_is_no_success(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = "it answers 401: show a key for all tasks (PRAD_API_KEY)"
+    monkeypatch.setattr(Watch, "_page", lambda _, url: Page(url, 0.0, away=refused if "8000" in url else ""))
+    monkeypatch.setattr(Watch, "_followers", lambda _: ((), "it asks for a token"))
+    ended = CliRunner().invoke(app, ["top", "--once", "--every", "0.05"])
+    assert (ended.exit_code, "neither an API nor the registry" in str(ended.exception)) == (1, True)
 
 
 def test_what_is_no_metrics_page_is_said() -> None:

@@ -1,7 +1,9 @@
 """The default model as it is converted: its tokenizer's rule for digits, and no second conversion."""
 
 import errno
+import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -137,3 +139,15 @@ def test_a_cache_that_takes_nothing_is_said_with_what_to_do(
     monkeypatch.setattr(gguf, "_convert", convert)
     with pytest.raises(ModelNotFoundError, match=r"some\.gguf cannot be converted: .*; free some room there"):
         resolve_model(str(source), tmp_path / "cache")
+
+
+def test_a_page_counts_the_tokens_of_its_example(tokenizer: Tokenizer) -> None:
+    root = Path(__file__).parents[2]
+    page = (root / "docs" / "chat.md").read_text(encoding="utf-8")
+    asked = re.search(r"/tokenize .* -d '(.+)'\n\{\"count\":(\d+),", page)
+    assert asked is not None
+    body = json.loads(asked[1])
+    record = root / "examples" / "adapters" / body["task"] / "prad.json"
+    template = json.loads(record.read_text(encoding="utf-8"))["template"]
+    whole = template.format(prompt=body["prompt"])
+    assert len(tokenizer.encode_continuation(whole)) == int(asked[2])

@@ -139,20 +139,24 @@ def test_a_token_that_may_not_come_is_trouble(grammars: Grammars, tokenizer: Tok
 
 
 @pytest.mark.parametrize(
-    ("kind", "source"),
+    ("kind", "source", "why"),
     [
-        ("regex", "(unclosed"),
-        ("regex", "(?=ahead)x"),
-        ("grammar", 'start: "a" nowhere'),
-        ("grammar", "neither of them"),
-        ("json", {"type": "nonsense"}),
-        ("json", {"$ref": "https://example.com/schema"}),
+        ("regex", "(unclosed", "regex parse error: unclosed group"),
+        ("regex", "(?=ahead)x", "look-ahead and look-behind, is not supported"),
+        ("grammar", 'start: "a" nowhere', "nowhere"),
+        ("grammar", "neither of them", "neither Lark nor GBNF: "),
+        ("json", {"type": "nonsense"}, "nonsense"),
+        ("json", {"$ref": "https://example.com/schema"}, "https://example.com/schema"),
+        ("json", {"type": "string", "pattern": "(?=ahead)x"}, "look-ahead and look-behind, is not supported"),
     ],
 )
-def test_what_does_not_compile_is_an_error_of_few_words(grammars: Grammars, kind: Kind, source: Any) -> None:
+def test_what_does_not_compile_is_an_error_of_few_words(
+    grammars: Grammars, kind: Kind, source: Any, why: str
+) -> None:
     with pytest.raises(GrammarError) as refused:
         compiled(grammars, kind, source)
     assert "\n" not in str(refused.value)
+    assert why in str(refused.value)
 
 
 def test_what_takes_more_than_it_may_is_refused(

@@ -25,7 +25,11 @@ async def test_what_there_is_not_is_refused_with_what_was_meant(client: httpx.As
     assert "unknown field 'temprature': did you mean 'temperature'?" in told
     assert "unknown field 'qqq': /docs lists those that there are" in told
     told = (await client.post("/v1/completion", json={})).json()["error"]["message"]
-    assert told == "there is no /v1/completion: GET / says where things are"
+    assert told == ("there is no /v1/completion: did you mean /v1/completions? GET / says where things are")
+    told = (await client.post("/v1/chat/completions", json={"prompt": "x"})).json()["error"]["message"]
+    assert "unknown field 'prompt': 'prompt' is for /v1/completions, here it is 'messages'" in told
+    told = (await client.post("/v1/completions", json={"messages": []})).json()["error"]["message"]
+    assert "'messages' is for /v1/chat/completions, here it is 'prompt'" in told
     told = (await client.post("/v1/completions", content="{}")).json()["error"]["message"]
     assert told.endswith("(curl: -H 'content-type: application/json')")
 

@@ -114,7 +114,7 @@ def test_a_shadow_is_set_shown_and_ended(prad, registry, adapter):
     assert "0.5% of them" in prad("shadow", "support", "2=0.5").stdout
     assert "unseen" not in prad("shadow", "support", "--off").stdout
     assert "0.5% of them" in prad("rollback", "support").stdout
-    failed(prad("shadow", "support", "3=5%"), "support has no version 3")
+    failed(prad("shadow", "support", "3=5%"), "support has no version 3: it has 1, 2")
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,11 @@ def test_what_is_no_uri_is_refused_with_an_example(uri):
         parse(uri)
 
 
+def test_a_name_that_no_bucket_has_is_told_with_what_one_has():
+    with pytest.raises(ValueError, match=r"a bucket's name has 3 to 63 .*; 'b' is none; expected"):
+        parse("s3://b/x")
+
+
 @pytest.mark.parametrize(
     ("text", "uri", "held"),
     [

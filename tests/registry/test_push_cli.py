@@ -77,7 +77,7 @@ def test_a_folder_that_failed_or_is_retired_is_pushed_again_or_named(
     }
 
 
-def test_push_waits_and_says_what_next(prad, prefill, adapter):
+def test_push_waits_and_says_what_next(prad, prefill, adapter, monkeypatch):
     prefill()
     first = prad("push", str(adapter(1)), "--task", "support")
     assert first.exit_code == 0, first.output
@@ -87,7 +87,9 @@ def test_push_waits_and_says_what_next(prad, prefill, adapter):
     assert '"model": "support@2"' in second.stdout
     assert re.search(r"prad adapter promote support@2 --registry http://127\.0\.0\.1:\d+", second.stdout)
     assert "http://API:PORT" in second.stdout, "whose address the registry does not know"
+    monkeypatch.setenv("PRAD_API_URL", "https://api.example.com/v1")
     third = prad("push", str(adapter(3)), "--task", "support", "--promote")
+    assert "curl https://api.example.com/v1/completions" in third.stdout
     assert "support@3 is verified, and what plain 'support' means" in third.stdout
     again = prad("push", str(adapter(3)), "--task", "support")
     assert (again.exit_code, "support@3 is there already" in again.stdout) == (0, True)

@@ -360,7 +360,7 @@ def test_an_export_goes_from_a_folder_into_a_bucket_and_back(
     assert prad("registry", "export", tmp_path / "a.tar", "--data-dir", data_dir).exit_code == 0
     there = ["--data-dir", tmp_path / "there", "--redis-url", redis.url, "--files", BUCKET]
     imported = prad("registry", "import", tmp_path / "a.tar", *there)
-    assert f"are in {BUCKET}/" in imported.output, imported.exception
+    assert f"read into {BUCKET}/" in imported.output, imported.exception
     back = prad("registry", "export", tmp_path / "b.tar", *there[:1], tmp_path / "elsewhere", *there[2:])
     assert back.exit_code == 0, back.exception
     with serving(settings(tmp_path / "there", redis_url=redis.url), bucket) as registry:

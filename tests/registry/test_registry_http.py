@@ -30,6 +30,13 @@ def test_every_error_has_one_shape(registry, method, path, status):
     assert set(response.json()["error"]) == {"message", "type", "param", "code"}
 
 
+def test_a_slip_in_a_path_is_told_with_the_one_that_was_meant(registry):
+    told = registry.http.get("/v1/task").json()["error"]["message"]
+    assert told == "there is no /v1/task: did you mean /v1/tasks? GET / says where things are"
+    told = registry.http.delete("/v1/state").json()["error"]["message"]
+    assert told == "DELETE is not possible on /v1/state: expected GET"
+
+
 def test_what_is_repeated_in_an_error_is_cut(registry, adapter):
     folder, long = adapter(1), "e" * 15_000
     record = json.loads((folder / "prad.json").read_text(encoding="utf-8"))

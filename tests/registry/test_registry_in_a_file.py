@@ -25,7 +25,8 @@ def test_a_registry_goes_into_a_file_and_out_of_it(data_dir, serving, adapter, r
         refused = prad("registry", "export", file, "--data-dir", data_dir)
         assert f"another registry uses {data_dir}" in str(refused.exception)
     exported = prad("registry", "export", file, "--data-dir", data_dir)
-    assert exported.output == f"2 tasks with 3 versions, at revision {before.revision}, are in {file}\n"
+    said = f"2 tasks with 3 versions, at revision {before.revision}, written to {file}, read from {data_dir}"
+    assert " ".join(exported.output.split()).startswith(said)
 
     there = ["--data-dir", tmp_path / "there", "--redis-url", redis.url]
     imported = prad("registry", "import", file, *there)
@@ -50,7 +51,7 @@ def tar(path, **files):
     return path
 
 
-def test_an_export_makes_no_registry(data_dir, serving, adapter, tmp_path):
+def test_an_export_makes_no_registry(data_dir, serving, adapter, tmp_path, monkeypatch):
     with serving(RegistrySettings(port=0, data_dir=data_dir, log_level="warning")) as registry:
         registry.push(adapter(1))
     other = tmp_path / "mistyped"
@@ -61,6 +62,17 @@ def test_an_export_makes_no_registry(data_dir, serving, adapter, tmp_path):
     data_dir.rename(tmp_path / "of-serve" / "registry")
     hinted = prad("registry", "export", tmp_path / "a.tar", "--data-dir", tmp_path / "of-serve")
     assert f"prad serve keeps its own in {tmp_path / 'of-serve' / 'registry'}" in str(hinted.exception)
+    assert "named by --redis-url" in str(hinted.exception)
+    monkeypatch.setenv("PRAD_DATA_DIR", str(tmp_path / "of-serve"))
+    assert "1 task with 1 version," in prad("registry", "export", tmp_path / "a.tar").output
+
+
+def test_an_empty_registry_is_no_backup(redis, tmp_path):
+    file = tmp_path / "a.tar"
+    refused = prad("registry", "export", file, "--data-dir", tmp_path / "there", "--redis-url", redis.url)
+    assert f"Redis {redis.url.removeprefix('unix://')}" in str(refused.exception).replace("unix://", "")
+    assert "holds nothing: no version, no routing, no key" in str(refused.exception)
+    assert (refused.exit_code, file.exists()) == (1, False)
 
 
 def test_what_is_no_export_is_refused_whole(data_dir, serving, adapter, tmp_path):

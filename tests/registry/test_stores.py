@@ -7,6 +7,7 @@ import pytest
 
 from adapter_registry.errors import (
     IllegalTransitionError,
+    InvalidRequestError,
     NoRoutingBeforeError,
     RoutingChangedError,
     TaskNotFoundError,
@@ -95,7 +96,7 @@ def test_a_version_tells_everything(store, stored_adapter):
         (4, "retire", "routable", "retired", {}),
     ]
     assert [line.by for line in record.history] == ["", "prefill-1", "prefill-1", ""]
-    with pytest.raises(VersionNotFoundError, match="a has no version 2"):
+    with pytest.raises(VersionNotFoundError, match="a has no version 2: it has 1"):
         store.version("a", 2)
 
 
@@ -167,7 +168,7 @@ def test_a_shadow_is_part_of_the_routing_and_ends_with_its_version(store, stored
     (line,) = store.history("a", 1)
     assert (line.event, line.by, line.version, line.routing) == ("shadow", "ada", None, first)
     assert store.change("a", SetShadow({2: 5.0, 3: 0.5})).routing == first, "it is so already"
-    assert store.change("a", Move(3, Event.PROMOTE)).routing.shadow == first.shadow
+    assert store.change("a", Split({1: 9, 3: 1})).routing.shadow == first.shadow
     assert store.change("a", Move(2, Event.RETIRE)).routing.shadow == {3: 0.5}, "unasked, and no step back"
     back = store.change("a", Rollback()).routing
     assert (back.split, back.shadow) == ({1: 100}, {3: 0.5}), "without who cannot answer any more"
@@ -178,6 +179,22 @@ def test_a_shadow_is_part_of_the_routing_and_ends_with_its_version(store, stored
     ):
         store.change("a", SetShadow({2: 1.0}))
     assert store.dump() == before
+
+
+def test_nobody_is_the_shadow_of_itself(store, stored_adapter):
+    for seed in (1, 2):
+        verified(store, "a", stored_adapter(seed))
+    store.change("a", SetShadow({2: 5.0}))
+    assert store.change("a", Split({1: 9, 2: 1})).routing.shadow == {2: 5.0}
+    assert store.change("a", Move(1, Event.RETIRE, force=True)).routing.shadow == {}
+    with pytest.raises(InvalidRequestError, match="a@2 answers every request for 'a' itself"):
+        store.change("a", SetShadow({2: 5.0}))
+    store.change("a", Move(1, Event.UNRETIRE))
+    store.change("a", Move(1, Event.PROBE_OK))
+    store.change("a", SetShadow({1: 5.0}))
+    assert store.change("a", Move(1, Event.PROMOTE)).routing.shadow == {}
+    back = store.change("a", Rollback()).routing
+    assert (back.split, back.shadow) == ({2: 100}, {1: 5.0})
 
 
 def test_to_be_loaded_is_wanted_anew_each_time(store, stored_adapter):
