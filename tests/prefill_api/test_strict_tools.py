@@ -98,8 +98,10 @@ class Held:
         eos, output, draw = self.tokenizer.eos_id, list[int](), random.Random(seed)
         walk = Walk(self.grammar, {eos}, [])
         while len(output) < 400:
-            (banned,) = self.grammars.masks([walk])
+            (mask,) = self.grammars.masks([walk])
             assert walk.trouble is None
+            mask.forbid(row := np.zeros(len(self.tokenizer), np.float32))
+            banned = np.isneginf(row)
             if len(output) < len(ids):
                 token = ids[len(output)]
                 if banned[token]:
@@ -109,7 +111,7 @@ class Held:
             elif seed is None:
                 return None
             else:
-                token = draw.choice(np.flatnonzero(~banned.numpy()).tolist())
+                token = draw.choice(np.flatnonzero(~banned).tolist())
             output.append(token)
             walk.push(token)
         raise AssertionError("no end")
