@@ -77,7 +77,8 @@ class ChatEncoder(PromptEncoder):
                 "of them",
                 param="tool_choice",
             )
-        source = grammar(forced) if forced else grammar(chat.offered, loose=True, free=True)
+        places = [f"tools.{at}" for at, tool in enumerate(chat.offered) if tool in forced]
+        source = grammar(forced, places=places) if forced else grammar(chat.offered, loose=True, free=True)
         held = Constraint("grammar", source, "tool_choice" if forced else "tools", schemas=schemas)
         return chat.model_copy(update={"guided_grammar": held})
 

@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from prefill_service.api.messages import Json, Tool
-from prefill_service.api.tool_tags import tagged_calls
+from prefill_service.api.tool_schemas import referring
+from prefill_service.api.tool_tag_rules import tagged_calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +74,15 @@ def call_grammar(
     parallel: bool,
     loose: bool = False,
     free: bool = False,
+    places: Sequence[str] = (),
 ) -> str:
     """A grammar, in llguidance's Lark, of an answer that is a call of one of `tools` with arguments as its
     schema says, or several calls if `parallel`: for a `tool_choice` of `required`, or of the only tool given.
 
     `loose`: arguments of tools that are not strict are any object, for calls that the model may also leave.
     `free`: it may leave them for any text that is read as none, or go on to them behind such a text.
-    `token_id`: of a text that is one token of the vocabulary, which a model writes as that.
+    `places`: of the tools in the request, as in `tools.0`. `token_id`: of a text that is one token of the
+    vocabulary, which a model writes as that.
     """
 
     def written(text: str) -> str:
@@ -91,7 +94,7 @@ def call_grammar(
         name = f"call: {' | '.join(f'call{at}' for at in range(len(tools)))}"
         rules = [name, *_named_calls(tools, written(form.middle), loose=loose)]
     elif form is TAGS:
-        rules = list(tagged_calls(tools, loose=loose))
+        rules = list(tagged_calls(tools, loose=loose, places=places))
     else:
         rules = [f"call: %json {json.dumps(_any_call(form, tools, loose=loose))}"]
     if form is MISTRAL:
@@ -143,7 +146,8 @@ def _named_calls(tools: Sequence[Tool], middle: str, *, loose: bool) -> Iterator
 
 def _call(form: ToolFormat, tool: Tool, place: str, *, loose: bool) -> Json:
     """`place`: of the schema in the whole."""
-    arguments = _moved(_arguments(tool, loose=loose), f"{place}/properties/{form.arguments}")
+    to = f"{place}/properties/{form.arguments}"
+    arguments = referring(_arguments(tool, loose=loose), lambda name: to + name[1:])
     return {
         "type": "object",
         "properties": {"name": {"const": tool.function.name}, form.arguments: arguments},
@@ -157,25 +161,3 @@ def _arguments(tool: Tool, *, loose: bool) -> Json:
     if given is None:
         return {"type": "object", "additionalProperties": False}
     return {"type": "object"} if loose and not tool.function.strict else given
-
-
-_DATA = ("const", "enum", "default", "examples")
-_NAMED = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
-"""Keywords of JSON schemas whose values are no schemas, or schemas by names."""
-
-
-def _moved(schema: object, to: str) -> object:
-    """A schema that stands at `to` within another: what it refers to from its root is found there."""
-    if isinstance(schema, list):
-        return [_moved(each, to) for each in schema]
-    if not isinstance(schema, dict) or isinstance(schema.get("$id"), str):  # which is a root by itself
-        return schema
-    moved = dict[str, object]()
-    for key, value in schema.items():
-        if key == "$ref" and isinstance(value, str) and (value == "#" or value.startswith("#/")):
-            moved[key] = to + value[1:]
-        elif key in _NAMED and isinstance(value, dict):
-            moved[key] = {name: _moved(child, to) for name, child in value.items()}
-        else:
-            moved[key] = value if key in _DATA else _moved(value, to)
-    return moved
