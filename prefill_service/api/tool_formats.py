@@ -12,7 +12,7 @@ A template that writes them in another way is known by none.
 
 import json
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from prefill_service.api.messages import Json, Tool
@@ -75,6 +75,7 @@ def call_grammar(
     loose: bool = False,
     free: bool = False,
     places: Sequence[str] = (),
+    marks: Collection[int] = (),
 ) -> str:
     """A grammar, in llguidance's Lark, of an answer that is a call of one of `tools` with arguments as its
     schema says, or several calls if `parallel`: for a `tool_choice` of `required`, or of the only tool given.
@@ -82,7 +83,8 @@ def call_grammar(
     `loose`: arguments of tools that are not strict are any object, for calls that the model may also leave.
     `free`: it may leave them for any text that is read as none, or go on to them behind such a text.
     `places`: of the tools in the request, as in `tools.0`. `token_id`: of a text that is one token of the
-    vocabulary, which a model writes as that.
+    vocabulary, which a model writes as that. `marks`: special tokens that may stand in text around calls, as
+    those that thinking begins and ends with.
     """
 
     def written(text: str) -> str:
@@ -100,31 +102,32 @@ def call_grammar(
     if form is MISTRAL:
         more = ' (", " call)*' if parallel else ""
         calls = f'{opening} "[" call{more} "]"'
-        start = f"TEXT | {calls}" if free else calls
+        start = f"words | {calls}" if free else calls
     elif form.opening:
         one = f'{opening} "\\n" call "\\n" {written(form.closing)}' if form.closing else f"{opening} call"
         between = '"\\n" ' if form.closing else ""
         start = f"{one} ({between}{one})*" if parallel else one
         if free:
-            start = f"({one})* TEXT" if parallel else f"TEXT | {one}"
+            start = f"({one})* words" if parallel else f"words | {one}"
     else:
         start = 'call ("; " call)*' if parallel else "call"
         if free:
             start = f"TEXT | ({written(form.skipped)})? {start}"
     if free:
-        rules += _free_text(form, token_id(form.opening))
+        rules += _free_text(form, token_id(form.opening), marks)
     return "\n".join([f"start: {start}", *rules, ""])
 
 
-def _free_text(form: ToolFormat, opening_id: int | None) -> list[str]:
+def _free_text(form: ToolFormat, opening_id: int | None, marks: Collection[int]) -> list[str]:
     """What is read as no call; what opens one ends it, however that is spelt. Where the answer itself may be
     a call, one that begins like an object, or like what is skipped, has to be one."""
     if not form.opening:
         space = r"\s\x1c-\x1f;,"
         return [rf"TEXT: /[{space}]*(([^{space}{{<]|<[^|])(?s:.*)|<)?/"]
     spelt = f"spelt[lazy]: TEXT {json.dumps(form.opening)}"
-    opened = "opened: spelt" if opening_id is None else f"opened: spelt | TEXT <[{opening_id}]>"
-    return [opened, spelt, "TEXT: /(?s:.*)/"]
+    opened = "spelt" if opening_id is None else f"(spelt | TEXT <[{opening_id}]>)"
+    marked = f"(TEXT <[{','.join(map(str, sorted(marks)))}]>)* " if marks else ""
+    return [f"opened: {marked}{opened}", spelt, f"words: {marked}TEXT", "TEXT: /(?s:.*)/"]
 
 
 _SPACING: Json = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
