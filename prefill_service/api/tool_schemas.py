@@ -1,5 +1,6 @@
 """Schemas of tools' arguments without what combines and refers: for what a grammar of JSON has no words."""
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from urllib.parse import unquote
@@ -179,7 +180,7 @@ def _each(some: Sequence[Case], others: Sequence[Case]) -> list[Case]:
 def _both(one: Case, other: Case) -> Case | None:
     """What holds where both do, as far as it can be said in one; None if nothing."""
     merged, left = {**other, **one}, [*one.get("allOf", ()), *other.get("allOf", ())]
-    for key in (key for key in one if key in other and one[key] != other[key]):
+    for key in (key for key in one if key in other and (key == "enum" or one[key] != other[key])):
         mine, its = one[key], other[key]
         if key == "type":
             wider = [*its, "integer"] if "number" in its else its
@@ -189,7 +190,8 @@ def _both(one: Case, other: Case) -> Case | None:
                 return None
             merged[key] = list(dict.fromkeys(shared))
         elif key == "enum":
-            merged[key] = [value for value in mine if holds(its, value)]
+            known = set(map(_known_by, its))
+            merged[key] = [value for value in mine if _known_by(value) in known]
         elif key == "required":
             merged[key] = list(dict.fromkeys([*mine, *its]))
         elif key not in ("properties", "additionalProperties", "allOf", *_NOTES):
@@ -204,6 +206,13 @@ def _both(one: Case, other: Case) -> Case | None:
             key: _all(mine.get(key, extra), its.get(key, its_extra)) for key in {**mine, **its}
         }
     return _plain({**merged, "allOf": left} if left else merged)
+
+
+def _known_by(value: object) -> object:
+    """The same of what `holds` calls the same."""
+    if isinstance(value, list | dict):
+        return json.dumps(value, sort_keys=True), None
+    return value, isinstance(value, bool)
 
 
 def _closing(case: Case) -> bool:

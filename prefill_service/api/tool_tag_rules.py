@@ -201,7 +201,8 @@ def _require_plain(case: Case) -> None:
     """Of a list of values: that nothing else chooses among them."""
     for value in case["enum"]:
         word = _bound({key: case[key] for key in case if key != "enum"}, kinds_of(value)[-1])
-        short = isinstance(value, str) and len(value) <= case.get("maxLength", len(value))
+        most = case.get("maxLength")
+        short = isinstance(value, str) and isinstance(most, int) and len(value) <= most
         if word is not None and not (word == "maxLength" and short):
             raise UnkeptError(f"{word!r} beside a list of values cannot be kept to: list those that may come")
 
