@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from urllib.parse import unquote
 
+from prad.core.errors import PradError
 from prefill_service.api.messages import Json
 
 _DATA = ("const", "enum", "default", "examples")
@@ -19,7 +20,7 @@ Case = dict[str, Any]
 """A schema without what combines and refers."""
 
 
-class UnkeptError(Exception):
+class UnkeptError(PradError):
     """A schema that cannot be kept to; why, as a sentence about it."""
 
 
