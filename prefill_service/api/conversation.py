@@ -77,7 +77,12 @@ class ChatEncoder(PromptEncoder):
                 "of them",
                 param="tool_choice",
             )
-        source = grammar(forced) if forced else grammar(chat.offered, loose=True, free=True)
+        places = [f"tools.{at}" for at, tool in enumerate(chat.offered) if tool in forced]
+        if forced:
+            source = grammar(forced, places=places)
+        else:
+            marks = self._tokenizer.special_ids - self._tokenizer.end_ids - self.shown_in_calls(chat)
+            source = grammar(chat.offered, loose=True, free=True, marks=marks)
         held = Constraint("grammar", source, "tool_choice" if forced else "tools", schemas=schemas)
         return chat.model_copy(update={"guided_grammar": held})
 

@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 from prefill_service.api.messages import Json
 from prefill_service.api.tool_formats import TAGS, ToolFormat
-from prefill_service.api.tool_tags import TaggedCall
+from prefill_service.api.tool_tags import FUNCTION, TaggedCall
 
 _ARGUMENTS = ("arguments", "parameters")
 _CALL_ID = "[CALL_ID]"
@@ -161,17 +161,20 @@ class CallParser:
 
     def feed(self, text: str) -> Said:
         for char in text:
-            if self._only_first and self.calls and not self._is_open:
-                break
-            if self._object is not None:
-                self._take(self._object, char)
-            elif self._inside:
-                self._beside(char)
-            else:
-                self._outside(char)
+            self._read(char)
         said, self._said = self._said, Said()
         said.content, self._content = "".join(self._content), []
         return said
+
+    def _read(self, char: str) -> None:
+        if self._only_first and self.calls and not self._is_open:
+            return
+        if self._object is not None:
+            self._take(self._object, char)
+        elif self._inside:
+            self._beside(char)
+        else:
+            self._outside(char)
 
     def close(self) -> str:
         """The rest of the content, once nothing more comes."""
@@ -264,7 +267,15 @@ class CallParser:
                 self._held += call.written
             if not self._is_open or self._form.middle:
                 self._give_up()
-            self._is_open = False
+            was_open, self._is_open = self._is_open, False
+            if was_open and isinstance(call, TaggedCall):
+                self._read_back(call.back)
+
+    def _read_back(self, text: str) -> None:
+        """Behind a call without its end: what closes calls, or anything."""
+        self._inside = not text or text.strip().startswith((self._form.closing, FUNCTION))
+        for char in text:
+            self._read(char)
 
     def _give_up(self) -> None:
         """What is held is no call, nor what stands between calls."""

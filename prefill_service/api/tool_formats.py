@@ -12,11 +12,12 @@ A template that writes them in another way is known by none.
 
 import json
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from prefill_service.api.messages import Json, Tool
-from prefill_service.api.tool_tags import tagged_calls
+from prefill_service.api.tool_schemas import referring
+from prefill_service.api.tool_tag_rules import tagged_calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +74,17 @@ def call_grammar(
     parallel: bool,
     loose: bool = False,
     free: bool = False,
+    places: Sequence[str] = (),
+    marks: Collection[int] = (),
 ) -> str:
     """A grammar, in llguidance's Lark, of an answer that is a call of one of `tools` with arguments as its
     schema says, or several calls if `parallel`: for a `tool_choice` of `required`, or of the only tool given.
 
     `loose`: arguments of tools that are not strict are any object, for calls that the model may also leave.
     `free`: it may leave them for any text that is read as none, or go on to them behind such a text.
-    `token_id`: of a text that is one token of the vocabulary, which a model writes as that.
+    `places`: of the tools in the request, as in `tools.0`. `token_id`: of a text that is one token of the
+    vocabulary, which a model writes as that. `marks`: special tokens that may stand in text around calls, as
+    those that thinking begins and ends with.
     """
 
     def written(text: str) -> str:
@@ -91,37 +96,38 @@ def call_grammar(
         name = f"call: {' | '.join(f'call{at}' for at in range(len(tools)))}"
         rules = [name, *_named_calls(tools, written(form.middle), loose=loose)]
     elif form is TAGS:
-        rules = list(tagged_calls(tools, loose=loose))
+        rules = list(tagged_calls(tools, loose=loose, places=places))
     else:
         rules = [f"call: %json {json.dumps(_any_call(form, tools, loose=loose))}"]
     if form is MISTRAL:
         more = ' (", " call)*' if parallel else ""
         calls = f'{opening} "[" call{more} "]"'
-        start = f"TEXT | {calls}" if free else calls
+        start = f"words | {calls}" if free else calls
     elif form.opening:
         one = f'{opening} "\\n" call "\\n" {written(form.closing)}' if form.closing else f"{opening} call"
         between = '"\\n" ' if form.closing else ""
         start = f"{one} ({between}{one})*" if parallel else one
         if free:
-            start = f"({one})* TEXT" if parallel else f"TEXT | {one}"
+            start = f"({one})* words" if parallel else f"words | {one}"
     else:
         start = 'call ("; " call)*' if parallel else "call"
         if free:
             start = f"TEXT | ({written(form.skipped)})? {start}"
     if free:
-        rules += _free_text(form, token_id(form.opening))
+        rules += _free_text(form, token_id(form.opening), marks)
     return "\n".join([f"start: {start}", *rules, ""])
 
 
-def _free_text(form: ToolFormat, opening_id: int | None) -> list[str]:
+def _free_text(form: ToolFormat, opening_id: int | None, marks: Collection[int]) -> list[str]:
     """What is read as no call; what opens one ends it, however that is spelt. Where the answer itself may be
     a call, one that begins like an object, or like what is skipped, has to be one."""
     if not form.opening:
         space = r"\s\x1c-\x1f;,"
         return [rf"TEXT: /[{space}]*(([^{space}{{<]|<[^|])(?s:.*)|<)?/"]
     spelt = f"spelt[lazy]: TEXT {json.dumps(form.opening)}"
-    opened = "opened: spelt" if opening_id is None else f"opened: spelt | TEXT <[{opening_id}]>"
-    return [opened, spelt, "TEXT: /(?s:.*)/"]
+    opened = "spelt" if opening_id is None else f"(spelt | TEXT <[{opening_id}]>)"
+    marked = f"(TEXT <[{','.join(map(str, sorted(marks)))}]>)* " if marks else ""
+    return [f"opened: {marked}{opened}", spelt, f"words: {marked}TEXT", "TEXT: /(?s:.*)/"]
 
 
 _SPACING: Json = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -143,7 +149,8 @@ def _named_calls(tools: Sequence[Tool], middle: str, *, loose: bool) -> Iterator
 
 def _call(form: ToolFormat, tool: Tool, place: str, *, loose: bool) -> Json:
     """`place`: of the schema in the whole."""
-    arguments = _moved(_arguments(tool, loose=loose), f"{place}/properties/{form.arguments}")
+    to = f"{place}/properties/{form.arguments}"
+    arguments = referring(_arguments(tool, loose=loose), lambda name: to + name[1:])
     return {
         "type": "object",
         "properties": {"name": {"const": tool.function.name}, form.arguments: arguments},
@@ -157,25 +164,3 @@ def _arguments(tool: Tool, *, loose: bool) -> Json:
     if given is None:
         return {"type": "object", "additionalProperties": False}
     return {"type": "object"} if loose and not tool.function.strict else given
-
-
-_DATA = ("const", "enum", "default", "examples")
-_NAMED = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
-"""Keywords of JSON schemas whose values are no schemas, or schemas by names."""
-
-
-def _moved(schema: object, to: str) -> object:
-    """A schema that stands at `to` within another: what it refers to from its root is found there."""
-    if isinstance(schema, list):
-        return [_moved(each, to) for each in schema]
-    if not isinstance(schema, dict) or isinstance(schema.get("$id"), str):  # which is a root by itself
-        return schema
-    moved = dict[str, object]()
-    for key, value in schema.items():
-        if key == "$ref" and isinstance(value, str) and (value == "#" or value.startswith("#/")):
-            moved[key] = to + value[1:]
-        elif key in _NAMED and isinstance(value, dict):
-            moved[key] = {name: _moved(child, to) for name, child in value.items()}
-        else:
-            moved[key] = value if key in _DATA else _moved(value, to)
-    return moved

@@ -38,6 +38,7 @@ TOOLS: list[dict[str, Any]] = [
 ]
 FORMS = {form.name: form for form in (HERMES, MISTRAL, ARGS, TAGS, LLAMA)}
 MARKS = ("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>")
+THINKING = ("[THINK]", "[/THINK]")
 
 
 def tagged(arguments: str) -> str:
@@ -64,7 +65,7 @@ def call(form: ToolFormat, name: str, arguments: str) -> str:
 @pytest.fixture(scope="module", params=["letters", "marks"])
 def vocabulary(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """What marks calls is spelt, or is special tokens."""
-    marks = MARKS if request.param == "marks" else ()
+    marks = (*MARKS, *THINKING) if request.param == "marks" else ()
     return tokenizer_of(tmp_path_factory.mktemp("strict"), TOOL_TEMPLATE, *marks)
 
 
@@ -88,8 +89,16 @@ class Held:
 
     def __post_init__(self) -> None:
         tools = [Tool.model_validate(tool) for tool in TOOLS]
+        calls = {self.tokenizer.token_id(text) for text in self.form.special}
+        marks = self.tokenizer.special_ids - self.tokenizer.end_ids - calls
         source = call_grammar(
-            self.form, tools, self.tokenizer.token_id, parallel=self.parallel, loose=True, free=True
+            self.form,
+            tools,
+            self.tokenizer.token_id,
+            parallel=self.parallel,
+            loose=True,
+            free=True,
+            marks=marks,
         )
         self.grammar = self.grammars.begin_written("grammar", source, spaced=self.spaced)
 
@@ -101,7 +110,7 @@ class Held:
             (mask,) = self.grammars.masks([walk])
             assert walk.trouble is None
             mask.forbid(row := np.zeros(len(self.tokenizer), np.float32))
-            banned = row < 0
+            banned = np.isneginf(row)
             if len(output) < len(ids):
                 token = ids[len(output)]
                 if banned[token]:
@@ -155,6 +164,16 @@ def test_a_text_may_stand_in_front_of_calls(held: Held) -> None:
         alone = Held(held.form, held.grammars, held.tokenizer, parallel=False)
         assert alone.takes(good)
         assert not alone.takes(both[held.form])
+
+
+def test_a_model_thinks_between_special_tokens(held: Held) -> None:
+    good, wrong = (call(held.form, "stars", arguments) for arguments in ('{"n": 3}', '{"n": 30}'))
+    thought = "[THINK]I {see}[/THINK]"
+    takes = held.form is not LLAMA or held.tokenizer.token_id("[THINK]") is None
+    for text in (thought, f"{thought}\nSo it is.", f"{thought}\n{good}", "[THINK]"):
+        assert held.takes(text) == takes, text
+    assert held.takes(thought + wrong) == (held.form is LLAMA and takes)
+    assert held.goes_on([*held.spelt(thought), *held.tokenizer.encode_continuation(good)]) == thought + good
 
 
 @pytest.mark.parametrize("seed", range(3))
