@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 UV := uv==0.13.9 # makes the locks
 LOCKED := pyproject.toml locks/install $(wildcard locks/*.txt)
 TESTS := -m "not long" -n 3 --dist loadfile --fork
+UNFORKED := $(filter-out --fork,$(TESTS)) # every process anew, where time matters less
 KERNEL_TESTS := $(wildcard tests/lm/test_*kernels.py) tests/lm/test_products.py tests/lm/test_blocks.py tests/lm/test_eight_bits.py
 PROTO := kvtransfer/proto/handoff.proto
 
@@ -43,15 +44,15 @@ test-latest: ## the tests with the newest releases that pyproject.toml admits; e
 	@.venv-latest/bin/pip list --format freeze | paste -sd ' ' | fold -sw 120
 	.venv-latest/bin/pytest $(TESTS) -W error
 
-test-oldest: ## the tests with the oldest releases that pyproject.toml admits (locks/oldest.txt)
+test-oldest: ## the tests with the oldest releases that pyproject.toml admits (locks/oldest.txt), every process started anew
 	@rm -rf .venv-oldest && $(PYTHON) -m venv .venv-oldest
 	@locks/install .venv-oldest/bin/python oldest
 	@.venv-oldest/bin/pip install --quiet --quiet --no-deps --no-build-isolation --editable .
 	@.venv-oldest/bin/pip list --format freeze | paste -sd ' ' | fold -sw 120
-	.venv-oldest/bin/pytest $(TESTS)
+	.venv-oldest/bin/pytest $(UNFORKED)
 
 coverage: $(VENV)/.tested ## the tests, and which lines they run; services in processes of their own count
-	$(BIN)/pytest $(filter-out --fork,$(TESTS)) --cov --cov-report=term:skip-covered
+	$(BIN)/pytest $(UNFORKED) --cov --cov-report=term:skip-covered
 
 sanitize: $(VENV)/.tested ## the tests of the kernels under AddressSanitizer and UndefinedBehaviorSanitizer (g++)
 	CXX=g++ CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all" \
