@@ -31,7 +31,7 @@ APT := DEBIAN_FRONTEND=noninteractive apt-get -qq -o Acquire::http::Timeout=20 -
 redis: # what the registry's tests start; where it may not be installed they say that they did not run
 	@command -v redis-server >/dev/null || if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && [ ! -d /run/systemd/system ]; \
 	then echo "installing redis-server ..."; \
-		{ $(APT) update && RUNLEVEL=1 $(APT) install --yes --no-install-recommends redis-server; } </dev/null >/dev/null 2>&1; \
+		{ $(APT) update; RUNLEVEL=1 $(APT) install --yes --no-install-recommends redis-server; } </dev/null >/dev/null 2>&1; \
 		command -v redis-server >/dev/null || \
 			echo "redis-server could not be installed (apt-get install redis-server): the tests that need it will say so"; \
 	else echo "no redis-server, and the tests that need it will say so: sudo apt-get install redis-server"; fi
