@@ -34,7 +34,8 @@ def stack(
     root = tmp_path_factory.mktemp("stack")
     for seed, name in enumerate(("red", "blue")):
         random_artefact(root / "adapters" / name, load_tiny("llama"), seed + 1)
-    with running_stack(tiny_model("llama"), root / "adapters", root, metrics_port=metrics_port) as stack:
+    more = {"prefill": {"files_dir": root / "files"}, "metrics_port": metrics_port}
+    with running_stack(tiny_model("llama"), root / "adapters", root, **more) as stack:
         yield stack
 
 
