@@ -36,7 +36,9 @@ def test_commands_are_forked_from_what_has_imported_all_also_in_another_folder(t
 
 
 def test_a_failed_import_is_named_by_what_is_forked(tmp_path: Path) -> None:
-    (tmp_path / "without.py").write_text("import sys; sys.modules['prad.training.evaluate'] = None")
+    (tmp_path / "without.py").write_text(
+        "import sys; sys.modules['prad.training.evaluate'] = None", encoding="utf-8"
+    )
     without = "forked._context.set_forkserver_preload(['without', 'tests.imported'])"
     said = _python(f"{BEGIN} {without}; forked.begin(); {SAY}", tmp_path)
     assert said.startswith("1 "), said
