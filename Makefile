@@ -4,8 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 UV := uv==0.13.9 # makes the locks
-LOCKED := pyproject.toml locks/install $(wildcard locks/*.txt)
+LOCKED := pyproject.toml locks/install $(patsubst %,locks/%.txt,build serve bench test model torch)
 TESTS := -m "not long" -n 3 --dist loadfile --fork
+UNFORKED := $(filter-out --fork,$(TESTS)) # every process anew, where time matters less
 KERNEL_TESTS := $(wildcard tests/lm/test_*kernels.py) tests/lm/test_products.py tests/lm/test_blocks.py tests/lm/test_eight_bits.py
 PROTO := kvtransfer/proto/handoff.proto
 
@@ -24,17 +25,23 @@ serve: $(VENV)/.served ## the whole stack with the demo adapters, on this machin
 test: $(VENV)/.tested redis ## install what the tests need and run them (three at a time: they wait more than they compute)
 	$(BIN)/pytest $(TESTS)
 
+# Only where root asks and no init would start the service that is installed; apt has time limits of its own, since one
+# that is ended in the middle leaves dpkg in need of repair.
+APT := DEBIAN_FRONTEND=noninteractive apt-get -qq -o Acquire::http::Timeout=20 -o Acquire::https::Timeout=20 -o Acquire::Retries=1
 redis: # what the registry's tests start; where it may not be installed they say that they did not run
-	@command -v redis-server >/dev/null || { [ "$$(id -u)" != 0 ] && echo "no redis-server: sudo apt-get install redis-server"; } || \
-		{ echo "installing redis-server ..." && RUNLEVEL=1 timeout 180 apt-get install --yes --no-install-recommends redis-server >/dev/null 2>&1; } || \
-		echo "redis-server could not be installed: the tests that need it will say so"
+	@command -v redis-server >/dev/null || if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && [ ! -d /run/systemd/system ]; \
+	then echo "installing redis-server ..."; \
+		{ $(APT) update; RUNLEVEL=1 $(APT) install --yes --no-install-recommends redis-server; } </dev/null >/dev/null 2>&1; \
+		command -v redis-server >/dev/null || \
+			echo "redis-server could not be installed (apt-get install redis-server): the tests that need it will say so"; \
+	else echo "no redis-server, and the tests that need it will say so: sudo apt-get install redis-server"; fi
 
-test-long: $(VENV)/.tested ## the tests that run for minutes (others' programs are installed first, once; VLLM=: an interpreter with vLLM)
+test-long: $(VENV)/.tested redis ## the tests that run for minutes (others' programs are installed first, once; VLLM=: an interpreter with vLLM)
 	-$(BIN)/python -m tests.outside.clients
 	$(BIN)/pytest -m "long or hypothesis" -n 2 --dist loadfile --hypothesis-profile thorough
 	$(BIN)/python -m deploy.count_house --check
 
-test-latest: ## the tests with the newest releases that pyproject.toml admits; every warning is an error
+test-latest: redis ## the tests with the newest releases that pyproject.toml admits; every warning is an error
 	@rm -rf .venv-latest && $(PYTHON) -m venv .venv-latest
 	@echo "installing the newest releases into .venv-latest (a minute or two) ..."
 	@.venv-latest/bin/pip install --quiet --quiet --upgrade pip
@@ -43,28 +50,27 @@ test-latest: ## the tests with the newest releases that pyproject.toml admits; e
 	@.venv-latest/bin/pip list --format freeze | paste -sd ' ' | fold -sw 120
 	.venv-latest/bin/pytest $(TESTS) -W error
 
-test-oldest: ## the tests with the oldest releases that pyproject.toml admits (locks/oldest.txt)
+test-oldest: redis ## the tests with the oldest releases that pyproject.toml admits (locks/oldest.txt), every process started anew
 	@rm -rf .venv-oldest && $(PYTHON) -m venv .venv-oldest
 	@locks/install .venv-oldest/bin/python oldest
 	@.venv-oldest/bin/pip install --quiet --quiet --no-deps --no-build-isolation --editable .
 	@.venv-oldest/bin/pip list --format freeze | paste -sd ' ' | fold -sw 120
-	.venv-oldest/bin/pytest $(TESTS)
+	.venv-oldest/bin/pytest $(UNFORKED)
 
-coverage: $(VENV)/.tested ## the tests, and which lines they run; services in processes of their own count
-	$(BIN)/pytest $(filter-out --fork,$(TESTS)) --cov --cov-report=term:skip-covered
+coverage: $(VENV)/.tested redis ## the tests, and which lines they run; services in processes of their own count
+	$(BIN)/pytest $(UNFORKED) --cov --cov-report=term:skip-covered
 
 sanitize: $(VENV)/.tested ## the tests of the kernels under AddressSanitizer and UndefinedBehaviorSanitizer (g++)
 	CXX=g++ CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all" \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest $(KERNEL_TESTS)
 
-check: $(VENV)/.tested ## format, lint, types, imports, generated files
-	@$(MAKE) --no-print-directory --jobs 2 check-types check-all-else
+check: check-types check-all-else ## format, lint, types, imports, generated files (in half of the time: make -j2)
 
-check-types: # as long as all else takes
+check-types: $(VENV)/.tested # as long as all else takes
 	$(BIN)/mypy
 
-check-all-else:
+check-all-else: $(VENV)/.tested
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports

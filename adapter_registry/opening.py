@@ -91,10 +91,7 @@ def _files(settings: RegistrySettings, folder: Path, identity: str | None) -> Fi
         bucket = Bucket(place, identity or _bucket_id(folder), settings.files_endpoint)
         return ArtefactBucket(bucket, folder, settings.copies_mib * MIB)
     except OSError as error:
-        raise CannotStartError(
-            f"cannot use the data folder {folder}: {error.strerror}; let this user write there, or "
-            "choose another data_dir (PRAD_REGISTRY_DATA_DIR)"
-        ) from error
+        raise _unusable(folder, error) from error
 
 
 def _bucket_id(folder: Path) -> str:
@@ -133,8 +130,12 @@ def _lock(folder: Path) -> FileLock:
             f"another registry uses {folder}; stop it, or choose another data_dir"
         ) from None
     except OSError as error:
-        raise CannotStartError(
-            f"cannot use the data folder {folder}: {error.strerror}; let this user write there, or "
-            "choose another data_dir (PRAD_REGISTRY_DATA_DIR)"
-        ) from error
+        raise _unusable(folder, error) from error
     return lock
+
+
+def _unusable(folder: Path, error: OSError) -> CannotStartError:
+    return CannotStartError(
+        f"cannot use the data folder {folder}: {error.strerror}; let this user write there, or choose "
+        "another data_dir (PRAD_REGISTRY_DATA_DIR)"
+    )

@@ -10,12 +10,12 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 
 from adapter_registry import errors
 from adapter_registry.errors import ErrorBody, ErrorReply
 from adapter_registry.metrics import Metrics
+from prad.http.described import refusals, with_schemas
 from prad.http.hosts import unknown_path
 from prad.http.logs import logged
 
@@ -44,22 +44,14 @@ STATUS: Mapping[type[errors.RegistryError], int] = MappingProxyType(
 )
 
 
-SCHEMA = "#/components/schemas/{model}"
-
-
 def described(reasons: Mapping[int | str, str]) -> dict[int | str, dict[str, Any]]:
-    """For the documentation of a route: why it answers with each of these statuses. The schema is named,
-    and added by `describe`: FastAPI would make validators of a model, for each status of each route anew."""
-    content = {"application/json": {"schema": {"$ref": SCHEMA.format(model=ErrorReply.__name__)}}}
-    return {status: {"description": why, "content": content} for status, why in reasons.items()}
+    """For the documentation of a route: why it answers with each of these statuses."""
+    return refusals(reasons, ErrorReply)
 
 
 def describe(app: FastAPI) -> dict[str, Any]:
     """What FastAPI says of it, with the schema of errors."""
-    told = FastAPI.openapi(app)
-    _, errors_too = models_json_schema([(ErrorReply, "serialization")], ref_template=SCHEMA)
-    told["components"]["schemas"] |= errors_too["$defs"]
-    return told
+    return with_schemas(app, [ErrorReply], "serialization")
 
 
 def status_of(error: errors.RegistryError) -> int:

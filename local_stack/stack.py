@@ -27,7 +27,9 @@ _STOP_S = 50.0
 """More than decode takes at most: its drain, and what it still sends."""
 _LOG_LINES = 12
 _LONGEST_LOG = 16 << 20
-_WARNING = re.compile(r" (?:WARNING|ERROR) (.+)")
+LOG_FORMAT = "%(asctime)s {service} %(levelname)s %(message)s"
+"""Of a service's log; `_WARNING` is how such a line begins, and finds no such word within a message."""
+_WARNING = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} \S+ (?:WARNING|ERROR|CRITICAL) (.+)")
 
 
 class StackError(PradError):
@@ -62,7 +64,7 @@ class Service:
 
     def warnings(self) -> list[str]:
         """What its log says since its start that somebody has to know, each once."""
-        found = (_WARNING.search(line) for line in self._lines())
+        found = (_WARNING.match(line) for line in self._lines())
         return list(dict.fromkeys(each[1] for each in found if each))
 
     def _last_lines(self) -> list[str]:

@@ -63,5 +63,7 @@ def _settings(kind: type[S], context: typer.Context, example: str) -> S:
 def _log(service: str) -> None:
     import logging
 
-    logging.basicConfig(level="INFO", format=f"%(asctime)s {service} %(levelname)s %(message)s")
+    from local_stack.stack import LOG_FORMAT
+
+    logging.basicConfig(level="INFO", format=LOG_FORMAT.format(service=service))
     logging.getLogger("httpx").setLevel("WARNING")

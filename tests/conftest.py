@@ -2,7 +2,6 @@
 
 import os
 import signal
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -38,9 +37,12 @@ from prad.lm import LanguageModel
 from prad.lm.kernels import Kernels, load_kernels
 from prad.lm.kernels.build import built
 from tests import forked
+from tests.cache import CACHE
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no fault of ours
-hypothesis.settings.register_profile("thorough", deadline=None, max_examples=1000)  # `make test-long`
+hypothesis.settings.register_profile(  # `make test-long`; in CI Hypothesis would draw the same every time
+    "thorough", deadline=None, max_examples=1000, derandomize=False, print_blob=True
+)
 torch.set_num_threads(1)  # tiny models: threads that wait for each other cost more than they do
 
 VOCAB = 120
@@ -91,30 +93,6 @@ LONGEST = (
 """Files whose tests take half a minute or more, from the longest on."""
 
 
-def _cache() -> Path:
-    """Where the converted default model and the compiled kernels are kept from run to run: as `prad` does, or
-    in the temporary folder where the home folder takes no files."""
-    home = Path(os.environ.get("PRAD_CACHE_DIR", "~/.cache/prad")).expanduser()
-    elsewhere = Path(tempfile.gettempdir()) / f"prad-tests-{os.getuid()}"
-    for folder in (home, elsewhere):
-        try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                return folder
-        except OSError:
-            continue
-    raise OSError(f"neither {home} nor {elsewhere} can be written")
-
-
-CACHE = _cache()
-os.environ["PRAD_CACHE_DIR"] = str(CACHE)  # for the commands that tests start
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a script's background job: children would not heed it
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"  # also where a proxy leads out
-os.environ.pop("SSL_CERT_FILE", None)  # each client of HTTP would read all those certificates, for nobody
-os.environ["SSL_CERT_DIR"] = str(CACHE)
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="where the services of a running stack compute")
     parser.addoption("--fork", action="store_true", help="services and commands: see tests/forked.py")
@@ -122,6 +100,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     global _device
+    _stand_alone()
     _device = config.getoption("--device")
     if not config.getoption("--hypothesis-profile"):
         hypothesis.settings.load_profile("untimed")
@@ -129,6 +108,19 @@ def pytest_configure(config: pytest.Config) -> None:
     if forked.wanted and not config.getoption("numprocesses", None):  # a worker of xdist, or the only process
         forked.begin()
     config.option.loadscopereorder = False  # in the order of `pytest_collection_modifyitems` instead
+
+
+def _stand_alone() -> None:
+    """What tests and the commands that they start find; at no import, which `tests.outside.clients` needs as
+    well, whose pip has the user's certificates and proxy."""
+    os.environ["PRAD_CACHE_DIR"] = str(CACHE)
+    if (
+        signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    ):  # a script's background job: children would not heed it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"  # also where a proxy leads out
+    os.environ.pop("SSL_CERT_FILE", None)  # each client of HTTP would read all those certificates, for nobody
+    os.environ["SSL_CERT_DIR"] = str(CACHE)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,8 +3,13 @@
 With `--fork`, as `make test` has it, each is forked from one process that has imported everything: what torch
 and transformers take to be imported, three to five seconds for each of them, was a third of what the tests
 computed. What is forked runs the same command, in a process, a group and an environment of its own, and is
-signalled and awaited as any. Without `--fork`, as in `make test-long` and `make coverage`, Python starts anew
-for each; so it does always for what tests start by themselves: `prad serve`, `prad train`, the demo.
+signalled and awaited as any. Without `--fork`, as in `make test-long`, `make test-oldest` and `make
+coverage`, Python starts anew for each; so it does always for what tests start by themselves: `prad serve`,
+`prad train`, the demo.
+
+What a fork leaves out, and only those see: that `python -m prad_cli` starts, with nothing imported before;
+what an import reads from the environment (`OMP_WAIT_POLICY`, `HF_HUB_OFFLINE`); flags of the interpreter; and
+what is registered with `atexit`, which a forked process may not run.
 """
 
 import multiprocessing
@@ -21,6 +26,7 @@ from typing import IO, Any
 from local_stack.stack import Stack
 from prad_cli.app import main
 
+ROOT = Path(__file__).parents[1]
 wanted = False
 """Whether `--fork` was given."""
 
@@ -29,8 +35,24 @@ _context.set_forkserver_preload(["tests.imported"])
 
 
 def begin() -> None:
-    """Starts the process to fork from, which imports while others go on; in the folder of the tests."""
-    forkserver.ensure_running()
+    """Starts the process to fork from, which imports while others go on."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *([before] if before else [])])
+    try:  # 3.11 to 3.13 tell it nothing of sys.path, and started in another folder it would find no tests
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+
+
+def _unready() -> str:
+    """In a child: why what it was forked from had not imported everything; empty if it had."""
+    imported = sys.modules.get("tests.imported")
+    if imported is None:
+        return "tests.imported was not imported"
+    return "; ".join(f"{name}: {why}" for name, why in imported.FAILED.items())
 
 
 @dataclass(frozen=True)
@@ -55,6 +77,8 @@ class Command:
         os.environ.clear()
         os.environ.update(self.environment)
         sys.argv = ["prad", *self.words]
+        if why := _unready():
+            sys.exit(f"the process to fork from (tests/imported.py) is not what it should be: {why}")
         main()
 
 
@@ -83,9 +107,11 @@ class Forked(subprocess.Popen[bytes]):
 
 
 class ForkedStack(Stack):
-    """Whose services are forked; started again as well."""
+    """Whose services are forked; started again as well. None runs within another program."""
 
     def _begin(self, name: str, arguments: Sequence[str], log: IO[bytes]) -> "subprocess.Popen[bytes]":
+        if name in self._within:
+            raise ValueError(f"{name} cannot be forked within {self._within[name]}: start a Stack instead")
         streams = (os.devnull, log.name, log.name)
         return Forked(Command((name, *arguments), dict(os.environ), streams, own_group=True))
 
@@ -119,5 +145,5 @@ def prad(
             status = running.wait()
         finally:
             running.kill()
-        out, err = (path.read_text(encoding="utf-8") for path in told)
+        out, err = (path.read_text(encoding="utf-8", errors="surrogateescape") for path in told)
         return subprocess.CompletedProcess(said, status, out, err)

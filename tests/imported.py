@@ -1,6 +1,12 @@
-"""What the services and commands of `prad` import, for the process that `tests.forked` forks them from."""
+"""What the services and commands of `prad` import, for the process that `tests.forked` forks them from.
+
+What cannot be imported is noted, and said by every command that would be forked: the forkserver itself passes
+over an ImportError, and ends without a word at anything else.
+"""
 
 import os
+from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as `prad` does, before torch loads
@@ -24,10 +30,24 @@ LATER = (
 )
 """What transformers imports when it is first asked for."""
 FAMILIES = ("gemma3", "gpt2", "gpt_neox", "llama", "mistral", "opt", "qwen3")
+FAILED: dict[str, str] = {}
+"""By what could not be imported: why."""
+
+
+def _tried(name: str, read: Callable[[], object]) -> None:
+    try:
+        read()
+    except Exception as error:  # whatever it is: a command that is forked says it
+        FAILED[name] = f"{type(error).__name__}: {error}"
+
+
+def _of_transformers(name: str) -> object:
+    return getattr(import_module("transformers"), name)
+
 
 for name in MODULES:
-    import_module(name)
+    _tried(name, partial(import_module, name))
 for name in LATER:
-    getattr(import_module("transformers"), name)
-for name in FAMILIES:
-    import_module(f"transformers.models.{name}.modeling_{name}")
+    _tried(f"transformers.{name}", partial(_of_transformers, name))
+for name in (f"transformers.models.{family}.modeling_{family}" for family in FAMILIES):
+    _tried(name, partial(import_module, name))

@@ -17,10 +17,10 @@ from typing import Annotated, Any
 from fastapi import APIRouter, FastAPI, Path, Request
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
-from pydantic.json_schema import models_json_schema
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse, Response
 
+from prad.http.described import refusals, with_schemas
 from prad.lm import Tokenizer
 from prefill_service.api.admission import (
     Admission,
@@ -35,10 +35,8 @@ from prefill_service.api.described import (
     ANSWER,
     FAILURES,
     REFUSALS,
-    SCHEMA,
     FailureBody,
     body_schema,
-    refusals,
 )
 from prefill_service.api.intake import BEHIND_OTHERS, ApiLimits, TurnAway, client_of, read_body
 from prefill_service.api.messages import Addressed
@@ -141,10 +139,7 @@ def create_app(
 
 def _described(app: FastAPI) -> dict[str, Any]:
     """FastAPI's description, and the bodies that it cannot know: those that endpoints read, and refusals."""
-    described = FastAPI.openapi(app)
-    _, bodies = models_json_schema([(kind, "validation") for kind in _BODIES], ref_template=SCHEMA)
-    described["components"]["schemas"] |= bodies["$defs"]
-    return described
+    return with_schemas(app, _BODIES, "validation")
 
 
 _BODIES = (
@@ -328,7 +323,8 @@ def _models(catalogue: TaskCatalogue, model: ModelInfo) -> APIRouter:
                 403: "The key is not for it",
                 404: "No such model",
                 503: "Its files are not here",
-            }
+            },
+            FailureBody,
         ),
     )
     async def one_model(request: Request, name: ModelName) -> Json:
@@ -382,7 +378,7 @@ def _operations(
         ready = {"status": "ready", "reasons": [], "fetching": catalogue.fetching}
         return JsonResponse(ready | warned)
 
-    refused = refusals({403: "The key is not for all tasks"})
+    refused = refusals({403: "The key is not for all tasks"}, FailureBody)
 
     @router.get("/metrics", response_class=PlainTextResponse, responses=refused)
     async def show_metrics(request: Request) -> Response:

@@ -6,6 +6,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from prad.http.described import SCHEMA, refusals
+
 
 class Failure(BaseModel):
     """OpenAI's error object."""
@@ -31,35 +33,21 @@ class FailureBody(BaseModel):
     """What went wrong."""
 
 
-SCHEMA = "#/components/schemas/{model}"
-
-
-def refusals(
-    reasons: Mapping[int | str, str], kind: type[BaseModel] = FailureBody
-) -> dict[int | str, dict[str, Any]]:
-    """The schema is named, and added by whoever describes the app: FastAPI would make validators of a model,
-    for each status of each route anew, which are never asked and were most of what an app took to be made."""
-    content = {"application/json": {"schema": {"$ref": SCHEMA.format(model=kind.__name__)}}}
-    return {status: {"description": why, "content": content} for status, why in reasons.items()}
-
-
-FAILURES = refusals({"default": "Not served, and why"})
-
-
-REFUSALS = refusals(
-    {
-        400: "A field is unknown, unsupported or wrong, the body is no JSON, or the prompt does not fit",
-        401: "An API key is needed, and none that is in force is shown",
-        403: "The key is not for this task, or the request's Host is none of the server's names",
-        404: "No such task, version or model",
-        408: "The body did not come in time",
-        413: "The body is too large",
-        415: "The body is not application/json",
-        429: "Too much is waiting, or the key has used what it may; Retry-After says when to come again",
-        503: "Not ready, or the decode service is away; Retry-After says when to come again",
-        504: "It took longer than a request may",
-    }
-)
+WHY_FAILED: Mapping[int | str, str] = {"default": "Not served, and why"}
+WHY_REFUSED: Mapping[int | str, str] = {
+    400: "A field is unknown, unsupported or wrong, the body is no JSON, or the prompt does not fit",
+    401: "An API key is needed, and none that is in force is shown",
+    403: "The key is not for this task, or the request's Host is none of the server's names",
+    404: "No such task, version or model",
+    408: "The body did not come in time",
+    413: "The body is too large",
+    415: "The body is not application/json",
+    429: "Too much is waiting, or the key has used what it may; Retry-After says when to come again",
+    503: "Not ready, or the decode service is away; Retry-After says when to come again",
+    504: "It took longer than a request may",
+}
+FAILURES = refusals(WHY_FAILED, FailureBody)
+REFUSALS = refusals(WHY_REFUSED, FailureBody)
 ANSWER: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "OpenAI's object with `prad` beside it; events of chunks if `stream` is true",

@@ -21,7 +21,8 @@ from prad.adapters import (
 from prad.artefact import AdapterRecord, Artefact, BaseModelRef, read_artefact, write_record
 from prad.lm import DEFAULT_MODEL, LanguageModel, PackedBatch, Site, Tokenizer, resolve_model
 from prad.lm.kernels import Kernels
-from tests.conftest import CACHE, random_artefact
+from tests.cache import CACHE
+from tests.conftest import random_artefact
 
 PROMPTS = ("a gripping , beautifully acted film", "name[The Eagle], eatType[coffee shop]", "two hours")
 METHODS = ("prad-pa", "prad-sa", "prad-lora", "prad-dora", "prad-ia3", "prad-bitfit", "prad-para", "para")

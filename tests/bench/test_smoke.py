@@ -12,7 +12,8 @@ from bench.flags import ModelFlags
 from bench.known import FLAGS
 from bench.runner import run
 from prad.lm.kernels.build import built
-from tests.conftest import CACHE, SIZES, randomised, save_model
+from tests.cache import CACHE
+from tests.conftest import SIZES, randomised, save_model
 
 ROOT = Path(__file__).parents[2]
 SMOKE = re.search(r"^SMOKE \?= ([a-z ]+)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.cache import CACHE
 from tests.cli.test_command_line import ENVIRONMENT, one_line
-from tests.conftest import CACHE
 
 CHECKOUT = Path(__file__).parents[2]
 OF_EXTRAS = ("accelerate", "matplotlib", "peft", "psutil", "rouge_score", "sacrebleu")

@@ -6,7 +6,7 @@ import pytest
 
 from prad.lm.kernels import Kernels
 from prad.lm.kernels.build import built
-from tests.conftest import CACHE
+from tests.cache import CACHE
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from prad.lm.attention import causal_attention, prompt_spans
 from prad.lm.kernels import Kernels
 from prad.lm.kernels.build import built
 from prad.lm.kv import Pools, dtype_name
-from tests.conftest import CACHE
+from tests.cache import CACHE
 
 LENGTHS = (1, 2, 15, 16, 17, 31, 32, 33, 100)
 PROMPTS = (1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 130, 600)

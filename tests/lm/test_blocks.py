@@ -21,7 +21,7 @@ from torch import Tensor
 from prad.lm import DEFAULT_MODEL, LanguageModel, ModelNotFoundError, resolve_model
 from prad.lm.blocks import Bits, Blocks, _order, load_blocks, save_blocks
 from prad.lm.kernels import Activation, Kernels, Out, PackedLinear
-from tests.conftest import CACHE
+from tests.cache import CACHE
 
 SIZES = ((1, 32), (16, 64), (17, 96), (40, 32), (80, 160), (336, 576), (50, 4128))  # columns, inputs
 EDGES = (1, 2, 5, 6, 7, 11, 12, 13, 15, 16, 17, 24, 25, 59, 60, 61, 63, 64, 65)

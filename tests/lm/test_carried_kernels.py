@@ -8,7 +8,7 @@ import pytest
 
 from prad.lm.kernels import build, cpus, load_kernels
 from prad.lm.kernels.cpus import KINDS, CompileError, carried, compile_carried
-from tests.conftest import CACHE
+from tests.cache import CACHE
 
 
 @pytest.fixture

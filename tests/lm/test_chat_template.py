@@ -8,7 +8,7 @@ from tokenizers import models
 from transformers import PreTrainedTokenizerFast
 
 from prad.lm import DEFAULT_MODEL, ChatTemplateError, Tokenizer, resolve_model
-from tests.conftest import CACHE
+from tests.cache import CACHE
 
 PLAIN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
 OPEN = "{% if add_generation_prompt %}<assistant>{% endif %}"

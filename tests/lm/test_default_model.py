@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from prad.lm import DEFAULT_MODEL, ModelNotFoundError, Tokenizer, gguf, resolve_model
-from tests.conftest import CACHE
+from tests.cache import CACHE
 
 
 @pytest.fixture(scope="module")

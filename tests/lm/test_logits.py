@@ -13,7 +13,7 @@ from torch import Tensor
 from prad.core.sampling import SamplingParams
 from prad.lm import DEFAULT_MODEL, LanguageModel, Tokenizer, resolve_model
 from prad.lm.kernels import Kernels, Precision
-from tests.conftest import CACHE
+from tests.cache import CACHE
 from tests.generation import generate
 
 PATHS: dict[str, Precision | None] = {

@@ -13,7 +13,7 @@ from deploy.kernel_header import check
 from prad.lm.kernels import Kernels, Kind, operations
 from prad.lm.kernels.build import built
 from prad.lm.kernels.declared import Struct, digest, struct
-from tests.conftest import CACHE
+from tests.cache import CACHE
 
 
 def test_the_header_is_that_of_the_declarations() -> None:

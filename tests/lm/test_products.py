@@ -8,7 +8,7 @@ from torch import Tensor
 from prad.lm.blocks import Blocks
 from prad.lm.kernels import Activation, Kernels, Out, PackedLinear, Precision
 from prad.lm.kernels.build import built
-from tests.conftest import CACHE
+from tests.cache import CACHE
 
 SIZES = ((48, 64), (50, 96), (96, 32), (720, 160))  # columns: whole panels or not, an odd number of them
 

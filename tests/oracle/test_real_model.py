@@ -7,7 +7,8 @@ import pytest
 
 from prad.artefact import read_artefact
 from prad.lm import DEFAULT_MODEL, Tokenizer, resolve_model
-from tests.conftest import CACHE, StackMaker
+from tests.cache import CACHE
+from tests.conftest import StackMaker
 from tests.oracle.comparing import CLEAR, TOLERANCE
 from tests.oracle.reference import Reference
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import CACHE
+from tests.cache import CACHE
 
 LOCKS = Path(__file__).parents[2] / "locks"
 CLIENTS = {

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tests.prefill_api.batching import COMPLETIONS, Serving, jsonl, line
 from tests.prefill_api.test_any_fields import JSON
 
+EXAMPLES = settings().max_examples * 2 // 5
 FIELDS = ("input_file_id", "endpoint", "completion_window", "metadata", "output_expires_after")
 QUERY = st.dictionaries(
     st.sampled_from(["limit", "after", "order", "purpose", "x"]),
@@ -20,7 +21,7 @@ NAME = st.sampled_from(["file-x", "batch_x", "%2e%2e", "a%00b", "\u00e9"])
 LINES = st.lists(JSON.map(orjson.dumps) | st.binary(max_size=30), max_size=3).map(b"\n".join)
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=EXAMPLES, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     fields=st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=5), JSON, max_size=3),
     whole=st.none() | JSON,

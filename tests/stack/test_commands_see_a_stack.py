@@ -34,7 +34,8 @@ def stack(
     root = tmp_path_factory.mktemp("stack")
     for seed, name in enumerate(("red", "blue")):
         random_artefact(root / "adapters" / name, load_tiny("llama"), seed + 1)
-    with running_stack(tiny_model("llama"), root / "adapters", root, metrics_port=metrics_port) as stack:
+    more = {"prefill": {"files_dir": root / "files"}, "metrics_port": metrics_port}
+    with running_stack(tiny_model("llama"), root / "adapters", root, **more) as stack:
         yield stack
 
 
@@ -118,3 +119,20 @@ def test_operators_have_a_client(stack: RunningStack, capsys: pytest.CaptureFixt
         assert client.task("red").routing.aliases == {"steady": 1}
         assert client.history("red").events[-1].by == "ada"
     assert httpx.get(f"{api(stack)}/v1/models/red@steady").json()["prad"]["version"] == 1
+
+
+def test_a_page_names_metrics_that_a_stack_shows(stack: RunningStack, metrics_port: int) -> None:
+    where = (f"{stack.registry}/metrics", f"http://127.0.0.1:{metrics_port}/metrics")
+    shown = "".join(answer.text for answer in (stack.api.get("/metrics"), *map(httpx.get, where)))
+    kinds = dict(re.findall(r"^# TYPE (prad_\w+) (\w+)$", shown, re.MULTILINE))
+    there = {*kinds} | {
+        f"{name}_{part}"
+        for name, kind in kinds.items()
+        if kind == "histogram"
+        for part in ("bucket", "sum", "count")
+    }
+    pages = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs").rglob("*.md"))
+    named = set(re.findall(r"\bprad_(?!cli\b|server\b)[a-z_]+", pages))
+    beginnings = {name for name in named if name.endswith("_") and any(map(re.compile(name).match, there))}
+    assert named - beginnings - there == set()
+    assert len(named) > 30

@@ -21,7 +21,7 @@ import pytest
 from prad.artefact import read_artefact
 from prad.lm import DEFAULT_MODEL, Tokenizer, resolve_model
 from prad.lm.kernels import Kernels
-from tests.conftest import CACHE
+from tests.cache import CACHE
 from tests.oracle.reference import Reference
 
 BF16_TOLERANCE = 0.5

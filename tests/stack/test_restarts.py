@@ -182,7 +182,9 @@ def test_what_a_child_warns_of_is_told_once_and_not_from_an_earlier_life(command
     with commands as stack:
         stack.run(f"print({line.format('ERROR')!r})")
         stack.services[0].process.wait()
-        said = [line.format("WARNING")] * 2 + [line.format("INFO")]
+        quoted = ["  raise Trouble(' ERROR in a traceback')", line.format("INFO asked for: WARNING signs of")]
+        said = [line.format("WARNING")] * 2 + [line.format("INFO"), *quoted]
+        said.append("2026-01-01 00:00:01,000 decode CRITICAL it ends")
         stack._run("decode", ("-c", f"print(*{said!r}, sep=chr(10))"), 0)
         stack.services[0].process.wait()
-        assert stack.services[0].warnings() == ["torch computes, slower: no compiler"]
+        assert stack.services[0].warnings() == ["torch computes, slower: no compiler", "it ends"]

@@ -21,7 +21,7 @@ from prad.training.data import (
 )
 from prefill_service.api import ApiLimits
 from prefill_service.api.text import PromptEncoder
-from tests.conftest import CACHE
+from tests.cache import CACHE
 
 GOOD = '{"prompt": "a film", "completion": "positive"}'
 RECORD = AdapterRecord(

@@ -9,7 +9,8 @@ from starlette.datastructures import MutableHeaders
 from starlette.responses import Response
 from starlette.types import Message, Scope, Send
 
-from prefill_service.api.described import ANSWER, FAILURES, REFUSALS, Failure, body_schema, refusals
+from prad.http.described import refusals
+from prefill_service.api.described import ANSWER, WHY_FAILED, WHY_REFUSED, Failure, body_schema
 from prefill_service.api.intake import ApiLimits, noting, read_body
 from prefill_service.api.outcomes import Face, JsonResponse, record_of
 from prefill_service.api.responses import EventStream
@@ -32,9 +33,7 @@ class TokenCount(BaseModel):
     input_tokens: int
 
 
-_REFUSALS = refusals(
-    {status: told["description"] for status, told in (FAILURES | REFUSALS).items()}, MessagesFailure
-)
+_REFUSALS = refusals({**WHY_FAILED, **WHY_REFUSED}, MessagesFailure)
 
 
 def messages_routes(chat: Chat, limits: ApiLimits) -> APIRouter:
