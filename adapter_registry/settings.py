@@ -10,7 +10,8 @@ from pydantic import Field, field_validator
 from pydantic_settings import SettingsConfigDict
 
 from adapter_registry.sources.places import AllowedSources, Place, allowed_sources, names_folders, parse
-from prad.settings import ServiceSettings, is_loopback
+from prad.core.host_names import is_loopback
+from prad.settings import ServiceSettings
 
 MIB = 1 << 20
 

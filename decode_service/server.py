@@ -23,12 +23,11 @@ from kvtransfer.proto import handoff_pb2 as pb
 from kvtransfer.rpc import add_decode
 from kvtransfer.settings import TransferSettings
 from prad.core.errors import PradError
-from prad.core.host_names import is_allowed
+from prad.core.host_names import is_allowed, is_loopback
 from prad.core.kv import BlockPool
 from prad.core.sampling import Drafter
 from prad.lm import Grammars, LanguageModel, Tokenizer, resolve_model
 from prad.lm.kv import Pools, blocks_in
-from prad.settings import is_loopback
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,5 @@
 """What the settings of all services share: how the environment is read, who reaches an address."""
 
-import ipaddress
 import logging
 import re
 from typing import Any
@@ -50,16 +49,6 @@ class _Environment(EnvSettingsSource):
 def is_service_link(value: str) -> bool:
     """Whether it is an address that Kubernetes or Docker put into the environment, where a port is read."""
     return _SERVICE_LINK.match(value) is not None
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches what listens on it."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def environment_name(kind: type[BaseSettings], field: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from prad.settings import is_loopback
+from prad.core.host_names import is_loopback
 
 Say = Callable[..., None]
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from prad.core.host_names import is_loopback
 from prad.core.models import DEFAULT_MODEL, served_name
-from prad.settings import is_loopback, is_service_link
+from prad.settings import is_service_link
 from prad_cli.ready import Addresses, Ready, model_said, threads_said
 from prad_cli.serve_flags import agreed, given, shared_option, without_effect
 

@@ -6,8 +6,9 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
+from prad.core.host_names import is_loopback
 from prad.core.models import DEFAULT_MODEL, Choice, served_name
-from prad.settings import ServiceSettings, is_loopback
+from prad.settings import ServiceSettings
 
 
 class PrefillSettings(ServiceSettings):

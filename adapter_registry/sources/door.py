@@ -16,8 +16,8 @@ import httpx
 
 from adapter_registry.errors import SourceNotAllowedError
 from adapter_registry.sources.arrival import Arrival
+from prad.core.host_names import is_loopback
 from prad.http.asking import direct
-from prad.settings import is_loopback
 
 MAX_REDIRECTS = 5
 MAX_ANSWER_BYTES = 8 << 20

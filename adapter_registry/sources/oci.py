@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, ValidationError
 from adapter_registry.sources.arrival import NAMES, Arrival, Promised
 from adapter_registry.sources.door import Door
 from adapter_registry.sources.places import Place
-from prad.settings import is_loopback
+from prad.core.host_names import is_loopback
 
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 NAME_ANNOTATIONS = ("org.cncf.model.filepath", "org.opencontainers.image.title")

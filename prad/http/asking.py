@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 
 from prad.core.errors import PradError
-from prad.settings import is_loopback
+from prad.core.host_names import is_loopback
 
 DEFAULT_API = "http://127.0.0.1:8000"
 

@@ -393,7 +393,7 @@ def find_version(
     key: str | None = None,
     asks: Client | None = None,
 ) -> tuple[TaskVersion, int]:
-    """As `TaskCatalogue.resolve`. Raises UnknownModelError (naming the field), NotReadyError, NotHereYetError."""
+    """As `TaskCatalogue.resolve`, which it raises as; UnknownModelError names the field."""
     try:
         return catalogue.resolve(task, name, key, asks)
     except UnknownModelError as error:
