@@ -160,8 +160,9 @@ def _ids(value: Any) -> list[int] | None:
         return None
     if not isinstance(value, list) or not value:
         raise expected("a list of token ids", value)
-    if (wrong := next((each for each in value if type(each) is not int or each < 0), None)) is not None:
-        raise expected("token ids", wrong)
+    for each in value:  # null is wrong as well
+        if type(each) is not int or each < 0:
+            raise expected("token ids", each)
     return value
 
 

@@ -60,6 +60,8 @@ def test_neutral_values_of_missing_features_are_taken(fields: dict[str, Any]) ->
         ({"bad_words": "x"}, "bad_words", "a list of up to 256 texts"),
         ({"allowed_token_ids": []}, "allowed_token_ids", "a list of token ids, got []"),
         ({"allowed_token_ids": [1, -1]}, "allowed_token_ids", "token ids, got -1"),
+        ({"allowed_token_ids": [1, None]}, "allowed_token_ids", "token ids, got null"),
+        ({"stop_token_ids": [None]}, "stop_token_ids", "token ids, got null"),
         ({"stop_token_ids": [True]}, "stop_token_ids", "token ids, got true"),
         ({"stop_token_ids": list(range(300))}, "stop_token_ids", "up to 256 token ids, got 300"),
         (
