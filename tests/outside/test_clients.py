@@ -224,6 +224,7 @@ def test_schemathesis_finds_no_answer_that_the_documents_do_not_have(
 ) -> None:
     url = impatient_registry if service == "registry" else str(outside.stack.api.base_url)
     arguments = ["run", f"{url}/openapi.json", "--checks", CHECKS, "--max-examples", "40", "--seed", "1"]
+    arguments += ["--exclude-path", "/v1/events/stream"]  # which has no end, and its reader no time-out
     run([command("schemathesis"), *arguments], tmp_path)
 
 
