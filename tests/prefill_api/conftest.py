@@ -5,6 +5,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, S
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -33,6 +34,14 @@ CHAT_TEMPLATE = (
     "{{ raise_exception('a system message comes first') }}{% endif %}"
     "<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
 )
+USER = {"role": "user", "content": "hi"}
+STARS: dict[str, Any] = {
+    "type": "object",
+    "properties": {"n": {"type": "integer", "minimum": 1, "maximum": 9}},
+    "required": ["n"],
+    "additionalProperties": False,
+}
+"""Of a tool's arguments."""
 TOOL_TEMPLATE = (
     "{% for tool in tools or [] %}<tool>{{ tool | tojson }}{{ '\\n' }}{% endfor %}"
     "{% for m in messages %}<{{ m.role }}{{ ' ' + m.tool_call_id if m.tool_call_id else '' }}>{{ m.content }}"

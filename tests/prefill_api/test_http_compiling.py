@@ -22,12 +22,12 @@ GUIDED = {"model": "plain", "prompt": "the food", "max_tokens": 2, "guided_choic
 
 
 @pytest.fixture
-def stuck(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.Event, list[Grammars]]]:
-    """Compiling goes on once the event is set; of whom it is wanted."""
-    goes_on, wanted, compiled = threading.Event(), list[Grammars](), Grammars.compiled
+def stuck(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.Event, list[tuple[Grammars, str]]]]:
+    """Compiling goes on once the event is set; of whom it is wanted, and what."""
+    goes_on, wanted, compiled = threading.Event(), list[tuple[Grammars, str]](), Grammars.compiled
 
     def waits(grammars: Grammars, text: str) -> Any:
-        wanted.append(grammars)
+        wanted.append((grammars, text))
         goes_on.wait()
         return compiled(grammars, text)
 
@@ -36,8 +36,8 @@ def stuck(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.Event, li
     goes_on.set()
 
 
-async def until(wanted: list[Grammars], waiting: int) -> None:
-    while not wanted or wanted[0].waiting != waiting:  # noqa: ASYNC110
+async def until(wanted: list[tuple[Grammars, str]], waiting: int) -> None:
+    while not wanted or wanted[0][0].waiting != waiting:  # noqa: ASYNC110
         await asyncio.sleep(0.005)
 
 
@@ -53,7 +53,7 @@ async def test_no_more_wait_than_may(
     assert "retry-after" in refused.headers
     goes_on.set()
     assert {answer.status_code for answer in await asyncio.gather(*waiting)} == {200}
-    assert wanted[0].waiting == 0
+    assert wanted[0][0].waiting == 0
 
 
 async def test_nobody_waits_for_ever(
@@ -79,7 +79,7 @@ async def test_who_leaves_gives_up_the_turn(
     await until(wanted, 6)
     leave.set()
     await asyncio.gather(*(each.serving for each in driven))
-    assert wanted[0].waiting == 2, "those that are being compiled"
+    assert wanted[0][0].waiting == 2, "those that are being compiled"
     assert not any(each.sent for each in driven)
 
 
@@ -87,17 +87,11 @@ async def test_grammars_of_one_key_hold_up_no_other_s(
     engine: Any,
     catalogue: TaskCatalogue,
     tokenizer: Tokenizer,
+    stuck: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Two threads compile: one key's grammars take one of them, whatever they cost, however many they are."""
-    goes_on, begun, compiled = threading.Event(), list[str](), Grammars.compiled
-
-    def waits(grammars: Grammars, text: str) -> Any:
-        begun.append(text)
-        goes_on.wait()
-        return compiled(grammars, text)
-
-    monkeypatch.setattr(Grammars, "compiled", waits)
+    goes_on, begun = stuck
     monkeypatch.setattr(compiling, "MOST_COMPILING", 5)
     ring = KeyRing()
     ring.replace([key("alice"), key("bob")])
@@ -117,7 +111,7 @@ async def test_grammars_of_one_key_hold_up_no_other_s(
             of_bob = asked("bob", "bob's")
             while len(begun) < 2:  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
-            assert ["alice" in begun[0], "bob" in begun[1], len(begun)] == [True, True, 2]
+            assert ["alice" in begun[0][1], "bob" in begun[1][1], len(begun)] == [True, True, 2]
         finally:
             goes_on.set()
         answers = await asyncio.gather(*of_alice, of_bob)

@@ -9,15 +9,8 @@ import pytest
 
 from prad.lm import LanguageModel, Tokenizer
 from prefill_service.api import ModelInfo, create_app
-from tests.prefill_api.conftest import ModelEngine, catalogue_of, record
+from tests.prefill_api.conftest import STARS, USER, ModelEngine, catalogue_of, record
 
-USER = {"role": "user", "content": "hi"}
-STARS = {
-    "type": "object",
-    "properties": {"n": {"type": "integer", "minimum": 1, "maximum": 9}},
-    "required": ["n"],
-    "additionalProperties": False,
-}
 TOOLS = [
     {"type": "function", "function": {"name": "stars", "parameters": STARS, "strict": True}},
     {"type": "function", "function": {"name": "now"}},

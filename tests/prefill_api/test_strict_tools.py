@@ -22,16 +22,17 @@ from prefill_service.api.messages import Tool
 from prefill_service.api.tool_calls import CallParser
 from prefill_service.api.tool_formats import ARGS, HERMES, LLAMA, MISTRAL, TAGS, ToolFormat, call_grammar
 from prefill_service.prompt import PromptRequest
-from tests.prefill_api.conftest import TOOL_TEMPLATE, ModelEngine, catalogue_of, record, tokenizer_of
+from tests.prefill_api.conftest import (
+    STARS,
+    TOOL_TEMPLATE,
+    USER,
+    ModelEngine,
+    catalogue_of,
+    record,
+    tokenizer_of,
+)
 from tests.prefill_api.serving import listening
 
-USER = {"role": "user", "content": "hi"}
-STARS = {
-    "type": "object",
-    "properties": {"n": {"type": "integer", "minimum": 1, "maximum": 9}},
-    "required": ["n"],
-    "additionalProperties": False,
-}
 TOOLS: list[dict[str, Any]] = [
     {"type": "function", "function": {"name": "stars", "parameters": STARS, "strict": True}},
     {"type": "function", "function": {"name": "note", "parameters": {"type": "object", "required": ["x"]}}},
