@@ -225,7 +225,7 @@ def causal_attention(
 
 
 class _KernelAttention:
-    """Nothing is padded or gathered. On torch where a gradient is wanted or the dtype does not suit."""
+    """Nothing is padded or gathered. On torch where a gradient is wanted."""
 
     def __init__(self, kernels: Kernels, lengths: Sequence[int], contexts: Mapping[int, Tensor]) -> None:
         self._kernels = kernels
@@ -241,7 +241,7 @@ class _KernelAttention:
         window: int | None,
         stored: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        if not self._kernels.supports(query.dtype) or (torch.is_grad_enabled() and query.requires_grad):
+        if torch.is_grad_enabled() and query.requires_grad:
             return self._on_torch.attend(query, key, value, scale, window, stored)
         return self._kernels.prompt_attention(query, key, value, self._spans, stored, scale, window)
 

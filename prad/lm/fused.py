@@ -27,7 +27,6 @@ from prad.lm.kernels import (
 from prad.lm.kv import KVTarget, PackedBatch, PagedStep
 from prad.lm.sites import Adaptation, RowScaling
 
-_FEW_ROWS = 64
 _LEAST_RECORDED = 16  # rows; a recording serves all batches up to its own number
 _MOST_ANGLES = 1 << 14  # positions whose angles are kept: 8 MB for heads of 64
 
@@ -102,17 +101,6 @@ class FusedModel:
     kernels: Kernels
     precision: Precision
     max_context: int
-
-    def computes(self, rows: int) -> bool:
-        """Whether the kernels are the faster way for so many rows."""
-        return rows <= _FEW_ROWS or self.computes_any
-
-    @property
-    def computes_any(self) -> bool:
-        """Whether they are for any number of rows; if not, torch computes passes of many."""
-        if self.precision != "full":
-            return True  # the generic forward has other weights
-        return self.kernels.supports(self.embedding.dtype)
 
     def forward(self, batch: PackedBatch, adaptation: Adaptation | None) -> Tensor:
         """Logits float32 [R, vocab] of `batch.logit_rows`."""

@@ -102,9 +102,8 @@ class LanguageModel:
 
     def beside(self, threads: int) -> "LanguageModel":
         """The same weights, computed by so many threads of its own beside passes of this one. Itself where
-        torch computes, be it only passes of many rows: taps are in its modules, so that there is one pass at
-        a time."""
-        if self._fused is None or self.kernels is None or not self._fused.computes_any:
+        torch computes: taps are in its modules, so that there is one pass at a time."""
+        if self._fused is None or self.kernels is None:
             return self
         other = copy.copy(self)
         other.kernels = self.kernels.beside(threads)
@@ -168,7 +167,7 @@ class LanguageModel:
         have.
         """
         batch = replace(batch, kv=TappedKV.of(batch.kv, adaptation))
-        if self._fused is not None and not torch.is_grad_enabled() and self._fused.computes(len(batch.ids)):
+        if self._fused is not None and not torch.is_grad_enabled():
             if adaptation is not None:
                 require_sites(self.config.model_type, adaptation.sites)
             with self._one_fused_pass:

@@ -110,8 +110,6 @@ def accelerated(
     finally:
         lock.release()
     _sweep(kept, packed_bytes)
-    if model.fused is not None and not model.fused.computes_any:
-        _ = model.module  # computes passes of many rows: not only once the first one comes
     return model
 
 

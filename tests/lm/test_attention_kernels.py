@@ -77,13 +77,7 @@ def test_prompts_of_others_stay_theirs(kernels: Kernels) -> None:
     assert after[:20].isnan().all()
 
 
-@pytest.mark.parametrize("fast", [False, True])
-def test_torch_computes_what_does_not_suit_the_kernels(
-    kernels: Kernels, monkeypatch: pytest.MonkeyPatch, fast: bool
-) -> None:
-    """bfloat16 on a CPU that does not multiply it, and what wants a gradient; the results agree."""
-    monkeypatch.setattr(kernels, "multiplies_bf16", fast)
-    monkeypatch.setattr(kernels, "prompt_attention", None if not fast else kernels.prompt_attention)
+def test_torch_computes_what_wants_a_gradient_and_agrees(kernels: Kernels) -> None:
     states = [some(sum(PROMPTS), n, 32, dtype=torch.bfloat16, seed=n) for n in (4, 2, 2)]
     pools = some(300, 2, 32, dtype=torch.bfloat16, seed=5), some(300, 2, 32, dtype=torch.bfloat16, seed=6)
     contexts = {3: torch.arange(40, 90), 12: torch.arange(200)}

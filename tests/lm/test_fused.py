@@ -82,8 +82,6 @@ def test_a_row_has_the_same_bits_alone_and_beside_adapted_ones(
     family: str, precision: Precision, tmp_path: Path, kernels: Kernels
 ) -> None:
     """In bfloat16, 8 and 4 bits, at every site; and in a decode step beside sequences with request state."""
-    if not kernels.multiplies_bf16:
-        pytest.skip("on this CPU torch computes long passes in bfloat16")
     name, special = FAMILIES[family]
     save_random(getattr(transformers, name)(**SIZES | special | WHOLE_TILES), tmp_path)
     fused = LanguageModel.load(tmp_path, dtype=torch.bfloat16)

@@ -86,8 +86,6 @@ def together(api: httpx.Client, requests: Sequence[Asked], salt: str, at_once: i
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory, kernels: Kernels) -> Path:
     """A model whose widths the kernels multiply in bf16, with an adapter of every method."""
-    if not kernels.multiplies_bf16:
-        pytest.skip("on this CPU torch computes long passes in bfloat16")
     root = tmp_path_factory.mktemp("wide")
     save_model(randomised(LlamaConfig(**SIZES | GROUPED | WIDE), 1), root / "model")
     model = LanguageModel.load(root / "model")

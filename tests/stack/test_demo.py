@@ -181,8 +181,6 @@ def test_an_answer_is_the_same_alone_in_any_mix_and_from_the_cache(
     api: httpx.Client, kernels: Kernels
 ) -> None:
     """Ids and log-probabilities, greedy and drawn; prompts short and in chunks, with a task and without."""
-    if not kernels.multiplies_bf16:
-        pytest.skip("on this CPU torch computes long passes in bfloat16")
     story = "The history of the small harbour town is long, and most of it was never written down. " * 90
     prompts = [*PROMPTS, (None, "In the year 1905, Albert Einstein"), (None, story + "It was founded in")]
     asked = [

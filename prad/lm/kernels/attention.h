@@ -65,10 +65,12 @@ struct Products {
     int64_t d = 0;
     for (; d + 16 <= dim; d += 16) {
       v16 k = load(key + d);
-      for (int g = 0; g < kQueries; g++) acc[g] += load(query + g * dim + d) * k;
+      for (int g = 0; g < kQueries; g++) acc[g] = fused(load(query + g * dim + d), k, acc[g]);
     }
-    for (; d < dim; d++)
-      for (int g = 0; g < kQueries; g++) acc[g][0] += query[g * dim + d] * to_float(key[d]);
+    if (d < dim) {
+      v16 k = load_some(key + d, dim - d);
+      for (int g = 0; g < kQueries; g++) acc[g] = fused(load_some(query + g * dim + d, dim - d), k, acc[g]);
+    }
     for (int g = 0; g < kQueries; g++) out[g * stride] = acc[g];
   }
 };
@@ -151,11 +153,11 @@ void mix(const float* weights, int64_t room, const Tokens<T>& values, const Toke
     for (int i = 0; i < count; i++) {
       next_keys.fetch(soon + i * next_keys.stride);
       const T* value = place + i * values.stride + first;
-      v16 v[kVectors];
-      for (int j = 0; j < kVectors; j++) v[j] = load(value + 16 * j);
-      for (int g = 0; g < kQueries; g++) {
-        float w = weights[g * room + t - values.start + i];
-        for (int j = 0; j < kVectors; j++) acc[g][j] += w * v[j];
+      v16 w[kQueries];
+      for (int g = 0; g < kQueries; g++) w[g] = splat(weights[g * room + t - values.start + i]);
+      for (int j = 0; j < kVectors; j++) {
+        v16 v = load(value + 16 * j);
+        for (int g = 0; g < kQueries; g++) acc[g][j] = fused(w[g], v, acc[g][j]);
       }
     }
   });
@@ -187,7 +189,9 @@ void attend(const AttentionCall& p, const T* query, const Tokens<T>& keys, const
     score(Products<T, kQueries>(query, keys.dim, wide));
   for (int g = 0; g < kQueries; g++) answers[g].weigh(scores + g * room, count, dim);
   int64_t d = 0;
-  for (; d + 64 <= dim; d += 64) mix<T, kQueries, 4>(scores, room, values, next_keys, d, answers);
+  constexpr int kVectors = kRegisters == 1 ? 4 : 2;  // whose sums stay in registers
+  for (; d + 16 * kVectors <= dim; d += 16 * kVectors)
+    mix<T, kQueries, kVectors>(scores, room, values, next_keys, d, answers);
   for (; d + 16 <= dim; d += 16) mix<T, kQueries, 1>(scores, room, values, next_keys, d, answers);
   for (; d < dim; d++)
     for (int g = 0; g < kQueries; g++)

@@ -16,15 +16,17 @@
 namespace blocks {
 constexpr int64_t kInputs = 32, kVectors = kInputs / 4;
 constexpr int64_t kAhead = 4096;  // bytes that are asked for before they are needed
-constexpr int kMost = 12;         // rows whose sums stay in registers
-
-typedef uint8_t b64x __attribute__((vector_size(64), aligned(1), may_alias));
+constexpr int kMost = kRegisters == 1 ? 12 : 6;  // rows whose sums stay in registers
 
 inline v16 halves(const char* at) {
 #ifdef __AVX512F__
   return (v16)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
+#elif defined(__F16C__)
+  return v16::made([at](int i) {
+    return (v16::Part)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at) + i));
+  });
 #else
-  const u16x bits = __builtin_convertvector(*reinterpret_cast<const h16x*>(at), u16x);
+  const u16x bits = load_halves(at);
   const v16 size = (v16)((bits & 0x7fffu) << 13) * 0x1p112f;  // the exponents' difference; no infinities here
   return (v16)((u16x)size | (bits & 0x8000u) << 16);
 #endif
@@ -40,7 +42,7 @@ struct Rows {
 inline void round_block(const bf16* from, int8_t* to, float& scale, float& sum) {
   constexpr uint32_t kInfinity = 0x7f800000u;
   const v16 x[2] = {load(from), load(from + 16)};
-  const u16x a = (u16x)x[0] & 0x7fffffffu, b = (u16x)x[1] & 0x7fffffffu, most = a > b ? a : b;
+  const u16x a = (u16x)x[0] & 0x7fffffffu, b = (u16x)x[1] & 0x7fffffffu, most = choose(a > b, a, b);
   uint32_t bits = 0;
   for (int i = 0; i < 16; i++) bits = std::max(bits, most[i]);
   float largest;
@@ -52,12 +54,10 @@ inline void round_block(const bf16* from, int8_t* to, float& scale, float& sum) 
   }
   largest = std::max(largest, 0x1p-100f);
   scale = largest / 127;
-  int32_t total = 0;
-  for (int i = 0; i < kInputs; i++) {
-    to[i] = static_cast<int8_t>(__builtin_rintf(x[i / 16][i % 16] * (127 / largest)));
-    total += to[i];
-  }
-  sum = scale * static_cast<float>(total);
+  const v16 low = nearest(x[0] * (127 / largest)), high = nearest(x[1] * (127 / largest));
+  store_quarters(to, (u16x)to_whole(low));
+  store_quarters(to + 16, (u16x)to_whole(high));
+  sum = scale * ::sum(low + high);  // of whole numbers: exact
 }
 
 // The memory is the caller's thread's, which gets the same for its next rows.
@@ -77,32 +77,46 @@ inline Rows round_rows(Pool& pool, const bf16* x, int64_t stride, int64_t rows, 
   return {to, scales, sums};
 }
 
-// least: what is added to scale * n; numbers: those of four inputs of every column, the i-th four.
+#ifdef __AVX512VNNI__
+struct Sums {
+  i16x all = {};
+  void add(u16x numbers, u16x row) { all = (i16x)_mm512_dpbusd_epi32((__m512i)all, (__m512i)numbers, (__m512i)row); }
+  i16x total() const { return all; }
+};
+using SmallSums = Sums;
+#else
+struct Sums {
+  i16x all = {};
+  void add(u16x numbers, u16x row) {
+    add_to(all, multiply_pairs(numbers & 0x00ff00ffu, lower_bytes(row)));
+    add_to(all, multiply_pairs(numbers >> 8 & 0x00ff00ffu, upper_bytes(row)));
+  }
+  i16x total() const { return all; }
+};
+struct SmallSums {  // of numbers of 4 bits: a block's, 8 times 2 * 15 * 127, fit into 16
+  u16x pairs = {};
+  void add(u16x numbers, u16x row) { add_pairs_to(pairs, multiply_bytes(numbers, row)); }
+  i16x total() const { return multiply_pairs(pairs, u16x{} + 0x00010001u); }
+};
+#endif
+
+// least: what is added to scale * n; numbers: those of four inputs in each column's lane, the i-th four.
 struct Fours {
+  using Sums = SmallSums;
   static constexpr int64_t kBytes = 64 + kInputs * kColumns / 2;
   static v16 least(const char* at, v16) { return halves(at + 32); }
-  static b64x numbers(const char* at, int i) {
-    const b64x both = *reinterpret_cast<const b64x*>(at + 64 + 64 * (i / 2));
-    return i % 2 ? (b64x)((u16x)both >> 4) & 15 : both & 15;
+  static u16x numbers(const char* at, int i) {
+    const u16x both = load_lanes(at + 64 + 64 * (i / 2));
+    return (i % 2 ? both >> 4 : both) & 0x0f0f0f0fu;
   }
 };
 
 struct Eights {
+  using Sums = blocks::Sums;
   static constexpr int64_t kBytes = 32 + kInputs * kColumns;
   static v16 least(const char*, v16 scale) { return scale * -128.0f; }
-  static b64x numbers(const char* at, int i) { return *reinterpret_cast<const b64x*>(at + 32 + 64 * i); }
+  static u16x numbers(const char* at, int i) { return load_lanes(at + 32 + 64 * i); }
 };
-
-// sums += four numbers of each of 16 columns times four of a row.
-inline void add(i16x& sums, const b64x& numbers, const int8_t* x) {
-  int32_t four;
-  std::memcpy(&four, x, 4);
-#ifdef __AVX512VNNI__
-  sums = (i16x)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)numbers, _mm512_set1_epi32(four));
-#else
-  for (int j = 0; j < 4; j++) sums += (i16x)(((u16x)numbers >> (8 * j)) & 255u) * static_cast<int32_t>(x[j]);
-#endif
-}
 
 // kN rows by a panel of `count` blocks into c[kN][16]. ahead: the panel comes from memory.
 template <class Form, int kN>
@@ -112,21 +126,18 @@ void multiply(const char* panel, int64_t count, const Rows& rows, int64_t row, b
   for (int64_t block = 0; block < count; block++, panel += Form::kBytes, x += kInputs) {
     if (ahead)
       for (int64_t line = 0; line < Form::kBytes; line += 64) __builtin_prefetch(panel + kAhead + line);
-    i16x whole[kN] = {};
-#pragma GCC unroll 8
-    for (int i = 0; i < kVectors; i++) {
-      const b64x numbers = Form::numbers(panel, i);
-#pragma GCC unroll 12
-      for (int r = 0; r < kN; r++) add(whole[r], numbers, x + r * count * kInputs + 4 * i);
-    }
+    typename Form::Sums whole[kN] = {};
+    each<kVectors>([&](auto i) {
+      const u16x numbers = Form::numbers(panel, i);
+      each<kN>([&](auto r) { whole[r].add(numbers, lanes_of(x + r * count * kInputs + 4 * i)); });
+    });
     const v16 scale = halves(panel), least = Form::least(panel, scale);
-#pragma GCC unroll 12
-    for (int r = 0; r < kN; r++) {
+    each<kN>([&](auto r) {
       const int64_t at = (row + r) * count + block;
-      sums[r] += __builtin_convertvector(whole[r], v16) * (scale * rows.scales[at]) + least * rows.sums[at];
-    }
+      sums[r] += fused(to_floats(whole[r].total()), scale * rows.scales[at], least * rows.sums[at]);
+    });
   }
-  for (int r = 0; r < kN; r++) store(c + r * kColumns, sums[r]);
+  each<kN>([&](auto r) { store(c + r * kColumns, sums[r]); });
 }
 
 template <class Form, int kN = kMost>

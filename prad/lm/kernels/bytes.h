@@ -21,7 +21,8 @@ struct ByteRows {
 // Sums and differences of the numbers kDistance apart.
 template <int kDistance, int... i>
 inline v16 butterfly(v16 x, std::integer_sequence<int, i...>) {
-  return chosen<(i ^ kDistance)...>(x, x) + v16{(i & kDistance ? -1.0f : 1.0f)...} * x;
+  static constexpr float kSigns[16] = {(i & kDistance ? -1.0f : 1.0f)...};
+  return fused(load(kSigns), x, moved<kDistance>(x));
 }
 template <int kDistance>
 inline v16 butterfly(v16 x) {
@@ -40,7 +41,7 @@ inline void store_bytes(uint8_t* to, v16 x) {  // to nearest, ties to even
   __m512i whole = _mm512_add_epi32(_mm512_cvtps_epi32((__m512)x), _mm512_set1_epi32(128));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(whole));
 #else
-  for (int i = 0; i < 16; i++) to[i] = static_cast<uint8_t>(static_cast<int32_t>(__builtin_rintf(x[i])) + 128);
+  store_quarters(to, (u16x)(to_whole(nearest(x)) + 128));
 #endif
 }
 
@@ -58,7 +59,7 @@ inline void round_row(const bf16* from, int64_t in, int64_t depth, float* room, 
     turn(x);
     for (int j = 0; j < 4; j++) {
       u16x bits = (u16x)x[j] & 0x7fffffffu;  // of magnitudes, which they order; NaN above infinity
-      most = bits > most ? bits : most;
+      most = choose(bits > most, bits, most);
       store(room + i + 16 * j, x[j]);
     }
   }

@@ -278,7 +278,6 @@ def _whole_rows(x: Tensor) -> Tensor:
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "prad_pool": (c_void_p, [c_int32]),
     "prad_pool_free": (None, [c_void_p]),
-    "prad_multiplies_bf16": (c_int32, []),
     "prad_declared": (c_char_p, []),
     "prad_run": (
         None,
@@ -301,18 +300,12 @@ class Kernels(Calls):
         self._library = library
         self.threads = threads
         self.spent: Counter[Kind] | None = None  # where to add the seconds that calls take, if anywhere
-        self.multiplies_bf16 = bool(self._c.prad_multiplies_bf16())
         declared = self._c.prad_declared().decode()
         assert declared == digest(operations), "other operations are compiled: python -m deploy.kernel_header"
 
     def beside(self, threads: int) -> "Kernels":
         """The same with threads of their own: who computes with these waits for nobody."""
         return Kernels(self._library, threads)
-
-    def supports(self, dtype: torch.dtype) -> bool:
-        """Whether they are the faster way for more rows than a decode step's, which in bfloat16 want a CPU
-        that multiplies it: AMX, AVX-512 BF16."""
-        return self.multiplies_bf16 or dtype is torch.float32
 
     @cached_property
     def _pool(self) -> int:

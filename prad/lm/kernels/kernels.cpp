@@ -35,7 +35,6 @@ struct Run {
 extern "C" {
 Pool* prad_pool(int32_t threads) { return new Pool(threads); }
 void prad_pool_free(Pool* pool) { delete pool; }
-int32_t prad_multiplies_bf16() { return multiplies_bf16(); }
 const char* prad_declared() { return kDeclared; }
 
 // All calls in order, on `rows` rows each. `view`: what attention and scale read. `seconds`, if given, gets what each took.

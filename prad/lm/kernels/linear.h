@@ -6,6 +6,7 @@
 // Small batches read each panel once from memory, which is all that counts there; large ones are blocked.
 #pragma once
 #include <algorithm>
+#include <optional>
 #include <type_traits>
 
 #include "blocks.h"
@@ -73,13 +74,12 @@ struct Sink {
     if (w.paired && mode != Out::gated && panel % 2) first += limit;  // the second half of the result
     return {first, valid, w.scales ? load(w.scales + panel * kColumns) : splat(1),
             w.bias ? load(w.bias + panel * kColumns) : splat(0),
-            w.offsets ? *reinterpret_cast<const i16x*>(w.offsets + panel * kColumns) : i16x{}};
+            w.offsets ? load(w.offsets + panel * kColumns) : i16x{}};
   }
 
   v16 finished(const float* c, const Columns& of, int64_t) const { return load(c) + of.bias; }
   v16 finished(const int32_t* c, const Columns& of, int64_t row) const {
-    i16x sum = *reinterpret_cast<const i16x*>(c) - of.offsets;
-    return __builtin_convertvector(sum, v16) * (rounded.scales[row] * of.scale) + of.bias;
+    return fused(to_floats(load(c) - of.offsets), rounded.scales[row] * of.scale, of.bias);
   }
 
   template <Out kMode>
@@ -165,7 +165,7 @@ int64_t linear_by_squares(const Panels<W>& w, const X* x, int64_t row, int64_t e
     for (int64_t r = row; r < full; r += kRows) {
       const int count = static_cast<int>(std::min<int64_t>(kRows, full - r));
       begin_rows<X>(count);
-      multiply(x + r * stride, stride, count, w[last - 1], w.depth, c);
+      multiply(x + r * stride, stride, count, w[last - 1], w.depth, c);  // read as they are
       end_rows<X>();
       sink.take(last - 1, r, count, c, static_cast<const SumOf<X>*>(nullptr));
     }
@@ -181,6 +181,15 @@ void linear(Pool& pool, const Panels<W>& w, const X* x, int64_t rows, int64_t st
   if constexpr (has_dots<X>())
     if (!in_tiles<X>()) return linear_by_dots(pool, w, x, rows, stride, sink, block);
 #endif
+  auto each_alone = [](int64_t count, const auto& body) {
+    for (int64_t row = 0; row < count; row++) body(row);
+  };
+  auto each_together = [&](int64_t count, const auto& body) { each_row(pool, count, body); };
+  auto read_rows = [&](const X* from, int64_t count, const auto& each) {
+    return ReadRows<X>(from, stride, count, w.depth, each);
+  };
+  std::optional<ReadRows<X>> few;  // once for all items
+  if (rows <= kRows) few = read_rows(x, rows, each_together);
   // panels of an item: even, so that pairs stay together; in order, so that the memory can be asked ahead
   const int64_t step = rows <= kRows ? (w.count / (4 * pool.threads()) + 2) / 2 * 2 : 24;
   const int64_t columns = (w.count + step - 1) / step;
@@ -195,11 +204,15 @@ void linear(Pool& pool, const Panels<W>& w, const X* x, int64_t rows, int64_t st
 #endif
     for (; row < end; row += kRows) {
       const int count = static_cast<int>(std::min<int64_t>(kRows, end - row));
+      const ReadRows<X> read = few ? few->from(row) : read_rows(x + row * stride, count, each_alone);
       begin_rows<X>(count);
+      auto panel = [&](int64_t p, SumOf<X>* sums) {
+        multiply(read.x, read.stride, count, w[p], w.depth, sums, kColumns, p + 1 < last ? w[p + 1] : nullptr);
+      };
       for (int64_t p = first; p < last; p++) {
-        multiply(x + row * stride, stride, count, w[p], w.depth, c);
+        panel(p, c);
         const bool both = sink.mode == Out::gated;
-        if (both) multiply(x + row * stride, stride, count, w[p + 1], w.depth, next);
+        if (both) panel(p + 1, next);
         sink.take(p, row, count, c, both ? next : nullptr);
         if (both) p++;
       }

@@ -6,12 +6,13 @@
 #include <vector>
 
 #include "dots.h"
+#include "plain.h"
 #include "pool.h"
 #include "vec.h"
 
 template <class V, class S, class T>
 struct LowRank {
-  static constexpr int kTogether = 8;  // rows that share what is loaded of an adapter
+  static constexpr int kTogether = plain::kMost;  // rows that share what is loaded of an adapter
 
   const LowRankCall& call;
   const LowRankSpan& span;
@@ -66,7 +67,7 @@ struct LowRank {
     for (int64_t i = 0; i < count; i++, x += kTogether, w += width) {
       v16 columns = lanes >= 16 ? load(w) : load_some(w, lanes);
 #pragma GCC unroll 8
-      for (int row = 0; row < kTogether; row++) sums[row] += x[row] * columns;
+      for (int row = 0; row < kTogether; row++) sums[row] = fused(splat(x[row]), columns, sums[row]);
     }
     for (int row = 0; row < kTogether; row++) acc[row] = sums[row];
   }

@@ -1,107 +1,108 @@
-// Products of rows and packed weights (linear.h) in vectors of 16 columns, on any CPU.
+// Products of rows and packed weights (linear.h) in vectors of 16 columns, on any CPU. Each sum goes over the inputs in
+// their order, whatever rows stand beside it: the same row has the same bits alone and in any batch.
 #pragma once
 #include <algorithm>
-#ifdef __AVX2__
-#include <immintrin.h>
-#endif
 
 #include "vec.h"
 
 constexpr int kColumns = 16;
 
-// ---- any number of rows by one panel into c[rows][16], or added to it; `width` from row to row of c
+namespace plain {
+constexpr int kMost = kRegisters == 2 ? 6 : 8;  // rows whose sums stay in registers
 
-template <bool kAdd = false>
-void multiply_plain(const float* x, int64_t stride, int rows, const float* panel, int64_t in, float* c,
-                    int64_t width = kColumns) {
-  for (int first = 0; first < rows; first += 8) {
-    int count = std::min(8, rows - first);
-    v16 acc[8] = {};
-    for (int r = 0; kAdd && r < count; r++) acc[r] = load(c + (first + r) * width);
-    for (int64_t k = 0; k < in; k++) {
-      v16 w = load(panel + k * kColumns);
-      for (int r = 0; r < count; r++) acc[r] += x[(first + r) * stride + k] * w;
-    }
-    for (int r = 0; r < count; r++) store(c + (first + r) * width, acc[r]);
+// Memory that is wanted next, asked for bit by bit: it would be slower than the arithmetic.
+struct Ahead {
+  const char* at = nullptr;
+  int64_t bytes = 0;
+
+  void ask(int turn, int turns) const {
+    for (int64_t i = bytes * turn / turns; i < bytes * (turn + 1) / turns; i += 64) __builtin_prefetch(at + i, 0, 2);
+  }
+};
+
+// Up to kMost rows at a time, as many each time as come out even: body<their number>(the first).
+template <int kN, class Body>
+void some_rows(int n, const Body& body, int row) {
+  if constexpr (kN > 1)
+    if (n < kN) return some_rows<kN - 1>(n, body, row);
+  body.template operator()<kN>(row);
+}
+template <class Body>
+void each_some(int rows, const Ahead& ahead, const Body& body) {
+  const int turns = (rows + kMost - 1) / kMost, most = (rows + turns - 1) / turns;
+  for (int turn = 0, row = 0; row < rows; turn++, row += most) {
+    ahead.ask(turn, turns);
+    some_rows<kMost>(std::min(most, rows - row), body, row);
   }
 }
 
-template <bool kAdd = false>
-void multiply_plain(const bf16* x, int64_t stride, int rows, const bf16* panel, int64_t in, float* c,
-                    int64_t width = kColumns) {
-  for (int first = 0; first < rows; first += 8) {
-    int count = std::min(8, rows - first);
-    v16 acc[8] = {};
-    for (int r = 0; kAdd && r < count; r++) acc[r] = load(c + (first + r) * width);
-    for (int64_t k = 0; k < in; k += 2) {
-      u16x both = *reinterpret_cast<const u16x*>(panel + k * kColumns);
-      u16x low = both << 16, high = both & 0xffff0000u;
-      for (int r = 0; r < count; r++) {
-        const bf16* at = x + (first + r) * stride + k;
-        acc[r] += to_float(at[0]) * (v16)low + to_float(at[1]) * (v16)high;
-      }
-    }
-    for (int r = 0; r < count; r++) store(c + (first + r) * width, acc[r]);
-  }
+// The inputs from k on of kN rows by a panel's weights for them, which are added to the sums.
+constexpr int64_t inputs_at_once(const float*) { return 1; }
+constexpr int64_t inputs_at_once(const bf16*) { return 2; }
+template <int kN>
+inline void add_inputs(const float* x, int64_t stride, const float* weights, v16 (&sums)[kN]) {
+  const v16 w = load(weights);
+  each<kN>([&](auto r) { add_product(sums[r], splat(x[r * stride]), w); });
+}
+template <int kN>
+inline void add_inputs(const float* x, int64_t stride, const bf16* weights, v16 (&sums)[kN]) {
+  const v16 even = (v16)(load_lanes(weights) << 16);
+  each<kN>([&](auto r) { add_product(sums[r], splat(x[r * stride]), even); });
+  asm("" : "+r"(weights));  // loaded anew: there is no register to keep them in
+  const v16 odd = (v16)(load_lanes(weights) & 0xffff0000u);
+  each<kN>([&](auto r) { add_product(sums[r], splat(x[r * stride + 1]), odd); });
+}
+}  // namespace plain
+
+// Any number of rows by one panel into c[rows][16], or added to it; `width` from row to row of c.
+template <bool kAdd = false, class W>
+void multiply_plain(const float* x, int64_t stride, int rows, const W* panel, int64_t in, float* c, int64_t width,
+                    const plain::Ahead& ahead) {
+  constexpr int64_t kStep = plain::inputs_at_once(static_cast<const W*>(nullptr));
+  plain::each_some(rows, ahead, [&]<int kN>(int row) {
+    v16 sums[kN];
+    float* to = c + row * width;
+    each<kN>([&](auto r) { sums[r] = kAdd ? load(to + r * width) : v16{}; });
+    for (int64_t k = 0; k < in; k += kStep)
+      plain::add_inputs<kN>(x + row * stride + k, stride, panel + k * kColumns, sums);
+    each<kN>([&](auto r) { store(to + r * width, sums[r]); });
+  });
 }
 
-// Four inputs of 16 columns in 8 bits, made wider once for several rows.
-#ifdef __AVX2__
-struct Quad {
-  __m256i even[2], odd[2];  // inputs 0 and 2 of each column, inputs 1 and 3
+// Rows as the products here read them: bfloat16 as floats; of every four bytes the first and the third, then the others,
+// in 16 bits.
+inline void widen(const bf16* from, float* to, int64_t count) {
+  int64_t k = 0;
+  for (; k + 16 <= count; k += 16) store(to + k, load(from + k));
+  for (; k < count; k++) to[k] = to_float(from[k]);
+}
+template <class Byte>
+void widen(const Byte* from, int16_t* to, int64_t count) {  // a multiple of four
+  for (int64_t k = 0; k < count; k += 4)
+    to[k] = from[k], to[k + 1] = from[k + 2], to[k + 2] = from[k + 1], to[k + 3] = from[k + 3];
+}
 
-  explicit Quad(const int8_t* at) {
-    for (int half = 0; half < 2; half++) {
-      __m256i all = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + 32 * half));
-      even[half] = _mm256_srai_epi16(_mm256_slli_epi16(all, 8), 8);
-      odd[half] = _mm256_srai_epi16(all, 8);
-    }
-  }
-  struct Sums {
-    __m256i of[2] = {};
-    void store(int32_t* to) const {
-      for (int half = 0; half < 2; half++) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 8 * half), of[half]);
-    }
-  };
-  void add(Sums& sums, uint32_t row) const {
-    __m256i x_even = _mm256_set1_epi32(row & 0x00ff00ffu), x_odd = _mm256_set1_epi32((row >> 8) & 0x00ff00ffu);
-    for (int half = 0; half < 2; half++) {
-      __m256i both = _mm256_add_epi32(_mm256_madd_epi16(x_even, even[half]), _mm256_madd_epi16(x_odd, odd[half]));
-      sums.of[half] = _mm256_add_epi32(sums.of[half], both);
-    }
-  }
-};
-#else
-struct Quad {
-  i16x input[4];
+// Two numbers of 16 bits, or four of 8, in every lane.
+inline u16x lanes_of(const void* at) {
+  uint32_t lane;
+  std::memcpy(&lane, at, 4);
+  return u16x{} + lane;
+}
 
-  explicit Quad(const int8_t* at) {
-    for (int i = 0; i < 4; i++)
-      for (int column = 0; column < kColumns; column++) input[i][column] = at[column * 4 + i];
-  }
-  struct Sums {
-    i16x of = {};
-    void store(int32_t* to) const { *reinterpret_cast<i16x*>(to) = of; }
-  };
-  void add(Sums& sums, uint32_t row) const {
-    for (int i = 0; i < 4; i++) sums.of += static_cast<int32_t>((row >> (8 * i)) & 0xff) * input[i];
-  }
-};
-#endif
-
-inline void multiply_plain(const uint8_t* x, int64_t stride, int rows, const int8_t* panel, int64_t in, int32_t* c,
-                           int64_t width = kColumns) {
-  for (int first = 0; first < rows; first += 4) {
-    int count = std::min(4, rows - first);
-    Quad::Sums sums[4];
+template <bool = false>  // never added to
+void multiply_plain(const int16_t* x, int64_t stride, int rows, const int8_t* panel, int64_t in, int32_t* c,
+                    int64_t width, const plain::Ahead& ahead) {
+  plain::each_some(rows, ahead, [&]<int kN>(int row) {
+    i16x sums[kN] = {};
     for (int64_t k = 0; k < in; k += 4) {
-      Quad weights(panel + k * kColumns);
-      for (int r = 0; r < count; r++) {
-        uint32_t row;
-        std::memcpy(&row, x + (first + r) * stride + k, 4);
-        weights.add(sums[r], row);
-      }
+      const int16_t* at = x + row * stride + k;
+      const int8_t* weights = panel + k * kColumns;
+      const u16x even = lower_bytes(load_lanes(weights));
+      each<kN>([&](auto r) { add_to(sums[r], multiply_pairs(even, lanes_of(at + r * stride))); });
+      asm("" : "+r"(weights));  // loaded anew: there is no register to keep them in
+      const u16x odd = upper_bytes(load_lanes(weights));
+      each<kN>([&](auto r) { add_to(sums[r], multiply_pairs(odd, lanes_of(at + r * stride + 2))); });
     }
-    for (int r = 0; r < count; r++) sums[r].store(c + (first + r) * width);
-  }
+    each<kN>([&](auto r) { store_lanes(c + (row + r) * width, (u16x)sums[r]); });
+  });
 }

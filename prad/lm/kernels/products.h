@@ -3,12 +3,16 @@
 #pragma once
 #include <algorithm>
 #include <type_traits>
+#include <vector>
 
 #include "amx.h"
 #include "dots.h"
 #include "plain.h"
 #include "vec.h"
 
+// Rows that are multiplied with weights of W, and what sums of their products are.
+template <class W>
+using RowOf = std::conditional_t<sizeof(W) == 1, uint8_t, W>;
 template <class X>
 using SumOf = std::conditional_t<sizeof(X) == 1, int32_t, float>;
 
@@ -27,8 +31,40 @@ constexpr bool has_dots() {
 #endif
   return false;
 }
-// Whether this CPU multiplies bfloat16 other than by widening it.
-inline bool multiplies_bf16() { return has_dots<bf16>() || in_tiles<bf16>(); }
+// What rows of X are read as: themselves, where something multiplies these, else what vectors do (plain.h).
+template <class X>
+using Read = std::conditional_t<has_dots<X>() || sizeof(X) == 4, X, std::conditional_t<sizeof(X) == 2, float, int16_t>>;
+
+template <class X>
+void read(const X* from, Read<X>* to, int64_t count) {
+  if constexpr (std::is_same_v<X, Read<X>>) std::copy(from, from + count, to);
+  else widen(from, to, count);
+}
+
+// Some rows of `depth` numbers to be multiplied with many panels: where they lie, or in memory of the thread that asks,
+// which gets the same for its next ones.
+template <class X>
+struct ReadRows {
+  const Read<X>* x;
+  int64_t stride;
+
+  // each(rows, body): body(row) for all of them.
+  template <class Each>
+  ReadRows(const X* from, int64_t from_stride, [[maybe_unused]] int64_t rows, [[maybe_unused]] int64_t depth,
+           [[maybe_unused]] const Each& each) {
+    if constexpr (std::is_same_v<X, Read<X>>) {
+      x = from, stride = from_stride;
+    } else {
+      thread_local std::vector<Read<X>> memory;
+      memory.resize(rows * depth);
+      Read<X>* to = memory.data();  // whichever thread reads
+      each(rows, [=](int64_t row) { read(from + row * from_stride, to + row * depth, depth); });
+      x = to, stride = depth;
+    }
+  }
+  ReadRows(const Read<X>* x, int64_t stride) : x(x), stride(stride) {}
+  ReadRows from(int64_t row) const { return {x + row * stride, stride}; }
+};
 
 // What matrix registers must be told before up to 64 rows are multiplied, and when they are no longer needed.
 template <class X>
@@ -44,36 +80,36 @@ void end_rows() {
 #endif
 }
 
-// Up to 64 rows by one panel into c[rows][16], or added to it; `width` from row to row of c.
-template <bool kAdd = false, class X, class W>
-void multiply(const X* x, int64_t stride, int rows, const W* panel, int64_t in, SumOf<X>* c, int64_t width = kColumns) {
+// Up to 64 rows by one panel into c[rows][16], or added to it; `width` from row to row of c. next: a panel that is wanted
+// after it, and comes from memory. By matrix registers or vectors: dot products take several panels at once.
+template <bool kAdd = false, class W>
+void multiply(const Read<RowOf<W>>* x, int64_t stride, int rows, const W* panel, int64_t in, SumOf<RowOf<W>>* c,
+              int64_t width = kColumns, [[maybe_unused]] const W* next = nullptr) {
 #ifdef PRAD_AMX
-  if constexpr (sizeof(X) < 4) {
-    if (in_tiles<X>()) {
-      switch ((rows + 15) / 16) {
-        case 1:
-          return amx::multiply<1, kAdd>(x, stride, panel, in, c, width);
-        case 2:
-          return amx::multiply<2, kAdd>(x, stride, panel, in, c, width);
-        case 3:
-          return amx::multiply<3, kAdd>(x, stride, panel, in, c, width);
-        default:
-          return amx::multiply<4, kAdd>(x, stride, panel, in, c, width);
-      }
+  if constexpr (sizeof(W) < 4) {
+    switch ((rows + 15) / 16) {
+      case 1:
+        return amx::multiply<1, kAdd>(x, stride, panel, in, c, width);
+      case 2:
+        return amx::multiply<2, kAdd>(x, stride, panel, in, c, width);
+      case 3:
+        return amx::multiply<3, kAdd>(x, stride, panel, in, c, width);
+      default:
+        return amx::multiply<4, kAdd>(x, stride, panel, in, c, width);
     }
   }
 #endif
-  if constexpr (sizeof(X) == 1) multiply_plain(x, stride, rows, panel, in, c, width);
-  else multiply_plain<kAdd>(x, stride, rows, panel, in, c, width);
+  const plain::Ahead ahead{reinterpret_cast<const char*>(next), next ? in * kColumns * static_cast<int64_t>(sizeof(W)) : 0};
+  if constexpr (!has_dots<RowOf<W>>()) multiply_plain<kAdd>(x, stride, rows, panel, in, c, width, ahead);
 }
 
 // The same by `panels` of them, `size` elements from one to the next: c[rows][16 panels], or added to it.
-template <bool kAdd, class T>
-void multiply_side_by_side(const T* x, int64_t stride, int rows, const T* panel, int64_t size, int64_t panels, int64_t in,
-                           float* c, int64_t width) {
+template <bool kAdd, class W>
+void multiply_side_by_side(const Read<W>* x, int64_t stride, int rows, const W* panel, int64_t size, int64_t panels,
+                           int64_t in, float* c, int64_t width) {
 #ifdef __AVX512VNNI__
-  if constexpr (has_dots<T>()) {
-    if (!in_tiles<T>()) {
+  if constexpr (has_dots<W>()) {
+    if (!in_tiles<W>()) {
       for (int64_t p = 0; p < panels; p += dots::kPanels)
         dots::multiply(static_cast<int>(std::min<int64_t>(dots::kPanels, panels - p)), rows, x, stride,
                        panel + p * size, size, in, kAdd, c + p * kColumns, kColumns, width);

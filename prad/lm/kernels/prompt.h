@@ -18,9 +18,7 @@ constexpr int64_t kPair = sizeof(T) == 2 ? 2 : 1;
 // 16 columns of as many rows.
 inline void side_by_side(const float* rows, int64_t, float* to) { store(to, load(rows)); }
 inline void side_by_side(const bf16* rows, int64_t stride, bf16* to) {
-  u16x low = __builtin_convertvector(*reinterpret_cast<const h16x*>(rows), u16x);
-  u16x high = __builtin_convertvector(*reinterpret_cast<const h16x*>(rows + stride), u16x);
-  *reinterpret_cast<u16x*>(to) = low | high << 16;
+  store_lanes(to, load_halves(rows) | load_halves(rows + stride) << 16);
 }
 
 template <class T>
@@ -119,11 +117,11 @@ class PromptAttention {
     int64_t first = span.stored + place.at, end = first + rows;  // the queries' own tokens
     int64_t seen = p.window ? std::max<int64_t>(0, first + 1 - p.window) / kDepth * kDepth : 0;
     int64_t depth = key_depth(), width = value_width();
-    thread_local std::vector<T> narrow;
+    thread_local std::vector<Read<T>> narrow;
     thread_local std::vector<float> wide;
     narrow.resize(kRows * (depth + kWeights));
     wide.resize(kRows * (width + kScores));
-    T *queries = narrow.data(), *weights = queries + kRows * depth;
+    Read<T> *queries = narrow.data(), *weights = queries + kRows * depth;
     float *scores = wide.data(), *sums = scores + kRows * kScores;
     float scale = p.scale * kLog2E, most[kRows], total[kRows];
     std::fill(sums, sums + rows * width, 0.0f);
@@ -131,8 +129,8 @@ class PromptAttention {
     std::fill(total, total + rows, 0.0f);
     for (int r = 0; r < rows; r++) {
       const T* from = static_cast<const T*>(p.query) + (span.start + place.at + r) * p.query_stride + head * p.key_dim;
-      std::copy(from, from + p.key_dim, queries + r * depth);
-      std::fill(queries + r * depth + p.key_dim, queries + (r + 1) * depth, T{});
+      read(from, queries + r * depth, p.key_dim);
+      std::fill(queries + r * depth + p.key_dim, queries + (r + 1) * depth, Read<T>{});
     }
     begin_rows<T>(rows);
     for (int64_t t = seen, next; t < end; t = next) {
