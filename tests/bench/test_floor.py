@@ -1,0 +1,56 @@
+"""What the floor is made of on CPUs that differ in what torch packs, and what a pass says that torch computes."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.flags import Prefill
+from bench.floor import ContestGround, Ground, others_way
+from bench.prefill import grown
+from bench.rounds import interleaved
+from prad.lm import LanguageModel
+from prad.lm.kernels import Kernels
+
+TinyModel = Callable[[str], Path]
+
+
+def loaded(tiny_model: TinyModel, kernels: Kernels | None = None) -> LanguageModel:
+    model = LanguageModel.load(tiny_model("llama"), dtype=torch.bfloat16)
+    if kernels is not None:
+        model.accelerate(kernels)
+    return model
+
+
+def test_where_torch_packs_no_bf16_it_is_asked_in_float32(
+    tiny_model: TinyModel, kernels: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    model = loaded(tiny_model, kernels)
+    ground = Ground(model, [1, 8], bandwidth_mib=1, stored=True)
+    took = interleaved(ground.kinds, 1, "floor")
+    for row in ground.figures(took)["gemms"]:
+        assert {"stored_ms", "packed_float32_ms", "own_ms"} <= set(row)
+        assert "packed_ms" not in row
+    assert ground.floors_s(took, 8, 10)[0] > 0
+    contest = ContestGround(model, 2, 4, 4)
+    assert min(contest.floor_s(interleaved(contest.kinds, 1, "floor"))) > 0
+
+
+def test_others_way_is_of_the_models_dtype(
+    tiny_model: TinyModel, load_tiny: Callable[[str], LanguageModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    assert others_way(loaded(tiny_model)) == "packed"
+    assert others_way(load_tiny("llama")) == "packed"
+
+
+def test_gemms_of_a_pass_that_torch_computes_are_not_known(
+    tiny_model: TinyModel, kernels: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = Prefill.model_validate({"rounds": 1, "tokens": 66})
+    monkeypatch.setattr(Kernels, "supports", lambda *_: False)
+    assert grown(loaded(tiny_model, kernels), 66, flags)["short_gemms_ms"] is None
+    monkeypatch.setattr(Kernels, "supports", lambda *_: True)
+    assert grown(loaded(tiny_model, kernels), 66, flags)["short_gemms_ms"] is not None
