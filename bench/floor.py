@@ -1,10 +1,10 @@
 """The floor of a decode step on this machine, and what it is made of.
 
 GEMMs: every weight matrix of the model once, with q/k/v and gate/up joined, packed beforehand: as oneDNN
-likes them (torch's prepacked linear, in float32 where it packs no bfloat16; plain linear where torch packs
-nothing), and by our own kernels; the faster of the two counts. KV: every byte in use read once. Raw memory bandwidth: one read of a buffer far
-larger than the caches. Nothing else of a step is counted: norms, softmax, RoPE, sampling, Python and gRPC are
-what a real step pays on top.
+likes them (torch's prepacked linear, in float32 where it packs no bfloat16; plain linear where it packs
+nothing), and by our own kernels; the faster of the two counts. KV: every byte in use read once. Raw memory
+bandwidth: one read of a buffer far larger than the caches. Nothing else of a step is counted: norms, softmax,
+RoPE, sampling, Python and gRPC are what a real step pays on top.
 """
 
 import statistics
@@ -29,7 +29,7 @@ def run(arguments: Floor) -> dict[str, Any]:
 
 
 Way = Literal["stored", "packed", "packed_float32"]
-"""How torch is asked: the weights as they lie in the model, or packed for oneDNN, in their dtype or float32."""
+"""How torch is asked: the weights as they lie, or packed for oneDNN, in their dtype or in float32."""
 WAYS: dict[Way, str] = {
     "stored": "weights stored",
     "packed": "weights packed",
@@ -57,7 +57,7 @@ class Ground:
         self._kv_bytes = model.layout.bytes_per_token
         self._reader = torch.ones(bandwidth_mib << 18, dtype=torch.float32, device=model.device)
         self.kinds: dict[Part, Callable[[], float]] = {("read", 0): seconds(self._reader.sum)}
-        ways = ("stored", self.others) if stored else (self.others,)
+        ways: tuple[Way, ...] = ("stored", self.others) if stored else (self.others,)
         for batch in batches:
             for way in ways:
                 self.kinds[way, batch] = seconds(_gemms(model, self.weights, batch, way))

@@ -1,4 +1,4 @@
-"""What the floor is made of on CPUs that differ in what torch packs, and what a pass says that torch computes."""
+"""What the floor is made of where torch packs no bfloat16, and what a pass says that torch computes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,21 +13,19 @@ from bench.rounds import interleaved
 from prad.lm import LanguageModel
 from prad.lm.kernels import Kernels
 
-TinyModel = Callable[[str], Path]
 
-
-def loaded(tiny_model: TinyModel, kernels: Kernels | None = None) -> LanguageModel:
-    model = LanguageModel.load(tiny_model("llama"), dtype=torch.bfloat16)
+def loaded(folder: Path, kernels: Kernels | None = None) -> LanguageModel:
+    model = LanguageModel.load(folder, dtype=torch.bfloat16)
     if kernels is not None:
         model.accelerate(kernels)
     return model
 
 
 def test_where_torch_packs_no_bf16_it_is_asked_in_float32(
-    tiny_model: TinyModel, kernels: Kernels, monkeypatch: pytest.MonkeyPatch
+    packable: Path, kernels: Kernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    model = loaded(tiny_model, kernels)
+    model = loaded(packable, kernels)
     ground = Ground(model, [1, 8], bandwidth_mib=1, stored=True)
     took = interleaved(ground.kinds, 1, "floor")
     for row in ground.figures(took)["gemms"]:
@@ -39,18 +37,18 @@ def test_where_torch_packs_no_bf16_it_is_asked_in_float32(
 
 
 def test_others_way_is_of_the_models_dtype(
-    tiny_model: TinyModel, load_tiny: Callable[[str], LanguageModel], monkeypatch: pytest.MonkeyPatch
+    packable: Path, load_tiny: Callable[[str], LanguageModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
-    assert others_way(loaded(tiny_model)) == "packed"
+    assert others_way(loaded(packable)) == "packed"
     assert others_way(load_tiny("llama")) == "packed"
 
 
 def test_gemms_of_a_pass_that_torch_computes_are_not_known(
-    tiny_model: TinyModel, kernels: Kernels, monkeypatch: pytest.MonkeyPatch
+    packable: Path, kernels: Kernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = Prefill.model_validate({"rounds": 1, "tokens": 66})
     monkeypatch.setattr(Kernels, "supports", lambda *_: False)
-    assert grown(loaded(tiny_model, kernels), 66, flags)["short_gemms_ms"] is None
+    assert grown(loaded(packable, kernels), 66, flags)["short_gemms_ms"] is None
     monkeypatch.setattr(Kernels, "supports", lambda *_: True)
-    assert grown(loaded(tiny_model, kernels), 66, flags)["short_gemms_ms"] is not None
+    assert grown(loaded(packable, kernels), 66, flags)["short_gemms_ms"] is not None
