@@ -1,10 +1,13 @@
-"""The floor of a decode step on this machine, and what it is made of.
+"""The floor and the limit of a decode step on this machine, and what they are made of.
 
 GEMMs: every weight matrix of the model once, with q/k/v and gate/up joined, packed beforehand: as oneDNN
 likes them (torch's prepacked linear, in float32 where it packs no bfloat16; plain linear where it packs
-nothing), and by our own kernels; the faster of the two counts. KV: every byte in use read once. Raw memory
-bandwidth: one read of a buffer far larger than the caches. Nothing else of a step is counted: norms, softmax,
-RoPE, sampling, Python and gRPC are what a real step pays on top.
+nothing), and by our own kernels; the faster of the two counts. KV: every byte in use read once. Nothing else
+of a step is counted: norms, softmax, RoPE, sampling, Python and gRPC are what a real step pays on top.
+
+The limit is the hardware's, and nobody's library: the GEMMs' operations at the peak of loops of nothing but
+products, or their weights read once at the bandwidth of a buffer far larger than the caches, whichever takes
+longer, and the KV read once. How near our GEMMs come to it: `own_of_peak`, `own_of_bandwidth`.
 """
 
 import statistics
@@ -15,10 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from bench.flags import Floor
+from bench.limits import Hardware, products_of
 from bench.model import load
-from bench.rounds import Samples, interleaved, seconds
+from bench.rounds import Samples, interleaved, ratio, seconds
 from prad.lm import LanguageModel
 from prad.lm.kernels import Out, PackedLinear
+
+_FEW, _MANY = 8, 64
+"""Rows for which reading the weights takes longer, and for which computing with them does."""
 
 _JOINED = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 
@@ -55,8 +62,8 @@ class Ground:
         self.others = others_way(model)
         self._batches = batches
         self._kv_bytes = model.layout.bytes_per_token
-        self._reader = torch.ones(bandwidth_mib << 18, dtype=torch.float32, device=model.device)
-        self.kinds: dict[Part, Callable[[], float]] = {("read", 0): seconds(self._reader.sum)}
+        self.hardware = Hardware(bandwidth_mib)
+        self.kinds: dict[Part, Callable[[], float]] = dict(self.hardware.kinds)
         ways: tuple[Way, ...] = ("stored", self.others) if stored else (self.others,)
         for batch in batches:
             for way in ways:
@@ -87,26 +94,61 @@ class Ground:
         """By round: the GEMMs (those of the two that are faster by their medians) and one read of the KV in
         use, for `batch` sequences of `context` tokens."""
         faster = min((self.others, "own"), key=lambda kind: took[kind, batch])
-        kv = batch * context * self._kv_bytes / self._reader.nbytes
-        rounds = zip(took.values[faster, batch], took.values["read", 0], strict=True)
-        return [gemms + kv * read for gemms, read in rounds]
+        rounds = zip(took.values[faster, batch], self._kv_s(took, batch, context), strict=True)
+        return [gemms + kv for gemms, kv in rounds]
+
+    def limits_s(self, took: Samples[Any], batch: int, context: int) -> list[float] | None:
+        """The same of the hardware, in the model's dtype; None where its peak is not known."""
+        limits = self.gemms_limits_s(took, batch)
+        if limits is None:
+            return None
+        return [a + b for a, b in zip(limits, self._kv_s(took, batch, context), strict=True)]
+
+    def gemms_limits_s(self, took: Samples[Any], batch: int) -> list[float] | None:
+        computed = self.computed_s(took, batch)
+        read = self.hardware.read_s(took, self._weight_bytes)
+        return None if computed is None else [max(each) for each in zip(computed, read, strict=True)]
+
+    def computed_s(self, took: Samples[Any], batch: int) -> list[float] | None:
+        """The GEMMs' operations at the peak, by round."""
+        operations = 2e-9 * batch * sum(w.numel() for w in self.weights)
+        per_giga = self.hardware.giga_s(took, products_of(self._model.dtype))
+        return None if per_giga is None else [operations * each for each in per_giga]
+
+    def _kv_s(self, took: Samples[Any], batch: int, context: int) -> list[float]:
+        return self.hardware.read_s(took, batch * context * self._kv_bytes)
+
+    @property
+    def _weight_bytes(self) -> int:
+        return sum(w.nbytes for w in self.weights)
 
     def figures(self, took: Samples[Any]) -> dict[str, Any]:
-        """In milliseconds, but bandwidth in GB/s."""
-        bandwidth = self._reader.nbytes / took["read", 0]
-        weight_bytes = sum(w.nbytes for w in self.weights)
+        """In milliseconds, but bandwidth in GB/s and peaks in 10^9 operations/s."""
         names = [name for name in (*WAYS, "own") if (name, self._batches[0]) in self.kinds]
         return {
-            "bandwidth_gb_s": round(bandwidth / 1e9, 2),
-            "weight_bytes": weight_bytes,
-            "weights_read_ms": round(1e3 * weight_bytes / bandwidth, 3),
+            **self.hardware.figures(took, products_of(self._model.dtype)),
+            "weight_bytes": self._weight_bytes,
+            "weights_read_ms": _ms(self.hardware.read_s(took, self._weight_bytes)),
             "kv_bytes_per_token": self._kv_bytes,
-            "kv_read_ms_per_token": 1e3 * self._kv_bytes / bandwidth,
+            "kv_read_ms_per_token": _ms(self.hardware.read_s(took, self._kv_bytes), digits=9),
             "gemms": [
-                {"batch": batch} | {f"{name}_ms": round(1e3 * took[name, batch], 3) for name in names}
+                {"batch": batch}
+                | {f"{name}_ms": round(1e3 * took[name, batch], 3) for name in names}
+                | self._shares(took, batch)
                 for batch in self._batches
             ],
         }
+
+    def _shares(self, took: Samples[Any], batch: int) -> dict[str, Any]:
+        """Of the peak where there are many rows, of the bandwidth where there are few, in percent."""
+        own, limits = took.values["own", batch], self.gemms_limits_s(took, batch)
+        row: dict[str, Any] = {} if limits is None else {"limit_ms": _ms(limits)}
+        if batch <= _FEW:
+            read = self.hardware.read_s(took, self._weight_bytes)
+            row["own_of_bandwidth"] = round(100 * ratio(read, own), 1)
+        if batch >= _MANY and (computed := self.computed_s(took, batch)) is not None:
+            row["own_of_peak"] = round(100 * ratio(computed, own), 1)
+        return row
 
 
 class ContestGround:
@@ -193,6 +235,10 @@ def _packed_once(model: LanguageModel, weights: Sequence[Tensor]) -> dict[int, P
     return {} if model.kernels is None else {id(w): PackedLinear.of(w) for w in weights}
 
 
+def _ms(seconds_: Sequence[float], digits: int = 3) -> float:
+    return round(1e3 * statistics.median(seconds_), digits)
+
+
 def plot(result: dict[str, Any], figure: Any) -> None:
     axes = figure.subplots()
     batches = [g["batch"] for g in result["gemms"]]
@@ -200,5 +246,8 @@ def plot(result: dict[str, Any], figure: Any) -> None:
         if f"{kind}_ms" in result["gemms"][0]:
             axes.plot(batches, [g[f"{kind}_ms"] for g in result["gemms"]], marker="o", label=label)
     axes.axhline(result["weights_read_ms"], linestyle=":", color="gray", label="weights read once")
+    if "limit_ms" in result["gemms"][0]:
+        limits = [g["limit_ms"] for g in result["gemms"]]
+        axes.plot(batches, limits, linestyle="--", color="black", label="limit of the hardware")
     axes.set(xscale="log", xlabel="sequences", ylabel="ms", title="GEMMs of a decode step", ylim=(0, None))
     axes.legend()

@@ -31,6 +31,7 @@ from bench.decode import by_batch, by_context
 from bench.engine import LoadedEngine
 from bench.flags import Decode, Growth, Prefill
 from bench.grown_models import random_llama
+from bench.limits import Hardware
 from bench.model import load
 from bench.prefill import grown
 from bench.rounds import interleaved, seconds
@@ -63,7 +64,8 @@ def run(arguments: Growth) -> dict[str, Any]:
     tell("a step", "sequences", {r["sequences"]: r["step_ms"] for r in sequences})
     context = by_context(model, steps)
     tell("a step of 8", "context", {r["context"]: r["step_ms"] for r in context})
-    tokens = [grown(model, number, passes) for number in arguments.prompts]
+    hardware = Hardware(arguments.bandwidth_mib)
+    tokens = [grown(model, number, passes, hardware) for number in arguments.prompts]
     for kind, what in (("short", "a pass, prompts of 64"), ("one", "a pass, one prompt")):
         tell(what, "tokens", {r["tokens"]: r[f"{kind}_ms"] for r in tokens})
     what = f"a pass of {_TOGETHER} prompts, {arguments.resident} adapters in memory"

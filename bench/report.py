@@ -10,7 +10,7 @@ of a list in it (a dot steps into an object or picks from a list), and the colum
     <!-- table decode by_batch | sequences | step_ms: step, ms | floor_ms: floor, ms -->
     <!-- end -->
 
-Between `<!-- gates -->` and the end stands what was asked of the server: see bench.gates.
+Between `<!-- gates -->` and the end stands what was asked of the server: see bench.asked.
 """
 
 import json
@@ -22,6 +22,7 @@ from typing import Annotated, Any
 import typer
 
 from bench import gates
+from bench.asked import GATES
 from bench.kinds import KINDS, RESULTS
 from bench.record import ROOT, machine
 
@@ -56,7 +57,7 @@ def render(document: str, results: Path) -> str:
 
     kinds = [results / kind for kind in KINDS if (results / kind).is_dir()]
     filled = _TABLE.sub(fill, document)
-    return _GATES.sub(lambda found: f"{found[1]}\n{gates.table(kinds)}\n\n{found[2]}", filled)
+    return _GATES.sub(lambda found: f"{found[1]}\n{gates.table(GATES, kinds)}\n\n{found[2]}", filled)
 
 
 def _table(file: Path, path: str, columns: str) -> str:

@@ -8,6 +8,7 @@ import torch
 
 from bench.flags import Prefill
 from bench.floor import ContestGround, Ground, others_way
+from bench.limits import Hardware
 from bench.prefill import grown
 from bench.rounds import interleaved
 from prad.lm import LanguageModel
@@ -49,6 +50,6 @@ def test_gemms_of_a_pass_that_torch_computes_are_not_known(
 ) -> None:
     flags = Prefill.model_validate({"rounds": 1, "tokens": 66})
     monkeypatch.setattr(Kernels, "supports", lambda *_: False)
-    assert grown(loaded(packable, kernels), 66, flags)["short_gemms_ms"] is None
+    assert grown(loaded(packable, kernels), 66, flags, Hardware(1))["short_gemms_ms"] is None
     monkeypatch.setattr(Kernels, "supports", lambda *_: True)
-    assert grown(loaded(packable, kernels), 66, flags)["short_gemms_ms"] is not None
+    assert grown(loaded(packable, kernels), 66, flags, Hardware(1))["short_gemms_ms"] is not None
