@@ -18,7 +18,13 @@ if TYPE_CHECKING:
 HEADLINE = RESULTS / "headline.png"
 _OURS = "tasks, PrAd-LoRA"
 _SHOWN = ("PrAd server", "vLLM", "OpenVINO", "llama.cpp", "transformers", "PEFT")
-_CALLED = {"avx512-bf16": "AVX-512 BF16", "amx": "AMX", "avx512": "AVX-512", "avx2": "AVX2"}
+_CALLED = {
+    "amx": "AMX",
+    "avx512-bf16": "AVX-512 BF16",
+    "avx512-vnni": "AVX-512 VNNI",
+    "avx512": "AVX-512",
+    "avx2": "AVX2",
+}
 
 
 def main() -> None:
@@ -66,7 +72,7 @@ def headline(results: Path) -> "Figure | None":
     ):
         _panel(at, result["rows"])
         cpu = result["setting"]["cpu"].rpartition(" (")[0]
-        at.set_title(f"{_CALLED[kind]}: {cpu}", loc="left", fontsize=10)
+        at.set_title(f"{_CALLED.get(kind, kind)}: {cpu}", loc="left", fontsize=10)
     figure.suptitle("64 requests at once, 64 tokens in and out: seconds until all are answered")
     return figure
 
