@@ -25,12 +25,11 @@ from bench.kinds import named_dtypes
 from bench.model import load, model_folder
 from bench.own_engine import OwnEngine
 from bench.peer import Peer, PeerError
-from bench.serving import served
+from bench.serving import NO_DRAFTS, served
 from prad.lm import LanguageModel
 
 _METHODS = {"PrAd-PA": "prad-pa", "PrAd-LoRA": "prad-lora"}
 _ROUNDED = ("int8", "int4")
-_NO_DRAFTS = ("--speculate", "0")
 Versions = Mapping[str, Mapping[str, str]]
 
 
@@ -112,14 +111,14 @@ def _ours(arguments: Peers, model: LanguageModel, running: ExitStack) -> dict[st
     number = arguments.requests
     plain = [None] * number
     tasks = dict.fromkeys(_METHODS.values(), number)
-    server = running.enter_context(served(arguments, model, tasks, decode=_NO_DRAFTS))
+    server = running.enter_context(served(arguments, model, tasks, decode=NO_DRAFTS))
     ours = {
         f"PrAd server, {number} tasks, {name}": Contestant(server.generate, server.tasks[method])
         for name, method in _METHODS.items()
     }
     ours["PrAd server, no adapters"] = Contestant(server.generate, plain)
     for weights in _ROUNDED:
-        how = [*_NO_DRAFTS, "--weights", weights]
+        how = [*NO_DRAFTS, "--weights", weights]
         rounded = running.enter_context(served(arguments, model, {"prad-pa": number}, decode=how))
         name = f"PrAd server, {number} tasks, PrAd-PA, {weights} decode weights"
         ours[name] = Contestant(rounded.generate, rounded.tasks["prad-pa"])
