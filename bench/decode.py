@@ -100,6 +100,8 @@ def _step(
 
 
 def plot(result: dict[str, Any], figure: Any) -> None:
+    from matplotlib.ticker import LogLocator, ScalarFormatter
+
     axes = figure.subplots(1, 4)
     for at, (name, x) in zip(axes, (("by_batch", "sequences"), ("by_context", "context")), strict=False):
         rows = result[name]
@@ -110,6 +112,8 @@ def plot(result: dict[str, Any], figure: Any) -> None:
         at.set(xscale="log", yscale="log", xlabel=x, ylabel="ms")
         at.set_xticks([r[x] for r in rows], [str(r[x]) for r in rows], rotation=60)
         at.minorticks_off()
+        at.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        at.yaxis.set_major_formatter(ScalarFormatter())
         at.legend()
     rows = result["by_tasks"]
     axes[2].bar([str(r["tasks"] or "plain") for r in rows], [r["step_ms"] for r in rows])

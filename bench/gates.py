@@ -1,7 +1,7 @@
 """A gate, the goal beyond it, and what bench/results says about them; which there are: bench.asked."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,32 +23,41 @@ class Gate:
     def row(self, kinds: Sequence[Path]) -> list[str]:
         sign = "≥" if self.at_least else "≤"
         goal = "–" if self.goal is None else f"{sign} {self.goal:g}{self.unit}"
-        reached = [cell for results in kinds for cell in self._reached(results)]
+        reached = [self._reached(results) for results in kinds]
         return [self.what, f"{sign} {self.gate:g}{self.unit}", goal, *reached, self.source]
 
-    def _reached(self, results: Path) -> tuple[str, str]:
+    def _reached(self, results: Path) -> str:
         """What was measured on one kind of CPU, and what it reaches."""
         try:
             found = self.measure(json.loads((results / f"{self.source}.json").read_text(encoding="utf-8")))
         except (OSError, LookupError, StopIteration, TypeError):
             # not measured, or before the benchmark had this part, or known only where the kernels compute
-            return "–", "–"
-        return f"{found:.3g}{self.unit}", self._verdict(found)
+            return "–"
+        return f"{found:.3g}{self.unit}, {self._verdict(found)}"
 
     def _verdict(self, found: float) -> str:
         def reached(limit: float) -> bool:
             return found >= limit if self.at_least else found <= limit
 
         if self.of_floor and found < 1:
-            return "gate (the two cannot be told apart)"
+            return "gate (not to be told apart)"
         if self.goal is not None and reached(self.goal):
             return "goal"
         return "gate" if reached(self.gate) else "missed"
 
 
 def table(gates: Sequence[Gate], kinds: Sequence[Path]) -> str:
-    """kinds: folders of results, each of a kind of CPU."""
-    measured = [heading for kind in kinds for heading in (kind.name, "reached")]
-    lines = [["", "gate", "goal", *measured, "by"], ["---"] * (4 + len(measured))]
+    """kinds: folders of results, each of a kind of CPU. Below the table: how old each of them is."""
+    lines = [["", "gate", "goal", *(kind.name for kind in kinds), "by"], ["---"] * (4 + len(kinds))]
     lines += [gate.row(kinds) for gate in gates]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    sources = list(dict.fromkeys(gate.source for gate in gates))
+    ages = [f"`{kind.name}`: {said}." for kind in kinds if (said := ", ".join(_ages(kind, sources)))]
+    return "\n\n".join(["\n".join(f"| {' | '.join(line)} |" for line in lines), *ages])
+
+
+def _ages(kind: Path, sources: Sequence[str]) -> Iterator[str]:
+    """Commit and date of each result that there is."""
+    for source in sources:
+        if (file := kind / f"{source}.json").is_file():
+            setting = json.loads(file.read_text(encoding="utf-8"))["setting"]
+            yield f"{source} {setting['commit']} ({setting['when'][:10]})"

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from bench.kinds import KINDS, RESULTS
 from bench.known import FLAGS
+from bench.record import machine
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 HEADLINE = RESULTS / "headline.png"
+_STRIP_INCHES, _TITLE_INCHES = 0.2, 0.25
 _OURS = "tasks, PrAd-LoRA"
 _SHOWN = ("PrAd server", "vLLM", "OpenVINO", "llama.cpp", "transformers", "PEFT")
 _CALLED = {
@@ -44,12 +46,26 @@ def draw(name: str, figures: Mapping[str, Any], path: Path) -> bool:
 
 
 def drawn(name: str, figures: Mapping[str, Any]) -> "Figure | None":
+    """figures: a stored result, with its setting."""
     module = importlib.import_module(f"bench.{name}")
     if not hasattr(module, "plot"):
         return None
     figure = _figure(9, 4.5)
     module.plot(figures, figure)
+    _tell_origin(figure, figures["setting"])
     return figure
+
+
+def _tell_origin(figure: "Figure", setting: Mapping[str, Any]) -> None:
+    """Above everything, since a picture goes without its page: commit, day and CPU."""
+    strip, above = _STRIP_INCHES / figure.get_figheight(), 0.0
+    if title := figure.get_suptitle():  # which would stay at the top; told where to stand, it keeps no room
+        figure.suptitle(title, y=1 - strip, va="top")
+        above = _TITLE_INCHES / figure.get_figheight()
+    layout: Any = figure.get_layout_engine()
+    layout.set(rect=(0, 0, 1, 1 - strip - above))
+    text = f"{setting['commit']}, {setting['when'][:10]}, {machine(setting)}"
+    figure.text(0.995, 1 - strip / 4, text, ha="right", va="top", fontsize=7, color="gray")
 
 
 def draw_headline(results: Path, path: Path) -> bool:
