@@ -83,7 +83,9 @@ def test_without_any_result_the_benchmark_is_named(tmp_path: Path) -> None:
 
 
 def test_a_result_of_no_kind_is_everybodys(results: Path) -> None:
-    (results / "floor.json").write_text((results / "amx" / "floor.json").read_text("utf-8"), encoding="utf-8")
+    (results / "floor.json").write_text(
+        (results / "amx" / "floor.json").read_text(encoding="utf-8"), encoding="utf-8"
+    )
     said = render(DOCUMENT, results)
     assert "\n`floor` at abc1234" in said
     assert "Not measured" not in said
