@@ -1,7 +1,8 @@
 """Time of one decode step, by number of sequences, by context and by number of tasks; memory by sequences.
 
 In this process, with the decode service's own engine: schedule, forward, sampling and booking, without HTTP
-and gRPC. The floor (packed GEMMs plus one read of the KV in use) is measured in the same rounds. Tasks: the
+and gRPC. The floor (packed GEMMs plus one read of the KV in use) and the limit (the hardware's: see `floor`)
+are measured in the same rounds. Tasks: the
 sequences' KV comes from adapted prompts of so many tasks, all adapters in memory, no prompt pass running.
 """
 
@@ -15,7 +16,7 @@ from bench.engine import LoadedEngine
 from bench.flags import Decode
 from bench.model import load
 from bench.own_engine import prompt_kv
-from bench.rounds import interleaved, seconds
+from bench.rounds import interleaved, ratio, seconds
 from prad.adapters import PromptAdaptation
 from prad.lm import LanguageModel
 
@@ -40,7 +41,11 @@ def by_batch(model: LanguageModel, arguments: Decode) -> list[dict[str, Any]]:
     took = interleaved(steps | ground.kinds, arguments.rounds, "batches")
     return [
         {"sequences": batch, "context": context, "kv_mib": round(engines[batch].kv_bytes / 2**20, 2)}
-        | _step(took.values["step", batch], ground.floors_s(took, batch, context))
+        | _step(
+            took.values["step", batch],
+            ground.floors_s(took, batch, context),
+            ground.limits_s(took, batch, context),
+        )
         for batch in arguments.batches
     ]
 
@@ -54,7 +59,8 @@ def by_context(model: LanguageModel, arguments: Decode) -> list[dict[str, Any]]:
     steps = {("step", c): seconds(engine.step) for c, engine in engines.items()}
     took = interleaved(ground.kinds | steps, arguments.rounds, "contexts")
     return [
-        {"context": c, "sequences": batch} | _step(took.values["step", c], ground.floors_s(took, batch, c))
+        {"context": c, "sequences": batch}
+        | _step(took.values["step", c], ground.floors_s(took, batch, c), ground.limits_s(took, batch, c))
         for c in contexts
     ]
 
@@ -79,24 +85,35 @@ def _by_tasks(model: LanguageModel, arguments: Decode) -> list[dict[str, Any]]:
     ]
 
 
-def _step(took_s: Sequence[float], floors_s: Sequence[float] | None = None) -> dict[str, Any]:
-    """Of each round's step and floor: medians, and the median of the rounds' ratios."""
+def _step(
+    took_s: Sequence[float],
+    floors_s: Sequence[float] | None = None,
+    limits_s: Sequence[float] | None = None,
+) -> dict[str, Any]:
+    """Of each round's step, floor and limit: medians, and the medians of the rounds' ratios."""
     row: dict[str, Any] = {"step_ms": round(1e3 * statistics.median(took_s), 3)}
-    if floors_s is not None:
-        ratio = statistics.median(step / ground for step, ground in zip(took_s, floors_s, strict=True))
-        row |= {"floor_ms": round(1e3 * statistics.median(floors_s), 3), "times_floor": round(ratio, 2)}
+    for name, each in (("floor", floors_s), ("limit", limits_s)):
+        if each is not None:
+            row[f"{name}_ms"] = round(1e3 * statistics.median(each), 3)
+            row[f"times_{name}"] = round(ratio(took_s, each), 2)
     return row | {"rounds_ms": [round(1e3 * s, 3) for s in took_s]}
 
 
 def plot(result: dict[str, Any], figure: Any) -> None:
+    from matplotlib.ticker import LogLocator, ScalarFormatter
+
     axes = figure.subplots(1, 4)
     for at, (name, x) in zip(axes, (("by_batch", "sequences"), ("by_context", "context")), strict=False):
         rows = result[name]
         at.plot([r[x] for r in rows], [r["step_ms"] for r in rows], marker="o", label="step")
         at.plot([r[x] for r in rows], [r["floor_ms"] for r in rows], linestyle="--", label="floor")
+        if "limit_ms" in rows[0]:
+            at.plot([r[x] for r in rows], [r["limit_ms"] for r in rows], linestyle=":", label="limit")
         at.set(xscale="log", yscale="log", xlabel=x, ylabel="ms")
         at.set_xticks([r[x] for r in rows], [str(r[x]) for r in rows], rotation=60)
         at.minorticks_off()
+        at.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        at.yaxis.set_major_formatter(ScalarFormatter())
         at.legend()
     rows = result["by_tasks"]
     axes[2].bar([str(r["tasks"] or "plain") for r in rows], [r["step_ms"] for r in rows])

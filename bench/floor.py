@@ -1,24 +1,31 @@
-"""The floor of a decode step on this machine, and what it is made of.
+"""The floor and the limit of a decode step on this machine, and what they are made of.
 
 GEMMs: every weight matrix of the model once, with q/k/v and gate/up joined, packed beforehand: as oneDNN
-likes them (torch's prepacked linear; plain linear where torch has none), and by our own kernels; the
-faster of the two counts. KV: every byte in use read once. Raw memory bandwidth: one read of a buffer far
-larger than the caches. Nothing else of a step is counted: norms, softmax, RoPE, sampling, Python and gRPC are
-what a real step pays on top.
+likes them (torch's prepacked linear, in float32 where it packs no bfloat16; plain linear where it packs
+nothing), and by our own kernels; the faster of the two counts. KV: every byte in use read once. Nothing else
+of a step is counted: norms, softmax, RoPE, sampling, Python and gRPC are what a real step pays on top.
+
+The limit is the hardware's, and nobody's library: the GEMMs' operations at the peak of loops of nothing but
+products, or their weights read once at the bandwidth of a buffer far larger than the caches, whichever takes
+longer, and the KV read once. How near our GEMMs come to it: `own_of_peak`, `own_of_bandwidth`.
 """
 
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from bench.flags import Floor
+from bench.limits import Hardware, products_of
 from bench.model import load
-from bench.rounds import Samples, interleaved, seconds
+from bench.rounds import Samples, interleaved, ratio, seconds
 from prad.lm import LanguageModel
 from prad.lm.kernels import Out, PackedLinear
+
+_FEW, _MANY = 8, 64
+"""Rows for which reading the weights takes longer, and for which computing with them does."""
 
 _JOINED = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 
@@ -27,6 +34,14 @@ def run(arguments: Floor) -> dict[str, Any]:
     ground = Ground(load(arguments), arguments.batches, arguments.bandwidth_mib, stored=True)
     return ground.figures(interleaved(ground.kinds, arguments.rounds, "floor"))
 
+
+Way = Literal["stored", "packed", "packed_float32"]
+"""How torch is asked: the weights as they lie, or packed for oneDNN, in their dtype or in float32."""
+WAYS: dict[Way, str] = {
+    "stored": "weights stored",
+    "packed": "weights packed",
+    "packed_float32": "weights packed, float32",
+}
 
 Part = tuple[str, int]
 """What is measured, and for how many rows."""
@@ -44,21 +59,22 @@ class Ground:
         self._model = model
         self.weights = weight_matrices(model)
         self._own = _packed_once(model, self.weights)
+        self.others = others_way(model)
         self._batches = batches
         self._kv_bytes = model.layout.bytes_per_token
-        self._reader = torch.ones(bandwidth_mib << 18, dtype=torch.float32, device=model.device)
-        self.kinds: dict[Part, Callable[[], float]] = {("read", 0): seconds(self._reader.sum)}
+        self.hardware = Hardware(bandwidth_mib)
+        self.kinds: dict[Part, Callable[[], float]] = dict(self.hardware.kinds)
+        ways: tuple[Way, ...] = ("stored", self.others) if stored else (self.others,)
         for batch in batches:
-            if stored:
-                self.kinds["stored", batch] = seconds(_gemms(model, self.weights, batch, packed=False))
-            self.kinds["packed", batch] = seconds(_gemms(model, self.weights, batch, packed=True))
+            for way in ways:
+                self.kinds[way, batch] = seconds(_gemms(model, self.weights, batch, way))
             self.kinds["own", batch] = seconds(self.own_gemms(batch, self.weights))
 
     def own_gemms(self, batch: int, weights: Sequence[Tensor]) -> Callable[[], None]:
-        """By the kernels, with some of the weights; as packed for oneDNN where there are no kernels."""
+        """By the kernels, with some of the weights; as others do where there are no kernels."""
         kernels = self._model.kernels
         if kernels is None:
-            return _gemms(self._model, weights, batch, packed=True)
+            return _gemms(self._model, weights, batch, self.others)
         calls = [
             (
                 self._own[id(w)],
@@ -77,27 +93,62 @@ class Ground:
     def floors_s(self, took: Samples[Any], batch: int, context: int) -> list[float]:
         """By round: the GEMMs (those of the two that are faster by their medians) and one read of the KV in
         use, for `batch` sequences of `context` tokens."""
-        faster = min(("packed", "own"), key=lambda kind: took[kind, batch])
-        kv = batch * context * self._kv_bytes / self._reader.nbytes
-        rounds = zip(took.values[faster, batch], took.values["read", 0], strict=True)
-        return [gemms + kv * read for gemms, read in rounds]
+        faster = min((self.others, "own"), key=lambda kind: took[kind, batch])
+        rounds = zip(took.values[faster, batch], self._kv_s(took, batch, context), strict=True)
+        return [gemms + kv for gemms, kv in rounds]
+
+    def limits_s(self, took: Samples[Any], batch: int, context: int) -> list[float] | None:
+        """The same of the hardware, in the model's dtype; None where its peak is not known."""
+        limits = self.gemms_limits_s(took, batch)
+        if limits is None:
+            return None
+        return [a + b for a, b in zip(limits, self._kv_s(took, batch, context), strict=True)]
+
+    def gemms_limits_s(self, took: Samples[Any], batch: int) -> list[float] | None:
+        computed = self.computed_s(took, batch)
+        read = self.hardware.read_s(took, self._weight_bytes)
+        return None if computed is None else [max(each) for each in zip(computed, read, strict=True)]
+
+    def computed_s(self, took: Samples[Any], batch: int) -> list[float] | None:
+        """The GEMMs' operations at the peak, by round."""
+        operations = 2e-9 * batch * sum(w.numel() for w in self.weights)
+        per_giga = self.hardware.giga_s(took, products_of(self._model.dtype))
+        return None if per_giga is None else [operations * each for each in per_giga]
+
+    def _kv_s(self, took: Samples[Any], batch: int, context: int) -> list[float]:
+        return self.hardware.read_s(took, batch * context * self._kv_bytes)
+
+    @property
+    def _weight_bytes(self) -> int:
+        return sum(w.nbytes for w in self.weights)
 
     def figures(self, took: Samples[Any]) -> dict[str, Any]:
-        """In milliseconds, but bandwidth in GB/s."""
-        bandwidth = self._reader.nbytes / took["read", 0]
-        weight_bytes = sum(w.nbytes for w in self.weights)
-        names = [name for name in ("stored", "packed", "own") if (name, self._batches[0]) in self.kinds]
+        """In milliseconds, but bandwidth in GB/s and peaks in 10^9 operations/s."""
+        names = [name for name in (*WAYS, "own") if (name, self._batches[0]) in self.kinds]
         return {
-            "bandwidth_gb_s": round(bandwidth / 1e9, 2),
-            "weight_bytes": weight_bytes,
-            "weights_read_ms": round(1e3 * weight_bytes / bandwidth, 3),
+            **self.hardware.figures(took, products_of(self._model.dtype)),
+            "weight_bytes": self._weight_bytes,
+            "weights_read_ms": _ms(self.hardware.read_s(took, self._weight_bytes)),
             "kv_bytes_per_token": self._kv_bytes,
-            "kv_read_ms_per_token": 1e3 * self._kv_bytes / bandwidth,
+            "kv_read_ms_per_token": _ms(self.hardware.read_s(took, self._kv_bytes), digits=9),
             "gemms": [
-                {"batch": batch} | {f"{name}_ms": round(1e3 * took[name, batch], 3) for name in names}
+                {"batch": batch}
+                | {f"{name}_ms": round(1e3 * took[name, batch], 3) for name in names}
+                | self._shares(took, batch)
                 for batch in self._batches
             ],
         }
+
+    def _shares(self, took: Samples[Any], batch: int) -> dict[str, Any]:
+        """Of the peak where there are many rows, of the bandwidth where there are few, in percent."""
+        own, limits = took.values["own", batch], self.gemms_limits_s(took, batch)
+        row: dict[str, Any] = {} if limits is None else {"limit_ms": _ms(limits)}
+        if batch <= _FEW:
+            read = self.hardware.read_s(took, self._weight_bytes)
+            row["own_of_bandwidth"] = round(100 * ratio(read, own), 1)
+        if batch >= _MANY and (computed := self.computed_s(took, batch)) is not None:
+            row["own_of_peak"] = round(100 * ratio(computed, own), 1)
+        return row
 
 
 class ContestGround:
@@ -113,13 +164,13 @@ class ContestGround:
         head = [w for w in self._step.weights if w.shape[0] == model.vocab_size]
         self.kinds: dict[Part, Callable[[], float]] = dict(self._step.kinds)
         for part, weights, rows in (("body", body, prompts * length), ("head", head, prompts)):
-            self.kinds[f"packed {part}", 0] = seconds(_gemms(model, weights, rows, packed=True))
+            self.kinds[f"others {part}", 0] = seconds(_gemms(model, weights, rows, self._step.others))
             self.kinds[f"own {part}", 0] = seconds(self._step.own_gemms(rows, weights))
 
     def floor_s(self, took: Samples[Any]) -> tuple[float, float]:
         """Of the prompt pass, and of one decode step half-way through the output."""
         prefill = sum(
-            min(took[f"{name} {part}", 0] for name in ("packed", "own")) for part in ("body", "head")
+            min(took[f"{name} {part}", 0] for name in ("others", "own")) for part in ("body", "head")
         )
         return prefill, statistics.median(self._step.floors_s(took, self._prompts, self._middle))
 
@@ -139,24 +190,35 @@ def weight_matrices(model: LanguageModel) -> list[Tensor]:
     return [each[0] if len(each) == 1 else torch.cat(each) for each in groups.values()]
 
 
-def _gemms(
-    model: LanguageModel, weights: Sequence[Tensor], batch: int, *, packed: bool
-) -> Callable[[], None]:
+def others_way(model: LanguageModel) -> Way:
+    """How torch multiplies these weights the fastest. It packs no bfloat16 without AVX-512 (or
+    AVX-NE-CONVERT): float32 is what somebody with such a CPU would choose."""
+    operations = torch.ops.mkldnn
+    if model.device.type != "cpu" or not hasattr(operations, "_linear_pointwise"):
+        return "stored"
+    if model.dtype is not torch.bfloat16 or operations._is_mkldnn_bf16_supported():
+        return "packed"
+    return "packed_float32"
+
+
+def _gemms(model: LanguageModel, weights: Sequence[Tensor], batch: int, way: Way) -> Callable[[], None]:
+    """By torch."""
+    dtype = torch.float32 if way == "packed_float32" else model.dtype
     inputs = {
-        width: torch.randn(batch, width, device=model.device).to(model.dtype)
+        width: torch.randn(batch, width, device=model.device).to(dtype)
         for width in {w.shape[1] for w in weights}
     }
-    if packed and model.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        ready = [torch.ops.mkldnn._reorder_linear_weight(w, batch) for w in weights]
-
-        def linear(x: Tensor, w: Tensor) -> Any:
-            return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
-
-    else:
+    if way == "stored":
         ready = list(weights)
 
         def linear(x: Tensor, w: Tensor) -> Any:
             return torch.nn.functional.linear(x, w)
+
+    else:
+        ready = [torch.ops.mkldnn._reorder_linear_weight(w.to(dtype), batch) for w in weights]
+
+        def linear(x: Tensor, w: Tensor) -> Any:
+            return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
 
     pairs = [(inputs[w.shape[1]], p) for w, p in zip(weights, ready, strict=True)]
 
@@ -173,11 +235,19 @@ def _packed_once(model: LanguageModel, weights: Sequence[Tensor]) -> dict[int, P
     return {} if model.kernels is None else {id(w): PackedLinear.of(w) for w in weights}
 
 
+def _ms(seconds_: Sequence[float], digits: int = 3) -> float:
+    return round(1e3 * statistics.median(seconds_), digits)
+
+
 def plot(result: dict[str, Any], figure: Any) -> None:
     axes = figure.subplots()
     batches = [g["batch"] for g in result["gemms"]]
-    for kind, label in (("stored", "weights stored"), ("packed", "weights packed"), ("own", "own kernels")):
-        axes.plot(batches, [g[f"{kind}_ms"] for g in result["gemms"]], marker="o", label=label)
+    for kind, label in (WAYS | {"own": "own kernels"}).items():
+        if f"{kind}_ms" in result["gemms"][0]:
+            axes.plot(batches, [g[f"{kind}_ms"] for g in result["gemms"]], marker="o", label=label)
     axes.axhline(result["weights_read_ms"], linestyle=":", color="gray", label="weights read once")
+    if "limit_ms" in result["gemms"][0]:
+        limits = [g["limit_ms"] for g in result["gemms"]]
+        axes.plot(batches, limits, linestyle="--", color="black", label="limit of the hardware")
     axes.set(xscale="log", xlabel="sequences", ylabel="ms", title="GEMMs of a decode step", ylim=(0, None))
     axes.legend()

@@ -1,12 +1,10 @@
-"""What was asked of the server (its gate, and the goal beyond) and what bench/results says about it."""
+"""A gate, the goal beyond it, and what bench/results says about them; which there are: bench.asked."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from bench.rounds import ratio
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,327 +23,41 @@ class Gate:
     def row(self, kinds: Sequence[Path]) -> list[str]:
         sign = "≥" if self.at_least else "≤"
         goal = "–" if self.goal is None else f"{sign} {self.goal:g}{self.unit}"
-        reached = [cell for results in kinds for cell in self._reached(results)]
+        reached = [self._reached(results) for results in kinds]
         return [self.what, f"{sign} {self.gate:g}{self.unit}", goal, *reached, self.source]
 
-    def _reached(self, results: Path) -> tuple[str, str]:
+    def _reached(self, results: Path) -> str:
         """What was measured on one kind of CPU, and what it reaches."""
         try:
             found = self.measure(json.loads((results / f"{self.source}.json").read_text(encoding="utf-8")))
-        except (OSError, LookupError, StopIteration):  # not measured, or before the benchmark had this part
-            return "–", "–"
-        return f"{found:.3g}{self.unit}", self._verdict(found)
+        except (OSError, LookupError, StopIteration, TypeError):
+            # not measured, or before the benchmark had this part, or known only where the kernels compute
+            return "–"
+        return f"{found:.3g}{self.unit}, {self._verdict(found)}"
 
     def _verdict(self, found: float) -> str:
         def reached(limit: float) -> bool:
             return found >= limit if self.at_least else found <= limit
 
         if self.of_floor and found < 1:
-            return "gate (floor and step cannot be told apart)"
+            return "gate (not to be told apart)"
         if self.goal is not None and reached(self.goal):
             return "goal"
         return "gate" if reached(self.gate) else "missed"
 
 
-def _row(rows: list[dict[str, Any]], **wanted: str) -> dict[str, Any]:
-    """The first whose values begin so."""
-    return next(row for row in rows if all(str(row[k]).startswith(v) for k, v in wanted.items()))
+def table(gates: Sequence[Gate], kinds: Sequence[Path]) -> str:
+    """kinds: folders of results, each of a kind of CPU. Below the table: how old each of them is."""
+    lines = [["", "gate", "goal", *(kind.name for kind in kinds), "by"], ["---"] * (4 + len(kinds))]
+    lines += [gate.row(kinds) for gate in gates]
+    sources = list(dict.fromkeys(gate.source for gate in gates))
+    ages = [f"`{kind.name}`: {said}." for kind in kinds if (said := ", ".join(_ages(kind, sources)))]
+    return "\n\n".join(["\n".join(f"| {' | '.join(line)} |" for line in lines), *ages])
 
 
-def _faster(name: str) -> Callable[[Any], float]:
-    """Than the fastest peer whose row begins with `name`."""
-
-    def measure(result: Any) -> float:
-        found = [float(row["ours_is_faster"]) for row in result["rows"] if row["name"].startswith(name)]
-        return sorted(found)[0]
-
-    return measure
-
-
-def _stream(name: str) -> Callable[[Any], float]:
-    return lambda result: float(_row(result["one"], name=name)["tokens_per_s"])
-
-
-def _stream_rounds(result: Any, name: str) -> list[float]:
-    """Seconds of one request's tokens after the first, by round."""
-    rounds = _row(result["one"], name=name)["rounds_s"]
-    return [total - prefill for total, prefill in zip(rounds["total"], rounds["prefill"], strict=True)]
-
-
-def _times_floor(sequences: int) -> Callable[[Any], float]:
-    def measure(result: Any) -> float:
-        return next(float(r["times_floor"]) for r in result["by_batch"] if r["sequences"] == sequences)
-
-    return measure
-
-
-def _handed_over(burst: str, payload: str, figure: str) -> Callable[[Any], float]:
-    return lambda result: 100 * float(_row(result["rows"], burst=burst, payload=payload)[figure])
-
-
-def _spread(rounds: Sequence[Sequence[float]]) -> float:
-    """In percent: the two that differ most, by their rounds' ratios."""
-    return 100 * (max(ratio(a, b) for a in rounds for b in rounds) - 1)
-
-
-def _steps(result: Any, name: str) -> list[float]:
-    """Of the benchmark `serve`, by round."""
-    steps: list[float] = _row(result["tasks"], name=name)["rounds_step_ms"]
-    return steps
-
-
-def _adapted(shape: str, figure: str = "of_plain") -> Callable[[Any], float]:
-    """What the dearer of two methods adds to a prompt pass, in percent."""
-
-    def measure(result: Any) -> float:
-        found = [
-            100 * (float(row[figure]) - 1)
-            for row in result["rows"]
-            if row["shape"] == f"{shape}, r=16" and row["adapters"] != "plain"
-        ]
-        return sorted(found)[-1]
-
-    return measure
-
-
-def _rounded_step(weights: str, sequences: int) -> Callable[[Any], float]:
-    def measure(result: Any) -> float:
-        took = {r["weights"]: float(r["step_ms"]) for r in result["rows"] if r["sequences"] == sequences}
-        return took[weights] / took["full"]
-
-    return measure
-
-
-def _ruled(result: Any, rules: str) -> float:
-    """A step of 64 with these rules, times the same without."""
-    return float(next(r["of_free"] for r in result["rows"] if (r["sequences"], r["rules"]) == (64, rules)))
-
-
-def _int4(streams: str, name: str) -> Callable[[Any], float]:
-    """How much faster our 4 bits are than who begins so."""
-    return lambda result: float(_row(result[streams], name=name)["int4_is_faster"])
-
-
-def _drafting(task: str) -> Callable[[Any], float]:
-    """One stream of the task, by the model's own weights, times the same without drafts."""
-    return lambda result: float(_row(result["rows"], task=task)["times"])
-
-
-def _idle(name: str) -> Callable[[Any], float]:
-    """MiB that are there whatever was asked: without the KV cache as far as it is filled."""
-
-    def measure(result: Any) -> float:
-        row = _row(result["rows"], name=name)
-        return float(row["mib"]) - float(row["pools"])
-
-    return measure
-
-
-_INT8 = "PrAd server, one task, PrAd-PA, int8"
-
-GATES = (
-    Gate(
-        "64 tasks, PrAd-LoRA, faster than PEFT, 64 LoRAs",
-        10,
-        16,
-        "×",
-        "peers",
-        _faster("PEFT"),
-        True,
-    ),
-    Gate("than vLLM with 64 LoRAs", 15, 25, "×", "peers", _faster("vLLM, 64"), True),
-    Gate("than vLLM without adapters", 1.5, 2, "×", "peers", _faster("vLLM, no"), True),
-    Gate("than OpenVINO, 4-bit, without adapters", 1.3, 1.7, "×", "peers", _faster("OpenVINO"), True),
-    Gate(
-        "a decode step of 64 sequences, times its floor",
-        1.5,
-        1.2,
-        "×",
-        "decode",
-        _times_floor(64),
-        of_floor=True,
-    ),
-    Gate("of 8", 1.8, 1.2, "×", "decode", _times_floor(8), of_floor=True),
-    Gate("of one", 1.3, None, "×", "decode", _times_floor(1), of_floor=True),
-    Gate(
-        "step time by number of tasks (0 to 64), in-process: spread",
-        2,
-        None,
-        " %",
-        "decode",
-        lambda result: _spread([row["rounds_ms"] for row in result["by_tasks"]]),
-    ),
-    Gate(
-        "step time of 64 tasks, one and none, through HTTP: spread",
-        2,
-        None,
-        " %",
-        "serve",
-        lambda result: _spread([_steps(result, name) for name in ("64 tasks", "one task", "plain model")]),
-    ),
-    Gate(
-        "step time of 64 tasks while adapters are pushed: longer by",
-        10,
-        None,
-        " %",
-        "serve",
-        lambda result: 100 * (ratio(_steps(result, "64 tasks, adapters"), _steps(result, "64 tasks")) - 1),
-    ),
-    Gate(
-        "time between tokens, p99, during a 4k prompt, times undisturbed",
-        3,
-        None,
-        "×",
-        "chunking",
-        lambda result: float(_row(result["long_prompt"], name="chunks")["itl_p99_ratio"]),
-    ),
-    Gate(
-        "adapters' part of a prompt pass, r=16, 64 × 64 tokens", 10, 5, " %", "prefill", _adapted("uniform")
-    ),
-    Gate("the same in CPU time", 10, 5, " %", "prefill", _adapted("uniform", "cpu_of_plain")),
-    Gate("16 to 256 tokens each", 10, 5, " %", "prefill", _adapted("ragged")),
-    Gate("the same in CPU time", 10, 5, " %", "prefill", _adapted("ragged", "cpu_of_plain")),
-    Gate(
-        "hand-off over gRPC, 64 × 64: CPU, of the pass",
-        15,
-        5,
-        " %",
-        "handoff",
-        _handed_over("64 x 64", "messages", "cpu_of_pass"),
-    ),
-    Gate(
-        "the same: time added to the pass",
-        8,
-        5,
-        " %",
-        "handoff",
-        _handed_over("64 x 64", "messages", "behind_wall_of_pass"),
-    ),
-    Gate(
-        "through shared memory: CPU",
-        5,
-        None,
-        " %",
-        "handoff",
-        _handed_over("64 x 64", "shared", "cpu_of_pass"),
-    ),
-    Gate(
-        "time added",
-        5,
-        None,
-        " %",
-        "handoff",
-        _handed_over("64 x 64", "shared", "behind_wall_of_pass"),
-    ),
-    Gate(
-        "over gRPC, 8 × 512: CPU",
-        5,
-        None,
-        " %",
-        "handoff",
-        _handed_over("8 x 512", "messages", "cpu_of_pass"),
-    ),
-    Gate("time added", 5, None, " %", "handoff", _handed_over("8 x 512", "messages", "behind_wall_of_pass")),
-    Gate(
-        "64 streams through HTTP, of the engine's own tokens/s",
-        90,
-        None,
-        " %",
-        "serve",
-        lambda result: 100 * float(result["streaming"][0]["of_engine_alone"]),
-        True,
-    ),
-    Gate(
-        "a file of 2,000 requests of 64 tasks, of the tokens/s of 64 at once",
-        95,
-        None,
-        " %",
-        "batch",
-        lambda result: 100 * float(result["of_burst"]),
-        True,
-    ),
-    Gate(
-        "one request through HTTP, 8-bit weights: tokens/s after the first",
-        75,
-        None,
-        "",
-        "stream",
-        _stream(_INT8),
-        True,
-    ),
-    Gate(
-        "the same, times OpenVINO's (4-bit)",
-        1,
-        None,
-        "×",
-        "stream",
-        lambda result: ratio(_stream_rounds(result, "OpenVINO"), _stream_rounds(result, _INT8)),
-        True,
-    ),
-    Gate(
-        "64 sequences that keep to JSON schemas: a decode step longer by",
-        10,
-        None,
-        " %",
-        "structured",
-        lambda result: 100 * (max(_ruled(result, name) for name in ("one schema", "own schemas")) - 1),
-    ),
-    Gate(
-        "searches by three beams: a step, times one of as many plain sequences, at most",
-        1.3,
-        None,
-        "×",
-        "beams",
-        lambda result: max(float(r["ratio"]) for r in result["rows"] if r["kind"] == "beams"),
-    ),
-    Gate("8 bits: a step of 64, times bf16's", 0.65, None, "×", "step", _rounded_step("int8", 64)),
-    Gate("of one", 0.6, None, "×", "step", _rounded_step("int8", 1)),
-    Gate(
-        "4 bits, one stream, times llama.cpp's on the same file",
-        1.5,
-        None,
-        "×",
-        "stream",
-        _int4("one", "llama.cpp"),
-        True,
-    ),
-    Gate("times OpenVINO's", 1.5, None, "×", "stream", _int4("one", "OpenVINO"), True),
-    Gate("8 streams, times llama.cpp's", 1.5, None, "×", "peers", _int4("eight", "llama.cpp"), True),
-    Gate("times OpenVINO's", 1.5, None, "×", "peers", _int4("eight", "OpenVINO"), True),
-    Gate("drafts, one stream on e2e: times without", 1.5, None, "×", "speculation", _drafting("e2e"), True),
-    Gate(
-        "the task and number of streams that gain the least",
-        0.97,
-        None,
-        "×",
-        "speculation",
-        lambda result: min(float(row["times"]) for row in result["rows"]),
-        True,
-    ),
-    Gate("prefill and decode idle, together", 1144, None, " MiB", "memory", _idle("prefill and decode")),
-    Gate("decode alone", 572, None, " MiB", "memory", _idle("decode")),
-    Gate(
-        "the second start, until ready",
-        5,
-        None,
-        " s",
-        "memory",
-        lambda result: float(result["start"][0]["s"]),
-    ),
-    Gate(
-        "a push from memory, until every prefill service is ready for it, at worst",
-        1000,
-        None,
-        " ms",
-        "push",
-        lambda result: float(_row(result["rows"], part="until ready")["worst_ms"]),
-    ),
-)
-
-
-def table(kinds: Sequence[Path]) -> str:
-    """kinds: folders of results, each of a kind of CPU."""
-    measured = [heading for kind in kinds for heading in (kind.name, "reached")]
-    lines = [["", "gate", "goal", *measured, "by"], ["---"] * (4 + len(measured))]
-    lines += [gate.row(kinds) for gate in GATES]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def _ages(kind: Path, sources: Sequence[str]) -> Iterator[str]:
+    """Commit and date of each result that there is."""
+    for source in sources:
+        if (file := kind / f"{source}.json").is_file():
+            setting = json.loads(file.read_text(encoding="utf-8"))["setting"]
+            yield f"{source} {setting['commit']} ({setting['when'][:10]})"

@@ -31,6 +31,7 @@ from bench.decode import by_batch, by_context
 from bench.engine import LoadedEngine
 from bench.flags import Decode, Growth, Prefill
 from bench.grown_models import random_llama
+from bench.limits import Hardware
 from bench.model import load
 from bench.prefill import grown
 from bench.rounds import interleaved, seconds
@@ -63,7 +64,8 @@ def run(arguments: Growth) -> dict[str, Any]:
     tell("a step", "sequences", {r["sequences"]: r["step_ms"] for r in sequences})
     context = by_context(model, steps)
     tell("a step of 8", "context", {r["context"]: r["step_ms"] for r in context})
-    tokens = [grown(model, number, passes) for number in arguments.prompts]
+    hardware = Hardware(arguments.bandwidth_mib)
+    tokens = [grown(model, number, passes, hardware) for number in arguments.prompts]
     for kind, what in (("short", "a pass, prompts of 64"), ("one", "a pass, one prompt")):
         tell(what, "tokens", {r["tokens"]: r[f"{kind}_ms"] for r in tokens})
     what = f"a pass of {_TOGETHER} prompts, {arguments.resident} adapters in memory"
@@ -195,15 +197,18 @@ def plot(result: dict[str, Any], figure: Any) -> None:
     panels |= {"tasks": "a prompt pass", "weights": "by size of the model"}
     figure.set_size_inches(11, 7)
     grid = figure.subplots(2, 3).flatten()
+    shown: list[str] = []  # one legend for all: no two lines of a colour
     for at, (by, title) in zip(grid, panels.items(), strict=False):
         for row in (row for row in result["rows"] if row["by"] == by):
             xs, ys = zip(*row["points"], strict=True)
             label = f"by {by}, {row['what']}: {row['exponent']:g}, {row['upper']:g}"
-            at.plot(xs, ys, marker="o", markersize=4, label=label)
+            at.plot(xs, ys, marker="o", markersize=4, label=label, color=f"C{len(shown)}")
+            shown.append(label)
         at.set(xscale="log", yscale="log", xlabel=by, ylabel="ms", title=title)
         if by == "weights":
             at.set_xticks(xs, [f"{x / 1e6:,.0f} M" for x in xs])
             at.minorticks_off()
+        at.margins(y=0.1)
         at.set_ylim(bottom=min(at.get_ylim()[0], at.get_ylim()[1] / 100))
     handles = [at.get_legend_handles_labels() for at in grid[:5]]
     grid[5].axis("off")

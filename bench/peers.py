@@ -2,8 +2,9 @@
 
 Ours: through HTTP, as many tasks as requests, PrAd-PA and PrAd-LoRA, and the plain model; PrAd-PA again with
 decode's weights rounded to 8 bits, and in blocks of 4 (--weights int8, int4). Our own engine in-process, with
-LoRA at every token and without. transformers' generate, alone and with PEFT's mixed-adapter batch: always.
-vLLM, with as many LoRAs (r on q and v) and without, OpenVINO GenAI and llama.cpp (both: the 4-bit .gguf):
+LoRA at every token and without. transformers' generate, alone and with PEFT's mixed-adapter batch: always,
+and in float32, too, on a CPU that does not multiply bfloat16, where that may be the faster. vLLM, with as
+many LoRAs (r on q and v) and without, OpenVINO GenAI and llama.cpp (both: the 4-bit .gguf):
 where --vllm-python, --openvino-python and --llama-python name an interpreter that has them. All compute on
 all cores, are alive at once (some 20 GiB) and asked in turn, same prompts. Then 8 requests; one alone is
 asked by `stream`. Our decode services make no drafts: what a model makes of random ids repeats itself, and is
@@ -20,15 +21,15 @@ from typing import Any
 from bench.adapters import ready_adapters, write_peft_lora
 from bench.contest import Contestant, contest, times
 from bench.flags import Peers
+from bench.kinds import named_dtypes
 from bench.model import load, model_folder
 from bench.own_engine import OwnEngine
 from bench.peer import Peer, PeerError
-from bench.serving import served
+from bench.serving import NO_DRAFTS, served
 from prad.lm import LanguageModel
 
 _METHODS = {"PrAd-PA": "prad-pa", "PrAd-LoRA": "prad-lora"}
 _ROUNDED = ("int8", "int4")
-_NO_DRAFTS = ("--speculate", "0")
 Versions = Mapping[str, Mapping[str, str]]
 
 
@@ -66,14 +67,19 @@ class _Others:
     def start_all(self, loras: Mapping[str, str]) -> None:
         """loras: adapters' names and folders."""
         told, number = self._arguments, self._arguments.requests
-        base = {"model": str(model_folder(told)), "adapters": {}}
+        base = {"model": str(model_folder(told)), "adapters": {}, "dtype": "bfloat16"}
         adapted = base | {"adapters": loras}
-        self._start("transformers generate, no adapters", "transformers", None, base)
-        self._start(f"PEFT mixed batch, {number} LoRAs", "transformers", None, adapted)
+        for dtype, called in named_dtypes().items():
+            each = {"dtype": dtype}
+            self._start(f"transformers generate, no adapters{called}", "transformers", None, base | each)
+            self._start(f"PEFT mixed batch, {number} LoRAs{called}", "transformers", None, adapted | each)
         if python := told.vllm_python:
             context = max(256, told.prompt + told.output)  # its own warm-up needs some, too
             size = {"r": told.r, "sequences": number, "context": context, "all_cores": True}
             self._start("vLLM, no adapters", "vllm", python, base | size)
+            if told.vllm_float32:
+                wide = base | size | {"dtype": "float32"}
+                self._start("vLLM, no adapters, float32", "vllm", python, wide)
             if told.vllm_own_threads:
                 own = base | size | {"all_cores": False}
                 self._start("vLLM, no adapters, its own threads", "vllm", python, own)
@@ -105,14 +111,14 @@ def _ours(arguments: Peers, model: LanguageModel, running: ExitStack) -> dict[st
     number = arguments.requests
     plain = [None] * number
     tasks = dict.fromkeys(_METHODS.values(), number)
-    server = running.enter_context(served(arguments, model, tasks, decode=_NO_DRAFTS))
+    server = running.enter_context(served(arguments, model, tasks, decode=NO_DRAFTS))
     ours = {
         f"PrAd server, {number} tasks, {name}": Contestant(server.generate, server.tasks[method])
         for name, method in _METHODS.items()
     }
     ours["PrAd server, no adapters"] = Contestant(server.generate, plain)
     for weights in _ROUNDED:
-        how = [*_NO_DRAFTS, "--weights", weights]
+        how = [*NO_DRAFTS, "--weights", weights]
         rounded = running.enter_context(served(arguments, model, {"prad-pa": number}, decode=how))
         name = f"PrAd server, {number} tasks, PrAd-PA, {weights} decode weights"
         ours[name] = Contestant(rounded.generate, rounded.tasks["prad-pa"])

@@ -11,14 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 from bench.kinds import KINDS, RESULTS
 from bench.known import FLAGS
+from bench.record import machine
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 HEADLINE = RESULTS / "headline.png"
+_STRIP_INCHES, _TITLE_INCHES = 0.2, 0.25
 _OURS = "tasks, PrAd-LoRA"
 _SHOWN = ("PrAd server", "vLLM", "OpenVINO", "llama.cpp", "transformers", "PEFT")
-_CALLED = {"avx512-bf16": "AVX-512 BF16", "amx": "AMX", "avx512": "AVX-512", "avx2": "AVX2"}
+_CALLED = {
+    "amx": "AMX",
+    "avx512-bf16": "AVX-512 BF16",
+    "avx512-vnni": "AVX-512 VNNI",
+    "avx512": "AVX-512",
+    "avx2": "AVX2",
+}
 
 
 def main() -> None:
@@ -38,12 +46,26 @@ def draw(name: str, figures: Mapping[str, Any], path: Path) -> bool:
 
 
 def drawn(name: str, figures: Mapping[str, Any]) -> "Figure | None":
+    """figures: a stored result, with its setting."""
     module = importlib.import_module(f"bench.{name}")
     if not hasattr(module, "plot"):
         return None
     figure = _figure(9, 4.5)
     module.plot(figures, figure)
+    _tell_origin(figure, figures["setting"])
     return figure
+
+
+def _tell_origin(figure: "Figure", setting: Mapping[str, Any]) -> None:
+    """Above everything, since a picture goes without its page: commit, day and CPU."""
+    strip, above = _STRIP_INCHES / figure.get_figheight(), 0.0
+    if title := figure.get_suptitle():  # which would stay at the top; told where to stand, it keeps no room
+        figure.suptitle(title, y=1 - strip, va="top")
+        above = _TITLE_INCHES / figure.get_figheight()
+    layout: Any = figure.get_layout_engine()
+    layout.set(rect=(0, 0, 1, 1 - strip - above))
+    text = f"{setting['commit']}, {setting['when'][:10]}, {machine(setting)}"
+    figure.text(0.995, 1 - strip / 4, text, ha="right", va="top", fontsize=7, color="gray")
 
 
 def draw_headline(results: Path, path: Path) -> bool:
@@ -66,7 +88,7 @@ def headline(results: Path) -> "Figure | None":
     ):
         _panel(at, result["rows"])
         cpu = result["setting"]["cpu"].rpartition(" (")[0]
-        at.set_title(f"{_CALLED[kind]}: {cpu}", loc="left", fontsize=10)
+        at.set_title(f"{_CALLED.get(kind, kind)}: {cpu}", loc="left", fontsize=10)
     figure.suptitle("64 requests at once, 64 tokens in and out: seconds until all are answered")
     return figure
 

@@ -1,5 +1,6 @@
 """What adapters add to a prompt pass: 64 prompts of 64 tasks, uniform and ragged, against the plain pass; and
-how the plain pass grows with its tokens, in short prompts and in one long one.
+how the plain pass grows with its tokens, in short prompts and in one long one, and how near it is to what its
+products take at the peak of the hardware (`limit_ms`: see `floor`).
 
 Kinds of pass take turns within a round; a figure is the median of its rounds. Beside each the least work that
 the adapters are: `floor_gflop` and `floor_mb` (their weights once, the rows they read, and the rows they
@@ -11,19 +12,21 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from bench.adapters import ready_adapters
 from bench.flags import Prefill
+from bench.floor import weight_matrices
+from bench.limits import Hardware, products_of
 from bench.model import load
-from bench.rounds import ratio
+from bench.rounds import Samples, interleaved, ratio
 from prad.adapters import Adapter, PromptAdaptation
 from prad.lm import LanguageModel, PackedBatch
 from prad.lm.kernels import Kind
 
+_BUFFER_MIB = 256  # of the bandwidth
 METHODS = {"PA": "prad-pa", "LoRA": "prad-lora"}
 
 
@@ -38,37 +41,59 @@ def run(arguments: Prefill) -> dict[str, Any]:
         for shape, lengths in shapes.items():
             measured = _measure(model, lengths, sets, arguments.rounds)
             rows += [{"shape": f"{shape}, r={r}", "tokens": sum(lengths)} | row for row in measured]
-    growth = [grown(model, tokens, arguments) for tokens in arguments.growth]
+    hardware = Hardware(_BUFFER_MIB)
+    growth = [grown(model, tokens, arguments, hardware) for tokens in arguments.growth]
     return {"model": arguments.model, "rows": rows, "growth": growth}
 
 
-def grown(model: LanguageModel, tokens: int, arguments: Prefill) -> dict[str, Any]:
-    """A pass of so many tokens, in prompts of the usual length and in a single one, and what is GEMMs."""
+def grown(model: LanguageModel, tokens: int, arguments: Prefill, hardware: Hardware) -> dict[str, Any]:
+    """A pass of so many tokens, in prompts of the usual length and in a single one, what of it is GEMMs and
+    what attention, and what the products of the former take at least."""
     shapes = {"short": [arguments.tokens] * max(1, tokens // arguments.tokens), "one": [tokens]}
+    spent: dict[str, list[Counter[Kind]]] = {name: [] for name in shapes}
+
+    def variant(name: str) -> Callable[[], float]:
+        def measure() -> float:
+            took, calls = _timed_pass(model, shapes[name])
+            spent[name].append(calls)
+            return took
+
+        return measure
+
+    passes = {(name, 0): variant(name) for name in shapes}
+    took = interleaved(passes | hardware.kinds, arguments.rounds, f"{tokens} tokens")
     row: dict[str, Any] = {"tokens": tokens}
-    passes: dict[str, list[_Spent]] = {name: [] for name in shapes}
-    for number in range(arguments.rounds + 1):
-        for name, lengths in shapes.items():
-            spent = _timed_pass(model, lengths)
-            if number:
-                passes[name].append(spent)
-    for name, each in passes.items():
-        row[f"{name}_ms"] = round(1e3 * statistics.median(p.pass_s for p in each), 1)
-        gemms = [p.gemms_s for p in each if p.gemms_s is not None]
-        row[f"{name}_gemms_ms"] = round(1e3 * statistics.median(gemms), 1) if gemms else None
-    return row | {"tokens_per_s": round(1e3 * sum(shapes["short"]) / row["short_ms"])}
+    for name, calls in spent.items():
+        row[f"{name}_ms"] = round(1e3 * took[name, 0], 1)
+        for part, kind in (("gemms", Kind.LINEAR), ("attention", Kind.PROMPT)):
+            # the kernels may be there, and leave a pass to torch
+            known = [each[kind] for each in calls[1:] if kind in each]
+            row[f"{name}_{part}_ms"] = round(1e3 * statistics.median(known), 1) if known else None
+    row["tokens_per_s"] = round(1e3 * sum(shapes["short"]) / row["short_ms"])
+    return row | _limit(model, shapes["short"], hardware, took)
 
 
-@dataclass(frozen=True, slots=True)
-class _Spent:
-    """Of one pass; `gemms_s` None where torch computes."""
+def _limit(
+    model: LanguageModel, lengths: list[int], hardware: Hardware, took: Samples[Any]
+) -> dict[str, Any]:
+    """Of the products alone; every row meets all matrices but the vocabulary's, which last rows meet."""
+    per_giga = hardware.giga_s(took, products_of(model.dtype))
+    if per_giga is None:
+        return {}
+    matrices = weight_matrices(model)
+    rows = [len(lengths) if w.shape[0] == model.vocab_size else sum(lengths) for w in matrices]
+    giga = 2e-9 * sum(n * w.numel() for n, w in zip(rows, matrices, strict=True))
+    read = hardware.read_s(took, sum(w.nbytes for w in matrices))
+    limits = [max(giga * each, once) for each, once in zip(per_giga, read, strict=True)]
+    return {
+        "limit_ms": round(1e3 * statistics.median(limits), 1),
+        "times_limit": round(ratio(took.values["short", 0], limits), 2),
+    }
 
-    pass_s: float
-    gemms_s: float | None
 
-
-def _timed_pass(model: LanguageModel, lengths: list[int]) -> _Spent:
-    prompts = [[100 + i for i in range(n)] for n in lengths]
+def _timed_pass(model: LanguageModel, lengths: list[int]) -> tuple[float, Counter[Kind]]:
+    """Its seconds, and those of the kernels' calls: none where torch computes."""
+    prompts = [[(100 + i) % model.vocab_size for i in range(n)] for n in lengths]
     batch = PackedBatch.of_sequences(prompts, device=model.device, kernels=model.kernels)
     spent: Counter[Kind] = Counter()
     if model.kernels is not None:
@@ -77,10 +102,9 @@ def _timed_pass(model: LanguageModel, lengths: list[int]) -> _Spent:
     with torch.inference_mode():
         model.forward(batch)
     took = time.perf_counter() - started
-    if model.kernels is None:
-        return _Spent(took, None)
-    model.kernels.spent = None
-    return _Spent(took, spent[Kind.LINEAR])
+    if model.kernels is not None:
+        model.kernels.spent = None
+    return took, spent
 
 
 def _measure(
@@ -141,6 +165,8 @@ def plot(result: dict[str, Any], figure: Any) -> None:
     growth = result["growth"]
     for name, label in (("short_ms", "short prompts"), ("one_ms", "one prompt")):
         right.plot([g["tokens"] for g in growth], [g[name] for g in growth], marker="o", label=label)
+    if "limit_ms" in growth[0]:
+        right.plot([g["tokens"] for g in growth], [g["limit_ms"] for g in growth], "--", label="limit, GEMMs")
     right.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms", title="Prompt pass")
     right.legend()
 

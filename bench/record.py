@@ -3,6 +3,7 @@
 import json
 import platform
 import subprocess
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +16,17 @@ from bench.flags import Flags
 from bench.kinds import RESULTS, cpu_flags
 
 ROOT = Path(__file__).parents[1]
+_NOTABLE = (
+    "avx2",
+    "avx_vnni",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_bf16",
+    "amx_int8",
+    "asimd",
+    "bf16",
+)
 _PACKAGES = ("torch", "transformers", "grpcio", "fastapi")
 
 
@@ -52,7 +64,7 @@ def setting(device: str = "cpu") -> dict[str, Any]:
     }
 
 
-def machine(setting: dict[str, Any]) -> str:
+def machine(setting: Mapping[str, Any]) -> str:
     return str(setting.get("gpu") or setting["cpu"])
 
 
@@ -63,8 +75,19 @@ def _git(*arguments: str) -> str:
 
 
 def _cpu() -> str:
+    """As in "2 x AMD EPYC, family 25, model 1 (avx2)": clouds call many CPUs alike."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    notable = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in cpu_flags()]
-    return f"{len(names)} x {names[0] if names else platform.processor()} ({' '.join(notable)})"
+
+    def said(key: str) -> list[str]:
+        return [value.strip() for name, _, value in (x.partition(":") for x in lines) if name.strip() == key]
+
+    names = said("model name") or [platform.processor()]
+    family = [
+        f"{key} {found[0]}"
+        for key, found in (("family", said("cpu family")), ("model", said("model")))
+        if found
+    ]
+    flags = cpu_flags()
+    notable = " ".join(flag for flag in _NOTABLE if flag in flags)
+    return f"{', '.join([f'{len(names)} x {names[0]}', *family])} ({notable})"

@@ -10,7 +10,10 @@ of a list in it (a dot steps into an object or picks from a list), and the colum
     <!-- table decode by_batch | sequences | step_ms: step, ms | floor_ms: floor, ms -->
     <!-- end -->
 
-Between `<!-- gates -->` and the end stands what was asked of the server: see bench.gates.
+Above each kind's table stands where and when it was measured; which of the kinds that have results have none
+is said, and a column that no row of a kind has is left out there. Pictures of a result, one for each kind,
+stand between `<!-- pictures decode: A step -->` and the end, what was asked of the server between
+`<!-- gates -->` and the end: see bench.asked.
 """
 
 import json
@@ -22,10 +25,13 @@ from typing import Annotated, Any
 import typer
 
 from bench import gates
+from bench.asked import GATES
 from bench.kinds import KINDS, RESULTS
 from bench.record import ROOT, machine
 
 DOCUMENTS = tuple(ROOT / "docs" / f"{name}.md" for name in ("performance", "quality", "training"))
+_NOTHING = "–"
+_PICTURES = re.compile(r"(<!-- pictures (\S+): ([^\n]*) -->\n).*?(<!-- end -->)", re.DOTALL)
 _GATES = re.compile(r"(<!-- gates -->\n).*?(<!-- end -->)", re.DOTALL)
 _TABLE = re.compile(r"(<!-- table (\S+) (\S+) \|(.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -49,17 +55,33 @@ def render(document: str, results: Path) -> str:
 
     def fill(found: re.Match[str]) -> str:
         head, name, path, columns, end = found.groups()
-        files = [folder / f"{name}.json" for folder in (results, *kinds)]
-        tables = [_table(file, path, columns) for file in files if file.is_file()]
-        body = "\n".join(tables) or f"Not measured yet: `prad bench {name}`.\n"
+        everywhere = results / f"{name}.json"  # of a benchmark that takes its time from no CPU
+        files = [everywhere] if everywhere.is_file() else [kind / f"{name}.json" for kind in kinds]
+        tables = {file: _table(file, path, columns) for file in files}
+        parts = [table for table in tables.values() if table is not None]
+        if missing := [f"`{file.parent.name}`" for file, table in tables.items() if table is None]:
+            parts.append(f"Not measured on {', '.join(missing)}: `prad bench {name}`.\n")
+        body = "\n".join(parts) or f"Not measured yet: `prad bench {name}`.\n"
         return f"{head}\n{body}\n{end}"
 
+    def show(found: re.Match[str]) -> str:
+        head, name, what, end = found.groups()
+        there = [kind / f"{name}.png" for kind in kinds if (kind / f"{name}.png").is_file()]
+        lines = [
+            f"![{what}, {path.parent.name}](../bench/results/{path.parent.name}/{path.name})\n\n"
+            for path in there
+        ]
+        return f"{head}\n{''.join(lines)}{end}"
+
     kinds = [results / kind for kind in KINDS if (results / kind).is_dir()]
-    filled = _TABLE.sub(fill, document)
-    return _GATES.sub(lambda found: f"{found[1]}\n{gates.table(kinds)}\n\n{found[2]}", filled)
+    filled = _PICTURES.sub(show, _TABLE.sub(fill, document))
+    return _GATES.sub(lambda found: f"{found[1]}\n{gates.table(GATES, kinds)}\n\n{found[2]}", filled)
 
 
-def _table(file: Path, path: str, columns: str) -> str:
+def _table(file: Path, path: str, columns: str) -> str | None:
+    """None if that was not measured, or is of before the benchmark had this part."""
+    if not file.is_file():
+        return None
     result = json.loads(file.read_text(encoding="utf-8"))
     keys, headings = [], []
     for column in columns.split("|"):
@@ -68,23 +90,23 @@ def _table(file: Path, path: str, columns: str) -> str:
         headings.append(heading or key)
     try:
         rows = _find(result, path.split("."), file.name)
-    except ValueError:  # a result of before the benchmark had this part
-        return f"On `{file.parent.name}` not measured yet: `prad bench {file.stem}`.\n"
-    lines = [
-        headings,
-        ["---"] * len(keys),
-        *([_cell(_known(row, k.split("."))) for k in keys] for row in rows),
-    ]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"{table}\n\n`{file.stem}` {_origin(result)}\n"
+    except ValueError:
+        return None
+    cells = [[_cell(_known(row, k.split("."))) for k in keys] for row in rows]
+    known = [at for at in range(len(keys)) if any(row[at] != _NOTHING for row in cells)]
+    lines = [headings, ["---"] * len(keys), *cells]
+    table = "\n".join(f"| {' | '.join(line[at] for at in known)} |" for line in lines)
+    return f"{_origin(file, result)}:\n\n{table}\n"
 
 
-def _origin(result: Any) -> str:
-    """Which commit on which machine; of a result that is made of cells, which of theirs."""
+def _origin(file: Path, result: Any) -> str:
+    """Which kind of CPU, commit and machine; of a result that is made of cells, which of theirs."""
     if "computed" in result:
-        return "; ".join(f"at {', '.join(commits)}, {on}" for on, commits in result["computed"].items())
+        cells = "; ".join(f"at {', '.join(commits)}, {on}" for on, commits in result["computed"].items())
+        return f"`{file.stem}` {cells}"
     setting = result["setting"]
-    return f"at {setting['commit']}, {setting['when'][:10]}, {machine(setting)}"
+    kind = f"**`{file.parent.name}`**, " if file.parent.name in KINDS else ""
+    return f"{kind}`{file.stem}` at {setting['commit']}, {setting['when'][:10]}, {machine(setting)}"
 
 
 def _known(row: Any, path: list[str]) -> Any:
@@ -106,7 +128,7 @@ def _find(value: Any, path: list[str], where: str) -> Any:
 
 def _cell(value: Any) -> str:
     if value is None:
-        return "–"
+        return _NOTHING
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
     return str(value)

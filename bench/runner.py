@@ -1,6 +1,7 @@
 """One benchmark from its flags to bench/results/NAME.json and NAME.png."""
 
 import importlib
+import json
 from pathlib import Path
 
 from rich.console import Console
@@ -20,8 +21,9 @@ def run(name: str, arguments: Flags) -> Path:
     with stopped_by_signals():  # the servers that a benchmark starts end with it
         figures = module.run(arguments)
     path = write_result(name, figures, arguments, arguments.out)
+    stored = json.loads(path.read_text(encoding="utf-8"))
     try:
-        pictures.draw(name, figures, path.with_suffix(".png"))
+        pictures.draw(name, stored, path.with_suffix(".png"))
         if name == "peers" and not arguments.smoke:
             pictures.draw_headline(RESULTS, pictures.HEADLINE)
     except ImportError:

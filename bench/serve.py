@@ -7,6 +7,9 @@ closed     so many streaming clients at a time, each asking again as soon as it 
 open       streaming requests that arrive at random (Poisson), whatever the server does.
 streaming  N streaming clients at once against the engine's own tokens/s: as the decode service counts it
            in the same seconds, and alone in this process. The client's own CPU time is subtracted.
+
+Decode makes no drafts: prompts are random ids, and what a model makes of them is guessed too often. What
+drafts bring is for `speculation` to say.
 """
 
 import os
@@ -30,7 +33,7 @@ from bench.latency import steady_tokens_per_s
 from bench.model import load
 from bench.prompts import random_prompts
 from bench.rounds import interleaved, ratio, seconds
-from bench.serving import Served, Steps, bodies, served
+from bench.serving import NO_DRAFTS, Served, Steps, bodies, served
 from prad.http.load import latencies, poisson_arrivals
 from prad.lm import LanguageModel
 
@@ -40,7 +43,7 @@ _PUSHED = 64  # adapters for a round at most
 def run(arguments: Serve) -> dict[str, Any]:
     model = load(arguments)
     room = ["--adapters-mib", str(arguments.adapters_mib)]
-    with served(arguments, model, {"prad-pa": arguments.loaded}, prefill=room) as server:
+    with served(arguments, model, {"prad-pa": arguments.loaded}, prefill=room, decode=NO_DRAFTS) as server:
         prompts = _Prompts(model, arguments)
         return {
             "model": arguments.model,
@@ -233,4 +236,4 @@ def plot(result: dict[str, Any], figure: Any) -> None:
             ylabel="ms",
             title=f"{name} loop",
         )
-        at.legend()
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower right", ncols=4)

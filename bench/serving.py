@@ -21,6 +21,10 @@ from local_stack.stack import Stack, StackError, answers, free_ports
 from prad.http.load import LoadClient, Run
 from prad.lm import LanguageModel
 
+NO_DRAFTS = ("--speculate", "0")
+"""For decode: what a model makes of random ids repeats itself, and is guessed more often than any text that
+somebody would ask for."""
+
 
 @dataclass(frozen=True, slots=True)
 class Steps:

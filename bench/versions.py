@@ -16,6 +16,7 @@ from typing import Any
 
 from bench.adapters import ready_adapters, write_artefacts, write_peft_lora
 from bench.flags import Versions
+from bench.kinds import named_dtypes
 from bench.model import load, model_folder
 from bench.own_engine import OwnEngine
 from bench.peer import Peer
@@ -43,12 +44,14 @@ def run(arguments: Versions) -> dict[str, Any]:
         if not arguments.skip_peft:
             folders = write_peft_lora(root / "lora", model, max(arguments.versions), arguments.r)
             options = {"model": str(model_folder(arguments)), "adapters": folders}
-            peft = running.enter_context(Peer("transformers", None, options, root / "peft.log"))
-            peft.wait_ready()
-            versions = peft.versions
-            for k in arguments.versions:
-                named = list(islice(cycle(list(folders)[:k]), arguments.requests))
-                variants[PEFT, k] = _step(peft.generate, named, model, arguments)
+            for dtype, called in named_dtypes().items():
+                log = root / f"{dtype}.log"
+                peft = running.enter_context(Peer("transformers", None, options | {"dtype": dtype}, log))
+                peft.wait_ready()
+                versions = peft.versions
+                for k in arguments.versions:
+                    named = list(islice(cycle(list(folders)[:k]), arguments.requests))
+                    variants[f"{PEFT}{called}", k] = _step(peft.generate, named, model, arguments)
         took = interleaved(variants, arguments.rounds, "versions")
     first = {engine: 1e3 * took[engine, arguments.versions[0]] for engine, _ in variants}
     rows = [
@@ -139,4 +142,4 @@ def plot(result: dict[str, Any], figure: Any) -> None:
     at.set_xticks(counts, [str(k) for k in counts])
     at.minorticks_off()
     at.margins(y=0.15)
-    figure.legend(loc="outside lower center", ncols=len(engines))
+    figure.legend(loc="outside lower center", ncols=min(3, len(engines)))

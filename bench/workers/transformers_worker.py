@@ -1,6 +1,6 @@
 """transformers' generate, plain or with PEFT's mixed-adapter batch.
 
-Options: model, adapters {name: folder}.
+Options: model, dtype, adapters {name: folder}.
 """
 
 from typing import Any
@@ -13,10 +13,8 @@ from transformers import AutoModelForCausalLM
 def main() -> None:
     answers = claim_stdout()
     wanted = options()
-    model: Any = AutoModelForCausalLM.from_pretrained(wanted["model"], dtype=torch.bfloat16).eval()
     folders: dict[str, str] = wanted["adapters"]
-    if folders:
-        model = _with_adapters(model, folders)
+    model = loaded(wanted["model"], getattr(torch, wanted["dtype"]), folders)
 
     def generate(prompts: Prompts, output: int, adapters: list[str | None]) -> list[int]:
         ids = torch.tensor(prompts)
@@ -36,11 +34,16 @@ def main() -> None:
     serve(answers, ["transformers", "torch", *(["peft"] if folders else [])], generate)
 
 
+def loaded(folder: str, dtype: torch.dtype, adapters: dict[str, str]) -> Any:
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    return _with_adapters(model, adapters).to(dtype) if adapters else model
+
+
 def _with_adapters(model: Any, folders: dict[str, str]) -> Any:
     from peft import PeftModel
 
     (first, folder), *others = folders.items()
-    kept = {"autocast_adapter_dtype": False}  # in bf16, as the model and as our adapters are
+    kept = {"autocast_adapter_dtype": False}  # as the files are; the model's dtype follows
     adapted = PeftModel.from_pretrained(model, folder, adapter_name=first, **kept)
     for name, path in others:
         adapted.load_adapter(path, adapter_name=name, **kept)

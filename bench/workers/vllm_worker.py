@@ -1,4 +1,5 @@
-"""vLLM, with or without LoRA. Options: model, adapters {name: folder}, r, sequences, context, all_cores.
+"""vLLM, with or without LoRA. Options: model, dtype, adapters {name: folder}, r, sequences, context,
+all_cores.
 
 all_cores: whether to compute on every core; it leaves one to its scheduler by itself.
 """
@@ -26,7 +27,7 @@ def main() -> None:
     lora = {"enable_lora": True, "max_loras": len(requests), "max_lora_rank": wanted["r"]} if requests else {}
     engine = LLM(
         wanted["model"],
-        dtype="bfloat16",
+        dtype=wanted["dtype"],
         max_model_len=wanted["context"],
         max_num_seqs=wanted["sequences"],
         max_num_batched_tokens=4096,

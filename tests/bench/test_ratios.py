@@ -2,8 +2,8 @@
 
 import pytest
 
+from bench.asked import _spread
 from bench.contest import times
-from bench.gates import _spread
 from bench.rounds import ratio
 
 

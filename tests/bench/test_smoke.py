@@ -5,15 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import LlamaConfig
 
 from bench.flags import ModelFlags
 from bench.known import FLAGS
 from bench.runner import run
 from prad.lm.kernels.build import built
 from tests.cache import CACHE
-from tests.conftest import SIZES, randomised, save_model
 
 ROOT = Path(__file__).parents[2]
 SMOKE = re.search(r"^SMOKE \?= ([a-z ]+)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
@@ -21,13 +18,11 @@ NAMES = SMOKE[1].split() if SMOKE else []
 
 
 @pytest.fixture(scope="module")
-def flags(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
-    """A model of widths that every precision packs, and a cache of its own with the kernels of all tests."""
-    model, cache = (tmp_path_factory.mktemp(name) for name in ("model", "cache"))
-    widths = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-    save_model(randomised(LlamaConfig(**SIZES | widths), seed=1).to(torch.bfloat16), model)
+def flags(packable: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """A cache of its own with the kernels of all tests."""
+    cache = tmp_path_factory.mktemp("cache")
     (cache / "kernels").symlink_to(built(CACHE).parent)
-    return {"smoke": True, "model": str(model), "cache_dir": cache}
+    return {"smoke": True, "model": str(packable), "cache_dir": cache}
 
 
 def test_there_are_some() -> None:
