@@ -43,8 +43,7 @@ class PeerProgram:
     ) -> None:
         self._name = name
         self._log = log
-        if not Path(command[0]).is_file():
-            raise PeerError(f"there is no interpreter {command[0]}")
+        require_interpreter(Path(command[0]))
         with log.open("wb") as said:
             self.process = subprocess.Popen(
                 command,
@@ -128,6 +127,11 @@ class Peer(PeerProgram):
             raise self.ended()
         answer: dict[str, Any] = json.loads(line)
         return answer
+
+
+def require_interpreter(python: Path) -> None:
+    if not python.is_file():
+        raise PeerError(f"there is no interpreter {python}")
 
 
 def others_environment() -> dict[str, str]:

@@ -23,7 +23,7 @@ from typing import Any
 from bench.adapters import write_peft_lora
 from bench.flags import VllmServe
 from bench.model import load, model_folder
-from bench.peer import WORKERS, PeerError, PeerProgram, last_lines, others_environment
+from bench.peer import WORKERS, PeerError, PeerProgram, last_lines, others_environment, require_interpreter
 from bench.rounds import interleaved, ratio
 from bench.serving import served
 from local_stack.stack import answers, free_ports
@@ -56,6 +56,7 @@ class _Server:
 
 
 def run(arguments: VllmServe) -> dict[str, Any]:
+    require_interpreter(arguments.vllm_python)
     model = load(arguments)
     with tempfile.TemporaryDirectory() as name, ExitStack() as started:
         asking = _Asking(arguments, Path(name))
