@@ -20,6 +20,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from bench.adapters import write_peft_lora
 from bench.flags import VllmServe
 from bench.model import load, model_folder
@@ -83,13 +85,16 @@ def run(arguments: VllmServe) -> dict[str, Any]:
 def _servers(
     arguments: VllmServe, model: LanguageModel, root: Path, started: ExitStack
 ) -> dict[str, _Server]:
-    """All of them, ready; vLLM's paused."""
+    """All of them, ready; vLLM's, which compile as they start, before ours, and paused."""
     number = arguments.requests
-    theirs = {_THEIRS: started.enter_context(_Vllm(arguments, root / "vllm.log"))}
+    loras: dict[str, Mapping[str, str]] = {_THEIRS: {}}
     if arguments.vllm_lora:
-        loras = write_peft_lora(root / "lora", model, number, arguments.r)
-        with_loras = _Vllm(arguments, root / "vllm_lora.log", loras)
-        theirs[f"vLLM, {number} LoRAs"] = started.enter_context(with_loras)
+        loras[f"vLLM, {number} LoRAs"] = write_peft_lora(root / "lora", model, number, arguments.r)
+    theirs = {}
+    for name, adapters in loras.items():
+        server = started.enter_context(_Vllm(arguments, root / f"vllm-{len(adapters)}.log", adapters))
+        with Console(stderr=True).status(f"starting {name}"):
+            theirs[name] = server.wait_ready()
     no_drafts = ("--speculate", "0")
     ours = started.enter_context(served(arguments, model, {"prad-lora": number}, decode=no_drafts))
     tasks = ours.tasks["prad-lora"]
@@ -97,17 +102,17 @@ def _servers(
         "PrAd server, no adapters": _Server(ours.url),
         "PrAd server, one task, PrAd-LoRA": _Server(ours.url, tasks[:1]),
         f"PrAd server, {number} tasks, PrAd-LoRA": _Server(ours.url, tasks),
-        **{name: server.wait_ready() for name, server in theirs.items()},
+        **theirs,
     }
 
 
 class _Vllm(PeerProgram):
     """`vllm serve` of the model's folder. `loras`: adapters' names and folders."""
 
-    def __init__(self, told: VllmServe, log: Path, loras: Mapping[str, str] | None = None) -> None:
+    def __init__(self, told: VllmServe, log: Path, loras: Mapping[str, str]) -> None:
         (port,) = free_ports(1)
         self._url = f"http://127.0.0.1:{port}"
-        self._names = tuple(loras or ())
+        self._names = tuple(loras)
         command = [str(told.vllm_python), _COMMAND, "serve", str(model_folder(told))]
         command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16"]
         command += ["--max-model-len", str(max(256, told.prompt + told.output + _SPARE))]
@@ -156,9 +161,11 @@ class _Asking:
             flags += ["--model", server.names[0]]
         elif server.names:
             flags += ["--lora-assignment", "round-robin", "--lora-modules", *server.names]
+        file = self._folder / "report.json"
+        file.unlink(missing_ok=True)
         with nullcontext() if server.program is None else server.program.awake():
-            said = self._run("bench", "serve", "--result-filename", "report.json", *flags)
-        report: Report = json.loads((self._folder / "report.json").read_text(encoding="utf-8"))
+            said = self._run("bench", "serve", "--result-filename", file.name, *flags)
+        report: Report = json.loads(file.read_text(encoding="utf-8"))
         wanted = (told.requests, told.requests * told.output)
         if (report["completed"], report["total_output_tokens"]) != wanted:
             raise PeerError(f"vllm bench serve was not answered as asked:\n{said}")
