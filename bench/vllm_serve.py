@@ -228,7 +228,8 @@ def plot(result: dict[str, Any], figure: Any) -> None:
         (first, "ttft_ms", "to the first token, ms"),
         (between, "itl_ms", "between, ms"),
     ):
-        for part, marker in (("mean", "o"), ("p99", "|")):
+        for part, marker in (("mean", "o"), ("p99", "D")):
             axes.plot([row[kind][part] for row in rows], names, marker, label=part)
+        axes.margins(x=0.1)
         axes.set(xlabel=label, xlim=(0, None))
-        axes.legend()
+    figure.legend(*between.get_legend_handles_labels(), loc="outside upper right", ncols=2)
