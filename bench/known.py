@@ -31,6 +31,7 @@ FLAGS: dict[str, type[Flags]] = {
     "speculation": flags.Speculation,
     "peers": flags.Peers,
     "stream": flags.Stream,
+    "vllm_serve": flags.VllmServe,
     "quality": flags.Quality,
     "train": flags.Train,
 }

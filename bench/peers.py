@@ -8,13 +8,15 @@ many LoRAs (r on q and v) and without, OpenVINO GenAI and llama.cpp (both: the 4
 where --vllm-python, --openvino-python and --llama-python name an interpreter that has them. All compute on
 all cores, are alive at once (some 20 GiB) and asked in turn, same prompts. Then 8 requests; one alone is
 asked by `stream`. Our decode services make no drafts: what a model makes of random ids repeats itself, and is
-guessed more often than any text that somebody would ask for.
+guessed more often than any text that somebody would ask for. Of each it is told how often a page of its
+memory had to be read from a disk in its turns (`major_faults`): those who wait may lose them.
 """
 
 import importlib.util
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,15 +115,17 @@ def _ours(arguments: Peers, model: LanguageModel, running: ExitStack) -> dict[st
     tasks = dict.fromkeys(_METHODS.values(), number)
     server = running.enter_context(served(arguments, model, tasks, decode=NO_DRAFTS))
     ours = {
-        f"PrAd server, {number} tasks, {name}": Contestant(server.generate, server.tasks[method])
+        f"PrAd server, {number} tasks, {name}": Contestant(
+            server.generate, server.tasks[method], server.major_faults
+        )
         for name, method in _METHODS.items()
     }
-    ours["PrAd server, no adapters"] = Contestant(server.generate, plain)
+    ours["PrAd server, no adapters"] = Contestant(server.generate, plain, server.major_faults)
     for weights in _ROUNDED:
         how = [*NO_DRAFTS, "--weights", weights]
         rounded = running.enter_context(served(arguments, model, {"prad-pa": number}, decode=how))
         name = f"PrAd server, {number} tasks, PrAd-PA, {weights} decode weights"
-        ours[name] = Contestant(rounded.generate, rounded.tasks["prad-pa"])
+        ours[name] = Contestant(rounded.generate, rounded.tasks["prad-pa"], rounded.major_faults)
     own = OwnEngine(model, ready_adapters(model, "prad-lora", number, arguments.r))
     ours[f"our engine, {number} LoRAs at every token"] = Contestant(own.generate, plain)
     ours["our engine, no adapters"] = Contestant(OwnEngine(model).generate, plain)
@@ -142,7 +146,7 @@ def few(
     """So many requests at once, without whoever has LoRAs; how much faster than each our 4 bits are."""
     tasks = "one task" if number == 1 else f"{number} tasks"
     asked = {
-        name.replace(f"{arguments.requests} tasks", tasks): Contestant(each.generate, each.adapters[:number])
+        name.replace(f"{arguments.requests} tasks", tasks): replace(each, adapters=each.adapters[:number])
         for name, each in everybody.items()
         if "LoRAs" not in name
     }

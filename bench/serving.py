@@ -48,12 +48,14 @@ class Served:
         metrics: str,
         tasks: Mapping[str, Sequence[str]],
         registry: str,
+        decode: int,
     ) -> None:
         self.url = url
         self._client = client
         self.tasks = tasks
         self._metrics = metrics
         self._registry = registry
+        self._decode = decode  # its process
 
     def push_version(self, folder: Path, task: str) -> None:
         """An adapter folder as the task's next version, ready at prefill; raises StackError."""
@@ -89,12 +91,26 @@ class Served:
         }
         return {name: round(p.memory_full_info().uss / 2**20, 1) for name, p in sorted(services.items())}
 
+    def major_faults(self) -> int | None:
+        """Pages that decode had to wait for, since its start; None where nobody counts them."""
+        return major_faults(self._decode)
+
     def steps(self) -> Steps:
         found: dict[str, float] = {}
         for family in text_string_to_metric_families(httpx.get(self._metrics, trust_env=False).text):
             found |= {s.name: s.value for s in family.samples if not s.labels}
         name = "prad_decode_step_seconds"
         return Steps(found[f"{name}_count"], found[f"{name}_sum"], found["prad_decode_tokens_total"])
+
+
+def major_faults(process: int) -> int | None:
+    """Field 12 of proc_pid_stat(5): how often a page had to be read from a disk; None without a /proc."""
+    try:
+        said = Path(f"/proc/{process}/stat").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    behind_name = said.rpartition(")")[2].split()  # from field 3 on: a name may hold spaces
+    return int(behind_name[12 - 3])
 
 
 def bodies(
@@ -149,6 +165,12 @@ def served(
                 stack.wait_until(partial(answers, listed), 60, task)
             status.stop()
             with LoadClient(f"http://127.0.0.1:{api}") as client:
+                pids = {service.name: service.process.pid for service in stack.services}
                 yield Served(
-                    client, f"http://127.0.0.1:{api}", f"http://127.0.0.1:{metrics}/metrics", tasks, registry
+                    client,
+                    f"http://127.0.0.1:{api}",
+                    f"http://127.0.0.1:{metrics}/metrics",
+                    tasks,
+                    registry,
+                    pids["decode"],
                 )

@@ -39,6 +39,7 @@ BENCHMARKS = {
     "quality": "Adapters on the prompt against adapters on all positions: trained, scored, compared.",
     "peers": "Beside PEFT and transformers, and vLLM, OpenVINO and llama.cpp where they are installed.",
     "stream": "The same of one request alone, without drafts.",
+    "vllm_serve": "vLLM's own benchmark of servers, `vllm bench serve`, on ours and on vLLM's.",
 }
 
 app = typer.Typer(

