@@ -295,9 +295,11 @@ class Handoff(ModelFlags):
 
 
 class Rounding(ModelFlags):
-    SMOKE = {"tokens": 32, "examples": 4}
+    SMOKE = {"tokens": 32, "examples": 4, "passes": [2], "rounds": 1}
 
     tokens: int = Field(512, description="teacher-forced tokens")
+    passes: list[int] = Field([1, 8, 64], description="prompts of timed passes, 64 tokens each")
+    rounds: int = Field(7, ge=1, description="of passes")
     data: Path | None = Field(None, description="folder of the tasks' folders; no scores without it")
     examples: int = Field(330, ge=1, description="of each demo adapter's test examples, at most")
 

@@ -1,6 +1,5 @@
-"""What rounded decode weights do to the scores of the demo adapters: the test prompts of their own tasks.
-
-Prompts are computed exactly, as a prefill service does whatever decode rounds; answers are greedy.
+"""What rounded weights, of decode and of prefill, do to the scores of the demo adapters: the test prompts of
+their own tasks, greedy answers. The adapters are the same numbers above any weights.
 """
 
 from collections.abc import Mapping
@@ -17,15 +16,13 @@ from prad.training.evaluate import evaluate
 
 
 def demo_rows(
-    model: LanguageModel,
-    variants: Mapping[str, LanguageModel],
-    folder: Path,
-    data: Path,
-    limit: int,
+    variants: Mapping[str, tuple[LanguageModel, LanguageModel]], folder: Path, data: Path, limit: int
 ) -> list[dict[str, Any]]:
-    """A row for each demo adapter and each of `variants`, what computes its steps; the first is what the
-    others are compared with, on the same examples. folder: the model's; limit: examples of a task at most."""
+    """A row for each demo adapter and each of `variants`, what computes its prompts and what its steps; the
+    first is what the others are compared with, on the same examples. folder: the model's; limit: examples of
+    a task at most."""
     tokenizer = Tokenizer(folder)
+    model, _ = next(iter(variants.values()))
     stop_ids = model.stop_ids(folder) | tokenizer.end_ids
     rows: list[dict[str, Any]] = []
     for path in sorted(p for p in ADAPTERS.iterdir() if p.is_dir()):
@@ -35,9 +32,9 @@ def demo_rows(
         examples = read_examples(file, limit)
         metric = "bleu" if examples[0].label is None else "accuracy"
         answers: dict[str, tuple[str, ...]] = {}
-        for weights, stepping in variants.items():
+        for weights, (prefilling, stepping) in variants.items():
             answers[weights] = evaluate(
-                model,
+                prefilling,
                 tokenizer,
                 artefact.record,
                 adapter,

@@ -1,14 +1,17 @@
-"""What rounding does to the logits: of keys and values on the wire to 8 bits, of decode's weights to 8 or 4.
+"""What rounding does to the logits: of keys and values on the wire to 8 bits, of decode's weights to 8 or 4,
+and of prefill's.
 
 Prompts are texts of examples/, cut into 64 tokens of prompt and 32 that follow. The tokens that follow are
 fed as they are written. The prompt's keys and values are the exact model's, as they come from the prefill
-service, or what int8 leaves of them; the tokens behind them are computed by the exact model, or with rounded
-weights and rows.
+service, or what int8 leaves of them, or a rounded model's; the tokens behind them are computed by the exact
+model, or with rounded weights and rows.
+
+`passes`: how long prompts take by rounded weights (bench/rounded_passes.py).
 
 `schemes`: ways to round the linear layers, of prompts too, in float32 (bench/rounded_linears.py).
 
-`scores`: of the demo adapters, where --data names a folder of their tasks' folders: prompts computed exactly,
-answers by rounded weights (bench/rounded_scores.py).
+`scores`: of the demo adapters, where --data names a folder of their tasks' folders: answers by rounded
+weights, prompts computed exactly and by rounded weights, too (bench/rounded_scores.py).
 """
 
 from dataclasses import dataclass
@@ -21,6 +24,7 @@ from bench.flags import Rounding
 from bench.model import load, model_folder
 from bench.record import ROOT
 from bench.rounded_linears import SCHEMES, rounded_linears
+from bench.rounded_passes import pass_rows
 from bench.rounded_scores import demo_rows
 from kvtransfer.int8 import dequantise, quantise
 from prad.lm import LanguageModel, ModelError, PackedBatch, Tokenizer
@@ -64,21 +68,25 @@ def run(arguments: Rounding) -> dict[str, Any]:
     variants = {"bf16": model, "int8": eights, "int4": fours}
     texts = _texts(Tokenizer(model_folder(arguments)), -(-arguments.tokens // FOLLOWING))
     following = torch.arange(PROMPT + FOLLOWING, device=model.device).repeat(len(texts)) >= PROMPT
-    layers: Layers = []
-    batch = PackedBatch.of_sequences(
-        texts,
-        device=model.device,
-        logit_rows=following.nonzero().flatten().tolist(),
-        layer_done=lambda _, key, value: layers.append((key, value)),
-    )
     ragged = Ragged.of([len(text) for text in texts], model.device)
+
+    def computed(of: LanguageModel) -> tuple[Tensor, PackedBatch, Layers]:
+        layers: Layers = []
+        batch = PackedBatch.of_sequences(
+            texts,
+            device=model.device,
+            logit_rows=following.nonzero().flatten().tolist(),
+            layer_done=lambda _, key, value: layers.append((key, value)),
+        )
+        return of.forward(batch), batch, layers
 
     def logits(of: LanguageModel, given: Layers) -> Tensor:
         kv = GivenPrompts(ragged, ~following, given)
         return of.forward(PackedBatch(batch.ids, batch.positions, kv, batch.logit_rows))
 
     with torch.inference_mode():
-        exact = model.forward(batch)
+        exact, batch, layers = computed(model)
+        by_eights, by_fours = computed(eights)[2], computed(fours)[2]
         coded = [(_through_int8(key), _through_int8(value)) for key, value in layers]
         changed = {
             "KV on the wire": logits(model, coded),
@@ -86,6 +94,10 @@ def run(arguments: Rounding) -> dict[str, Any]:
             "decode's weights and rows, int4": logits(fours, layers),
             "KV and int8": logits(eights, coded),
             "KV and int4": logits(fours, coded),
+            "prefill's weights and rows, int8": logits(model, by_eights),
+            "prefill's weights and rows, int4": logits(model, by_fours),
+            "prefill's and decode's, int8": logits(eights, by_eights),
+            "prefill's and decode's, int4": logits(fours, by_fours),
         }
     return {
         "model": arguments.model,
@@ -94,10 +106,18 @@ def run(arguments: Rounding) -> dict[str, Any]:
         "rows": [
             {"rounded": what} | _effect(exact, other, batch, following) for what, other in changed.items()
         ],
+        "passes": pass_rows(variants, arguments.passes, arguments.rounds),
         "schemes": _schemes(load(arguments, dtype=torch.float32, choice="torch"), texts, following),
         "scores": []
         if arguments.data is None
-        else demo_rows(model, variants, model_folder(arguments), arguments.data, arguments.examples),
+        else demo_rows(
+            {name: (model, each) for name, each in variants.items()}
+            | {f"{name}, prompts too": (variants[name], variants[name]) for name in ("int8", "int4")}
+            | {"int8, prompts alone": (eights, model)},
+            model_folder(arguments),
+            arguments.data,
+            arguments.examples,
+        ),
     }
 
 

@@ -149,6 +149,8 @@ def threads_said(given: int | None) -> str:
     return f"prefill {prefill}, decode {decode}; {cores} cores"
 
 
-def model_said(name: str, dtype: str, weights: str | None) -> str:
-    """Which model is served, and how decode has its weights."""
-    return f"{name}, {dtype}, weights of decode {weights or os.environ.get('PRAD_DECODE_WEIGHTS', 'full')}"
+def model_said(name: str, dtype: str, prefill: str | None, decode: str | None) -> str:
+    """Which model is served, and in what weights, as given or as their variables say."""
+    own = {"PREFILL": prefill, "DECODE": decode}
+    found = {each: told or os.environ.get(f"PRAD_{each}_WEIGHTS", "full") for each, told in own.items()}
+    return f"{name}, {dtype}, weights of prefill {found['PREFILL']}, of decode {found['DECODE']}"

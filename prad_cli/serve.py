@@ -138,6 +138,13 @@ def serve_command(
             "If left out: PRAD_DECODE_WEIGHTS, or full."
         ),
     ] = None,
+    prefill_weights: Annotated[
+        Literal["full", "int8", "int4"] | None,
+        typer.Option(
+            help="Of prefill's linear layers: int8 or int4 are faster, and not exact: adapters were trained "
+            "on full. If left out: PRAD_PREFILL_WEIGHTS, or full."
+        ),
+    ] = None,
     threads: Annotated[
         int | None,
         typer.Option(
@@ -205,6 +212,7 @@ def serve_command(
         "--port": port,
         "--model-name": model_name,
         "--nice": nice,
+        "--weights": prefill_weights,
     }
     own = {"registry": here.registry_flags(), "prefill": here.prefill_flags(decode_port)}
     flags = {
@@ -212,7 +220,7 @@ def serve_command(
         "decode": [*shared, *given(decode)],
         "prefill": [*shared, *given(prefill | own["prefill"]), *(["--unprotected"] if unprotected else [])],
     }
-    about = {"model": model_said(model_name or served_name(served), computed, weights)}
+    about = {"model": model_said(model_name or served_name(served), computed, prefill_weights, weights)}
     for text in without_effect(own):
         Console(stderr=True).print(f"[yellow]without effect:[/] {text}", soft_wrap=True)
     _run(flags, here, Console(stderr=True), about | {"threads": threads_said(threads)})

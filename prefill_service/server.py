@@ -64,6 +64,7 @@ def run(settings: PrefillSettings) -> None:
         dtype=settings.dtype,
         device=settings.device,
         kernels=settings.kernels,
+        weights=settings.weights,
         kept_bytes=settings.kernel_cache_mib << 20,
         packed_bytes=settings.packed_cache_mib << 20,
     )

@@ -58,11 +58,13 @@ def load_served(
     found = load_kernels(kernels, cache_dir, device, kept_bytes)
     if found is not None:
         model = accelerated(folder, cache_dir, loaded_as, found, weights, packed_bytes)
-        logger.info("the kernels compute %s", "all of the model" if model.is_fused else "its attention")
+        what = "all of the model" if model.is_fused else "its attention"
+        logger.info("the kernels compute %s, weights %s", what, weights)
     elif weights != "full":
         raise UnsupportedModelError(
             f"{weights} weights need the kernels, and these are not in use: install a C++ compiler (g++) and "
-            "use neither --kernels torch nor --device cuda, or use --weights full"
+            "use neither --kernels torch nor --device cuda, or use --weights full (for prefill, prad serve's "
+            "--prefill-weights full)"
         )
     else:
         model = LanguageModel.load(folder, dtype=loaded_as, device=device)

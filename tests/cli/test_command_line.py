@@ -35,7 +35,7 @@ def one_line(text: str) -> str:
         ((), ["serve", "prefill", "decode", "registry", "adapter", "keys", "train", "eval"]),
         (("serve",), ["prad serve --adapters examples/adapters", "--port", "--registry-port", "--data-dir"]),
         (("serve",), ["--host", "asked for an API key", "--decode-metrics-port"]),
-        (("serve",), ["--weights", "int8", "--threads", "--nice", "PRAD_DECODE_*"]),
+        (("serve",), ["--weights", "--prefill-weights", "int8", "--threads", "--nice", "PRAD_DECODE_*"]),
         (
             ("train",),
             ["prad train --task sentiment --data", "--eval-every", "--resume", "--seed", "--template"],

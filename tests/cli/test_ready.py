@@ -84,11 +84,16 @@ def test_the_command_as_a_shell_finds_it(monkeypatch: pytest.MonkeyPatch, tmp_pa
 def test_what_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PRAD_PREFILL_THREADS", raising=False)
     monkeypatch.setenv("PRAD_DECODE_THREADS", "3")
+    monkeypatch.delenv("PRAD_PREFILL_WEIGHTS", raising=False)
     monkeypatch.setenv("PRAD_DECODE_WEIGHTS", "int8")
     assert threads_said(None).startswith("prefill as torch chooses, decode 3; ")
     assert threads_said(2).startswith("prefill 2, decode 2; ")
-    assert model_said("small", "bfloat16", None) == "small, bfloat16, weights of decode int8"
-    assert model_said("small", "bfloat16", "full").endswith("full")
+    said = model_said("small", "bfloat16", None, None)
+    assert said == "small, bfloat16, weights of prefill full, of decode int8"
+    said = model_said("small", "bfloat16", "int4", "full")
+    assert said == "small, bfloat16, weights of prefill int4, of decode full"
+    monkeypatch.setenv("PRAD_PREFILL_WEIGHTS", "int8")
+    assert "of prefill int8" in model_said("small", "bfloat16", None, None)
 
 
 def test_memory_of_a_process() -> None:

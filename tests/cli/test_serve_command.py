@@ -242,12 +242,15 @@ def test_a_signal_while_it_starts(
         assert "Traceback" not in serve.said
 
 
-def test_8_bit_weights_are_decodes_to_make_or_refuse(model: Path, tmp_path: Path, ports: list[int]) -> None:
-    with serving(model, tmp_path, *ports, "--weights", "int8") as serve:
+@pytest.mark.parametrize(("flag", "service"), [("--weights", "decode"), ("--prefill-weights", "prefill")])
+def test_8_bit_weights_are_a_services_to_make_or_refuse(
+    flag: str, service: str, model: Path, tmp_path: Path, ports: list[int]
+) -> None:
+    with serving(model, tmp_path, *ports, flag, "int8") as serve:
         assert serve.process.wait() == 1
-        assert "error: decode ended with status 1" in serve.said
+        assert f"error: {service} ended with status 1" in serve.said
         assert "error: int8 weights need the kernels" in serve.said
-        assert "or use --weights full" in serve.said
+        assert f"{flag} full" in serve.said
         assert "Traceback" not in serve.said
 
 

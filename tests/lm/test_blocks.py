@@ -11,12 +11,12 @@ import torch
 import transformers
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
-from near import assert_near, some, wide
+from near import assert_near, numbers, some, wide
+from near import by_blocks as products
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from tiny import SIZES as SIZES_OF_TINY
 from tiny import packed_logits, save_random
-from torch import Tensor
 
 from prad.lm import DEFAULT_MODEL, LanguageModel, ModelNotFoundError, resolve_model
 from prad.lm.blocks import Bits, Blocks, _order, load_blocks, save_blocks
@@ -30,22 +30,6 @@ FOURS, EIGHTS = 3, 4
 SIZES_OF_MODEL = SIZES_OF_TINY | {"hidden_size": 64, "num_attention_heads": 4}
 
 Floats = NDArray[np.float32]
-
-
-def numbers(blocks: Blocks) -> Floats:
-    """[out, in / 32, 32] in float32."""
-    found = blocks.unpacked().unflatten(1, (-1, 32)).float() * blocks.scale.float()[..., None]
-    found += 0 if blocks.least is None else blocks.least.float()[..., None]
-    return found.numpy()
-
-
-def products(x: Tensor, blocks: Blocks) -> Tensor:
-    """What blocks.h says, written out: 32 inputs of a row share a scale, sums in float64."""
-    rows = x.float().unflatten(1, (-1, 32)).numpy()
-    largest = np.maximum(np.abs(rows).max(axis=2, keepdims=True), np.float32(2.0**-100))
-    steps = np.rint(rows * (np.float32(127) / largest)) * (largest / np.float32(127)).astype(np.float64)
-    weight = numbers(blocks).astype(np.float64)
-    return torch.from_numpy(steps.reshape(len(x), -1) @ weight.reshape(len(weight), -1).T).float()
 
 
 def of(columns: int, depth: int, bits: Bits) -> Blocks:

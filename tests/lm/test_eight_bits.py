@@ -3,40 +3,15 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from near import ROWS, assert_near, some, wide
-from numpy.typing import NDArray
-from torch import Tensor
+from near import by_bytes as products
 
 from prad.lm.kernels import Activation, Kernels, Out, PackedLinear
 
 SIZES = ((1, 1), (16, 63), (17, 64), (40, 65), (80, 96), (336, 576), (50, 4161))  # columns, inputs
 EDGES = (1, 2, 4, 5, 6, 7, 8, 9, 12, 13, 15, 16, 17, 63, 64, 65)
-
-Floats = NDArray[np.float32]
-
-
-def turned(x: Floats) -> Floats:
-    """[n, in] times the Hadamard matrix of every 64, zeros behind the inputs; summed as the kernels do."""
-    x = np.pad(x, ((0, 0), (0, -x.shape[1] % 64)))
-    for distance in (1, 2, 4, 8, 16, 32):
-        pairs = x.reshape(len(x), -1, 2, distance)
-        left, right = pairs[:, :, 0], pairs[:, :, 1]
-        x = np.stack((left + right, left - right), axis=2).reshape(len(x), -1)
-    return x
-
-
-def products(x: Tensor, weight: Tensor) -> Tensor:
-    """What bytes.h and weights.py say, written out: rounded rows by rounded weights, in whole numbers."""
-    rows, columns = turned(x.float().numpy()), turned(weight.float().numpy() / np.float32(64))
-    largest = np.maximum(np.abs(rows).max(axis=1, keepdims=True), np.float32(2.0**-100))
-    steps = np.rint(rows * (np.float32(127) / largest)).astype(np.int64)
-    scales = np.maximum(np.abs(columns).max(axis=1) / np.float32(127), np.float32(1e-12))
-    whole = np.rint(columns / scales[:, None]).astype(np.int64)
-    sums = (steps @ whole.T).astype(np.float32)
-    return torch.from_numpy(sums * (largest / np.float32(127) * scales))
 
 
 @pytest.mark.parametrize(("columns", "depth"), SIZES)

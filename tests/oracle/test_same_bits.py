@@ -99,16 +99,19 @@ long = pytest.mark.long
 
 
 @pytest.mark.parametrize(
-    ("weights", "prompts", "mixes"),
+    ("prefill", "decode", "prompts", "mixes"),
     [
-        ("full", 2, 4),
-        pytest.param("full", 8, 14, marks=long),
-        pytest.param("int8", 8, 14, marks=long),
-        pytest.param("int4", 8, 14, marks=long),
+        ("full", "full", 2, 4),
+        ("int8", "full", 1, 2),
+        pytest.param("full", "full", 8, 14, marks=long),
+        pytest.param("full", "int8", 8, 14, marks=long),
+        pytest.param("int8", "int8", 8, 14, marks=long),
+        pytest.param("int4", "int4", 8, 14, marks=long),
     ],
 )
 def test_an_answer_is_the_same_to_the_bit(
-    weights: str,
+    prefill: str,
+    decode: str,
     prompts: int,
     mixes: int,
     wide: Path,
@@ -116,10 +119,11 @@ def test_an_answer_is_the_same_to_the_bit(
     running_stack: StackMaker,
 ) -> None:
     requests = some_requests(prompts)
-    small = {"dtype": "bfloat16", "pass_tokens": PASS_TOKENS, "chunk_tokens": 32, **PATIENT}
+    cut = {"pass_tokens": PASS_TOKENS, "chunk_tokens": 32}
+    small = {"dtype": "bfloat16", "weights": prefill, **cut, **PATIENT}
     shuffled = random.Random(0)
     with running_stack(
-        wide / "model", wide / "adapters", tmp_path, prefill=small, dtype="bfloat16", weights=weights
+        wide / "model", wide / "adapters", tmp_path, prefill=small, dtype="bfloat16", weights=decode
     ) as running:
         alone = dict(zip(requests, together(running.api, requests, "alone", 1), strict=True))
         for mix in range(mixes):

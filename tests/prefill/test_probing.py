@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from prad.adapters import METHODS, AdapterError, find_method, load_adapter, new_adapter, save_parameters
 from prad.artefact import WEIGHTS, AdapterRecord, Artefact, BaseModelRef, read_artefact, write_record
 from prad.lm import LanguageModel
-from prad.lm.kernels import Kernels
+from prad.lm.kernels import Kernels, Precision
 from prefill_service import probing
 from prefill_service.probing import Prober
 from tests.conftest import random_artefact
@@ -24,13 +24,14 @@ IN_FRONT = {"prad-prefix", "prad-prompt", "prad-mam"}
 """Those whose virtual tokens are some before any training."""
 
 
-@pytest.fixture(scope="module", params=["torch", "torch, bfloat16", "kernels"])
+@pytest.fixture(scope="module", params=["torch", "torch, bfloat16", "kernels", "int8"])
 def model(request: pytest.FixtureRequest, tiny_model: Callable[[str], Path]) -> LanguageModel:
-    dtype = torch.bfloat16 if "bfloat16" in request.param else torch.float32
+    dtype = torch.float32 if request.param in ("torch", "kernels") else torch.bfloat16
     loaded = LanguageModel.load(tiny_model("llama"), dtype=dtype)
-    if request.param == "kernels":
-        loaded.accelerate(request.getfixturevalue("kernels"))
-    assert loaded.is_fused == (request.param == "kernels")
+    if request.param in ("kernels", "int8"):
+        precision: Precision = "int8" if request.param == "int8" else "full"
+        loaded.accelerate(request.getfixturevalue("kernels"), precision)
+    assert loaded.is_fused == ("torch" not in request.param)
     return loaded
 
 
