@@ -46,7 +46,7 @@ class DecodeSettings(ServiceSettings):
     """Own kernels where installed or where a compiler is (auto), these or an error (native), or torch."""
     weights: Precision = "full"
     """Of linear layers. full: the model's own. Faster and not exact, with inputs in 8 bits: int8, rounded to
-    8 bits; int4, the blocks of 4 and 8 bits of a .gguf file, or rounded to such. Prefill may have others."""
+    8 bits; int4, the blocks of 4 to 8 bits of a .gguf file, or rounded to such. Prefill may have others."""
 
     kv_cache_mib: int = Field(default=512, ge=1)
     """Memory of the KV cache; on a CPU taken as it fills."""

@@ -88,7 +88,7 @@ class PrefillSettings(ServiceSettings):
     weights: Precision = "full"
     """Of linear layers, beneath adapters, which add what they learned in their own numbers. full: the model's
     own, on which they were trained. Faster and not exact, with inputs in 8 bits: int8, rounded to 8 bits;
-    int4, the blocks of 4 and 8 bits of a .gguf file, or rounded to such. Decode may have others."""
+    int4, the blocks of 4 to 8 bits of a .gguf file, or rounded to such. Decode may have others."""
     nice: Annotated[int, Field(ge=0, le=19)] = 0
     """How far prompt passes step back for whoever else computes on these cores (Linux); 0 is not at all."""
     yield_s: Annotated[float, Field(ge=0)] = 0.0

@@ -1,9 +1,10 @@
-"""Weights as a `.gguf` keeps them: blocks of 32 inputs that share a scale, in 4 or 8 bits each.
+"""Weights as a `.gguf` keeps them: blocks of 32 or 16 inputs that share a scale, in 4, 6 or 8 bits each.
 
 A converted model's folder holds them beside the bfloat16 weights that were made of them.
 """
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,11 +21,16 @@ from prad.lm.errors import ModelNotFoundError
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFReader
 
-INPUTS = 32
+INPUTS, TOGETHER = 32, 256
+"""Of a block; and those that share what its scale is a multiple of, where blocks have such."""
+
 _FILE = Path("blocks") / "model.safetensors"  # not beside the weights, of which it is no part
 
 _KINDS = {"Q4_0": (1, 16), "Q4_1": (2, 16), "Q8_0": (1, 32)}
 """A block's halves, of scale and least number, and the bytes of its numbers."""
+
+_STEPS = 12
+"""Bytes of the steps of Q4_K's blocks: eight for scales and eight for least numbers, of 6 bits."""
 
 Bits = Literal[4, 8]
 
@@ -34,16 +40,26 @@ class Blocks:
     """A weight [out, in] in blocks: scale * number, and `least` with it in 4 bits.
 
     scale, least: float16 [out, in / 32]; numbers: int8 [out, in], or uint8 [out, in / 2], two in a byte, the
-    first in its low half.
+    first in its low half. Where there are steps, scale and least are of 256 inputs, [out, in / 256], and a
+    block's are so many times that: int8 [out, in / 32] in 4 bits, [out, in / 16] in 6, which have no least.
     """
 
     numbers: Tensor
     scale: Tensor
-    least: Tensor | None
+    least: Tensor | None = None
+    scale_steps: Tensor | None = None
+    least_steps: Tensor | None = None
 
     @property
-    def bits(self) -> Bits:
-        return 8 if self.least is None else 4
+    def bits(self) -> Literal[4, 6, 8]:
+        if self.least is not None:
+            return 4
+        return 8 if self.scale_steps is None else 6
+
+    @property
+    def kind(self) -> tuple[int, bool]:
+        """What blocks have alike that can be `joined`."""
+        return self.bits, self.scale_steps is not None
 
     @classmethod
     def rounded(cls, weight: Tensor, bits: Bits) -> "Blocks":
@@ -56,22 +72,41 @@ class Blocks:
         assert blocks is not None
         return blocks
 
+    @classmethod
+    def joined(cls, several: Sequence["Blocks"]) -> "Blocks":
+        """The outputs of several of a kind in turn."""
+        return several[0]._with(lambda name: torch.cat([getattr(each, name) for each in several]))
+
     def in_order(self, rows: NDArray[np.int64]) -> "Blocks":
-        least = None if self.least is None else self.least[rows]
-        return Blocks(self.numbers[rows], self.scale[rows], least)
+        return self._with(lambda name: getattr(self, name)[rows])
+
+    def parts(self) -> dict[str, Tensor]:
+        every = {name: getattr(self, name) for name in self.__slots__}
+        return {name: tensor for name, tensor in every.items() if tensor is not None}
+
+    def _with(self, part: Callable[[str], Tensor]) -> "Blocks":
+        return Blocks(**{name: part(name) for name in self.parts()})
 
     def unpacked(self) -> Tensor:
         """The numbers [out, in], each in a byte."""
-        if self.bits == 8:
+        if self.bits != 4:
             return self.numbers
         return torch.stack((self.numbers & 15, self.numbers >> 4), dim=-1).flatten(1)
 
     def widened(self) -> Tensor:
         """The weight in bfloat16, as a conversion rounds it."""
-        wide = self.unpacked().view(*self.scale.shape, INPUTS).float() * self.scale.float()[..., None]
+        scale = _stepped(self.scale, self.scale_steps)
+        wide = self.unpacked().view(*scale.shape, -1).float() * scale[..., None]
         if self.least is not None:
-            wide += self.least.float()[..., None]
+            wide += _stepped(self.least, self.least_steps)[..., None]
         return wide.flatten(1).bfloat16()
+
+
+def _stepped(shared: Tensor, steps: Tensor | None) -> Tensor:
+    """Of each block, in float32, which holds the products exactly."""
+    if steps is None:
+        return shared.float()
+    return (shared.float()[..., None] * steps.float().unflatten(1, (shared.shape[1], -1))).flatten(1)
 
 
 def save_blocks(blocks: Mapping[str, Blocks], folder: Path) -> None:
@@ -81,8 +116,7 @@ def save_blocks(blocks: Mapping[str, Blocks], folder: Path) -> None:
     parts = {
         f"{name}.{part}": tensor.contiguous()
         for name, its in blocks.items()
-        for part in Blocks.__slots__
-        if (tensor := getattr(its, part)) is not None
+        for part, tensor in its.parts().items()
     }
     (folder / _FILE).parent.mkdir()
     save_file(parts, folder / _FILE)
@@ -96,15 +130,14 @@ def load_blocks(folder: Path) -> dict[str, Blocks]:
         return {}
     try:
         with safe_open(path, framework="pt") as file:
-            parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-        names = {name.rpartition(".")[0] for name in parts}
-        return {
-            name: Blocks(parts[f"{name}.numbers"], parts[f"{name}.scale"], parts.get(f"{name}.least"))
-            for name in names
-        }
-    except (OSError, SafetensorError, KeyError) as error:
+            parts = defaultdict[str, dict[str, Tensor]](dict)
+            for stored in file.keys():  # noqa: SIM118 (it is no dict)
+                name, _, part = stored.rpartition(".")
+                parts[name][part] = file.get_tensor(stored)
+        return {name: Blocks(**own) for name, own in parts.items()}
+    except (OSError, SafetensorError, TypeError) as error:
         raise ModelNotFoundError(
-            f"{path} cannot be read as a model's blocks of 4 and 8 bits ({error}): it is "
+            f"{path} cannot be read as a model's blocks of 4 to 8 bits ({error}): it is "
             f"damaged; if a .gguf file was converted into it, remove the folder "
             f"{folder}, and the next start converts it again"
         ) from error
@@ -145,14 +178,66 @@ def _order(processor: Any, name: str, rows: int) -> NDArray[np.int64]:
 
 def _read(data: NDArray[np.uint8], kind: "GGMLQuantizationType") -> Blocks | None:
     """data [out, bytes], as files keep it; None for what has no blocks, or blocks of another kind."""
-    halves, size = _KINDS.get(kind.name, (0, 0))
-    if not size or data.ndim != 2:
+    if data.ndim != 2:
         return None
-    blocks = torch.from_numpy(data.copy()).view(len(data), -1, 2 * halves + size)
-    scale, *least = blocks[..., : 2 * halves].contiguous().view(torch.float16).unbind(-1)
-    numbers = blocks[..., 2 * halves :].contiguous()
+    rows = torch.from_numpy(data.copy())
+    if kind.name == "Q4_K":
+        return _read_steps_of_four(rows)
+    if kind.name == "Q6_K":
+        return _read_steps_of_six(rows)
+    if kind.name not in _KINDS:
+        return None
+    halves, size = _KINDS[kind.name]
+    factors, numbers = rows.view(len(rows), -1, 2 * halves + size).split((2 * halves, size), dim=-1)
+    scale, *least = _halves(factors)
     if size == INPUTS:
-        return Blocks(numbers.view(torch.int8).flatten(1), scale.contiguous(), None)
-    inputs = torch.cat((numbers & 15, numbers >> 4), dim=-1)  # a block's first half is in the low bits
-    packed = inputs[..., ::2] | (inputs[..., 1::2] << 4)
-    return Blocks(packed.flatten(1), scale.contiguous(), least[0].contiguous() if least else -8 * scale)
+        return Blocks(numbers.contiguous().view(torch.int8).flatten(1), scale)
+    # a block's first half is in the low bits
+    return Blocks(_in_pairs(numbers & 15, numbers >> 4), scale, least[0] if least else -8 * scale)
+
+
+def _read_steps_of_four(rows: Tensor) -> Blocks:
+    """Of 256 inputs: scale, least, the blocks' steps, and numbers, of every two blocks in a byte."""
+    halves, packed, numbers = rows.view(len(rows), -1, 4 + _STEPS + TOGETHER // 2).split(
+        (4, _STEPS, TOGETHER // 2), dim=-1
+    )
+    scale, least = _halves(halves)
+    # of the first four blocks in 6 bits of a byte; of the others in 4, and in the 2 that those leave
+    scales, leasts, others = packed.unflatten(-1, (3, 4)).unbind(-2)
+    scale_steps = torch.cat((scales & 63, others & 15 | scales >> 6 << 4), dim=-1)
+    least_steps = torch.cat((leasts & 63, others >> 4 | leasts >> 6 << 4), dim=-1)
+    numbers = numbers.unflatten(-1, (-1, INPUTS))
+    return Blocks(
+        _in_pairs(numbers & 15, numbers >> 4),
+        scale,
+        -least,
+        scale_steps.flatten(1).view(torch.int8),
+        least_steps.flatten(1).view(torch.int8),
+    )
+
+
+def _read_steps_of_six(rows: Tensor) -> Blocks:
+    """Of 256 inputs: the numbers' low 4 bits and high 2, the blocks' steps, and a scale. 32 is added to all
+    numbers; of every 128 half share a byte, and four times 32 the high ones."""
+    low, high, steps, halves = rows.view(len(rows), -1, TOGETHER * 3 // 4 + 18).split(
+        (TOGETHER // 2, TOGETHER // 4, 16, 2), dim=-1
+    )
+    low, high = low.unflatten(-1, (2, 64)), high.unflatten(-1, (2, 32))
+    numbers = torch.cat((low & 15, low >> 4), dim=-1)
+    numbers |= torch.cat([high >> shift << 4 & 48 for shift in (0, 2, 4, 6)], dim=-1)
+    (scale,) = _halves(halves)
+    return Blocks(
+        numbers.flatten(1).view(torch.int8) - 32, scale, scale_steps=steps.flatten(1).view(torch.int8)
+    )
+
+
+def _halves(stored: Tensor) -> tuple[Tensor, ...]:
+    """Bytes [..., 2 n] as n tensors of float16."""
+    return tuple(each.contiguous() for each in stored.contiguous().view(torch.float16).unbind(-1))
+
+
+def _in_pairs(first: Tensor, second: Tensor) -> Tensor:
+    """Numbers of 4 bits, first and second [out, blocks, n], in the order [out, blocks, first and second]: two
+    in a byte."""
+    inputs = torch.cat((first, second), dim=-1)
+    return (inputs[..., ::2] | (inputs[..., 1::2] << 4)).flatten(1)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from prad.lm.blocks import Bits, Blocks
 from prad.lm.fused import FusedModel, Layer, Norm, Rotary, Shape
-from prad.lm.kernels import Activation, HugePages, Kernels, PackedLinear, Precision, can_pack
+from prad.lm.kernels import Activation, HugePages, Kernels, PackedLinear, Precision, can_pack, can_pack_blocks
 from prad.lm.support import max_context
 
 _ACTIVATIONS = {
@@ -58,23 +58,22 @@ class _Packing:
         ]
         bias = None if all(m.bias is None for m in modules) else torch.cat(biases)
         if self.precision == "int4":
-            return PackedLinear.of_blocks(
-                self._blocks(modules, weights), bias, paired=paired, memory=self.memory
-            )
+            blocks = self._blocks(modules, weights, paired)
+            return PackedLinear.of_blocks(blocks, bias, paired=paired, memory=self.memory)
         return PackedLinear.of(
             torch.cat(weights), bias, precision=self.precision, paired=paired, memory=self.memory
         )
 
-    def _blocks(self, modules: list[Any], weights: list[Tensor]) -> list[Blocks]:
-        """The file's own; what it has none of is rounded: to 4 bits, the head to 8, as in ggml's files."""
-        bits: Bits = 8 if self.head in modules else 4
-        blocks = [
-            self.blocks.get(id(m.weight)) or Blocks.rounded(w, bits)
-            for m, w in zip(modules, weights, strict=True)
-        ]
-        if len({each.bits for each in blocks}) > 1:
-            return [Blocks.rounded(weight, 8) for weight in weights]
-        return blocks
+    def _blocks(self, modules: list[Any], weights: list[Tensor], paired: bool) -> list[Blocks]:
+        """The file's own; what it has none of is rounded: to 4 bits, the head and what is beside 8 bits to 8,
+        as in ggml's files. What cannot lie side by side as it is, all of it to 8."""
+        kept = [self.blocks.get(id(m.weight)) for m in modules]
+        eight = self.head in modules or any(each is not None and each.bits == 8 for each in kept)
+        bits: Bits = 8 if eight else 4
+        blocks = [each or Blocks.rounded(w, bits) for each, w in zip(kept, weights, strict=True)]
+        if can_pack_blocks(blocks, paired=paired):
+            return blocks
+        return [Blocks.rounded(weight, 8) for weight in weights]
 
 
 def _llama(module: Any, kernels: Kernels, packing: _Packing) -> FusedModel | None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 3  # raise it when the conversion changes, so that old folders are not used again
+_FORMAT = 4  # raise it when the conversion changes, so that old folders are not used again
 _ROOM = "free some room there, or choose another --cache-dir"
 
 

@@ -355,12 +355,15 @@ class _Reader:
         return Norm(self._known(page["weight"]), self._tensor(page["bias"]), page["eps"])
 
     def _linear(self, page: Page) -> PackedLinear:
-        scales, offsets, bias = (self._tensor(page[name]) for name in ("scales", "offsets", "bias"))
+        scales, offsets, bias, places = (
+            self._tensor(page[name]) for name in ("scales", "offsets", "bias", "places")
+        )
         return PackedLinear.placed(
             self._known(page["panels"]),
             scales,
             offsets,
             bias,
+            places,
             page["in_features"],
             page["out_features"],
             Weights(page["weights"]),

@@ -3,66 +3,14 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from gguf import GGUFWriter
+from gguf_files import tensors, write_gguf
 from safetensors.torch import load_file, save_file
-from tokenizers import pre_tokenizers
 
 from prad.lm import LanguageModel, ModelNotFoundError, Tokenizer, resolve_model
-
-HIDDEN, FFN, HEADS, LAYERS = 32, 64, 2, 2
-WORDS = ["<|end|>", "<|turn|>", "<|message|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "th"]
-
-
-def tensors() -> dict[str, np.ndarray[Any, Any]]:
-    """By the names of a `.gguf` file."""
-    draw = np.random.default_rng(0)
-    shapes: dict[str, tuple[int, ...]] = {
-        "token_embd.weight": (len(WORDS), HIDDEN),
-        "output_norm.weight": (HIDDEN,),
-    }
-    for layer in range(LAYERS):
-        for name, shape in {
-            **{f"attn_{part}": (HIDDEN, HIDDEN) for part in ("q", "k", "v", "output")},
-            **{f"ffn_{part}": (FFN, HIDDEN) for part in ("gate", "up")},
-            "ffn_down": (HIDDEN, FFN),
-            "attn_norm": (HIDDEN,),
-            "ffn_norm": (HIDDEN,),
-        }.items():
-            shapes[f"blk.{layer}.{name}.weight"] = shape
-    return {name: draw.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-
-
-def write_gguf(
-    path: Path, held: dict[str, np.ndarray[Any, Any]], **more: Callable[[GGUFWriter], None]
-) -> Path:
-    writer = GGUFWriter(path, "llama")
-    writer.add_context_length(64)
-    writer.add_embedding_length(HIDDEN)
-    writer.add_block_count(LAYERS)
-    writer.add_feed_forward_length(FFN)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(HEADS)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(len(WORDS))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(WORDS)
-    writer.add_token_types([3] * 3 + [1] * (len(WORDS) - 3))
-    writer.add_token_merges(["t h"])
-    writer.add_eos_token_id(0)
-    for add in more.values():
-        add(writer)
-    for name, tensor in held.items():
-        writer.add_tensor(name, tensor)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 def refused(path: Path, cache: Path) -> str:

@@ -18,7 +18,7 @@ from prad.lm.kernels.operations import (
     PromptSpan,
     Weights,
 )
-from prad.lm.kernels.weights import PackedLinear, can_pack
+from prad.lm.kernels.weights import PackedLinear, can_pack, can_pack_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +80,7 @@ __all__ = [
     "Recording",
     "Weights",
     "can_pack",
+    "can_pack_blocks",
     "load_kernels",
     "view_of",
 ]

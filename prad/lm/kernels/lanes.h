@@ -43,6 +43,9 @@ inline u16x load_halves(const void* p) { return __builtin_convertvector(*reinter
 inline void store_halves(void* p, u16x x) { *reinterpret_cast<h16x*>(p) = __builtin_convertvector(x, h16x); }
 
 typedef uint8_t q16x __attribute__((vector_size(16), aligned(1), may_alias));
+inline i16x load_quarters(const void* p) {  // signed
+  return (i16x)_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+}
 inline void store_quarters(void* p, u16x x) { *reinterpret_cast<q16x*>(p) = __builtin_convertvector(x, q16x); }
 
 inline v16 to_floats(i16x x) { return __builtin_convertvector(x, v16); }
@@ -169,6 +172,18 @@ inline void store_quarters(void* p, u16x x) {
 #else
   for (int i = 0; i < kRegisters; i++) static_cast<QuarterPart*>(p)[i] = __builtin_convertvector(x.of[i], QuarterPart);
 #endif
+}
+
+typedef int8_t SignedPart __attribute__((vector_size(u16x::kWide), aligned(1), may_alias));
+inline i16x load_quarters(const void* p) {  // signed
+  return i16x::made([p](int i) {
+#ifdef __AVX2__
+    const auto* at = reinterpret_cast<const __m128i*>(static_cast<const SignedPart*>(p) + i);
+    return (i16x::Part)_mm256_cvtepi8_epi32(_mm_loadl_epi64(at));
+#else
+    return __builtin_convertvector(static_cast<const SignedPart*>(p)[i], i16x::Part);
+#endif
+  });
 }
 
 inline v16 to_floats(i16x x) {

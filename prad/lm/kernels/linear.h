@@ -228,13 +228,9 @@ void linear(Pool& pool, const LinearCall& call, int64_t rows) {
   Sink<T> sink{w, call.mode, call.act, call.out, call.out_stride, {}};
   if constexpr (sizeof(T) == 2) {
     const Weights kind = w.weights;
-    if (kind == Weights::fours || kind == Weights::eights) {
-      const auto rounded = blocks::round_rows(pool, x, call.x_stride, rows, w.in_features);
-      const char* panels = static_cast<const char*>(w.panels);
-      if (kind == Weights::fours)
-        return blocks::linear<blocks::Fours>(pool, panels, panels_of(w), w.in_features, rounded, rows, sink);
-      return blocks::linear<blocks::Eights>(pool, panels, panels_of(w), w.in_features, rounded, rows, sink);
-    }
+    if (kind >= Weights::fours)
+      return blocks::linear(pool, w, panels_of(w), blocks::round_rows(pool, x, call.x_stride, rows, w.in_features), rows,
+                            sink);
     if (kind == Weights::int8) {
       const int64_t depth = (w.in_features + kTurned - 1) / kTurned * kTurned;
       sink.rounded = round_rows(pool, x, call.x_stride, rows, w.in_features, depth);

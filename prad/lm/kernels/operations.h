@@ -2,8 +2,9 @@
 #pragma once
 #include <cstdint>
 
-// How a layer's weights are kept (linear.h); a block is of 32 inputs.
-enum class Weights : int32_t { f32 = 0, bf16 = 1, int8 = 2, fours = 3, eights = 4 };
+// How a layer's weights are kept (linear.h); from fours on in blocks of 32 inputs (blocks.h), mixed: each panel in
+// its own way.
+enum class Weights : int32_t { f32 = 0, bf16 = 1, int8 = 2, fours = 3, eights = 4, k_fours = 5, k_sixes = 6, mixed = 7 };
 
 // What becomes of a linear layer's result: stored in the activations' dtype, added to float32 rows, columns in pairs
 // as act(first half) * second half, or stored in float32 as it was summed, without an activation.
@@ -58,19 +59,20 @@ struct PromptSpan {
 static_assert(sizeof(PromptSpan) == 32);
 
 // A linear layer's weights; all in the order of the panels' columns. int8 has a scale for each, and what its sums are
-// too large by. bias: or null. out_features: valid columns; paired: panels of the first and of the second half of the
-// columns in turn.
+// too large by. bias: or null. places: of mixed weights, for each panel at which byte it begins, and its way.
+// out_features: valid columns; paired: panels of the first and of the second half of the columns in turn.
 struct Linear {
   const void* panels;
   const float* scales;
   const int32_t* offsets;
   const float* bias;
+  const int64_t* places;
   int64_t in_features;
   int64_t out_features;
   Weights weights;
   int32_t paired;
 };
-static_assert(sizeof(Linear) == 56);
+static_assert(sizeof(Linear) == 64);
 
 // x [rows, in_features] to out [rows, out_features]; strides in elements, here and everywhere.
 struct LinearCall {
@@ -261,4 +263,4 @@ void with_arguments(Kind kind, const void* arguments, const Body& body) {
   }
 }
 
-inline constexpr char kDeclared[] = "d5b30af39ccdae03";
+inline constexpr char kDeclared[] = "c7d6b0d37ae73c43";

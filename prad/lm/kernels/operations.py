@@ -19,13 +19,17 @@ Real = Annotated[float, "float"]
 
 
 class Weights(IntEnum):
-    """How a layer's weights are kept (linear.h); a block is of 32 inputs."""
+    """How a layer's weights are kept (linear.h); from fours on in blocks of 32 inputs (blocks.h), mixed: each
+    panel in its own way."""
 
     F32 = 0
     BF16 = 1
     INT8 = 2
     FOURS = 3
     EIGHTS = 4
+    K_FOURS = 5
+    K_SIXES = 6
+    MIXED = 7
 
 
 class Out(IntEnum):
@@ -115,13 +119,15 @@ class PromptSpan(Struct):
 @struct
 class Linear(Struct):
     """A linear layer's weights; all in the order of the panels' columns. int8 has a scale for each, and
-    what its sums are too large by. bias: or null. out_features: valid columns; paired: panels of the first
-    and of the second half of the columns in turn."""
+    what its sums are too large by. bias: or null. places: of mixed weights, for each panel at which byte it
+    begins, and its way. out_features: valid columns; paired: panels of the first and of the second half of
+    the columns in turn."""
 
     panels: Given
     scales: Floats
     offsets: Annotated[Memory, "const int32_t*"]
     bias: Floats
+    places: Places
     in_features: Size
     out_features: Size
     weights: Weights
