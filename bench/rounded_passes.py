@@ -34,7 +34,7 @@ def pass_rows(variants: Mapping[str, LanguageModel], prompts: list[int], rounds:
 
 
 def _a_pass(model: LanguageModel, count: int) -> Callable[[], object]:
-    prompts = [[100 + i + j for i in range(TOKENS)] for j in range(count)]
+    prompts = [[(100 + i + j) % model.vocab_size for i in range(TOKENS)] for j in range(count)]
     return lambda: model.forward(
         PackedBatch.of_sequences(prompts, device=model.device, kernels=model.kernels)
     )

@@ -44,10 +44,14 @@ def ids(task: str | None) -> list[int]:
     return [(7 * number + 13 * j + j * j) % 119 for j in range(9 + 3 * number)]
 
 
-def first_logits(root: Path, kernels: Kernels, weights: Precision, task: str | None) -> Tensor:
-    """[vocab], of this process."""
+def loaded(root: Path, kernels: Kernels, weights: Precision) -> LanguageModel:
     model = LanguageModel.load(root / "model")
     model.accelerate(kernels, weights)
+    return model
+
+
+def first_logits(root: Path, model: LanguageModel, task: str | None) -> Tensor:
+    """[vocab], of this process."""
     adapter = None if task is None else load_adapter(read_artefact(root / "adapters" / task), model)
     prompt = Prompt(PromptRequest("p", None, tuple(ids(task)), SamplingParams(max_tokens=1)), adapter)
     pools = Pools(model.layout, 1, 16, "cpu", model.kernels)
@@ -79,8 +83,9 @@ def test_prefill_rounds_and_decode_does_not(
             together = list(pool.map(ask, TASKS))
         said = {service.name: service.log.read_text(encoding="utf-8") for service in running.stack.services}
     assert {len(answer.tokens) for answer in together} == {TOKENS}
+    models = loaded(root, kernels, weights), loaded(root, kernels, "full")
     for task, answer in alone.items():
-        rounded, exact = (first_logits(root, kernels, each, task) for each in (weights, "full"))
+        rounded, exact = (first_logits(root, model, task) for model in models)
         assert off(answer, rounded) < 1e-5, task
         assert off(answer, exact) > 1e-4, f"nothing was rounded for {task}"
     for name, has in (("prefill", weights), ("decode", "full")):
