@@ -11,7 +11,7 @@ import torch
 import transformers
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
-from near import assert_near, some, wide
+from near import LESSER, assert_near, some, wide
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from tiny import SIZES as SIZES_OF_TINY
@@ -71,14 +71,10 @@ def test_long_batches_are_cut(kernels: Kernels, bits: Bits) -> None:
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize(
-    "kind", ["x86-64-v3", pytest.param("x86-64-v2", marks=pytest.mark.long)], ids=["AVX2", "SSE"]
-)
+@pytest.mark.parametrize("kind", LESSER)
 def test_a_cpu_without_dot_products_comes_as_near(
     kernels_of: Callable[[str], Kernels], kind: str, bits: Bits
 ) -> None:
-    if "avx2" not in Path("/proc/cpuinfo").read_text(encoding="utf-8"):
-        pytest.skip("the tests' own CPU lacks AVX2")
     x, blocks = some(65, 160, dtype=torch.bfloat16), of(50, 160, bits)
     packed, expected = PackedLinear.of_blocks([blocks]), products(x, blocks)
     for rows in EDGES:
