@@ -1,6 +1,7 @@
 """The kernels as another CPU has them."""
 
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 
@@ -13,6 +14,7 @@ from tests.cache import CACHE
 def kernels_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Kernels]:
     """As a CPU of that kind has them; this one must know its instructions."""
 
+    @cache
     def build(kind: str) -> Kernels:
         compiler = tmp_path_factory.mktemp(kind) / "cxx"
         compiler.write_text(f'#!/bin/sh\nexec g++ "$@" -march={kind}\n', encoding="utf-8")
@@ -22,3 +24,12 @@ def kernels_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Kern
             return Kernels(built(CACHE / kind), 2)
 
     return build
+
+
+@pytest.fixture
+def kernels(
+    request: pytest.FixtureRequest, kernels: Kernels, kernels_of: Callable[[str], Kernels]
+) -> Kernels:
+    """This CPU's, or those of a lesser one where a test asks for them (`near.EACH_KIND`)."""
+    kind = getattr(request, "param", "own")
+    return kernels if kind == "own" else kernels_of(kind)

@@ -1,6 +1,7 @@
 """What the kernels' tests compare, and how near."""
 
 import numpy as np
+import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -8,8 +9,9 @@ from torch.nn.functional import gelu, relu, silu
 
 from prad.lm.blocks import Blocks
 from prad.lm.kernels import Activation, Kernels, Out, PackedLinear
+from prad.lm.kernels.cpus import instructions
 
-ROWS = (1, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 100, 257)
+ROWS = (1, 5, 6, 7, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 100, 257)
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 8e-3}  # tolerance, of the largest result
 ACTIVATIONS = {
     Activation.NONE: lambda x: x,
@@ -19,6 +21,13 @@ ACTIVATIONS = {
 }
 
 Floats = NDArray[np.float32]
+_BELOW = [
+    kind for needs, kind in (("avx512f", "x86-64-v3"), ("avx2", "x86-64-v2")) if needs in instructions()
+]
+LESSER = [pytest.param(kind, marks=[pytest.mark.long] if i else []) for i, kind in enumerate(_BELOW)]
+"""CPUs with fewer instructions than this one, whose code nothing else runs here: AVX2, then SSE."""
+
+EACH_KIND = pytest.mark.parametrize("kernels", ["own", *LESSER], indirect=True)
 
 
 def assert_near(ours: Tensor, expected: Tensor, tolerance: float) -> None:

@@ -12,7 +12,7 @@ import transformers
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 from k_blocks import rounded
-from near import assert_near, some, wide
+from near import LESSER, assert_near, some, wide
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from tiny import SIZES as SIZES_OF_TINY
@@ -74,14 +74,10 @@ def test_long_batches_are_cut(kernels: Kernels, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    "cpu", ["x86-64-v3", pytest.param("x86-64-v2", marks=pytest.mark.long)], ids=["AVX2", "SSE"]
-)
+@pytest.mark.parametrize("cpu", LESSER)
 def test_a_cpu_without_dot_products_comes_as_near(
     kernels_of: Callable[[str], Kernels], cpu: str, kind: str
 ) -> None:
-    if "avx2" not in Path("/proc/cpuinfo").read_text(encoding="utf-8"):
-        pytest.skip("the tests' own CPU lacks AVX2")
     own = Rounded(50, 160, kind)
     x, packed = own.rows(65), PackedLinear.of_blocks([own.blocks])
     expected = own.products(x)

@@ -1,13 +1,24 @@
 """The kernels that a wheel carries: which are taken, those that do not load, and how they are made."""
 
 import logging
+import platform
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from prad.lm.kernels import build, cpus, load_kernels
-from prad.lm.kernels.cpus import KINDS, CompileError, carried, compile_carried
+from prad.lm.kernels.cpus import (
+    FLAGS,
+    KINDS,
+    SOURCES,
+    CompileError,
+    CpuKind,
+    carried,
+    compile_carried,
+    compiler,
+)
 from tests.cache import CACHE
 
 
@@ -76,6 +87,20 @@ def test_all_kinds_are_carried_or_none(folder: Path, tmp_path: Path, monkeypatch
     compile_carried(tmp_path / "into")
     kinds = {f"{kind.name}.so" for kind in KINDS if kind.machine == "x86_64"}
     assert {path.name for path in (tmp_path / "into").iterdir()} == kinds
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, id=kind.name) for kind in KINDS if kind.machine == platform.machine()]
+)
+def test_the_sources_are_right_for_every_kind(kind: CpuKind, tmp_path: Path) -> None:
+    """The code of other CPUs is compiled by nothing else before an image is built."""
+    (tmp_path / "nothing.cpp").touch()
+    command = [compiler(), *FLAGS, *kind.flags, "-fsyntax-only"]
+    known = subprocess.run([*command, tmp_path / "nothing.cpp"], capture_output=True, text=True)
+    if known.returncode:
+        pytest.skip(f"the compiler does not know {kind.name}: {known.stderr}")
+    done = subprocess.run([*command, SOURCES / "kernels.cpp"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def carried_name(folder: Path) -> Path:

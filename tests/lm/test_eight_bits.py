@@ -1,11 +1,10 @@
 """Layers of 8-bit weights: the same integers by any CPU's instructions, and numbers at the edges."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
-from near import ROWS, assert_near, some, wide
+from near import LESSER, ROWS, assert_near, some, wide
 from near import by_bytes as products
 
 from prad.lm.kernels import Activation, Kernels, Out, PackedLinear
@@ -23,14 +22,10 @@ def test_sums_are_those_of_whole_numbers(kernels: Kernels, columns: int, depth: 
         assert torch.equal(wide(kernels, packed, x[:rows]), expected[:rows]), rows
 
 
-@pytest.mark.parametrize(
-    "kind", ["x86-64-v3", pytest.param("x86-64-v2", marks=pytest.mark.long)], ids=["AVX2", "SSE"]
-)
+@pytest.mark.parametrize("kind", LESSER)
 def test_a_cpu_without_dot_products_has_the_same_bits(
     kernels: Kernels, kernels_of: Callable[[str], Kernels], kind: str
 ) -> None:
-    if "avx2" not in Path("/proc/cpuinfo").read_text(encoding="utf-8"):
-        pytest.skip("the tests' own CPU lacks AVX2")
     plain = kernels_of(kind)
     for columns, depth in SIZES:
         x, weight = some(65, depth, dtype=torch.bfloat16), some(columns, depth, dtype=torch.bfloat16, seed=1)
