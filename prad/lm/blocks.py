@@ -106,7 +106,7 @@ def _stepped(shared: Tensor, steps: Tensor | None) -> Tensor:
     """Of each block, in float32, which holds the products exactly."""
     if steps is None:
         return shared.float()
-    return (shared.float()[..., None] * steps.float().unflatten(1, (shared.shape[1], -1))).flatten(1)
+    return (shared.float()[..., None] * steps.float().view(*shared.shape, -1)).flatten(1)
 
 
 def save_blocks(blocks: Mapping[str, Blocks], folder: Path) -> None:
@@ -188,7 +188,9 @@ def _read(data: NDArray[np.uint8], kind: "GGMLQuantizationType") -> Blocks | Non
     if kind.name not in _KINDS:
         return None
     halves, size = _KINDS[kind.name]
-    factors, numbers = rows.view(len(rows), -1, 2 * halves + size).split((2 * halves, size), dim=-1)
+    factors, numbers = rows.view(len(rows), -1, 2 * halves + size).split_with_sizes(
+        (2 * halves, size), dim=-1
+    )
     scale, *least = _halves(factors)
     if size == INPUTS:
         return Blocks(numbers.contiguous().view(torch.int8).flatten(1), scale)
@@ -198,15 +200,15 @@ def _read(data: NDArray[np.uint8], kind: "GGMLQuantizationType") -> Blocks | Non
 
 def _read_steps_of_four(rows: Tensor) -> Blocks:
     """Of 256 inputs: scale, least, the blocks' steps, and numbers, of every two blocks in a byte."""
-    halves, packed, numbers = rows.view(len(rows), -1, 4 + _STEPS + TOGETHER // 2).split(
+    halves, packed, numbers = rows.view(len(rows), -1, 4 + _STEPS + TOGETHER // 2).split_with_sizes(
         (4, _STEPS, TOGETHER // 2), dim=-1
     )
     scale, least = _halves(halves)
     # of the first four blocks in 6 bits of a byte; of the others in 4, and in the 2 that those leave
-    scales, leasts, others = packed.unflatten(-1, (3, 4)).unbind(-2)
+    scales, leasts, others = packed.view(*packed.shape[:-1], 3, 4).unbind(-2)
     scale_steps = torch.cat((scales & 63, others & 15 | scales >> 6 << 4), dim=-1)
     least_steps = torch.cat((leasts & 63, others >> 4 | leasts >> 6 << 4), dim=-1)
-    numbers = numbers.unflatten(-1, (-1, INPUTS))
+    numbers = numbers.view(*numbers.shape[:-1], -1, INPUTS)
     return Blocks(
         _in_pairs(numbers & 15, numbers >> 4),
         scale,
@@ -219,10 +221,10 @@ def _read_steps_of_four(rows: Tensor) -> Blocks:
 def _read_steps_of_six(rows: Tensor) -> Blocks:
     """Of 256 inputs: the numbers' low 4 bits and high 2, the blocks' steps, and a scale. 32 is added to all
     numbers; of every 128 half share a byte, and four times 32 the high ones."""
-    low, high, steps, halves = rows.view(len(rows), -1, TOGETHER * 3 // 4 + 18).split(
+    low, high, steps, halves = rows.view(len(rows), -1, TOGETHER * 3 // 4 + 18).split_with_sizes(
         (TOGETHER // 2, TOGETHER // 4, 16, 2), dim=-1
     )
-    low, high = low.unflatten(-1, (2, 64)), high.unflatten(-1, (2, 32))
+    low, high = (x.view(*x.shape[:-1], 2, -1) for x in (low, high))
     numbers = torch.cat((low & 15, low >> 4), dim=-1)
     numbers |= torch.cat([high >> shift << 4 & 48 for shift in (0, 2, 4, 6)], dim=-1)
     (scale,) = _halves(halves)

@@ -114,7 +114,7 @@ def test_logits_are_the_dequantised_models(tmp_path: Path, kernels: Kernels) -> 
         model.accelerate(kernels, "int4")
     own, rounded_again = (distances(packed_logits(model, SEQUENCES), path) for model in (kept, again))
     assert own.max() < 0.01
-    assert own.mean() < 0.5 * rounded_again.mean()
+    assert own.mean() < 0.6 * rounded_again.mean()
 
 
 def test_what_stands_in_for_the_k_kinds_is_rounded_again(tmp_path: Path, kernels: Kernels) -> None:

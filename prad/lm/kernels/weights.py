@@ -229,7 +229,7 @@ def _block_panels(blocks: Blocks, paired: bool) -> Tensor:
         return torch.cat((*shared, laid.flatten(2)), dim=2).flatten(1)
     steps = [_columns(x, paired) for x in (blocks.scale_steps, blocks.least_steps) if x is not None]
     beside = [
-        x.unflatten(2, (count, -1)).permute(0, 2, 3, 1).flatten(2).contiguous().view(torch.uint8)
+        x.view(*x.shape[:2], count, -1).permute(0, 2, 3, 1).flatten(2).contiguous().view(torch.uint8)
         for x in steps
     ]
     own = torch.cat((*beside, laid.flatten(2)), dim=2)  # of each 32 inputs
