@@ -1,5 +1,7 @@
 """What the kernels' tests compare, and how near."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -28,6 +30,13 @@ LESSER = [pytest.param(kind, marks=[pytest.mark.long] if i else []) for i, kind 
 """CPUs with fewer instructions than this one, whose code nothing else runs here: AVX2, then SSE."""
 
 EACH_KIND = pytest.mark.parametrize("kernels", ["own", *LESSER], indirect=True)
+
+
+def each_kind(argument: str, values: Sequence[object], few: Sequence[object]) -> pytest.MarkDecorator:
+    """With all values by this CPU's kernels, with few by a lesser one's."""
+    own = [("own", value) for value in values]
+    lesser = [pytest.param(*kind.values, value, marks=kind.marks) for kind in LESSER for value in few]
+    return pytest.mark.parametrize(("kernels", argument), [*own, *lesser], indirect=["kernels"])
 
 
 def assert_near(ours: Tensor, expected: Tensor, tolerance: float) -> None:

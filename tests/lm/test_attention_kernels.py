@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from near import DTYPES, assert_near, some
+from near import DTYPES, EACH_KIND, assert_near, each_kind, some
 from torch import Tensor
 
 from prad.core.kv import KVLayout, LayerKV
@@ -19,8 +19,8 @@ LENGTHS = (1, 2, 15, 16, 17, 31, 32, 33, 100)
 PROMPTS = (1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 130, 600)
 
 
+@each_kind("window", [None, 5, 40, 256], few=[40])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("window", [None, 5, 40, 256])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "key_dim", "value_dim"),
     [(6, 2, 64, 64), (2, 1, 128, 128), (4, 4, 16, 16), (6, 2, 24, 12), (2, 1, 5, 7)],
@@ -64,6 +64,7 @@ def one_sequence(query: Tensor, key: Tensor, value: Tensor, scale: float, window
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(dim=-1), value)
 
 
+@EACH_KIND
 def test_prompts_of_others_stay_theirs(kernels: Kernels) -> None:
     """NaN of a neighbour, on either side, reach nobody else."""
     lengths = (20, 33, 40)
@@ -103,8 +104,8 @@ def test_prompt_attention_with_any_number_of_threads(kernels: Kernels, threads: 
     assert torch.equal(*results)
 
 
+@each_kind("window", [None, 5, 16, 40], few=[40])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("window", [None, 5, 16, 40])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "key_dim", "value_dim"),
     [(9, 3, 64, 64), (8, 2, 128, 128), (4, 4, 16, 16), (8, 1, 8, 8), (10, 2, 80, 80), (6, 2, 24, 12)],
@@ -166,6 +167,7 @@ def test_attention_with_any_number_of_threads(threads: int) -> None:
     assert_near(results[1], results[0], 1e-5)
 
 
+@EACH_KIND
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(9, 3, 64), (4, 4, 24), (2, 1, 5)])
 @pytest.mark.parametrize("window", [None, 5, 40, 300])
@@ -182,9 +184,9 @@ def test_chunks_of_a_prompt_have_its_bits(
         assert torch.equal(later, whole[start:end])
 
 
+@each_kind("window", [None, 40, 700], few=[None])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(9, 3, 64), (4, 4, 16), (6, 2, 24)])
-@pytest.mark.parametrize("window", [None, 40, 700])
 @pytest.mark.parametrize(("block_size", "blocks"), [(16, 1), (16, 7), (16, 40), (5, 1), (5, 120)])
 def test_a_step_has_the_bits_of_each_sequence_alone(
     kernels: Kernels,

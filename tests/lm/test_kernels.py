@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from near import ACTIVATIONS, DTYPES, assert_near, some
+from near import ACTIVATIONS, DTYPES, EACH_KIND, assert_near, some
 from torch import Tensor
 from torch.nn.functional import layer_norm, relu
 
@@ -21,6 +21,7 @@ MIXED = [  # matrices; whether value, and source, are float32 beside them
 ]
 
 
+@EACH_KIND
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", Activation)
 @pytest.mark.parametrize("width", [16, 40, 7])
@@ -36,6 +37,7 @@ def test_activation_alone(kernels: Kernels, dtype: torch.dtype, activation: Acti
     assert (out[9] == 7).all()
 
 
+@EACH_KIND
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [16, 40, 7])
 def test_rows_are_scaled_by_their_own_vectors(kernels: Kernels, dtype: torch.dtype, width: int) -> None:
@@ -56,6 +58,7 @@ def test_rows_are_scaled_by_their_own_vectors(kernels: Kernels, dtype: torch.dty
     assert_near(wide, expected, DTYPES[torch.float32])
 
 
+@EACH_KIND
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [48, 64, 100])
 def test_norms(kernels: Kernels, dtype: torch.dtype, width: int) -> None:
@@ -67,6 +70,7 @@ def test_norms(kernels: Kernels, dtype: torch.dtype, width: int) -> None:
     assert_near(out, layer_norm(x, (width,), weight, bias, 1e-5), DTYPES[dtype])
 
 
+@EACH_KIND
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("normed", [False, True])
 def test_rotation(kernels: Kernels, dtype: torch.dtype, normed: bool) -> None:
@@ -86,6 +90,7 @@ def test_rotation(kernels: Kernels, dtype: torch.dtype, normed: bool) -> None:
     assert_near(x, expected.flatten(1), DTYPES[dtype])
 
 
+@EACH_KIND
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_argmax_takes_the_lowest_of_a_tie(kernels: Kernels, dtype: torch.dtype) -> None:
     logits = some(4, 50, dtype=dtype)
@@ -99,6 +104,7 @@ def test_argmax_takes_the_lowest_of_a_tie(kernels: Kernels, dtype: torch.dtype) 
     assert kernels.argmax(wide) == [17, 49_998, 0]
 
 
+@EACH_KIND
 @pytest.mark.parametrize(("dtype", "wide_value", "wide_source"), MIXED)
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize(("width_in", "width_out"), [(48, 64), (50, 21)])
@@ -130,6 +136,7 @@ def test_low_rank(
     assert_near(value, expected, DTYPES[value.dtype])
 
 
+@EACH_KIND
 @pytest.mark.parametrize(("dtype", "wide_value", "wide_source"), MIXED)
 @pytest.mark.parametrize(("width_in", "r", "width_out"), [(64, 108, 80), (96, 33, 21), (32, 7, 16)])
 def test_low_rank_of_any_number_of_rows(
@@ -157,6 +164,7 @@ def test_low_rank_of_any_number_of_rows(
         assert torch.equal(value, alone)
 
 
+@EACH_KIND
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_low_rank_reads_what_it_writes(kernels: Kernels, dtype: torch.dtype) -> None:
     value, down, up = (
@@ -170,6 +178,7 @@ def test_low_rank_reads_what_it_writes(kernels: Kernels, dtype: torch.dtype) -> 
     assert_near(value, expected, DTYPES[dtype])
 
 
+@EACH_KIND
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [7, 16, 50])
 def test_affine(kernels: Kernels, dtype: torch.dtype, width: int) -> None:
@@ -191,6 +200,7 @@ def test_affine(kernels: Kernels, dtype: torch.dtype, width: int) -> None:
         assert_near(beside, expected, DTYPES[dtype])
 
 
+@EACH_KIND
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [7, 16, 50])
 def test_mean(kernels: Kernels, dtype: torch.dtype, width: int) -> None:
