@@ -22,7 +22,7 @@ from bench.limits import Hardware, products_of
 from bench.model import load
 from bench.rounds import Samples, interleaved, ratio, seconds
 from prad.lm import LanguageModel
-from prad.lm.kernels import Out, PackedLinear
+from prad.lm.kernels import HugePages, Out, PackedLinear
 
 _FEW, _MANY = 8, 64
 """Rows for which reading the weights takes longer, and for which computing with them does."""
@@ -232,7 +232,8 @@ def _gemms(model: LanguageModel, weights: Sequence[Tensor], batch: int, way: Way
 
 def _packed_once(model: LanguageModel, weights: Sequence[Tensor]) -> dict[int, PackedLinear]:
     """By the matrices' ids; their order is the same for every number of rows."""
-    return {} if model.kernels is None else {id(w): PackedLinear.of(w) for w in weights}
+    memory = HugePages()  # as those that are served lie, where the system can
+    return {} if model.kernels is None else {id(w): PackedLinear.of(w, memory=memory) for w in weights}
 
 
 def _ms(seconds_: Sequence[float], digits: int = 3) -> float:

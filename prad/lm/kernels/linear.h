@@ -206,13 +206,10 @@ void linear(Pool& pool, const Panels<W>& w, const X* x, int64_t rows, int64_t st
       const int count = static_cast<int>(std::min<int64_t>(kRows, end - row));
       const ReadRows<X> read = few ? few->from(row) : read_rows(x + row * stride, count, each_alone);
       begin_rows<X>(count);
-      auto panel = [&](int64_t p, SumOf<X>* sums) {
-        multiply(read.x, read.stride, count, w[p], w.depth, sums, kColumns, p + 1 < last ? w[p + 1] : nullptr);
-      };
       for (int64_t p = first; p < last; p++) {
-        panel(p, c);
+        multiply(read.x, read.stride, count, w[p], w.depth, c);
         const bool both = sink.mode == Out::gated;
-        if (both) panel(p + 1, next);
+        if (both) multiply(read.x, read.stride, count, w[p + 1], w.depth, next);
         sink.take(p, row, count, c, both ? next : nullptr);
         if (both) p++;
       }

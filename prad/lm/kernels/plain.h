@@ -10,16 +10,6 @@ constexpr int kColumns = 16;
 namespace plain {
 constexpr int kMost = kRegisters == 2 ? 6 : 8;  // rows whose sums stay in registers
 
-// Memory that is wanted next, asked for bit by bit: it would be slower than the arithmetic.
-struct Ahead {
-  const char* at = nullptr;
-  int64_t bytes = 0;
-
-  void ask(int turn, int turns) const {
-    for (int64_t i = bytes * turn / turns; i < bytes * (turn + 1) / turns; i += 64) __builtin_prefetch(at + i, 0, 2);
-  }
-};
-
 // Up to kMost rows at a time, as many each time as come out even: body<their number>(the first).
 template <int kN, class Body>
 void some_rows(int n, const Body& body, int row) {
@@ -28,13 +18,13 @@ void some_rows(int n, const Body& body, int row) {
   body.template operator()<kN>(row);
 }
 template <class Body>
-void each_some(int rows, const Ahead& ahead, const Body& body) {
+void each_some(int rows, const Body& body) {
   const int turns = (rows + kMost - 1) / kMost, most = (rows + turns - 1) / turns;
-  for (int turn = 0, row = 0; row < rows; turn++, row += most) {
-    ahead.ask(turn, turns);
-    some_rows<kMost>(std::min(most, rows - row), body, row);
-  }
+  for (int row = 0; row < rows; row += most) some_rows<kMost>(std::min(most, rows - row), body, row);
 }
+
+// Asks for weights that are wanted soon: with few rows the memory is slower than the arithmetic.
+inline void ask_ahead(const void* weights) { __builtin_prefetch(static_cast<const char*>(weights) + 1024); }
 
 // The inputs from k on of kN rows by a panel's weights for them, which are added to the sums.
 constexpr int64_t inputs_at_once(const float*) { return 1; }
@@ -42,11 +32,13 @@ constexpr int64_t inputs_at_once(const bf16*) { return 2; }
 template <int kN>
 inline void add_inputs(const float* x, int64_t stride, const float* weights, v16 (&sums)[kN]) {
   const v16 w = load(weights);
+  ask_ahead(weights);
   each<kN>([&](auto r) { add_product(sums[r], splat(x[r * stride]), w); });
 }
 template <int kN>
 inline void add_inputs(const float* x, int64_t stride, const bf16* weights, v16 (&sums)[kN]) {
   const v16 even = (v16)(load_lanes(weights) << 16);
+  ask_ahead(weights);
   each<kN>([&](auto r) { add_product(sums[r], splat(x[r * stride]), even); });
   asm("" : "+r"(weights));  // loaded anew: there is no register to keep them in
   const v16 odd = (v16)(load_lanes(weights) & 0xffff0000u);
@@ -56,10 +48,9 @@ inline void add_inputs(const float* x, int64_t stride, const bf16* weights, v16 
 
 // Any number of rows by one panel into c[rows][16], or added to it; `width` from row to row of c.
 template <bool kAdd = false, class W>
-void multiply_plain(const float* x, int64_t stride, int rows, const W* panel, int64_t in, float* c, int64_t width,
-                    const plain::Ahead& ahead) {
+void multiply_plain(const float* x, int64_t stride, int rows, const W* panel, int64_t in, float* c, int64_t width) {
   constexpr int64_t kStep = plain::inputs_at_once(static_cast<const W*>(nullptr));
-  plain::each_some(rows, ahead, [&]<int kN>(int row) {
+  plain::each_some(rows, [&]<int kN>(int row) {
     v16 sums[kN];
     float* to = c + row * width;
     each<kN>([&](auto r) { sums[r] = kAdd ? load(to + r * width) : v16{}; });
@@ -91,13 +82,14 @@ inline u16x lanes_of(const void* at) {
 
 template <bool = false>  // never added to
 void multiply_plain(const int16_t* x, int64_t stride, int rows, const int8_t* panel, int64_t in, int32_t* c,
-                    int64_t width, const plain::Ahead& ahead) {
-  plain::each_some(rows, ahead, [&]<int kN>(int row) {
+                    int64_t width) {
+  plain::each_some(rows, [&]<int kN>(int row) {
     i16x sums[kN] = {};
     for (int64_t k = 0; k < in; k += 4) {
       const int16_t* at = x + row * stride + k;
       const int8_t* weights = panel + k * kColumns;
       const u16x even = lower_bytes(load_lanes(weights));
+      plain::ask_ahead(weights);
       each<kN>([&](auto r) { add_to(sums[r], multiply_pairs(even, lanes_of(at + r * stride))); });
       asm("" : "+r"(weights));  // loaded anew: there is no register to keep them in
       const u16x odd = upper_bytes(load_lanes(weights));

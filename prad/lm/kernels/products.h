@@ -80,11 +80,11 @@ void end_rows() {
 #endif
 }
 
-// Up to 64 rows by one panel into c[rows][16], or added to it; `width` from row to row of c. next: a panel that is wanted
-// after it, and comes from memory. By matrix registers or vectors: dot products take several panels at once.
+// Up to 64 rows by one panel into c[rows][16], or added to it; `width` from row to row of c. By matrix registers or
+// vectors: dot products take several panels at once.
 template <bool kAdd = false, class W>
 void multiply(const Read<RowOf<W>>* x, int64_t stride, int rows, const W* panel, int64_t in, SumOf<RowOf<W>>* c,
-              int64_t width = kColumns, [[maybe_unused]] const W* next = nullptr) {
+              int64_t width = kColumns) {
 #ifdef PRAD_AMX
   if constexpr (sizeof(W) < 4) {
     switch ((rows + 15) / 16) {
@@ -99,8 +99,7 @@ void multiply(const Read<RowOf<W>>* x, int64_t stride, int rows, const W* panel,
     }
   }
 #endif
-  const plain::Ahead ahead{reinterpret_cast<const char*>(next), next ? in * kColumns * static_cast<int64_t>(sizeof(W)) : 0};
-  if constexpr (!has_dots<RowOf<W>>()) multiply_plain<kAdd>(x, stride, rows, panel, in, c, width, ahead);
+  if constexpr (!has_dots<RowOf<W>>()) multiply_plain<kAdd>(x, stride, rows, panel, in, c, width);
 }
 
 // The same by `panels` of them, `size` elements from one to the next: c[rows][16 panels], or added to it.
