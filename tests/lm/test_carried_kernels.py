@@ -89,8 +89,15 @@ def test_all_kinds_are_carried_or_none(folder: Path, tmp_path: Path, monkeypatch
     assert {path.name for path in (tmp_path / "into").iterdir()} == kinds
 
 
+OTHERS = (  # that build their own
+    CpuKind("avx-f16c", "x86_64", ("-march=x86-64-v2", "-mavx", "-mf16c")),
+    CpuKind("avx512f-alone", "x86_64", ("-march=x86-64-v3", "-mavx512f")),
+)
+
+
 @pytest.mark.parametrize(
-    "kind", [pytest.param(kind, id=kind.name) for kind in KINDS if kind.machine == platform.machine()]
+    "kind",
+    [pytest.param(kind, id=kind.name) for kind in (*KINDS, *OTHERS) if kind.machine == platform.machine()],
 )
 def test_the_sources_are_right_for_every_kind(kind: CpuKind, tmp_path: Path) -> None:
     """The code of other CPUs is compiled by nothing else before an image is built."""

@@ -26,7 +26,7 @@ constexpr int kMost = kRegisters == 1 ? 12 : 6;  // rows whose sums stay in regi
 inline v16 halves(const char* at) {
 #ifdef __AVX512F__
   return (v16)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
-#elif defined(__F16C__)
+#elif defined(__F16C__) && defined(__AVX2__)
   return v16::made([at](int i) {
     return (v16::Part)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at) + i));
   });

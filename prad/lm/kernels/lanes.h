@@ -304,7 +304,7 @@ inline i16x multiply_pairs(u16x a, u16x b) {
   return (i16x)each_register(a, b, [](Whole x, Whole y) {
 #if defined(__AVX512BW__)
     return (Whole)_mm512_madd_epi16((__m512i)x, (__m512i)y);
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && !defined(__AVX512F__)
     return (Whole)_mm256_madd_epi16((__m256i)x, (__m256i)y);
 #else
     typedef int32_t Longs __attribute__((vector_size(sizeof(Whole))));
@@ -317,7 +317,7 @@ inline u16x multiply_bytes(u16x a, u16x b) {
   return each_register(a, b, [](Whole x, Whole y) {
 #if defined(__AVX512BW__)
     return (Whole)_mm512_maddubs_epi16((__m512i)x, (__m512i)y);
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && !defined(__AVX512F__)
     return (Whole)_mm256_maddubs_epi16((__m256i)x, (__m256i)y);
 #else
     return (Whole)(((Shorts)x & 255) * (((Shorts)y << 8) >> 8) + (((Shorts)x >> 8) & 255) * ((Shorts)y >> 8));
