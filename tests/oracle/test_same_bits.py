@@ -16,7 +16,6 @@ from transformers import LlamaConfig
 
 from prad.adapters import METHODS
 from prad.lm import LanguageModel
-from prad.lm.kernels import Kernels
 from tests.conftest import GROUPED, SIZES, StackMaker, random_artefact, randomised, save_model
 from tests.oracle.test_oracle import SETTINGS
 
@@ -84,7 +83,7 @@ def together(api: httpx.Client, requests: Sequence[Asked], salt: str, at_once: i
 
 
 @pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory, kernels: Kernels) -> Path:
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose widths the kernels multiply in bf16, with an adapter of every method."""
     root = tmp_path_factory.mktemp("wide")
     save_model(randomised(LlamaConfig(**SIZES | GROUPED | WIDE), 1), root / "model")

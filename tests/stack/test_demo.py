@@ -20,7 +20,6 @@ import pytest
 
 from prad.artefact import read_artefact
 from prad.lm import DEFAULT_MODEL, Tokenizer, resolve_model
-from prad.lm.kernels import Kernels
 from tests.cache import CACHE
 from tests.oracle.reference import Reference
 
@@ -178,7 +177,7 @@ def test_every_served_token_is_near_the_references_best(api: httpx.Client, refer
 
 
 def test_an_answer_is_the_same_alone_in_any_mix_and_from_the_cache(
-    api: httpx.Client, kernels: Kernels
+    api: httpx.Client,
 ) -> None:
     """Ids and log-probabilities, greedy and drawn; prompts short and in chunks, with a task and without."""
     story = "The history of the small harbour town is long, and most of it was never written down. " * 90
