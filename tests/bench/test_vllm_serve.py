@@ -43,7 +43,9 @@ def test_servers_are_compared_by_rounds() -> None:
 
 
 def test_its_picture_can_be_read() -> None:
-    figure = drawn("vllm_serve", {"rows": rows({name: [report(1234.5, 98765)] for name in NAMES})})
+    setting = {"commit": "0123abc", "when": "2026-11-29T20:00:00", "cpu": "2 x some CPU"}
+    found = rows({name: [report(1234.5, 98765)] for name in NAMES})
+    figure = drawn("vllm_serve", {"rows": found, "setting": setting})
     assert_readable(figure)
 
 
