@@ -137,12 +137,10 @@ async def test_it_waits_for_no_prompt_pass(
 
 
 async def test_it_steps_back_for_nobody_whom_it_could_keep_waiting(
-    tiny_model: Callable[[str], Path], kernels: Kernels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a CPU where torch computes passes of many rows, which a pushed version can make of a probe."""
-    monkeypatch.setattr(Kernels, "supports", lambda *_: False)
+    """Where torch computes."""
     model = LanguageModel.load(tiny_model("llama"), dtype=torch.float32)
-    model.accelerate(kernels)
     seen: list[tuple[bool, int]] = []
     compute = model.module.forward
 
