@@ -3,8 +3,8 @@
 Ours: through HTTP, as many tasks as requests, PrAd-PA and PrAd-LoRA, and the plain model; PrAd-PA again with
 decode's weights rounded to 8 bits, and in blocks of 4 (--weights int8, int4). Our own engine in-process, with
 LoRA at every token and without. transformers' generate, alone and with PEFT's mixed-adapter batch: always,
-and in float32, too, on a CPU that does not multiply bfloat16, where that may be the faster. vLLM, with as
-many LoRAs (r on q and v) and without, OpenVINO GenAI and llama.cpp (both: the 4-bit .gguf):
+in float32 on a CPU that does not multiply bfloat16, where many rows of that take five times as long. vLLM,
+with as many LoRAs (r on q and v) and without, OpenVINO GenAI and llama.cpp (both: the 4-bit .gguf):
 where --vllm-python, --openvino-python and --llama-python name an interpreter that has them. All compute on
 all cores, are alive at once (some 20 GiB) and asked in turn, same prompts. Then 8 requests; one alone is
 asked by `stream`. Our decode services make no drafts: what a model makes of random ids repeats itself, and is
@@ -71,7 +71,7 @@ class _Others:
         told, number = self._arguments, self._arguments.requests
         base = {"model": str(model_folder(told)), "adapters": {}, "dtype": "bfloat16"}
         adapted = base | {"adapters": loras}
-        for dtype, called in named_dtypes().items():
+        for dtype, called in named_dtypes(number).items():
             each = {"dtype": dtype}
             self._start(f"transformers generate, no adapters{called}", "transformers", None, base | each)
             self._start(f"PEFT mixed batch, {number} LoRAs{called}", "transformers", None, adapted | each)

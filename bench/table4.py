@@ -40,7 +40,7 @@ def run(arguments: Table4) -> dict[str, Any]:
             f"{_PEFT}{called}": running.enter_context(
                 Peer("transformers", None, options | {"dtype": dtype}, root / f"{dtype}.log")
             )
-            for dtype, called in named_dtypes().items()
+            for dtype, called in named_dtypes(most).items()
         }
         server = running.enter_context(served(arguments, model, dict.fromkeys(methods, most)))
         for peer in peft.values():

@@ -44,7 +44,7 @@ def run(arguments: Versions) -> dict[str, Any]:
         if not arguments.skip_peft:
             folders = write_peft_lora(root / "lora", model, max(arguments.versions), arguments.r)
             options = {"model": str(model_folder(arguments)), "adapters": folders}
-            for dtype, called in named_dtypes().items():
+            for dtype, called in named_dtypes(arguments.requests).items():
                 log = root / f"{dtype}.log"
                 peft = running.enter_context(Peer("transformers", None, options | {"dtype": dtype}, log))
                 peft.wait_ready()

@@ -24,7 +24,10 @@ def test_a_kind_is_that_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         if name != "aarch64":
             monkeypatch.setattr(kinds, "cpu_flags", lambda flags=needs: [*flags, "fpu"])
             assert cpu_kind() == name
-            assert ("float32" in named_dtypes()) == (name not in ("amx", "avx512-bf16"))
+            widens = name not in ("amx", "avx512-bf16")
+            assert ("float32" in named_dtypes(1)) == ("float32" in named_dtypes(64)) == widens
+            assert ("bfloat16" in named_dtypes(64)) != widens
+            assert "bfloat16" in named_dtypes(1)
     monkeypatch.setattr(kinds, "cpu_flags", lambda: ["fpu"])
     assert cpu_kind() == "other"
 
