@@ -46,7 +46,7 @@ def cpu_kind() -> str:
 def named_dtypes(sequences: int) -> dict[str, str]:
     """What torch's programs are asked in here, by so many sequences at once, and what that adds to the name
     of a row: float32, too, where bfloat16 is widened before it is multiplied. Who uses them on such a CPU
-    takes the faster: for many rows that is float32, by a fifth of the time (`floor`)."""
+    takes the faster: for many rows that is float32, in a fifth of the time (`floor`)."""
     if cpu_kind() in _WITH_BF16:
         return {"bfloat16": ""}
     few = {"bfloat16": ", bfloat16"} if sequences <= _FEW else {}
