@@ -280,6 +280,30 @@ class Floor(ModelFlags):
     bandwidth_mib: int = Field(1024, description="size of the buffer that is read")
 
 
+class Gpu(Flags):
+    SMOKE = {
+        "device": "cpu",
+        "sizes": ["tiny"],
+        "batches": [1, 4],
+        "tasks": 4,
+        "mib": 64,
+        "wide": 256,
+        "rounds": 1,
+    }
+
+    out: Path = Field(RESULTS, description="folder of the result; --smoke: bench/results/smoke")
+    device: str = Field("cuda", description="cuda or cuda:N; cpu shows that it runs")
+    sizes: list[str] = Field(["135M", "1B", "8B"], description="random Llamas")
+    batches: list[int] = Field([1, 8, 64, 256], description="sequences of a step")
+    context: int = Field(100, description="tokens of each sequence")
+    tasks: int = Field(64, description="of a prompt pass, a prompt each")
+    tokens: int = Field(64, description="of each prompt")
+    r: int = Field(16, description="rank of the adapters")
+    mib: int = Field(4096, description="buffer of the bandwidth")
+    wide: int = Field(8192, description="of the square matrices whose product is the peak")
+    rounds: int = Field(11, ge=1)
+
+
 def _burst(given: Any) -> Any:
     """`8x512`: prompts and tokens of each."""
     return given.split("x") if isinstance(given, str) else given

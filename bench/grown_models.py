@@ -23,18 +23,23 @@ class Size(NamedTuple):
 SIZES = {
     "tiny": Size(192, 2, 3, 1, 512, 4096),
     "small": Size(256, 3, 4, 2, 768, 4096),
+    "135M": Size(576, 30, 9, 3, 1536),
     "360M": Size(960, 32, 15, 5, 2560),
     "1B": Size(2048, 16, 32, 8, 8192),
+    "8B": Size(4096, 32, 32, 8, 14336, 128256),
 }
 
 
-def random_llama(size: str, kernels: Kernels) -> LanguageModel:
-    """In bf16, with embeddings that are the head's."""
+def random_llama(size: str, kernels: Kernels | None = None, device: str = "cpu") -> LanguageModel:
+    """In bf16, with embeddings that are the head's; made where it computes."""
     config = LlamaConfig(**SIZES[size]._asdict(), tie_word_embeddings=True, max_position_embeddings=8192)
+    attention.register()
     torch.manual_seed(0)
-    module = AutoModelForCausalLM.from_config(
-        config, dtype=torch.bfloat16, attn_implementation=attention.NAME
-    )
+    with torch.device(device):
+        module = AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16, attn_implementation=attention.NAME
+        )
     model = LanguageModel(module, f"random {size}")
-    model.accelerate(kernels)
+    if kernels is not None:
+        model.accelerate(kernels)
     return model

@@ -23,6 +23,7 @@ FLAGS: dict[str, type[Flags]] = {
     "structured": flags.Structured,
     "para": flags.Para,
     "floor": flags.Floor,
+    "gpu": flags.Gpu,
     "handoff": flags.Handoff,
     "rounding": flags.Rounding,
     "greedy": flags.Greedy,

@@ -3,7 +3,8 @@
 The prompts of a pass lie end to end, so a few neighbours and their adapters are one segment: a slice of
 rows and the adapters' matrices joined along the rank. A row meets the columns of all adapters of its segment
 and keeps those of its own. At rank 16 that is four times the work of the adapters alone, which is nothing
-beside the model's, and in return rows are read and written in place.
+beside the model's, and in return rows are read and written in place. A GPU, which waits for each call and not
+for its work, joins the adapters of a whole pass.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_RANK = 64  # ranks joined in a segment; more columns cost more work, fewer cost more calls
+_RANKS = 64  # joined in a segment; more columns cost more work, fewer cost more calls
+_RANKS_OF_GPU = 1024
 _GAP = 64  # rows of nobody that a segment may cross; touching them in vain costs less than another call
 
 
@@ -64,12 +66,13 @@ def cut(
     spans: Sequence[Span], ranks: Sequence[int], factors: Sequence[float], device: torch.device | str
 ) -> tuple[Segment, ...]:
     """spans in the order of rows; ranks and factors of the group's adapters."""
+    most = _RANKS if torch.device(device).type == "cpu" else _RANKS_OF_GPU
     segments: list[list[Span]] = []
     members: set[int] = set()
     for span in spans:
         joined = members | {span.adapter}
         near = bool(segments) and span.start - segments[-1][-1].stop <= _GAP
-        if near and (joined == members or sum(ranks[a] for a in joined) <= _RANK):
+        if near and (joined == members or sum(ranks[a] for a in joined) <= most):
             segments[-1].append(span)
             members = joined
         else:

@@ -138,6 +138,14 @@ def test_segments_cover_neighbours_up_to_a_rank_and_never_split_a_span() -> None
     assert [s.factor for s in segments] == [1.0, 1.0, 0.5, 0.5]
 
 
+def test_a_gpu_joins_the_adapters_of_a_pass() -> None:
+    spans = [Span(5 * number, 5 * number + 5, number) for number in range(64)]
+    ranks, factors = [16] * 64, [1.0] * 64
+    assert len(cut(spans, ranks, factors, "cpu")) == 16
+    (joined,) = cut(spans, ranks, factors, "meta")
+    assert joined.adapters == tuple(range(64))
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_every_method_beside_every_other_equals_itself_alone(
     family: str, load_tiny: Callable[[str], LanguageModel], tmp_path: Path
