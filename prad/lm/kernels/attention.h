@@ -7,18 +7,22 @@
 #include "pool.h"
 #include "vec.h"
 
-// Sums of lanes: after level 3 over 16 vectors, lane i is the sum over vector i.
+// Sums of lanes: a register whose lane i is the sum over register i of as many as it has lanes, four at a time.
 template <int kDistance, int... i>
-inline v16 halves(v16 a, v16 b, std::integer_sequence<int, i...>) {
-  return chosen<(i & kDistance ? 16 + i : i)...>(a, b) +
-         chosen<(i & kDistance ? 16 : 0) + (i ^ kDistance)...>(a, b);
+inline Register halves(Register a, Register b, std::integer_sequence<int, i...>) {
+  return shuffled<(i & kDistance ? kInRegister + i : i)...>(a, b) +
+         shuffled<(i & kDistance ? kInRegister : 0) + (i ^ kDistance)...>(a, b);
 }
-template <int kLevel>
-inline v16 halves(v16 a, v16 b) {
-  return halves<1 << kLevel>(a, b, Lanes{});
+template <int kDistance>
+inline Register halves(Register a, Register b) {
+  return halves<kDistance>(a, b, std::make_integer_sequence<int, kInRegister>{});
 }
-inline v16 quarters(const v16* x) { return halves<1>(halves<0>(x[0], x[1]), halves<0>(x[2], x[3])); }
-inline v16 sum_of_quarters(const v16* x) { return halves<3>(halves<2>(x[0], x[1]), halves<2>(x[2], x[3])); }
+inline Register quarter(const Register* x) { return halves<2>(halves<1>(x[0], x[1]), halves<1>(x[2], x[3])); }
+inline Register sum_of_quarters(const Register* x) {
+  if constexpr (kInRegister == 16) return halves<8>(halves<4>(x[0], x[1]), halves<4>(x[2], x[3]));
+  if constexpr (kInRegister == 8) return halves<4>(x[0], x[1]);
+  return x[0];
+}
 
 // One KV head of the tokens [start, end) of a sequence in a pool.
 template <class T>
@@ -32,14 +36,15 @@ struct Tokens {
   }
 
   // Asks for a token's row. Memory is slower than the arithmetic, so the two must overlap: the values come while
-  // the scores are computed, and the next keys while the values are mixed.
-  void fetch(const T* place) const {
+  // the scores are computed, and the next keys while the values are mixed. Inline always: GCC leaves a call out that
+  // does nothing else.
+  __attribute__((always_inline)) void fetch(const T* place) const {
     for (int64_t d = 0; d < dim; d += 64 / sizeof(T)) __builtin_prefetch(place + d);
   }
 
   // body(first token, its place, count) for every stretch of at most 16 tokens that lie side by side
   template <class Body>
-  void each_stretch(const Body& body) const {
+  __attribute__((always_inline)) void each_stretch(const Body& body) const {
     for (int64_t t = start; t < end;) {
       int64_t next = std::min(end, (t / block_size + 1) * block_size);
       for (const T* place = at(t); t < next; t += 16, place += 16 * stride)
@@ -49,7 +54,7 @@ struct Tokens {
   }
 };
 
-// kQueries queries against one key: a vector each whose lanes add up to the product.
+// kQueries queries against one key: a register each whose lanes add up to the product.
 template <class T, int kQueries>
 struct Products {
   const float* query;  // [kQueries][dim]
@@ -60,18 +65,19 @@ struct Products {
     for (int64_t i = 0; i < kQueries * dim; i++) memory[i] = to_float(from[i]);
     query = memory.data();
   }
-  void with(const T* key, v16* out, int64_t stride) const {
-    v16 acc[kQueries] = {};
+  void with(const T* key, Register* out, int64_t stride) const {
+    v16 acc[kQueries];
+    each<kQueries>([&](auto g) { acc[g] = v16{}; });
     int64_t d = 0;
     for (; d + 16 <= dim; d += 16) {
       v16 k = load(key + d);
-      for (int g = 0; g < kQueries; g++) acc[g] = fused(load(query + g * dim + d), k, acc[g]);
+      each<kQueries>([&](auto g) { acc[g] = fused(load(query + g * dim + d), k, acc[g]); });
     }
     if (d < dim) {
       v16 k = load_some(key + d, dim - d);
-      for (int g = 0; g < kQueries; g++) acc[g] = fused(load_some(query + g * dim + d, dim - d), k, acc[g]);
+      each<kQueries>([&](auto g) { acc[g] = fused(load_some(query + g * dim + d, dim - d), k, acc[g]); });
     }
-    for (int g = 0; g < kQueries; g++) out[g * stride] = acc[g];
+    each<kQueries>([&](auto g) { out[g * stride] = folded(acc[g]); });
   }
 };
 
@@ -85,7 +91,7 @@ struct PairProducts {
     for (int g = 0; g < kQueries; g++)
       for (int d = 0; d < kPairs; d++) query[g][d] = (__m512bh)_mm512_loadu_si512(from + (g * kPairs + d) * 32);
   }
-  void with(const bf16* key, v16* out, int64_t stride) const {
+  void with(const bf16* key, Register* out, int64_t stride) const {
     __m512 acc[kQueries];
     for (int g = 0; g < kQueries; g++) acc[g] = _mm512_setzero_ps();
 #pragma GCC unroll 4
@@ -104,19 +110,22 @@ void scores_of(const Dot& products, const Tokens<T>& keys, const Tokens<T>& valu
                int64_t room) {
   keys.each_stretch([&](int64_t t, const T* place, int count) {
     const T* soon = values.at(t);
-    v16 sums[kQueries][4];
+    for (int first = 0; first < count; first += kInRegister) {
+      Register sums[kQueries][kInRegister / 4];
 #pragma GCC unroll 4
-    for (int quarter = 0; quarter < 4; quarter++) {
-      v16 part[kQueries][4];
+      for (int at = 0; at < kInRegister / 4; at++) {
+        Register part[kQueries][4];
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; i++) {
-        int token = std::min(quarter * 4 + i, count - 1);
-        values.fetch(soon + token * values.stride);
-        products.with(place + token * keys.stride, &part[0][i], 4);
+        for (int i = 0; i < 4; i++) {
+          int token = std::min(first + at * 4 + i, count - 1);
+          values.fetch(soon + token * values.stride);
+          products.with(place + token * keys.stride, &part[0][i], 4);
+        }
+        for (int g = 0; g < kQueries; g++) sums[g][at] = quarter(part[g]);
       }
-      for (int g = 0; g < kQueries; g++) sums[g][quarter] = quarters(part[g]);
+      float* to = scores + t - keys.start + first;
+      for (int g = 0; g < kQueries; g++) store(to + g * room, sum_of_quarters(sums[g]) * scale);
     }
-    for (int g = 0; g < kQueries; g++) store(scores + g * room + t - keys.start, sum_of_quarters(sums[g]) * scale);
   });
 }
 
@@ -147,25 +156,25 @@ struct Answer {
 template <class T, int kQueries, int kVectors>
 void mix(const float* weights, int64_t room, const Tokens<T>& values, const Tokens<T>& next_keys, int64_t first,
          const Answer* answers) {
-  v16 acc[kQueries][kVectors] = {};
-  values.each_stretch([&](int64_t t, const T* place, int count) {
+  v16 acc[kQueries * kVectors];
+  each<kQueries * kVectors>([&](auto n) { acc[n] = v16{}; });
+  values.each_stretch([&](int64_t t, const T* place, int count) __attribute__((always_inline)) {  // acc in registers
     const T* soon = next_keys.at(std::min(next_keys.end - 1, next_keys.start + t - values.start));
     for (int i = 0; i < count; i++) {
       next_keys.fetch(soon + i * next_keys.stride);
       const T* value = place + i * values.stride + first;
-      v16 w[kQueries];
-      for (int g = 0; g < kQueries; g++) w[g] = splat(weights[g * room + t - values.start + i]);
-      for (int j = 0; j < kVectors; j++) {
-        v16 v = load(value + 16 * j);
-        for (int g = 0; g < kQueries; g++) acc[g][j] = fused(w[g], v, acc[g][j]);
-      }
+      const float* weight = weights + t - values.start + i;
+      each<kVectors>([&](auto j) {
+        const v16 v = load(value + 16 * j);
+        if (kRegisters > 1) asm("" : "+r"(weight));  // loaded anew: there is no register to keep them in
+        each<kQueries>([&](auto g) { add_product(acc[g * kVectors + j], splat(weight[g * room]), v); });
+      });
     }
   });
-  for (int g = 0; g < kQueries; g++)
-    for (int j = 0; j < kVectors; j++) {
-      float* to = answers[g].sum + first + 16 * j;
-      store(to, load(to) + acc[g][j]);
-    }
+  each<kQueries * kVectors>([&](auto n) {
+    float* to = answers[n / kVectors].sum + first + 16 * (n % kVectors);
+    store(to, load(to) + acc[n]);
+  });
 }
 
 // A part of a context: keys and values are its tokens.
@@ -189,7 +198,7 @@ void attend(const AttentionCall& p, const T* query, const Tokens<T>& keys, const
     score(Products<T, kQueries>(query, keys.dim, wide));
   for (int g = 0; g < kQueries; g++) answers[g].weigh(scores + g * room, count, dim);
   int64_t d = 0;
-  constexpr int kVectors = kRegisters == 1 ? 4 : 2;  // whose sums stay in registers
+  constexpr int kVectors = kRegisters == 1 ? 4 : kRegisters * kQueries <= 6 ? 2 : 1;  // whose sums stay in registers
   for (; d + 16 * kVectors <= dim; d += 16 * kVectors)
     mix<T, kQueries, kVectors>(scores, room, values, next_keys, d, answers);
   for (; d + 16 <= dim; d += 16) mix<T, kQueries, 1>(scores, room, values, next_keys, d, answers);

@@ -17,6 +17,7 @@ constexpr int kRegisters = 2;
 #else
 constexpr int kRegisters = 4;
 #endif
+constexpr int kInRegister = 16 / kRegisters;
 
 using Lanes = std::make_integer_sequence<int, 16>;
 
@@ -69,11 +70,18 @@ inline v16 chosen(v16 a, v16 b) {
   return __builtin_shuffle(a, b, i16x{kFrom...});
 #endif
 }
+
+using Register = v16;  // floats of one
+inline Register folded(v16 x) { return x; }
+template <int... kFrom>
+inline Register shuffled(Register a, Register b) {
+  return chosen<kFrom...>(a, b);
+}
 #else
 
 template <class E>
 struct Sixteen {
-  static constexpr int kWide = 16 / kRegisters;
+  static constexpr int kWide = kInRegister;
   typedef E Part __attribute__((vector_size(4 * kWide)));
   typedef E Stored __attribute__((vector_size(4 * kWide), aligned(4), may_alias));
   Part of[kRegisters];
@@ -150,7 +158,14 @@ inline void store_lanes(void* p, u16x x) { x.write(p); }
 
 typedef uint16_t HalfPart __attribute__((vector_size(2 * u16x::kWide), aligned(2), may_alias));
 inline u16x load_halves(const void* p) {
-  return u16x::made([p](int i) { return __builtin_convertvector(static_cast<const HalfPart*>(p)[i], u16x::Part); });
+  return u16x::made([p](int i) {
+    const HalfPart* at = static_cast<const HalfPart*>(p) + i;
+#ifdef __AVX2__  // GCC 12 makes two halves of the conversion
+    return (u16x::Part)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+#else
+    return __builtin_convertvector(*at, u16x::Part);
+#endif
+  });
 }
 inline void store_halves(void* p, u16x x) {
 #ifdef __AVX2__
@@ -223,10 +238,28 @@ inline void add_product(v16& sum, v16 a, v16 b) {
 #endif
 }
 
+using Register = v16::Part;  // floats of one
+inline void store(float* p, Register x) { *reinterpret_cast<v16::Stored*>(p) = x; }
+// The sum of all registers.
+inline Register folded(v16 x) {
+  Register all = x.of[0];
+  for (int i = 1; i < kRegisters; i++) all += x.of[i];
+  return all;
+}
+// The lanes kFrom of a (from 0 on) and b (behind them).
+template <int... kFrom>
+inline Register shuffled(Register a, Register b) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, kFrom...);
+#else
+  return __builtin_shuffle(a, b, i16x::Part{kFrom...});
+#endif
+}
+
 // The lanes kFrom of a (0 to 15) and b (16 to 31); those of a register come from two at most.
 template <int kTo, int... kFrom>
-v16::Part chosen_part(v16 a, v16 b) {
-  constexpr int kWide = v16::kWide, from[16] = {kFrom...};
+Register chosen_part(v16 a, v16 b) {
+  constexpr int kWide = kInRegister, from[16] = {kFrom...};
   constexpr int first = from[kTo * kWide] / kWide;
   constexpr int second = [&] {
     for (int i = 0; i < kWide; i++)
@@ -235,15 +268,8 @@ v16::Part chosen_part(v16 a, v16 b) {
   }();
   auto source = [&](int part) { return part < kRegisters ? a.of[part] : b.of[part - kRegisters]; };
   return [&]<int... i>(std::integer_sequence<int, i...>) {
-#ifdef __clang__
-    return __builtin_shufflevector(
-        source(first), source(second),
-        (from[kTo * kWide + i] / kWide == first ? 0 : kWide) + from[kTo * kWide + i] % kWide...);
-#else
-    return __builtin_shuffle(
-        source(first), source(second),
-        i16x::Part{(from[kTo * kWide + i] / kWide == first ? 0 : kWide) + from[kTo * kWide + i] % kWide...});
-#endif
+    return shuffled<(from[kTo * kWide + i] / kWide == first ? 0 : kWide) + from[kTo * kWide + i] % kWide...>(
+        source(first), source(second));
   }(std::make_integer_sequence<int, kWide>{});
 }
 template <int... kFrom>
