@@ -190,9 +190,11 @@ auto with_form(Weights kind, const Body& body) {
 
 // kN rows by a panel of `count` blocks into c[kN][16]. ahead: the panel comes from memory.
 template <class Form, int kN>
-void multiply(const char* panel, int64_t count, const Rows& rows, int64_t row, bool ahead, float* c) {
+__attribute__((flatten)) void multiply(const char* panel, int64_t count, const Rows& rows, int64_t row, bool ahead,
+                                       float* c) {
   constexpr int kParts = Form::kParts;
-  v16 sums[kN] = {};
+  v16 sums[kN];
+  each<kN>([&](auto r) { sums[r] = v16{}; });
   const int8_t* x = rows.x + row * count * kInputs;
   const float* row_sums = kParts == 1 ? rows.sums : rows.half_sums;
   const char* head = panel;
@@ -201,7 +203,8 @@ void multiply(const char* panel, int64_t count, const Rows& rows, int64_t row, b
     if (ahead)
       for (int64_t line = 0; line < Form::kBytes; line += 64) __builtin_prefetch(panel + kAhead + line);
     each<kParts>([&](auto part) {
-      typename Form::Sums whole[kN] = {};
+      typename Form::Sums whole[kN];
+      each<kN>([&](auto r) { whole[r] = typename Form::Sums{}; });
       each<kVectors / kParts>([&](auto j) {
         constexpr int i = part * kVectors / kParts + j;
         const u16x numbers = Form::numbers(panel, i);
