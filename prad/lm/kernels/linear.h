@@ -198,6 +198,10 @@ void linear(Pool& pool, const Panels<W>& w, const X* x, int64_t rows, int64_t st
     const int64_t first = item % columns * step, last = std::min(w.count, first + step);
     alignas(64) SumOf<X> c[2 * kRows * kColumns];
     SumOf<X>* const next = c + kRows * kColumns;
+    auto later = [&](int64_t p) -> const W* {  // what is likely to be multiplied behind a panel
+      const int64_t then = p + 1 < last ? p + 1 : first + step * pool.threads();
+      return rows <= kRows && then < w.count ? w[then] : nullptr;
+    };
 #ifdef PRAD_AMX
     if constexpr (sizeof(X) < 4)
       if (rows >= 32 && allow_amx()) row = linear_by_squares(w, x, row, end, stride, rows <= kRows, first, last, sink);
@@ -207,9 +211,9 @@ void linear(Pool& pool, const Panels<W>& w, const X* x, int64_t rows, int64_t st
       const ReadRows<X> read = few ? few->from(row) : read_rows(x + row * stride, count, each_alone);
       begin_rows<X>(count);
       for (int64_t p = first; p < last; p++) {
-        multiply(read.x, read.stride, count, w[p], w.depth, c);
+        multiply(read.x, read.stride, count, w[p], w.depth, c, kColumns, later(p));
         const bool both = sink.mode == Out::gated;
-        if (both) multiply(read.x, read.stride, count, w[p + 1], w.depth, next);
+        if (both) multiply(read.x, read.stride, count, w[p + 1], w.depth, next, kColumns, later(p + 1));
         sink.take(p, row, count, c, both ? next : nullptr);
         if (both) p++;
       }

@@ -10,35 +10,52 @@ constexpr int kColumns = 16;
 namespace plain {
 constexpr int kMost = kRegisters == 2 ? 6 : 8;  // rows whose sums stay in registers
 
-// Up to kMost rows at a time, as many each time as come out even: body<their number>(the first).
-template <int kN, class Body>
-void some_rows(int n, const Body& body, int row) {
+// Up to kMost rows at a time, as many each time as come out even: body<their number, kSoon>(the first, which time, of
+// how many). kSoon: the memory is slower than the arithmetic of so few, and weights are to be asked for ahead.
+template <int kN, bool kSoon, class Body>
+void some_rows(int n, const Body& body, int row, int turn, int turns) {
   if constexpr (kN > 1)
-    if (n < kN) return some_rows<kN - 1>(n, body, row);
-  body.template operator()<kN>(row);
+    if (n < kN) return some_rows<kN - 1, kSoon>(n, body, row, turn, turns);
+  body.template operator()<kN, kSoon>(row, turn, turns);
 }
 template <class Body>
 void each_some(int rows, const Body& body) {
+  constexpr int kFew = 4;
   const int turns = (rows + kMost - 1) / kMost, most = (rows + turns - 1) / turns;
-  for (int row = 0; row < rows; row += most) some_rows<kMost>(std::min(most, rows - row), body, row);
+  for (int row = 0, turn = 0; row < rows; row += most, turn++)
+    if (turns <= kFew) some_rows<kMost, true>(std::min(most, rows - row), body, row, turn, turns);
+    else some_rows<kMost, false>(std::min(most, rows - row), body, row, turn, turns);
 }
 
-// Asks for weights that are wanted soon: with few rows the memory is slower than the arithmetic.
-inline void ask_ahead(const void* weights) { __builtin_prefetch(static_cast<const char*>(weights) + 1024); }
+// Weights that are wanted soon. Rows that come at once ask for what is 1 KiB further on; at several times, each time for
+// a part of the next panel, if that is known: the first time would wait for it, and others leave the memory idle.
+struct Ahead {
+  const char* at;
+  int pace;  // bytes, for each line that is used
+
+  Ahead(const void* panel, const void* next, int64_t bytes, int turn, int turns)
+      : at(static_cast<const char*>(panel) + 1024), pace(64) {
+    if (turns > 1 && next) at = static_cast<const char*>(next) + bytes / turns * turn, pace = 64 / turns + 1;
+  }
+  void ask() {
+    __builtin_prefetch(at);
+    at += pace;
+  }
+};
 
 // The inputs from k on of kN rows by a panel's weights for them, which are added to the sums.
 constexpr int64_t inputs_at_once(const float*) { return 1; }
 constexpr int64_t inputs_at_once(const bf16*) { return 2; }
-template <int kN>
-inline void add_inputs(const float* x, int64_t stride, const float* weights, v16 (&sums)[kN]) {
+template <bool kSoon, int kN>
+inline void add_inputs(const float* x, int64_t stride, const float* weights, Ahead& ahead, v16 (&sums)[kN]) {
   const v16 w = load(weights);
-  ask_ahead(weights);
+  if (kSoon) ahead.ask();
   each<kN>([&](auto r) { add_product(sums[r], splat(x[r * stride]), w); });
 }
-template <int kN>
-inline void add_inputs(const float* x, int64_t stride, const bf16* weights, v16 (&sums)[kN]) {
+template <bool kSoon, int kN>
+inline void add_inputs(const float* x, int64_t stride, const bf16* weights, Ahead& ahead, v16 (&sums)[kN]) {
   const v16 even = (v16)(load_lanes(weights) << 16);
-  ask_ahead(weights);
+  if (kSoon) ahead.ask();
   each<kN>([&](auto r) { add_product(sums[r], splat(x[r * stride]), even); });
   asm("" : "+r"(weights));  // loaded anew: there is no register to keep them in
   const v16 odd = (v16)(load_lanes(weights) & 0xffff0000u);
@@ -46,16 +63,19 @@ inline void add_inputs(const float* x, int64_t stride, const bf16* weights, v16 
 }
 }  // namespace plain
 
-// Any number of rows by one panel into c[rows][16], or added to it; `width` from row to row of c.
+// Any number of rows by one panel into c[rows][16], or added to it; `width` from row to row of c; `next`: the panel that
+// is likely to follow.
 template <bool kAdd = false, class W>
-void multiply_plain(const float* x, int64_t stride, int rows, const W* panel, int64_t in, float* c, int64_t width) {
+void multiply_plain(const float* x, int64_t stride, int rows, const W* panel, int64_t in, float* c, int64_t width,
+                    const W* next = nullptr) {
   constexpr int64_t kStep = plain::inputs_at_once(static_cast<const W*>(nullptr));
-  plain::each_some(rows, [&]<int kN>(int row) {
+  plain::each_some(rows, [&]<int kN, bool kSoon>(int row, int turn, int turns) {
+    plain::Ahead ahead(panel, next, in * kColumns * sizeof(W), turn, turns);
     v16 sums[kN];
     float* to = c + row * width;
     each<kN>([&](auto r) { sums[r] = kAdd ? load(to + r * width) : v16{}; });
     for (int64_t k = 0; k < in; k += kStep)
-      plain::add_inputs<kN>(x + row * stride + k, stride, panel + k * kColumns, sums);
+      plain::add_inputs<kSoon, kN>(x + row * stride + k, stride, panel + k * kColumns, ahead, sums);
     each<kN>([&](auto r) { store(to + r * width, sums[r]); });
   });
 }
@@ -82,14 +102,16 @@ inline u16x lanes_of(const void* at) {
 
 template <bool = false>  // never added to
 void multiply_plain(const int16_t* x, int64_t stride, int rows, const int8_t* panel, int64_t in, int32_t* c,
-                    int64_t width) {
-  plain::each_some(rows, [&]<int kN>(int row) {
-    i16x sums[kN] = {};
+                    int64_t width, const int8_t* next = nullptr) {
+  plain::each_some(rows, [&]<int kN, bool kSoon>(int row, int turn, int turns) {
+    plain::Ahead ahead(panel, next, in * kColumns, turn, turns);
+    i16x sums[kN];
+    each<kN>([&](auto r) { sums[r] = i16x{}; });
     for (int64_t k = 0; k < in; k += 4) {
       const int16_t* at = x + row * stride + k;
       const int8_t* weights = panel + k * kColumns;
       const u16x even = lower_bytes(load_lanes(weights));
-      plain::ask_ahead(weights);
+      if (kSoon) ahead.ask();
       each<kN>([&](auto r) { add_to(sums[r], multiply_pairs(even, lanes_of(at + r * stride))); });
       asm("" : "+r"(weights));  // loaded anew: there is no register to keep them in
       const u16x odd = upper_bytes(load_lanes(weights));

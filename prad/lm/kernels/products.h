@@ -84,7 +84,7 @@ void end_rows() {
 // vectors: dot products take several panels at once.
 template <bool kAdd = false, class W>
 void multiply(const Read<RowOf<W>>* x, int64_t stride, int rows, const W* panel, int64_t in, SumOf<RowOf<W>>* c,
-              int64_t width = kColumns) {
+              int64_t width = kColumns, [[maybe_unused]] const W* next = nullptr) {
 #ifdef PRAD_AMX
   if constexpr (sizeof(W) < 4) {
     switch ((rows + 15) / 16) {
@@ -99,7 +99,7 @@ void multiply(const Read<RowOf<W>>* x, int64_t stride, int rows, const W* panel,
     }
   }
 #endif
-  if constexpr (!has_dots<RowOf<W>>()) multiply_plain<kAdd>(x, stride, rows, panel, in, c, width);
+  if constexpr (!has_dots<RowOf<W>>()) multiply_plain<kAdd>(x, stride, rows, panel, in, c, width, next);
 }
 
 // The same by `panels` of them, `size` elements from one to the next: c[rows][16 panels], or added to it.
