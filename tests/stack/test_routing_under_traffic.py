@@ -219,7 +219,7 @@ def operated(
 def test_no_request_fails_while_tasks_are_routed_anew(
     running: RunningStack, load_tiny: Callable[[str], LanguageModel], reference: Reference, tmp_path: Path
 ) -> None:
-    operated(running, load_tiny("llama"), reference, tmp_path, tasks=200, seconds=60)
+    operated(running, load_tiny("llama"), reference, tmp_path, tasks=40, seconds=20)
 
 
 def test_users_keep_their_version_over_restarts(
