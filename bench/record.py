@@ -75,7 +75,8 @@ def _git(*arguments: str) -> str:
 
 
 def _cpu() -> str:
-    """As in "2 x AMD EPYC, family 25, model 1 (avx2)": clouds call many CPUs alike."""
+    """As in "2 x AMD EPYC, family 25, model 1 (avx2)", since clouds call many CPUs alike; "2 of 16 x ..."
+    where this process may not use all."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
 
@@ -90,4 +91,6 @@ def _cpu() -> str:
     ]
     flags = cpu_flags()
     notable = " ".join(flag for flag in _NOTABLE if flag in flags)
-    return f"{', '.join([f'{len(names)} x {names[0]}', *family])} ({notable})"
+    usable = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else len(names)
+    number = str(len(names)) if usable == len(names) else f"{usable} of {len(names)}"
+    return f"{', '.join([f'{number} x {names[0]}', *family])} ({notable})"
