@@ -23,6 +23,7 @@ FLAGS = (
     # -O3 for ARM takes a compiler minutes; macOS calls it arm64
     "-O2" if platform.machine() in ("aarch64", "arm64") else "-O3",
     "-fno-math-errno",
+    "-ffp-contract=off",  # lanes.h says where products and sums are fused
     "-Wno-psabi",
     "-Werror=switch",
     "-fPIC",

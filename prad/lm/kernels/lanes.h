@@ -1,13 +1,18 @@
 // Sixteen numbers at a time, whatever registers there are: v16 of floats, i16x and u16x of whole numbers; and each of
 // their 32 bits as two numbers or four.
 //
+// A product and a sum are rounded once where `fused` says so, and nowhere else (-ffp-contract=off): left to themselves
+// compilers choose for each loop, and the same row would have other bits among as many more.
+//
 // With AVX-512 they are GCC's vectors of one register. Elsewhere a class of as many registers as they take: GCC keeps a
 // vector that is wider than any register in memory, and compares it number by number.
 #pragma once
 #include <cstdint>
 #include <utility>
-#ifdef __AVX2__
+#if defined(__AVX2__) || defined(__FMA__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #if defined(__AVX512F__)
@@ -58,8 +63,8 @@ template <class Mask, class V>
 V choose(Mask mask, V yes, V no) {
   return mask ? yes : no;
 }
-inline v16 fused(v16 a, v16 b, v16 c) { return a * b + c; }
-inline void add_product(v16& sum, v16 a, v16 b) { sum += a * b; }
+inline v16 fused(v16 a, v16 b, v16 c) { return (v16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+inline void add_product(v16& sum, v16 a, v16 b) { sum = fused(a, b, sum); }
 
 // The lanes kFrom of a (0 to 15) and b (16 to 31).
 template <int... kFrom>
@@ -222,8 +227,18 @@ template <class E>
 Sixteen<E> choose(i16x mask, Sixteen<E> yes, Sixteen<E> no) {
   return Sixteen<E>::made([&](int i) { return mask.of[i] ? yes.of[i] : no.of[i]; });
 }
-inline v16 fused(v16 a, v16 b, v16 c) {  // in one expression: so do compilers fuse it that look at each by itself
-  return v16::made([&](int i) { return a.of[i] * b.of[i] + c.of[i]; });
+inline v16 fused(v16 a, v16 b, v16 c) {
+  return v16::made([&](int i) {
+#if defined(__AVX2__) && defined(__FMA__)
+    return (v16::Part)_mm256_fmadd_ps((__m256)a.of[i], (__m256)b.of[i], (__m256)c.of[i]);
+#elif defined(__FMA__)
+    return (v16::Part)_mm_fmadd_ps((__m128)a.of[i], (__m128)b.of[i], (__m128)c.of[i]);
+#elif defined(__aarch64__)
+    return (v16::Part)vfmaq_f32((float32x4_t)c.of[i], (float32x4_t)a.of[i], (float32x4_t)b.of[i]);
+#else
+    return a.of[i] * b.of[i] + c.of[i];
+#endif
+  });
 }
 
 inline void add_product(v16& sum, v16 a, v16 b) {
