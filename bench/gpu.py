@@ -3,8 +3,8 @@
 Random Llamas in bfloat16, made on the GPU. `limit_ms` is what the hardware
 needs at least: the products at the rate of one large product of square matrices, or their weights read once
 at the bandwidth of a buffer far larger than the caches, whichever takes longer, and for a step one read of
-the KV. What is timed begins and ends with an idle device. What a step takes beyond its limit is mostly the
-launching of many small kernels, one after the other: nothing here is compiled or recorded as a graph.
+the KV; adapters' own products are not in it. What is timed begins and ends with an idle device. Nothing is
+compiled or recorded as a graph.
 """
 
 import statistics
@@ -53,12 +53,16 @@ class _Hardware:
         }
         self._rates: list[tuple[float, float]] = []
 
-    def limits_s(self, took: Samples[Part], giga: float, nbytes: int, beside: int = 0) -> list[float]:
-        """By round, of so many 10^9 operations on weights of so many bytes, and a read of others beside."""
+    def note(self, took: Samples[Part]) -> None:
+        """For `figures`."""
         reads, products = (took.values["hardware", kind] for kind in ("read", "product"))
         self._rates += [
             (self._memory.nbytes / r / 1e9, self._giga / p) for r, p in zip(reads, products, strict=True)
         ]
+
+    def limits_s(self, took: Samples[Part], giga: float, nbytes: int, beside: int = 0) -> list[float]:
+        """By round, of so many 10^9 operations on weights of so many bytes, and a read of others beside."""
+        reads, products = (took.values["hardware", kind] for kind in ("read", "product"))
         each = [(r / self._memory.nbytes, p / self._giga) for r, p in zip(reads, products, strict=True)]
         return [max(giga * by_giga, nbytes * by_byte) + beside * by_byte for by_byte, by_giga in each]
 
@@ -86,6 +90,7 @@ def _measured(
         ("step", batch): _timed(engine.step, told.device) for batch, engine in engines.items()
     }
     took = interleaved(hardware.kinds | passes | steps, told.rounds, "rounds", warm_up=_WARM_UP)
+    hardware.note(took)
     matrices = weight_matrices(model)
     numbers, nbytes = sum(w.numel() for w in matrices), sum(w.nbytes for w in matrices)
     head = sum(w.numel() for w in matrices if w.shape[0] == model.vocab_size)
@@ -170,4 +175,4 @@ def plot(result: dict[str, Any], figure: Any) -> None:
         limits = [r["limit_ms"] for r in steps]
         right.plot([r["sequences"] for r in steps], limits, "--", color=line.get_color())
     right.set(xscale="log", yscale="log", xlabel="sequences", ylabel="ms", title="A step; dashed: its limit")
-    right.legend()
+    right.legend(loc="center right")

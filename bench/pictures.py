@@ -31,10 +31,15 @@ _CALLED = {
 
 def main() -> None:
     """Draw every picture of bench/results anew."""
-    for path in sorted(RESULTS.glob("*/*.json")):
-        if path.parent.name in KINDS and path.stem in FLAGS:
-            draw(path.stem, json.loads(path.read_text(encoding="utf-8")), path.with_suffix(".png"))
+    for path in stored():
+        draw(path.stem, json.loads(path.read_text(encoding="utf-8")), path.with_suffix(".png"))
     draw_headline(RESULTS, HEADLINE)
+
+
+def stored() -> list[Path]:
+    """The results of benchmarks: of each kind of CPU, and those that take their time from none."""
+    folders = [RESULTS, *(RESULTS / kind for kind in KINDS)]
+    return [path for folder in folders for path in sorted(folder.glob("*.json")) if path.stem in FLAGS]
 
 
 def draw(name: str, figures: Mapping[str, Any], path: Path) -> bool:

@@ -138,12 +138,11 @@ def test_segments_cover_neighbours_up_to_a_rank_and_never_split_a_span() -> None
     assert [s.factor for s in segments] == [1.0, 1.0, 0.5, 0.5]
 
 
-def test_a_gpu_joins_the_adapters_of_a_pass() -> None:
-    spans = [Span(5 * number, 5 * number + 5, number) for number in range(64)]
-    ranks, factors = [16] * 64, [1.0] * 64
-    assert len(cut(spans, ranks, factors, "cpu")) == 16
-    (joined,) = cut(spans, ranks, factors, "meta")
-    assert joined.adapters == tuple(range(64))
+def test_a_gpu_joins_more_adapters() -> None:
+    spans = [Span(5 * number, 5 * number + 5, number) for number in range(65)]
+    ranks, factors = [16] * 65, [1.0] * 65
+    assert [len(s.adapters) for s in cut(spans, ranks, factors, "cpu")] == [4] * 16 + [1]
+    assert [len(s.adapters) for s in cut(spans, ranks, factors, "meta")] == [64, 1]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

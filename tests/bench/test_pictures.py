@@ -9,15 +9,10 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
-from bench.kinds import KINDS, RESULTS
-from bench.known import FLAGS
-from bench.pictures import drawn, headline
+from bench.kinds import RESULTS
+from bench.pictures import drawn, headline, stored
 
-STORED = [
-    path
-    for path in sorted(RESULTS.glob("*/*.json"))
-    if path.parent.name in KINDS and path.stem in FLAGS and path.with_suffix(".png").exists()
-]
+STORED = [path for path in stored() if path.with_suffix(".png").exists()]
 SLACK = 2.0  # pixels
 
 

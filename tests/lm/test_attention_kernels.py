@@ -15,7 +15,7 @@ from prad.lm.kernels.build import built
 from prad.lm.kv import Pools, dtype_name
 from tests.cache import CACHE
 
-LENGTHS = (1, 2, 15, 16, 17, 31, 32, 33, 100)
+LENGTHS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 100)
 PROMPTS = (1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 130, 600)
 
 

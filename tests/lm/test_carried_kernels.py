@@ -91,6 +91,7 @@ def test_all_kinds_are_carried_or_none(folder: Path, tmp_path: Path, monkeypatch
 
 OTHERS = (  # that build their own
     CpuKind("avx-f16c", "x86_64", ("-march=x86-64-v2", "-mavx", "-mf16c")),
+    CpuKind("avx-fma", "x86_64", ("-march=x86-64-v2", "-mavx", "-mfma")),
     CpuKind("avx512f-alone", "x86_64", ("-march=x86-64-v3", "-mavx512f")),
 )
 

@@ -37,13 +37,16 @@ def test_linear(kernels: Kernels, dtype: torch.dtype, columns: int, depth: int, 
 
 
 @EACH_KIND
-@pytest.mark.parametrize("precision", ["full", "int8", "int4"])
+@pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [(dtype, "full") for dtype in DTYPES] + [(torch.bfloat16, p) for p in ("int8", "int4")],
+)
 @pytest.mark.parametrize("depth", [96, 4128])  # more inputs than are taken at once, too
 def test_a_row_has_the_same_products_alone_and_in_any_batch(
-    kernels: Kernels, depth: int, precision: Precision
+    kernels: Kernels, depth: int, dtype: torch.dtype, precision: Precision
 ) -> None:
     """Bit for bit: what is drawn must not depend on who else is served."""
-    x, weight = some(300, depth, dtype=torch.bfloat16), some(336, depth, dtype=torch.bfloat16, seed=1)
+    x, weight = some(300, depth, dtype=dtype), some(336, depth, dtype=dtype, seed=1)
     if precision == "int4":
         packed = PackedLinear.of_blocks([Blocks.rounded(weight, 4)])
     else:

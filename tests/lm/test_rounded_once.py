@@ -1,5 +1,6 @@
-"""A product and a sum are rounded once where the kernels say so, and nowhere else: left to itself a compiler
-chooses for each loop, and the bits of a row would depend on how many stand beside it."""
+"""A product and a sum are rounded once where the kernels say so (and the CPU has an instruction for it), and
+nowhere else: left to itself a compiler chooses for each loop, and the bits of a row would depend on how many
+stand beside it."""
 
 import platform
 import re
@@ -25,8 +26,10 @@ def test_compilers_fuse_what_is_said_and_nothing_else(kind: CpuKind, tmp_path: P
     bodies = [f'extern "C" v16 {name}(v16 a, v16 b, v16 c) {{ {body} }}' for name, (body, _) in FUSED.items()]
     source.write_text("\n".join(['#include "lanes.h"', *bodies]), encoding="utf-8")
     command = [compiler(), *FLAGS, *kind.flags, f"-I{SOURCES}", "-S", str(source), "-o", "-"]
-    text = subprocess.run(command, check=True, capture_output=True, text=True, encoding="utf-8").stdout
-    parts = re.split(rf"^({'|'.join(FUSED)}):$", text, flags=re.MULTILINE)[1:]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+    if done.returncode:
+        pytest.skip(f"the compiler does not know {kind.name}: {done.stderr}")
+    parts = re.split(rf"^({'|'.join(FUSED)}):.*$", done.stdout, flags=re.MULTILINE)[1:]
     found = {
         name: "fmadd" in code or "fmla" in code for name, code in zip(parts[::2], parts[1::2], strict=True)
     }

@@ -7,7 +7,7 @@
 #include "pool.h"
 #include "vec.h"
 
-// Sums of lanes: a register whose lane i is the sum over register i of as many as it has lanes, four at a time.
+// Sums of lanes: lane i becomes the sum of register i's lanes, of four registers at a time.
 template <int kDistance, int... i>
 inline Register halves(Register a, Register b, std::integer_sequence<int, i...>) {
   return shuffled<(i & kDistance ? kInRegister + i : i)...>(a, b) +
@@ -54,8 +54,8 @@ struct Tokens {
   }
 };
 
-// kQueries queries against one key: a register each whose lanes add up to the product.
-template <class T, int kQueries>
+// kQueries queries against one key: a register each whose lanes add up to the product. kTail: dim is no multiple of 16.
+template <class T, int kQueries, bool kTail>
 struct Products {
   const float* query;  // [kQueries][dim]
   int64_t dim;
@@ -73,7 +73,7 @@ struct Products {
       v16 k = load(key + d);
       each<kQueries>([&](auto g) { acc[g] = fused(load(query + g * dim + d), k, acc[g]); });
     }
-    if (d < dim) {
+    if (kTail) {
       v16 k = load_some(key + d, dim - d);
       each<kQueries>([&](auto g) { acc[g] = fused(load_some(query + g * dim + d, dim - d), k, acc[g]); });
     }
@@ -192,13 +192,15 @@ void attend(const AttentionCall& p, const T* query, const Tokens<T>& keys, const
   if constexpr (sizeof(T) == 2) {
     if (keys.dim == 64) score(PairProducts<kQueries, 2>(query, 64, wide));
     else if (keys.dim == 128) score(PairProducts<kQueries, 4>(query, 128, wide));
-    else score(Products<T, kQueries>(query, keys.dim, wide));
+    else score(Products<T, kQueries, true>(query, keys.dim, wide));
   } else
 #endif
-    score(Products<T, kQueries>(query, keys.dim, wide));
+    if (keys.dim % 16 == 0) score(Products<T, kQueries, false>(query, keys.dim, wide));
+    else score(Products<T, kQueries, true>(query, keys.dim, wide));
   for (int g = 0; g < kQueries; g++) answers[g].weigh(scores + g * room, count, dim);
   int64_t d = 0;
-  constexpr int kVectors = kRegisters == 1 ? 4 : kRegisters * kQueries <= 6 ? 2 : 1;  // whose sums stay in registers
+  // whose sums stay in registers: 32 of AVX-512, or 16
+  constexpr int kVectors = kRegisters == 1 ? 4 : kRegisters * kQueries <= 6 ? 2 : 1;
   for (; d + 16 * kVectors <= dim; d += 16 * kVectors)
     mix<T, kQueries, kVectors>(scores, room, values, next_keys, d, answers);
   for (; d + 16 <= dim; d += 16) mix<T, kQueries, 1>(scores, room, values, next_keys, d, answers);

@@ -1,8 +1,9 @@
 // Sixteen numbers at a time, whatever registers there are: v16 of floats, i16x and u16x of whole numbers; and each of
 // their 32 bits as two numbers or four.
 //
-// A product and a sum are rounded once where `fused` says so, and nowhere else (-ffp-contract=off): left to themselves
-// compilers choose for each loop, and the same row would have other bits among as many more.
+// A product and a sum are rounded once where `fused` and `add_product` say so, if the CPU can, and nowhere else
+// (-ffp-contract=off): left to themselves compilers choose for each loop, and a row would have other bits beside another
+// number of rows.
 //
 // With AVX-512 they are GCC's vectors of one register. Elsewhere a class of as many registers as they take: GCC keeps a
 // vector that is wider than any register in memory, and compares it number by number.
@@ -76,7 +77,7 @@ inline v16 chosen(v16 a, v16 b) {
 #endif
 }
 
-using Register = v16;  // floats of one
+using Register = v16;  // one of floats
 inline Register folded(v16 x) { return x; }
 template <int... kFrom>
 inline Register shuffled(Register a, Register b) {
@@ -253,7 +254,7 @@ inline void add_product(v16& sum, v16 a, v16 b) {
 #endif
 }
 
-using Register = v16::Part;  // floats of one
+using Register = v16::Part;  // one of floats
 inline void store(float* p, Register x) { *reinterpret_cast<v16::Stored*>(p) = x; }
 // The sum of all registers.
 inline Register folded(v16 x) {

@@ -198,7 +198,7 @@ void linear(Pool& pool, const Panels<W>& w, const X* x, int64_t rows, int64_t st
     const int64_t first = item % columns * step, last = std::min(w.count, first + step);
     alignas(64) SumOf<X> c[2 * kRows * kColumns];
     SumOf<X>* const next = c + kRows * kColumns;
-    auto later = [&](int64_t p) -> const W* {  // what is likely to be multiplied behind a panel
+    auto later = [&](int64_t p) -> const W* {  // what a thread is likely to multiply behind a panel, with few rows
       const int64_t then = p + 1 < last ? p + 1 : first + step * pool.threads();
       return rows <= kRows && then < w.count ? w[then] : nullptr;
     };

@@ -10,8 +10,8 @@ constexpr int kColumns = 16;
 namespace plain {
 constexpr int kMost = kRegisters == 2 ? 6 : 8;  // rows whose sums stay in registers
 
-// Up to kMost rows at a time, as many each time as come out even: body<their number, kSoon>(the first, which time, of
-// how many). kSoon: the memory is slower than the arithmetic of so few, and weights are to be asked for ahead.
+// Up to kMost rows in a turn, as many in each as come out even: body<their number, kSoon>(the first, which turn, of how
+// many). kSoon: the memory is slower than the arithmetic of so few, and weights are to be asked for ahead.
 template <int kN, bool kSoon, class Body>
 void some_rows(int n, const Body& body, int row, int turn, int turns) {
   if constexpr (kN > 1)
@@ -27,8 +27,8 @@ void each_some(int rows, const Body& body) {
     else some_rows<kMost, false>(std::min(most, rows - row), body, row, turn, turns);
 }
 
-// Weights that are wanted soon. Rows that come at once ask for what is 1 KiB further on; at several times, each time for
-// a part of the next panel, if that is known: the first time would wait for it, and others leave the memory idle.
+// Weights that are wanted soon. Rows of one turn ask for what is 1 KiB further on; those of several ask in each for a
+// part of the next panel, if that is known: the first turn would wait for it, and the others leave the memory idle.
 struct Ahead {
   const char* at;
   int pace;  // bytes, for each line that is used
