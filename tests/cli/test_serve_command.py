@@ -177,6 +177,7 @@ def _ctrl_c_stops_the_last_started_first(serve: Command, root: Path) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.long
 def test_a_redis_keeps_what_an_unprotected_command_serves(
     model: Path,
     load_tiny: Callable[[str], LanguageModel],
@@ -242,7 +243,10 @@ def test_a_signal_while_it_starts(
         assert "Traceback" not in serve.said
 
 
-@pytest.mark.parametrize(("flag", "service"), [("--weights", "decode"), ("--prefill-weights", "prefill")])
+@pytest.mark.parametrize(
+    ("flag", "service"),
+    [("--weights", "decode"), pytest.param("--prefill-weights", "prefill", marks=pytest.mark.long)],
+)
 def test_8_bit_weights_are_a_services_to_make_or_refuse(
     flag: str, service: str, model: Path, tmp_path: Path, ports: list[int]
 ) -> None:

@@ -31,10 +31,12 @@ def _python(code: str, folder: Path, **environment: str) -> str:
     ).stdout
 
 
+@pytest.mark.long
 def test_commands_are_forked_from_what_has_imported_all_also_in_another_folder(tmp_path: Path) -> None:
     assert _python(f"{BEGIN} forked.begin(); {SAY}", tmp_path).startswith("0 ")
 
 
+@pytest.mark.long
 def test_a_failed_import_is_named_by_what_is_forked(tmp_path: Path) -> None:
     (tmp_path / "without.py").write_text(
         "import sys; sys.modules['prad.training.evaluate'] = None", encoding="utf-8"
