@@ -3,7 +3,7 @@
 import ast
 from pathlib import Path
 
-from bench import flags
+from bench import flags, flags_of_training
 from bench.flags import Flags
 
 FLAGS: dict[str, type[Flags]] = {
@@ -33,8 +33,8 @@ FLAGS: dict[str, type[Flags]] = {
     "peers": flags.Peers,
     "stream": flags.Stream,
     "vllm_serve": flags.VllmServe,
-    "quality": flags.Quality,
-    "train": flags.Train,
+    "quality": flags_of_training.Quality,
+    "train": flags_of_training.Train,
 }
 
 

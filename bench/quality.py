@@ -17,7 +17,7 @@ import torch
 from filelock import FileLock, Timeout
 from rich.console import Console
 
-from bench.flags import Quality
+from bench.flags_of_training import Quality
 from bench.model import load, model_folder
 from bench.quality_bootstrap import counts, mean_score, paired_difference
 from bench.quality_cells import Study

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from bench.flags import Train
+from bench.flags_of_training import Train
 from bench.model import model_folder
 from bench.rounds import interleaved, ratio, seconds
 from prad.adapters import METHODS, find_method, new_adapter, reparametrised
