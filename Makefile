@@ -13,6 +13,9 @@ PROTO := kvtransfer/proto/handoff.proto
 BENCHMARKS := floor decode growth choices beams step structured para prefill handoff chunking serve batch memory flood registry push versions table4
 SMOKE ?= floor decode step rounding handoff # what CI runs, in less than two minutes on two cores
 
+# Where no bytecode is written, each process compiles all of torch again: 3 times as long, some 5 s, for every service.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: help serve test redis test-long test-latest test-oldest coverage sanitize check check-types check-all-else proto bench bench-smoke docs lock clean
 .DEFAULT_GOAL := help
 

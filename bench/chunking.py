@@ -55,7 +55,7 @@ def run(arguments: Chunking) -> dict[str, Any]:
             stack.start("prefill", [*where, "--port", str(ports[name]), *flags])
         for port in ports.values():
             ready = f"http://127.0.0.1:{port}/ready"
-            stack.wait_until(lambda url=ready: answers(url), 600, "prefill")  # type: ignore[misc]
+            stack.wait_until(lambda url=ready: answers(url), "prefill")  # type: ignore[misc]
         return asyncio.run(_measure(ports, chosen, arguments))
 
 

@@ -26,7 +26,6 @@ from bench.flags import Memory
 from bench.model import model_flags
 from local_stack.stack import Stack, answers, free_ports
 
-_PATIENCE_S = 600.0
 _MIB = 1 << 10  # of what smaps counts in, KiB
 _IMPORTS = {
     "Python": "pass",
@@ -94,7 +93,7 @@ def _served(root: Path, model: list[str]) -> tuple[float, list[dict[str, Any]]]:
     with Stack(root / "logs") as stack:
         begun = time.perf_counter()
         stack.start("serve", [*model, *(str(part) for pair in flags.items() for part in pair)])
-        stack.wait_until(lambda: answers(f"{url}/ready"), _PATIENCE_S, "prad serve")
+        stack.wait_until(lambda: answers(f"{url}/ready"), "prad serve")
         took = round(time.perf_counter() - begun, 2)
         body = {"prompt": "Once", "max_tokens": 8}
         httpx.post(f"{url}/v1/completions", json=body, timeout=60, trust_env=False).raise_for_status()

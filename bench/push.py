@@ -131,12 +131,12 @@ def _served(arguments: Push, root: Path) -> Iterator[_Running]:
         stack = stacks.enter_context(Stack(root / "logs"))
         stack.start("registry", ["--port", str(registry_port), "--data-dir", str(root / "registry")])
         stack.start("decode", [*shared, "--port", str(decode_port)])
-        stack.wait_until(lambda: answers(f"{registry}/ready"), 120, "the registry")
+        stack.wait_until(lambda: answers(f"{registry}/ready"), "the registry")
         for log, port in zip(logs, ports, strict=True):
             prefill = stacks.enter_context(Stack(log))
             prefill.start("prefill", [*shared, *where, "--port", str(port)])
         for api in apis:
-            stack.wait_until(lambda api=api: answers(f"{api}/ready"), 300, "prefill")  # type: ignore[misc]
+            stack.wait_until(lambda api=api: answers(f"{api}/ready"), "prefill")  # type: ignore[misc]
         yield _Running(registry, apis, tuple(log / "prefill.log" for log in logs))
 
 

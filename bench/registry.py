@@ -120,7 +120,7 @@ class _Fleet:
         with Stack(self._root / "logs") as stack:
             begun = time.perf_counter()
             stack.start(name, [*arguments, "--port", str(port)])
-            stack.wait_until(lambda: answers(f"{url}/ready"), _PATIENCE_S, name)
+            stack.wait_until(lambda: answers(f"{url}/ready"), name)
             took = time.perf_counter() - begun
             yield _Child(url, round(took, 2), stack.services[0].process.pid, begun)
 

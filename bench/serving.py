@@ -154,15 +154,15 @@ def served(
             )
             where = ["--decode", f"127.0.0.1:{decode_port}", "--registry", registry]
             stack.start("prefill", [*shared, *where, "--port", str(api), *prefill])
-            stack.wait_until(lambda: answers(f"{registry}/ready"), 120, "the registry")
-            stack.wait_until(lambda: answers(f"http://127.0.0.1:{api}/ready"), 300, "prefill")
+            stack.wait_until(lambda: answers(f"{registry}/ready"), "the registry")
+            stack.wait_until(lambda: answers(f"http://127.0.0.1:{api}/ready"), "prefill")
             if tasks:
                 status.update("verifying the adapters")
                 if failed := push_all(root / "adapters", registry):
                     raise StackError(f"adapters were refused: {failed}")
             for task in (task for each in tasks.values() for task in each):
                 listed = f"http://127.0.0.1:{api}/v1/models/{task}"
-                stack.wait_until(partial(answers, listed), 60, task)
+                stack.wait_until(partial(answers, listed), task)
             status.stop()
             with LoadClient(f"http://127.0.0.1:{api}") as client:
                 pids = {service.name: service.process.pid for service in stack.services}

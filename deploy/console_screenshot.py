@@ -48,7 +48,6 @@ PAGES = {
 SIZES = {"desk": (1280, 800), "phone": (390, 844)}
 SHOWN = (1280, 860)
 """Of docs/console.png: down to the end of the first charts."""
-_START_S = 300.0
 
 
 def main(
@@ -85,7 +84,7 @@ def _stack(folder: Path) -> Iterator[tuple[str, str]]:
         stack.start("decode", ["--port", str(decode_port), "--threads", "1"])
         where = ["--decode", f"127.0.0.1:{decode_port}", "--registry", registry, "--port", str(api_port)]
         stack.start("prefill", [*where, "--threads", "1"])
-        stack.wait_until(lambda: answers(f"{api}/ready"), _START_S, "the stack")
+        stack.wait_until(lambda: answers(f"{api}/ready"), "the stack")
         yield registry, api
 
 

@@ -47,7 +47,6 @@ ROOMS = ("prad", "kvtransfer", "decode_service", "prefill_service", "adapter_reg
 TRACED = ("prefill", "decode")
 ADAPTER = Path("examples/adapters/sentiment")
 PROMPT = "a gripping , beautifully acted film about the quiet life of a lighthouse keeper"
-_START_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def count(folder: Path) -> Counts:
         _complete(api)
         for process in traced:
             process.send_signal(signal.SIGUSR2)
-        stack.wait_until(lambda: all(trace.is_file() for trace in traces), 30.0, "the traces")
+        stack.wait_until(lambda: all(trace.is_file() for trace in traces), "the traces")
     read = [json.loads(trace.read_text(encoding="utf-8")) for trace in traces]
     if faults := [fault for trace in read for fault in trace["faults"]]:
         raise RuntimeError(f"the trace is not whole: {faults[:3]}")
@@ -128,11 +127,11 @@ def _stack(folder: Path) -> Iterator[tuple[str, Stack]]:
         where = ["--decode", f"127.0.0.1:{decode_port}", "--registry", registry]
         where += ["--traffic-s", "0"]  # beside requests: it would be counted if its time came just then
         stack.start("prefill", [*where, "--port", str(api_port)])
-        stack.wait_until(lambda: answers(f"{registry}/ready"), _START_S, "the registry")
-        stack.wait_until(lambda: answers(f"{api}/ready"), _START_S, "prefill")
+        stack.wait_until(lambda: answers(f"{registry}/ready"), "the registry")
+        stack.wait_until(lambda: answers(f"{api}/ready"), "prefill")
         pushed = [sys.executable, "-m", "prad_cli", "adapter", "push", str(ADAPTER), "--task", ADAPTER.name]
         subprocess.run([*pushed, "--registry", registry], check=True, stdout=subprocess.DEVNULL)
-        stack.wait_until(lambda: answers(f"{api}/v1/models/{ADAPTER.name}"), _START_S, "the adapter")
+        stack.wait_until(lambda: answers(f"{api}/v1/models/{ADAPTER.name}"), "the adapter")
         yield api, stack
 
 

@@ -23,6 +23,8 @@ from local_stack.signals import signals_later
 from prad.core.errors import PradError
 
 _POLL_S = 0.1
+_PATIENCE_S = 600.0
+"""For whatever is waited for: a first start converts or fetches the model, maybe beside others' work."""
 _STOP_S = 50.0
 """More than decode takes at most: its drain, and what it still sends."""
 _LOG_LINES = 12
@@ -138,15 +140,16 @@ class Stack:
             process_group=0,
         )
 
-    def wait_until(self, ready: Callable[[], bool], timeout_s: float, what: str) -> None:
-        """Waits until `ready()`. Raises StackError if a child ends, or after `timeout_s`."""
-        deadline = time.monotonic() + timeout_s
+    def wait_until(self, ready: Callable[[], bool], what: str) -> None:
+        """Waits until `ready()`. Raises StackError if a child ends, or if `what` takes longer than ten
+        minutes."""
+        deadline = time.monotonic() + _PATIENCE_S
         while not ready():
             self.check()
             if time.monotonic() > deadline:
                 raise StackError(
-                    f"{what} took longer than {timeout_s:g} s; the logs are in {self._logs}, and prad doctor "
-                    "looks for causes"
+                    f"{what} took longer than {_PATIENCE_S:g} s; the logs are in {self._logs}, and prad "
+                    "doctor looks for causes"
                 )
             time.sleep(_POLL_S)
 

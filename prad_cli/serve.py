@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 API_PORT, REGISTRY_PORT, DECODE_PORT, METRICS_PORT = 8000, 8001, 50051, 8002
 DEFAULT_DATA = Path("~/.local/share/prad")
-_START_S = 300.0  # the first start converts or fetches the model
 
 
 def port_option(flag: str, default: int, variable: str, help_text: str) -> Any:
@@ -264,9 +263,9 @@ def _start(stack: "Stack", flags: Mapping[str, list[str]], here: "_Here", consol
     with _doing(console, "starting the registry"):
         for name, own in flags.items():
             stack.start(name, own)
-        stack.wait_until(lambda: answers(f"{here.at.registry}/ready"), 30.0, "starting the registry")
+        stack.wait_until(lambda: answers(f"{here.at.registry}/ready"), "starting the registry")
     with _doing(console, "loading the model (the first start converts it: about a minute)"):
-        stack.wait_until(lambda: answers(f"{here.at.api}/ready"), _START_S, "starting")
+        stack.wait_until(lambda: answers(f"{here.at.api}/ready"), "starting")
 
 
 def _push(stack: "Stack", here: "_Here") -> "_Found":
@@ -279,7 +278,7 @@ def _push(stack: "Stack", here: "_Here") -> "_Found":
     failed = {} if here.adapters is None else push_all(here.adapters, here.at.registry, token)
     with RegistryClient(here.at.registry, token=token) as client:
         state, keys = client.state(), client.keys()
-        stack.wait_until(lambda: _replicas_ready(client, state.revision), 60.0, "loading the adapters")
+        stack.wait_until(lambda: _replicas_ready(client, state.revision), "loading the adapters")
     tasks = [task.task for task in state.tasks if task.routing.split]
     return _Found(tasks, failed, any(key.role == "complete" for key in keys))
 

@@ -1,5 +1,6 @@
 """Tiny random float32 models, adapters with weight on every parameter, and the real stack in processes."""
 
+import gc
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
@@ -105,8 +106,10 @@ def pytest_configure(config: pytest.Config) -> None:
     if not config.getoption("--hypothesis-profile"):
         hypothesis.settings.load_profile("untimed")
     forked.wanted = config.getoption("--fork") and _device == "cpu"  # what CUDA began no fork can go on with
-    if forked.wanted and not config.getoption("numprocesses", None):  # a worker of xdist, or the only process
-        forked.begin()
+    if not config.getoption("numprocesses", None):  # a worker of xdist, or the only process
+        gc.disable()  # until all tests are collected
+        if forked.wanted:
+            forked.begin()
     config.option.loadscopereorder = False  # in the order of `pytest_collection_modifyitems` instead
 
 
@@ -114,10 +117,11 @@ def _stand_alone() -> None:
     """What tests and the commands that they start find; at no import, which `tests.outside.clients` needs as
     well, whose pip has the user's certificates and proxy."""
     os.environ["PRAD_CACHE_DIR"] = str(CACHE)
-    if (
-        signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    ):  # a script's background job: children would not heed it
+    # ignored here, children would not heed them: the first in a script's background job, the other in nohup
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"  # also where a proxy leads out
     os.environ.pop("SSL_CERT_FILE", None)  # each client of HTTP would read all those certificates, for nobody
     os.environ["SSL_CERT_DIR"] = str(CACHE)
@@ -127,6 +131,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes longest comes first: whoever works at the last long file alone is waited for by all."""
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(places)))
+
+
+def pytest_collection_finish() -> None:
+    """What is there now stays. Looking through it was a quarter of what the tests computed."""
+    gc.freeze()
+    gc.enable()
 
 
 _device = "cpu"
@@ -289,13 +299,13 @@ def _running_stack(
         stack.start("decode", [*common, *own, *_flags(decode)])
         where = ["--decode", f"127.0.0.1:{decode_port}", "--registry", registry, "--port", str(api_port)]
         stack.start("prefill", [*common, "--model", str(model), *where, *_flags(prefill)])
-        stack.wait_until(lambda: answers(f"{registry}/ready"), 120, "the registry")
+        stack.wait_until(lambda: answers(f"{registry}/ready"), "the registry")
         if decode_model is None:
-            stack.wait_until(lambda: answers(f"{api}/ready"), 240, "prefill")
+            stack.wait_until(lambda: answers(f"{api}/ready"), "prefill")
         if adapters is not None:
             assert push_all(adapters, registry) == {}
             listed = [f"{api}/v1/models/{path.name}" for path in adapters.iterdir()]
-            stack.wait_until(lambda: all(map(answers, listed)), 60, "the adapters")
+            stack.wait_until(lambda: all(map(answers, listed)), "the adapters")
         with httpx.Client(base_url=api, timeout=60) as client:
             yield RunningStack(client, registry, f"127.0.0.1:{decode_port}", stack)
 

@@ -4,6 +4,7 @@ What cannot be imported is noted, and said by every command that would be forked
 over an ImportError, and ends without a word at anything else.
 """
 
+import gc
 import os
 from collections.abc import Callable
 from functools import partial
@@ -51,3 +52,4 @@ for name in LATER:
     _tried(f"transformers.{name}", partial(_of_transformers, name))
 for name in (f"transformers.models.{family}.modeling_{family}" for family in FAMILIES):
     _tried(name, partial(import_module, name))
+gc.freeze()  # what all of them have is looked through by none, and stays one copy in memory

@@ -69,6 +69,7 @@ def load_served(
     else:
         model = LanguageModel.load(folder, dtype=loaded_as, device=device)
     gc.collect()
+    gc.freeze()  # what is loaded stays: a collection that goes through it takes as long as several steps
     give_back_freed()
     return ServedModel(model, folder)
 

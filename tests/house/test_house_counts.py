@@ -76,4 +76,4 @@ def test_a_service_that_ended_is_not_waited_for(tmp_path: Path) -> None:
         stack.start("registry", ["--port", "1"])
         said = r"^registry ended with status 1\n  error: \['registry', '--port', '1'\] cannot be$"
         with pytest.raises(StackError, match=said):
-            stack.wait_until(lambda: False, 1e9, "the registry")
+            stack.wait_until(lambda: False, "the registry")

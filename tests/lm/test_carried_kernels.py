@@ -98,7 +98,11 @@ OTHERS = (  # that build their own
 
 @pytest.mark.parametrize(
     "kind",
-    [pytest.param(kind, id=kind.name) for kind in (*KINDS, *OTHERS) if kind.machine == platform.machine()],
+    [
+        pytest.param(kind, id=kind.name, marks=pytest.mark.long if kind in OTHERS else ())
+        for kind in (*KINDS, *OTHERS)
+        if kind.machine == platform.machine()
+    ],
 )
 def test_the_sources_are_right_for_every_kind(kind: CpuKind, tmp_path: Path) -> None:
     """The code of other CPUs is compiled by nothing else before an image is built."""

@@ -22,9 +22,11 @@ from prad.adapters.method import FrozenModel
 from prad.lm import LanguageModel, Tokenizer, UnsupportedModelError, placements, projection
 from prad.lm.errors import ModelNotFoundError
 from prad.lm.kernels import Kernels, Precision
+from prad.lm.kernels.build import built
 from prad.lm.kv import Pools
 from prad.lm.packed import PackedModel
 from prad.lm.serving import accelerated
+from tests.cache import CACHE
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
@@ -347,19 +349,20 @@ def test_weights_of_another_page_are_not_served(tmp_path: Path, opened: Opened) 
     assert file.read_bytes()[:64] == key, "packed anew"
 
 
-def test_a_start_imports_no_models_of_transformers(
+def test_a_start_imports_no_models_of_transformers_and_leaves_nothing_to_collect(
     tiny_model: Callable[[str], Path], tmp_path: Path, kernels: Kernels
 ) -> None:
-    """Which is most of a start's time and a hundred MB."""
+    """Imports are most of a start's time and a hundred MB; what is collected later stops a step."""
     folder = tiny_model("llama")
     accelerated(folder, tmp_path, torch.float32, kernels, "full")
+    (tmp_path / "kernels").symlink_to(built(CACHE).parent)
     program = (
-        "import sys, torch\nfrom pathlib import Path\nfrom prad.lm import Tokenizer\n"
-        "from prad.lm.kernels import load_kernels\nfrom prad.lm.serving import accelerated\n"
+        "import gc, sys\nfrom pathlib import Path\nfrom prad.lm import Tokenizer\n"
+        "from prad.lm.serving import load_served\n"
         "import decode_service.server, prefill_service.server\n"
-        f"kernels = load_kernels('native', Path({str(Path.home() / '.cache' / 'prad')!r}), 'cpu')\n"
-        f"accelerated(Path({str(folder)!r}), Path({str(tmp_path)!r}), torch.float32, kernels, 'full')\n"
+        f"load_served({str(folder)!r}, Path({str(tmp_path)!r}), dtype='float32', kernels='native')\n"
         "assert not {'transformers', 'gguf', 'sympy', 'torch._dynamo'} & sys.modules.keys()\n"
+        "assert gc.get_freeze_count() > 100 * len(gc.get_objects())\n"
         f"Tokenizer(Path({str(folder)!r}))\n"
         "assert not {'transformers.modeling_utils', 'sympy', 'torch._dynamo'} & sys.modules.keys()\n"
     )

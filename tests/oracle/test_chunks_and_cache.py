@@ -143,7 +143,7 @@ def test_the_same_text_of_other_tasks_shares_nothing(side: PromptSide, pass_toke
     assert side.scheduler.lookups.hits == 4
 
 
-@pytest.mark.parametrize("pass_tokens", [1, 15, 16, 17, 4096])
+@pytest.mark.parametrize("pass_tokens", [pytest.param(1, marks=pytest.mark.long), 15, 16, 17, 4096])
 @pytest.mark.parametrize("prompt", [16, 40])
 def test_a_continuation_is_the_plain_models(side: PromptSide, prompt: int, pass_tokens: int) -> None:
     """It begins inside a block, or with one. Its blocks are found by the same continuation, and by no prompt

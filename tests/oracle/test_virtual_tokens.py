@@ -76,7 +76,7 @@ def test_the_same_text_of_other_tasks_shares_nothing(side: PromptSide) -> None:
 
 
 @pytest.mark.parametrize("task", OWN)
-@pytest.mark.parametrize("pass_tokens", [1, 16, 17, 4096])
+@pytest.mark.parametrize("pass_tokens", [pytest.param(1, marks=pytest.mark.long), 16, 17, 4096])
 @pytest.mark.parametrize("prompt", [1, 16, 40])
 def test_a_continuation_is_the_plain_models(
     side: PromptSide, prompt: int, pass_tokens: int, task: str

@@ -214,7 +214,7 @@ def impatient_registry(tmp_path: Path, unused_tcp_port_factory: Callable[[], int
     where += ["--max-wait-seconds", "0.05", "--replicas-wait-seconds", "0"]
     with Stack(tmp_path / "logs") as stack:
         stack.start("registry", where)
-        stack.wait_until(lambda: answers(f"http://127.0.0.1:{port}/health"), 60, "the registry")
+        stack.wait_until(lambda: answers(f"http://127.0.0.1:{port}/health"), "the registry")
         yield f"http://127.0.0.1:{port}"
 
 

@@ -141,7 +141,7 @@ def full_registry(
     where = ["--port", str(port), "--data-dir", str(tmp_path / "data"), "--min-free-mib", str(2**40)]
     with Stack(tmp_path / "logs") as stack:
         stack.start("registry", where)
-        stack.wait_until(lambda: answers(f"{url}/health"), 60, "the registry")
+        stack.wait_until(lambda: answers(f"{url}/health"), "the registry")
         yield url
 
 

@@ -35,7 +35,7 @@ def test_what_a_replica_answers_is_seen_in_the_console(
         def answered() -> int:
             return round(SLOT_S * sum(sum(line["values"]) for line in drawn()["requests"]))
 
-        running.stack.wait_until(lambda: answered() >= 3, 120, "the console's news")
+        running.stack.wait_until(lambda: answered() >= 3, "the console's news")
         assert answered() == 3
         assert [line["label"] for line in drawn()["requests"]] == ["@1"]
         assert round(SLOT_S * sum(drawn()["tokens"][0]["values"])) == 12

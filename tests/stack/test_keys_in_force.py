@@ -64,7 +64,7 @@ def test_keys_are_in_force_when_the_command_answers(
         service.process.wait()
         assert [asked(running, token, "red") for token in (alice.token, bob.token, None)] == [200, 401, 401]
         running.stack.restart("registry")
-        running.stack.wait_until(lambda: answers(f"{running.registry}/ready"), 60, "the registry")
+        running.stack.wait_until(lambda: answers(f"{running.registry}/ready"), "the registry")
         assert httpx.get(f"{running.registry}/v1/state").status_code == 401
         _compared(running, tmp_path, alice.token)
 

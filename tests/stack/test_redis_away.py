@@ -52,7 +52,7 @@ def test_requests_go_on_without_redis_and_nothing_is_lost(
         assert complete(running, "red") == complete(running, "red@1") == first
         assert running.api.get("/ready").status_code == 200, "prefill is as ready as before"
         redis.start()
-        running.stack.wait_until(lambda: answers(f"{running.registry}/ready"), 30, "Redis")
+        running.stack.wait_until(lambda: answers(f"{running.registry}/ready"), "Redis")
         assert registry.state() == before
 
         # a version that came meanwhile is probed and served, and the registry's end changes nothing either
@@ -61,7 +61,7 @@ def test_requests_go_on_without_redis_and_nothing_is_lost(
             f"{running.registry}/v1/tasks/red/versions", json={"path": str(tmp_path / "blue")}, timeout=30
         )
         assert pushed.status_code == 201, pushed.text
-        running.stack.wait_until(lambda: registry.version("red", 2).state.answers, 60, "the probe")
+        running.stack.wait_until(lambda: registry.version("red", 2).state.answers, "the probe")
         assert registry.promote("red", 2).pending == ()
         second = complete(running, "red")
         assert second[0] == 2
@@ -70,14 +70,14 @@ def test_requests_go_on_without_redis_and_nothing_is_lost(
         service.process.wait()
         assert complete(running, "red") == second
         assert complete(running, "red@1") == first
-        running.stack.wait_until(lambda: "prad_registry_up 0.0" in running.api.get("/metrics").text, 30, "it")
+        running.stack.wait_until(lambda: "prad_registry_up 0.0" in running.api.get("/metrics").text, "it")
         told = running.api.get("/ready")
         assert (told.status_code, told.json()["status"]) == (200, "ready")
         assert "tasks are served as known last" in told.json()["warnings"][0]
         running.stack.restart("registry")
-        running.stack.wait_until(lambda: answers(f"{running.registry}/ready"), 60, "the registry")
+        running.stack.wait_until(lambda: answers(f"{running.registry}/ready"), "the registry")
         assert registry.task("red").routing.default == 2
-        running.stack.wait_until(lambda: "prad_registry_up 1.0" in running.api.get("/metrics").text, 30, "it")
+        running.stack.wait_until(lambda: "prad_registry_up 1.0" in running.api.get("/metrics").text, "it")
         assert "warnings" not in running.api.get("/ready").json()
         assert registry.promote("red", 1).routing.default == 1
-        running.stack.wait_until(lambda: complete(running, "red") == first, 30, "the change")
+        running.stack.wait_until(lambda: complete(running, "red") == first, "the change")

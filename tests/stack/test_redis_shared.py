@@ -84,7 +84,7 @@ def test_two_replicas_of_two_registries_agree(
             routing = change().routing
             assert first.task("red") == second.task("red")
             for each in (one, two):  # the other's replica hears of it at the same moment, and answers later
-                each.stack.wait_until(partial(routed, each, routing.revision), 30, "the change")
+                each.stack.wait_until(partial(routed, each, routing.revision), "the change")
             said = [[complete(each, user) for user in USERS] for each in (one, two)]
             assert said[0] == said[1]
             assert [told["version"] for told in said[0]] == [drawn("red", routing.split, u) for u in USERS]
@@ -156,17 +156,15 @@ def test_nothing_acknowledged_is_lost_whoever_is_killed(
         try:
             for name in rng.sample(["redis", "registry", "prefill"] * rounds, 3 * rounds):
                 enough = len(operators.promoted) + 2
-                running.stack.wait_until(
-                    lambda enough=enough: len(operators.promoted) >= enough, 120, "changes"
-                )
+                running.stack.wait_until(lambda enough=enough: len(operators.promoted) >= enough, "changes")
                 time.sleep(rng.uniform(0, 0.2))
                 kill(name)
             enough = len(operators.promoted) + 2
-            running.stack.wait_until(lambda: len(operators.promoted) >= enough, 120, "changes")
+            running.stack.wait_until(lambda: len(operators.promoted) >= enough, "changes")
         finally:
             operators.stopped.set()
             changing.join()
-        running.stack.wait_until(lambda: answers(f"{running.registry}/ready"), 60, "the registry")
+        running.stack.wait_until(lambda: answers(f"{running.registry}/ready"), "the registry")
         task = registry.task("red")
         assert operators.pushed.items() <= {each.version: each.digest for each in task.versions}.items()
         assert task.routing.revision >= max(operators.promoted)
@@ -176,5 +174,5 @@ def test_nothing_acknowledged_is_lost_whoever_is_killed(
         (kept,) = (tmp_path / "registry" / "redis").iterdir()
         for digest in operators.pushed.values():
             assert files_digest(kept / "artefacts" / digest) == digest
-        running.stack.wait_until(lambda: answers(f"{running.api.base_url}/v1/models/red"), 120, "prefill")
-        running.stack.wait_until(lambda: complete(running)["version"] == task.routing.default, 60, "it")
+        running.stack.wait_until(lambda: answers(f"{running.api.base_url}/v1/models/red"), "prefill")
+        running.stack.wait_until(lambda: complete(running)["version"] == task.routing.default, "it")

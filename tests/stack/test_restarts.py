@@ -131,6 +131,17 @@ def test_a_log_is_bounded_while_its_service_writes(
         stack.bound_logs()  # nobody's fault
 
 
+def test_what_takes_too_long_is_named_with_where_to_look(
+    commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("local_stack.stack._PATIENCE_S", 0.2)
+    with commands as stack:
+        stack.run("import time; time.sleep(600)")
+        said = rf"^loading the model took longer than 0\.2 s; the logs are in {tmp_path / 'logs'}, and "
+        with pytest.raises(StackError, match=said):
+            stack.wait_until(lambda: False, "loading the model")
+
+
 def test_two_flags_with_one_port_are_an_error() -> None:
     require_apart({"--port": 8000, "--registry-port": 8001})
     with pytest.raises(StackError, match="--port and --decode-port are both 8000; choose another"):

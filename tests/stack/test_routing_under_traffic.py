@@ -239,7 +239,7 @@ def test_users_keep_their_version_over_restarts(
             service.process.wait()
             running.stack.restart(name)
         listed = f"{running.api.base_url}/v1/models/t"
-        running.stack.wait_until(lambda: answers(listed), 120, "prefill")
+        running.stack.wait_until(lambda: answers(listed), "prefill")
         assert [traffic.ask("t", user) for user in USERS] == before
         traffic.answered += before
         check(traffic, registry, operator, reference)

@@ -61,7 +61,7 @@ def test_agreement_is_that_of_both_versions_own_answers(
         for number, prompt in enumerate(PROMPTS, 1):
             found = ask("red", prompt)
             assert (found["prad"]["version"], tokens(found)) == (1, first[number - 1])
-            running.stack.wait_until(partial(told_of, number), 60, "the shadow")
+            running.stack.wait_until(partial(told_of, number), "the shadow")
         compared = metric(running.api, "prad_shadow_requests_total", 'outcome="compared"')
         assert compared == len(PROMPTS), "nothing was in their way"
         equal = sum(one == two for one, two in zip(first, second, strict=True))

@@ -108,9 +108,8 @@ def test_prompts_are_one_models_and_steps_the_others(
 
 
 def transformers_beams(
-    folder: Path, prompt: list[int], beams: Beams, max_tokens: int
+    model: Any, prompt: list[int], beams: Beams, max_tokens: int
 ) -> tuple[tuple[int, ...], float]:
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = torch.tensor([prompt])
     out = model.generate(
         ids,
@@ -149,9 +148,10 @@ def test_beams_and_their_scores_are_transformers(
     random_model(family, seed=4).save_pretrained(tmp_path)  # one whose answers end early, and late
     model = LanguageModel.load(tmp_path, dtype=torch.float32)
     model.accelerate(kernels)
-    expected = [transformers_beams(tmp_path, p, beams, 36) for p in prompts]
-    decoding = decoder(AdaptedModel(model), Limits(36, STOP_IDS), beams=beams, batch=12)
-    greedy = decoder(AdaptedModel(model), Limits(36, STOP_IDS))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    expected = [transformers_beams(theirs, p, beams, 24) for p in prompts]
+    decoding = decoder(AdaptedModel(model), Limits(24, STOP_IDS), beams=beams, batch=12)
+    greedy = decoder(AdaptedModel(model), Limits(24, STOP_IDS))
     found: dict[int, Any] = dict(decoding.run(prompts))
     for index, (answer, score) in enumerate(expected):
         assert found[index].answer == answer
