@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from enum import StrEnum
 from importlib import metadata
-from importlib.util import find_spec
+from importlib.util import cache_from_source, find_spec
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -110,6 +110,7 @@ def packages() -> Iterator[Finding]:
         yield Finding("packages", Level.FAULT, "; ".join(wrong), fix)
     else:
         yield Finding("packages", Level.OK, f"all {len(needed)} in the ranges of pyproject.toml")
+    yield from bytecode()
     for name, lines in extras.items():
         own = [r for r in map(Requirement, lines) if r.name != "prad-server"]
         missing = [r.name for r in own if out_of_range(r)]
@@ -119,6 +120,17 @@ def packages() -> Iterator[Finding]:
             yield Finding(f"extra {name}", Level.NOTE, f"without {', '.join(missing)}", installing(name))
         else:
             yield Finding(f"extra {name}", Level.OK, "installed")
+
+
+def bytecode() -> Iterator[Finding]:
+    """Whether each start compiles torch."""
+    torch = find_spec("torch")
+    if not sys.dont_write_bytecode or torch is None or torch.origin is None:
+        return
+    if not Path(cache_from_source(torch.origin)).exists():
+        found = "each start compiles torch: some seconds, since PYTHONDONTWRITEBYTECODE forbids to keep that"
+        installed = Path(torch.origin).parents[1]
+        yield Finding("bytecode", Level.NOTE, found, f"once: {sys.executable} -m compileall -q {installed}")
 
 
 def out_of_range(requirement: Requirement) -> str:

@@ -3,8 +3,10 @@
 import json
 import socket
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from email.utils import formatdate
+from importlib.util import cache_from_source, find_spec
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +105,20 @@ def test_a_package_out_of_range_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> N
     assert told["packages"].fix
     assert (told["extra more"].level, "nothing-such" in told["extra more"].found) == (Level.NOTE, True)
     assert python == ">=3.11"
+
+
+def test_a_torch_that_each_start_compiles_is_noted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "pycache_prefix", str(tmp_path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    assert list(findings.bytecode()) == []
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    (told,) = findings.bytecode()
+    assert (told.level, "PYTHONDONTWRITEBYTECODE" in told.found) == (Level.NOTE, True)
+    assert told.fix.startswith(f"once: {sys.executable} -m compileall -q /")
+    kept = Path(cache_from_source(str(find_spec("torch").origin)))  # type: ignore[union-attr]
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    assert list(findings.bytecode()) == []
 
 
 def test_what_is_installed_tells_the_ranges_where_there_is_no_checkout(
