@@ -3,6 +3,7 @@
 Under `accelerate launch` or `torchrun` every process runs this; the main one alone writes.
 """
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -176,9 +177,9 @@ def _last_checkpoint(settings: TrainSettings, record: AdapterRecord) -> str | No
     """Raises DataError if checkpoints of an earlier run would be mixed with those of this one."""
     folder = settings.out / CHECKPOINTS
     kept, own = folder / "run.json", record.model_dump_json(include=_OF_A_RUN)
-    for unfinished in folder.glob("checkpoint-*"):  # Trainer writes the state last
-        if not (unfinished / "trainer_state.json").is_file():
-            shutil.rmtree(unfinished, ignore_errors=True)
+    for checkpoint in folder.glob("checkpoint-*"):
+        if not _is_complete(checkpoint):
+            shutil.rmtree(checkpoint, ignore_errors=True)
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     if last is not None and not settings.resume:
         raise DataError(f"{folder} holds checkpoints of an earlier run; go on with --resume, or remove it")
@@ -186,10 +187,20 @@ def _last_checkpoint(settings: TrainSettings, record: AdapterRecord) -> str | No
         raise DataError(f"{folder} holds checkpoints of a run with other settings; remove it, or repeat them")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        kept.write_text(own, encoding="utf-8")
+        if last is None:
+            kept.write_text(own, encoding="utf-8")
     except OSError as error:
         raise DataError(f"{settings.out} cannot be made: {error}") from error
     return last
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Trainer writes its state last: a run that was killed before has left none, or a part of it."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _record(model: LanguageModel, base_name: str, settings: TrainSettings) -> AdapterRecord:

@@ -60,9 +60,14 @@ def test_a_killed_run_goes_on_and_ends_as_the_uninterrupted_one(
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert not (out / WEIGHTS).exists(), "it was killed in mid-run"
-    complete = [int(p.parent.name.split("-")[1]) for p in out.glob(f"{CHECKPOINTS}/*/trainer_state.json")]
-    (out / CHECKPOINTS / "checkpoint-119").mkdir()  # killed while writing one
-    (out / CHECKPOINTS / "checkpoint-119" / "model.safetensors").write_bytes(b"half")
+    states = out.glob(f"{CHECKPOINTS}/*/trainer_state.json")
+    complete = [int(p.parent.name.split("-")[1]) for p in states if p.read_bytes().endswith(b"\n}\n")]
+    for number, state in ((117, "{"), (118, ""), (119, None)):  # killed while writing one
+        unfinished = out / CHECKPOINTS / f"checkpoint-{number}"
+        unfinished.mkdir()
+        (unfinished / "model.safetensors").write_bytes(b"half")
+        if state is not None:
+            (unfinished / "trainer_state.json").write_text(state, encoding="utf-8")
 
     resumed: list[str] = []
     original = Trainer.train
