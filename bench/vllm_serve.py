@@ -232,4 +232,4 @@ def plot(result: dict[str, Any], figure: Any) -> None:
             axes.plot([row[kind][part] for row in rows], names, marker, label=part)
         axes.margins(x=0.1)
         axes.set(xlabel=label, xlim=(0, None))
-    figure.legend(*between.get_legend_handles_labels(), loc="outside upper right", ncols=2)
+    figure.legend(*between.get_legend_handles_labels(), loc="outside lower right", ncols=2)

@@ -22,6 +22,7 @@ def assert_readable(figure: Any) -> None:
     renderer = canvas.get_renderer()
     headings = [text for axes in figure.axes for text in (axes.title, axes.xaxis.label) if text.get_text()]
     headings += figure.texts  # where it was measured, and the title above all panels
+    headings += figure.legends
     for one, other in combinations([text.get_window_extent(renderer) for text in headings], 2):
         assert not one.padded(-SLACK).overlaps(other.padded(-SLACK)), "headings meet"
     for axes in figure.axes:
