@@ -310,6 +310,7 @@ inline u16x each_register(u16x a, u16x b, const auto& body) {
 }
 #endif
 typedef int16_t Shorts __attribute__((vector_size(sizeof(Whole))));
+typedef int8_t Bytes __attribute__((vector_size(sizeof(Whole))));
 
 // Of every two bytes the lower, or the upper, as a signed number of 16 bits.
 inline u16x lower_bytes(u16x x) {
@@ -351,6 +352,29 @@ inline i16x multiply_pairs(u16x a, u16x b) {
 #else
     typedef int32_t Longs __attribute__((vector_size(sizeof(Whole))));
     return (Whole)((((Longs)x << 16) >> 16) * (((Longs)y << 16) >> 16) + ((Longs)x >> 16) * ((Longs)y >> 16));
+#endif
+  });
+}
+// Bytes without their signs, and with those of other bytes; what a zero is multiplied with does not matter.
+inline u16x without_signs(u16x x) {
+  return each_register(x, x, [](Whole a, Whole) {
+#if defined(__AVX512BW__)
+    return (Whole)_mm512_abs_epi8((__m512i)a);
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+    return (Whole)_mm256_abs_epi8((__m256i)a);
+#else
+    const Bytes sign = (Bytes)a >> 7;
+    return (Whole)(((Bytes)a ^ sign) - sign);
+#endif
+  });
+}
+inline u16x with_signs(u16x x, u16x other) {
+  return each_register(x, other, [](Whole a, Whole b) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    return (Whole)_mm256_sign_epi8((__m256i)a, (__m256i)b);
+#else
+    const Bytes sign = (Bytes)b >> 7;
+    return (Whole)(((Bytes)a ^ sign) - sign);
 #endif
   });
 }

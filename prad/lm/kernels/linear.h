@@ -43,6 +43,13 @@ struct Sink {
   int64_t stride;
   ByteRows rounded;  // where sums are int32_t
 
+  // Asks for the memory that `take` is going to write.
+  void expect(int64_t panel, int64_t first_row, int rows) const {
+    const int64_t size = mode == Out::add || mode == Out::wide ? sizeof(float) : sizeof(T);
+    const char* to = static_cast<const char*>(out) + (first_row * stride + columns_of(panel).first) * size;
+    for (int r = 0; r < rows; r++, to += stride * size) __builtin_prefetch(to, 1);
+  }
+
   // c[rows][16] of `panel`, and the next panel's, if given; gated mode needs them.
   template <class C>
   void take(int64_t panel, int64_t first_row, int rows, const C* c, const C* next) const {
@@ -79,7 +86,8 @@ struct Sink {
 
   v16 finished(const float* c, const Columns& of, int64_t) const { return load(c) + of.bias; }
   v16 finished(const int32_t* c, const Columns& of, int64_t row) const {
-    return fused(to_floats(load(c) - of.offsets), rounded.scales[row] * of.scale, of.bias);
+    const i16x sum = has_dots<uint8_t>() ? load(c) - of.offsets : load(c);
+    return fused(to_floats(sum), rounded.scales[row] * of.scale, of.bias);
   }
 
   template <Out kMode>
@@ -190,17 +198,16 @@ void linear(Pool& pool, const Panels<W>& w, const X* x, int64_t rows, int64_t st
   };
   std::optional<ReadRows<X>> few;  // once for all items
   if (rows <= kRows) few = read_rows(x, rows, each_together);
-  // panels of an item: even, so that pairs stay together; in order, so that the memory can be asked ahead
-  const int64_t step = rows <= kRows ? (w.count / (4 * pool.threads()) + 2) / 2 * 2 : 24;
+  const int64_t step = panels_of_item(w.count, blocks, rows, pool.threads());
   const int64_t columns = (w.count + step - 1) / step;
   pool.run(blocks * columns, [&](int64_t item) {
     int64_t row = item / columns * block, end = std::min(rows, row + block);
     const int64_t first = item % columns * step, last = std::min(w.count, first + step);
     alignas(64) SumOf<X> c[2 * kRows * kColumns];
     SumOf<X>* const next = c + kRows * kColumns;
-    auto later = [&](int64_t p) -> const W* {  // what a thread is likely to multiply behind a panel, with few rows
-      const int64_t then = p + 1 < last ? p + 1 : first + step * pool.threads();
-      return rows <= kRows && then < w.count ? w[then] : nullptr;
+    auto later = [&](int64_t p) -> const W* {  // what a thread is likely to multiply behind a panel
+      const int64_t then = p + 1 < last ? p + 1 : rows <= kRows ? first + step * pool.threads() : first;
+      return then < w.count ? w[then] : nullptr;
     };
 #ifdef PRAD_AMX
     if constexpr (sizeof(X) < 4)
@@ -210,12 +217,12 @@ void linear(Pool& pool, const Panels<W>& w, const X* x, int64_t rows, int64_t st
       const int count = static_cast<int>(std::min<int64_t>(kRows, end - row));
       const ReadRows<X> read = few ? few->from(row) : read_rows(x + row * stride, count, each_alone);
       begin_rows<X>(count);
-      for (int64_t p = first; p < last; p++) {
+      for (int64_t p = first; p < last; p += 2) {
+        const bool both = p + 1 < last;
+        sink.expect(p, row, count);
         multiply(read.x, read.stride, count, w[p], w.depth, c, kColumns, later(p));
-        const bool both = sink.mode == Out::gated;
         if (both) multiply(read.x, read.stride, count, w[p + 1], w.depth, next, kColumns, later(p + 1));
         sink.take(p, row, count, c, both ? next : nullptr);
-        if (both) p++;
       }
       end_rows<X>();
     }

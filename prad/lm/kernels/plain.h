@@ -7,35 +7,45 @@
 
 constexpr int kColumns = 16;
 
+// Panels of an item where each of `blocks` of the rows meets all `panels`: even, so that pairs stay together; in order, so
+// that the memory can be asked ahead; not many, so that all threads end together.
+inline int64_t panels_of_item(int64_t panels, int64_t blocks, int64_t rows, int64_t threads) {
+  constexpr int64_t kMost = 24;
+  const int64_t items = (rows <= 8 ? 4 : 8) * threads;
+  return std::min(kMost, (blocks * panels / items + 2) / 2 * 2);
+}
+
 namespace plain {
 constexpr int kMost = kRegisters == 2 ? 6 : 8;  // rows whose sums stay in registers
 
+constexpr int kFew = 4;  // turns in which the memory is slower than the arithmetic
+
 // Up to kMost rows in a turn, as many in each as come out even: body<their number, kSoon>(the first, which turn, of how
-// many). kSoon: the memory is slower than the arithmetic of so few, and weights are to be asked for ahead.
+// many). kSoon: weights are to be asked for ahead in this turn.
 template <int kN, bool kSoon, class Body>
 void some_rows(int n, const Body& body, int row, int turn, int turns) {
   if constexpr (kN > 1)
     if (n < kN) return some_rows<kN - 1, kSoon>(n, body, row, turn, turns);
   body.template operator()<kN, kSoon>(row, turn, turns);
 }
-template <class Body>
+template <int kMost = plain::kMost, class Body>
 void each_some(int rows, const Body& body) {
-  constexpr int kFew = 4;
   const int turns = (rows + kMost - 1) / kMost, most = (rows + turns - 1) / turns;
   for (int row = 0, turn = 0; row < rows; row += most, turn++)
-    if (turns <= kFew) some_rows<kMost, true>(std::min(most, rows - row), body, row, turn, turns);
+    if (turns <= kFew || turn == 1) some_rows<kMost, true>(std::min(most, rows - row), body, row, turn, turns);
     else some_rows<kMost, false>(std::min(most, rows - row), body, row, turn, turns);
 }
 
-// Weights that are wanted soon. Rows of one turn ask for what is 1 KiB further on; those of several ask in each for a
-// part of the next panel, if that is known: the first turn would wait for it, and the others leave the memory idle.
+// Weights that are wanted soon. Rows of one turn ask for what is 1 KiB further on; those of several for the next panel,
+// if it is known: of a few turns each for a part of it, or the first would wait for it and the others leave the memory
+// idle; of many the second for all of it.
 struct Ahead {
   const char* at;
-  int pace;  // bytes, for each line that is used
+  int pace = 64;  // bytes, for each line that is used
 
   Ahead(const void* panel, const void* next, int64_t bytes, int turn, int turns)
-      : at(static_cast<const char*>(panel) + 1024), pace(64) {
-    if (turns > 1 && next) at = static_cast<const char*>(next) + bytes / turns * turn, pace = 64 / turns + 1;
+      : at(turns > 1 && next ? static_cast<const char*>(next) : static_cast<const char*>(panel) + 1024) {
+    if (turns > 1 && turns <= kFew && next) at += bytes / turns * turn, pace = 64 / turns + 1;
   }
   void ask() {
     __builtin_prefetch(at);
@@ -43,22 +53,25 @@ struct Ahead {
   }
 };
 
-// The inputs from k on of kN rows by a panel's weights for them, which are added to the sums.
+// Some inputs of kN rows by a panel's weights for them, which are added to the sums. kFirst: those that it begins with.
+//
+// Whoever computes on the other half of a core leaves it some four instructions in a cycle, not six, and takes none of
+// its products: so what counts are the instructions beside these, 38 for 48 products of 6 rows by 4 inputs.
 constexpr int64_t inputs_at_once(const float*) { return 1; }
 constexpr int64_t inputs_at_once(const bf16*) { return 2; }
-template <bool kSoon, int kN>
+template <bool kSoon, bool kFirst, int kN>
 inline void add_inputs(const float* x, int64_t stride, const float* weights, Ahead& ahead, v16 (&sums)[kN]) {
   const v16 w = load(weights);
   if (kSoon) ahead.ask();
   each<kN>([&](auto r) { add_product(sums[r], splat(x[r * stride]), w); });
 }
-template <bool kSoon, int kN>
+template <bool kSoon, bool kFirst, int kN>
 inline void add_inputs(const float* x, int64_t stride, const bf16* weights, Ahead& ahead, v16 (&sums)[kN]) {
-  const v16 even = (v16)(load_lanes(weights) << 16);
+  const v16 even = first_of_pairs<!kFirst>(weights);
   if (kSoon) ahead.ask();
   each<kN>([&](auto r) { add_product(sums[r], splat(x[r * stride]), even); });
   asm("" : "+r"(weights));  // loaded anew: there is no register to keep them in
-  const v16 odd = (v16)(load_lanes(weights) & 0xffff0000u);
+  const v16 odd = second_of_pairs(weights);
   each<kN>([&](auto r) { add_product(sums[r], splat(x[r * stride + 1]), odd); });
 }
 }  // namespace plain
@@ -74,48 +87,52 @@ void multiply_plain(const float* x, int64_t stride, int rows, const W* panel, in
     v16 sums[kN];
     float* to = c + row * width;
     each<kN>([&](auto r) { sums[r] = kAdd ? load(to + r * width) : v16{}; });
-    for (int64_t k = 0; k < in; k += kStep)
-      plain::add_inputs<kSoon, kN>(x + row * stride + k, stride, panel + k * kColumns, ahead, sums);
+    const float* at = x + row * stride;
+    const W *weights = panel, *const end = panel + in * kColumns;
+    plain::add_inputs<kSoon, true, kN>(at, stride, weights, ahead, sums);
+    at += kStep, weights += kStep * kColumns;
+#pragma GCC unroll 2
+    for (; weights != end; at += kStep, weights += kStep * kColumns)
+      plain::add_inputs<kSoon, false, kN>(at, stride, weights, ahead, sums);
     each<kN>([&](auto r) { store(to + r * width, sums[r]); });
   });
 }
 
-// Rows as the products here read them: bfloat16 as floats; of every four bytes the first and the third, then the others,
-// in 16 bits.
+// Rows as the products here read them: bfloat16 as floats, bytes without the 128 that are added for dot products.
 inline void widen(const bf16* from, float* to, int64_t count) {
   int64_t k = 0;
   for (; k + 16 <= count; k += 16) store(to + k, load(from + k));
   for (; k < count; k++) to[k] = to_float(from[k]);
 }
-template <class Byte>
-void widen(const Byte* from, int16_t* to, int64_t count) {  // a multiple of four
-  for (int64_t k = 0; k < count; k += 4)
-    to[k] = from[k], to[k + 1] = from[k + 2], to[k + 2] = from[k + 1], to[k + 3] = from[k + 3];
+inline void widen(const uint8_t* from, int8_t* to, int64_t count) {
+  for (int64_t k = 0; k < count; k++) to[k] = static_cast<int8_t>(from[k] ^ 128);
 }
 
-// Two numbers of 16 bits, or four of 8, in every lane.
+// Four numbers of 8 bits in every lane.
 inline u16x lanes_of(const void* at) {
   uint32_t lane;
   std::memcpy(&lane, at, 4);
   return u16x{} + lane;
 }
 
+// Numbers are of -127 to 127, so that two products are within 16 bits.
 template <bool = false>  // never added to
-void multiply_plain(const int16_t* x, int64_t stride, int rows, const int8_t* panel, int64_t in, int32_t* c,
+void multiply_plain(const int8_t* x, int64_t stride, int rows, const int8_t* panel, int64_t in, int32_t* c,
                     int64_t width, const int8_t* next = nullptr) {
-  plain::each_some(rows, [&]<int kN, bool kSoon>(int row, int turn, int turns) {
+  constexpr int kMost = kRegisters == 2 ? 5 : plain::kMost;  // beside the sums: the weights' sizes, ones, two for a row
+  plain::each_some<kMost>(rows, [&]<int kN, bool kSoon>(int row, int turn, int turns) {
     plain::Ahead ahead(panel, next, in * kColumns, turn, turns);
     i16x sums[kN];
     each<kN>([&](auto r) { sums[r] = i16x{}; });
     for (int64_t k = 0; k < in; k += 4) {
-      const int16_t* at = x + row * stride + k;
-      const int8_t* weights = panel + k * kColumns;
-      const u16x even = lower_bytes(load_lanes(weights));
+      const int8_t *at = x + row * stride + k, *weights = panel + k * kColumns;
+      const u16x sizes = without_signs(load_lanes(weights));
       if (kSoon) ahead.ask();
-      each<kN>([&](auto r) { add_to(sums[r], multiply_pairs(even, lanes_of(at + r * stride))); });
-      asm("" : "+r"(weights));  // loaded anew: there is no register to keep them in
-      const u16x odd = upper_bytes(load_lanes(weights));
-      each<kN>([&](auto r) { add_to(sums[r], multiply_pairs(odd, lanes_of(at + r * stride + 2))); });
+      each<kN>([&](auto r) {
+        asm("" : "+r"(weights));  // loaded anew: there is no register to keep them in
+        const u16x pairs = multiply_bytes(sizes, with_signs(lanes_of(at + r * stride), load_lanes(weights)));
+        add_to(sums[r], multiply_pairs(pairs, u16x{} + 0x00010001u));
+      });
     }
     each<kN>([&](auto r) { store_lanes(c + (row + r) * width, (u16x)sums[r]); });
   });

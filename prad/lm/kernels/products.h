@@ -33,7 +33,7 @@ constexpr bool has_dots() {
 }
 // What rows of X are read as: themselves, where something multiplies these, else what vectors do (plain.h).
 template <class X>
-using Read = std::conditional_t<has_dots<X>() || sizeof(X) == 4, X, std::conditional_t<sizeof(X) == 2, float, int16_t>>;
+using Read = std::conditional_t<has_dots<X>() || sizeof(X) == 4, X, std::conditional_t<sizeof(X) == 2, float, int8_t>>;
 
 template <class X>
 void read(const X* from, Read<X>* to, int64_t count) {

@@ -46,6 +46,15 @@ inline v16 load(const bf16* p) {
   return (v16)(load_halves(p) << 16);
 }
 
+// Of sixteen pairs the first numbers, or the second. kInside: what lies before the pairs may be read as well, and one
+// instruction makes of it what takes two else.
+inline v16 second_of_pairs(const bf16* p) { return (v16)(load_lanes(p) & 0xffff0000u); }
+template <bool kInside>
+inline v16 first_of_pairs(const bf16* p) {
+  if constexpr (kInside && kRegisters == 2) return second_of_pairs(p - 1);
+  return (v16)(load_lanes(p) << 16);
+}
+
 // Up to 16 numbers, zeros behind them.
 template <class T>
 v16 load_some(const T* p, int64_t count) {
