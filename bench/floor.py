@@ -12,6 +12,7 @@ longer, and the KV read once. How near our GEMMs come to it: `own_of_peak`, `own
 
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -22,7 +23,7 @@ from bench.limits import Hardware, products_of
 from bench.model import load
 from bench.rounds import Samples, interleaved, ratio, seconds
 from prad.lm import LanguageModel
-from prad.lm.kernels import HugePages, Out, PackedLinear
+from prad.lm.kernels import HugePages, Out, PackedLinear, Recording
 
 _FEW, _MANY = 8, 64
 """Rows for which reading the weights takes longer, and for which computing with them does."""
@@ -71,24 +72,16 @@ class Ground:
             self.kinds["own", batch] = seconds(self.own_gemms(batch, self.weights))
 
     def own_gemms(self, batch: int, weights: Sequence[Tensor]) -> Callable[[], None]:
-        """By the kernels, with some of the weights; as others do where there are no kernels."""
+        """By the kernels, with some of the weights, recorded like a step and run by one call; as others do
+        where there are no kernels."""
         kernels = self._model.kernels
         if kernels is None:
             return _gemms(self._model, weights, batch, self.others)
-        calls = [
-            (
-                self._own[id(w)],
-                torch.randn(batch, w.shape[1]).to(w.dtype),
-                torch.empty(batch, w.shape[0], dtype=w.dtype),
-            )
-            for w in weights
-        ]
-
-        def once() -> None:
-            for packed, x, out in calls:
-                kernels.linear(packed, x, out, Out.STORE)
-
-        return once
+        recording = Recording(kernels)
+        for w in weights:
+            x, out = torch.randn(batch, w.shape[1]).to(w.dtype), torch.empty(batch, w.shape[0], dtype=w.dtype)
+            recording.linear(self._own[id(w)], x, out, Out.STORE)
+        return partial(recording.run, batch)
 
     def floors_s(self, took: Samples[Any], batch: int, context: int) -> list[float]:
         """By round: the GEMMs (those of the two that are faster by their medians) and one read of the KV in

@@ -1,12 +1,15 @@
 """Products of rows and packed weights, against the same written out in torch around the edges of tiles."""
 
+import ctypes
+import mmap
+
 import pytest
 import torch
 from near import ACTIVATIONS, DTYPES, EACH_KIND, ROWS, assert_near, some
 from torch import Tensor
 
 from prad.lm.blocks import Blocks
-from prad.lm.kernels import Activation, Kernels, Out, PackedLinear, Precision
+from prad.lm.kernels import Activation, HugePages, Kernels, Out, PackedLinear, Precision
 from prad.lm.kernels.build import built
 from tests.cache import CACHE
 
@@ -55,6 +58,45 @@ def test_a_row_has_the_same_products_alone_and_in_any_batch(
     for rows in (*range(2, 28), *ROWS[7:]):
         assert torch.equal(_wide(kernels, packed, x[:rows]), alone[:rows]), rows
         assert torch.equal(_wide(kernels, packed, x[-rows:]), alone[-rows:]), rows
+
+
+class _BesideNothing(HugePages):
+    """Room for one tensor between pages that nobody may read, at the first byte behind one or the last before
+    the other: who reads beside the tensor is ended by the system."""
+
+    def __init__(self, *, last: bool) -> None:
+        super().__init__()
+        self._last = last
+
+    def copied(self, tensor: Tensor) -> Tensor:
+        page, size = mmap.PAGESIZE, tensor.nbytes
+        room = -(-size // page) * page
+        whole = torch.frombuffer(mmap.mmap(-1, page + room + page), dtype=torch.uint8)
+        begin = page + (room - size if self._last else 0)
+        placed = whole[begin : begin + size].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        for guard in (0, page + room):
+            forbid = ctypes.CDLL(None, use_errno=True).mprotect
+            failed = forbid(ctypes.c_void_p(whole.data_ptr() + guard), ctypes.c_size_t(page), 0)
+            assert not failed, ctypes.get_errno()
+        return placed
+
+
+@EACH_KIND
+@pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [(dtype, "full") for dtype in DTYPES] + [(torch.bfloat16, p) for p in ("int8", "int4")],
+)
+@pytest.mark.parametrize("last", [False, True])
+def test_nothing_is_read_beside_the_weights(
+    kernels: Kernels, last: bool, dtype: torch.dtype, precision: Precision
+) -> None:
+    weight, memory = some(80, 96, dtype=dtype), _BesideNothing(last=last)
+    if precision == "int4":
+        packed = PackedLinear.of_blocks([Blocks.rounded(weight, 4)], memory=memory)
+    else:
+        packed = PackedLinear.of(weight, precision=precision, memory=memory)
+    for rows in ROWS:
+        assert _wide(kernels, packed, some(rows, 96, dtype=dtype)).isfinite().all()
 
 
 def _wide(kernels: Kernels, packed: PackedLinear, x: Tensor) -> Tensor:

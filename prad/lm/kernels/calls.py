@@ -364,8 +364,9 @@ class Recording(Calls):
         self._calls.append(call)
         self.latest = arguments
 
-    def run(self, rows: int, view: PagedView) -> None:
-        """All calls in order, on the first `rows` rows of what they were recorded with."""
+    def run(self, rows: int, view: PagedView | None = None) -> None:
+        """All calls in order, on the first `rows` rows of what they were recorded with; `view` is for the
+        attention among them."""
         if self._list is None:
             self._list = (Call * len(self._calls))(*self._calls)
         self._kernels.run(self._list, rows, view)
