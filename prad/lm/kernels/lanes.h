@@ -89,7 +89,7 @@ template <class E>
 struct Sixteen {
   static constexpr int kWide = kInRegister;
   typedef E Part __attribute__((vector_size(4 * kWide)));
-  typedef E Stored __attribute__((vector_size(4 * kWide), aligned(4), may_alias));
+  typedef E Stored __attribute__((vector_size(4 * kWide), aligned(2), may_alias));  // of bfloat16, too
   Part of[kRegisters];
 
   Sixteen() = default;
