@@ -64,7 +64,7 @@ coverage: $(VENV)/.tested redis ## the tests, and which lines they run; services
 	$(BIN)/pytest $(UNFORKED) --cov --cov-report=term:skip-covered
 
 sanitize: $(VENV)/.tested ## the tests of the kernels under AddressSanitizer and UndefinedBehaviorSanitizer (g++)
-	CXX=g++ CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all" \
+	CXX=g++ CXXFLAGS="-O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all" \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest $(KERNEL_TESTS)
 

@@ -2,7 +2,8 @@
 
 GEMMs: every weight matrix of the model once, with q/k/v and gate/up joined, packed beforehand: as oneDNN
 likes them (torch's prepacked linear, in float32 where it packs no bfloat16; plain linear where it packs
-nothing), and by our own kernels; the faster of the two counts. KV: every byte in use read once. Nothing else
+nothing), one call each, and by our own kernels, in one call, as a step runs them; the faster of the two
+counts. KV: every byte in use read once. Nothing else
 of a step is counted: norms, softmax, RoPE, sampling, Python and gRPC are what a real step pays on top.
 
 The limit is the hardware's, and nobody's library: the GEMMs' operations at the peak of loops of nothing but
@@ -81,7 +82,7 @@ class Ground:
         for w in weights:
             x, out = torch.randn(batch, w.shape[1]).to(w.dtype), torch.empty(batch, w.shape[0], dtype=w.dtype)
             recording.linear(self._own[id(w)], x, out, Out.STORE)
-        return partial(recording.run, batch)
+        return partial(recording.run, batch, None)
 
     def floors_s(self, took: Samples[Any], batch: int, context: int) -> list[float]:
         """By round: the GEMMs (those of the two that are faster by their medians) and one read of the KV in

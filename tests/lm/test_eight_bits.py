@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from near import LESSER, ROWS, assert_near, some, wide
+from near import EACH_KIND, LESSER, ROWS, assert_near, some, wide
 from near import by_bytes as products
 
 from prad.lm.kernels import Activation, Kernels, Out, PackedLinear
@@ -33,6 +33,17 @@ def test_a_cpu_without_dot_products_has_the_same_bits(
         expected = wide(kernels, packed, x)
         for rows in EDGES:
             assert torch.equal(wide(plain, packed, x[:rows]), expected[:rows]), (columns, depth, rows)
+
+
+@EACH_KIND
+def test_the_largest_products(kernels: Kernels) -> None:
+    """One input of 64, turned, is 64 numbers of one size: all of them 127 or -127, in rows and weights."""
+    signs = torch.tensor([1, -1]).bfloat16()
+    x, weight = torch.zeros(2, 64).bfloat16(), torch.zeros(2, 64).bfloat16()
+    x[:, 0] = weight[:, 0] = signs
+    expected = products(x, weight)
+    assert_near(expected, x.float() @ weight.float().T, 1e-6)
+    assert torch.equal(wide(kernels, PackedLinear.of(weight, precision="int8"), x), expected)
 
 
 @pytest.mark.parametrize("rows", ROWS)

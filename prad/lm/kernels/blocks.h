@@ -250,7 +250,7 @@ void linear(Pool& pool, const Linear& w, int64_t panels, const Rows& x, int64_t 
   constexpr int64_t kRows = 60;  // five times those in registers
   const Panels weights{w, w.in_features / kInputs};
   const int64_t block = rows <= kRows ? kRows : 4 * kRows;
-  const int64_t blocks = (rows + block - 1) / block, step = panels_of_item(panels, blocks, rows, pool.threads());
+  const int64_t blocks = (rows + block - 1) / block, step = panels_of_item(panels, blocks, pool.threads());
   const int64_t columns = (panels + step - 1) / step;
   pool.run(blocks * columns, [&](int64_t item) {
     const int64_t row = item / columns * block, end = std::min(rows, row + block);
@@ -260,13 +260,14 @@ void linear(Pool& pool, const Linear& w, int64_t panels, const Rows& x, int64_t 
       const int beside = p + 1 < last ? 2 : 1;
       for (int64_t r = row; r < end; r += kRows) {
         const int64_t n = std::min(kRows, end - r), turns = (n + kMost - 1) / kMost, most = (n + turns - 1) / turns;
-        sink.expect(p, r, static_cast<int>(n));
-        for (int i = 0; i < beside; i++)
+        for (int i = 0; i < beside; i++) {
+          sink.expect(p + i, r, static_cast<int>(n));
           with_form(weights.kind(p + i), [&](auto form) {
             for (int64_t some = 0; some < n; some += most)
               multiply_some<decltype(form)>(std::min(most, n - some), weights[p + i], weights.count, x, r + some,
                                             r + some == row, c[i] + some * kColumns);
           });
+        }
         sink.take(p, r, static_cast<int>(n), c[0], beside == 2 ? c[1] : static_cast<float*>(nullptr));
       }
     }

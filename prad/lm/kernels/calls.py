@@ -323,7 +323,7 @@ class Kernels(Calls):
         self.run((Call * 1)(call), rows, view)
 
     def run(self, calls: Any, rows: int, view: PagedView | None = None) -> None:
-        """An array of calls in order; `view` is for the attention among them."""
+        """An array of calls in order; the attention and the scales among them need a view."""
         if self.spent is None:
             self._c.prad_run(self._pool, calls, len(calls), rows, view, None)
             return
@@ -364,9 +364,9 @@ class Recording(Calls):
         self._calls.append(call)
         self.latest = arguments
 
-    def run(self, rows: int, view: PagedView | None = None) -> None:
-        """All calls in order, on the first `rows` rows of what they were recorded with; `view` is for the
-        attention among them."""
+    def run(self, rows: int, view: PagedView | None) -> None:
+        """All calls in order, on the first `rows` rows of what they were recorded with; the attention and the
+        scales among them need a view."""
         if self._list is None:
             self._list = (Call * len(self._calls))(*self._calls)
         self._kernels.run(self._list, rows, view)

@@ -89,7 +89,7 @@ template <class E>
 struct Sixteen {
   static constexpr int kWide = kInRegister;
   typedef E Part __attribute__((vector_size(4 * kWide)));
-  typedef E Stored __attribute__((vector_size(4 * kWide), aligned(2), may_alias));  // of bfloat16, too
+  typedef E Stored __attribute__((vector_size(4 * kWide), aligned(2), may_alias));  // as bfloat16 is
   Part of[kRegisters];
 
   Sixteen() = default;
@@ -355,7 +355,7 @@ inline i16x multiply_pairs(u16x a, u16x b) {
 #endif
   });
 }
-// Bytes without their signs, and with those of other bytes; what a zero is multiplied with does not matter.
+// Bytes without their signs; and negated where another is negative (where it is zero they may be anything).
 inline u16x without_signs(u16x x) {
   return each_register(x, x, [](Whole a, Whole) {
 #if defined(__AVX512BW__)

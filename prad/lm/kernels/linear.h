@@ -43,10 +43,10 @@ struct Sink {
   int64_t stride;
   ByteRows rounded;  // where sums are int32_t
 
-  // Asks for the memory that `take` is going to write.
+  // Asks for the memory that `take` is going to write for a panel: a line in each row.
   void expect(int64_t panel, int64_t first_row, int rows) const {
     const int64_t size = mode == Out::add || mode == Out::wide ? sizeof(float) : sizeof(T);
-    const char* to = static_cast<const char*>(out) + (first_row * stride + columns_of(panel).first) * size;
+    const char* to = static_cast<const char*>(out) + (first_row * stride + first_column(panel)) * size;
     for (int r = 0; r < rows; r++, to += stride * size) __builtin_prefetch(to, 1);
   }
 
@@ -75,10 +75,15 @@ struct Sink {
     i16x offsets;
   };
 
+  int64_t within(int64_t panel) const { return (w.paired ? panel / 2 : panel) * kColumns; }
+  int64_t limit() const { return w.paired ? w.out_features / 2 : w.out_features; }
+  int64_t first_column(int64_t panel) const {  // the second half of the result is behind the first
+    return within(panel) + (w.paired && mode != Out::gated && panel % 2 ? limit() : 0);
+  }
+
   Columns columns_of(int64_t panel) const {
-    int64_t first = (w.paired ? panel / 2 : panel) * kColumns, limit = w.paired ? w.out_features / 2 : w.out_features;
-    int valid = static_cast<int>(std::min<int64_t>(kColumns, limit - first));
-    if (w.paired && mode != Out::gated && panel % 2) first += limit;  // the second half of the result
+    const int64_t first = first_column(panel);
+    const int valid = static_cast<int>(std::min<int64_t>(kColumns, limit() - within(panel)));
     return {first, valid, w.scales ? load(w.scales + panel * kColumns) : splat(1),
             w.bias ? load(w.bias + panel * kColumns) : splat(0),
             w.offsets ? load(w.offsets + panel * kColumns) : i16x{}};
@@ -150,10 +155,10 @@ void linear_by_dots(Pool& pool, const Panels<W>& w, const X* x, int64_t rows, in
 #endif
 
 #ifdef PRAD_AMX
-// Rows from `row` on, in whole 32s, by the panels [first, last); returns where they end.
+// Rows from `row` on, in whole 32s, by the panels [first, last), `elsewhere` those behind them; returns where they end.
 template <class X, class W, class T>
 int64_t linear_by_squares(const Panels<W>& w, const X* x, int64_t row, int64_t end, int64_t stride, bool few,
-                          int64_t first, int64_t last, const Sink<T>& sink) {
+                          int64_t first, int64_t last, int64_t elsewhere, const Sink<T>& sink) {
   alignas(64) SumOf<X> c[kRows * kColumns];
   amx::configure_tiles(0, 0);
   const int64_t full = row + (end - row) / 32 * 32;
@@ -162,8 +167,9 @@ int64_t linear_by_squares(const Panels<W>& w, const X* x, int64_t row, int64_t e
     sink.take(p, r, 32, c, c + 512);
   };
   if (few) {  // the weights come from memory: each once, the next two panels meanwhile
+    auto soon = [&](int64_t p) { return w[p < last ? p : p - last + elsewhere]; };
     for (int64_t p = first; p + 1 < last; p += 2)
-      for (int64_t r = row; r < full; r += 32) square(r, p, w[p + (r == row ? 2 : 3)]);
+      for (int64_t r = row; r < full; r += 32) square(r, p, soon(p + (r == row ? 2 : 3)));
   } else {
     for (int64_t r = row; r < full; r += 32)
       for (int64_t p = first; p + 1 < last; p += 2) square(r, p, nullptr);
@@ -198,30 +204,32 @@ void linear(Pool& pool, const Panels<W>& w, const X* x, int64_t rows, int64_t st
   };
   std::optional<ReadRows<X>> few;  // once for all items
   if (rows <= kRows) few = read_rows(x, rows, each_together);
-  const int64_t step = panels_of_item(w.count, blocks, rows, pool.threads());
+  const int64_t step = panels_of_item(w.count, blocks, pool.threads());
   const int64_t columns = (w.count + step - 1) / step;
   pool.run(blocks * columns, [&](int64_t item) {
     int64_t row = item / columns * block, end = std::min(rows, row + block);
     const int64_t first = item % columns * step, last = std::min(w.count, first + step);
     alignas(64) SumOf<X> c[2 * kRows * kColumns];
     SumOf<X>* const next = c + kRows * kColumns;
-    auto later = [&](int64_t p) -> const W* {  // what a thread is likely to multiply behind a panel
-      const int64_t then = p + 1 < last ? p + 1 : rows <= kRows ? first + step * pool.threads() : first;
-      return then < w.count ? w[then] : nullptr;
-    };
+    const int64_t elsewhere = first + step * pool.threads();  // where this thread is likely to go on
 #ifdef PRAD_AMX
     if constexpr (sizeof(X) < 4)
-      if (rows >= 32 && allow_amx()) row = linear_by_squares(w, x, row, end, stride, rows <= kRows, first, last, sink);
+      if (rows >= 32 && allow_amx()) row = linear_by_squares(w, x, row, end, stride, rows <= kRows, first, last, elsewhere, sink);
 #endif
     for (; row < end; row += kRows) {
       const int count = static_cast<int>(std::min<int64_t>(kRows, end - row));
       const ReadRows<X> read = few ? few->from(row) : read_rows(x + row * stride, count, each_alone);
+      const int64_t then = row + count < end ? first : elsewhere;
+      auto later = [&](int64_t p) { return p + 1 < last ? w[p + 1] : then < w.count ? w[then] : nullptr; };
+      auto one = [&](int64_t p, SumOf<X>* to) {
+        sink.expect(p, row, count);
+        multiply(read.x, read.stride, count, w[p], w.depth, to, kColumns, later(p));
+      };
       begin_rows<X>(count);
       for (int64_t p = first; p < last; p += 2) {
         const bool both = p + 1 < last;
-        sink.expect(p, row, count);
-        multiply(read.x, read.stride, count, w[p], w.depth, c, kColumns, later(p));
-        if (both) multiply(read.x, read.stride, count, w[p + 1], w.depth, next, kColumns, later(p + 1));
+        one(p, c);
+        if (both) one(p + 1, next);
         sink.take(p, row, count, c, both ? next : nullptr);
       }
       end_rows<X>();

@@ -59,8 +59,9 @@ struct PromptSpan {
 static_assert(sizeof(PromptSpan) == 32);
 
 // A linear layer's weights; all in the order of the panels' columns. int8 has a scale for each, and what its sums are
-// too large by. bias: or null. places: of mixed weights, for each panel at which byte it begins, and its way.
-// out_features: valid columns; paired: panels of the first and of the second half of the columns in turn.
+// too large by where rows have 128 added. bias: or null. places: of mixed weights, for each panel at which byte it
+// begins, and its way. out_features: valid columns; paired: panels of the first and of the second half of the columns
+// in turn.
 struct Linear {
   const void* panels;
   const float* scales;

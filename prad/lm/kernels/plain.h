@@ -7,18 +7,17 @@
 
 constexpr int kColumns = 16;
 
-// Panels of an item where each of `blocks` of the rows meets all `panels`: even, so that pairs stay together; in order, so
-// that the memory can be asked ahead; not many, so that all threads end together.
-inline int64_t panels_of_item(int64_t panels, int64_t blocks, int64_t rows, int64_t threads) {
-  constexpr int64_t kMost = 24;
-  const int64_t items = (rows <= 8 ? 4 : 8) * threads;
-  return std::min(kMost, (blocks * panels / items + 2) / 2 * 2);
+// Panels of an item where each of `blocks` of the rows meets all `panels`: whole pairs, in order, so that the memory can
+// be asked ahead, and some eight items for each thread, so that all end together.
+inline int64_t panels_of_item(int64_t panels, int64_t blocks, int64_t threads) {
+  constexpr int64_t kItems = 8, kMostPairs = 12;
+  return 2 * std::clamp<int64_t>(blocks * panels / (2 * kItems * threads), 1, kMostPairs);
 }
 
 namespace plain {
 constexpr int kMost = kRegisters == 2 ? 6 : 8;  // rows whose sums stay in registers
 
-constexpr int kFew = 4;  // turns in which the memory is slower than the arithmetic
+constexpr int kFew = 4;  // up to so many turns the memory is slower than the arithmetic
 
 // Up to kMost rows in a turn, as many in each as come out even: body<their number, kSoon>(the first, which turn, of how
 // many). kSoon: weights are to be asked for ahead in this turn.
@@ -29,7 +28,7 @@ void some_rows(int n, const Body& body, int row, int turn, int turns) {
   body.template operator()<kN, kSoon>(row, turn, turns);
 }
 template <int kMost = plain::kMost, class Body>
-void each_some(int rows, const Body& body) {
+void each_some(int rows, const Body& body) {  // kMost: where others fit into registers
   const int turns = (rows + kMost - 1) / kMost, most = (rows + turns - 1) / turns;
   for (int row = 0, turn = 0; row < rows; row += most, turn++)
     if (turns <= kFew || turn == 1) some_rows<kMost, true>(std::min(most, rows - row), body, row, turn, turns);
@@ -53,7 +52,8 @@ struct Ahead {
   }
 };
 
-// Some inputs of kN rows by a panel's weights for them, which are added to the sums. kFirst: those that it begins with.
+// Some inputs of kN rows by a panel's weights for them, which are added to the sums. kFirst: the panel's first, before
+// which nothing may be read.
 //
 // Whoever computes on the other half of a core leaves it some four instructions in a cycle, not six, and takes none of
 // its products: so what counts are the instructions beside these, 38 for 48 products of 6 rows by 4 inputs.
@@ -77,7 +77,7 @@ inline void add_inputs(const float* x, int64_t stride, const bf16* weights, Ahea
 }  // namespace plain
 
 // Any number of rows by one panel into c[rows][16], or added to it; `width` from row to row of c; `next`: the panel that
-// is likely to follow.
+// is likely to follow. `in` is at least one, and even for bfloat16.
 template <bool kAdd = false, class W>
 void multiply_plain(const float* x, int64_t stride, int rows, const W* panel, int64_t in, float* c, int64_t width,
                     const W* next = nullptr) {
@@ -92,7 +92,7 @@ void multiply_plain(const float* x, int64_t stride, int rows, const W* panel, in
     plain::add_inputs<kSoon, true, kN>(at, stride, weights, ahead, sums);
     at += kStep, weights += kStep * kColumns;
 #pragma GCC unroll 2
-    for (; weights != end; at += kStep, weights += kStep * kColumns)
+    for (; weights != end; at += kStep, weights += kStep * kColumns)  // with < GCC keeps sums in memory
       plain::add_inputs<kSoon, false, kN>(at, stride, weights, ahead, sums);
     each<kN>([&](auto r) { store(to + r * width, sums[r]); });
   });
@@ -119,8 +119,8 @@ inline u16x lanes_of(const void* at) {
 template <bool = false>  // never added to
 void multiply_plain(const int8_t* x, int64_t stride, int rows, const int8_t* panel, int64_t in, int32_t* c,
                     int64_t width, const int8_t* next = nullptr) {
-  constexpr int kMost = kRegisters == 2 ? 5 : plain::kMost;  // beside the sums: the weights' sizes, ones, two for a row
-  plain::each_some<kMost>(rows, [&]<int kN, bool kSoon>(int row, int turn, int turns) {
+  constexpr int kRows = kRegisters == 2 ? 5 : plain::kMost;  // beside the sums: the weights' sizes, ones, two for a row
+  plain::each_some<kRows>(rows, [&]<int kN, bool kSoon>(int row, int turn, int turns) {
     plain::Ahead ahead(panel, next, in * kColumns, turn, turns);
     i16x sums[kN];
     each<kN>([&](auto r) { sums[r] = i16x{}; });
@@ -129,7 +129,7 @@ void multiply_plain(const int8_t* x, int64_t stride, int rows, const int8_t* pan
       const u16x sizes = without_signs(load_lanes(weights));
       if (kSoon) ahead.ask();
       each<kN>([&](auto r) {
-        asm("" : "+r"(weights));  // loaded anew: there is no register to keep them in
+        if (kRegisters == 2) asm("" : "+r"(weights));  // loaded anew: there is no register to keep them in
         const u16x pairs = multiply_bytes(sizes, with_signs(lanes_of(at + r * stride), load_lanes(weights)));
         add_to(sums[r], multiply_pairs(pairs, u16x{} + 0x00010001u));
       });

@@ -46,8 +46,8 @@ inline v16 load(const bf16* p) {
   return (v16)(load_halves(p) << 16);
 }
 
-// Of sixteen pairs the first numbers, or the second. kInside: what lies before the pairs may be read as well, and one
-// instruction makes of it what takes two else.
+// Of sixteen pairs the first numbers, or the second. kInside: what lies before the pairs may be read as well: then one
+// instruction is enough, where shifting takes two.
 inline v16 second_of_pairs(const bf16* p) { return (v16)(load_lanes(p) & 0xffff0000u); }
 template <bool kInside>
 inline v16 first_of_pairs(const bf16* p) {
