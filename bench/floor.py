@@ -244,5 +244,5 @@ def plot(result: dict[str, Any], figure: Any) -> None:
     if "limit_ms" in result["gemms"][0]:
         limits = [g["limit_ms"] for g in result["gemms"]]
         axes.plot(batches, limits, linestyle="--", color="black", label="limit of the hardware")
-    axes.set(xscale="log", xlabel="sequences", ylabel="ms", title="GEMMs of a decode step", ylim=(0, None))
+    axes.set(xscale="log", yscale="log", xlabel="sequences", ylabel="ms", title="GEMMs of a decode step")
     axes.legend()
