@@ -214,7 +214,8 @@ void linear(Pool& pool, const Panels<W>& w, const X* x, int64_t rows, int64_t st
     const int64_t elsewhere = first + step * pool.threads();  // where this thread is likely to go on
 #ifdef PRAD_AMX
     if constexpr (sizeof(X) < 4)
-      if (rows >= 32 && allow_amx()) row = linear_by_squares(w, x, row, end, stride, rows <= kRows, first, last, elsewhere, sink);
+      if (rows >= 32 && allow_amx())
+        row = linear_by_squares(w, x, row, end, stride, rows <= kRows, first, last, elsewhere, sink);
 #endif
     for (; row < end; row += kRows) {
       const int count = static_cast<int>(std::min<int64_t>(kRows, end - row));
