@@ -79,7 +79,7 @@ class Service:
 
 
 class Stack:
-    """Use it in a `with`: leaving stops the children, the last started first.
+    """Use it in a `with`: leaving stops the children, the last one first.
 
     `within`: by a child's name, what Python runs with its command, instead of `-m prad_cli`: a tracer.
     """
@@ -109,18 +109,21 @@ class Stack:
                 service.process.kill()
                 service.process.wait()
 
-    def start(self, name: str, arguments: Sequence[str]) -> None:
-        """Starts `prad NAME ARGUMENTS` in a process group of its own: Ctrl-C reaches it through us, in order.
+    def start(self, name: str, arguments: Sequence[str], *, before: str | None = None) -> None:
+        """Starts `prad NAME ARGUMENTS` in a process group of its own: Ctrl-C reaches it through us, in order,
+        in which it is the last, or stands before another child.
         In our session: between sessions Linux divides a core evenly, whoever of them is nice (autogroup).
         Raises StackError if its log cannot be written."""
-        self._run(name, tuple(arguments), len(self._services))
+        names = [service.name for service in self._services]
+        place = len(names) if before is None else names.index(before)
+        self._run(name, tuple(arguments), slice(place, place))
 
     def restart(self, name: str) -> None:
         """Starts a child that has ended once more, in its place of the order; its log goes on."""
         ((place, service),) = ((i, s) for i, s in enumerate(self._services) if s.name == name)
-        self._run(name, service.arguments, place)
+        self._run(name, service.arguments, slice(place, place + 1))
 
-    def _run(self, name: str, arguments: tuple[str, ...], place: int) -> None:
+    def _run(self, name: str, arguments: tuple[str, ...], place: slice) -> None:
         log = self._logs / f"{name}.log"
         try:
             opened = _goes_on(log)
@@ -129,7 +132,7 @@ class Stack:
         with opened as file, signals_later():
             log_start = file.seek(0, os.SEEK_END)
             process = self._begin(name, arguments, file)
-            self._services[place : place + 1] = [Service(name, arguments, process, log, log_start)]
+            self._services[place] = [Service(name, arguments, process, log, log_start)]
 
     def _begin(self, name: str, arguments: Sequence[str], log: IO[bytes]) -> "subprocess.Popen[bytes]":
         return subprocess.Popen(
@@ -170,7 +173,7 @@ class Stack:
 
     @property
     def services(self) -> tuple[Service, ...]:
-        """The children, in the order of their start."""
+        """The children, in order."""
         return tuple(self._services)
 
     def check(self) -> None:

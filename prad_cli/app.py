@@ -3,56 +3,70 @@
 import errno
 import os
 import sys
-from typing import Annotated
+from importlib import import_module
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from prad import __version__
 from prad.core.errors import PradError
-from prad_cli import (
-    adapter,
-    batch,
-    bench,
-    chat,
-    doctor,
-    evaluate,
-    exchange,
-    keys,
-    load,
-    model,
-    serve,
-    services,
-    top,
-    train,
-)
-from prad_cli.flags import PASS_ARGUMENTS
 
 _FULL, _FORBIDDEN = {errno.ENOSPC, errno.EDQUOT}, {errno.EACCES, errno.EPERM, errno.EROFS}
 
+
+_PLACES = {
+    "serve": "serve.serve_command",
+    "prefill": "services.prefill_command",
+    "decode": "services.decode_command",
+    "registry": "services.registry_command",
+    "adapter": "exchange.app",
+    "keys": "keys.app",
+    "bench": "load.app",
+    "model": "model.app",
+    "train": "train.train_command",
+    "eval": "evaluate.eval_command",
+    "chat": "chat.chat_command",
+    "top": "top.top_command",
+    "doctor": "doctor.doctor_command",
+    "batch": "batch.batch_command",
+}
+"""Where each command is, or a group of commands; `OPTIONS` of its module are those of its decorator."""
+
+
+class _Group(TyperGroup):
+    """Imports a command when it is asked for: a service waits for what it needs, and for no other's."""
+
+    def list_commands(self, context: Any) -> list[str]:
+        return [*_PLACES, *(name for name in self.commands if name not in _PLACES)]
+
+    def get_command(self, context: Any, name: str) -> Any:
+        if name not in self.commands:
+            wanted = [name] if name in _PLACES else _PLACES  # all: one of them may have been meant
+            self.commands.update((each, _imported(each)) for each in wanted)
+        return super().get_command(context, name)
+
+
+def _imported(name: str) -> Any:
+    place, _, what = _PLACES[name].partition(".")
+    module, group = import_module(f"prad_cli.{place}"), typer.Typer()
+    found = getattr(module, what)
+    if isinstance(found, typer.Typer):
+        group.add_typer(found, name=name)
+    else:
+        group.command(name, **getattr(module, "OPTIONS", {}))(found)
+    return typer.main.get_group(group).commands[name]
+
+
 app = typer.Typer(
     name="prad",
+    cls=_Group,
     help="Serve hundreds of tasks from one frozen language model: adapters on the prompt, plain decoding.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Examples:\n\nprad serve --adapters examples/adapters\n\nprad chat sentiment\n\nprad doctor",
 )
-app.command("serve")(serve.serve_command)
-for name, command in services.COMMANDS.items():
-    app.command(name, context_settings=PASS_ARGUMENTS, add_help_option=False)(command)
-adapter.app.command("import", epilog=exchange.IMPORT_EXAMPLES)(exchange.import_command)
-adapter.app.command("export", epilog=exchange.EXPORT_EXAMPLES)(exchange.export_command)
-bench.app.command("load", epilog=load.EXAMPLES)(load.load_command)
-app.add_typer(adapter.app, name="adapter")
-app.add_typer(keys.app, name="keys")
-app.add_typer(bench.app, name="bench")
-app.add_typer(model.app, name="model")
-app.command("train")(train.train_command)
-app.command("eval")(evaluate.eval_command)
-app.command("chat", epilog=chat.EXAMPLES)(chat.chat_command)
-app.command("top", epilog=top.EXAMPLES)(top.top_command)
-app.command("doctor", epilog=doctor.EXAMPLES)(doctor.doctor_command)
-app.command("batch")(batch.batch_command)
 
 
 @app.command("version", epilog="Example: prad version")

@@ -21,10 +21,12 @@ from prad.http.asking import DEFAULT_API, answered, api_client, listed, streamed
 from prad_cli.lines import Lines
 from prad_cli.operating import credential
 
-EXAMPLES = (
-    "Examples:\n\nprad chat\n\nprad chat sentiment --timings\n\n"
-    "echo 'a gripping , beautifully acted film' | prad chat sentiment"
-)
+OPTIONS = {
+    "epilog": (
+        "Examples:\n\nprad chat\n\nprad chat sentiment --timings\n\n"
+        "echo 'a gripping , beautifully acted film' | prad chat sentiment"
+    )
+}
 COMMANDS = {
     "/task": "NAME    talk to that task, or to the plain model by its id; without a name: which there are",
     "/system": "TEXT  what the model is told first, - for nothing; without a text: what that is now",

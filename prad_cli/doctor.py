@@ -22,10 +22,12 @@ from prad_cli.model import DEFAULT_CACHE, CacheOption, ModelOption
 from prad_cli.operating import DEFAULT_REGISTRY, Json, print_json
 from prad_cli.serve import API_PORT, DECODE_PORT, DEFAULT_DATA, METRICS_PORT, REGISTRY_PORT, port_option
 
-EXAMPLES = (
-    "Examples:\n\nprad doctor\n\nprad doctor --redis-url redis://127.0.0.1:6379/0 --json\n\n"
-    "prad doctor --running --registry http://10.0.0.3:8001"
-)
+OPTIONS = {
+    "epilog": (
+        "Examples:\n\nprad doctor\n\nprad doctor --redis-url redis://127.0.0.1:6379/0 --json\n\n"
+        "prad doctor --running --registry http://10.0.0.3:8001"
+    )
+}
 _ANSWER_S = 5.0
 _SKEW_S, _WRONG_S = 5.0, 300.0
 """Between two clocks: what is told, and what keeps signed requests (S3) and certificates from working."""

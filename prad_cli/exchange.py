@@ -1,4 +1,5 @@
-"""`prad adapter import` and `export`: LoRA files and the like that PEFT wrote, and ours for PEFT."""
+"""`prad adapter import` and `export`, added to the group: LoRA files and the like that PEFT wrote, and ours
+for PEFT."""
 
 import tempfile
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from prad.core.models import DEFAULT_MODEL, served_name
-from prad_cli.adapter import push
+from prad_cli.adapter import app, push
 from prad_cli.model import (
     DEFAULT_CACHE,
     CacheOption,
@@ -17,16 +18,17 @@ from prad_cli.model import (
     model_flag,
 )
 
-IMPORT_EXAMPLES = (
+_IMPORT_EXAMPLES = (
     "Examples:\n\n[bold]prad adapter import my-lora adapters/mine --model Qwen/Qwen3-0.6B[/bold]\n\n"
     "[bold]prad adapter import my-lora --task support --template 'Q: {prompt} A:'[/bold]"
 )
-EXPORT_EXAMPLES = "Example: [bold]prad adapter export adapters/mine for-peft[/bold]"
+_EXPORT_EXAMPLES = "Example: [bold]prad adapter export adapters/mine for-peft[/bold]"
 
 if TYPE_CHECKING:
     from prad.artefact import AdapterRecord, Artefact
 
 
+@app.command("import", epilog=_IMPORT_EXAMPLES)
 def import_command(
     source: Annotated[
         Path, typer.Argument(metavar="SRC", help="PEFT's folder: adapter_config.json and its safetensors.")
@@ -94,6 +96,7 @@ def import_command(
             push(str(folder), task, wait=wait, registry=registry)
 
 
+@app.command("export", epilog=_EXPORT_EXAMPLES)
 def export_command(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="An adapter folder of prad train or import.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The PEFT folder to write; not there yet.")],

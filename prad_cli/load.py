@@ -18,6 +18,7 @@ from prad import __version__
 from prad.core.errors import PradError
 from prad.core.json_text import json_lines
 from prad.http.asking import DEFAULT_API, api_client, listed
+from prad_cli.bench import app
 from prad_cli.extras import require_extra
 from prad_cli.operating import Json, credential, print_json, progress_console
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from prad.http.load import Answer, Run
 
-EXAMPLES = (
+_EXAMPLES = (
     "Examples:\n\nprad bench load --concurrency 16 --requests 200\n\n"
     "prad bench load --rate 8 --tasks all --ttft-ms 500 --itl-ms 50 --plot load.png\n\n"
     "prad bench load --url https://api.example.com/v1 --chat --tasks my-model --prompts questions.jsonl"
@@ -66,6 +67,7 @@ class Limits:
         return ", ".join(f"{name} ≤ {most:g} ms" for name, most in named.items() if most is not None)
 
 
+@app.command("load", epilog=_EXAMPLES)
 def load_command(
     url: Annotated[str, typer.Option(envvar="PRAD_API_URL", help="URL of the running server.")] = DEFAULT_API,
     rate: Annotated[

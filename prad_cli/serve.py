@@ -12,7 +12,6 @@ import typer
 
 from prad.core.host_names import is_loopback
 from prad.core.models import DEFAULT_MODEL, served_name
-from prad.settings import is_service_link
 from prad_cli.ready import Addresses, Ready, model_said, threads_said
 from prad_cli.serve_flags import agreed, given, shared_option, without_effect
 
@@ -30,11 +29,13 @@ def port_option(flag: str, default: int, variable: str, help_text: str) -> Any:
     """An option that a service of its own would read from `variable`, too."""
 
     def read(text: str) -> int:
+        if str(text).isdecimal() and 1 <= int(text) <= 65535:
+            return int(text)
+        from prad.settings import is_service_link
+
         if is_service_link(str(text)):  # what Kubernetes or Docker set for a service of that name is no port
             return default
-        if not str(text).isdecimal() or not 1 <= int(text) <= 65535:
-            raise typer.BadParameter(f"{text!r} is no port: expected a number from 1 to 65535")
-        return int(text)
+        raise typer.BadParameter(f"{text!r} is no port: expected a number from 1 to 65535")
 
     return typer.Option(flag, help=help_text, envvar=variable, parser=read, metavar="INTEGER")
 
@@ -261,9 +262,11 @@ def _start(stack: "Stack", flags: Mapping[str, list[str]], here: "_Here", consol
     ensure_secret(here.replicas_secret)
     ensure_secret(here.admin_token)
     with _doing(console, "starting the registry"):
-        for name, own in flags.items():
-            stack.start(name, own)
+        # prefill takes longest: of two cores it has one, the others have the second in turn
+        stack.start("registry", flags["registry"])
+        stack.start("prefill", flags["prefill"])
         stack.wait_until(lambda: answers(f"{here.at.registry}/ready"), "starting the registry")
+        stack.start("decode", flags["decode"], before="prefill")
     with _doing(console, "loading the model (the first start converts it: about a minute)"):
         stack.wait_until(lambda: answers(f"{here.at.api}/ready"), "starting")
 

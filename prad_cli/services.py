@@ -2,12 +2,17 @@
 are read before the service is imported: `--help` and a wrong flag wait for no torch.
 """
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import typer
 from pydantic_settings import BaseSettings
 
-from prad_cli.flags import read_flags
+from prad_cli.flags import PASS_ARGUMENTS, read_flags
+
+OPTIONS = {"context_settings": PASS_ARGUMENTS, "add_help_option": False}
 
 S = TypeVar("S", bound=BaseSettings)
 
@@ -20,7 +25,8 @@ def prefill_command(context: typer.Context) -> None:
     settings = _settings(
         PrefillSettings, context, "prad prefill --decode 10.0.0.2:50051 --registry http://10.0.0.3:8001"
     )
-    from prefill_service.server import run
+    with _imports():
+        from prefill_service.server import run
 
     run(settings)
 
@@ -31,7 +37,8 @@ def decode_command(context: typer.Context) -> None:
 
     _log("decode")
     settings = _settings(DecodeSettings, context, "prad decode --metrics-port 8002 --kv-cache-mib 2048")
-    from decode_service.server import run
+    with _imports():
+        from decode_service.server import run
 
     run(settings)
 
@@ -41,9 +48,10 @@ def registry_command(context: typer.Context) -> None:
 
     `prad registry --help` lists its settings.
     """
-    from adapter_registry.server import run
-    from adapter_registry.settings import RegistrySettings
-    from prad_cli import registry_files
+    with _imports():
+        from adapter_registry.server import run
+        from adapter_registry.settings import RegistrySettings
+        from prad_cli import registry_files
 
     if context.args and context.args[0] in registry_files.COMMANDS:
         registry_files.run(context)
@@ -52,7 +60,15 @@ def registry_command(context: typer.Context) -> None:
     run(read_flags(RegistrySettings, context, RegistrySettings.__doc__ or "", registry_files.HINT))
 
 
-COMMANDS = {"prefill": prefill_command, "decode": decode_command, "registry": registry_command}
+@contextmanager
+def _imports() -> Iterator[None]:
+    """What is imported stays: no collection goes through it, neither amid the imports nor later."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _settings(kind: type[S], context: typer.Context, example: str) -> S:

@@ -19,10 +19,12 @@ if TYPE_CHECKING:
 
     from prad_cli.vitals import Decode, Prefill, Task, Vitals, Watch
 
-EXAMPLES = (
-    "Examples:\n\nprad top\n\nprad top --once --json\n\n"
-    "prad top --api http://10.0.0.1:8000 --api http://10.0.0.2:8000 --decode http://10.0.0.3:8002/metrics"
-)
+OPTIONS = {
+    "epilog": (
+        "Examples:\n\nprad top\n\nprad top --once --json\n\n"
+        "prad top --api http://10.0.0.1:8000 --api http://10.0.0.2:8000 --decode http://10.0.0.3:8002/metrics"
+    )
+}
 _START = "Start them with: prad serve; or name others with --api, --decode and --registry"
 
 

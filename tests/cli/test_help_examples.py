@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import typer
+from typer.core import TyperGroup
 from typer.testing import CliRunner
 
 from prad_cli.app import app
@@ -20,8 +21,10 @@ OF_REGISTRY = [("registry", name) for name in COMMANDS]
 
 def paths(command: Any, at: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     yield at
-    for name, inner in getattr(command, "commands", {}).items():
-        yield from paths(inner, (*at, name))
+    if isinstance(command, TyperGroup):
+        context = typer.Context(command)
+        for name in command.list_commands(context):
+            yield from paths(command.get_command(context, name), (*at, name))
 
 
 ALL = [*paths(typer.main.get_command(app)), *OF_REGISTRY]

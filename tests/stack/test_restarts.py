@@ -188,6 +188,25 @@ def test_a_log_goes_on_and_only_its_last_life_is_shown(commands: Commands) -> No
         assert service.describe_end().count("one life") == 1
 
 
+def test_children_stop_from_the_last_to_the_first_whenever_they_were_started(
+    commands: Commands, tmp_path: Path
+) -> None:
+    said = tmp_path / "said"
+    code = (
+        "import pathlib, signal, sys, time\n"
+        "def end(*_):\n    open({said!r}, 'a').write({name!r} + chr(10)); sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, end); pathlib.Path({said!r} + {name!r}).touch()\n"
+        "while True: time.sleep(1)"
+    )
+    with commands as stack:
+        for name, before in (("first", None), ("third", None), ("second", "third")):
+            stack.start(name, ["-c", code.format(said=str(said), name=name)], before=before)
+        assert [service.name for service in stack.services] == ["first", "second", "third"]
+        for name in ("first", "second", "third"):
+            stack.wait_until(Path(f"{said}{name}").exists, name)
+    assert said.read_text(encoding="utf-8").split() == ["third", "second", "first"]
+
+
 def test_what_a_child_warns_of_is_told_once_and_not_from_an_earlier_life(commands: Commands) -> None:
     line = "2026-01-01 00:00:00,000 decode {} torch computes, slower: no compiler"
     with commands as stack:
@@ -196,6 +215,6 @@ def test_what_a_child_warns_of_is_told_once_and_not_from_an_earlier_life(command
         quoted = ["  raise Trouble(' ERROR in a traceback')", line.format("INFO asked for: WARNING signs of")]
         said = [line.format("WARNING")] * 2 + [line.format("INFO"), *quoted]
         said.append("2026-01-01 00:00:01,000 decode CRITICAL it ends")
-        stack._run("decode", ("-c", f"print(*{said!r}, sep=chr(10))"), 0)
+        stack._run("decode", ("-c", f"print(*{said!r}, sep=chr(10))"), slice(0, 1))
         stack.services[0].process.wait()
         assert stack.services[0].warnings() == ["torch computes, slower: no compiler", "it ends"]
