@@ -29,6 +29,19 @@ def one_line(text: str) -> str:
     return line
 
 
+def imported_by(*arguments: str) -> set[str]:
+    """Modules that a command imports until it ends well."""
+    started = (
+        "import sys, prad_cli.app as c\ntry: c.main()\n"
+        "except SystemExit as e: sys.exit(e.code or print(*sys.modules, file=sys.stderr))"
+    )
+    asked = [sys.executable, "-c", started, *arguments]
+    ended = subprocess.run(asked, capture_output=True, encoding="utf-8", env=ENVIRONMENT, check=False)
+    assert (ended.returncode, bool(ended.stdout)) == (0, True)
+    (modules,) = ended.stderr.splitlines()
+    return set(modules.split())
+
+
 @pytest.mark.parametrize(
     ("command", "mentioned"),
     [
@@ -66,14 +79,13 @@ def test_help(command: tuple[str, ...], mentioned: list[str]) -> None:
     ["", "serve", "prefill", "decode", "registry", "train", "eval", "adapter push", "bench decode"],
 )
 def test_help_waits_for_no_torch(command: str) -> None:
-    started = (
-        "import sys, prad_cli.app as c\ntry: c.main()\n"
-        "except SystemExit as e: sys.exit(e.code or 'torch' in sys.modules)"
-    )
-    asked = [sys.executable, "-c", started, *command.split(), "--help"]
-    ended = subprocess.run(asked, capture_output=True, encoding="utf-8", env=ENVIRONMENT, check=False)
-    assert (ended.returncode, ended.stderr) == (0, "")
-    assert "Usage: prad" in ended.stdout
+    assert "torch" not in imported_by(*command.split(), "--help")
+
+
+@pytest.mark.parametrize("command", ["version", "serve --help", "prefill --help", "decode --help"])
+def test_a_command_waits_for_no_others(command: str) -> None:
+    others = {f"prad_cli.{name}" for name in ("adapter", "keys", "bench", "train", "chat", "doctor")}
+    assert not imported_by(*command.split()) & (others | {"adapter_registry.client"})
 
 
 @pytest.mark.parametrize("command", ["version", "--version"])
