@@ -14,7 +14,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as `prad` does, before to
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when it is imported
 
 MODULES = (
-    "prad_cli.app",
     "prad_cli.ready",
     "adapter_registry.server",
     "decode_service.server",
@@ -46,6 +45,13 @@ def _of_transformers(name: str) -> object:
     return getattr(import_module("transformers"), name)
 
 
+def _commands() -> None:
+    """Which `prad` imports when they are asked for."""
+    for place in import_module("prad_cli.app")._PLACES.values():
+        import_module(f"prad_cli.{place.partition('.')[0]}")
+
+
+_tried("the commands", _commands)
 for name in MODULES:
     _tried(name, partial(import_module, name))
 for name in LATER:
