@@ -25,6 +25,7 @@ from prad.lm import LanguageModel, Shaping, Site, SiteVectors, begin_masks, samp
 from prad.lm.kv import LayerDone, Pools, chunked_batch
 from prad.lm.scoring import GivenTokens
 from prefill_service.prompt import Prefilling, Prompt
+from prefill_service.replays import answered_in
 from prefill_service.scored import given_in
 
 _GATHERED_BYTES = 8 * 2**20  # of cached KV that is read at once
@@ -101,13 +102,15 @@ def prompt_logits(
         [chunk.start for chunk in chunks],
         task_rows,
     )
-    ended = [chunk.prompt.ends_with(chunk) for chunk in chunks]
     batch = chunked_batch(
         chunks,
         ids,
         pools,
-        logit_rows=[end - 1 for end, last in zip(accumulate(lengths), ended, strict=True) if last],
+        logit_rows=[
+            end - 1 for end, c in zip(accumulate(lengths), chunks, strict=True) if c.prompt.ends_with(c)
+        ],
         layer_done=layer_done,
+        answered=[answered_in(chunk) for chunk in chunks],
     )
     if given is not None:
         batch = replace(batch, given=given)

@@ -72,15 +72,14 @@ BEHIND: Flow = ("(behind)", None)
 class PromptRequest:
     """One prompt of an HTTP request: (adapted prefix, plain continuation) and how to go on.
 
-    `choices` sequences start from the same KV cache; the prompt pass is paid once. `version` None is the
-    plain model. `output_offset`: output tokens that the client has already (a replay's continuation); the
-    next one draws under that index, and `sampling.max_tokens` counts them. prompt_ids: of the vocabulary, or
-    `task_token_id`s of the version; these stay on the prompt side. tokens_per_event: how many tokens decode
-    tells at once, at most; 1 if somebody waits for each. beams: the choices are the best that a beam search
-    finds; None: tokens are drawn. scoring: which tokens of prompt and continuation get log-probabilities;
-    None: none. cache_salt: only requests with the same one find each other's prompts in the prefix cache.
-    key: the name of the API key that was shown. answer, prompts: of the HTTP request. gives_way: it ends
-    where others would. behind: it waits while others want a turn.
+    `choices` sequences start from one KV cache; the prompt pass is paid once. `version` None is the plain
+    model. output_offset: how many of the last continuation_ids are output (a replay); the next draws under
+    that index, and `sampling.max_tokens` counts them. prompt_ids: of the vocabulary, or `task_token_id`s of
+    the version; these stay on the prompt side. tokens_per_event: that decode tells at once, at most; 1 if
+    somebody waits for each. beams: the choices are a beam search's best; None: they are drawn. scoring: which
+    given tokens get log-probabilities; None: none. cache_salt: only those with the same one find each other's
+    prompts in the prefix cache. key: the name of the API key shown. answer, prompts: of the HTTP request.
+    gives_way: it ends where others would. behind: it waits while others want a turn.
     """
 
     request_id: str
@@ -267,14 +266,15 @@ class Prompt:
         return chunk.end == self.tokens
 
     def block_keys(self, block_size: int) -> tuple[bytes, ...]:
-        """Of the blocks that other requests may share."""
+        """Of the blocks that other requests may share: of what is given. Output is computed otherwise."""
         if self.whole or self.request.gives_way:
             return ()
         salt, adapted, digest = self.request.cache_salt, None, None
         if self.adapter is not None:
             assert self.request.version is not None
             digest, adapted = self.request.version.digest, self.adapted
-        return block_keys(digest, self.virtual_tokens, self.ids, block_size, adapted, salt)
+        given = self.ids[: self.tokens - self.request.output_offset]
+        return block_keys(digest, self.virtual_tokens, given, block_size, adapted, salt)
 
     def cached_ids(self, cached: int) -> int:
         """How many of its `cached` tokens are the prompt's own ids."""

@@ -1,8 +1,8 @@
 """Answers that decode has lost in mid-stream, and that go on once it is back: every token is drawn by a
 number of its own, so what comes again is the same.
 
-A single answer goes on behind what its client has, which is computed again with the prompt. Of several, each
-behind its own, all begin anew: what their client has is drawn again, and not told.
+A single answer goes on behind what its client has, which is computed again with the prompt, as decode's steps
+did. Of several, each behind its own, all begin anew: what their client has is drawn again, and not told.
 """
 
 import asyncio
@@ -13,10 +13,11 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import NamedTuple
 
+from prad.core.kv import Chunk
 from prad.core.sampling import TokenEvent
 from prefill_service.decode_link import DecodeLink
 from prefill_service.errors import DecodeUnavailableError, ServingError
-from prefill_service.prompt import PromptRequest
+from prefill_service.prompt import Prompt, PromptRequest
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,12 @@ def behind(request: PromptRequest, said: Said) -> tuple[PromptRequest, Said]:
     (ids,) = said
     given, told = (*request.continuation_ids, *ids), request.output_offset + len(ids)
     return replace(request, continuation_ids=given, output_offset=told, scoring=None), [()]
+
+
+def answered_in(chunk: Chunk[Prompt]) -> int:
+    """How many of a chunk's tokens, from the last one back, are such output."""
+    prompt = chunk.prompt
+    return max(0, chunk.end - max(chunk.start, prompt.tokens - prompt.request.output_offset))
 
 
 async def unsaid(

@@ -214,23 +214,33 @@ def causal_attention(
     device: torch.device | str = "cpu",
     contexts: Mapping[int, Tensor] = MappingProxyType({}),
     kernels: Kernels | None = None,
+    answered: Sequence[int] = (),
 ) -> CausalAttention:
     """Over sequences of these lengths, packed end to end; by `kernels` where they are the faster way.
 
-    `contexts`: of the sequences that go on from stored tokens, the slots of these, in order.
+    `contexts`: of the sequences that go on from stored tokens, the slots of these, in order. `answered`: how
+    many of each one's tokens, from the last one back, a decode step has computed before, which the kernels
+    compute as it did, to the bit; empty: none.
     """
     if kernels is None:
         return Ragged.of(lengths, device, contexts)
-    return _KernelAttention(kernels, lengths, contexts)
+    return _KernelAttention(kernels, lengths, contexts, answered)
 
 
 class _KernelAttention:
     """Nothing is padded or gathered. On torch where a gradient is wanted."""
 
-    def __init__(self, kernels: Kernels, lengths: Sequence[int], contexts: Mapping[int, Tensor]) -> None:
+    def __init__(
+        self,
+        kernels: Kernels,
+        lengths: Sequence[int],
+        contexts: Mapping[int, Tensor],
+        answered: Sequence[int],
+    ) -> None:
         self._kernels = kernels
         self._lengths = lengths
         self._contexts = contexts
+        self._answered = answered
 
     def attend(
         self,
@@ -247,20 +257,20 @@ class _KernelAttention:
 
     @cached_property
     def _spans(self) -> Any:
-        return prompt_spans(self._lengths, self._contexts)
+        return prompt_spans(self._lengths, self._contexts, self._answered)
 
     @cached_property
     def _on_torch(self) -> Ragged:
         return Ragged.of(self._lengths, contexts=self._contexts)
 
 
-def prompt_spans(lengths: Sequence[int], contexts: Mapping[int, Tensor]) -> Any:
+def prompt_spans(lengths: Sequence[int], contexts: Mapping[int, Tensor], answered: Sequence[int] = ()) -> Any:
     """The array of `PromptSpan` that the kernel reads; the contexts must outlive it."""
     starts = accumulate(lengths[:-1], initial=0)
     slots = [contexts.get(i) for i in range(len(lengths))]
     spans = [
-        PromptSpan(start=start, rows=rows, slots=s, stored=0 if s is None else len(s))
-        for start, rows, s in zip(starts, lengths, slots, strict=True)
+        PromptSpan(start=start, rows=rows, slots=s, stored=0 if s is None else len(s), answered=last)
+        for start, rows, s, last in zip(starts, lengths, slots, answered or [0] * len(lengths), strict=True)
     ]
     return (PromptSpan * len(spans))(*spans)
 

@@ -96,17 +96,19 @@ class PackedBatch:
         logit_rows: Sequence[int] | None = None,
         layer_done: LayerDone | None = None,
         kernels: Kernels | None = None,
+        answered: Sequence[int] = (),
     ) -> "PackedBatch":
         """Whole sequences from position 0; logits of each one's last token unless `logit_rows` says else.
 
-        `kernels`: may compute its attention, on the CPU.
+        `kernels`: may compute its attention, on the CPU. `answered`: as for `causal_attention`.
         """
         lengths = tuple(len(s) for s in sequences)
+        attention = causal_attention(lengths, device=device, kernels=kernels, answered=answered)
         rows = [end - 1 for end in accumulate(lengths)] if logit_rows is None else logit_rows
         return cls(
             ids=torch.tensor([i for s in sequences for i in s], device=device),
             positions=torch.cat([torch.arange(n, device=device) for n in lengths]),
-            kv=PromptKV(causal_attention(lengths, device=device, kernels=kernels), layer_done),
+            kv=PromptKV(attention, layer_done),
             logit_rows=torch.tensor(rows, device=device, dtype=torch.long),
         )
 
@@ -190,9 +192,10 @@ def chunked_batch(
     *,
     logit_rows: Sequence[int],
     layer_done: LayerDone | None = None,
+    answered: Sequence[int] = (),
 ) -> PackedBatch:
     """The chunks packed end to end, each with its own ids; as `PackedBatch.of_sequences` if none of them
-    touches a block."""
+    touches a block. `answered`: as for `causal_attention`."""
     if not any(chunk.table for chunk in chunks):
         return PackedBatch.of_sequences(
             ids,
@@ -200,12 +203,13 @@ def chunked_batch(
             logit_rows=logit_rows,
             layer_done=layer_done,
             kernels=pools.kernels,
+            answered=answered,
         )
     device = pools.device
     return PackedBatch(
         ids=torch.tensor([i for own in ids for i in own], device=device),
         positions=torch.cat([torch.arange(chunk.start, chunk.end, device=device) for chunk in chunks]),
-        kv=ChunkedKV.of(chunks, pools, layer_done),
+        kv=ChunkedKV.of(chunks, pools, layer_done, answered),
         logit_rows=torch.tensor(logit_rows, device=device, dtype=torch.long),
     )
 
@@ -224,7 +228,13 @@ class ChunkedKV:
     layer_done: LayerDone | None
 
     @classmethod
-    def of(cls, chunks: Sequence[Chunk[Any]], pools: Pools, layer_done: LayerDone | None) -> "ChunkedKV":
+    def of(
+        cls,
+        chunks: Sequence[Chunk[Any]],
+        pools: Pools,
+        layer_done: LayerDone | None,
+        answered: Sequence[int],
+    ) -> "ChunkedKV":
         lengths = [len(chunk) for chunk in chunks]
         contexts, rows, slots = {}, [], []
         for i, (chunk, row) in enumerate(zip(chunks, accumulate(lengths[:-1], initial=0), strict=True)):
@@ -234,7 +244,9 @@ class ChunkedKV:
                 contexts[i] = known[: chunk.start]
             rows.append(torch.arange(row, row + chunk.stored, device=pools.device))
             slots.append(known[chunk.start :].to(pools.device))
-        attention = causal_attention(lengths, device=pools.device, contexts=contexts, kernels=pools.kernels)
+        attention = causal_attention(
+            lengths, device=pools.device, contexts=contexts, kernels=pools.kernels, answered=answered
+        )
         return cls(pools, attention, torch.cat(rows), torch.cat(slots), layer_done)
 
     def attend(

@@ -184,6 +184,55 @@ def test_chunks_of_a_prompt_have_its_bits(
         assert torch.equal(later, whole[start:end])
 
 
+@EACH_KIND
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "key_dim", "value_dim"), [(9, 3, 64, 64), (10, 2, 24, 12), (2, 1, 5, 7)]
+)
+@pytest.mark.parametrize("window", [None, 5, 40, 550])
+def test_answered_tokens_have_the_bits_of_their_steps(
+    kernels: Kernels,
+    dtype: torch.dtype,
+    heads: int,
+    kv_heads: int,
+    key_dim: int,
+    value_dim: int,
+    window: int | None,
+) -> None:
+    """Whatever is before them in the pass, and in whatever chunks; others keep theirs."""
+    tokens, given = 600, 490
+    shapes = ((heads, key_dim), (kv_heads, key_dim), (kv_heads, value_dim))
+    query, key, value = (some(tokens, *shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes))
+    layout = KVLayout((LayerKV(kv_heads, key_dim, value_dim),), dtype_name(dtype))
+    pools = Pools(layout, 40, 16, "cpu", kernels)
+    table = torch.randperm(40, generator=torch.Generator().manual_seed(0)).tolist()
+    slots = pools.slots(table, tokens)
+    for pool, states in ((pools.keys[0], key), (pools.values[0], value)):
+        pool.flatten(0, 1)[slots] = states
+    batch: list[Any] = [SimpleNamespace(blocks=table, kv_len=at) for at in range(given, tokens)]
+    steps = torch.cat(
+        [
+            pools.step([each]).attend(
+                0, *(x[each.kv_len : each.kv_len + 1] for x in (query, key, value)), 0.3, window
+            )
+            for each in batch
+        ]
+    )
+    plain = kernels.prompt_attention(query, key, value, prompt_spans([tokens], {}), None, 0.3, window)
+    if dtype is torch.float32:  # else rounding may hide it
+        assert not torch.equal(plain[given:], steps), "both ways are one: nothing is shown here"
+    spans = prompt_spans([tokens], {}, [tokens - given])
+    whole = kernels.prompt_attention(query, key, value, spans, None, 0.3, window)
+    assert torch.equal(whole[:given], plain[:given])
+    assert torch.equal(whole[given:], steps)
+    for start, end in ((400, 520), (490, 491), (511, 600)):
+        spans = prompt_spans([7, end - start], {1: slots[:start]}, [3, end - max(start, given)])
+        q, k, v = (torch.cat((x[:7], x[start:end])) for x in (query, key, value))
+        stored = (pools.keys[0].flatten(0, 1), pools.values[0].flatten(0, 1))
+        found = kernels.prompt_attention(q, k, v, spans, stored, 0.3, window)[7:]
+        assert torch.equal(found, whole[start:end])
+
+
 @each_kind("window", [None, 40, 700], few=[None])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(9, 3, 64), (4, 4, 16), (6, 2, 24)])

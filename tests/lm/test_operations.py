@@ -53,7 +53,7 @@ def test_every_change_of_a_struct_is_another_digest(change: str) -> None:
 
 def test_a_struct_is_made_of_all_of_its_fields_by_name() -> None:
     with pytest.raises(
-        TypeError, match=r"made of start, rows, slots, stored, not of start, rows, slot, stored"
+        TypeError, match=r"made of start, rows, slots, stored, answered, not of start, rows, slot, stored"
     ):
         operations.PromptSpan(start=0, rows=1, slot=None, stored=0)  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="not of start, rows"):
@@ -61,10 +61,10 @@ def test_a_struct_is_made_of_all_of_its_fields_by_name() -> None:
 
 
 def test_what_a_struct_points_to_lives_as_long() -> None:
-    span = operations.PromptSpan(start=0, rows=1, slots=torch.tensor([3, 4]), stored=2)
+    span = operations.PromptSpan(start=0, rows=1, slots=torch.tensor([3, 4]), stored=2, answered=0)
     some(100)
     assert list((c_int64 * 2).from_address(int(span.slots))) == [3, 4]  # type: ignore[arg-type, call-overload]
-    assert sizeof(span) == 32
+    assert sizeof(span) == 40
 
 
 def of(fields: dict[str, Any]) -> ModuleType:

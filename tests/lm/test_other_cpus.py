@@ -197,7 +197,13 @@ def prompts(calls: Emulated, dtype: torch.dtype) -> None:
         pools = calls.some(300, *shapes[1], dtype=dtype), calls.some(300, *shapes[2], dtype=dtype)
         starts = torch.tensor((0, *LENGTHS)).cumsum(0).tolist()
         spans = [
-            PromptSpan(start=start, rows=n, slots=slots if n % 2 else None, stored=len(slots) if n % 2 else 0)
+            PromptSpan(
+                start=start,
+                rows=n,
+                slots=slots if n % 2 else None,
+                stored=len(slots) if n % 2 else 0,
+                answered=n // 3,
+            )
             for start, n in zip(starts, LENGTHS, strict=False)
         ]
         for window in (None, 40):

@@ -15,7 +15,7 @@ from kvtransfer.messages import Open, decode, encode
 from prad.adapters import Adapter
 from prad.core.kv import BlockPool
 from prad.core.sampling import Drafter, Token, TokenEvent
-from prad.lm import Grammars, LanguageModel
+from prad.lm import Grammars, LanguageModel, SiteVectors
 from prad.lm.kv import Pools
 from prefill_service.decode_link import alike, open_message, text_ids
 from prefill_service.pass_loop import deliver_first
@@ -45,11 +45,13 @@ class Split:
         """All prompts in one pass, all sequences in one batch. steps: decode dies after so many."""
         prompts = [Prompt(request, adapter) for request, adapter in asked]
         layers: list[tuple[torch.Tensor, torch.Tensor]] = []
+        states: dict[Prompt, SiteVectors] = {}
         first = run_prompt_pass(
             self._model,
             Pools(self._model.layout, 0, 16, "cpu", self._model.kernels),
             [prompt.as_chunk() for prompt in prompts],
             lambda _, key, value: layers.append((key.clone(), value.clone())),
+            states.__setitem__,
         )
         answers: Answers = {}
         starts = accumulate((prompt.tokens for prompt in prompts[:-1]), initial=0)
@@ -62,7 +64,7 @@ class Split:
                 if (reason := sampling.finish_reason(token.id, index)) is not None:
                     self.ends[prompt.request.request_id, choice] = reason
             if deliver_first(prompt, tokens, 0):
-                self._hand_over(prompt, layers, start, tokens)
+                self._hand_over(prompt, layers, start, tokens, states.get(prompt, {}))
         while self._engine.status().sequences and steps != 0:
             before = len(self._events)
             self._engine.step()
@@ -81,6 +83,7 @@ class Split:
         layers: Sequence[tuple[torch.Tensor, torch.Tensor]],
         start: int,
         tokens: Sequence[Token],
+        state: SiteVectors,
     ) -> None:
         request = decode(Open, encode(open_message(prompt, self._model.spec, 60.0)))
         reservation = self._engine.admit("client", request)
@@ -88,6 +91,8 @@ class Split:
         planes = tuple((raw(key[own]), raw(value[own])) for key, value in layers)
         frame = Incoming(0, (), Encoding.RAW, self._model.layout.bytes_per_token, planes)
         self._engine.write(frame, [reservation.placed(0, Rows(0, 0, prompt.tokens))])
+        for site, vectors in state.items():
+            self._engine.put_state(reservation, str(site), bytes(raw(vectors)))
         self._engine.commit(reservation, tokens, text_ids(prompt), alike(prompt))
 
 

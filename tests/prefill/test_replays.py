@@ -6,9 +6,11 @@ from collections.abc import AsyncGenerator
 import pytest
 
 from kvtransfer.errors import TimedOutError
+from prad.core.kv import Chunk
 from prad.core.sampling import Scoring, Token, TokenEvent
 from prefill_service.errors import DeadlineError, DecodeUnavailableError, OverloadedError
 from prefill_service.prompt import Prompt, PromptRequest
+from prefill_service.replays import answered_in
 from tests.prefill.fakes import HandOff, Setting, request, version
 
 Told = list[tuple[int, int, int]]
@@ -65,6 +67,18 @@ async def test_an_answer_goes_on_behind_what_its_client_has() -> None:
         setting.tells(2, 0, 4, 44, reason="stop")
         await reading
     assert told == [(0, 0, 40), (0, 1, 41), (0, 2, 42), (0, 3, 40), (0, 4, 44)]
+
+
+def test_output_is_known_in_any_chunk_and_shared_with_nobody() -> None:
+    """Ten tokens of a prompt, two given behind them, nine of output."""
+    ids = tuple(range(21))
+    replayed = Prompt(request("r", ids[:10], continuation_ids=ids[10:], output_offset=9))
+    given = Prompt(request("g", ids[:10], continuation_ids=ids[10:]))
+    chunks = ((0, 21), (0, 12), (5, 14), (12, 21), (14, 15))
+    assert [answered_in(Chunk(replayed, *each)) for each in chunks] == [9, 0, 2, 9, 1]
+    assert {answered_in(Chunk(given, *each)) for each in chunks} == {0}
+    assert len(given.block_keys(5)) == 4
+    assert replayed.block_keys(5) == given.block_keys(5)[:2], "the third block has output"
 
 
 async def test_of_several_all_begin_anew_and_nothing_is_told_twice() -> None:

@@ -152,6 +152,27 @@ struct Answer {
   }
 };
 
+// Of several queries that have seen nothing yet; a thread has one at a time.
+struct Answers {
+  int64_t dim;
+  std::vector<Answer> each;
+
+  Answers(int64_t count, int64_t dim) : dim(dim), each(count) {
+    thread_local std::vector<float> memory;
+    memory.assign(count * (dim + 2), 0.0f);
+    for (int64_t i = 0; i < count; i++) {
+      float* sum = memory.data() + i * (dim + 2);
+      each[i] = {sum, sum + dim, sum + dim + 1};
+      *each[i].most = -INFINITY;
+    }
+  }
+  template <class T>
+  void write(T* out) const {
+    for (const Answer& answer : each)
+      for (int64_t d = 0; d < dim; d++) *out++ = from_float<T>(answer.sum[d] / *answer.total);
+  }
+};
+
 // Adds kQueries weighted sums of 16 * kVectors value columns from `first` on.
 template <class T, int kQueries, int kVectors>
 void mix(const float* weights, int64_t room, const Tokens<T>& values, const Tokens<T>& next_keys, int64_t first,
@@ -179,14 +200,14 @@ void mix(const float* weights, int64_t room, const Tokens<T>& values, const Toke
 
 // A part of a context: keys and values are its tokens.
 template <class T, int kQueries>
-void attend(const AttentionCall& p, const T* query, const Tokens<T>& keys, const Tokens<T>& values,
-            const Tokens<T>& next_keys, const Answer* answers) {
+void attend(float scale, const T* query, const Tokens<T>& keys, const Tokens<T>& values, const Tokens<T>& next_keys,
+            const Answer* answers) {
   thread_local std::vector<float> memory, wide;
   int64_t count = keys.end - keys.start, room = count + 32, dim = values.dim;
   memory.resize(kQueries * room);
   float* scores = memory.data();
   auto score = [&](const auto& products) {
-    scores_of<std::decay_t<decltype(products)>, T, kQueries>(products, keys, values, p.scale, scores, room);
+    scores_of<std::decay_t<decltype(products)>, T, kQueries>(products, keys, values, scale, scores, room);
   };
 #ifdef __AVX512BF16__
   if constexpr (sizeof(T) == 2) {
@@ -210,6 +231,22 @@ void attend(const AttentionCall& p, const T* query, const Tokens<T>& keys, const
         answers[g].sum[d] += scores[g * room + t - values.start] * to_float(values.at(t)[d]);
 }
 
+// The same for all queries of a KV head.
+template <class T>
+void attend_all(float scale, int64_t queries, const T* query, const Tokens<T>& keys, const Tokens<T>& values,
+                const Tokens<T>& next_keys, const Answer* answers) {
+  for (int64_t left = queries; left > 0;) {
+    int taken = static_cast<int>(std::min<int64_t>(left, 4));
+    if (taken == 4) attend<T, 4>(scale, query, keys, values, next_keys, answers);
+    else if (taken == 3) attend<T, 3>(scale, query, keys, values, next_keys, answers);
+    else if (taken == 2) attend<T, 2>(scale, query, keys, values, next_keys, answers);
+    else attend<T, 1>(scale, query, keys, values, next_keys, answers);
+    left -= taken;
+    query += taken * keys.dim;
+    answers += taken;
+  }
+}
+
 // Some KV heads of one sequence. They share lines and pages of memory, so all of them see a part of the context
 // that fits into a core's cache before the next part is read.
 template <class T>
@@ -228,29 +265,20 @@ struct Heads {
 
   void run() const {
     const int64_t end = view.lengths[sequence], start = begin(end);
-    thread_local std::vector<float> memory;
-    int64_t each = p.value_dim + 2;
-    memory.assign((last - first) * groups() * each, 0.0f);
-    std::vector<Answer> answers((last - first) * groups());
-    for (size_t i = 0; i < answers.size(); i++) {
-      float* sum = memory.data() + i * each;
-      answers[i] = {sum, sum + p.value_dim, sum + p.value_dim + 1};
-      *answers[i].most = -INFINITY;
-    }
+    const T* query = static_cast<const T*>(p.query) + sequence * p.query_stride;
+    Answers answers((last - first) * groups(), p.value_dim);
     for (int64_t at = start; at < end; at += kPart) {
       int64_t stop = std::min(end, at + kPart);
       for (int64_t head = first; head < last; head++) {
         Tokens<T> next_keys = head + 1 < last ? tokens(p.keys, p.key_dim, sequence, head + 1, at, stop)
                               : stop < end    ? tokens(p.keys, p.key_dim, sequence, first, stop, std::min(end, stop + kPart))
                                               : first_keys();
-        attend_all(head, tokens(p.keys, p.key_dim, sequence, head, at, stop),
+        attend_all(p.scale, groups(), query + head * groups() * p.key_dim, tokens(p.keys, p.key_dim, sequence, head, at, stop),
                    tokens(p.values, p.value_dim, sequence, head, at, stop), next_keys,
-                   answers.data() + (head - first) * groups());
+                   answers.each.data() + (head - first) * groups());
       }
     }
-    T* out = static_cast<T*>(p.out) + (sequence * p.heads + first * groups()) * p.value_dim;
-    for (const Answer& answer : answers)
-      for (int64_t d = 0; d < p.value_dim; d++) *out++ = from_float<T>(answer.sum[d] / *answer.total);
+    answers.write(static_cast<T*>(p.out) + (sequence * p.heads + first * groups()) * p.value_dim);
   }
 
  private:
@@ -274,21 +302,6 @@ struct Heads {
     const T* value = static_cast<const T*>(p.value) + sequence * p.value_stride + head * p.value_dim;
     std::copy(key, key + p.key_dim, tokens(p.keys, p.key_dim, sequence, head, 0, end).at(end - 1));
     std::copy(value, value + p.value_dim, tokens(p.values, p.value_dim, sequence, head, 0, end).at(end - 1));
-  }
-
-  void attend_all(int64_t head, const Tokens<T>& keys, const Tokens<T>& values, const Tokens<T>& next_keys,
-                  const Answer* answers) const {
-    const T* query = static_cast<const T*>(p.query) + sequence * p.query_stride + head * groups() * p.key_dim;
-    for (int64_t left = groups(); left > 0;) {
-      int taken = static_cast<int>(std::min<int64_t>(left, 4));
-      if (taken == 4) attend<T, 4>(p, query, keys, values, next_keys, answers);
-      else if (taken == 3) attend<T, 3>(p, query, keys, values, next_keys, answers);
-      else if (taken == 2) attend<T, 2>(p, query, keys, values, next_keys, answers);
-      else attend<T, 1>(p, query, keys, values, next_keys, answers);
-      left -= taken;
-      query += taken * p.key_dim;
-      answers += taken;
-    }
   }
 };
 

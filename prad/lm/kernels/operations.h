@@ -49,14 +49,16 @@ struct LowRankSpan {
 };
 static_assert(sizeof(LowRankSpan) == 56);
 
-// A sequence: rows [start, start + rows) of a pass, behind tokens that lie at slots [stored] of the pools.
+// A sequence: rows [start, start + rows) of a pass, behind tokens that lie at slots [stored] of the pools. answered:
+// how many rows, from the last one back, a decode step has computed before.
 struct PromptSpan {
   int64_t start;
   int64_t rows;
   const int64_t* slots;
   int64_t stored;
+  int64_t answered;
 };
-static_assert(sizeof(PromptSpan) == 32);
+static_assert(sizeof(PromptSpan) == 40);
 
 // A linear layer's weights; all in the order of the panels' columns. int8 has a scale for each, and what its sums are
 // too large by where rows have 128 added. bias: or null. places: of mixed weights, for each panel at which byte it
@@ -264,4 +266,4 @@ void with_arguments(Kind kind, const void* arguments, const Body& body) {
   }
 }
 
-inline constexpr char kDeclared[] = "c7d6b0d37ae73c43";
+inline constexpr char kDeclared[] = "13b8849b068ebf65";

@@ -108,12 +108,13 @@ class LowRankSpan(Struct):
 @struct
 class PromptSpan(Struct):
     """A sequence: rows [start, start + rows) of a pass, behind tokens that lie at slots [stored] of the
-    pools."""
+    pools. answered: how many rows, from the last one back, a decode step has computed before."""
 
     start: Size
     rows: Size
     slots: Places
     stored: Size
+    answered: Size
 
 
 @struct

@@ -1,11 +1,13 @@
 // A prompt pass's attention: each of several packed sequences sees itself, and what it stored before, causally.
 // Keys and values are packed as weights are (linear.h), so that both products are those of a linear layer: scores
-// are queries by panels of 16 keys, the answer is weights by panels of 16 of the values' columns.
+// are queries by panels of 16 keys, the answer is weights by panels of 16 of the values' columns. Only the tokens that
+// are given are answered so: those that decode has computed before are for answered.h.
 #pragma once
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
+#include "answered.h"
 #include "linear.h"
 #include "pool.h"
 #include "vec.h"
@@ -28,11 +30,11 @@ class PromptAttention {
     int64_t tokens = 0;
     for (int64_t i = 0; i < p.count; i++) {
       const PromptSpan& span = p.spans[i];
-      int64_t total = span.stored + span.rows, seen = p.window ? std::max<int64_t>(0, span.stored + 1 - p.window) : 0;
-      for (int64_t at = seen / kPart * kPart; at < total; at += kPart) parts_.push_back({i, at});
-      for (int64_t at = (span.rows - 1) / kRows * kRows; at >= 0; at -= kRows) blocks_.push_back({i, at});  // longest first
+      int64_t seen = p.window ? std::max<int64_t>(0, span.stored + 1 - p.window) : 0;
+      for (int64_t at = seen / kPart * kPart; at < reach(span); at += kPart) parts_.push_back({i, at});
+      for (int64_t at = round_up(given(span), kRows) - kRows; at >= 0; at -= kRows) blocks_.push_back({i, at});  // longest first
       begins_.push_back(tokens);
-      tokens += round_up(total, kDepth);
+      tokens += round_up(reach(span), kDepth);
     }
     tokens_ = tokens;
     packed().resize(tokens_ * p.kv_heads * (key_depth() + value_width()));
@@ -54,6 +56,10 @@ class PromptAttention {
     int64_t span, at;
   };
 
+  static int64_t given(const PromptSpan& span) { return span.rows - span.answered; }
+  // Tokens that the given ones see, and are.
+  static int64_t reach(const PromptSpan& span) { return given(span) ? span.stored + given(span) : 0; }
+
   // Keys and values, packed: of the thread that calls; the others only use it.
   static std::vector<T>& packed() {
     thread_local std::vector<T> memory;
@@ -68,19 +74,12 @@ class PromptAttention {
   T* values_of(int64_t span, int64_t head) const {
     return values_ + (begins_[span] * p.kv_heads + head * length(span)) * value_width();
   }
-  int64_t length(int64_t span) const { return round_up(p.spans[span].stored + p.spans[span].rows, kDepth); }
-
-  // A token's key or value of a head, wherever it lies.
-  const T* at(const PromptSpan& span, int64_t token, const void* now, int64_t stride, const void* before, int64_t head,
-              int64_t dim) const {
-    if (token >= span.stored) return static_cast<const T*>(now) + (span.start + token - span.stored) * stride + head * dim;
-    return static_cast<const T*>(before) + (span.slots[token] * p.kv_heads + head) * dim;
-  }
+  int64_t length(int64_t span) const { return round_up(reach(p.spans[span]), kDepth); }
 
   // Keys and values of the tokens from place.at on, zeros behind the last.
   void pack(Place place, int64_t head) const {
     const PromptSpan& span = p.spans[place.span];
-    int64_t total = span.stored + span.rows, end = std::min(place.at + kPart, length(place.span));
+    int64_t known = reach(span), end = std::min(place.at + kPart, length(place.span));
     T *keys = keys_of(place.span, head), *values = values_of(place.span, head);
     thread_local std::vector<T> memory;
     memory.assign(kPair<T> * value_width(), T{});
@@ -88,9 +87,9 @@ class PromptAttention {
       T* panel = keys + t / kColumns * kColumns * key_depth() + t % kColumns * kPair<T>;
       T* pair = memory.data() + t % kPair<T> * value_width();
       int64_t d = 0;
-      if (t < total) {
-        const T* key = at(span, t, p.key, p.key_stride, p.keys, head, p.key_dim);
-        const T* value = at(span, t, p.value, p.value_stride, p.values, head, p.value_dim);
+      if (t < known) {
+        const T* key = row_of<T>(p, span, t, p.key, p.key_stride, p.keys, head, p.key_dim);
+        const T* value = row_of<T>(p, span, t, p.value, p.value_stride, p.values, head, p.value_dim);
         for (; d + kPair<T> <= p.key_dim; d += kPair<T>) std::memcpy(panel + d * kColumns, key + d, kPair<T> * sizeof(T));
         if (d < p.key_dim) panel[d * kColumns] = key[d], panel[d * kColumns + 1] = T{}, d += 2;  // an odd one
         std::copy(value, value + p.value_dim, pair);
@@ -113,7 +112,7 @@ class PromptAttention {
   void attend(Place place, int64_t kv_head, int64_t head) const {
     const PromptSpan& span = p.spans[place.span];
     const T *keys = keys_of(place.span, kv_head), *values = values_of(place.span, kv_head);
-    int rows = static_cast<int>(std::min<int64_t>(kRows, span.rows - place.at));
+    int rows = static_cast<int>(std::min<int64_t>(kRows, given(span) - place.at));
     int64_t first = span.stored + place.at, end = first + rows;  // the queries' own tokens
     int64_t seen = p.window ? std::max<int64_t>(0, first + 1 - p.window) / kDepth * kDepth : 0;
     int64_t depth = key_depth(), width = value_width();
@@ -187,4 +186,5 @@ class PromptAttention {
 template <class T>
 void prompt_attention(Pool& pool, const PromptCall& call) {
   PromptAttention<T>(call).run(pool);
+  AnsweredAttention<T>(call).run(pool);
 }
