@@ -85,10 +85,12 @@ check-all-else: $(VENV)/.tested
 proto: $(VENV)/.tested ## generate the gRPC stubs again
 	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. $(PROTO)
 
-# VLLM=, OPENVINO=, LLAMA=: their interpreters; DATA=: a folder of the tasks' folders, each with test.jsonl
-bench: $(VENV)/.benched ## measure, side by side, into bench/results/ (VLLM=, OPENVINO=, LLAMA=, DATA=: see the Makefile)
+# VLLM=, OPENVINO=, LLAMA=, ZENTORCH=: their interpreters; LIBXSMM=: its libxsmm.a;
+# DATA=: a folder of the tasks' folders, each with test.jsonl
+bench: $(VENV)/.benched ## measure, side by side, into bench/results/ (others: VLLM=, DATA= and so on, see the Makefile)
 	set -e; for name in $(BENCHMARKS); do $(BIN)/prad bench $$name; done
 	set -e; for name in rounding greedy speculation; do $(BIN)/prad bench $$name $(DATA:%=--data %); done
+	$(BIN)/prad bench libraries $(ZENTORCH:%=--zentorch-python %) $(LIBXSMM:%=--libxsmm %)
 	for name in peers stream; do \
 	  $(BIN)/prad bench $$name $(VLLM:%=--vllm-python %) $(OPENVINO:%=--openvino-python %) $(LLAMA:%=--llama-python %) || exit 1; \
 	done

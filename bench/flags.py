@@ -279,6 +279,15 @@ class Floor(ModelFlags):
     bandwidth_mib: int = Field(1024, description="size of the buffer that is read")
 
 
+class Libraries(ModelFlags):
+    SMOKE = {"batches": [1, 8], "rounds": 2}
+
+    batches: list[int] = Field([1, 8, 64, 256], description="rows")
+    rounds: int = Field(9, ge=1)
+    zentorch_python: Path | None = Field(None, description="interpreter of an environment with zentorch")
+    libxsmm: Path | None = Field(None, description="its libxsmm.a (Debian: libxsmm-dev)")
+
+
 class Gpu(Flags):
     SMOKE = {
         "device": "cpu",

@@ -69,7 +69,7 @@ class Ground:
         ways: tuple[Way, ...] = ("stored", self.others) if stored else (self.others,)
         for batch in batches:
             for way in ways:
-                self.kinds[way, batch] = seconds(_gemms(model, self.weights, batch, way))
+                self.kinds[way, batch] = seconds(gemms(model, self.weights, batch, way))
             self.kinds["own", batch] = seconds(self.own_gemms(batch, self.weights))
 
     def own_gemms(self, batch: int, weights: Sequence[Tensor]) -> Callable[[], None]:
@@ -77,7 +77,7 @@ class Ground:
         where there are no kernels."""
         kernels = self._model.kernels
         if kernels is None:
-            return _gemms(self._model, weights, batch, self.others)
+            return gemms(self._model, weights, batch, self.others)
         recording = Recording(kernels)
         for w in weights:
             x, out = torch.randn(batch, w.shape[1]).to(w.dtype), torch.empty(batch, w.shape[0], dtype=w.dtype)
@@ -158,7 +158,7 @@ class ContestGround:
         head = [w for w in self._step.weights if w.shape[0] == model.vocab_size]
         self.kinds: dict[Part, Callable[[], float]] = dict(self._step.kinds)
         for part, weights, rows in (("body", body, prompts * length), ("head", head, prompts)):
-            self.kinds[f"others {part}", 0] = seconds(_gemms(model, weights, rows, self._step.others))
+            self.kinds[f"others {part}", 0] = seconds(gemms(model, weights, rows, self._step.others))
             self.kinds[f"own {part}", 0] = seconds(self._step.own_gemms(rows, weights))
 
     def floor_s(self, took: Samples[Any]) -> tuple[float, float]:
@@ -195,7 +195,7 @@ def others_way(model: LanguageModel) -> Way:
     return "packed_float32"
 
 
-def _gemms(model: LanguageModel, weights: Sequence[Tensor], batch: int, way: Way) -> Callable[[], None]:
+def gemms(model: LanguageModel, weights: Sequence[Tensor], batch: int, way: Way) -> Callable[[], None]:
     """By torch."""
     dtype = torch.float32 if way == "packed_float32" else model.dtype
     inputs = {

@@ -23,6 +23,7 @@ FLAGS: dict[str, type[Flags]] = {
     "structured": flags.Structured,
     "para": flags.Para,
     "floor": flags.Floor,
+    "libraries": flags.Libraries,
     "gpu": flags.Gpu,
     "handoff": flags.Handoff,
     "rounding": flags.Rounding,

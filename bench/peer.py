@@ -92,7 +92,7 @@ class PeerProgram:
 
 
 class Peer(PeerProgram):
-    """A worker that holds the model. `versions` are those of the peer's own packages, once it is ready."""
+    """A worker that holds a model, or a library. `versions`: of its own packages, once it is ready."""
 
     def __init__(self, worker: str, python: Path | None, options: dict[str, Any], log: Path) -> None:
         command = [str(python or sys.executable), str(WORKERS / f"{worker}_worker.py"), json.dumps(options)]
@@ -108,12 +108,15 @@ class Peer(PeerProgram):
         self, prompts: Sequence[Sequence[int]], output: int, adapters: Sequence[str | None]
     ) -> float:
         """Seconds until every prompt has `output` tokens, greedy, whatever the end token says."""
-        asked = {"prompts": prompts, "output": output, "adapters": adapters}
+        return self.ask({"prompts": prompts, "output": output, "adapters": adapters})
+
+    def ask(self, message: Mapping[str, object]) -> float:
+        """Seconds that the worker took for what its own docstring says of such a message."""
         requests = self.process.stdin
         assert requests is not None
         with self.awake():
             try:
-                requests.write(json.dumps(asked) + "\n")
+                requests.write(json.dumps(message) + "\n")
                 requests.flush()
             except BrokenPipeError as error:
                 raise self.ended() from error

@@ -30,6 +30,7 @@ BENCHMARKS = {
     "speculation": "What drafts bring: tokens a second with them and without, by task.",
     "para": "What PARA's vectors add to a decode step and a prompt pass, beside PrAd-PARA and neither.",
     "floor": "What a decode step cannot go below here: packed GEMMs, one read of the KV.",
+    "libraries": "A step's products by ours, torch's, and zentorch's and libxsmm's where they are.",
     "gpu": "A GPU, where torch computes: prompt passes and decode steps beside the hardware's limit.",
     "handoff": "Handing the KV cache over, as part of the prompt pass.",
     "rounding": "What rounded keys, values and weights do to logits and to the demo adapters' scores.",

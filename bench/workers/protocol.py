@@ -3,6 +3,8 @@
     bench -> worker   {"prompts": [[id, ...], ...], "output": n, "adapters": [name or null, ...]}
     worker -> bench   {"seconds": s}
 
+A worker that holds no model is asked for something else, which its docstring says.
+
 The first line a worker writes is {"versions": {package: version}}: it is loaded. Its stdin's end stops it.
 """
 
@@ -36,16 +38,24 @@ def serve(answers: int, packages: Sequence[str], generate: Generate) -> None:
 
     `generate` returns how many tokens each prompt got: a peer that stops early would look fast.
     """
+
+    def work(asked: dict[str, Any]) -> None:
+        counts = generate(asked["prompts"], asked["output"], asked["adapters"])
+        if any(count != asked["output"] for count in counts):
+            raise SystemExit(f"asked for {asked['output']} tokens each, got {list(counts)}")
+
+    answer(answers, packages, work)
+
+
+def answer(answers: int, packages: Sequence[str], work: Callable[[dict[str, Any]], None]) -> None:
+    """Tells how long `work` took for each message, until stdin ends."""
     with os.fdopen(answers, "w", encoding="utf-8") as out:
         _say(out, {"versions": {name: version(name) for name in packages}})
         for line in sys.stdin:
             asked = json.loads(line)
             started = time.perf_counter()
-            counts = generate(asked["prompts"], asked["output"], asked["adapters"])
-            seconds = time.perf_counter() - started
-            if any(count != asked["output"] for count in counts):
-                raise SystemExit(f"asked for {asked['output']} tokens each, got {list(counts)}")
-            _say(out, {"seconds": seconds})
+            work(asked)
+            _say(out, {"seconds": time.perf_counter() - started})
 
 
 def _say(out: Any, message: dict[str, Any]) -> None:
