@@ -103,7 +103,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-long = pytest.mark.long
+long = (pytest.mark.long, pytest.mark.timeout(3600))
 
 
 @pytest.mark.parametrize(
