@@ -1,9 +1,10 @@
 """The kernels as another CPU has them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import pytest
+import torch
 
 from prad.lm.kernels import Kernels
 from prad.lm.kernels.build import built
@@ -33,3 +34,11 @@ def kernels(
     """This CPU's, or those of a lesser one where a test asks for them (`near.EACH_KIND`)."""
     kind = getattr(request, "param", "own")
     return kernels if kind == "own" else kernels_of(kind)
+
+
+@pytest.fixture(params=["as they are", "as zeros"])
+def denormals(request: pytest.FixtureRequest) -> Iterator[None]:
+    """How the caller's thread computes with them; the kernels' others as they come."""
+    assert torch.set_flush_denormal(request.param == "as zeros")
+    yield
+    torch.set_flush_denormal(False)

@@ -157,6 +157,7 @@ def test_what_is_not_finite_spoils_its_own_row(kernels: Kernels, value: float, k
         assert torch.equal(after[others], before[others])
 
 
+@pytest.mark.usefixtures("denormals")
 @pytest.mark.parametrize("kind", KINDS)
 def test_zeros_and_the_least_and_largest_numbers(kernels: Kernels, kind: str) -> None:
     own = Rounded(33, 64, kind)

@@ -79,20 +79,16 @@ def test_rows_lie_anywhere(kernels: Kernels) -> None:
     assert torch.equal(wide(kernels, packed, x), wide(kernels, packed, x.contiguous()))
 
 
-@pytest.mark.parametrize("flushed", [False, True])
-def test_zeros_and_the_least_numbers(kernels: Kernels, flushed: bool) -> None:
-    """Whether the caller's thread flushes denormals or not, they are next to nothing, and never NaN."""
+@pytest.mark.usefixtures("denormals")
+def test_zeros_and_the_least_numbers(kernels: Kernels) -> None:
+    """They are next to nothing, and never NaN."""
     x, weight = torch.zeros(6, 70, dtype=torch.bfloat16), some(33, 70, dtype=torch.bfloat16, seed=1)
     x[1] = 1e-40
     x[2, 5] = -1e-39
     x[3], x[3, 0] = 1e-40, 2.0
     x[4] = 1e-25
     packed = PackedLinear.of(weight, precision="int8")
-    assert torch.set_flush_denormal(flushed)
-    try:
-        found = wide(kernels, packed, x)
-    finally:
-        torch.set_flush_denormal(False)
+    found = wide(kernels, packed, x)
     assert (found[[0, 5]] == 0).all()
     assert found[1:3].abs().max() < 1e-30
     assert_near(found[3], 2 * weight[:, 0], 0.03)

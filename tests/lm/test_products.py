@@ -139,6 +139,7 @@ def test_what_is_not_finite_spoils_its_own_row(kernels: Kernels, dtype: torch.dt
 
 
 @EACH_KIND
+@pytest.mark.usefixtures("denormals")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_least_numbers_are_next_to_nothing(kernels: Kernels, dtype: torch.dtype) -> None:
     """Some instructions take denormals for zeros."""
