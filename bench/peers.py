@@ -2,10 +2,11 @@
 
 Ours: through HTTP, as many tasks as requests, PrAd-PA and PrAd-LoRA, and the plain model; PrAd-PA again with
 decode's weights rounded to 8 bits, and in blocks of 4 (--weights int8, int4). Our own engine in-process, with
-LoRA at every token and without. transformers' generate, alone and with PEFT's mixed-adapter batch: always,
-in float32 on a CPU that does not multiply bfloat16, where many rows of that take five times as long. vLLM,
-with as many LoRAs (r on q and v) and without, OpenVINO GenAI and llama.cpp (both: the 4-bit .gguf):
-where --vllm-python, --openvino-python and --llama-python name an interpreter that has them. All compute on
+LoRA at every token and without. transformers' generate, alone and with PEFT's mixed-adapter batch: always.
+vLLM, with as many LoRAs (r on q and v) and without, OpenVINO GenAI and llama.cpp (both: the 4-bit .gguf):
+where --vllm-python, --openvino-python and --llama-python name an interpreter that has them. Whoever does not
+choose by itself computes in float32 on a CPU that does not multiply bfloat16, where many rows of that take
+them five times as long. All compute on
 all cores, are alive at once (some 20 GiB) and asked in turn, same prompts. Then 8 requests; one alone is
 asked by `stream`. Our decode services make no drafts: what a model makes of random ids repeats itself, and is
 guessed more often than any text that somebody would ask for. Of each it is told how often a page of its
@@ -69,24 +70,21 @@ class _Others:
     def start_all(self, loras: Mapping[str, str]) -> None:
         """loras: adapters' names and folders."""
         told, number = self._arguments, self._arguments.requests
-        base = {"model": str(model_folder(told)), "adapters": {}, "dtype": "bfloat16"}
+        base = {"model": str(model_folder(told)), "adapters": {}}
         adapted = base | {"adapters": loras}
         for dtype, called in named_dtypes(number).items():
             each = {"dtype": dtype}
             self._start(f"transformers generate, no adapters{called}", "transformers", None, base | each)
             self._start(f"PEFT mixed batch, {number} LoRAs{called}", "transformers", None, adapted | each)
-        if python := told.vllm_python:
-            context = max(256, told.prompt + told.output)  # its own warm-up needs some, too
-            size = {"r": told.r, "sequences": number, "context": context, "all_cores": True}
-            self._start("vLLM, no adapters", "vllm", python, base | size)
-            if told.vllm_float32:
-                wide = base | size | {"dtype": "float32"}
-                self._start("vLLM, no adapters, float32", "vllm", python, wide)
-            if told.vllm_own_threads:
-                own = base | size | {"all_cores": False}
-                self._start("vLLM, no adapters, its own threads", "vllm", python, own)
-            if not told.skip_vllm_lora:
-                self._start(f"vLLM, {number} LoRAs", "vllm", python, adapted | size)
+            if python := told.vllm_python:
+                context = max(256, told.prompt + told.output)  # its own warm-up needs some, too
+                size = {"r": told.r, "sequences": number, "context": context, "all_cores": True} | each
+                self._start(f"vLLM, no adapters{called}", "vllm", python, base | size)
+                if told.vllm_own_threads:
+                    own = base | size | {"all_cores": False}
+                    self._start(f"vLLM, no adapters, its own threads{called}", "vllm", python, own)
+                if not told.skip_vllm_lora:
+                    self._start(f"vLLM, {number} LoRAs{called}", "vllm", python, adapted | size)
         file: dict[str, Any] = {"sequences": number, "context": told.prompt + told.output + 1}
         if told.openvino_python or told.llama_python:
             file["gguf"] = str(told.gguf or _default_gguf())
