@@ -2,8 +2,8 @@
 streamed, greedy, end token ignored.
 
 Ours: the plain model, one task, and as many tasks (PrAd-LoRA) as requests, which it knows as LoRA modules.
-vLLM's server: of the same folder, in bf16, on all cores, paused while ours is asked; with --vllm-lora another
-one, with as many LoRAs (r on q and v). All are alive at once and asked in turn, for new prompts at each turn,
+vLLM's server: of the same folder, in bf16, or float32 on a CPU that does not multiply that (`vllm_dtype`), on
+all cores, paused while ours is asked; with --vllm-lora another one, with as many LoRAs (r on q and v). All are alive at once and asked in turn, for new prompts at each turn,
 by a program that --vllm-python runs: it says what is written here, and computes on the same cores. Our decode
 service makes no drafts, for the reason that `peers` gives.
 """
@@ -24,6 +24,7 @@ from rich.console import Console
 
 from bench.adapters import write_peft_lora
 from bench.flags import VllmServe
+from bench.kinds import named_dtypes
 from bench.model import load, model_folder
 from bench.peer import WORKERS, PeerError, PeerProgram, last_lines, others_environment, require_interpreter
 from bench.rounds import interleaved, ratio
@@ -77,6 +78,7 @@ def run(arguments: VllmServe) -> dict[str, Any]:
         interleaved(variants, arguments.rounds, "rounds", patience_s=_PATIENCE_S)
     return {
         "model": arguments.model,
+        "vllm_dtype": _dtype(arguments),
         "peers": {"vLLM": versions},
         "rows": rows({each: found[1:] for each, found in reports.items()}),  # the first one warms up
     }
@@ -106,6 +108,10 @@ def _servers(
     }
 
 
+def _dtype(told: VllmServe) -> str:
+    return list(named_dtypes(told.requests))[-1]
+
+
 class _Vllm(PeerProgram):
     """`vllm serve` of the model's folder. `loras`: adapters' names and folders."""
 
@@ -114,7 +120,7 @@ class _Vllm(PeerProgram):
         self._url = f"http://127.0.0.1:{port}"
         self._names = tuple(loras)
         command = [str(told.vllm_python), _COMMAND, "serve", str(model_folder(told))]
-        command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16"]
+        command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", _dtype(told)]
         command += ["--max-model-len", str(max(256, told.prompt + told.output + _SPARE))]
         command += ["--max-num-seqs", str(told.requests), "--max-num-batched-tokens", "4096"]
         command += ["--no-enable-prefix-caching", "--disable-log-stats", "--disable-uvicorn-access-log"]
