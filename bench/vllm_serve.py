@@ -4,9 +4,9 @@ streamed, greedy, end token ignored.
 Ours: the plain model, one task, and as many tasks (PrAd-LoRA) as requests, which it knows as LoRA modules.
 vLLM's server: of the same folder, in bf16 (in float32 on a CPU that does not multiply it: `vllm_dtype`), on
 all cores, paused while ours is asked; with --vllm-lora another one, with as many LoRAs (r on q and v). All
-are alive at once and asked in turn, for new prompts at each turn, by a program that --vllm-python runs: it says
-what is written here, and computes on the same cores. Our decode service makes no drafts, for the reason that
-`peers` gives.
+are alive at once and asked in turn, for new prompts at each turn, by a program that --vllm-python runs: it
+says what is written here, and computes on the same cores. Our decode service makes no drafts, for the
+reason that `peers` gives.
 """
 
 import json
