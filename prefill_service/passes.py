@@ -102,19 +102,16 @@ def prompt_logits(
         [chunk.start for chunk in chunks],
         task_rows,
     )
+    ends = zip(accumulate(lengths), chunks, strict=True)
     batch = chunked_batch(
         chunks,
         ids,
         pools,
-        logit_rows=[
-            end - 1 for end, c in zip(accumulate(lengths), chunks, strict=True) if c.prompt.ends_with(c)
-        ],
+        logit_rows=[end - 1 for end, chunk in ends if chunk.prompt.ends_with(chunk)],
         layer_done=layer_done,
         answered=[answered_in(chunk) for chunk in chunks],
     )
-    if given is not None:
-        batch = replace(batch, given=given)
-    return model.forward(batch, adaptation), adaptation
+    return model.forward(replace(batch, given=given), adaptation), adaptation
 
 
 def _given(chunks: Sequence[Chunk[Prompt]], device: torch.device) -> GivenTokens | None:
