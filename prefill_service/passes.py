@@ -25,8 +25,7 @@ from prad.lm import LanguageModel, Shaping, Site, SiteVectors, begin_masks, samp
 from prad.lm.kv import LayerDone, Pools, chunked_batch
 from prad.lm.scoring import GivenTokens
 from prefill_service.prompt import Prefilling, Prompt
-from prefill_service.replays import answered_in
-from prefill_service.scored import given_in
+from prefill_service.scored import answered_in, given_in
 
 _GATHERED_BYTES = 8 * 2**20  # of cached KV that is read at once
 

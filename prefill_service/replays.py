@@ -13,11 +13,10 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import NamedTuple
 
-from prad.core.kv import Chunk
 from prad.core.sampling import TokenEvent
 from prefill_service.decode_link import DecodeLink
 from prefill_service.errors import DecodeUnavailableError, ServingError
-from prefill_service.prompt import Prompt, PromptRequest
+from prefill_service.prompt import PromptRequest
 
 logger = logging.getLogger(__name__)
 
@@ -63,12 +62,6 @@ def behind(request: PromptRequest, said: Said) -> tuple[PromptRequest, Said]:
     (ids,) = said
     given, told = (*request.continuation_ids, *ids), request.output_offset + len(ids)
     return replace(request, continuation_ids=given, output_offset=told, scoring=None), [()]
-
-
-def answered_in(chunk: Chunk[Prompt]) -> int:
-    """How many of a chunk's tokens, from the last one back, are such output."""
-    prompt = chunk.prompt
-    return max(0, chunk.end - max(chunk.start, prompt.tokens - prompt.request.output_offset))
 
 
 async def unsaid(
