@@ -25,7 +25,7 @@ from prad.lm import LanguageModel, Shaping, Site, SiteVectors, begin_masks, samp
 from prad.lm.kv import LayerDone, Pools, chunked_batch
 from prad.lm.scoring import GivenTokens
 from prefill_service.prompt import Prefilling, Prompt
-from prefill_service.scored import answered_in, given_in
+from prefill_service.scored import given_in
 
 _GATHERED_BYTES = 8 * 2**20  # of cached KV that is read at once
 
@@ -111,6 +111,11 @@ def prompt_logits(
         answered=[answered_in(chunk) for chunk in chunks],
     )
     return model.forward(replace(batch, given=given), adaptation), adaptation
+
+
+def answered_in(chunk: Chunk[Prompt]) -> int:
+    """How many of a chunk's tokens, from the last one back, are output that decode has computed before."""
+    return max(0, chunk.end - max(chunk.start, chunk.prompt.tokens - chunk.prompt.request.output_offset))
 
 
 def _given(chunks: Sequence[Chunk[Prompt]], device: torch.device) -> GivenTokens | None:

@@ -1,8 +1,7 @@
 """Prompts whose own tokens get log-probabilities: which rows of a pass say them, and how they are delivered.
 
 Row n says what token n + 1 was expected to be. What comes from the prefix cache has no rows, so such a prompt
-takes only what lies before its first row from there; what it computes others may find. Output that decode has
-computed before, when an answer goes on, is neither given nor scored.
+takes only what lies before its first row from there; what it computes others may find.
 """
 
 import math
@@ -26,12 +25,6 @@ def given_in(chunk: Chunk[Prompt]) -> Iterator[tuple[int, int]]:
     ids = chunk.prompt.ids
     for position in range(max(chunk.start, first_row(chunk.prompt)), min(chunk.end, len(ids) - 1)):
         yield position - chunk.start, ids[position + 1]
-
-
-def answered_in(chunk: Chunk[Prompt]) -> int:
-    """How many of a chunk's tokens, from the last one back, decode has computed before."""
-    prompt = chunk.prompt
-    return max(0, chunk.end - max(chunk.start, prompt.tokens - prompt.request.output_offset))
 
 
 def broken(scores: Sequence[ScoredToken | None]) -> bool:

@@ -9,8 +9,8 @@ from kvtransfer.errors import TimedOutError
 from prad.core.kv import Chunk
 from prad.core.sampling import Scoring, Token, TokenEvent
 from prefill_service.errors import DeadlineError, DecodeUnavailableError, OverloadedError
+from prefill_service.passes import answered_in
 from prefill_service.prompt import Prompt, PromptRequest
-from prefill_service.scored import answered_in
 from tests.prefill.fakes import HandOff, Setting, request, version
 
 Told = list[tuple[int, int, int]]
