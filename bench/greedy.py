@@ -7,8 +7,9 @@ is transformers' choice in float32.
 
 Ours computes as it is served: a prompt pass over packed prompts, then decode steps over blocks. transformers
 sees one sequence at a time, whole, in one plain forward. "Rounded": the same logits of ours, rounded to bf16
-before they are compared. A tie: the two best logits are equal, and the lower id wins. "int8": prompt passes
-as well as steps by 8-bit layers.
+before they are compared. A tie: the two best logits are equal, and the lower id wins. "int8", "int4": prompt
+passes as well as steps by rounded layers, in 4 bits by the file's own blocks where it has some; "made": by
+blocks of the weights, as a model without gets them (bench/reordered.py).
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,7 @@ from bench.flags import Greedy
 from bench.model import load, model_folder
 from bench.own_engine import OwnEngine
 from bench.prompts import CHAT, task_prompts
+from bench.reordered import with_made_blocks
 from prad.lm import LanguageModel, Tokenizer
 from prad.lm.kernels import Choice, Precision
 
@@ -68,10 +70,7 @@ def run(arguments: Greedy) -> dict[str, Any]:
     ends = torch.tensor(sorted(exact.stop_ids(folder)))
     written = [ids for own in _together(prompts) for ids in OwnEngine(exact).answers(own, arguments.tokens)]
     variants: dict[str, Winners] = {"ours, float32": _ours(exact, prompts, written, "ours, float32")[0]}
-    for name, (choice, precision) in _PATHS.items():
-        model = load(arguments, choice=choice)
-        if precision != "full" and model.kernels is not None:
-            model.accelerate(model.kernels, precision)
+    for name, model in _in_bf16(arguments, folder):
         whole, rounded = _ours(model, prompts, written, f"ours, {name}")
         variants |= {f"ours, {name}": whole, f"ours, {name}, rounded": rounded}
     variants["transformers"] = _transformers(folder, torch.bfloat16, prompts, written)
@@ -89,6 +88,16 @@ def run(arguments: Greedy) -> dict[str, Any]:
             for name, winners in variants.items()
         ],
     }
+
+
+def _in_bf16(arguments: Greedy, folder: Path) -> Iterator[tuple[str, LanguageModel]]:
+    for name, (choice, precision) in _PATHS.items():
+        model = load(arguments, choice=choice)
+        if precision != "full" and model.kernels is not None:
+            model.accelerate(model.kernels, precision)
+        yield name, model
+        if precision == "int4" and (made := with_made_blocks(model, folder)) is not None:
+            yield f"{name}, made", made
 
 
 def _ours(model: LanguageModel, prompts: Ids, written: Ids, what: str) -> tuple[Winners, Winners]:

@@ -4,7 +4,8 @@ and of prefill's.
 Prompts are texts of examples/, cut into 64 tokens of prompt and 32 that follow. The tokens that follow are
 fed as they are written. The prompt's keys and values are the exact model's, as they come from the prefill
 service, or what int8 leaves of them, or a rounded model's; the tokens behind them are computed by the exact
-model, or with rounded weights and rows.
+model, or with rounded weights and rows. int4 is the file's own blocks where it has some; "made" are blocks of
+the weights, as a model without gets them (bench/reordered.py).
 
 `passes`: how long prompts take by rounded weights (bench/rounded_passes.py).
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from bench.flags import Rounding
 from bench.model import load, model_folder
 from bench.record import ROOT
+from bench.reordered import with_made_blocks
 from bench.rounded_linears import SCHEMES, rounded_linears
 from bench.rounded_passes import pass_rows
 from bench.rounded_scores import demo_rows
@@ -66,6 +68,7 @@ def run(arguments: Rounding) -> dict[str, Any]:
     eights.accelerate(eights.kernels, "int8")
     fours.accelerate(fours.kernels, "int4")
     variants = {"bf16": model, "int8": eights, "int4": fours}
+    made = with_made_blocks(model, model_folder(arguments))
     texts = _texts(Tokenizer(model_folder(arguments)), -(-arguments.tokens // FOLLOWING))
     following = torch.arange(PROMPT + FOLLOWING, device=model.device).repeat(len(texts)) >= PROMPT
     ragged = Ragged.of([len(text) for text in texts], model.device)
@@ -88,10 +91,10 @@ def run(arguments: Rounding) -> dict[str, Any]:
         exact, batch, layers = computed(model)
         by_eights, by_fours = computed(eights)[2], computed(fours)[2]
         coded = [(_through_int8(key), _through_int8(value)) for key, value in layers]
+        stepping = {"int8": eights, "int4": fours} | ({} if made is None else {"int4, made": made})
         changed = {
             "KV on the wire": logits(model, coded),
-            "decode's weights and rows, int8": logits(eights, layers),
-            "decode's weights and rows, int4": logits(fours, layers),
+            **{f"decode's weights and rows, {name}": logits(each, layers) for name, each in stepping.items()},
             "KV and int8": logits(eights, coded),
             "KV and int4": logits(fours, coded),
             "prefill's weights and rows, int8": logits(model, by_eights),
@@ -111,7 +114,7 @@ def run(arguments: Rounding) -> dict[str, Any]:
         "scores": []
         if arguments.data is None
         else demo_rows(
-            {name: (model, each) for name, each in variants.items()}
+            {name: (model, each) for name, each in ({"bf16": model} | stepping).items()}
             | {f"{name}, prompts too": (variants[name], variants[name]) for name in ("int8", "int4")}
             | {"int8, prompts alone": (eights, model)},
             model_folder(arguments),
