@@ -126,9 +126,10 @@ async def test_a_stream_that_breaks_raises(official: anthropic.AsyncAnthropic, e
 
 
 async def test_closing_the_stream_ends_the_request(official: anthropic.AsyncAnthropic, engine: Any) -> None:
+    """An event comes with text, and of one seed in twenty (such as 1) there is none before the pause."""
     engine.pause_at = 3
     stream = await official.messages.create(
-        model="talk", max_tokens=8, messages=HELLO, stream=True, extra_body={"ignore_eos": True}
+        model="talk", max_tokens=8, messages=HELLO, stream=True, extra_body={"ignore_eos": True, "seed": 2}
     )
     await anext(aiter(stream))
     await engine.paused.acquire()
