@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from prad.lm import LanguageModel
-from prad.lm.blocks import load_blocks
+from prad.lm.blocks import has_blocks
 
 
 def with_made_blocks(model: LanguageModel, folder: Path) -> LanguageModel | None:
     """In 4-bit blocks that are made of its weights; reordered, since those of a file's blocks, as they lie,
     would be the file's again. None if `folder`, the model's, has no file's blocks, so that 4 bits are made
     anyway, or for another family than Llama, or without kernels."""
-    if model.kernels is None or model.config.model_type != "llama" or not load_blocks(folder):
+    if model.kernels is None or model.config.model_type != "llama" or not has_blocks(folder):
         return None
     other = reordered(model)
     other.accelerate(model.kernels, "int4")

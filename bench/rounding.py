@@ -179,7 +179,7 @@ def plot(result: dict[str, Any], figure: Any) -> None:
     rows = result["rows"][::-1]
     scores = [row for row in result.get("scores", ()) if row["interval"]]
     names = [row["rounded"] for row in rows]
-    figure.set_size_inches(11, 4.5)
+    figure.set_size_inches(13, 4.5)
     left, right, *behind = figure.subplots(1, 3 if scores else 2)
     left.barh(names, [100 * row["difference_max_of_range"] for row in rows])
     left.set(xlabel="% of the logits' range", title="a logit, at most")
@@ -190,6 +190,6 @@ def plot(result: dict[str, Any], figure: Any) -> None:
         at.barh(tasks, [row["difference"] for row in scores])
         for place, row in enumerate(scores):
             at.plot(row["between"], [place, place], color="black")
-        at.set(xlabel="points, and where 95% lie", title="score, less bf16's")
+        at.set(xlabel="points; 95% lie on the line", title="score, less bf16's")
         at.margins(x=0.1)
         at.invert_yaxis()

@@ -122,12 +122,17 @@ def save_blocks(blocks: Mapping[str, Blocks], folder: Path) -> None:
     save_file(parts, folder / _FILE)
 
 
+def has_blocks(folder: Path) -> bool:
+    """Whether a model's folder was converted from a file that has such."""
+    return (folder / _FILE).exists()
+
+
 def load_blocks(folder: Path) -> dict[str, Blocks]:
     """By the names of parameters; none if the folder was not converted from blocks. Raises ModelNotFoundError
     if they cannot be read."""
-    path = folder / _FILE
-    if not path.exists():
+    if not has_blocks(folder):
         return {}
+    path = folder / _FILE
     try:
         with safe_open(path, framework="pt") as file:
             parts = defaultdict[str, dict[str, Tensor]](dict)

@@ -15,6 +15,7 @@ import torch
 from filelock import FileLock
 
 from prad.core.models import Choice, Precision
+from prad.lm.blocks import has_blocks
 from prad.lm.device import require_device
 from prad.lm.errors import UnsupportedModelError
 from prad.lm.kernels import Kernels, load_kernels
@@ -60,6 +61,12 @@ def load_served(
         model = accelerated(folder, cache_dir, loaded_as, found, weights, packed_bytes)
         what = "all of the model" if model.is_fused else "its attention"
         logger.info("the kernels compute %s, weights %s", what, weights)
+        if weights == "int4" and not has_blocks(folder):
+            logger.warning(
+                "%s has no blocks of its own: its weights are rounded to such of 4 bits, which changes far more of "
+                "what it says than int8 does; compare your tasks' scores first (prad eval --url)",
+                name,
+            )
     elif weights != "full":
         raise UnsupportedModelError(
             f"{weights} weights need the kernels, and these are not in use: install a C++ compiler (g++) and "

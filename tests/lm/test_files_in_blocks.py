@@ -15,8 +15,10 @@ from prad.lm import LanguageModel, resolve_model
 from prad.lm.blocks import load_blocks
 from prad.lm.fused import FusedModel
 from prad.lm.kernels import Kernels, PackedLinear, Weights
+from prad.lm.kernels.build import built
 from prad.lm.packed import PackedModel
-from prad.lm.serving import accelerated
+from prad.lm.serving import accelerated, load_served
+from tests.cache import CACHE
 
 SIZES = Sizes(hidden=256, ffn=512, heads=4, kv_heads=2)
 SEQUENCES = [[1, 5, 9, 30, 7], [44], list(range(3, 40))]
@@ -145,3 +147,18 @@ def test_gate_and_up_in_several_kinds(tmp_path: Path, kernels: Kernels, kind: st
     up = model._fused.layers[0].up
     assert up.struct.weights == Weights.MIXED
     assert distances(packed_logits(model, SEQUENCES), path).max() < 0.01
+
+
+@pytest.mark.parametrize(("kind", "made"), [("Q4_1", False), ("F16", True)])
+def test_who_starts_on_made_blocks_is_told(
+    tmp_path: Path, kind: str, made: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    of = dict.fromkeys((*OWN, "attn_v", "ffn_down"), kind)
+    path = written(tmp_path, SIZES, kinds(of, of, embedding=kind))
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (cache / "kernels").symlink_to(built(CACHE).parent)
+    load_served(str(path), cache, dtype="bfloat16", kernels="native", weights="int4")
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(told) == made
+    assert all("rounded to such" in line and str(path) in line for line in told)
