@@ -63,8 +63,8 @@ def load_served(
         logger.info("the kernels compute %s, weights %s", what, weights)
         if weights == "int4" and not has_blocks(folder):
             logger.warning(
-                "%s has no blocks of its own: its weights are rounded to such of 4 bits, which changes far more of "
-                "what it says than int8 does; compare your tasks' scores first (prad eval --url)",
+                "%s has no blocks of its own: its weights are rounded to such of 4 bits, which changes "
+                "far more of what it says than int8 does; compare your tasks' scores first (prad eval --url)",
                 name,
             )
     elif weights != "full":
