@@ -11,7 +11,7 @@ KERNEL_TESTS := $(wildcard tests/lm/test_*kernels.py) tests/lm/test_products.py 
 PROTO := kvtransfer/proto/handoff.proto
 
 BENCHMARKS := floor decode growth choices beams step structured para prefill handoff chunking serve batch memory flood registry push versions table4
-SMOKE ?= floor decode step rounding handoff # what CI runs, in less than two minutes on two cores
+SMOKE ?= floor decode step handoff # what CI runs, in less than two minutes on two cores
 
 # Where no bytecode is written, each process compiles all of torch again: 3 times as long, some 5 s, for every service.
 export PYTHONDONTWRITEBYTECODE :=
@@ -95,6 +95,8 @@ bench: $(VENV)/.benched ## measure, side by side, into bench/results/ (others: V
 	  $(BIN)/prad bench $$name $(VLLM:%=--vllm-python %) $(OPENVINO:%=--openvino-python %) $(LLAMA:%=--llama-python %) || exit 1; \
 	done
 	$(if $(VLLM),$(BIN)/prad bench vllm_serve --vllm-python $(VLLM))
+	$(if $(DATA),$(BIN)/prad bench train --data $(DATA)/sentiment_movie)
+	$(if $(DATA),$(BIN)/python -m bench.demo_scores --data $(DATA))
 	$(BIN)/python -m bench.report
 
 docs: .venv-docs/.made ## build the site of docs/ into build/site, strictly (installs mkdocs-material into .venv-docs, once)

@@ -157,6 +157,15 @@ GATES = (
         lambda result: float(_pass(4096)(result)["times_limit"]),
     ),
     Gate(
+        "its products, of the measured peak",
+        80,
+        None,
+        " %",
+        "prefill",
+        lambda result: 100 * _pass(4096)(result)["limit_ms"] / _pass(4096)(result)["short_gemms_ms"],
+        True,
+    ),
+    Gate(
         "one prompt of 4,096 tokens: attention, of the pass",
         50,
         None,

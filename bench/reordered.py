@@ -8,14 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from prad.lm import LanguageModel
-from prad.lm.blocks import has_blocks
+from prad.lm.blocks import share_in_blocks
 
 
 def with_made_blocks(model: LanguageModel, folder: Path) -> LanguageModel | None:
     """In 4-bit blocks that are made of its weights; reordered, since those of a file's blocks, as they lie,
     would be the file's again. None if `folder`, the model's, has no file's blocks, so that 4 bits are made
-    anyway, or for another family than Llama, or without kernels."""
-    if model.kernels is None or model.config.model_type != "llama" or not has_blocks(folder):
+    anyway, or for another family than Llama, or one with biases, or without kernels."""
+    config = model.config
+    biased = getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False)
+    if model.kernels is None or config.model_type != "llama" or biased or not share_in_blocks(folder):
         return None
     other = reordered(model)
     other.accelerate(model.kernels, "int4")
@@ -23,10 +25,10 @@ def with_made_blocks(model: LanguageModel, folder: Path) -> LanguageModel | None
 
 
 def reordered(model: LanguageModel) -> LanguageModel:
-    """The channels between its layers and inside its FFNs are shuffled, with every weight that reads or
-    writes them; heads are as they were, so that keys and values are the same, and with them what the output
-    projections read. It has no blocks of a file's: what it is rounded to is made of its weights, as for any
-    model that comes without."""
+    """A Llama's, without biases: the channels between its layers and inside its FFNs are shuffled, with every
+    weight that reads or writes them; heads are as they were, so that keys and values are the same, and with
+    them what the output projections read. It has no blocks of a file's: what it is rounded to is made of its
+    weights, as for any model that comes without."""
     module: Any = copy.deepcopy(model.module)
     random = torch.Generator().manual_seed(0)
     config = module.config

@@ -237,6 +237,5 @@ def plot(result: dict[str, Any], figure: Any) -> None:
     ):
         for part, marker in (("mean", "o"), ("p99", "D")):
             axes.plot([row[kind][part] for row in rows], names, marker, label=part)
-        axes.margins(x=0.1)
-        axes.set(xlabel=label, xlim=(0, None))
+        axes.set(xlabel=label, xlim=(0, 1.1 * max(row[kind]["p99"] for row in rows)))
     figure.legend(*between.get_legend_handles_labels(), loc="outside lower right", ncols=2)

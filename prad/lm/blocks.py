@@ -3,6 +3,7 @@
 A converted model's folder holds them beside the bfloat16 weights that were made of them.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -122,17 +123,12 @@ def save_blocks(blocks: Mapping[str, Blocks], folder: Path) -> None:
     save_file(parts, folder / _FILE)
 
 
-def has_blocks(folder: Path) -> bool:
-    """Whether a model's folder was converted from a file that has such."""
-    return (folder / _FILE).exists()
-
-
 def load_blocks(folder: Path) -> dict[str, Blocks]:
     """By the names of parameters; none if the folder was not converted from blocks. Raises ModelNotFoundError
     if they cannot be read."""
-    if not has_blocks(folder):
-        return {}
     path = folder / _FILE
+    if not path.exists():
+        return {}
     try:
         with safe_open(path, framework="pt") as file:
             parts = defaultdict[str, dict[str, Tensor]](dict)
@@ -146,6 +142,23 @@ def load_blocks(folder: Path) -> dict[str, Blocks]:
             f"damaged; if a .gguf file was converted into it, remove the folder "
             f"{folder}, and the next start converts it again"
         ) from error
+
+
+def share_in_blocks(folder: Path) -> float:
+    """Of the numbers in a model's matrices, 0 to 1: what its folder has in blocks, too."""
+    shapes = _shapes(folder)
+    blocks = {name.removesuffix(".scale") for name in _shapes((folder / _FILE).parent)}
+    own = sum(math.prod(shape) for name, shape in shapes.items() if len(shape) == 2 and name in blocks)
+    return own / max(1, sum(math.prod(shape) for shape in shapes.values() if len(shape) == 2))
+
+
+def _shapes(folder: Path) -> dict[str, list[int]]:
+    """Of the tensors in its files."""
+    found: dict[str, list[int]] = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            found |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    return found
 
 
 def blocks_of(

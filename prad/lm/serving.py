@@ -15,7 +15,7 @@ import torch
 from filelock import FileLock
 
 from prad.core.models import Choice, Precision
-from prad.lm.blocks import has_blocks
+from prad.lm.blocks import share_in_blocks
 from prad.lm.device import require_device
 from prad.lm.errors import UnsupportedModelError
 from prad.lm.kernels import Kernels, load_kernels
@@ -29,6 +29,7 @@ from prad.lm.source import resolve_model
 logger = logging.getLogger(__name__)
 
 DEFAULT_PACKED_BYTES = 8 << 30
+_MOSTLY = 0.8
 
 
 class ServedModel(NamedTuple):
@@ -61,11 +62,13 @@ def load_served(
         model = accelerated(folder, cache_dir, loaded_as, found, weights, packed_bytes)
         what = "all of the model" if model.is_fused else "its attention"
         logger.info("the kernels compute %s, weights %s", what, weights)
-        if weights == "int4" and not has_blocks(folder):
+        if weights == "int4" and (own := share_in_blocks(folder)) < _MOSTLY:
             logger.warning(
-                "%s has no blocks of its own: its weights are rounded to such of 4 bits, which changes "
-                "far more of what it says than int8 does; compare your tasks' scores first (prad eval --url)",
+                "%s has %.0f %% of its weights in blocks of its own: the others are rounded to 4 bits, which "
+                "changed far more of what a small model said than int8 did; compare your tasks' scores first "
+                "(prad eval --url)",
                 name,
+                100 * own,
             )
     elif weights != "full":
         raise UnsupportedModelError(

@@ -267,3 +267,33 @@ def test_a_step_has_the_bits_of_each_sequence_alone(
     for i, sequence in enumerate(batch):
         q, k, v = (x[i : i + 1] for x in states)
         assert torch.equal(pools.step([sequence]).attend(0, q, k, v, 0.3, window), together[i : i + 1])
+
+
+@EACH_KIND
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("denormals")
+def test_weights_that_are_denormals_and_a_sequence_of_nan(kernels: Kernels, dtype: torch.dtype) -> None:
+    """exp(-80) to exp(-100) of the largest, in steps and in prompts; NaN stay in their own sequence."""
+    layout = KVLayout((LayerKV(1, 16, 16),), dtype_name(dtype))
+    batch: list[Any] = [SimpleNamespace(blocks=[i], kv_len=15) for i in range(5)]
+    query, value = torch.ones(5, 2, 16, dtype=dtype), some(5, 1, 16, dtype=dtype)
+    keys = torch.linspace(-100, -80, 16)[None, :, None, None].expand(5, 16, 1, 16) / 16
+    results = []
+    for own, spoilt in ((None, False), (kernels, False), (kernels, True)):
+        pools = Pools(layout, 5, 16, "cpu", own)
+        pools.keys[0].copy_(keys)
+        pools.values[0].copy_(some(5, 16, 1, 16, seed=3))
+        pools.keys[0][:, 7] = 0.0
+        if spoilt:
+            pools.keys[0][2, 3] = torch.nan
+        results.append(pools.step(batch).attend(0, query, keys[:, 15].to(dtype), value, 1.0, None))
+    assert_near(results[1], results[0], 4 * DTYPES[dtype])
+    others = [0, 1, 3, 4]
+    assert torch.equal(results[2][others], results[1][others])
+    assert results[2][2].isnan().all()
+
+    prompt = keys[0].to(dtype).clone()
+    prompt[7] = 0.0
+    states = query[:1].expand(16, 2, 16).contiguous(), prompt, some(16, 1, 16, dtype=dtype, seed=4)
+    found = causal_attention([16], kernels=kernels).attend(*states, 1.0, None)
+    assert_near(found, one_sequence(*(x.double() for x in states), 1.0, None), 2 * DTYPES[dtype])

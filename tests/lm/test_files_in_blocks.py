@@ -11,6 +11,7 @@ from tiny import packed_logits
 from torch import Tensor
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+from bench.reordered import with_made_blocks
 from prad.lm import LanguageModel, resolve_model
 from prad.lm.blocks import load_blocks
 from prad.lm.fused import FusedModel
@@ -149,16 +150,33 @@ def test_gate_and_up_in_several_kinds(tmp_path: Path, kernels: Kernels, kind: st
     assert distances(packed_logits(model, SEQUENCES), path).max() < 0.01
 
 
-@pytest.mark.parametrize(("kind", "made"), [("Q4_1", False), ("F16", True)])
+@pytest.mark.parametrize(
+    ("kind", "beside", "made"), [("Q4_1", "Q4_1", 0), ("F16", "F16", 1), ("Q5_0", "Q8_0", 1)]
+)
 def test_who_starts_on_made_blocks_is_told(
-    tmp_path: Path, kind: str, made: bool, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, kind: str, beside: str, made: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    of = dict.fromkeys((*OWN, "attn_v", "ffn_down"), kind)
-    path = written(tmp_path, SIZES, kinds(of, of, embedding=kind))
+    """Also where a few of them are the file's own, as llama.cpp mixes Q5_0 with Q8_0."""
+    of = dict.fromkeys((*OWN, "ffn_down"), kind) | {"attn_v": beside}
+    path = written(tmp_path, SIZES, kinds(of, of, embedding=beside))
     cache = tmp_path / "cache"
     cache.mkdir()
     (cache / "kernels").symlink_to(built(CACHE).parent)
     load_served(str(path), cache, dtype="bfloat16", kernels="native", weights="int4")
     told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(told) == made
-    assert all("rounded to such" in line and str(path) in line for line in told)
+    assert all("are rounded to 4 bits" in line and str(path) in line for line in told)
+
+
+def test_blocks_that_a_benchmark_makes_are_not_the_files(tmp_path: Path, kernels: Kernels) -> None:
+    """In another order of the channels; in its own, rounding would find the file's again."""
+    of = dict.fromkeys((*OWN, "attn_v", "ffn_down"), "Q4_1")
+    path = written(tmp_path, SIZES, kinds(of, of, embedding="Q8_0"))
+    folder = resolve_model(str(path), tmp_path / "cache")
+    model = LanguageModel.load(folder)
+    model.accelerate(kernels)
+    made = with_made_blocks(model, folder)
+    assert made is not None
+    model.accelerate(kernels, "int4")
+    own, others = (distances(packed_logits(each, SEQUENCES), path) for each in (model, made))
+    assert own.mean() < 0.5 * others.mean()
