@@ -394,10 +394,7 @@ def _cut(rows: Mapping[HandOff, PassRows], start: int, end: int) -> dict[HandOff
 
 
 def step_back(nice: int) -> None:
-    """Lowers the calling thread's priority, and so that of the computing threads that it will start.
-
-    Linux only, where niceness belongs to a thread: elsewhere it would slow down the event loop, which passes
-    the tokens on.
-    """
+    """Lowers the calling thread's priority, and so that of the computing threads that it will start. On Linux
+    only, where niceness is a thread's: elsewhere the event loop, which passes tokens on, would be slow."""
     if nice and sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
